@@ -1,0 +1,1 @@
+"""What every stage shares: the error tree, JSONL with rejects, durable files. Imports nothing heavy."""

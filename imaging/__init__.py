@@ -1,0 +1,1 @@
+"""Bytes to pixels: sniffing, limits, decoding, resizing, normalising. No torch."""

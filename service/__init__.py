@@ -1,0 +1,1 @@
+"""The HTTP service and the recogniser behind it. Never imports torch."""
