@@ -1,0 +1,1 @@
+"""Entity records, and the readers of the formats they come in."""
