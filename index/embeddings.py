@@ -1,0 +1,97 @@
+"""Entity embeddings on disk: float16 shards `embeddings/00000.npy` [n, D] with `embeddings/00000.rows.npy` int64 [n].
+
+Shapes: N embeddings of the whole bundle, n those of one shard, D the embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import BundleAltered, BundleIncomplete
+from core.files import durable
+
+Float16Array = npt.NDArray[np.float16]
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+def vectors_file(shard: int) -> str:
+    return f"{shard:05d}.npy"
+
+
+def rows_file(shard: int) -> str:
+    return f"{shard:05d}.rows.npy"
+
+
+def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Float32Array) -> None:
+    """Write one shard durably; `rows_n` holds the entity row of each L2-normalised embedding, in rising order."""
+    assert len(rows_n) == len(embeddings_nD), "each embedding has one row"
+    for name, array in ((rows_file(shard), rows_n), (vectors_file(shard), embeddings_nD.astype(np.float16))):
+        with durable(folder / name) as temporary, temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+
+
+class EmbeddingShards:
+    """All embeddings of a bundle, memory-mapped. The position of an embedding counts through the shards in order.
+
+    `rows_N` int64 holds the entity row of each position. Raises `BundleIncomplete` or `BundleAltered`.
+    """
+
+    def __init__(self, folder: Path, embedding_dim: int) -> None:
+        self.dim = embedding_dim
+        self._vectors: list[Float16Array] = []
+        rows: list[Int64Array] = []
+        while (vectors_path := folder / vectors_file(len(rows))).exists():
+            vectors_nD: Float16Array = _map(vectors_path, np.dtype(np.float16))
+            rows_path = folder / rows_file(len(rows))
+            rows_n: Int64Array = _map(rows_path, np.dtype(np.int64))
+            if vectors_nD.ndim != 2 or vectors_nD.shape[1] != embedding_dim or rows_n.shape != vectors_nD.shape[:1]:
+                raise BundleAltered(
+                    f"{vectors_path} has shape {vectors_nD.shape} and {rows_path.name} {rows_n.shape}, "
+                    f"[n, {embedding_dim}] and [n] are wanted; export the bundle again"
+                )
+            self._vectors.append(vectors_nD)
+            rows.append(np.asarray(rows_n))
+        self.rows_N = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        self._starts = np.cumsum([0] + [len(vectors_nD) for vectors_nD in self._vectors])
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __iter__(self) -> Iterator[Float32Array]:
+        """Yield the embeddings [n, D] of each shard, L2-normalised again after rounding to float16."""
+        for vectors_nD in self._vectors:
+            yield _normalised(vectors_nD)
+
+    def at(self, positions_K: Int64Array) -> Float32Array:
+        """The L2-normalised embeddings [K, D] at positions of 0 to N - 1."""
+        embeddings_KD = np.empty((len(positions_K), self.dim), np.float32)
+        shards_K = np.searchsorted(self._starts, positions_K, side="right") - 1
+        for shard in np.unique(shards_K):
+            here_K = shards_K == shard
+            embeddings_KD[here_K] = _normalised(self._vectors[shard][positions_K[here_K] - self._starts[shard]])
+        return embeddings_KD
+
+
+def _normalised(vectors_nD: Float16Array) -> Float32Array:
+    embeddings_nD = vectors_nD.astype(np.float32)
+    embeddings_nD /= np.maximum(np.linalg.norm(embeddings_nD, axis=1, keepdims=True), np.float32(1e-12))
+    return embeddings_nD
+
+
+def _map(path: Path, dtype: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
+    try:
+        array: npt.NDArray[Scalar] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise BundleIncomplete(f"{path} is missing; export the bundle again") from None
+    except (ValueError, EOFError) as error:
+        raise BundleAltered(f"{path} is no array file: {error}; export the bundle again") from error
+    if array.dtype != dtype:
+        raise BundleAltered(f"{path} holds {array.dtype}, {dtype} is wanted; export the bundle again")
+    return array

@@ -1,0 +1,171 @@
+"""What a bundle says about itself: `manifest.json` of the whole, `index/manifest.json` of its search index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+from core.errors import BundleAltered, BundleSchemaMismatch
+from core.files import sha256_file, write_durably
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index/entity.faiss"
+INDEX_MANIFEST_FILE = "index/manifest.json"
+STORE_FILE = "entities.sqlite"
+EMBEDDINGS_FOLDER = "embeddings"
+IMAGE_ENCODER_FILE = "image_encoder.onnx"
+
+# The only entries that may differ between two exports of the same thing, so they are no part of its identity.
+_TIMES = ("created_at", "elapsed_s")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        return cls(bytes=path.stat().st_size, sha256=sha256_file(path))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """`entities` and `embeddings` are what the bundle holds, `without_*` the entities that have stand-in tokens.
+
+    `rejected` are catalog records that were skipped, `images_failed` images that could not be used.
+    """
+
+    entities: int
+    embeddings: int
+    without_image: int
+    without_text: int
+    rejected: int
+    images_failed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageEncoderEntry:
+    """The exported image encoder: its file in the bundle, its tensor names, how far it is from the original."""
+
+    file: str
+    input: str
+    outputs: tuple[str, str]  # patch tokens, image embedding
+    parity: Mapping[str, float]  # max_abs_diff, min_cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """`manifest.json`. `files` names every file of the bundle but the manifest itself and what lies in `index/`."""
+
+    schema_version: int
+    name: str
+    model: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]  # the form of `imaging.Preprocessing.to_dict`
+    embedding_dim: int
+    patches: int
+    counts: Counts
+    calibration: Mapping[str, Any] | None  # the form of `index.calibration.Calibration.to_dict`
+    image_encoder: ImageEncoderEntry
+    export: Mapping[str, Any]  # the settings that the content depends on
+    files: Mapping[str, FileEntry]
+    created_at: str  # ISO 8601, UTC
+    elapsed_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a manifest. Raises `BundleSchemaMismatch`, or `BundleAltered` where it is not what was written."""
+        content = _read_object(path)
+        version = content.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise BundleSchemaMismatch(
+                f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}; export the bundle again"
+            )
+        _check_fields(cls, content, path)
+        try:
+            return cls(
+                **{
+                    **content,
+                    "counts": Counts(**content["counts"]),
+                    "image_encoder": ImageEncoderEntry(
+                        **{**content["image_encoder"], "outputs": tuple(content["image_encoder"]["outputs"])}
+                    ),
+                    "files": {name: FileEntry(**entry) for name, entry in content["files"].items()},
+                }
+            )
+        except (TypeError, KeyError, AttributeError) as error:
+            raise _malformed(path, str(error)) from error
+
+    def write(self, path: Path) -> None:
+        write_durably(path, _pretty(self.to_dict()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexManifest:
+    """`index/manifest.json`: how the index was made and why so, and what its file must be."""
+
+    factory: str
+    parameters: Mapping[str, Any]
+    why: str
+    metric: str
+    dim: int
+    count: int
+    bytes: int
+    sha256: str
+    created_at: str
+    elapsed_s: float
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read an index manifest. Raises `BundleAltered` where it is not what was written."""
+        content = _read_object(path)
+        _check_fields(cls, content, path)
+        return cls(**content)
+
+    def write(self, path: Path) -> None:
+        write_durably(path, _pretty(asdict(self)))
+
+
+def fingerprint(manifest: Manifest, index_manifest: IndexManifest) -> str:
+    """12 hexadecimal digits that change with anything a bundle answers from, and with nothing else."""
+    content = [_without_times(manifest.to_dict()), _without_times(asdict(index_manifest))]
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+
+def _without_times(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in content.items() if key not in _TIMES}
+
+
+def _pretty(content: Mapping[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise _malformed(path, f"it is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise _malformed(path, "it is no JSON object")
+    return content
+
+
+def _check_fields(cls: type[Manifest] | type[IndexManifest], content: Mapping[str, Any], path: Path) -> None:
+    wanted = {field.name for field in fields(cls)}
+    if missing := sorted(wanted - content.keys()):
+        raise _malformed(path, f"it lacks {', '.join(missing)}")
+    if unknown := sorted(content.keys() - wanted):
+        raise _malformed(path, f"it has unknown entries: {', '.join(unknown)}")
+
+
+def _malformed(path: Path, reason: str) -> BundleAltered:
+    return BundleAltered(f"{path} is not as it was written: {reason}; export the bundle again")
