@@ -1,0 +1,212 @@
+"""`hf:ID_OR_PATH`: image towers and text encoders of transformers, from the Hub or a folder.
+
+Patch tokens have to live in the space of the pooled embedding, for the two are compared. How they get there depends on
+the family: CLIP's pass the tower's final norm and projection one by one, as its class token does; SigLIP pools by
+attention, so each token passes the pooling head as if it were the only one (attention over one token is its value
+projection).
+
+Shapes: B batch, P patches, C hidden width, D embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.errors import EncoderSpecError
+from imaging.preprocess import Preprocessing
+from model.text_encoder import TokenStateEncoder
+from model.torch_encoder import TorchImageEncoder
+
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as the configs store them
+# What a repository may raise on loading: nothing there, no network, a file that is no config, a missing extra package.
+_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+
+
+class ClipTower(nn.Module):
+    """CLIP, MetaCLIP, EVA-CLIP: a class token that is normed and projected; the patch tokens take the same way."""
+
+    def __init__(self, vision_model: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.vision_model: Any = vision_model
+        self.projection = projection
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
+        dtype = next(self.projection.parameters()).dtype
+        outputs = self.vision_model(pixel_values=pixel_values.to(dtype))
+        normed_BPC = self.vision_model.post_layernorm(outputs.last_hidden_state[:, 1:])
+        return self.projection(normed_BPC), F.normalize(self.projection(outputs.pooler_output), dim=1)
+
+
+class SiglipTower(nn.Module):
+    """SigLIP and SigLIP 2 at a fixed resolution: no class token, attention pooling."""
+
+    def __init__(self, vision_model: nn.Module) -> None:
+        super().__init__()
+        self.vision_model: Any = vision_model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
+        dtype = self.vision_model.post_layernorm.weight.dtype
+        outputs = self.vision_model(pixel_values=pixel_values.to(dtype))
+        head = self.vision_model.head
+        width = outputs.last_hidden_state.shape[2]
+        attention: nn.MultiheadAttention = head.attention
+        assert attention.in_proj_weight is not None
+        value_bias = attention.in_proj_bias[2 * width :] if attention.in_proj_bias is not None else None
+        values = F.linear(outputs.last_hidden_state, attention.in_proj_weight[2 * width :], value_bias)
+        alone = attention.out_proj(values)
+        patch_tokens_BPD = alone + head.mlp(head.layernorm(alone))
+        return patch_tokens_BPD, F.normalize(outputs.pooler_output, dim=1)
+
+
+def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code: bool = False) -> TorchImageEncoder:
+    """The image tower of a CLIP-family model. Raises `EncoderSpecError` if it has none, or no preprocessing."""
+    spec = f"hf:{name}"
+    config = _load_config(spec, name, trust_remote_code)
+    tower = _tower(spec, _load_model(spec, name, config, trust_remote_code))
+    return TorchImageEncoder(tower, _load_preprocessing(spec, name), spec=spec, device=device)
+
+
+def load_huggingface_text(
+    name: str,
+    *,
+    device: torch.device,
+    max_tokens: int = 256,
+    layer: int | None = None,
+    trust_remote_code: bool = False,
+) -> TokenStateEncoder:
+    """A causal language model (without its head) or a text encoder. Raises `EncoderSpecError` if it cannot be used."""
+    from transformers import AutoTokenizer
+
+    spec = f"hf:{name}"
+    config = _load_config(spec, name, trust_remote_code)
+    # AutoModel gives the network below the language-model head.
+    model = _load_model(spec, name, config, trust_remote_code, auto=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(spec, "tokenizer", error) from error
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise EncoderSpecError(f"{spec} has no fast tokenizer; save one beside the model as tokenizer.json")
+    return TokenStateEncoder(model, backend, spec=spec, device=device, max_tokens=max_tokens, layer=layer)
+
+
+def _load_config(spec: str, name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(spec, "config", error) from error
+
+
+def _load_model(spec: str, name: str, config: Any, trust_remote_code: bool, *, auto: bool = False) -> nn.Module:
+    """The model in the precision it is stored in: of the class its config names, or the bare one with `auto`."""
+    import transformers
+
+    architecture = (config.architectures or [""])[0]
+    remote = trust_remote_code and bool(getattr(config, "auto_map", None))
+    kind = transformers.AutoModel if auto or remote else getattr(transformers, architecture, transformers.AutoModel)
+    options = {"trust_remote_code": True} if remote else {}
+    try:
+        model: nn.Module = kind.from_pretrained(name, dtype="auto", **options)
+    except _LOADING_ERRORS as error:
+        raise _cannot_load(spec, "weights", error) from error
+    return model
+
+
+def _cannot_load(spec: str, what: str, error: Exception) -> EncoderSpecError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return EncoderSpecError(f"{spec}: its {what} cannot be loaded, check the name or the folder: {reason}")
+
+
+def _tower(spec: str, model: nn.Module) -> nn.Module:
+    """The image side of a loaded model; the text side is let go."""
+    vision_model = getattr(model, "vision_model", model)
+    projection = getattr(model, "visual_projection", None)
+    if isinstance(projection, nn.Module) and hasattr(vision_model, "post_layernorm"):
+        return ClipTower(vision_model, projection)
+    head = getattr(vision_model, "head", None)
+    if hasattr(vision_model, "post_layernorm") and hasattr(head, "probe") and _patchifies(vision_model):
+        return SiglipTower(vision_model)
+    raise EncoderSpecError(
+        f"{spec} ({type(model).__name__}) is no image tower of the CLIP or fixed-resolution SigLIP family with its "
+        "projection; name one that is, or export yours to ONNX and use onnx:PATH"
+    )
+
+
+def _patchifies(vision_model: nn.Module) -> bool:
+    """Whether the tower takes whole images. SigLIP 2's NaFlex takes patches already cut, through a linear layer."""
+    return isinstance(getattr(getattr(vision_model, "embeddings", None), "patch_embedding", None), nn.Conv2d)
+
+
+def _load_preprocessing(spec: str, name: str) -> Preprocessing:
+    """What the model's own image processor does, as far as `Preprocessing` can say it. Raises `EncoderSpecError`."""
+    from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+
+    values = _read_json(name, IMAGE_PROCESSOR_NAME) or (_read_json(name, PROCESSOR_NAME) or {}).get("image_processor")
+    if not values:
+        raise EncoderSpecError(f"{spec} has no {IMAGE_PROCESSOR_NAME}; save the model's image processor beside it")
+    return preprocessing_from_processor(spec, values)
+
+
+def _read_json(name: str, file: str) -> dict[str, Any] | None:
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+    )
+    if path is None:
+        return None
+    try:
+        values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EncoderSpecError(f"hf:{name}: {file} is not JSON: {error}") from error
+    return values
+
+
+def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preprocessing:
+    """`Preprocessing` from a saved image processor's fields. Raises `EncoderSpecError` for what it cannot express."""
+    size = values.get("size", {})
+    if isinstance(size, int):
+        size = {"shortest_edge": size}
+    crop = values.get("crop_size") or {}
+    if isinstance(crop, int):
+        crop = {"height": crop, "width": crop}
+    square = size.get("height") if size.get("height") == size.get("width") else None
+    size_px = size.get("shortest_edge") or square
+    cropped = bool(values.get("do_center_crop"))
+    wanted = {
+        "a square `size` or a shortest edge": size_px is not None,
+        "`crop_size` equal to `size`": not cropped or crop.get("height") == crop.get("width") == size_px,
+        "a centre crop after resizing by the shortest edge": cropped or "shortest_edge" not in size,
+        "resample 2 (bilinear) or 3 (bicubic)": values.get("resample") in _INTERPOLATIONS,
+        "do_resize": values.get("do_resize", True),
+        "do_normalize": values.get("do_normalize", True),
+        "rescale_factor 1/255": abs(values.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-6,
+        "image_mean and image_std": bool(values.get("image_mean")) and bool(values.get("image_std")),
+    }
+    missing = [what for what, there in wanted.items() if not there]
+    if missing:
+        raise EncoderSpecError(
+            f"{spec}: its image processor is not one we can follow exactly: it needs {', '.join(missing)}"
+        )
+    assert size_px is not None
+    return Preprocessing(
+        size_px=size_px,
+        resize="shortest" if "shortest_edge" in size else "squash",
+        crop="center" if cropped else "none",
+        interpolation=_INTERPOLATIONS[values["resample"]],
+        mean=tuple(values["image_mean"]),
+        std=tuple(values["image_std"]),
+    )
