@@ -1,0 +1,140 @@
+"""From bytes that may be anything to an upright RGB image, within bounds."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import ExifTags, Image, JpegImagePlugin, features
+
+from core.errors import TooLarge, UndecodableImage
+
+# Pillow's own guard warns at one size and raises at another, both fixed for the process. `decode` checks each caller's
+# limit against the header instead, before a pixel is decoded.
+Image.MAX_IMAGE_PIXELS = None
+
+_PILLOW_FORMATS = {
+    "image/jpeg": "JPEG",
+    "image/png": "PNG",
+    "image/webp": "WEBP",
+    "image/gif": "GIF",
+    "image/bmp": "BMP",
+    "image/tiff": "TIFF",
+    "image/avif": "AVIF",
+}
+_ALIASES = {
+    "image/jpg": "image/jpeg",
+    "image/pjpeg": "image/jpeg",
+    "image/x-png": "image/png",
+    "image/x-ms-bmp": "image/bmp",
+    "image/tif": "image/tiff",
+}
+_MAGIC = (
+    (b"\xff\xd8\xff", "image/jpeg"),
+    (b"\x89PNG\r\n\x1a\n", "image/png"),
+    (b"GIF87a", "image/gif"),
+    (b"GIF89a", "image/gif"),
+    (b"BM", "image/bmp"),
+    (b"II*\0", "image/tiff"),
+    (b"MM\0*", "image/tiff"),
+)
+_FTYP_BRANDS = {b"avif": "image/avif", b"avis": "image/avif", b"heic": "image/heic", b"heix": "image/heic"}
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def readable_types() -> tuple[str, ...]:
+    """The media types that can be decoded here."""
+    return tuple(kind for kind in _PILLOW_FORMATS if kind != "image/avif" or features.check("avif"))
+
+
+def canonical_type(media_type: str) -> str | None:
+    """The readable media type that a declared one means, None where it is none we read. Parameters are ignored."""
+    kind = media_type.partition(";")[0].strip().lower()
+    kind = _ALIASES.get(kind, kind)
+    return kind if kind in readable_types() else None
+
+
+def sniff(data: bytes) -> str | None:
+    """The media type by content, None where it looks like no image. Not every type it tells can be decoded."""
+    for magic, kind in _MAGIC:
+        if data.startswith(magic):
+            return kind
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    if data[4:8] == b"ftyp":
+        return _FTYP_BRANDS.get(data[8:12])
+    return None
+
+
+def decode(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Image.Image:
+    """Decode to RGB: upright by its EXIF orientation, alpha over white, the first frame of an animation.
+
+    With `target_px` a JPEG is decoded at a reduced scale that leaves both sides at least twice that, where it has them.
+    Raises `TooLarge` if the header tells more than `max_pixels` pixels, `UndecodableImage` if the bytes do not decode.
+    """
+    kind = sniff(data)
+    if kind is None:
+        raise UndecodableImage("the bytes are no image; send one of " + ", ".join(readable_types()))
+    if kind not in readable_types():
+        raise UndecodableImage(f"{kind} cannot be read here; send one of " + ", ".join(readable_types()))
+    try:
+        with Image.open(io.BytesIO(data), formats=(_PILLOW_FORMATS[kind],)) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise TooLarge(
+                    f"the image has {width} x {height} pixels, at most {max_pixels} are taken; scale it down"
+                )
+            if target_px is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+                image.draft(None, (2 * target_px, 2 * target_px))
+            image.load()
+            return _upright(_to_rgb(image), _orientation(image))
+    except TooLarge:
+        raise
+    except Exception as error:
+        # A damaged or hostile file makes Pillow raise nearly anything (OSError, SyntaxError, struct.error, zlib.error,
+        # IndexError, ValueError ...), and all of it means the same.
+        raise UndecodableImage(f"the {kind} data is truncated or damaged; send a whole image file") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:
+        return 1  # unreadable metadata is no reason to refuse a picture that decodes
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    transposition = _UPRIGHT.get(orientation)
+    return image if transposition is None else image.transpose(transposition)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_deep_grey(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        background = Image.new("RGBA", layer.size, "white")
+        return Image.alpha_composite(background, layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits a pixel to RGB. Pillow's own conversion clips at 255 and gives a white image."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float32))
+    if image.mode.startswith("I;16"):
+        scale = 255 / 65535
+    else:
+        # 32-bit files do not say their range: take the smallest common one that holds the values.
+        peak = float(values.max(initial=0))
+        white = next((limit for limit in (1.0, 255.0, 65535.0) if peak <= limit), peak)
+        scale = 255 / white
+    return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")

@@ -1,0 +1,152 @@
+"""From a decoded image to the numbers an image encoder takes.
+
+Shapes: B batch, H = W = size_px.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from core.errors import BadParameter, EncoderSpecError
+
+Box = tuple[float, float, float, float]  # x, y, width, height as fractions of the upright image
+
+Resize = Literal["shortest", "squash"]
+Crop = Literal["center", "none"]
+Interpolation = Literal["bicubic", "bilinear"]
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_CHOICES = {"resize": get_args(Resize), "crop": get_args(Crop), "interpolation": get_args(Interpolation)}
+_SMALLEST_BOX_SIDE = 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an encoder wants its images: it travels with the weights, so there are no defaults.
+
+    `resize="shortest"` scales the shorter side to `size_px` and goes with `crop="center"`; `"squash"` scales both sides
+    to `size_px` whatever the shape. `mean` and `std` are those of RGB values from 0 to 1.
+    """
+
+    size_px: int
+    resize: Resize
+    crop: Crop
+    interpolation: Interpolation
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Read the JSON form. Raises `EncoderSpecError` that names the field at fault."""
+        wanted = set(cls.__dataclass_fields__)
+        if values.keys() != wanted:
+            odd = ", ".join(sorted(wanted ^ values.keys()))
+            raise EncoderSpecError(
+                f"preprocessing has missing or unknown fields: {odd}; it takes exactly {sorted(wanted)}"
+            )
+        size_px = values["size_px"]
+        if not isinstance(size_px, int) or isinstance(size_px, bool) or not 1 <= size_px <= 4096:
+            raise EncoderSpecError(f"preprocessing.size_px is {size_px!r}; give pixels from 1 to 4096")
+        for field, choices in _CHOICES.items():
+            if values[field] not in choices:
+                raise EncoderSpecError(f"preprocessing.{field} is {values[field]!r}; give one of {', '.join(choices)}")
+        if values["resize"] == "shortest" and values["crop"] == "none":
+            raise EncoderSpecError(
+                'preprocessing with resize "shortest" and crop "none" gives images of unequal shapes; '
+                'crop "center", or resize "squash"'
+            )
+        return cls(
+            size_px=size_px,
+            resize=values["resize"],
+            crop=values["crop"],
+            interpolation=values["interpolation"],
+            mean=_three_numbers("mean", values["mean"]),
+            std=_three_numbers("std", values["std"], positive=True),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON form, as `from_dict` reads it."""
+        return {
+            "size_px": self.size_px,
+            "resize": self.resize,
+            "crop": self.crop,
+            "interpolation": self.interpolation,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+
+def _three_numbers(field: str, value: Any, *, positive: bool = False) -> tuple[float, float, float]:
+    try:
+        red, green, blue = (float(number) for number in value)
+    except (TypeError, ValueError):
+        raise EncoderSpecError(f"preprocessing.{field} is {value!r}; give three numbers") from None
+    if not all(math.isfinite(n) and (n > 0 or not positive) for n in (red, green, blue)):
+        raise EncoderSpecError(f"preprocessing.{field} is {value!r}; give three {'positive ' * positive}numbers")
+    return red, green, blue
+
+
+def check_box(box: Box) -> None:
+    """Raise `BadParameter` unless `box` is a region within the image."""
+    x, y, width, height = box
+    within = x >= 0 and y >= 0 and x + width <= 1 + 1e-6 and y + height <= 1 + 1e-6
+    if not (within and width >= _SMALLEST_BOX_SIDE and height >= _SMALLEST_BOX_SIDE):
+        raise BadParameter(
+            f"box {x:g},{y:g},{width:g},{height:g} is no region of the image; give x,y,w,h as fractions from 0 to 1, "
+            f"w and h at least {_SMALLEST_BOX_SIDE}, x+w and y+h at most 1"
+        )
+
+
+def target_px(preprocessing: Preprocessing, box: Box | None) -> int:
+    """The side in pixels that the whole image needs, for `box` of it to fill the encoder's input."""
+    if box is None:
+        return preprocessing.size_px
+    return math.ceil(preprocessing.size_px / min(box[2], box[3]))
+
+
+def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> npt.NDArray[np.uint8]:
+    """Resize and crop an RGB image, or `box` of it, to uint8 `[size_px, size_px, 3]`. Raises `BadParameter`."""
+    left, top, width, height = 0.0, 0.0, float(image.width), float(image.height)
+    if box is not None:
+        check_box(box)
+        left, top = box[0] * width, box[1] * height
+        width, height = min(box[2] * width, width - left), min(box[3] * height, height - top)
+    size_px = preprocessing.size_px
+    if preprocessing.resize == "shortest":
+        # Resizing and cropping in one pass: a strip of 1 x 60,000 pixels is never blown up to its full resized length.
+        # Whole pixels of the resized image are cut, which is what reference preprocessors do.
+        shorter = min(width, height)
+        resized_width, resized_height = (max(size_px, int(size_px * side / shorter)) for side in (width, height))
+        left += (resized_width - size_px) // 2 * width / resized_width
+        top += (resized_height - size_px) // 2 * height / resized_height
+        width, height = size_px * width / resized_width, size_px * height / resized_height
+    region = (left, top, min(left + width, image.width), min(top + height, image.height))
+    resized = image.resize((size_px, size_px), _RESAMPLING[preprocessing.interpolation], box=region)
+    return np.array(resized, dtype=np.uint8)
+
+
+def normalise(pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """Subtract the mean and divide by the deviation: uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`."""
+    batch, height, width, _ = pixels_BHW3.shape
+    normalised = np.empty((batch, 3, height, width), np.float32)
+    for channel, table in enumerate(_tables(preprocessing)):
+        # A byte never is out of range; mode="clip" lets numpy write to `out` without a buffer in between.
+        np.take(table, pixels_BHW3[..., channel], out=normalised[:, channel], mode="clip")
+    return normalised
+
+
+@lru_cache(maxsize=16)
+def _tables(preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+    """float32 `[3, 256]`: the normalised value of every byte of every channel. Three times faster than computing it."""
+    values = np.arange(256, dtype=np.float64) / 255
+    mean, std = np.array(preprocessing.mean)[:, None], np.array(preprocessing.std)[:, None]
+    tables: npt.NDArray[np.float64] = (values - mean) / std
+    return tables.astype(np.float32)
