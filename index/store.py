@@ -62,17 +62,19 @@ class StoredEntity:
 def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]]) -> None:
     """Write entities, each with its WebP thumbnail or None, durably to a new store at `path`.
 
-    One transaction, one order and a VACUUM: the same entities give the same bytes.
+    One pass, one transaction for all rows and a VACUUM: the same entities give the same bytes.
     """
     with durable(path) as temporary:
         temporary.unlink(missing_ok=True)
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:
             # The file is not visible under its own name until it is whole, so no journal is needed.
-            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; BEGIN;" + _SCHEMA)
+            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _SCHEMA)
+            connection.execute("BEGIN")
             for entity, thumbnail in entities:
                 _insert(connection, entity, thumbnail)
-            connection.executescript(_INDEXES + "COMMIT; VACUUM;")
+            connection.executescript(_INDEXES)  # commits first
+            connection.execute("VACUUM")
         finally:
             connection.close()
 

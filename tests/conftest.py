@@ -1,0 +1,222 @@
+"""Fixtures that several packages' tests share: a small, complete bundle and the images of its entities."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image, ImageDraw
+
+from imaging import Preprocessing, load_pixels, normalise
+from index.build import build_index
+from index.bundle import list_files
+from index.calibration import Calibration
+from index.embeddings import EmbeddingShards, write_shard
+from index.manifest import SCHEMA_VERSION, Counts, ImageEncoderEntry, Manifest
+from index.store import StoredEntity, write_store
+
+SIZE_PX = 32
+PATCH_PX = 8
+PATCH_DIM = 8
+EMBEDDING_DIM = 16
+SHARD_SIZE = 5
+CREATED_AT = "2026-01-01T00:00:00+00:00"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixtureEntity:
+    entity_id: str
+    title: str
+    types: tuple[str, ...]
+    symbol: str | None = None
+    titles: Mapping[str, str] = field(default_factory=dict)
+    images: int = 1
+
+
+FIXTURE_ENTITIES = (
+    FixtureEntity(
+        entity_id="Q15083", title="Giraffe", types=("animal",), symbol="🦒", titles={"fr": "Girafe", "zh": "长颈鹿"}
+    ),
+    FixtureEntity(entity_id="Q140", title="Lion", types=("animal",), symbol="🦁", titles={"fr": "Lion"}),
+    FixtureEntity(entity_id="Q32789", title="Zebra", types=("animal",), symbol="🦓"),
+    FixtureEntity(entity_id="Q7378", title="Elephant", types=("animal",), symbol="🐘", images=3),
+    FixtureEntity(entity_id="Q89", title="Apple", types=("fruit", "food"), symbol="🍎"),
+    FixtureEntity(entity_id="Q503", title="Banana", types=("fruit", "food"), symbol="🍌"),
+    FixtureEntity(entity_id="Q13191", title="Orange", types=("fruit", "food")),
+    FixtureEntity(entity_id="flag:CI", title="Flag of Côte d’Ivoire", types=("flag",), symbol="🇨🇮"),
+    FixtureEntity(
+        entity_id="flag:JP", title="Flag of Japan", types=("flag",), symbol="🇯🇵", titles={"ja": "日本の国旗"}
+    ),
+    FixtureEntity(entity_id="flag:BR", title="Flag of Brazil", types=("flag",), symbol="🇧🇷"),
+    FixtureEntity(entity_id="brand:a&b", title="A & B “Best” (brand)", types=("brand",)),
+    FixtureEntity(entity_id="Q_no_image", title="Lion of Lucerne", types=("monument",), images=0),
+)
+
+PREPROCESSING = Preprocessing(
+    size_px=SIZE_PX,
+    resize="shortest",
+    crop="center",
+    interpolation="bicubic",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+@pytest.fixture(scope="session")
+def small_images() -> dict[str, bytes]:
+    """The first image of each entity of `small_bundle` that has one, as PNG bytes by entity_id."""
+    return {
+        entity.entity_id: draw_png(seed=100 * row) for row, entity in enumerate(FIXTURE_ENTITIES) if entity.images > 0
+    }
+
+
+@pytest.fixture(scope="session")
+def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete bundle of 12 entities, called `small`: a query with one of `small_images` finds that entity at a
+    score of about 1. Some have thumbnails, several images, titles in other languages; it has a calibration.
+
+    It is shared: a test that alters a bundle copies it first.
+    """
+    bundle = tmp_path_factory.mktemp("bundles") / "small"
+    write_small_bundle(bundle)
+    return bundle
+
+
+def write_small_bundle(bundle: Path) -> None:
+    (bundle / "embeddings").mkdir(parents=True)
+    encoder_file = bundle / "image_encoder.onnx"
+    encoder_file.write_bytes(random_encoder().SerializeToString(deterministic=True))
+    session = onnxruntime.InferenceSession(encoder_file, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(5)
+    rows: list[int] = []
+    embeddings: list[npt.NDArray[np.float32]] = []
+    for row, entity in enumerate(FIXTURE_ENTITIES):
+        for number in range(max(entity.images, 1)):
+            rows.append(row)
+            if entity.images == 0:
+                embedding = rng.normal(size=EMBEDDING_DIM).astype(np.float32)
+                embeddings.append(embedding / np.linalg.norm(embedding))
+            else:
+                embeddings.append(embed(session, draw_png(seed=100 * row + number)))
+    for shard, start in enumerate(range(0, len(rows), SHARD_SIZE)):
+        part = slice(start, start + SHARD_SIZE)
+        write_shard(bundle / "embeddings", shard, np.array(rows[part], np.int64), np.stack(embeddings[part]))
+    write_store(
+        bundle / "entities.sqlite",
+        ((stored_entity(row, entity), thumbnail(row, entity)) for row, entity in enumerate(FIXTURE_ENTITIES)),
+    )
+    build_index(bundle, EmbeddingShards(bundle / "embeddings", EMBEDDING_DIM), created_at=CREATED_AT)
+    Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=bundle.name,
+        model={"image_encoder": "onnx:random.onnx", "text_encoder": "none", "adaptor": None, "checkpoint_sha256": None},
+        preprocessing=PREPROCESSING.to_dict(),
+        embedding_dim=EMBEDDING_DIM,
+        patches=(SIZE_PX // PATCH_PX) ** 2,
+        counts=Counts(
+            entities=len(FIXTURE_ENTITIES), embeddings=len(rows), without_image=1, without_text=0, rejected=0
+        ),
+        calibration=Calibration(a=20.0, b=-10.0, abstain_below=0.5, queries=20, correct=10).to_dict(),
+        image_encoder=ImageEncoderEntry(
+            file="image_encoder.onnx",
+            input="pixel_values",
+            outputs=("patch_tokens", "image_embedding"),
+            parity={"max_abs_diff": 0.0, "min_cosine": 1.0},
+        ),
+        export={},
+        files=list_files(bundle),
+        created_at=CREATED_AT,
+        elapsed_s=0.0,
+    ).write(bundle / "manifest.json")
+
+
+def stored_entity(row: int, entity: FixtureEntity) -> StoredEntity:
+    return StoredEntity(
+        row=row,
+        entity_id=entity.entity_id,
+        title=entity.title,
+        titles=entity.titles,
+        description=f"{entity.title}, a {entity.types[0]}",
+        url=f"https://en.wikipedia.org/wiki/{entity.title.replace(' ', '_')}",
+        types=entity.types,
+        symbol=entity.symbol,
+        image_count=entity.images,
+        has_text=True,
+    )
+
+
+def thumbnail(row: int, entity: FixtureEntity) -> bytes | None:
+    if entity.images == 0 or entity.symbol is not None:
+        return None
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(draw_png(seed=100 * row))).resize((24, 24)).save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
+
+
+def draw_png(*, seed: int) -> bytes:
+    """An image of 48x40 pixels of its own: a coloured ground with some ellipses and bars."""
+    rng = np.random.default_rng(seed)
+
+    def colour() -> tuple[int, int, int]:
+        red, green, blue = (int(value) for value in rng.integers(0, 256, size=3))
+        return red, green, blue
+
+    image = Image.new("RGB", (48, 40), colour())
+    draw = ImageDraw.Draw(image)
+    for shape in (draw.ellipse, draw.rectangle, draw.ellipse, draw.rectangle):
+        left, top = (int(value) for value in rng.integers(0, 30, size=2))
+        width, height = (int(value) for value in rng.integers(8, 24, size=2))
+        shape((left, top, left + width, top + height), fill=colour())
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def embed(session: onnxruntime.InferenceSession, image: bytes) -> npt.NDArray[np.float32]:
+    """The image embedding float32 [D] of an encoded image."""
+    pixels_HW3 = load_pixels(image, PREPROCESSING, max_pixels=1_000_000)
+    (embedding_1D,) = session.run(["image_embedding"], {"pixel_values": normalise(pixels_HW3[None], PREPROCESSING)})
+    embedding_D: npt.NDArray[np.float32] = embedding_1D[0]
+    return embedding_D
+
+
+def random_encoder() -> onnx.ModelProto:
+    """An image encoder of fixed random weights: patches by convolution, their projection, normalised, as embedding."""
+    rng = np.random.default_rng(11)
+    patches = (SIZE_PX // PATCH_PX) ** 2
+    weights = {
+        "patch_weight": rng.normal(size=(PATCH_DIM, 3, PATCH_PX, PATCH_PX)).astype(np.float32) / PATCH_PX,
+        "projection": rng.normal(size=(patches * PATCH_DIM, EMBEDDING_DIM)).astype(np.float32),
+        "grid_shape": np.array([0, PATCH_DIM, patches], np.int64),
+        "flat_shape": np.array([0, patches * PATCH_DIM], np.int64),
+    }
+    nodes = [
+        helper.make_node("Conv", ["pixel_values", "patch_weight"], ["grid"], strides=[PATCH_PX, PATCH_PX]),
+        helper.make_node("Reshape", ["grid", "grid_shape"], ["channels_first"]),
+        helper.make_node("Transpose", ["channels_first"], ["patch_tokens"], perm=[0, 2, 1]),
+        helper.make_node("Reshape", ["patch_tokens", "flat_shape"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "projection"], ["projected"]),
+        helper.make_node("LpNormalization", ["projected"], ["image_embedding"], axis=1, p=2),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "random_encoder",
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["batch", 3, SIZE_PX, SIZE_PX])],
+        [
+            helper.make_tensor_value_info("patch_tokens", TensorProto.FLOAT, ["batch", patches, PATCH_DIM]),
+            helper.make_tensor_value_info("image_embedding", TensorProto.FLOAT, ["batch", EMBEDDING_DIM]),
+        ],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], producer_name="wikiclip")
+    model.ir_version = 9
+    onnx.checker.check_model(model)
+    return model
