@@ -1,0 +1,52 @@
+// Title search over the catalog being served.
+
+import { Problem, searchEntities } from "./api.js";
+import { element, entityTile, entityTitle, entityTypes } from "./entity.js";
+
+const LIMIT = 12;
+const PAUSE_MS = 180; // long enough to type a word through, short enough to feel at once
+
+function entityItem(entity, onType) {
+  const item = element("li", "entity");
+  const text = element("div", "text");
+  text.append(entityTitle(entity), entityTypes(entity, onType));
+  if (entity.description) text.append(element("p", "description", entity.description));
+  item.append(entityTile(entity), text);
+  return item;
+}
+
+/** Search as the reader types. `onType(type)` when a type is pressed; `onFound(entities)` after each search. */
+export function startCatalogSearch({ input, list, note, onType, onFound }) {
+  const firstNote = note.textContent;
+  let pause = 0;
+  let controller = null;
+
+  async function search() {
+    controller?.abort();
+    const query = input.value.trim();
+    if (!query) {
+      list.replaceChildren();
+      note.textContent = firstNote;
+      return;
+    }
+    controller = new AbortController();
+    try {
+      const entities = await searchEntities(query, { limit: LIMIT, signal: controller.signal });
+      list.replaceChildren(...entities.map((entity) => entityItem(entity, onType)));
+      note.textContent = entities.length === 0 ? `No title matches “${query}”.`
+        : entities.length === LIMIT ? `The first ${LIMIT} titles that match.`
+        : entities.length === 1 ? "One title matches." : `${entities.length} titles match.`;
+      onFound(entities);
+    } catch (error) {
+      if (error.name === "AbortError") return;
+      if (!(error instanceof Problem)) throw error;
+      list.replaceChildren();
+      note.textContent = `${error.title}: ${error.message}`;
+    }
+  }
+
+  input.addEventListener("input", () => {
+    clearTimeout(pause);
+    pause = setTimeout(search, PAUSE_MS);
+  });
+}

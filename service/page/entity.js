@@ -1,0 +1,76 @@
+// How an entity looks: its tile (thumbnail, symbol or monogram), title, types and description.
+
+import { thumbnailUrl } from "./api.js";
+
+/** Make an element: `element("p", "hint", "text")`. Text is never parsed as HTML. */
+export function element(tag, className = "", text = "") {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text) made.textContent = text;
+  return made;
+}
+
+/** A hue in degrees that stays with an entity wherever it is shown. */
+function hueOf(entityId) {
+  let hash = 2166136261;
+  for (const character of entityId) hash = Math.imul(hash ^ character.codePointAt(0), 16777619);
+  return (hash >>> 0) % 360;
+}
+
+function monogram(entity) {
+  const tile = element("span", "tile monogram");
+  tile.style.setProperty("--hue", String(hueOf(entity.entity_id)));
+  const words = entity.title.match(/[\p{L}\p{N}]+/gu) ?? ["?"];
+  const initials = words.length > 1 ? words[0].at(0) + words[1].at(0) : Array.from(words[0]).slice(0, 2).join("");
+  tile.textContent = initials.toLocaleUpperCase();
+  return tile;
+}
+
+function symbolOrMonogram(entity) {
+  return entity.symbol ? element("span", "tile symbol", entity.symbol) : monogram(entity);
+}
+
+export function entityTile(entity) {
+  if (!entity.has_thumbnail) {
+    const tile = symbolOrMonogram(entity);
+    tile.setAttribute("aria-hidden", "true");
+    return tile;
+  }
+  const tile = element("img", "tile thumbnail");
+  tile.alt = "";
+  tile.width = tile.height = 64;
+  tile.loading = "lazy";
+  tile.src = thumbnailUrl(entity.entity_id);
+  tile.addEventListener("error", () => {
+    const instead = symbolOrMonogram(entity);
+    instead.setAttribute("aria-hidden", "true");
+    tile.replaceWith(instead);
+  });
+  return tile;
+}
+
+export function entityTitle(entity) {
+  // Only http(s): a catalog is not trusted to keep `javascript:` out of its links.
+  if (!/^https?:\/\//i.test(entity.url ?? "")) return element("span", "title", entity.title);
+  const link = element("a", "title", entity.title);
+  link.href = entity.url;
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  const elsewhere = element("span", "elsewhere", "↗");
+  elsewhere.setAttribute("aria-hidden", "true");
+  link.append(elsewhere, element("span", "sr-only", " (opens Wikipedia in a new tab)"));
+  return link;
+}
+
+/** The types as buttons; pressing one calls `onType(type)`. */
+export function entityTypes(entity, onType) {
+  const row = element("span", "types");
+  for (const type of entity.types ?? []) {
+    const chip = element("button", "chip", type);
+    chip.type = "button";
+    chip.title = `Only ${type}`;
+    chip.addEventListener("click", () => onType(type));
+    row.append(chip);
+  }
+  return row;
+}

@@ -1,0 +1,150 @@
+// The region of the query image that is meant: dragged with the pointer, or moved and resized with the keyboard.
+
+const SMALLEST = 0.04; // a side shorter than this fraction of the image was a click, not a region
+const KEY_STEP = 0.02;
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+
+export class Region {
+  #stage;
+  #image;
+  #mark;
+  #box = null;
+  #drag = null;
+  #marking = false;
+  #onChange;
+
+  /** `onChange(box)` gets {x, y, w, h} in fractions of the image, or null for the whole image. */
+  constructor({ stage, image, mark, onChange }) {
+    this.#stage = stage;
+    this.#image = image;
+    this.#mark = mark;
+    this.#onChange = onChange;
+    stage.addEventListener("pointerdown", (event) => this.#down(event));
+    stage.addEventListener("pointermove", (event) => this.#move(event));
+    stage.addEventListener("pointerup", () => this.#up());
+    stage.addEventListener("pointercancel", () => this.#cancel());
+    mark.addEventListener("keydown", (event) => this.#key(event));
+    image.addEventListener("dragstart", (event) => event.preventDefault());
+    new ResizeObserver(() => this.#show()).observe(stage);
+  }
+
+  get box() {
+    return this.#box;
+  }
+
+  /** Forget the region without telling: the image has changed. */
+  reset() {
+    this.#box = this.#drag = null;
+    this.#setMarking(false);
+    this.#show();
+  }
+
+  /** Back to the whole image. */
+  clear() {
+    this.reset();
+    this.#onChange(null);
+  }
+
+  /** Put a region in the middle, ready for the keyboard; touch can drag from now on. */
+  start() {
+    this.#setMarking(true);
+    this.#box ??= { x: 0.25, y: 0.25, w: 0.5, h: 0.5 };
+    this.#show();
+    this.#mark.focus();
+    this.#onChange(this.#box);
+  }
+
+  #setMarking(on) {
+    this.#marking = on;
+    this.#stage.classList.toggle("marking", on);
+  }
+
+  /** Where the image's pixels lie inside the stage (it is fitted, not stretched), in CSS pixels. */
+  #content() {
+    const width = this.#stage.clientWidth;
+    const height = this.#stage.clientHeight;
+    const scale = Math.min(width / this.#image.naturalWidth, height / this.#image.naturalHeight);
+    const w = this.#image.naturalWidth * scale;
+    const h = this.#image.naturalHeight * scale;
+    return { left: (width - w) / 2, top: (height - h) / 2, w, h };
+  }
+
+  #fraction(event) {
+    const bounds = this.#stage.getBoundingClientRect();
+    const content = this.#content();
+    return {
+      x: clamp((event.clientX - bounds.left - this.#stage.clientLeft - content.left) / content.w, 0, 1),
+      y: clamp((event.clientY - bounds.top - this.#stage.clientTop - content.top) / content.h, 0, 1),
+    };
+  }
+
+  #down(event) {
+    const ready = this.#stage.dataset.mode === "image" && this.#image.naturalWidth > 0;
+    // On touch a drag scrolls the page until the reader asks to mark a region.
+    if (!ready || !event.isPrimary || event.button !== 0 || (event.pointerType === "touch" && !this.#marking)) return;
+    const at = this.#fraction(event);
+    const inside = this.#box && event.target === this.#mark;
+    this.#drag = { from: at, before: this.#box, moving: inside ? { ...this.#box } : null };
+    this.#stage.setPointerCapture(event.pointerId);
+  }
+
+  #move(event) {
+    if (!this.#drag) return;
+    const { from, moving } = this.#drag;
+    const at = this.#fraction(event);
+    this.#box = moving
+      ? { ...moving, x: clamp(moving.x + at.x - from.x, 0, 1 - moving.w), y: clamp(moving.y + at.y - from.y, 0, 1 - moving.h) }
+      : { x: Math.min(from.x, at.x), y: Math.min(from.y, at.y), w: Math.abs(at.x - from.x), h: Math.abs(at.y - from.y) };
+    this.#show();
+  }
+
+  #up() {
+    if (!this.#drag) return;
+    const { before, moving } = this.#drag;
+    this.#drag = null;
+    const drawn = this.#box;
+    if (!moving && (drawn === before || drawn === null || drawn.w < SMALLEST || drawn.h < SMALLEST)) {
+      this.#box = before;
+      this.#show();
+      return;
+    }
+    this.#show();
+    this.#onChange(this.#box);
+  }
+
+  #cancel() {
+    if (!this.#drag) return;
+    this.#box = this.#drag.before;
+    this.#drag = null;
+    this.#show();
+  }
+
+  #key(event) {
+    if (event.key === "Escape") {
+      this.clear();
+      return;
+    }
+    const direction = ARROWS[event.key];
+    if (!direction || !this.#box) return;
+    event.preventDefault();
+    const { x, y, w, h } = this.#box;
+    const [dx, dy] = [direction[0] * KEY_STEP, direction[1] * KEY_STEP];
+    this.#box = event.shiftKey
+      ? { x, y, w: clamp(w + dx, SMALLEST, 1 - x), h: clamp(h + dy, SMALLEST, 1 - y) }
+      : { x: clamp(x + dx, 0, 1 - w), y: clamp(y + dy, 0, 1 - h), w, h };
+    this.#show();
+    this.#onChange(this.#box);
+  }
+
+  #show() {
+    this.#mark.hidden = this.#box === null;
+    if (!this.#box || !this.#image.naturalWidth) return;
+    const content = this.#content();
+    this.#mark.style.left = `${content.left + this.#box.x * content.w}px`;
+    this.#mark.style.top = `${content.top + this.#box.y * content.h}px`;
+    this.#mark.style.width = `${this.#box.w * content.w}px`;
+    this.#mark.style.height = `${this.#box.h * content.h}px`;
+  }
+}

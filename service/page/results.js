@@ -1,0 +1,154 @@
+// The answer side: predictions, the abstention, problems, and where the time went.
+
+import { element, entityTile, entityTitle, entityTypes } from "./entity.js";
+
+const $ = (id) => document.getElementById(id);
+const STAGES = ["decode", "queue", "encode", "search"];
+
+function milliseconds(value) {
+  return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+}
+
+function scoreBar(prediction) {
+  const row = element("div", "score");
+  const track = element("span", "track");
+  const fill = element("span", "fill");
+  fill.style.inlineSize = `${Math.max(0, Math.min(1, prediction.score)) * 100}%`;
+  track.append(fill);
+  track.setAttribute("aria-hidden", "true");
+  const figure = element("span", "figure", prediction.score.toFixed(3));
+  figure.title = "Score: the cosine between image and entity";
+  figure.prepend(element("span", "sr-only", "score "));
+  row.append(track, figure);
+  if (prediction.confidence !== null && prediction.confidence !== undefined) {
+    row.append(element("span", "confidence", `${Math.round(prediction.confidence * 100)} % sure`));
+  }
+  return row;
+}
+
+function predictionItem(prediction, onType) {
+  const item = element("li", "prediction");
+  item.dataset.entityId = prediction.entity_id;
+  const rank = element("span", "rank", String(prediction.rank));
+  rank.setAttribute("aria-hidden", "true");
+  const text = element("div", "text");
+  const heading = element("div", "heading");
+  heading.append(entityTitle(prediction), entityTypes(prediction, onType));
+  text.append(heading);
+  if (prediction.description) text.append(element("p", "description", prediction.description));
+  text.append(scoreBar(prediction));
+  item.append(rank, entityTile(prediction), text);
+  return item;
+}
+
+function skeletonItem() {
+  const item = element("li", "prediction skeleton");
+  const text = element("div", "text");
+  text.append(element("span", "bone wide"), element("span", "bone"), element("span", "bone thin"));
+  item.append(element("span", "rank"), element("span", "tile bone"), text);
+  return item;
+}
+
+/** Before the answer: old predictions fade in place; with none, as many skeletons as will come. */
+export function showWaiting(topK) {
+  const list = $("predictions");
+  $("answer-list").dataset.state = "waiting";
+  $("answers").setAttribute("aria-busy", "true");
+  if (list.hidden || list.childElementCount === 0) {
+    list.replaceChildren(...Array.from({ length: Math.min(topK, 5) }, skeletonItem));
+    list.setAttribute("aria-hidden", "true");
+  }
+  $("answers-empty").hidden = true;
+  list.hidden = false;
+}
+
+function settle(state) {
+  $("answer-list").dataset.state = state;
+  $("answers").removeAttribute("aria-busy");
+  $("predictions").removeAttribute("aria-hidden");
+}
+
+export function showAnswer(answer, roundTripMs, onType) {
+  settle("answered");
+  $("problem").hidden = true;
+  $("abstained").hidden = !answer.abstained;
+  const list = $("predictions");
+  list.replaceChildren(...answer.predictions.map((prediction) => predictionItem(prediction, onType)));
+  list.hidden = answer.predictions.length === 0;
+  $("answers-empty").hidden = answer.predictions.length > 0;
+  if (answer.predictions.length === 0) {
+    showEmpty("No entity passes", "Nothing in the catalog matches the type asked for. Clear it to see all.");
+  }
+  showTimes(answer, roundTripMs);
+  const [best] = answer.predictions;
+  const doubt = answer.abstained ? "Probably not in the catalog. " : "";
+  $("status").textContent = best
+    ? `${doubt}Best match: ${best.title}, score ${best.score.toFixed(2)}. ${answer.predictions.length} shown.`
+    : "No entity passes.";
+}
+
+function showEmpty(heading, text) {
+  $("answers-empty").replaceChildren(element("p", "big", heading), element("p", "", text));
+  $("answers-empty").hidden = false;
+}
+
+/** A refusal, with what to do next; `onRetry` is offered where asking again can help. */
+export function showProblem(problem, onRetry) {
+  settle("refused");
+  $("abstained").hidden = true;
+  $("predictions").replaceChildren();
+  $("predictions").hidden = true;
+  $("times").hidden = true;
+  $("status").textContent = "";
+  showEmpty("No answer", "Try another image, or change what was asked.");
+  const box = $("problem");
+  box.replaceChildren(element("strong", "", problem.title), element("p", "", problem.message));
+  const foot = element("p", "problem-foot");
+  const worthRetrying = problem.status === 0 || problem.status === 429 || problem.status >= 500;
+  if (worthRetrying) {
+    const wait = problem.retryAfterS ? ` in ${Math.ceil(problem.retryAfterS)} s` : "";
+    const retry = element("button", "button", `Try again${wait}`);
+    retry.type = "button";
+    if (problem.retryAfterS) {
+      retry.disabled = true;
+      setTimeout(() => { retry.disabled = false; retry.textContent = "Try again"; }, problem.retryAfterS * 1000);
+    }
+    retry.addEventListener("click", onRetry);
+    foot.append(retry);
+  }
+  if (problem.requestId) foot.append(element("span", "request-id", `request ${problem.requestId}`));
+  if (foot.childElementCount) box.append(foot);
+  box.hidden = false;
+}
+
+function showTimes(answer, roundTripMs) {
+  const { total = 0, ...stages } = answer.timings_ms;
+  const names = [...STAGES.filter((name) => name in stages), ...Object.keys(stages).filter((name) => !STAGES.includes(name))];
+  const parts = names.map((name) => ({ name, ms: stages[name] }));
+  const rest = total - parts.reduce((sum, part) => sum + part.ms, 0);
+  if (rest > 0.05) parts.push({ name: "other", ms: rest });
+  const whole = parts.reduce((sum, part) => sum + part.ms, 0) || 1;
+
+  const bar = $("times-bar");
+  bar.replaceChildren(...parts.map(({ name, ms }) => {
+    const piece = element("span", "piece");
+    piece.dataset.stage = name;
+    piece.style.flexGrow = String(ms / whole);
+    return piece;
+  }));
+  bar.setAttribute("aria-label", parts.map(({ name, ms }) => `${name} ${milliseconds(ms)}`).join(", "));
+  $("times-legend").replaceChildren(...parts.map(({ name, ms }) => {
+    const entry = element("li");
+    const swatch = element("span", "swatch");
+    swatch.dataset.stage = name;
+    entry.append(swatch, name, element("span", "ms", milliseconds(ms)));
+    return entry;
+  }));
+  $("times-total").textContent = `${milliseconds(total)} in the service, ${milliseconds(roundTripMs)} there and back`;
+  $("cached").hidden = !answer.cached;
+  $("provenance").replaceChildren(
+    "Answered by ", element("code", "", answer.model), " from ", element("code", "", answer.bundle),
+  );
+  $("raw").textContent = JSON.stringify(answer, null, 2);
+  $("times").hidden = false;
+}
