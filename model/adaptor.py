@@ -129,7 +129,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, queries_BQW: torch.Tensor, query_mask_BQ: torch.Tensor, text_BTW: torch.Tensor, text_mask_BT: torch.Tensor
     ) -> torch.Tensor:
-        x = queries_BQW
+        x: torch.Tensor = queries_BQW
         if self.self_attention is not None and self.self_norm is not None:
             if self.pre_norm:
                 normed = self.self_norm(x)

@@ -23,3 +23,9 @@ def hash_module(module: nn.Module, settings: Mapping[str, Any]) -> str:
         # Viewed as bytes, since numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def defining(saved_config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's saved config without what only says where it lay and which version wrote it."""
+    passing = {"_name_or_path", "name_or_path", "transformers_version"}
+    return {key: value for key, value in saved_config.items() if key not in passing}

@@ -71,7 +71,9 @@ def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code
     spec = f"hf:{name}"
     config = _load_config(spec, name, trust_remote_code)
     tower = _tower(spec, _load_model(spec, name, config, trust_remote_code))
-    return TorchImageEncoder(tower, _load_preprocessing(spec, name), spec=spec, device=device)
+    return TorchImageEncoder(
+        tower, _load_preprocessing(spec, name), saved_config=_saved_config(name), spec=spec, device=device
+    )
 
 
 def load_huggingface_text(
@@ -96,7 +98,15 @@ def load_huggingface_text(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise EncoderSpecError(f"{spec} has no fast tokenizer; save one beside the model as tokenizer.json")
-    return TokenStateEncoder(model, backend, spec=spec, device=device, max_tokens=max_tokens, layer=layer)
+    return TokenStateEncoder(
+        model,
+        backend,
+        saved_config=_saved_config(name),
+        spec=spec,
+        device=device,
+        max_tokens=max_tokens,
+        layer=layer,
+    )
 
 
 def _load_config(spec: str, name: str, trust_remote_code: bool) -> Any:
@@ -160,6 +170,12 @@ def _load_preprocessing(spec: str, name: str) -> Preprocessing:
     return preprocessing_from_processor(spec, values)
 
 
+def _saved_config(name: str) -> dict[str, Any]:
+    from transformers.utils import CONFIG_NAME
+
+    return _read_json(name, CONFIG_NAME) or {}
+
+
 def _read_json(name: str, file: str) -> dict[str, Any] | None:
     from transformers.utils import cached_file
 
@@ -201,12 +217,13 @@ def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preproces
         raise EncoderSpecError(
             f"{spec}: its image processor is not one we can follow exactly: it needs {', '.join(missing)}"
         )
-    assert size_px is not None
-    return Preprocessing(
-        size_px=size_px,
-        resize="shortest" if "shortest_edge" in size else "squash",
-        crop="center" if cropped else "none",
-        interpolation=_INTERPOLATIONS[values["resample"]],
-        mean=tuple(values["image_mean"]),
-        std=tuple(values["image_std"]),
+    return Preprocessing.from_dict(
+        {
+            "size_px": size_px,
+            "resize": "shortest" if "shortest_edge" in size else "squash",
+            "crop": "center" if cropped else "none",
+            "interpolation": _INTERPOLATIONS[values["resample"]],
+            "mean": values["image_mean"],
+            "std": values["image_std"],
+        }
     )

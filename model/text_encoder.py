@@ -5,7 +5,7 @@ Shapes: B texts, T tokens of the longest text, C hidden width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,18 +14,20 @@ from torch import nn
 
 from core.errors import EncoderSpecError
 from model.encoders import TextFeatures
-from model.hashing import hash_module
+from model.hashing import defining, hash_module
 
 _TOKENS_PER_BATCH = 8192  # padding included; bounds memory whatever the lengths
 # Tokenising is linear in the text, and a record may hold megabytes of it. No language has tokens this long on average.
 _MAX_CHARACTERS_PER_TOKEN = 64
+_PROBE = "The Eiffel Tower (French: tour Eiffel), 330 m; ときどき Москва éÉ  🦒\n2nd-line's end."
 
 
 class TokenStateEncoder:
     """A frozen text tower (`TextEncoder`): the states of one layer at each of the first `max_tokens` tokens.
 
     `layer` counts as transformers' `hidden_states` do (0 the embeddings, -1 the last layer); None is the model's own
-    `last_hidden_state`, after its final norm. Raises `EncoderSpecError` where model and settings do not fit.
+    `last_hidden_state`, after its final norm. `saved_config` is the model's config as its file has it: part of the
+    content hash. Raises `EncoderSpecError` where model and settings do not fit.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class TokenStateEncoder:
         model: nn.Module,
         tokenizer: Tokenizer,
         *,
+        saved_config: Mapping[str, Any],
         spec: str,
         device: torch.device,
         max_tokens: int = 256,
@@ -47,7 +50,14 @@ class TokenStateEncoder:
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_tokens)
         self._tokenizer = tokenizer
-        settings = {"config": _defining(config.to_dict()), "tokenizer": tokenizer.to_str(), "layer": layer}
+        # By what it does and not by how a version of `tokenizers` writes it down.
+        tokenization = {"vocabulary": tokenizer.get_vocab(), "probe": tokenizer.encode(_PROBE).ids}
+        settings = {
+            "config": defining(saved_config),
+            "tokenizer": tokenization,
+            "max_tokens": max_tokens,
+            "layer": layer,
+        }
         self.content_hash = hash_module(model, settings)
         config.use_cache = False  # one pass over each text: keys and values are never needed again
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -121,16 +131,3 @@ def _check_fits(config: Any, spec: str, max_tokens: int, layer: int | None) -> N
     layers: int = text_config.num_hidden_layers
     if layer is not None and not -layers - 1 <= layer <= layers:
         raise EncoderSpecError(f"{spec} has layers {-layers - 1} to {layers}, layer {layer} is asked for")
-
-
-def _defining(config: dict[str, Any]) -> dict[str, Any]:
-    """The config without what only says where it lay, who wrote it, or what a caller may switch."""
-    passing = {
-        "_name_or_path",
-        "name_or_path",
-        "transformers_version",
-        "use_cache",
-        "output_hidden_states",
-        "return_dict",
-    }
-    return {key: value for key, value in config.items() if key not in passing}

@@ -5,6 +5,9 @@ Shapes: B batch, P patches, C patch channels, D embedding, H = W = size_px.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -14,7 +17,7 @@ from torch import nn
 from core.errors import EncoderSpecError
 from imaging.preprocess import Preprocessing, normalise
 from model.encoders import ImageFeatures
-from model.hashing import hash_module
+from model.hashing import defining, hash_module
 
 
 class TorchImageEncoder:
@@ -22,13 +25,21 @@ class TorchImageEncoder:
 
     The module returns `(patch_tokens [B, P, C], image_embedding [B, D])` and is what the exporter writes as ONNX. On a
     GPU it runs in the precision it is stored in, on a CPU in float32. Raises `EncoderSpecError` if a trial run does not
-    give that.
+    give that. `saved_config` is the network's config as its file has it: part of the content hash.
     """
 
-    def __init__(self, module: nn.Module, preprocessing: Preprocessing, *, spec: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        saved_config: Mapping[str, Any],
+        spec: str,
+        device: torch.device,
+    ) -> None:
         self.spec = spec
         self.preprocessing = preprocessing
-        self.content_hash = hash_module(module, preprocessing.to_dict())
+        self.content_hash = hash_module(module, {"config": defining(saved_config), **preprocessing.to_dict()})
         dtype = next(module.parameters()).dtype if device.type == "cuda" else torch.float32
         self.module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._device = device

@@ -1,0 +1,250 @@
+"""A trained adaptor on disk, and what it needs to be used again: one folder that says which encoders it belongs to.
+
+checkpoint.json               sizes, encoders by spec and content hash, training settings, versions, SHA-256 of the rest
+adaptor.safetensors
+image_encoder.safetensors     only for the tiny encoder, which nothing else would bring along
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from core.errors import CheckpointError, UserError
+from core.files import durable, sha256_file
+from model.adaptor import Adaptor, AdaptorConfig
+from model.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+
+FORMAT_VERSION = 1
+_JSON = "checkpoint.json"
+_ADAPTOR = "adaptor.safetensors"
+_IMAGE_ENCODER = "image_encoder.safetensors"
+_VERSIONS_OF = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A loaded checkpoint: frozen encoders and the adaptor in evaluation mode, all on one device."""
+
+    image_encoder: ImageEncoder
+    text_encoder: TextEncoder
+    adaptor: Adaptor
+    sha256: str  # of checkpoint.json, which holds the hashes of the other files
+    values: dict[str, Any]  # checkpoint.json
+
+    @property
+    def logit_scale(self) -> float:
+        """1 / temperature of the trained softmax over cosines."""
+        return float(self.values["logit_scale"])
+
+    def describe(self) -> dict[str, Any]:
+        """What a bundle made from this checkpoint records of it: plain JSON values, no paths."""
+        kept = ("format_version", "adaptor", "image_encoder", "text_encoder", "logit_scale", "training", "versions")
+        return {"sha256": self.sha256, **{key: self.values[key] for key in kept}}
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        image_encoder_spec: str | None = None,
+        text_encoder_spec: str | None = None,
+        device: torch.device | str = "cpu",
+        trust_remote_code: bool = False,
+    ) -> Checkpoint:
+        """Load a folder that `save_checkpoint` wrote.
+
+        The specs say where the encoders lie if not where the checkpoint says. Raises `CheckpointError` if a file is
+        missing or altered, if shapes contradict each other, or if an encoder is not the one that it was trained with.
+        """
+        values = _read_json(path)
+        adaptor = _load_adaptor(path, values)
+        image, text = values["image_encoder"], values["text_encoder"]
+        if image["spec"] == "tiny" and image_encoder_spec is None:
+            _check_file(path, _IMAGE_ENCODER, values)
+            image_encoder_spec = f"tiny:{path / _IMAGE_ENCODER}"
+        image_encoder = load_image_encoder(
+            image_encoder_spec or _recorded_spec(path, "image", image),
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        _check_same(path, "image", image, image_encoder.content_hash)
+        text_encoder = load_text_encoder(
+            text_encoder_spec or _recorded_spec(path, "text", text),
+            device=device,
+            max_tokens=text["max_tokens"],
+            layer=text["layer"],
+            trust_remote_code=trust_remote_code,
+        )
+        _check_same(path, "text", text, text_encoder.content_hash)
+        check_shapes(adaptor.config, image_encoder, text_encoder)
+        return cls(
+            image_encoder=image_encoder,
+            text_encoder=text_encoder,
+            adaptor=adaptor.to(device).eval().requires_grad_(False),
+            sha256=sha256_file(path / _JSON),
+            values=values,
+        )
+
+
+def save_checkpoint(
+    path: Path,
+    *,
+    adaptor: Adaptor,
+    logit_scale: float,
+    image_encoder: ImageEncoder,
+    text_encoder: TextEncoder,
+    training: dict[str, Any],
+    half: bool = True,
+) -> None:
+    """Write a checkpoint folder; other files in it stay. `half` stores the adaptor's weights in float16.
+
+    Every file is complete and flushed under a temporary name before the first takes its place, `checkpoint.json` last.
+    Raises `CheckpointError` if `path` is a file.
+    """
+    check_shapes(adaptor.config, image_encoder, text_encoder)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file; name a folder for the checkpoint")
+    path.mkdir(parents=True, exist_ok=True)
+    dtype = torch.float16 if half else torch.float32
+    state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in adaptor.state_dict().items()}
+    image = {
+        "spec": _portable(image_encoder.spec),
+        "local": _is_local(image_encoder.spec),
+        "content_hash": image_encoder.content_hash,
+        "preprocessing": image_encoder.preprocessing.to_dict(),
+        "patches": image_encoder.patches,
+        "patch_dim": image_encoder.patch_dim,
+        "embedding_dim": image_encoder.embedding_dim,
+    }
+    files = {}
+    with ExitStack() as stack:
+        json_file = stack.enter_context(durable(path / _JSON))  # entered first, so put in place last
+        adaptor_file = stack.enter_context(durable(path / _ADAPTOR))
+        save_file(state, adaptor_file)
+        files[_ADAPTOR] = sha256_file(adaptor_file)
+        if image["spec"] == "tiny":
+            from model.tiny import load_tiny, save_tiny
+
+            tiny_file = stack.enter_context(durable(path / _IMAGE_ENCODER))
+            tiny: Any = image_encoder
+            save_tiny(tiny.module, image_encoder.preprocessing, tiny_file)
+            files[_IMAGE_ENCODER] = sha256_file(tiny_file)
+            saved: Any = load_tiny(tiny_file)
+            image["content_hash"] = saved.content_hash
+            image["config"] = tiny.module.config.to_dict()
+        values = {
+            "format_version": FORMAT_VERSION,
+            "adaptor": adaptor.config.to_dict(),
+            "image_encoder": image,
+            "text_encoder": {
+                "spec": _portable(text_encoder.spec),
+                "local": _is_local(text_encoder.spec),
+                "content_hash": text_encoder.content_hash,
+                "dim": text_encoder.dim,
+                "max_tokens": text_encoder.max_tokens,
+                "layer": text_encoder.layer,
+            },
+            "logit_scale": logit_scale,
+            "training": training,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in _VERSIONS_OF}},
+            "files": files,
+        }
+        json_file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_shapes(config: AdaptorConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
+    """Raise `CheckpointError` unless the adaptor's widths are those of the encoders."""
+    pairs = {
+        "patch_dim": (config.patch_dim, image_encoder.patch_dim),
+        "embedding_dim": (config.embedding_dim, image_encoder.embedding_dim),
+        "text_dim": (config.text_dim, text_encoder.dim),
+    }
+    for name, (ours, theirs) in pairs.items():
+        if ours != theirs:
+            raise CheckpointError(f"the adaptor's {name} is {ours}, the encoder's {theirs}; take the matching encoder")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    file = path / _JSON
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path} is no checkpoint: {_JSON} is missing; check the path, or train one") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}; train again, or restore the file") from error
+    found = values.get("format_version") if isinstance(values, dict) else None
+    if found != FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format version {found}, this program reads {FORMAT_VERSION}; train again")
+    for name in ("adaptor", "image_encoder", "text_encoder", "training", "versions", "files", "logit_scale"):
+        kinds = (int, float) if name == "logit_scale" else (dict,)
+        if not isinstance(values.get(name), kinds):
+            raise CheckpointError(f"{file}: `{name}` is missing or of the wrong type; train again, or restore the file")
+    for name, fields in {"image_encoder": (), "text_encoder": ("max_tokens", "layer")}.items():
+        for field in ("spec", "local", "content_hash", *fields):
+            if field not in values[name]:
+                raise CheckpointError(f"{file}: `{name}.{field}` is missing; train again, or restore the file")
+    checked: dict[str, Any] = values
+    return checked
+
+
+def _check_file(path: Path, name: str, values: dict[str, Any]) -> Path:
+    file = path / name
+    if not file.is_file():
+        raise CheckpointError(f"{path} is incomplete: {name} is missing; train again, or restore the file")
+    if sha256_file(file) != values["files"].get(name):
+        raise CheckpointError(f"{file} is altered: its SHA-256 is not the one in {_JSON}; train again, or restore it")
+    return file
+
+
+def _load_adaptor(path: Path, values: dict[str, Any]) -> Adaptor:
+    file = _check_file(path, _ADAPTOR, values)
+    try:
+        adaptor = Adaptor(AdaptorConfig.from_dict(values["adaptor"]))
+        adaptor.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+    except (UserError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except RuntimeError as error:  # torch's own, on names and shapes: one line for each
+        reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise CheckpointError(f"{file} does not have the shapes that {_JSON} says: {reason}") from error
+    return adaptor
+
+
+def _recorded_spec(path: Path, kind: str, encoder: dict[str, Any]) -> str:
+    spec: str = encoder["spec"]
+    if encoder["local"]:
+        raise CheckpointError(
+            f"{path}: its {kind} encoder {spec} was a file on the machine that trained it; say where it lies with "
+            f"--{kind}-encoder {spec.partition(':')[0]}:PATH"
+        )
+    return spec
+
+
+def _check_same(path: Path, kind: str, encoder: dict[str, Any], content_hash: str) -> None:
+    if content_hash != encoder["content_hash"]:
+        raise CheckpointError(
+            f"{path} was trained with another {kind} encoder (hash {encoder['content_hash'][:12]}, this one has "
+            f"{content_hash[:12]}); name the right {encoder['spec']} with --{kind}-encoder, or train again"
+        )
+
+
+def _is_local(spec: str) -> bool:
+    kind, _, name = spec.partition(":")
+    return kind != "tiny" and bool(name) and Path(name).exists()
+
+
+def _portable(spec: str) -> str:
+    """A spec without the folders of the machine it was used on."""
+    kind, _, name = spec.partition(":")
+    if kind == "tiny":
+        return "tiny"
+    return f"{kind}:{Path(name).resolve().name}" if _is_local(spec) else spec
