@@ -108,6 +108,7 @@ function takeImage(blob, name) {
   preview.src = URL.createObjectURL(blob);
   $("mark-region").disabled = true;
   $("image-hint").textContent = name;
+  $("image-hint").title = name;
   setMode("image");
   ask();
 }
@@ -115,6 +116,7 @@ function takeImage(blob, name) {
 $("preview").addEventListener("load", () => {
   $("mark-region").disabled = false;
   $("preview-blind").hidden = true;
+  $("image-hint").textContent = "Drag over the image to ask about a part of it.";
 });
 $("preview").addEventListener("error", () => {
   $("preview").hidden = true;
