@@ -59,6 +59,8 @@ class EmbeddingShards:
             self._vectors.append(vectors_nD)
             rows.append(np.asarray(rows_n))
         self.rows_N = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        if np.any(np.diff(self.rows_N) < 0):
+            raise BundleAltered(f"{folder} does not hold its embeddings in row order; export the bundle again")
         self._starts = np.cumsum([0] + [len(vectors_nD) for vectors_nD in self._vectors])
 
     def __len__(self) -> int:

@@ -39,7 +39,9 @@ class EntityIndex:
         self._exact = isinstance(index, faiss.IndexFlat)
         self._parameters = dict(parameters)
         self._rows_N = embeddings.rows_N
-        self.entity_count = len(np.unique(self._rows_N))
+        # Where the embeddings of each entity begin: shards are written in row order, so each entity's stand together.
+        self._entity_rows, self._entity_starts = np.unique(self._rows_N, return_index=True)
+        self.entity_count = len(self._entity_rows)
 
     @classmethod
     def read(cls, path: Path, embeddings: EmbeddingShards, parameters: Mapping[str, Any]) -> EntityIndex:
@@ -94,13 +96,22 @@ class EntityIndex:
         """Candidates to entities: true cosines, each entity at its best one, best first."""
         found_F = positions_F >= 0
         positions_F, scores_F = positions_F[found_F], scores_F[found_F]
-        if not self._exact:
+        if not self._exact:  # estimates, and perhaps not of the entity's best image
+            positions_F = self._all_images(np.unique(self._rows_N[positions_F]))
             scores_F = self._embeddings.at(positions_F) @ query_D
         rows_F = self._rows_N[positions_F]
         order_F = np.lexsort((rows_F, -scores_F))
         rows_F, scores_F = rows_F[order_F], scores_F[order_F]
         first_F = np.sort(np.unique(rows_F, return_index=True)[1])
         return rows_F[first_F], np.minimum(scores_F[first_F], np.float32(1.0))  # rounding must not give 1.0000001
+
+    def _all_images(self, rows_E: Int64Array) -> Int64Array:
+        """The positions of all embeddings of some entities, whose rows are given in rising order."""
+        at_E = np.searchsorted(self._entity_rows, rows_E)
+        starts_E = self._entity_starts[at_E]
+        ends_E = np.append(self._entity_starts, len(self))[at_E + 1]
+        ranges = [np.arange(start, end) for start, end in zip(starts_E, ends_E, strict=True)]
+        return np.concatenate(ranges) if ranges else np.empty(0, np.int64)
 
 
 def search_parameters(index: Any, parameters: Mapping[str, Any]) -> Any:

@@ -1,0 +1,66 @@
+"""What a bundle holds, for people and for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from index.bundle import Bundle, Verify
+
+
+def describe(path: Path, verify: Verify) -> dict[str, Any]:
+    """Check a bundle with its parts opened, and describe it. Raises `BundleError` as `Bundle.open` does."""
+    bundle = Bundle.open(path, verify)
+    bundle.index()
+    with bundle.store() as store:
+        stored_entities = len(store)
+    manifest = bundle.manifest
+    return {
+        "name": bundle.name,
+        "fingerprint": bundle.fingerprint,
+        "schema_version": manifest.schema_version,
+        "verified": verify,
+        "model": dict(manifest.model),
+        "preprocessing": dict(manifest.preprocessing),
+        "embedding_dim": manifest.embedding_dim,
+        "patches": manifest.patches,
+        "counts": asdict(manifest.counts),
+        "stored_entities": stored_entities,
+        "calibration": None if manifest.calibration is None else dict(manifest.calibration),
+        "image_encoder": asdict(manifest.image_encoder),
+        "index": asdict(bundle.index_manifest),
+        "export": dict(manifest.export),
+        "files": {name: asdict(entry) for name, entry in manifest.files.items()},
+        "bytes": bundle.index_manifest.bytes + sum(entry.bytes for entry in manifest.files.values()),
+        "unlisted_files": bundle.unlisted_files(),
+        "created_at": manifest.created_at,
+    }
+
+
+def describe_lines(report: dict[str, Any]) -> list[str]:
+    """A description as lines of text."""
+    counts, index, parity = report["counts"], report["index"], report["image_encoder"]["parity"]
+    preprocessing, calibration = report["preprocessing"], report["calibration"]
+    lines = [
+        f"bundle       {report['name']}@{report['fingerprint']}  (schema {report['schema_version']}, "
+        f"{report['bytes'] / 1e6:.1f} MB, made {report['created_at']})",
+        f"entities     {counts['entities']}, {counts['without_image']} without an image, "
+        f"{counts['without_text']} without text",
+        f"left out     {counts['rejected']} catalog record(s), {counts['images_failed']} image(s)",
+        f"embeddings   {counts['embeddings']} of width {report['embedding_dim']}, float16",
+        f"encoders     image {report['model'].get('image_encoder')}, text {report['model'].get('text_encoder')}",
+        f"images       {preprocessing.get('size_px')} px, {report['patches']} patches",
+        f"ONNX parity  least cosine {parity['min_cosine']:.6f}, greatest difference {parity['max_abs_diff']:.2g}",
+        f"index        {index['factory']}, {index['bytes'] / 1e6:.1f} MB ({index['why']})",
+        "confidence   not calibrated"
+        if calibration is None
+        else f"confidence   fitted on {calibration['queries']} queries, {calibration['correct']} of them right; "
+        f"abstains below {calibration['abstain_below']:.2f}",
+        "whole        every byte hashed"
+        if report["verified"] == "full"
+        else "whole        sizes checked, files up to 64 MiB hashed (every byte with --verify)",
+    ]
+    if report["unlisted_files"]:
+        lines.append(f"not of it    {', '.join(report['unlisted_files'])}")
+    return lines

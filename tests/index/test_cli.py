@@ -1,0 +1,85 @@
+"""`wikiclip index` and `wikiclip inspect`, run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from index.bundle import Bundle
+
+
+def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "wikiclip", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def bundle_copy(small_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(small_bundle, tmp_path / "copy"))
+
+
+def test_index_can_be_rebuilt_by_another_factory(bundle_copy: Path) -> None:
+    before = Bundle.open(bundle_copy).fingerprint
+    done = wikiclip("index", "--bundle", bundle_copy, "--factory", "HNSW8", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["factory"] == "HNSW8"
+    bundle = Bundle.open(bundle_copy, verify="full")
+    assert bundle.index_manifest.factory == "HNSW8"
+    assert bundle.fingerprint != before
+
+
+def test_index_repairs_a_missing_index(bundle_copy: Path) -> None:
+    shutil.rmtree(bundle_copy / "index")
+    done = wikiclip("index", "--bundle", bundle_copy)
+    assert done.returncode == 0, done.stderr
+    assert "14 embeddings of width 16 as Flat" in done.stdout
+    assert sorted(file.name for file in (bundle_copy / "index").iterdir()) == ["entity.faiss", "manifest.json"]
+    Bundle.open(bundle_copy, verify="full")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--factory", "Nonsense"), "cannot make factory 'Nonsense'"),
+        (("--factory", "IVF1000,Flat"), "cannot be trained on 14 embeddings"),
+        (("--device", "cuda"), "this faiss sees no GPU"),
+    ],
+)
+def test_index_refuses_and_leaves_the_old_one(bundle_copy: Path, arguments: tuple[str, ...], reason: str) -> None:
+    before = Bundle.open(bundle_copy).fingerprint
+    done = wikiclip("index", "--bundle", bundle_copy, *arguments)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert Bundle.open(bundle_copy).fingerprint == before
+
+
+def test_inspect_says_what_a_bundle_holds(small_bundle: Path) -> None:
+    done = wikiclip("inspect", small_bundle)
+    assert done.returncode == 0, done.stderr
+    assert f"small@{Bundle.open(small_bundle).fingerprint}" in done.stdout
+    assert "12, 1 without an image" in done.stdout
+
+
+def test_inspect_as_json(small_bundle: Path) -> None:
+    report = json.loads(wikiclip("inspect", small_bundle, "--verify", "--json").stdout)
+    assert report["counts"]["entities"] == report["stored_entities"] == 12
+    assert report["verified"] == "full"
+
+
+def test_inspect_refuses_an_altered_bundle_in_one_line(bundle_copy: Path) -> None:
+    path = bundle_copy / "image_encoder.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    done = wikiclip("inspect", bundle_copy)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "image_encoder.onnx is altered" in done.stderr

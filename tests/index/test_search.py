@@ -1,0 +1,157 @@
+"""Search gives what a slow, obvious loop gives: each entity once, at its best image, with its true cosine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from core.errors import BundleAltered, UserError
+from index.build import build_index
+from index.embeddings import EmbeddingShards, write_shard
+from index.manifest import INDEX_FILE
+from index.search import EntityIndex
+
+DIM = 24
+
+
+def make(
+    folder: Path, rows_N: list[int], *, factory: str = "auto", seed: int = 0, shard_size: int = 97
+) -> tuple[EntityIndex, EmbeddingShards]:
+    rng = np.random.default_rng(seed)
+    vectors_ND = rng.normal(size=(len(rows_N), DIM)).astype(np.float32)
+    vectors_ND /= np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+    (folder / "embeddings").mkdir()
+    for shard, start in enumerate(range(0, len(rows_N), shard_size)):
+        part = slice(start, start + shard_size)
+        write_shard(folder / "embeddings", shard, np.array(rows_N[part], np.int64), vectors_ND[part])
+    embeddings = EmbeddingShards(folder / "embeddings", DIM)
+    manifest = build_index(folder, embeddings, factory=factory)
+    return EntityIndex.read(folder / INDEX_FILE, embeddings, manifest.parameters), embeddings
+
+
+def queries(count: int, seed: int = 1) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32)
+
+
+def slow_search(embeddings: EmbeddingShards, query_D: npt.NDArray[Any], top_k: int) -> list[tuple[int, float]]:
+    best: dict[int, float] = {}
+    for row, vector_D in zip(embeddings.rows_N.tolist(), np.concatenate(list(embeddings)), strict=True):
+        cosine = float(vector_D @ query_D / np.linalg.norm(vector_D) / np.linalg.norm(query_D))
+        best[row] = max(cosine, best.get(row, -2.0))
+    return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+
+
+CATALOGS = {
+    "one image each": list(range(300)),
+    "some with several": [row for row in range(120) for _ in range(1 + row % 4)],
+    "one with nearly all": [0] * 290 + list(range(1, 11)),
+    "a single entity": [0] * 5,
+}
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 100])
+@pytest.mark.parametrize("rows_N", CATALOGS.values(), ids=CATALOGS.keys())
+def test_exact_search_equals_the_slow_one(tmp_path: Path, rows_N: list[int], top_k: int) -> None:
+    index, embeddings = make(tmp_path, rows_N)
+    queries_BD = queries(7)
+    rows_BK, scores_BK = index.search(queries_BD, top_k)
+    assert rows_BK.shape == scores_BK.shape == (7, top_k)
+    for query_D, rows_K, scores_K in zip(queries_BD, rows_BK, scores_BK, strict=True):
+        expected = slow_search(embeddings, query_D, top_k)
+        found = rows_K[rows_K >= 0]
+        assert found.tolist() == [row for row, _ in expected]
+        np.testing.assert_allclose(scores_K[: len(found)], [score for _, score in expected], atol=1e-5)
+        assert np.all(rows_K[len(found) :] == -1)
+
+
+@pytest.mark.parametrize(
+    "factory", ["HNSW16", "IVF8,Flat", "IVF8,PQ8x4fs,RFlat", "SQ8", "PCA16,Flat", "PQ12x4", "OPQ8,IVF4,PQ8x4"]
+)
+def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(tmp_path: Path, factory: str) -> None:
+    index, embeddings = make(tmp_path, [row for row in range(600) for _ in range(2)], factory=factory)
+    queries_BD = queries(20)
+    rows_BK, scores_BK = index.search(queries_BD, 10)
+    overlap = 0
+    for query_D, rows_K, scores_K in zip(queries_BD, rows_BK, scores_BK, strict=True):
+        truth = dict(slow_search(embeddings, query_D, 1000))
+        assert len(set(rows_K.tolist())) == 10
+        np.testing.assert_allclose(scores_K, [truth[row] for row in rows_K.tolist()], atol=1e-5)
+        assert np.all(np.diff(scores_K) <= 0)
+        overlap += len(set(rows_K.tolist()) & set(list(truth)[:10]))
+    assert overlap >= 0.5 * 200
+
+
+def test_parameters_hold_for_one_call_only(tmp_path: Path) -> None:
+    index, embeddings = make(tmp_path, list(range(500)), factory="IVF32,Flat")
+    queries_BD = queries(20)
+    before, _ = index.search(queries_BD, 10)
+    everything, _ = index.search(queries_BD, 10, {"nprobe": 32})
+    after, _ = index.search(queries_BD, 10)
+    assert everything.tolist() == [[row for row, _ in slow_search(embeddings, query, 10)] for query in queries_BD]
+    assert before.tolist() == after.tolist() != everything.tolist()
+
+
+def test_an_embedding_finds_itself_at_one(tmp_path: Path) -> None:
+    index, embeddings = make(tmp_path, list(range(50)))
+    rows_BK, scores_BK = index.search(3 * np.concatenate(list(embeddings)), 1)
+    assert rows_BK[:, 0].tolist() == list(range(50))
+    assert np.all(scores_BK <= 1)
+    assert np.all(scores_BK > 0.99999)
+
+
+def test_one_query_equals_a_batch(tmp_path: Path) -> None:
+    index, _ = make(tmp_path, list(range(200)))
+    queries_BD = queries(30)
+    together, _ = index.search(queries_BD, 5)
+    alone = [index.search(query_D[None], 5)[0][0].tolist() for query_D in queries_BD]
+    assert together.tolist() == alone
+
+
+def test_no_queries(tmp_path: Path) -> None:
+    index, _ = make(tmp_path, list(range(5)))
+    rows_BK, _ = index.search(np.empty((0, DIM), np.float32), 5)
+    assert rows_BK.shape == (0, 5)
+
+
+def test_the_same_embeddings_give_the_same_index(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name, list(range(300)))
+    assert (tmp_path / "one" / INDEX_FILE).read_bytes() == (tmp_path / "two" / INDEX_FILE).read_bytes()
+
+
+def test_embeddings_are_had_by_position_across_shards(tmp_path: Path) -> None:
+    _, embeddings = make(tmp_path, list(range(300)), shard_size=7)
+    wanted = np.array([299, 0, 6, 7, 13, 14, 14])
+    np.testing.assert_array_equal(embeddings.at(wanted), np.concatenate(list(embeddings))[wanted])
+
+
+def test_a_file_that_is_no_index(tmp_path: Path) -> None:
+    _, embeddings = make(tmp_path, list(range(5)))
+    (tmp_path / INDEX_FILE).write_bytes(b"nothing of the kind")
+    with pytest.raises(BundleAltered, match=r"entity\.faiss is no index"):
+        EntityIndex.read(tmp_path / INDEX_FILE, embeddings, {})
+
+
+def test_a_factory_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot make factory 'What'") as caught:
+        make(tmp_path, list(range(5)), factory="What")
+    assert "\n" not in str(caught.value)
+
+
+def test_shards_of_another_shape(tmp_path: Path) -> None:
+    make(tmp_path, list(range(5)))
+    with pytest.raises(BundleAltered, match=r"00000\.npy has shape"):
+        EmbeddingShards(tmp_path / "embeddings", DIM + 1)
+    (tmp_path / "embeddings/00000.npy").write_bytes(b"x")
+    with pytest.raises(BundleAltered, match="is no array file"):
+        EmbeddingShards(tmp_path / "embeddings", DIM)
+
+
+def test_embeddings_out_of_row_order(tmp_path: Path) -> None:
+    with pytest.raises(BundleAltered, match="row order"):
+        make(tmp_path, [0, 1, 0])

@@ -1,0 +1,179 @@
+"""The entity store finds by id, by row and by title, from any thread, and is the same bytes each time."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
+from index.bundle import Bundle
+from index.store import EntityStore, StoredEntity, write_store
+
+
+@pytest.fixture
+def store(small_bundle: Path) -> Iterator[EntityStore]:
+    with Bundle.open(small_bundle).store() as store:
+        yield store
+
+
+def entity(row: int, title: str, *, text: str | None = None) -> StoredEntity:
+    return StoredEntity(
+        row=row,
+        entity_id=f"Q{row}",
+        title=title,
+        titles={},
+        description=None,
+        url=None,
+        types=(),
+        symbol=None,
+        image_count=0,
+        has_text=text is not None,
+        text=text,
+    )
+
+
+def titles(store: EntityStore, query: str, limit: int = 20) -> list[str]:
+    return [found.title for found in store.search_titles(query, limit)]
+
+
+def test_what_was_written_is_read(tmp_path: Path) -> None:
+    first = StoredEntity(
+        row=0,
+        entity_id="Q35517",
+        title="Élan “vital” 🦌",
+        titles={"fr": "Élan", "zh": "驼鹿"},
+        description="a deer",
+        url="https://en.wikipedia.org/wiki/Moose",
+        types=("animal", "deer"),
+        symbol="🫎",
+        image_count=2,
+        has_text=True,
+        text="long\ntext",
+    )
+    second = entity(1, "Plain")
+    write_store(tmp_path / "s.sqlite", [(first, b"webp bytes"), (second, None)])
+    with EntityStore(tmp_path / "s.sqlite") as store:
+        assert len(store) == 2
+        assert store.get("Q35517") == first
+        assert store.by_rows([1, 0, 1]) == [second, first, second]
+        assert store.thumbnail("Q35517") == b"webp bytes"
+        assert store.thumbnail("Q1") is None
+        assert store.rows_with_thumbnail([0, 1]) == {0}
+
+
+def test_what_is_not_there(store: EntityStore) -> None:
+    with pytest.raises(UnknownEntity, match="no entity 'Q999'"):
+        store.get("Q999")
+    with pytest.raises(UnknownEntity):
+        store.get("\ud800")
+    with pytest.raises(UnknownEntity):
+        store.thumbnail("Q999")
+    with pytest.raises(IndexError):
+        store.by_rows([0, 12])
+    with pytest.raises(IndexError):
+        store.by_rows([-1])
+    assert store.by_rows([]) == []
+    assert store.thumbnail("Q15083") is None
+
+
+def test_more_rows_than_one_statement_takes(tmp_path: Path) -> None:
+    write_store(tmp_path / "s.sqlite", ((entity(row, f"T{row}"), None) for row in range(1300)))
+    with EntityStore(tmp_path / "s.sqlite") as store:
+        wanted = list(reversed(range(1300)))
+        assert [found.row for found in store.by_rows(wanted)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("Lion", ["Lion", "Lion of Lucerne"]),
+        ("lion", ["Lion", "Lion of Lucerne"]),
+        ("lion o", ["Lion of Lucerne"]),
+        ("LUCERNE lion", ["Lion of Lucerne"]),
+        ("cote d'ivoire", ["Flag of Côte d’Ivoire"]),
+        ("ivoire", ["Flag of Côte d’Ivoire"]),
+        ("girafe", ["Giraffe"]),
+        ("长颈", ["Giraffe"]),
+        ("gir", ["Giraffe"]),
+        ("a & b", ["A & B “Best” (brand)"]),
+        ("🦁 lion", ["Lion", "Lion of Lucerne"]),
+        ("nothing like it", []),
+        ("", []),
+        ("  \t ", []),
+    ],
+)
+def test_title_search(store: EntityStore, query: str, expected: list[str]) -> None:
+    assert titles(store, query) == expected
+
+
+@pytest.mark.parametrize(
+    "query",
+    ['"', "'", "*", '"*', "NOT", "AND OR", "lion NEAR(", "title:lion", "{a}", "-lion", "^lion", "lion\0", "a" * 100_000,
+     "\ud83e", "%", "_", "lion; DROP TABLE entity", "\\", "(((", "🦒", "+", "x:y:z", '""""'],
+)  # fmt: skip
+def test_title_search_takes_any_text(store: EntityStore, query: str) -> None:
+    store.search_titles(query)
+    assert titles(store, "giraffe") == ["Giraffe"]
+
+
+def test_title_search_keeps_to_its_limit(store: EntityStore) -> None:
+    assert len(titles(store, "flag", 2)) == 2
+    assert titles(store, "flag", 0) == []
+
+
+def test_exact_then_prefix_then_words(tmp_path: Path) -> None:
+    names = ["The big apple", "Apple pie", "Crabapple", "apple", "Pine apple tree"]
+    write_store(tmp_path / "s.sqlite", ((entity(row, name), None) for row, name in enumerate(names)))
+    with EntityStore(tmp_path / "s.sqlite") as store:
+        found = titles(store, "apple")
+    assert found[:2] == ["apple", "Apple pie"]
+    assert set(found[2:]) == {"The big apple", "Pine apple tree"}
+
+
+def test_many_threads_read_at_once(store: EntityStore) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: store.by_rows([number % 12])[0].row, range(400)))
+    assert found == [number % 12 for number in range(400)]
+
+
+def test_same_entities_same_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_store(tmp_path / name, ((entity(row, f"Title {row} word{row % 7}"), b"x") for row in range(500)))
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_a_store_cannot_be_written_through(store: EntityStore) -> None:
+    with pytest.raises(sqlite3.OperationalError, match="readonly"):
+        store._connection().execute("DELETE FROM entity")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
+    def broken() -> Iterator[tuple[StoredEntity, bytes | None]]:
+        yield entity(0, "first"), None
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        write_store(tmp_path / "s.sqlite", broken())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_no_store(tmp_path: Path) -> None:
+    with pytest.raises(BundleIncomplete, match=r"none\.sqlite is missing"):
+        EntityStore(tmp_path / "none.sqlite")
+    (tmp_path / "text.sqlite").write_text("no database, just text" * 100)
+    with pytest.raises(BundleAltered, match=r"text\.sqlite is no entity store"):
+        EntityStore(tmp_path / "text.sqlite")
+    (tmp_path / "empty.sqlite").write_bytes(b"")
+    with pytest.raises(BundleAltered, match=r"empty\.sqlite is no entity store"):
+        EntityStore(tmp_path / "empty.sqlite")
+
+
+def test_a_path_with_odd_characters(tmp_path: Path) -> None:
+    path = tmp_path / "what? 100% #1.sqlite"
+    write_store(path, [(entity(0, "here"), None)])
+    with EntityStore(path) as store:
+        assert titles(store, "here") == ["here"]
