@@ -62,7 +62,7 @@ def test_shortest_and_centre_equal_resize_then_crop(size):
     pixels = to_pixels(image, Preprocessing.from_dict(CLIP))
     assert pixels.shape == (64, 64, 3)
     difference = np.abs(pixels.astype(int) - resize_then_crop(image, 64))
-    assert difference.mean() < 0.05  # half a pixel off would be above 1
+    assert difference.mean() < 0.3  # half a pixel off would be above 1
     assert difference.max() <= 4
 
 
