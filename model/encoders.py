@@ -83,7 +83,7 @@ def load_image_encoder(
     if kind == "tiny":
         from model.tiny import load_tiny
 
-        return load_tiny(Path(name) if name else None)
+        return load_tiny(Path(name) if name else None, device=device)
     if kind == "onnx" and name:
         from model.onnx_encoder import OnnxImageEncoder
 

@@ -1,0 +1,168 @@
+"""Frozen features of images and texts, computed where the cache lacks them, and put together as the adaptor's input.
+
+Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D embedding.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from core.errors import TooLarge, UndecodableImage
+from core.jsonl import Rejected
+from imaging import load_pixels
+from model.data import Entity, ImageSource
+from model.encoders import ImageEncoder, TextEncoder
+from model.feature_cache import ImageFeatureCache, TextFeatureCache, content_key
+
+MAX_PIXELS = 64_000_000
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntityKeys:
+    """Where the features of an entity are: one key for each usable image, and that of its text if it has one."""
+
+    images: tuple[bytes, ...]
+    text: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntityBatch:
+    """The adaptor's input, in the order of its arguments."""
+
+    patch_tokens_BPC: torch.Tensor
+    image_mask_B: torch.Tensor
+    text_tokens_BTL: torch.Tensor
+    text_mask_BT: torch.Tensor
+
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.patch_tokens_BPC, self.image_mask_B, self.text_tokens_BTL, self.text_mask_BT
+
+
+class FeatureStore:
+    """The two caches and the encoders that fill them. `computed` counts what had to be encoded."""
+
+    def __init__(
+        self, root: Path, image_encoder: ImageEncoder, text_encoder: TextEncoder, *, batch_size: int = 64
+    ) -> None:
+        self.image_encoder = image_encoder
+        self.text_encoder = text_encoder
+        self.computed = 0
+        self._batch_size = batch_size
+        self._images = ImageFeatureCache(root, image_encoder.content_hash)
+        self._texts = TextFeatureCache(root, text_encoder.content_hash)
+
+    def image_keys(
+        self, sources: Sequence[ImageSource], reject: Callable[[Rejected], None], description: str
+    ) -> list[bytes | None]:
+        """Encode the images that are not cached; the key of each, None where it cannot be read (and is rejected)."""
+        keys: list[bytes | None] = []
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(sources), desc=description, unit="image", leave=False) as progress,
+        ):
+            for chunk in _chunks(sources, self._batch_size):
+                new: dict[bytes, npt.NDArray[np.uint8]] = {}
+                for source, result in zip(chunk, pool.map(self._read, chunk), strict=True):
+                    if isinstance(result, str):
+                        reject(Rejected(line=source.line, reason=result, record=source.record))
+                        keys.append(None)
+                        continue
+                    key, pixels = result
+                    keys.append(key)
+                    if pixels is not None:
+                        new[key] = pixels
+                if new:
+                    features = self.image_encoder.encode(np.stack(list(new.values())))
+                    tokens, embeddings = (
+                        features.patch_tokens_BPC.cpu().numpy(),
+                        features.image_embedding_BD.cpu().numpy(),
+                    )
+                    self._images.add(list(new), tokens, embeddings)
+                    self.computed += len(new)
+                progress.update(len(chunk))
+        self._images.flush()
+        return keys
+
+    def _read(self, source: ImageSource) -> tuple[bytes, npt.NDArray[np.uint8] | None] | str:
+        """The image's key, and its pixels unless its features are cached; a reason if it cannot be read."""
+        try:
+            data = source.path.read_bytes()
+            key = content_key(data)
+            if key in self._images:
+                return key, None
+            return key, load_pixels(data, self.image_encoder.preprocessing, max_pixels=MAX_PIXELS)
+        except (OSError, UndecodableImage, TooLarge) as error:
+            return f"image {source.path.name}: {error}"
+
+    def text_keys(self, texts: Sequence[str], description: str) -> list[bytes | None]:
+        """Encode the texts that are not cached; the key of each, None for a blank one."""
+        keys = [content_key(text.encode()) if text.strip() else None for text in texts]
+        missing = {
+            key: text for key, text in zip(keys, texts, strict=True) if key is not None and key not in self._texts
+        }
+        with tqdm(total=len(missing), desc=description, unit="text", leave=False) as progress:
+            for chunk in _chunks(missing.items(), self._batch_size):
+                features = self.text_encoder.encode([text for _, text in chunk])
+                lengths = features.mask_BT.sum(dim=1).tolist()
+                rows = features.text_tokens_BTC.cpu().numpy()
+                self._texts.add([key for key, _ in chunk], (row[:n] for row, n in zip(rows, lengths, strict=True)))
+                self.computed += len(chunk)
+                progress.update(len(chunk))
+        self._texts.flush()
+        return keys
+
+    def entity_keys(self, entities: Sequence[Entity], reject: Callable[[Rejected], None]) -> list[EntityKeys]:
+        """Encode what is missing of the entities' images and texts; their keys in the same order."""
+        sources = [image for entity in entities for image in entity.images]
+        image_keys = iter(self.image_keys(sources, reject, "entity images"))
+        text_keys = self.text_keys([entity.text for entity in entities], "entity texts")
+        return [
+            EntityKeys(
+                images=tuple(key for key in islice(image_keys, len(entity.images)) if key is not None), text=text
+            )
+            for entity, text in zip(entities, text_keys, strict=True)
+        ]
+
+    def query_embeddings(self, keys: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        """float32 `[B, D]`, L2-normalised."""
+        return np.stack([self._images.image_embedding(key) for key in keys])
+
+    def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
+        """The adaptor's input for (image key, text key) of each row, None for what is missing."""
+        size = len(rows)
+        tokens = np.zeros((size, self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
+        texts = [self._texts.text_tokens(text) if text is not None else None for _, text in rows]
+        longest = max((len(text) for text in texts if text is not None), default=0)
+        text_tokens = np.zeros((size, longest, self.text_encoder.dim), np.float16)
+        text_mask = np.zeros((size, longest), np.bool_)
+        for row, ((image, _), text) in enumerate(zip(rows, texts, strict=True)):
+            if image is not None:
+                tokens[row] = self._images.patch_tokens(image)
+            if text is not None:
+                text_tokens[row, : len(text)] = text
+                text_mask[row, : len(text)] = True
+        return EntityBatch(
+            patch_tokens_BPC=torch.from_numpy(tokens).to(device).float(),
+            image_mask_B=torch.tensor([image is not None for image, _ in rows], device=device),
+            text_tokens_BTL=torch.from_numpy(text_tokens).to(device).float(),
+            text_mask_BT=torch.from_numpy(text_mask).to(device),
+        )
+
+
+def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
+    iterator = iter(items)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
