@@ -1,0 +1,73 @@
+# Two images of the service, neither with torch. The last stage is the default.
+#   docker build -t wikiclip-serve:cpu .
+#   docker build -t wikiclip-serve:gpu --target gpu .
+# Run with a bundle mounted at /bundle; every setting is an environment variable WIKICLIP_*.
+
+# ---- GPU: onnxruntime-gpu and faiss-gpu wheels for CUDA 12 with cuDNN 9 ----
+FROM nvidia/cuda:12.6.3-cudnn-runtime-ubuntu24.04 AS gpu-python
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+FROM gpu-python AS gpu-build
+WORKDIR /src
+RUN python3 -m venv /opt/wikiclip
+COPY pyproject.toml requirements.lock README.md LICENSE wikiclip.py ./
+COPY core core
+COPY catalog catalog
+COPY imaging imaging
+COPY index index
+COPY service service
+COPY benchmarks benchmarks
+COPY model model
+COPY export export
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu]'
+
+FROM gpu-python AS gpu
+COPY --from=gpu-build /opt/wikiclip /opt/wikiclip
+RUN useradd --system --uid 10001 --no-create-home wikiclip
+USER 10001
+ENV PATH=/opt/wikiclip/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    WIKICLIP_BUNDLE=/bundle \
+    WIKICLIP_HOST=0.0.0.0 \
+    WIKICLIP_PORT=8000 \
+    WIKICLIP_DEVICE=cuda
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['WIKICLIP_PORT'] + '/readyz', timeout=2)"]
+ENTRYPOINT ["wikiclip"]
+CMD ["serve"]
+
+# ---- CPU ----
+FROM python:3.11-slim-bookworm AS cpu-build
+WORKDIR /src
+RUN python3 -m venv /opt/wikiclip
+COPY pyproject.toml requirements.lock README.md LICENSE wikiclip.py ./
+COPY core core
+COPY catalog catalog
+COPY imaging imaging
+COPY index index
+COPY service service
+COPY benchmarks benchmarks
+COPY model model
+COPY export export
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[cpu]'
+
+FROM python:3.11-slim-bookworm AS cpu
+COPY --from=cpu-build /opt/wikiclip /opt/wikiclip
+RUN useradd --system --uid 10001 --no-create-home wikiclip
+USER 10001
+ENV PATH=/opt/wikiclip/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    WIKICLIP_BUNDLE=/bundle \
+    WIKICLIP_HOST=0.0.0.0 \
+    WIKICLIP_PORT=8000 \
+    WIKICLIP_DEVICE=cpu
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['WIKICLIP_PORT'] + '/readyz', timeout=2)"]
+ENTRYPOINT ["wikiclip"]
+CMD ["serve"]

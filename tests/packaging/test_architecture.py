@@ -1,0 +1,102 @@
+"""The import directions of docs/architecture.md, and what may never be imported by whom."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"torch", "transformers"}
+
+
+def package_table() -> dict[str, tuple[str, str]]:
+    """The rows of the page's table: package name to (what it is, what it may import)."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)
+    return {name: (purpose, allowed) for name, purpose, allowed in rows}
+
+
+TABLE = package_table()
+
+
+def allowed_imports(package: str) -> set[str]:
+    allowed = TABLE[package][1].strip()
+    if allowed == "any":
+        return set(TABLE)
+    return {package} | ({name.strip() for name in allowed.split(",")} - {"–"})
+
+
+def source_files(package: str) -> Iterator[Path]:
+    if (ROOT / f"{package}.py").exists():
+        yield ROOT / f"{package}.py"
+        return
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if "build" not in path.relative_to(ROOT / package).parts:
+            yield path
+
+
+def imported_roots(source: str) -> set[str]:
+    """The top-level names imported anywhere in a module, inside functions too."""
+    roots: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            roots.add(node.module.partition(".")[0])
+    return roots
+
+
+def test_table_names_every_package() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert packages | {"wikiclip"} == set(TABLE)
+
+
+def test_table_names_only_packages_in_it() -> None:
+    for package in TABLE:
+        assert allowed_imports(package) <= set(TABLE), package
+
+
+@pytest.mark.parametrize("package", sorted(TABLE))
+def test_imports_follow_the_table(package: str) -> None:
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in source_files(package)
+        for name in sorted(imported_roots(path.read_text(encoding="utf-8")) & set(TABLE) - allowed_imports(package))
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", sorted(name for name, (purpose, _) in TABLE.items() if "no torch" in purpose))
+def test_packages_without_torch_name_none(package: str) -> None:
+    wrong = [
+        str(path.relative_to(ROOT))
+        for path in source_files(package)
+        if imported_roots(path.read_text(encoding="utf-8")) & HEAVY
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("modules", "banned"),
+    [
+        # The whole serving path, recogniser and console command included.
+        ("service.app, service.recognizer, service.cli, service.client, index.bundle", HEAVY | {"model", "export"}),
+        # Printing help stays quick because the commands' modules are light.
+        (
+            "wikiclip, service.cli, index.cli, model.cli, export.cli, benchmarks.cli",
+            HEAVY | {"numpy", "fastapi", "onnxruntime", "faiss", "PIL", "pydantic"},
+        ),
+    ],
+    ids=["serving", "console"],
+)
+def test_importing_pulls_in_nothing_heavy(modules: str, banned: set[str]) -> None:
+    probe = f"import sys, {modules}; print(*sorted({banned!r} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

@@ -1,0 +1,57 @@
+"""Every command answers --help, and says what each of its options is for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from core.cli import LazyGroup
+from wikiclip import COMMANDS, cli
+
+
+def wikiclip(*arguments: str) -> subprocess.CompletedProcess[str]:
+    script = Path(sys.executable).with_name("wikiclip")
+    return subprocess.run([script, *arguments], capture_output=True, text=True, check=False)
+
+
+def command_named(name: str) -> click.Command:
+    assert isinstance(cli, LazyGroup)
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return command
+
+
+def test_help_lists_every_command() -> None:
+    done = wikiclip("--help")
+    assert done.returncode == 0, done.stderr
+    for name, (_, summary) in COMMANDS.items():
+        assert name in done.stdout
+        assert summary.split(":")[0].split(",")[0][:40] in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command_answers_help(name: str) -> None:
+    done = wikiclip(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"Usage: wikiclip {name} ")
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_has_help(name: str) -> None:
+    options = [option for option in command_named(name).params if isinstance(option, click.Option)]
+    assert options
+    assert [option.name for option in options if not option.help] == []
+
+
+@pytest.mark.parametrize("arguments", [["no-such-command"], ["inspect"], ["serve", "--no-such-option"]])
+def test_bad_usage_is_one_line_and_exit_2(arguments: list[str]) -> None:
+    done = wikiclip(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
