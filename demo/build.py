@@ -1,0 +1,188 @@
+"""Builds Symbols under `demo/build/`: `python -m demo.build`, or `make symbols`.
+
+    sources/          the public packages, as fetched
+    drawings/         one 128 px RGBA image per entity and artist
+    photos/           held-out artists' drawings, photographed
+    catalog.jsonl     every entity with the drawings of the artists that are not held out
+    drawings.jsonl    who drew what, and what it may be used for
+    pairs_train.jsonl        seen entities, training artists: all that anything is ever trained on
+    queries_{val,test}_{clean,photo}.jsonl   held-out artists' drawings, `data_split` ending in seen or unseen
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from core.files import write_durably
+from demo.entities import Symbol, build_symbols
+from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
+from demo.render import is_blank, main_colours, render
+from demo.sources import IconSet, fetch
+
+BUILD = Path(__file__).parent / "build"
+HELD_OUT_ARTISTS = ("emojione", "flagpack", "devicon")
+UNSEEN_SHARE = 0.2
+VALIDATION_SHARE = 0.25
+SPLIT_SEED = 20260310
+PHOTO_SEED = 9921
+PHOTO_PX = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """One artist's drawing of one entity. `role`: `train` (also in the catalog), `catalog` (of an unseen entity), `query` (held out)."""
+
+    entity_id: str
+    kind: str
+    artist: str
+    icon: str
+    image: str
+    split: str
+    role: str
+
+
+def split_entities(symbols: Iterable[Symbol]) -> dict[str, str]:
+    """`{entity_id: val_seen | val_unseen | test_seen | test_unseen}`, each kind split alike, fixed by `SPLIT_SEED`."""
+    by_kind: dict[str, list[str]] = {}
+    for symbol in symbols:
+        by_kind.setdefault(symbol.kind, []).append(symbol.entity_id)
+    splits = {}
+    for kind, ids in by_kind.items():
+        random.Random(f"{SPLIT_SEED} {kind}").shuffle(ids)
+        unseen = round(len(ids) * UNSEEN_SHARE)
+        for part, members in (("unseen", ids[:unseen]), ("seen", ids[unseen:])):
+            validation = round(len(members) * VALIDATION_SHARE)
+            splits |= {entity_id: f"val_{part}" for entity_id in members[:validation]}
+            splits |= {entity_id: f"test_{part}" for entity_id in members[validation:]}
+    return splits
+
+
+def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Drawing]:
+    """Every drawing with its role; an entity that only held-out artists drew has none."""
+    drawings = []
+    for symbol in symbols:
+        if not set(symbol.drawings) - set(HELD_OUT_ARTISTS):
+            continue
+        split = splits[symbol.entity_id]
+        for artist, icon in symbol.drawings.items():
+            role = "query" if artist in HELD_OUT_ARTISTS else "catalog" if split.endswith("unseen") else "train"
+            image = f"drawings/{artist}/{symbol.entity_id.replace(':', '_')}.png"
+            drawings.append(
+                Drawing(
+                    entity_id=symbol.entity_id, kind=symbol.kind, artist=artist, icon=icon, image=image, split=split, role=role
+                )
+            )
+    return drawings
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    write_durably(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+
+
+def _render_all(drawings: list[Drawing], build: Path) -> list[Drawing]:
+    """Render what is not there yet; returns the drawings that show something."""
+    sets: dict[str, IconSet] = {}
+    visible = []
+    for drawing in tqdm(drawings, desc="drawings", unit="drawing"):
+        path = build / drawing.image
+        if not path.exists():
+            icons = sets.setdefault(drawing.artist, IconSet(build / "sources" / drawing.artist))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            render(icons.svg(drawing.icon)).save(path)
+        if not is_blank(np.asarray(Image.open(path))):
+            visible.append(drawing)
+    return visible
+
+
+def _photograph_all(queries: list[Drawing], build: Path) -> None:
+    (build / "photos").mkdir(exist_ok=True)
+    photographer = Photographer(PHOTO_SEED)
+    for start in tqdm(range(0, len(queries), 32), desc="photos", unit="batch"):
+        batch = queries[start : start + 32]
+        drawings = premultiply(torch.stack([to_tensor(Image.open(build / d.image)) for d in batch]))
+        strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
+        photos = photographer.photograph(drawings, PHOTO_PX, strength)
+        for drawing, photo, quality in zip(batch, photos, (95 - 60 * strength).int().tolist(), strict=True):
+            (build / _photo(drawing)).write_bytes(to_jpeg(photo, quality))
+
+
+def _photo(drawing: Drawing) -> str:
+    return f"photos/{drawing.artist}_{Path(drawing.image).stem}.jpg"
+
+
+def _queries(queries: list[Drawing], part: str, how: str) -> Iterable[dict[str, object]]:
+    for drawing in queries:
+        if drawing.split.startswith(part):
+            yield {
+                "data_id": f"{how}:{drawing.artist}:{drawing.entity_id}",
+                "image": drawing.image if how == "clean" else _photo(drawing),
+                "entity_id": drawing.entity_id,
+                "data_split": f"{drawing.kind}_{how}_{drawing.split.removeprefix(part + '_')}",
+            }
+
+
+def build_symbols_files(build: Path) -> None:
+    """Fetch, render, photograph and write every file of Symbols into `build`."""
+    fetch(build / "sources")
+    symbols = {symbol.entity_id: symbol for symbol in build_symbols(build / "sources")}
+    splits = split_entities(symbols.values())
+    drawings = _render_all(plan_drawings(symbols.values(), splits), build)
+    _write_jsonl(build / "drawings.jsonl", map(asdict, drawings))
+
+    catalog: dict[str, list[Drawing]] = {}
+    for drawing in drawings:
+        if drawing.role != "query":
+            catalog.setdefault(drawing.entity_id, []).append(drawing)
+    _write_jsonl(build / "catalog.jsonl", (_record(symbols[i], drawn, build) for i, drawn in catalog.items()))
+
+    _write_jsonl(
+        build / "pairs_train.jsonl",
+        (
+            {"data_id": f"{d.artist}:{d.entity_id}", "image": d.image, "entity_id": d.entity_id, "data_split": "train_seen"}
+            for d in drawings
+            if d.role == "train"
+        ),
+    )
+    queries = [d for d in drawings if d.role == "query" and d.entity_id in catalog]
+    _photograph_all(queries, build)
+    for part in ("val", "test"):
+        for how in ("clean", "photo"):
+            _write_jsonl(build / f"queries_{part}_{how}.jsonl", _queries(queries, part, how))
+    click.echo(f"{len(catalog)} entities, {len(drawings)} drawings, {len(queries)} queries in {build.name}/")
+
+
+def _record(symbol: Symbol, drawn: list[Drawing], build: Path) -> dict[str, object]:
+    colours = main_colours(np.concatenate([np.asarray(Image.open(build / d.image)) for d in drawn]))
+    text = symbol.knowledge + (f" It is drawn mainly in {', '.join(colours)}." if colours else "")
+    return {
+        "entity_id": symbol.entity_id,
+        "title": symbol.title,
+        "text": text,
+        "images": [d.image for d in drawn],
+        "url": symbol.url,
+        "types": symbol.types,
+        "titles": symbol.titles,
+        "symbol": symbol.symbol,
+        "description": symbol.description,
+    }
+
+
+@click.command()
+@click.option("--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Folder to build in.")
+def main(build: Path) -> None:
+    """Build Symbols: fetch the icon packages, render every drawing, write catalog, pairs and queries."""
+    build_symbols_files(build)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The built-in image encoder: a small hybrid of convolutions and attention that plays CLIP's part, trained by this project.
+
+Shapes: B batch, P = G * G patches, G = size_px / 16, C = D = embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from core.errors import EncoderSpecError
+from core.files import durable
+from imaging.preprocess import Preprocessing
+from model.torch_encoder import TorchImageEncoder
+
+BUILT_IN = Path(__file__).parent.parent / "demo" / "checkpoint" / "image_encoder.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig:
+    """Sizes of the network: channel widths of the four strides 2, 4, 8 and 16, residual blocks at strides 4 and 8, attention layers at 16."""
+
+    widths: tuple[int, int, int, int] = (24, 48, 128, 256)
+    blocks: tuple[int, int] = (1, 2)
+    attention_layers: int = 3
+    heads: int = 4
+    mlp_ratio: float = 2.0
+    embedding_dim: int = 128
+    size_px: int = 96
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TinyConfig:
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = _convolution(width, width)
+        self.second = _convolution(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class _Attention(nn.Module):
+    """A pre-norm Transformer encoder layer."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, int(width * mlp_ratio)), nn.GELU(), nn.Linear(int(width * mlp_ratio), width)
+        )
+
+    def forward(self, x_BPC: torch.Tensor) -> torch.Tensor:
+        patches, width = x_BPC.shape[1:]
+        qkv = self.qkv(self.attention_norm(x_BPC)).reshape(-1, patches, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, patches, width)
+        x_BPC = x_BPC + self.out(mixed)
+        return x_BPC + self.mlp(self.mlp_norm(x_BPC))
+
+
+class TinyEncoder(nn.Module):
+    """Pixels `[B, 3, H, W]` to patch tokens `[B, P, D]` and image embedding `[B, D]`, L2-normalised.
+
+    Each patch token is weighted by a learned saliency whose mean over the patches is one, so the mean patch token is the
+    pooled embedding before normalisation: both live in one space, and background counts for little in either.
+    """
+
+    def __init__(self, config: TinyConfig) -> None:
+        super().__init__()
+        self.config = config
+        w2, w4, w8, w16 = config.widths
+        self.stem = _convolution(3, w2, 2)
+        self.stage4 = nn.Sequential(
+            _convolution(w2, w4, 2), nn.ReLU(), *(_Residual(w4) for _ in range(config.blocks[0]))
+        )
+        self.stage8 = nn.Sequential(
+            _convolution(w4, w8, 2), nn.ReLU(), *(_Residual(w8) for _ in range(config.blocks[1]))
+        )
+        self.stage16 = _convolution(w8, w16, 2)
+        grid = config.size_px // 16
+        self.position = nn.Parameter(torch.zeros(1, w16, grid, grid))
+        nn.init.normal_(self.position, std=0.02)
+        self.attention = nn.Sequential(
+            *(_Attention(w16, config.heads, config.mlp_ratio) for _ in range(config.attention_layers))
+        )
+        self.norm = nn.LayerNorm(w16)
+        self.saliency = nn.Linear(w16, 1)
+        self.projection = nn.Linear(w16, config.embedding_dim, bias=False)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.stage16(self.stage8(self.stage4(F.relu(self.stem(pixel_values)))))
+        position = self.position
+        if x.shape[-2:] != position.shape[-2:]:  # smaller images early in training
+            position = F.interpolate(position, x.shape[-2:], mode="bilinear", align_corners=False)
+        tokens_BPC = self.norm(self.attention((x + position).flatten(2).transpose(1, 2)))
+        weight_BP1 = self.saliency(tokens_BPC).softmax(1) * tokens_BPC.shape[1]
+        patch_tokens_BPD = weight_BP1 * self.projection(tokens_BPC)
+        return patch_tokens_BPD, F.normalize(patch_tokens_BPD.mean(1), dim=-1)
+
+
+def save_tiny(module: TinyEncoder, preprocessing: Preprocessing, path: Path, *, notes: dict[str, Any] | None = None) -> None:
+    """Write one safetensors file: float16 weights; the config, the preprocessing and `notes` as JSON in its metadata."""
+    weights = {name: _halved(tensor) for name, tensor in module.state_dict().items()}
+    metadata = {
+        "config": json.dumps(module.config.to_dict()),
+        "preprocessing": json.dumps(preprocessing.to_dict()),
+        "notes": json.dumps(notes or {}, sort_keys=True),
+    }
+    with durable(path) as temporary:
+        safetensors.torch.save_file(weights, temporary, metadata)
+
+
+def _halved(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+
+
+def read_tiny(path: Path) -> tuple[TinyEncoder, Preprocessing, dict[str, Any]]:
+    """The network (float32, eval mode), its preprocessing and notes. Raises `EncoderSpecError` on a missing or foreign file."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        module = TinyEncoder(TinyConfig.from_dict(json.loads(metadata["config"])))
+        preprocessing = Preprocessing.from_dict(json.loads(metadata["preprocessing"]))
+        notes = json.loads(metadata["notes"])
+        module.load_state_dict(weights)
+    except FileNotFoundError:
+        raise EncoderSpecError(f"{path} does not exist; train the tiny encoder with `make tiny` or name another file") from None
+    except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise EncoderSpecError(f"{path} holds no tiny encoder: {str(error).splitlines()[0]}") from error
+    return module.eval(), preprocessing, notes
+
+
+def load_tiny(path: Path | None = None, *, device: torch.device | str = "cpu") -> TorchImageEncoder:
+    """The built-in encoder, or the one in `path`. Raises `EncoderSpecError`."""
+    module, preprocessing, _ = read_tiny(path or BUILT_IN)
+    spec = f"tiny:{path}" if path else "tiny"
+    return TorchImageEncoder(
+        module, preprocessing, saved_config=module.config.to_dict(), spec=spec, device=torch.device(device)
+    )
