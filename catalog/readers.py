@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -33,7 +34,7 @@ def read_catalog(path: Path, image_root: Path | None = None) -> Iterator[EntityR
             continue
         line, row, convert = item
         try:
-            record = convert(row)
+            record = replace(convert(row), line=line)
             if record.entity_id in seen:
                 raise BadRecord(f"entity_id {record.entity_id!r} stands in an earlier record")
         except BadRecord as error:

@@ -17,6 +17,7 @@ class EntityRecord:
     """An item of the knowledge base. `images` are local paths (resolved against the catalog's folder) or URLs.
 
     `text` feeds the text encoder only. `symbol` is a character that shows the entity, `description` one line about it.
+    `line` is where the record stood in its catalog, from 1.
     """
 
     entity_id: str
@@ -28,6 +29,7 @@ class EntityRecord:
     titles: Mapping[str, str] = field(default_factory=dict)
     symbol: str | None = None
     description: str | None = None
+    line: int = 0
 
 
 class BadRecord(Exception):

@@ -110,8 +110,8 @@ def build_symbols(sources: Path) -> list[Symbol]:
 def _is_left_out(entry: dict[str, Any], facts: Facts) -> bool:
     group = entry.get("group")
     component = group is None or facts.groups[group] == "components"
-    letters = not component and "keycap" in facts.subgroups[entry["subgroup"]]
-    return component or letters or _is_flag(entry)
+    digits = entry["label"].startswith("keycap: ")
+    return component or digits or _is_flag(entry)
 
 
 def _is_flag(entry: dict[str, Any]) -> bool:

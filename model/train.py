@@ -46,7 +46,7 @@ class TrainSettings:
         limits = {
             "epochs must be at least 1": self.epochs >= 1,
             "batch size must be at least 2: the negatives come from the batch": self.batch_size >= 2,
-            "lr must be above 0": self.lr > 0,
+            "lr must be above 0 and at most 1": 0 < self.lr <= 1,
             "weight decay must be at least 0": self.weight_decay >= 0,
             "warmup must be at least 0 and below 1": 0 <= self.warmup < 1,
             "modality dropout must be from 0 to 0.5": 0 <= self.modality_dropout <= 0.5,
