@@ -1,0 +1,85 @@
+"""Command `export`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command()
+@click.option(
+    "--catalog", type=_PATH, required=True, help="Entity records: JSONL(.gz), Parquet, OVEN's or E-VQA's file."
+)
+@click.option("--checkpoint", type=_PATH, required=True, help="Folder written by `wikiclip train`.")
+@click.option("--out", type=_PATH, required=True, help="Folder for the bundle, new or empty.")
+@click.option("--resume", is_flag=True, help="Finish an export that was interrupted; begins one where there is none.")
+@click.option(
+    "--limit", type=click.IntRange(min=1), help="Take only this many entities from the catalog.  [default: all]"
+)
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    default=4096,
+    show_default=True,
+    help="Entities in a shard, the unit of work that an interruption can cost.",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images in a pass of the models."
+)
+@click.option(
+    "--validation", type=_PATH, help="Labelled queries (JSONL) to fit confidence and abstaining on.  [default: none]"
+)
+@click.option("--name", help="Name of the bundle.  [default: name of the output folder]")
+@click.option(
+    "--thumbnails",
+    "thumbnail_px",
+    type=click.IntRange(min=0, max=1024),
+    default=0,
+    show_default=True,
+    help="Longer side in pixels of a thumbnail kept for each entity; 0: none.",
+)
+@click.option("--store-text", is_flag=True, help="Keep the entities' text in the bundle.")
+@click.option("--image-root", type=_PATH, help="Folder that holds OVEN's wikipedia_images_full.  [default: none]")
+@click.option(
+    "--image-encoder", metavar="SPEC", help="Where the checkpoint's image encoder lies.  [default: as it says]"
+)
+@click.option("--text-encoder", metavar="SPEC", help="Where the checkpoint's text encoder lies.  [default: as it says]")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where the models run; auto: a GPU if there is one.",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Let `hf:` encoders run code that comes with their weights.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def export(as_json: bool, **options: Any) -> None:
+    """Write a servable bundle, with an exact index, from a catalog and a checkpoint.
+
+    Killed at any moment, --resume finishes it; the result is that of an undisturbed run.
+    """
+    from dataclasses import asdict
+
+    from export.pipeline import ExportConfig, export_bundle
+
+    summary = export_bundle(ExportConfig(**options, progress=True))
+    if as_json:
+        click.echo(json.dumps(asdict(summary)))
+        return
+    counts = summary.counts
+    if summary.already_complete:
+        click.echo(f"{summary.bundle} is complete already, nothing to do")
+    click.echo(
+        f"bundle {summary.bundle} ({summary.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings, "
+        f"{counts.without_image} without an image, {counts.without_text} without text; "
+        f"{summary.shards} shards, {summary.resumed_shards} of them from an earlier run; {summary.elapsed_s:.1f} s"
+    )
+    if summary.rejects:
+        click.echo(
+            f"{counts.rejected} record(s) rejected, {counts.images_failed} image(s) not used, see {summary.rejects}"
+        )

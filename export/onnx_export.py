@@ -1,0 +1,185 @@
+"""The image encoder as ONNX: exported from torch, or copied where it is ONNX already; its parity measured.
+
+Shapes: B batch, P patches, C patch channels, D embedding width, H = W = size_px.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from core.errors import EncoderSpecError
+from core.files import durable
+from imaging import normalise
+from index.manifest import IMAGE_ENCODER_FILE
+from model.encoders import ImageEncoder, ImageFeatures
+
+INPUT = "pixel_values"
+OUTPUTS = ("patch_tokens", "image_embedding")
+MIN_COSINE = 0.999
+_BATCHES = (1, 2, 5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far the exported encoder is from the original: over patch tokens and embeddings of a few batches."""
+
+    max_abs_diff: float
+    min_cosine: float  # of image embeddings
+
+
+def export_image_encoder(encoder: ImageEncoder, folder: Path) -> Parity:
+    """Write `image_encoder.onnx` (and external data, if it needs any) into `folder`; the same encoder, the same bytes.
+
+    Raises `EncoderSpecError` if it can be neither exported nor copied, or if an embedding of the result is further
+    than a cosine of 0.999 from the original's.
+    """
+    path = folder / IMAGE_ENCODER_FILE
+    source: Path | None = getattr(encoder, "onnx_path", None)
+    if source is not None:
+        _copy(source, path)
+    else:
+        module: nn.Module | None = getattr(encoder, "module", None)
+        if module is None:
+            raise EncoderSpecError(
+                f"image encoder {encoder.spec} has neither a torch module nor an ONNX file to export"
+            )
+        _export(module, encoder, path)
+    parity = measure_parity(encoder, path)
+    if parity.min_cosine < MIN_COSINE:
+        raise EncoderSpecError(
+            f"the ONNX file of {encoder.spec} differs from the original: least cosine {parity.min_cosine:.6f}, "
+            f"{MIN_COSINE} is wanted; export it by hand and name it as onnx:PATH"
+        )
+    return parity
+
+
+def measure_parity(encoder: ImageEncoder, path: Path) -> Parity:
+    """Compare an ONNX file with the encoder it was made from, on made-up images in batches of 1, 2 and 5."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    max_abs_diff, min_cosine = 0.0, 1.0
+    for batch in _BATCHES:
+        pixels_BHW3 = _sample_pixels(batch, encoder.preprocessing.size_px)
+        expected: ImageFeatures = encoder.encode(pixels_BHW3)
+        patch_tokens_BPC, embedding_BD = session.run(
+            list(OUTPUTS), {INPUT: normalise(pixels_BHW3, encoder.preprocessing)}
+        )
+        embedding_BD = F.normalize(torch.from_numpy(embedding_BD).double(), dim=1)
+        expected_BD = expected.image_embedding_BD.cpu()
+        for found, wanted in (
+            (torch.from_numpy(patch_tokens_BPC), expected.patch_tokens_BPC.cpu()),
+            (embedding_BD, expected_BD),
+        ):
+            max_abs_diff = max(max_abs_diff, float((found.double() - wanted.double()).abs().max()))
+        min_cosine = min(min_cosine, float((embedding_BD * F.normalize(expected_BD.double(), dim=1)).sum(1).min()))
+    return Parity(max_abs_diff=float(f"{max_abs_diff:.2g}"), min_cosine=round(min_cosine, 6))
+
+
+class _ForExport(nn.Module):
+    """What goes into the file: float32 out, the embedding L2-normalised, whatever the encoder's own module returns."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        patch_tokens_BPC, image_embedding_BD = self.module(pixel_values)
+        return patch_tokens_BPC.float(), F.normalize(image_embedding_BD.float(), dim=1)
+
+
+def _export(module: nn.Module, encoder: ImageEncoder, path: Path) -> None:
+    size_px = encoder.preprocessing.size_px
+    # A copy, since the encoder itself may be on a GPU or in half precision and is used on.
+    wrapped = _ForExport(copy.deepcopy(module).to("cpu", torch.float32)).eval()
+    # Two images: a batch of one would be taken for a fixed size.
+    example = torch.zeros(2, 3, size_px, size_px)
+    with _quiet(), torch.no_grad():
+        program: Any = torch.onnx.export(
+            wrapped,
+            (example,),
+            input_names=[INPUT],
+            output_names=list(OUTPUTS),
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            verbose=False,
+        )
+    _strip(program.model)
+    large = sum(parameter.nbytes for parameter in wrapped.parameters()) > 1_500_000_000  # protobuf ends at 2 GB
+    if large:
+        program.save(str(path), external_data=True)
+    else:
+        with durable(path) as temporary:
+            program.save(str(temporary), external_data=False)
+
+
+def _strip(model: Any) -> None:
+    """Take out where on this machine each node came from: stack traces, module paths, names of the exporter's."""
+    model.metadata_props.clear()
+    model.doc_string = None
+    graphs = [model.graph, *model.functions.values()]
+    for graph in graphs:
+        graph.metadata_props.clear()
+        graph.doc_string = None
+        values = [*graph.inputs, *getattr(graph, "initializers", {}).values()]
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            values += node.outputs
+        for value in values:
+            value.metadata_props.clear()
+            value.doc_string = None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells its steps on stdout, which belongs to our own reports, and warns of what it does not need."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
+
+
+def _copy(source: Path, path: Path) -> None:
+    from model.onnx_encoder import external_data
+
+    for data in external_data(source):
+        name = PurePath(data).relative_to(source.parent)
+        if ".." in name.parts:
+            raise EncoderSpecError(
+                f"onnx:{source} has external data outside its folder ({name}); save it beside the file"
+            )
+        (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        _copy_durably(data, path.parent / name)
+    _copy_durably(source, path)
+
+
+def _copy_durably(source: Path, path: Path) -> None:
+    with durable(path) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _sample_pixels(batch: int, size_px: int) -> npt.NDArray[np.uint8]:
+    """Images uint8 [B, H, W, 3] with coarse and fine structure, the same ones each time."""
+    rng = np.random.default_rng(batch)
+    coarse_BHW3 = rng.integers(0, 256, size=(batch, 4, 4, 3)).repeat(-(-size_px // 4), 1).repeat(-(-size_px // 4), 2)
+    noise_BHW3 = rng.normal(0, 24, size=(batch, size_px, size_px, 3))
+    pixels_BHW3: npt.NDArray[np.uint8] = (coarse_BHW3[:, :size_px, :size_px] + noise_BHW3).clip(0, 255).astype(np.uint8)
+    return pixels_BHW3
