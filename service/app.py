@@ -1,0 +1,159 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from core.errors import Unavailable, UserError
+from imaging import readable_types
+from service import problems, routes, schemas
+from service.metrics import Metrics
+from service.middleware import RequestContext
+from service.recognizer import Recognizer
+from service.settings import Settings
+
+_PAGE = Path(__file__).parent / "page"
+_DOCS = Path(__file__).parent / "docs"
+
+
+def create_app(settings: Settings, recognizer: Recognizer | None = None) -> FastAPI:
+    """The service. Without a recogniser it opens the bundle of `settings` when it starts.
+
+    A recogniser that is handed over is closed with the app. Raises `UserError` if there is neither.
+    """
+    if recognizer is None and settings.bundle is None:
+        raise UserError("no bundle is given; name one with --bundle or WIKICLIP_BUNDLE")
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        opened = recognizer
+        if opened is None:
+            assert settings.bundle is not None
+            opened = await asyncio.to_thread(Recognizer.open, settings.bundle, settings)
+        app.state.recognizer = opened
+        try:
+            yield
+        finally:
+            await opened.aclose()
+
+    app = FastAPI(
+        title="WikiCLIP Serve",
+        summary="Which entity of Wikipedia is in this picture.",
+        version=version("wikiclip-serve"),
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.recognizer = recognizer
+    app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
+    problems.install(app)
+    app.include_router(routes.router)
+    _add_operations(app)
+    _add_pages(app)
+    # The last one added is the outermost: what goes wrong within still gets its CORS headers.
+    app.add_middleware(RequestContext, metrics_of=lambda: _metrics(app))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Content-Type", "X-Request-ID"],
+            expose_headers=["X-Request-ID", "Server-Timing", "Retry-After"],
+        )
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _metrics(app: FastAPI) -> Metrics:
+    recognizer: Recognizer | None = app.state.recognizer
+    metrics: Metrics = app.state.metrics if recognizer is None else recognizer.metrics
+    return metrics
+
+
+def _add_operations(app: FastAPI) -> None:
+    @app.get("/livez", summary="Whether the process answers", response_model=schemas.Liveness)
+    async def livez() -> Response:
+        return routes.json_response({"status": "alive"})
+
+    @app.get(
+        "/readyz",
+        summary="Whether images can be recognised now",
+        response_model=schemas.Readiness,
+        responses=schemas.problems(503),
+    )
+    async def readyz(request: Request) -> Response:
+        routes.recognizer_of(request)
+        return routes.json_response({"status": "ready"})
+
+    @app.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
+    async def metrics(request: Request) -> Response:
+        recognizer: Recognizer | None = request.app.state.recognizer
+        told = _metrics(app)
+        if recognizer is not None:
+            told.in_flight_images.set(recognizer.admission.in_flight)
+            told.queue_images.set(recognizer.queue_depth)
+        told.ready.set(recognizer is not None and recognizer.not_ready_because is None)
+        return Response(told.exposition(), headers={"Content-Type": told.content_type})
+
+    @app.get(
+        "/info", summary="What is served, and its limits", response_model=schemas.Info, responses=schemas.problems(503)
+    )
+    async def info(request: Request) -> Response:
+        if request.app.state.recognizer is None:
+            raise Unavailable("the bundle is being loaded; try again later")
+        return routes.json_response(_info(request.app.state.recognizer))
+
+
+def _info(recognizer: Recognizer) -> dict[str, Any]:
+    bundle, settings = recognizer.bundle, recognizer.settings
+    return {
+        "version": version("wikiclip-serve"),
+        "model": recognizer.model,
+        "bundle": recognizer.label,
+        "entities": bundle.manifest.counts.entities,
+        "embeddings": bundle.manifest.counts.embeddings,
+        "embedding_dim": bundle.manifest.embedding_dim,
+        "device": recognizer.encoder.device,
+        "index": bundle.index_manifest.factory,
+        "calibrated": bundle.calibration is not None,
+        "image_types": list(readable_types()),
+        "limits": {
+            name: getattr(settings, name)
+            for name in ("max_body_bytes", "max_pixels", "max_batch_images", "queue_limit", "deadline_ms")
+        },
+    }
+
+
+def _add_pages(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(_PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return FileResponse(_DOCS / "docs.html", headers={"Cache-Control": "no-cache"})
+
+    app.mount("/page", StaticFiles(directory=_PAGE))
+    app.mount("/docs", StaticFiles(directory=_DOCS))
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        components = document["components"]["schemas"]
+        components["Problem"] = {**schemas.Problem.model_json_schema(), "x-types": problems.problem_types()}
+        for unused in ("HTTPValidationError", "ValidationError"):
+            components.pop(unused, None)
+        app.openapi_schema = document
+    return app.openapi_schema

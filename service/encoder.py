@@ -1,0 +1,92 @@
+"""The bundle's image encoder on ONNX Runtime.
+
+Shapes: B batch, H/W pixels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+
+from core.errors import BundleAltered, UserError
+from imaging import Preprocessing, normalise
+from service.settings import Device
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+log = logging.getLogger("wikiclip.encoder")
+
+
+class OnnxEncoder:
+    """Pixels to query embeddings. One thread is to own it.
+
+    Raises `UserError` if CUDA is asked for and does not work, `BundleAltered` if the file is no such encoder.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        preprocessing: Preprocessing,
+        *,
+        input_name: str,
+        embedding_name: str,
+        embedding_dim: int,
+        device: Device,
+        threads: int,
+    ) -> None:
+        self.preprocessing = preprocessing
+        self._input_name = input_name
+        self._embedding_name = embedding_name
+        self._session = _open_session(path, device, threads)
+        self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        names = {node.name for node in self._session.get_inputs()}, {node.name for node in self._session.get_outputs()}
+        if input_name not in names[0] or embedding_name not in names[1]:
+            raise BundleAltered(
+                f"{path} has no {input_name!r} in or no {embedding_name!r} out; export the bundle again"
+            )
+        # The first pass allocates and is slow: it is not to be some user's.
+        blank = np.zeros((1, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
+        shape = self.encode(blank).shape
+        if shape != (1, embedding_dim):
+            raise BundleAltered(
+                f"{path} gives embeddings {shape}, the manifest says width {embedding_dim}; export again"
+            )
+
+    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 `[B, H, W, 3]` to float32 `[B, D]`."""
+        feed = {self._input_name: normalise(pixels_BHW3, self.preprocessing)}
+        (embedding_BD,) = self._session.run([self._embedding_name], feed)
+        return np.asarray(embedding_BD, np.float32)
+
+
+def _open_session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Spinning threads burn the cores that the decoders need while there is nothing to encode.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    providers: list[str | tuple[str, dict[str, str]]] = [_CPU]
+    if device == "cuda" or (device == "auto" and _CUDA in onnxruntime.get_available_providers()):
+        # The default search for algorithms runs anew for each batch size, for seconds.
+        providers.insert(0, (_CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}))
+    if device == "cuda" and _CUDA not in onnxruntime.get_available_providers():
+        raise UserError("device cuda: this onnxruntime has no CUDA; install the `gpu` extra, or use --device cpu")
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:
+        # ONNX Runtime's exceptions share no base class; whatever it says, the file cannot be run here.
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BundleAltered(f"{path} cannot be loaded ({reason}); export the bundle again") from error
+    # What was asked for and what was got can differ: a CUDA library that does not load leaves the CPU, silently.
+    if len(providers) == 2 and _CUDA not in session.get_providers():
+        if device == "cuda":
+            raise UserError(
+                "device cuda: CUDA was not got, its libraries or driver do not load; fix that or use --device cpu"
+            )
+        log.warning("CUDA is compiled in but does not load: the encoder runs on the CPU")
+    return session

@@ -1,0 +1,213 @@
+"""The one thread that owns the image encoder and the index.
+
+Shapes: B batch, H/W pixels, D embedding width, K results.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import TooManyRequests, Unavailable
+
+_IDLE_BEAT_S = 1.0
+_SEARCHED_TOGETHER = 128  # a job that wants more results than this is searched alone: it would slow the others
+
+log = logging.getLogger("wikiclip.engine")
+
+
+class Encoder(Protocol):
+    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+
+
+class Index(Protocol):
+    def search(
+        self, query_embeddings_BD: npt.NDArray[np.float32], top_k: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What one job gave: the query embedding, entity rows with cosines (falling), and where the time went."""
+
+    embedding_D: npt.NDArray[np.float32]
+    rows: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    queue_ms: float
+    encode_ms: float
+    search_ms: float
+
+
+@dataclass(kw_only=True, eq=False)
+class _Job:
+    pixels_HW3: npt.NDArray[np.uint8] | None
+    embedding_D: npt.NDArray[np.float32] | None
+    top_k: int
+    future: Future[Found] = field(default_factory=Future)
+    queued_at: float = field(default_factory=time.monotonic)
+
+
+class Engine:
+    """A bounded queue and the thread that empties it.
+
+    The thread takes what is there, up to `max_batch`, as soon as it is free: while it works the queue fills, and that
+    is the batching. A job whose future was cancelled (the client went, or its deadline passed) is dropped unprocessed.
+    If a batch fails its jobs are tried one by one, so one bad item fails alone.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        index: Index,
+        *,
+        max_batch: int,
+        queue_limit: int,
+        on_start: Callable[[], None] = lambda: None,
+        on_batch: Callable[[int], None] = lambda size: None,
+    ) -> None:
+        self._encoder = encoder
+        self._index = index
+        self._max_batch = max_batch
+        self._queue_limit = queue_limit
+        self._on_start = on_start
+        self._on_batch = on_batch
+        self._queue: deque[_Job] = deque()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._beat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def depth(self) -> int:
+        """Jobs waiting."""
+        return len(self._queue)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the thread last showed that it moves; it does so between batches and while idle."""
+        return time.monotonic() - self._beat
+
+    def submit(self, pixels_HW3: npt.NDArray[np.uint8], top_k: int) -> Future[Found]:
+        """Encode and search. Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed."""
+        return self._put(_Job(pixels_HW3=pixels_HW3, embedding_D=None, top_k=top_k))
+
+    def search(self, embedding_D: npt.NDArray[np.float32], top_k: int) -> Future[Found]:
+        """Search only, for an embedding that is known. Raises as `submit` does."""
+        return self._put(_Job(pixels_HW3=None, embedding_D=embedding_D, top_k=top_k))
+
+    def close(self, timeout_s: float) -> bool:
+        """Take no more, finish what was taken, and stop. False if that took longer than `timeout_s`."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _put(self, job: _Job) -> Future[Found]:
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise Unavailable("the service is stopping or its engine has died; try again later or elsewhere")
+            if len(self._queue) >= self._queue_limit:
+                raise TooManyRequests(f"{len(self._queue)} images are waiting; try again later", retry_after_s=1)
+            self._queue.append(job)
+            self._wake.notify()
+        return job.future
+
+    def _run(self) -> None:
+        batch: list[_Job] = []
+        try:
+            self._on_start()
+            while (batch := self._take()) or not self._closing:
+                if batch:
+                    self._serve(batch)
+        except BaseException:
+            # Nothing is above this to raise to: `alive` tells the service, and whoever waits is told below.
+            log.critical("the engine thread dies", exc_info=True)
+        finally:
+            with self._wake:
+                self._closing = True
+                waiting = [job for job in self._queue if job.future.set_running_or_notify_cancel()]
+                self._queue.clear()
+            for job in [*batch, *waiting]:
+                if not job.future.done():
+                    job.future.set_exception(Unavailable("the engine has died; try again later or elsewhere"))
+
+    def _take(self) -> list[_Job]:
+        """The next batch, empty when the engine closes or nothing came for a while. Dropped jobs cost nothing."""
+        batch: list[_Job] = []
+        with self._wake:
+            self._beat = time.monotonic()
+            if not self._queue and not self._closing:
+                self._wake.wait(_IDLE_BEAT_S)
+                self._beat = time.monotonic()
+            while self._queue and len(batch) < self._max_batch:
+                job = self._queue.popleft()
+                if job.future.set_running_or_notify_cancel():
+                    batch.append(job)
+        return batch
+
+    def _serve(self, batch: list[_Job]) -> None:
+        try:
+            self._process(batch)
+        except Exception as error:
+            if len(batch) == 1:
+                batch[0].future.set_exception(error)
+                return
+            log.warning("a batch of %d failed (%s): trying one by one", len(batch), error)
+            for job in batch:
+                self._beat = time.monotonic()
+                self._serve([job])
+
+    def _process(self, batch: Sequence[_Job]) -> None:
+        started_at = time.monotonic()
+        to_encode = [job for job in batch if job.embedding_D is None]
+        embeddings: dict[int, npt.NDArray[np.float32]] = {}
+        if to_encode:
+            encoded_BD = self._encoder.encode(
+                np.stack([job.pixels_HW3 for job in to_encode if job.pixels_HW3 is not None])
+            )
+            embeddings = {id(job): encoded_BD[place] for place, job in enumerate(to_encode)}
+            self._on_batch(len(to_encode))
+        encoded_at = time.monotonic()
+        results: list[tuple[_Job, Found]] = []
+        for group in _search_groups(batch):
+            queries_BD = np.stack(
+                [embeddings[id(job)] if job.embedding_D is None else job.embedding_D for job in group]
+            )
+            search_at = time.monotonic()
+            rows_BK, scores_BK = self._index.search(queries_BD, max(job.top_k for job in group))
+            search_ms = 1000 * (time.monotonic() - search_at)
+            for place, job in enumerate(group):
+                found_K = rows_BK[place, : job.top_k] >= 0
+                found = Found(
+                    embedding_D=queries_BD[place],
+                    rows=rows_BK[place, : job.top_k][found_K],
+                    scores=scores_BK[place, : job.top_k][found_K],
+                    queue_ms=1000 * (started_at - job.queued_at),
+                    encode_ms=1000 * (encoded_at - started_at) if job.embedding_D is None else 0.0,
+                    search_ms=search_ms,
+                )
+                results.append((job, found))
+        # Only now, when nothing can fail any more: a job has one outcome.
+        for job, found in results:
+            job.future.set_result(found)
+
+
+def _search_groups(batch: Sequence[_Job]) -> list[list[_Job]]:
+    together = [job for job in batch if job.top_k <= _SEARCHED_TOGETHER]
+    alone = [[job] for job in batch if job.top_k > _SEARCHED_TOGETHER]
+    return ([together] if together else []) + alone

@@ -1,0 +1,52 @@
+"""What Prometheus is told."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Metrics:
+    """The metrics of one recogniser and the app above it, in a registry of their own: a process may hold several."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter("wikiclip_requests", "Requests answered.", ["route", "status"], registry=self.registry)
+        self.request_seconds = Histogram(
+            "wikiclip_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS, registry=self.registry
+        )
+        self.stage_seconds = Histogram(
+            "wikiclip_stage_seconds",
+            "Time an image spent in a stage: decode, queue, encode (its whole batch's), search.",
+            ["stage"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.batch_images = Histogram(
+            "wikiclip_batch_images", "Images encoded at once.", buckets=_IMAGES, registry=self.registry
+        )
+        self.cache_lookups = Counter(
+            "wikiclip_cache_lookups",
+            "Lookups by what was found: answer, embedding, or neither (miss).",
+            ["found"],
+            registry=self.registry,
+        )
+        self.redis_errors = Counter("wikiclip_redis_errors", "Times that Redis failed.", registry=self.registry)
+        self.in_flight_images = Gauge(
+            "wikiclip_in_flight_images", "Images accepted and not yet answered.", registry=self.registry
+        )
+        self.queue_images = Gauge("wikiclip_queue_images", "Images waiting for the engine.", registry=self.registry)
+        self.ready = Gauge("wikiclip_ready", "1 while requests can be answered.", registry=self.registry)
+
+    def observe_stages(self, timings_ms: dict[str, float]) -> None:
+        for stage, value_ms in timings_ms.items():
+            self.stage_seconds.labels(stage).observe(value_ms / 1000)
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)

@@ -1,0 +1,97 @@
+"""What happens around every request: its id, security headers, the access log, metrics, and faults of ours."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.metrics import Metrics
+from service.problems import unexpected_response
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_CLIENT_GONE = 499  # as nginx logs it; nobody receives it
+
+# The page draws on a canvas and shows what the user picked (blob:); nothing is loaded from elsewhere.
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_SECURITY_HEADERS = {
+    "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+access_log = logging.getLogger("wikiclip.access")
+log = logging.getLogger("wikiclip.service")
+
+
+class RequestContext:
+    """ASGI middleware; a plain one, since Starlette's base class hides a client's leaving."""
+
+    def __init__(self, app: ASGIApp, metrics_of: Callable[[], Metrics]) -> None:
+        self._app = app
+        self._metrics_of = metrics_of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started_at = time.monotonic()
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                for name, value in _SECURITY_HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            status = _CLIENT_GONE
+        except Exception:
+            log.exception("unexpected error", extra={"request_id": request_id})
+            if status:
+                raise  # the answer has begun: all that is left is to break the connection
+            await unexpected_response(request_id)(scope, receive, send_with_headers)
+        finally:
+            self._note(scope, request_id, status, time.monotonic() - started_at)
+
+    def _note(self, scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
+        # The route's template, not the path: a path holds entity ids, and there are millions of them.
+        route = getattr(scope.get("route"), "path", None) or "unmatched"
+        metrics = self._metrics_of()
+        metrics.requests.labels(route, str(status)).inc()
+        metrics.request_seconds.labels(route).observe(elapsed_s)
+        client = scope.get("client")
+        access_log.info(
+            "%s %s %d",
+            scope["method"],
+            scope["path"],
+            status,
+            extra={
+                "request_id": request_id,
+                "method": scope["method"],
+                "path": scope["path"],
+                "status": status,
+                "elapsed_ms": round(1000 * elapsed_s, 2),
+                "client": client[0] if client else None,
+            },
+        )

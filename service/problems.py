@@ -1,0 +1,138 @@
+"""Every error as `application/problem+json` (RFC 9457), whoever raised it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from core.errors import (
+    BadParameter,
+    BadRequest,
+    BundleError,
+    DeadlineExceeded,
+    Forbidden,
+    TooLarge,
+    TooManyRequests,
+    Unavailable,
+    UndecodableImage,
+    UnknownEntity,
+    UnsupportedMediaType,
+    WikiclipError,
+)
+
+_MET_BY_REQUESTS: tuple[type[WikiclipError], ...] = (
+    BadRequest,
+    Forbidden,
+    UnknownEntity,
+    TooLarge,
+    UnsupportedMediaType,
+    UndecodableImage,
+    BadParameter,
+    TooManyRequests,
+    Unavailable,
+    DeadlineExceeded,
+)
+
+log = logging.getLogger("wikiclip.service")
+
+
+def problem_type(error: type[WikiclipError]) -> str:
+    """Where a kind of error is explained: a place on the documentation page."""
+    return "/docs#problem-" + re.sub(r"(?<!^)(?=[A-Z])", "-", error.__name__).lower()
+
+
+def problem_types() -> list[dict[str, Any]]:
+    """Every kind of error a request can meet, for the documentation."""
+    return [{"type": problem_type(kind), "title": kind.title, "status": kind.status} for kind in _MET_BY_REQUESTS]
+
+
+def problem_of(error: WikiclipError, request_id: str) -> dict[str, Any]:
+    """The body of the answer to an error."""
+    detail = error.detail
+    if isinstance(error, BundleError):
+        detail = "the bundle cannot be served; see the service's log"  # the message names files of this machine
+    return {
+        "type": problem_type(type(error)),
+        "title": error.title,
+        "status": error.status,
+        "detail": detail,
+        "request_id": request_id,
+    }
+
+
+def problem_response(error: WikiclipError, request_id: str) -> Response:
+    headers: dict[str, str] = {}
+    if isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, TooLarge):
+        headers["Connection"] = "close"  # the rest of the body may be unread
+    return _response(problem_of(error, request_id), headers)
+
+
+def unexpected_response(request_id: str) -> Response:
+    """The answer to a fault of ours: it tells nothing but the id to look for in the log."""
+    return _response(
+        {
+            "type": "about:blank",
+            "title": "Internal Server Error",
+            "status": 500,
+            "detail": "something went wrong here, not with the request; quote the request_id to the operator",
+            "request_id": request_id,
+        }
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` answer our own errors, the framework's and failed parameter checks alike."""
+    app.add_exception_handler(WikiclipError, _on_wikiclip_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid_parameter)
+
+
+async def _on_wikiclip_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, WikiclipError)
+    if error.status >= 500:
+        log.warning("%s: %s", type(error).__name__, error, extra={"request_id": request.state.request_id})
+    return problem_response(error, request.state.request_id)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    title = HTTPStatus(error.status_code).phrase
+    detail = {404: "no such page here; /docs lists what there is", 405: "this path takes other methods; see Allow"}
+    body = {
+        "type": "about:blank",
+        "title": title,
+        "status": error.status_code,
+        "detail": detail.get(error.status_code, title),
+        "request_id": request.state.request_id,
+    }
+    return _response(body, error.headers)
+
+
+async def _on_invalid_parameter(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    reasons = (f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors())
+    body = {
+        "type": "/docs#problem-bad-parameter",
+        "title": "Bad parameter",
+        "status": 422,
+        "detail": "; ".join(reasons),
+        "request_id": request.state.request_id,
+    }
+    return _response(body)
+
+
+def _response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(
+        orjson.dumps(body), body["status"], headers=dict(headers or {}), media_type="application/problem+json"
+    )

@@ -1,0 +1,221 @@
+"""The routes that answer about images and entities."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from fastapi import APIRouter, Depends, Query, Request
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from core.errors import BadParameter, BadRequest, NotFound, Unavailable, WikiclipError
+from imaging import check_box, readable_types
+from index.store import StoredEntity
+from service import schemas
+from service.answers import MAX_TOP_K, Box, Recognition, RecognizeOptions
+from service.body import image_of, images_of, read_body
+from service.problems import problem_of
+from service.recognizer import Recognizer
+
+T = TypeVar("T")
+
+router = APIRouter()
+
+
+def json_response(content: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), media_type="application/json", headers=dict(headers or {}))
+
+
+def recognizer_of(request: Request) -> Recognizer:
+    """The recogniser behind the app. Raises `Unavailable` while there is none that can answer."""
+    recognizer: Recognizer | None = request.app.state.recognizer
+    reason = "the bundle is being loaded" if recognizer is None else recognizer.not_ready_because
+    if recognizer is None or reason is not None:
+        raise Unavailable(f"{reason}; try again later or elsewhere")
+    return recognizer
+
+
+TopK = Annotated[int, Query(ge=1, le=MAX_TOP_K, description="Predictions, at most.")]
+MinScore = Annotated[
+    float | None, Query(ge=-1, le=1, allow_inf_nan=False, description="Drop predictions with a lower cosine.")
+]
+Types = Annotated[
+    list[str] | None, Query(description="Only entities with any of these types; repeat it or separate by commas.")
+]
+Lang = Annotated[
+    str | None, Query(max_length=35, description="Titles in this language (a code as fr) where there are.")
+]
+BoxText = Annotated[
+    str | None, Query(alias="box", max_length=200, description="The region meant: x,y,w,h in fractions of the image.")
+]
+
+
+async def options_of(
+    *,
+    top_k: TopK = 5,
+    min_score: MinScore = None,
+    types: Types = None,
+    lang: Lang = None,
+    box: BoxText = None,
+) -> RecognizeOptions:
+    """What a request asks for, from its query parameters. Raises `BadParameter`."""
+    wanted_types = [part.strip() for value in types or () for part in value.split(",")]
+    return RecognizeOptions(
+        top_k=top_k,
+        min_score=min_score,
+        types=tuple(sorted({kind for kind in wanted_types if kind})),
+        lang=lang or None,
+        box=None if not box else _box(box),
+    )
+
+
+Options = Annotated[RecognizeOptions, Depends(options_of)]
+
+
+@router.post(
+    "/recognize",
+    summary="Which entities are in this image",
+    response_model=schemas.RecognizeResponse,
+    responses=schemas.problems(400, 403, 413, 415, 422, 429, 503, 504),
+    openapi_extra=schemas.recognize_body(list(readable_types())),
+)
+async def recognize(request: Request, options: Options) -> Response:
+    recognizer = recognizer_of(request)
+    body = await read_body(request, recognizer.settings.max_body_bytes)
+    image = image_of(body, request.headers.get("content-type", ""))
+    with recognizer.admission.admit(1):
+        recognition = await _while_connected(request, recognizer.recognize(image, options))
+    answer = {"request_id": request.state.request_id, **_answer(recognition)}
+    return json_response(answer, {"Server-Timing": _server_timing(answer["timings_ms"])})
+
+
+@router.post(
+    "/recognize/batch",
+    summary="The same for several images at once, in order; one bad image spoils no other",
+    response_model=schemas.BatchResponse,
+    responses=schemas.problems(400, 413, 415, 422, 429, 503),
+    openapi_extra=schemas.batch_body(),
+)
+async def recognize_batch(request: Request, options: Options) -> Response:
+    recognizer = recognizer_of(request)
+    body = await read_body(request, recognizer.settings.max_body_bytes)
+    images = images_of(body, request.headers.get("content-type", ""))
+    if len(images) > recognizer.settings.max_batch_images:
+        raise BadRequest(f"{len(images)} images; send at most {recognizer.settings.max_batch_images} at a time")
+    request_id = request.state.request_id
+
+    async def result(image: bytes | WikiclipError) -> dict[str, Any]:
+        try:
+            if isinstance(image, WikiclipError):
+                raise image
+            return {"request_id": request_id, **_answer(await recognizer.recognize(image, options))}
+        except WikiclipError as error:
+            return problem_of(error, request_id)
+
+    async def all_results() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(result(image) for image in images))
+
+    with recognizer.admission.admit(len(images)):
+        results = await _while_connected(request, all_results())
+    return json_response(
+        {"request_id": request_id, "model": recognizer.model, "bundle": recognizer.label, "results": results}
+    )
+
+
+@router.get(
+    "/entities",
+    summary="Entities by title",
+    response_model=schemas.EntitiesResponse,
+    responses=schemas.problems(422, 503),
+)
+def search_entities(
+    request: Request,
+    query: Annotated[
+        str, Query(min_length=1, max_length=200, description="Words of a title; the last may be unfinished.")
+    ],
+    limit: Annotated[int, Query(ge=1, le=100, description="Entities, at most.")] = 20,
+) -> Response:
+    store = recognizer_of(request).store
+    found = store.search_titles(query, limit)
+    with_thumbnail = store.rows_with_thumbnail([entity.row for entity in found])
+    return json_response({"entities": [_record(entity, entity.row in with_thumbnail) for entity in found]})
+
+
+@router.get(
+    # Ids may hold slashes, so this stands before the route of the record.
+    "/entities/{entity_id:path}/thumbnail",
+    summary="A small picture of an entity",
+    response_class=Response,
+    responses={200: {"content": {"image/webp": {}}}, **schemas.problems(404, 503)},
+)
+def get_thumbnail(request: Request, entity_id: str) -> Response:
+    recognizer = recognizer_of(request)
+    thumbnail = recognizer.store.thumbnail(entity_id)
+    if thumbnail is None:
+        raise NotFound("the bundle has no thumbnail of this entity; show its symbol or title")
+    headers = {"Cache-Control": "public, max-age=3600", "ETag": f'"{recognizer.bundle.fingerprint}"'}
+    return Response(thumbnail, media_type="image/webp", headers=headers)
+
+
+@router.get(
+    "/entities/{entity_id:path}",
+    summary="The record of an entity",
+    response_model=schemas.EntitySchema,
+    responses=schemas.problems(404, 503),
+)
+def get_entity(request: Request, entity_id: str) -> Response:
+    store = recognizer_of(request).store
+    entity = store.get(entity_id)
+    return json_response(_record(entity, bool(store.rows_with_thumbnail([entity.row]))))
+
+
+def _box(text: str) -> Box:
+    try:
+        x, y, width, height = (float(part) for part in text.split(","))
+    except ValueError:
+        raise BadParameter(f"box {text[:60]!r} is not four numbers; give x,y,w,h in fractions of the image") from None
+    if not all(math.isfinite(side) for side in (x, y, width, height)):
+        raise BadParameter(f"box {text[:60]!r} is not four numbers; give x,y,w,h in fractions of the image")
+    check_box((x, y, width, height))
+    return x, y, width, height
+
+
+def _answer(recognition: Recognition) -> dict[str, Any]:
+    content = asdict(recognition)
+    content["timings_ms"] = {stage: round(value, 3) for stage, value in recognition.timings_ms.items()}
+    return content
+
+
+def _record(entity: StoredEntity, has_thumbnail: bool) -> dict[str, Any]:
+    record = asdict(entity)
+    del record["row"]  # the row is the bundle's business
+    return {**record, "has_thumbnail": has_thumbnail}
+
+
+def _server_timing(timings_ms: Mapping[str, float]) -> str:
+    return ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings_ms.items())
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do `work` unless the client goes away first: then it is cancelled, and nothing is computed for nobody."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    # The body has been read, so all that can still come is the news that the client has gone.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

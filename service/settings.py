@@ -1,0 +1,111 @@
+"""What a service can be told: environment variables `WIKICLIP_*`, each also a flag of `wikiclip serve`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from core.errors import UserError
+
+ENV_PREFIX = "WIKICLIP_"
+
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class Settings(BaseSettings):
+    """The one list of settings. Precedence: argument (a flag), then environment, then default."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    bundle: Path | None = Field(default=None, description="The bundle to serve, a folder.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
+    device: Device = Field(default="auto", description="Where the image encoder runs; auto takes CUDA where it works.")
+    threads: int = Field(
+        default=0, ge=0, le=1024, description="Threads of the encoder and of the search; 0 is one a core."
+    )
+    decode_threads: int = Field(default=0, ge=0, le=1024, description="Threads that decode images; 0 is one a core.")
+    cache: Literal["on", "off"] = Field(default="on", description="Keep embeddings and answers of images seen before.")
+    cache_max_bytes: int = Field(default=64 * 1024**2, ge=1, description="Size in bytes of the cache in the process.")
+    redis_url: str | None = Field(
+        default=None, description="Redis that several processes share as cache, redis://host:port/db."
+    )
+    max_batch: int = Field(default=32, ge=1, le=1024, description="Images encoded at once, at most.")
+    max_batch_images: int = Field(
+        default=32, ge=1, le=1024, description="Images in one POST /recognize/batch, at most."
+    )
+    queue_limit: int = Field(default=256, ge=1, description="Images accepted and not yet answered; more get a 429.")
+    deadline_ms: int = Field(
+        default=10_000, ge=1, description="Milliseconds an accepted request may take; then it gets a 504."
+    )
+    max_body_bytes: int = Field(default=20 * 1024**2, ge=1, description="Bytes of a request body, at most.")
+    max_pixels: int = Field(default=64_000_000, ge=1, description="Pixels of an image, width times height, at most.")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Origins whose pages may call the service, separated by commas; * for any."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="What is logged on stderr."
+    )
+
+    @field_validator("cors_origins", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _known_scheme(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("start it with redis://, rediss:// or unix://")
+        return value or None
+
+    @model_validator(mode="after")
+    def _a_full_batch_fits(self) -> Self:
+        if self.queue_limit < self.max_batch_images:
+            raise ValueError(
+                f"queue_limit {self.queue_limit} is below max_batch_images {self.max_batch_images}: "
+                "a full batch could never be accepted; raise queue_limit or lower max_batch_images"
+            )
+        return self
+
+    @property
+    def thread_count(self) -> int:
+        return self.threads or _cores()
+
+    @property
+    def decode_thread_count(self) -> int:
+        return self.decode_threads or _cores()
+
+
+def load_settings(**given: Any) -> Settings:
+    """Settings from what was given, then the environment, then the defaults.
+
+    Raises `UserError`, one line, for a value that does not fit and for a `WIKICLIP_*` variable that is no setting: a
+    protection that someone believes to have switched on must not be ignored in silence.
+    """
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no such setting; unset it (`wikiclip serve --help` lists them)")
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        raise UserError("; ".join(_one_line(problem) for problem in error.errors())) from error
+
+
+def _one_line(problem: Any) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if not name:
+        return message
+    return f"setting {name} (WIKICLIP_{name.upper()}) is {problem['input']!r}: {message}"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
