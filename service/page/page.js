@@ -174,11 +174,13 @@ $("types").addEventListener("change", ask);
 async function showInfo() {
   const chip = $("bundle");
   try {
-    const { bundle, model } = await serviceInfo();
+    const { bundle, entities, model, device } = await serviceInfo();
+    const [name] = bundle.split("@");
     chip.dataset.state = "ready";
-    $("bundle-name").textContent = bundle.name;
-    $("bundle-count").textContent = `${bundle.entities.toLocaleString("en")} entities`;
-    $("model-name").textContent = model;
+    chip.title = bundle;
+    $("bundle-name").textContent = name;
+    $("bundle-count").textContent = `${entities.toLocaleString("en")} entities`;
+    $("model-name").textContent = `${model} on ${device}`;
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     chip.dataset.state = "unready";

@@ -18,11 +18,12 @@ def wikiclip(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([script, *arguments], capture_output=True, text=True, check=False)
 
 
-def command_named(name: str) -> click.Command:
+def options_of(name: str) -> list[click.Option]:
     assert isinstance(cli, LazyGroup)
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
-    return command
+    params = command.get_params(click.Context(command, info_name=name))
+    return [param for param in params if isinstance(param, click.Option) and param.name != "help"]
 
 
 def test_help_lists_every_command() -> None:
@@ -43,7 +44,7 @@ def test_command_answers_help(name: str) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_has_help(name: str) -> None:
-    options = [option for option in command_named(name).params if isinstance(option, click.Option)]
+    options = options_of(name)
     assert options
     assert [option.name for option in options if not option.help] == []
 

@@ -1,0 +1,269 @@
+// Drives the page in headless Chromium and prints, as one JSON object, what was seen in each scenario.
+// What ought to have been seen is asserted in test_page.py.
+//   node browse.mjs BASE_URL CHROMIUM FOLDER_OF_IMAGES
+
+import { readFile } from "node:fs/promises";
+import { basename, extname, join } from "node:path";
+import process from "node:process";
+import { chromium } from "playwright-core";
+
+const [base, executablePath, folder] = process.argv.slice(2);
+const TIMEOUT_MS = 20_000;
+const FLAGS = [
+  "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+  "--disable-background-networking", "--disable-component-update", "--disable-sync",
+];
+const MEDIA_TYPES = { ".png": "image/png", ".jpg": "image/jpeg", ".txt": "text/plain" };
+
+const file = (name) => join(folder, name);
+
+/** Drop or paste a file the way a browser hands it over: an event that carries a DataTransfer. */
+async function hand(page, kind, name) {
+  const bytes = [...await readFile(file(name))];
+  await page.evaluate(({ kind, bytes, name, type }) => {
+    const carried = new DataTransfer();
+    carried.items.add(new File([new Uint8Array(bytes)], name, { type }));
+    const event = kind === "drop"
+      ? new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true })
+      : new ClipboardEvent("paste", { clipboardData: carried, bubbles: true, cancelable: true });
+    document.getElementById("stage").dispatchEvent(event);
+  }, { kind, bytes, name: basename(name), type: MEDIA_TYPES[extname(name)] });
+}
+
+const isQuestion = (response) => response.url().includes("/recognize?");
+
+/** Do something that asks the service; returns the answer, once the page shows it. */
+async function asking(page, act) {
+  const [response] = await Promise.all([page.waitForResponse(isQuestion), act()]);
+  await page.locator("#answers:not([aria-busy])").waitFor();
+  await page.locator('#answer-list:is([data-state="answered"], [data-state="refused"])').waitFor();
+  const parameters = Object.fromEntries(new URL(response.url()).searchParams);
+  return { status: response.status(), parameters, body: await response.json() };
+}
+
+const pick = (page, name) => asking(page, () => page.setInputFiles("#file", file(name)));
+
+function shown(page) {
+  return page.evaluate(() => {
+    const text = (selector, within = document) => within.querySelector(selector)?.textContent.trim() ?? null;
+    const visible = (id) => !document.getElementById(id).hidden;
+    return {
+      predictions: [...document.querySelectorAll("#predictions > li")].map((item) => ({
+        entity_id: item.dataset.entityId,
+        title: item.querySelector(".title").firstChild.textContent,
+        link: item.querySelector("a.title")?.href ?? null,
+        types: [...item.querySelectorAll(".chip")].map((chip) => chip.textContent),
+        score: Number(text(".figure", item).replace("score ", "")),
+        confidence: text(".confidence", item),
+        tile: item.querySelector(".tile").className.split(" ")[1],
+        tile_text: text(".tile", item),
+      })),
+      abstained: visible("abstained"),
+      problem: visible("problem") ? text("#problem") : null,
+      stages: visible("times") ? [...document.querySelectorAll("#times-legend li")].map((entry) => entry.textContent) : null,
+      times: text("#times-total"),
+      cached: visible("cached"),
+      provenance: text("#provenance"),
+      status: text("#status"),
+    };
+  });
+}
+
+async function stroke(page, from, to) {
+  const board = await page.locator("#board").boundingBox();
+  const at = ([x, y]) => [board.x + x * board.width, board.y + y * board.height];
+  await page.mouse.move(...at(from));
+  await page.mouse.down();
+  await page.mouse.move(...at(to), { steps: 4 });
+  await page.mouse.up();
+}
+
+const pixel = (page, x, y) => page.evaluate(([x, y]) => {
+  const board = document.getElementById("board");
+  return [...board.getContext("2d").getImageData(x * board.width, y * board.height, 1, 1).data];
+}, [x, y]);
+
+const SCENARIOS = {
+  async first_look(page) {
+    return {
+      bundle: await page.textContent("#bundle"),
+      examples: await page.locator("#examples button").count(),
+      unnamed: await page.evaluate(() => [...document.querySelectorAll("button, input, select, a, [tabindex='0']")]
+        .filter((control) => !(control.getAttribute("aria-label") || control.labels?.length || control.textContent.trim()))
+        .map((control) => control.outerHTML)),
+    };
+  },
+
+  async dropped(page) {
+    const { body } = await asking(page, () => hand(page, "drop", "giraffe.png"));
+    return { body, shown: await shown(page) };
+  },
+
+  async pasted(page) {
+    await asking(page, () => hand(page, "paste", "giraffe.png"));
+    return { shown: await shown(page) };
+  },
+
+  async picked_twice(page) {
+    const first = await pick(page, "lion.png");
+    const second = await pick(page, "lion.png");
+    return { first: first.body, second: second.body, shown: await shown(page) };
+  },
+
+  async every_thumbnail(page) {
+    await page.selectOption("#top-k", "100");
+    const { body } = await pick(page, "lion.png");
+    await page.waitForFunction(() => [...document.querySelectorAll("img.thumbnail")].every((image) => image.complete));
+    return { body, shown: await shown(page) };
+  },
+
+  async example(page) {
+    await asking(page, () => page.click('[aria-label="Example: A red disc on white"]'));
+    return { shown: await shown(page) };
+  },
+
+  async drawn(page) {
+    await page.click("#mode-draw");
+    await page.click('[aria-label="red"]');
+    const painted = await asking(page, () => stroke(page, [0.2, 0.5], [0.8, 0.5]));
+    const predictions = (await shown(page)).predictions;
+    const middle = await pixel(page, 0.5, 0.5);
+    await page.click('[data-shape="rectangle"]');
+    await page.click('[aria-label="blue"]');
+    await asking(page, () => stroke(page, [0.3, 0.3], [0.7, 0.7]));
+    const covered = await pixel(page, 0.5, 0.5);
+    await asking(page, () => page.click("#undo"));
+    const undone = await pixel(page, 0.5, 0.5);
+    await page.click("#clear");
+    const cleared = await pixel(page, 0.5, 0.5);
+    return { status: painted.status, predictions, middle, covered, undone, cleared, can_undo: await page.isEnabled("#undo") };
+  },
+
+  async drawn_by_keyboard(page) {
+    await page.focus("#mode-draw");
+    await page.keyboard.press("Enter");
+    await page.keyboard.press("Space");
+    for (let i = 0; i < 6; i += 1) await page.keyboard.press("ArrowRight");
+    const { status } = await asking(page, () => page.keyboard.press("Space"));
+    return { status, trail: await pixel(page, 0.56, 0.5), predictions: (await shown(page)).predictions.length };
+  },
+
+  async region(page) {
+    await pick(page, "giraffe.png");
+    const stage = await page.locator("#stage").boundingBox();
+    const dragged = await asking(page, async () => {
+      await page.mouse.move(stage.x + stage.width * 0.25, stage.y + stage.height * 0.25);
+      await page.mouse.down();
+      await page.mouse.move(stage.x + stage.width * 0.75, stage.y + stage.height * 0.5, { steps: 4 });
+      await page.mouse.up();
+    });
+    await page.focus("#region");
+    const nudged = await asking(page, () => page.keyboard.press("ArrowDown"));
+    const whole = await asking(page, () => page.keyboard.press("Escape"));
+    const marked = await asking(page, () => page.click("#mark-region"));
+    return { dragged: dragged.parameters, nudged: nudged.parameters, whole: whole.parameters, marked: marked.parameters };
+  },
+
+  async narrowed(page) {
+    await pick(page, "apple.png");
+    await asking(page, () => page.selectOption("#top-k", "3"));
+    const three = (await shown(page)).predictions;
+    await asking(page, () => page.locator("#predictions .chip", { hasText: "fruit" }).first().click());
+    const fruit = (await shown(page)).predictions;
+    await page.fill("#types", "no such type");
+    await asking(page, () => page.keyboard.press("Enter"));
+    return { three, fruit, none: await shown(page) };
+  },
+
+  async searched(page) {
+    const search = async (query) => {
+      await page.fill("#catalog-query", "");
+      await page.locator("#catalog-note", { hasText: "Type a few letters" }).waitFor();
+      await page.fill("#catalog-query", query);
+      await page.locator("#catalog-note", { hasText: "match" }).waitFor();
+      return {
+        titles: await page.locator("#catalog-list .title").evaluateAll((titles) => titles.map((title) => title.firstChild.textContent)),
+        note: await page.textContent("#catalog-note"),
+      };
+    };
+    return { lion: await search("lion"), nothing: await search("qqqq") };
+  },
+
+  async undecodable(page) {
+    const refused = await pick(page, "broken.jpg");
+    const seen = await shown(page);
+    await pick(page, "giraffe.png");
+    return { refused, seen, after: await shown(page) };
+  },
+
+  async not_an_image(page) {
+    const refused = await asking(page, () => hand(page, "drop", "note.txt"));
+    return { refused, seen: await shown(page) };
+  },
+
+  async narrow(page) {
+    await page.setViewportSize({ width: 360, height: 740 });
+    const overflow = () => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+    const empty = await overflow();
+    await pick(page, "giraffe.png");
+    const answered = await overflow();
+    await page.click("#mode-draw");
+    return { empty, answered, drawing: await overflow() };
+  },
+
+  async steady(page) {
+    await page.evaluate(() => {
+      window.shift = 0;
+      new PerformanceObserver((list) => { for (const entry of list.getEntries()) window.shift += entry.value; })
+        .observe({ type: "layout-shift", buffered: true });
+    });
+    await pick(page, "giraffe.png");
+    await pick(page, "lion.png");
+    await page.evaluate(() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve))));
+    return { shift: await page.evaluate(() => window.shift) };
+  },
+
+  async schemes(page) {
+    const paper = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
+    await page.emulateMedia({ colorScheme: "light" });
+    const light = await paper();
+    await page.emulateMedia({ colorScheme: "dark" });
+    return { light, dark: await paper() };
+  },
+};
+
+async function play(browser, act) {
+  const context = await browser.newContext({ viewport: { width: 1280, height: 900 } });
+  const page = await context.newPage();
+  page.setDefaultTimeout(TIMEOUT_MS);
+  const seen = { console: [], elsewhere: [], headers: null };
+  page.on("console", (message) => {
+    if (message.type() === "error") seen.console.push(message.text());
+  });
+  page.on("pageerror", (error) => seen.console.push(String(error)));
+  page.on("request", (request) => {
+    const url = new URL(request.url());
+    if (!["blob:", "data:"].includes(url.protocol) && url.origin !== new URL(base).origin) seen.elsewhere.push(request.url());
+  });
+  try {
+    const response = await page.goto(base);
+    seen.headers = response.headers();
+    await page.locator('#bundle[data-state="ready"]').waitFor();
+    seen.result = await act(page);
+  } catch (error) {
+    seen.failure = String(error.stack ?? error);
+  } finally {
+    await context.close();
+  }
+  return seen;
+}
+
+// playwright gives each launch a new profile folder, and removes it.
+const browser = await chromium.launch({ executablePath, headless: true, args: FLAGS });
+const report = {};
+try {
+  for (const [name, act] of Object.entries(SCENARIOS)) report[name] = await play(browser, act);
+} finally {
+  await browser.close();
+}
+process.stdout.write(JSON.stringify(report));

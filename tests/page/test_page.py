@@ -1,0 +1,216 @@
+"""The page in a real browser, against a real service."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+HERE = Path(__file__).resolve().parent
+EXPECTED_REFUSALS = {"undecodable": 422, "not_an_image": 415}
+
+
+def see(browsed: dict[str, dict[str, Any]], name: str) -> Any:
+    """The findings of one scenario; fails with the browser's own words if the page did not get through it."""
+    seen = browsed[name]
+    assert "failure" not in seen, seen["failure"]
+    return seen["result"]
+
+
+def titles(predictions: list[dict[str, Any]]) -> list[str]:
+    return [prediction["title"] for prediction in predictions]
+
+
+def test_first_look_says_what_is_served(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "first_look")
+    assert " ".join(seen["bundle"].split()) == "small 12 entities"
+    assert seen["examples"] >= 5
+    assert seen["unnamed"] == [], "every control has a name that a screen reader can say"
+
+
+def test_dropped_file_shows_its_entities(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "dropped")
+    answer, shown = seen["body"], seen["shown"]
+    best = shown["predictions"][0]
+    assert (best["title"], best["tile_text"], best["types"]) == ("Giraffe", "🦒", ["animal"])
+    assert best["score"] == pytest.approx(1, abs=0.01)
+    assert titles(shown["predictions"]) == titles(answer["predictions"])
+    assert len(shown["predictions"]) == 5
+    for line, prediction in zip(shown["predictions"], answer["predictions"], strict=True):
+        assert line["entity_id"] == prediction["entity_id"]
+        assert line["score"] == pytest.approx(prediction["score"], abs=0.001)
+        assert line["confidence"] == f"{round(prediction['confidence'] * 100)} % sure"
+    assert shown["abstained"] is False
+    assert shown["problem"] is None
+    assert "Best match: Giraffe" in shown["status"]
+
+
+def test_answer_says_where_the_time_went(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "dropped")
+    stages = [re.match(r"[a-z]+", entry) for entry in seen["shown"]["stages"]]
+    assert [stage[0] for stage in stages if stage][:4] == ["decode", "queue", "encode", "search"]
+    assert re.search(r"[\d.]+ ms in the service, [\d.]+ ms there and back", seen["shown"]["times"])
+    assert seen["body"]["bundle"] in seen["shown"]["provenance"]
+    assert seen["body"]["model"] in seen["shown"]["provenance"]
+
+
+def test_pasted_image_shows_its_entity(browsed: dict[str, dict[str, Any]]) -> None:
+    assert titles(see(browsed, "pasted")["shown"]["predictions"])[0] == "Giraffe"
+
+
+def test_second_answer_is_marked_cached(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "picked_twice")
+    assert seen["second"]["cached"] is True
+    assert seen["shown"]["cached"] is True
+    assert titles(seen["shown"]["predictions"])[0] == "Lion"
+
+
+def test_tile_is_thumbnail_else_symbol_else_monogram(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "every_thumbnail")
+    tiles = {line["entity_id"]: line["tile"] for line in seen["shown"]["predictions"]}
+    assert len(tiles) == 12
+    for prediction in seen["body"]["predictions"]:
+        expected = (
+            "thumbnail" if prediction["has_thumbnail"] else "symbol" if prediction["symbol"] is not None else "monogram"
+        )
+        assert tiles[prediction["entity_id"]] == expected, prediction["entity_id"]
+    assert set(tiles.values()) == {"thumbnail", "symbol", "monogram"}
+
+
+def test_example_asks(browsed: dict[str, dict[str, Any]]) -> None:
+    assert len(see(browsed, "example")["shown"]["predictions"]) == 5
+
+
+def test_drawing_asks_and_undoes(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "drawn")
+    white = [255, 255, 255, 255]
+    assert seen["status"] == 200
+    assert len(seen["predictions"]) == 5
+    red, blue = seen["middle"], seen["covered"]
+    assert red[0] > 180
+    assert red[2] < 100
+    assert blue[2] > 150
+    assert blue[0] < 100
+    assert seen["undone"] == red
+    assert seen["cleared"] == white
+    assert seen["can_undo"] is False
+
+
+def test_drawing_works_by_keyboard(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "drawn_by_keyboard")
+    assert seen["status"] == 200
+    assert seen["predictions"] == 5
+    assert max(seen["trail"][:3]) < 100, "a black line to the right of the middle"
+
+
+def test_region_asks_about_a_part(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "region")
+    x, y, w, h = map(float, seen["dragged"]["box"].split(","))
+    assert x == pytest.approx(0.25, abs=0.02)
+    assert w == pytest.approx(0.5, abs=0.02)
+    # The image is 48 by 40, fitted into a square: its height is 5/6 of the square's, between 1/12 and 11/12.
+    assert y == pytest.approx((0.25 - 1 / 12) * 6 / 5, abs=0.02)
+    assert h == pytest.approx(0.25 * 6 / 5, abs=0.02)
+    nudged = [float(side) for side in seen["nudged"]["box"].split(",")]
+    assert nudged == pytest.approx([x, y + 0.02, w, h], abs=0.001)
+    assert "box" not in seen["whole"]
+    assert seen["marked"]["box"] == "0.2500,0.2500,0.5000,0.5000"
+
+
+def test_answers_can_be_narrowed(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "narrowed")
+    assert len(seen["three"]) == 3
+    assert titles(seen["three"])[0] == "Apple"
+    assert sorted(titles(seen["fruit"])) == ["Apple", "Banana", "Orange"]
+    assert seen["none"]["predictions"] == []
+    assert seen["none"]["problem"] is None
+
+
+def test_catalog_search(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "searched")
+    assert sorted(seen["lion"]["titles"]) == ["Lion", "Lion of Lucerne"]
+    assert seen["nothing"] == {"titles": [], "note": "No title matches “qqqq”."}
+
+
+@pytest.mark.parametrize(("name", "status"), EXPECTED_REFUSALS.items())
+def test_refusal_is_said_in_words(browsed: dict[str, dict[str, Any]], name: str, status: int) -> None:
+    seen = see(browsed, name)
+    problem = seen["refused"]["body"]
+    assert seen["refused"]["status"] == status
+    assert problem["title"] in seen["seen"]["problem"]
+    assert problem["detail"] in seen["seen"]["problem"]
+    assert problem["request_id"] in seen["seen"]["problem"]
+    assert seen["seen"]["predictions"] == []
+
+
+def test_after_a_refusal_the_next_image_is_answered(browsed: dict[str, dict[str, Any]]) -> None:
+    after = see(browsed, "undecodable")["after"]
+    assert after["problem"] is None
+    assert titles(after["predictions"])[0] == "Giraffe"
+
+
+def test_fits_a_narrow_screen(browsed: dict[str, dict[str, Any]]) -> None:
+    assert all(overflow_px <= 0 for overflow_px in see(browsed, "narrow").values())
+
+
+def test_nothing_jumps_when_answers_come(browsed: dict[str, dict[str, Any]]) -> None:
+    # 0.1 is where people start to notice (the limit that browsers' makers call good).
+    assert see(browsed, "steady")["shift"] < 0.05
+
+
+def test_follows_light_and_dark(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "schemes")
+    light, dark = (sum(map(int, re.findall(r"\d+", seen[scheme])[:3])) for scheme in ("light", "dark"))
+    assert light > 600
+    assert dark < 150
+
+
+def test_console_is_clean(browsed: dict[str, dict[str, Any]]) -> None:
+    for name, seen in browsed.items():
+        # A browser logs every refused request itself; those asked for are none of the page's errors.
+        refused = f"the server responded with a status of {EXPECTED_REFUSALS.get(name)} "
+        assert [line for line in seen["console"] if refused not in line] == [], name
+
+
+def test_no_request_leaves_the_origin(browsed: dict[str, dict[str, Any]]) -> None:
+    assert {name: seen["elsewhere"] for name, seen in browsed.items() if seen["elsewhere"]} == {}
+
+
+def test_policy_lets_nothing_in_from_elsewhere(browsed: dict[str, dict[str, Any]]) -> None:
+    policy = browsed["first_look"]["headers"]["content-security-policy"]
+    directives = dict(directive.strip().partition(" ")[::2] for directive in policy.split(";") if directive.strip())
+    assert directives["default-src"] in {"'self'", "'none'"}
+    assert directives.get("script-src", "'self'") == directives.get("style-src", "'self'") == "'self'"
+    assert set(directives["img-src"].split()) == {"'self'", "blob:", "data:"}
+    assert "unsafe" not in policy
+    assert "http" not in policy
+
+
+def test_files_of_the_page_are_served_with_their_types(service_url: str) -> None:
+    for name, media_type in (("page.css", "text/css"), ("page.js", "text/javascript"), ("icon.svg", "image/svg+xml")):
+        response = httpx.get(f"{service_url}/page/{name}")
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith(media_type)
+
+
+def test_lock_names_no_registry() -> None:
+    lock = json.loads((HERE / "package-lock.json").read_text(encoding="utf-8"))
+    packages = {name: package for name, package in lock["packages"].items() if name}
+    assert packages
+    for name, package in packages.items():
+        assert "resolved" not in package, name
+        assert package["integrity"].startswith("sha512-"), name
+
+
+def test_missing_chromium_fails_in_one_clear_line(
+    find_chromium: Callable[[], str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CHROMIUM", raising=False)
+    with pytest.raises(pytest.fail.Exception, match=r"^no Chromium: install chromium .*CHROMIUM$"):
+        find_chromium()
