@@ -18,7 +18,9 @@ COMMANDS = {
 }
 
 
-@click.command(cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.command(
+    cls=LazyGroup, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120}
+)
 @click.version_option(package_name="wikiclip-serve", prog_name="wikiclip")
 def cli() -> None:
     """WikiCLIP Serve: which entity of Wikipedia is in this picture."""

@@ -22,15 +22,15 @@ class Rejected:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Rejected]:
-    """Yield `(line_number, object)` for each line of a `.jsonl` or `.jsonl.gz` file, or `Rejected` where a line is no JSON object.
+    """Yield `(line_number, object)` for each line of a `.jsonl` or `.jsonl.gz` file, or `Rejected`.
 
-    Blank lines are skipped. Raises `CatalogError` if the file is missing, is no gzip, or ends in mid-stream.
+    Rejected is a line that is no JSON object; blank lines are skipped.
+    Raises `CatalogError` if the file is missing, is no gzip, or ends in mid-stream.
     """
     line_number = 0
     try:
-        opened = gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
-        with opened as file:
-            for line_number, raw in enumerate(file, start=1):  # noqa: B007 - named in the error below
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for line_number, raw in enumerate(file, start=1):
                 if raw.strip():
                     yield _parse(line_number, raw)
     except FileNotFoundError:
@@ -45,7 +45,9 @@ def _parse(line_number: int, raw: bytes) -> tuple[int, dict[str, Any]] | Rejecte
     except ValueError as error:
         return Rejected(line=line_number, reason=f"not JSON: {error}", record=_excerpt(raw))
     if not isinstance(value, dict):
-        return Rejected(line=line_number, reason=f"a JSON object is wanted, this is {type(value).__name__}", record=_excerpt(raw))
+        return Rejected(
+            line=line_number, reason=f"a JSON object is wanted, this is {type(value).__name__}", record=_excerpt(raw)
+        )
     return line_number, value
 
 

@@ -1,12 +1,12 @@
 """Builds Symbols under `demo/build/`: `python -m demo.build`, or `make symbols`.
 
-    sources/          the public packages, as fetched
-    drawings/         one 128 px RGBA image per entity and artist
-    photos/           held-out artists' drawings, photographed
-    catalog.jsonl     every entity with the drawings of the artists that are not held out
-    drawings.jsonl    who drew what, and what it may be used for
-    pairs_train.jsonl        seen entities, training artists: all that anything is ever trained on
-    queries_{val,test}_{clean,photo}.jsonl   held-out artists' drawings, `data_split` ending in seen or unseen
+sources/          the public packages, as fetched
+drawings/         one 128 px RGBA image per entity and artist
+photos/           held-out artists' drawings, photographed
+catalog.jsonl     every entity with the drawings of the artists that are not held out
+drawings.jsonl    who drew what, and what it may be used for
+pairs_train.jsonl        seen entities, training artists: all that anything is ever trained on
+queries_{val,test}_{clean,photo}.jsonl   held-out artists' drawings, `data_split` ending in seen or unseen
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ PHOTO_PX = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
-    """One artist's drawing of one entity. `role`: `train` (also in the catalog), `catalog` (of an unseen entity), `query` (held out)."""
+    """One artist's drawing of one entity.
+
+    `role` is `train` (in the catalog too), `catalog` (an unseen entity: never trained on) or `query` (held-out artist).
+    """
 
     entity_id: str
     kind: str
@@ -56,14 +59,14 @@ def split_entities(symbols: Iterable[Symbol]) -> dict[str, str]:
     by_kind: dict[str, list[str]] = {}
     for symbol in symbols:
         by_kind.setdefault(symbol.kind, []).append(symbol.entity_id)
-    splits = {}
+    splits: dict[str, str] = {}
     for kind, ids in by_kind.items():
         random.Random(f"{SPLIT_SEED} {kind}").shuffle(ids)
         unseen = round(len(ids) * UNSEEN_SHARE)
         for part, members in (("unseen", ids[:unseen]), ("seen", ids[unseen:])):
             validation = round(len(members) * VALIDATION_SHARE)
-            splits |= {entity_id: f"val_{part}" for entity_id in members[:validation]}
-            splits |= {entity_id: f"test_{part}" for entity_id in members[validation:]}
+            splits |= dict.fromkeys(members[:validation], f"val_{part}")
+            splits |= dict.fromkeys(members[validation:], f"test_{part}")
     return splits
 
 
@@ -79,7 +82,13 @@ def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Dra
             image = f"drawings/{artist}/{symbol.entity_id.replace(':', '_')}.png"
             drawings.append(
                 Drawing(
-                    entity_id=symbol.entity_id, kind=symbol.kind, artist=artist, icon=icon, image=image, split=split, role=role
+                    entity_id=symbol.entity_id,
+                    kind=symbol.kind,
+                    artist=artist,
+                    icon=icon,
+                    image=image,
+                    split=split,
+                    role=role,
                 )
             )
     return drawings
@@ -148,7 +157,12 @@ def build_symbols_files(build: Path) -> None:
     _write_jsonl(
         build / "pairs_train.jsonl",
         (
-            {"data_id": f"{d.artist}:{d.entity_id}", "image": d.image, "entity_id": d.entity_id, "data_split": "train_seen"}
+            {
+                "data_id": f"{d.artist}:{d.entity_id}",
+                "image": d.image,
+                "entity_id": d.entity_id,
+                "data_split": "train_seen",
+            }
             for d in drawings
             if d.role == "train"
         ),

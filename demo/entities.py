@@ -1,6 +1,7 @@
 """The entities of Symbols: flags, emoji and brand marks, with who drew each and what is known of it.
 
-Ids: `emoji:<HEXCODE>`, `flag:<ISO 3166 alpha-2>`, `brand:<slug>`. Titles, descriptions and knowledge texts are composed here from facts.
+Ids: `emoji:<HEXCODE>`, `flag:<ISO 3166 alpha-2>`, `brand:<slug>`. Titles, descriptions and knowledge texts are composed
+here from facts.
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ FLAG_ARTISTS = ("circle-flags", "flag", "flagpack")
 BRAND_ARTISTS = ("logos", "devicon", "skill-icons", "simple-icons")
 LANGUAGES = ("de", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "uk", "zh")
 
-# A label names one Wikipedia article only where it names a concrete thing: animals and nature, food, places, activities, objects.
+# A label names one Wikipedia article only where it names a concrete thing: nature, food, places, activities, objects.
 _CONCRETE_GROUPS = {3, 4, 5, 6, 7}
 _VARIANT_SUFFIXES = ("icon", "wordmark", "dark", "light", "original", "plain", "line", "auto")
 _INITIALS = re.compile(r"^[bcdfghjklmnpqrstvwxz]{2,4}$")  # no vowel: `jcb` is spoken letter by letter
 # Countries whose English name takes an article, as in `Flag of the Netherlands`.
 _WITH_ARTICLE = re.compile(
-    r"^(Netherlands|Philippines|Bahamas|Gambia|Maldives|Comoros|Seychelles|Vatican City|Czech Republic|Central African Republic|"
-    r"Dominican Republic|European Union|Isle of Man|Republic of the Congo)$|^United |(Islands|Territory|Territories)$"
+    r"^(Netherlands|Philippines|Bahamas|Gambia|Maldives|Comoros|Seychelles|Vatican City|Czech Republic|"
+    r"Central African Republic|Dominican Republic|European Union|Isle of Man|Republic of the Congo)$|^United |(Islands|Territory|Territories)$"
 )
 
 
 @dataclass(kw_only=True)
 class Symbol:
-    """One entity. `drawings` maps an artist to the name of its icon; `knowledge` lacks the colours, which rendering adds."""
+    """One entity. `drawings` maps artist to icon name; `knowledge` lacks the colours, which rendering adds."""
 
     entity_id: str
     kind: str
@@ -77,14 +78,20 @@ class Facts:
 
 
 def hexcode(code_points: str) -> str:
-    """Code points in the form of the entity ids: upper case, joined by `-`, without FE0F; each at least four digits long."""
+    """Code points in the form of the entity ids: upper case, joined by `-`, without FE0F, at least four digits each."""
     parts = [part.zfill(4) for part in code_points.upper().split("-")]
     return "-".join(part for part in parts if part != "FE0F")
 
 
 def slug(text: str) -> str:
     """Lower-case ASCII words joined by `-`: how the icon sets name their icons."""
-    plain = unicodedata.normalize("NFKD", text.replace("&", " and ")).encode("ascii", "ignore").decode().lower().replace("'", "")
+    plain = (
+        unicodedata.normalize("NFKD", text.replace("&", " and "))
+        .encode("ascii", "ignore")
+        .decode()
+        .lower()
+        .replace("'", "")
+    )
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
 
 
@@ -101,7 +108,9 @@ def build_symbols(sources: Path) -> list[Symbol]:
             if name in sets[artist].names:
                 flag.drawings[artist] = name
     symbols = [*flags.values(), *emoji.values(), *_brands(sets)]
-    return sorted((s for s in symbols if s.drawings), key=lambda s: (("flag", "emoji", "brand").index(s.kind), s.entity_id))
+    return sorted(
+        (s for s in symbols if s.drawings), key=lambda s: (("flag", "emoji", "brand").index(s.kind), s.entity_id)
+    )
 
 
 # ---- emoji
@@ -115,7 +124,7 @@ def _is_left_out(entry: dict[str, Any], facts: Facts) -> bool:
 
 
 def _is_flag(entry: dict[str, Any]) -> bool:
-    """True for the flags that ISO 3166 alpha-2 codes name: pairs of regional indicators (a subdivision's flag is an emoji)."""
+    """True for a flag that an ISO 3166 alpha-2 code names: two regional indicators. A subdivision's is an emoji."""
     return bool(entry["label"].startswith("flag: ") and ord(entry["emoji"][0]) != 0x1F3F4)
 
 
@@ -135,7 +144,9 @@ def _emoji(facts: Facts) -> dict[str, Symbol]:
         if sense is None and (head := facts.wordnet.noun(label.lower().split()[-1])):
             knowledge += f" {label.split()[-1]}: {head.gloss}."
         elif sense is not None:
-            knowledge += f" {_capitalised(label)}: {sense.gloss}." + (f" A kind of {sense.hypernym}." if sense.hypernym else "")
+            knowledge += f" {_capitalised(label)}: {sense.gloss}." + (
+                f" A kind of {sense.hypernym}." if sense.hypernym else ""
+            )
         code = hexcode(entry["hexcode"])
         symbols[code] = Symbol(
             entity_id=f"emoji:{code}",
@@ -143,7 +154,8 @@ def _emoji(facts: Facts) -> dict[str, Symbol]:
             title=_capitalised(label),
             titles=_titles(facts, entry["hexcode"]),
             knowledge=knowledge,
-            description=f"Emoji · {group} · {subgroup}" + (f" · {', '.join(entry.get('tags', [])[:4])}" if keywords else ""),
+            description=f"Emoji · {group} · {subgroup}"
+            + (f" · {', '.join(entry.get('tags', [])[:4])}" if keywords else ""),
             url=f"https://en.wikipedia.org/wiki/{_capitalised(label).replace(' ', '_')}" if concrete else None,
             types=["emoji", group],
             symbol=entry["emoji"],
@@ -211,7 +223,8 @@ def _flags(facts: Facts) -> dict[str, Symbol]:
         knowledge, place = f"{title}.", ""
         if country:
             place = f"{country['subregion'] or country['region']}"
-            knowledge += f" {name} is a {'landlocked ' if country['landlocked'] else ''}country or territory in {place}, {country['region']}."
+            coast = "landlocked " if country["landlocked"] else ""
+            knowledge += f" {name} is a {coast}country or territory in {place}, {country['region']}."
             if country["capital"]:
                 knowledge += f" Its capital is {', '.join(country['capital'])}."
             if country["borders"]:
@@ -237,7 +250,7 @@ def _flags(facts: Facts) -> dict[str, Symbol]:
 
 
 def _stem(icon: str) -> list[str]:
-    """The words of an icon's name without variant suffixes: `angular-icon` and `angular-plain-wordmark` are both `angular`."""
+    """The words of an icon's name without variant suffixes: `angular-icon`, `angular-wordmark`: both `angular`."""
     words = icon.split("-")
     while len(words) > 1 and words[-1] in _VARIANT_SUFFIXES:
         words.pop()
@@ -245,7 +258,7 @@ def _stem(icon: str) -> list[str]:
 
 
 def _rank(icon: str) -> tuple[bool, bool, int, str]:
-    """The mark alone before the mark with the name, a light-ground drawing before a dark one, then the shortest name."""
+    """The mark alone before the mark with the name, then the shortest name."""
     return ("wordmark" in icon, "-icon" not in icon, len(icon), icon)
 
 

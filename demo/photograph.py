@@ -1,10 +1,10 @@
-"""Photographs of drawings, made up: a drawing printed on something, put somewhere, seen askew, badly lit, half covered, out of focus.
+"""Photographs of drawings, made up: printed on something, put somewhere, seen askew, badly lit, half covered, blurred.
 
-Everything is batched torch; `strength` in 0 to 1 scales every effect and is drawn per image, so training can start gently.
-The same generator with a fixed seed makes the photographed queries.
+Everything is batched torch; `strength` in 0 to 1 scales every effect and is drawn per image, so training can start
+gently. The same generator with a fixed seed makes the photographed queries.
 
-Shapes: B batch, S output side in pixels; drawings are float32 RGBA `[B, 4, H, W]` in 0 to 1, their colours premultiplied by
-alpha (`premultiply`); photographs are float32 `[B, 3, S, S]` in 0 to 1.
+Shapes: B batch, S output side in pixels; drawings are float32 RGBA `[B, 4, H, W]` in 0 to 1, their colours
+premultiplied by alpha (`premultiply`); photographs are float32 `[B, 3, S, S]` in 0 to 1.
 """
 
 from __future__ import annotations
@@ -182,8 +182,12 @@ class Photographer:
             kernels.append(kernel / kernel.sum(1, keepdim=True))
         flat = photo.reshape(1, count * channels, size_px, size_px)
         wide, tall = (k.repeat_interleave(channels, 0) for k in kernels)
-        flat = F.conv2d(F.pad(flat, (reach, reach, 0, 0), mode="replicate"), wide[:, None, None, :], groups=count * channels)
-        flat = F.conv2d(F.pad(flat, (0, 0, reach, reach), mode="replicate"), tall[:, None, :, None], groups=count * channels)
+        flat = F.conv2d(
+            F.pad(flat, (reach, reach, 0, 0), mode="replicate"), wide[:, None, None, :], groups=count * channels
+        )
+        flat = F.conv2d(
+            F.pad(flat, (0, 0, reach, reach), mode="replicate"), tall[:, None, :, None], groups=count * channels
+        )
         return flat.reshape(photo.shape)
 
     def compress(self, photo: torch.Tensor, strength_B: torch.Tensor, probability: float = 0.3) -> torch.Tensor:

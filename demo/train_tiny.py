@@ -1,9 +1,10 @@
 """Trains the built-in image encoder on Symbols from nothing: `python -m demo.train_tiny`, or `make tiny`.
 
-As CLIP is trained, on two signals. Image with image: two artists' drawings of one entity, each photographed anew, are each
-other's positive. Image with text: each image against the knowledge texts of all training entities, seen through the frozen
-text encoder. A table of one prototype per training entity, dropped afterwards, contrasts each image with every entity
-instead of only those of its batch. Photographs get harder as training goes on; images grow from 64 to 96 px.
+As CLIP is trained, on two signals. Image with image: two artists' drawings of one entity, each photographed anew, are
+each other's positive. Image with text: each image against the knowledge texts of all training entities, seen through
+the frozen text encoder. A table of one prototype per training entity, dropped afterwards, contrasts each image with
+every entity instead of only those of its batch. Photographs get harder as training goes on; images grow from 64 to
+96 px.
 
 Only drawings with role `train` are read: seen entities, artists that are not held out. Resumes from its last snapshot.
 
@@ -40,11 +41,11 @@ from model.tiny import BUILT_IN, TinyConfig, TinyEncoder, save_tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    steps: int = 4200
+    steps: int = 4800
     small_share: float = 0.65  # of the steps, at `small_px`; the rest at the network's full size
     small_px: int = 64
-    entities_per_batch: int = 96
-    learning_rate: float = 1.5e-3
+    entities_per_batch: int = 64
+    learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 150
     hardest_from: float = 0.5  # share of the training after which photographs are at full strength
@@ -77,7 +78,7 @@ def load_rgba(drawings: list[Drawing], build: Path, size_px: int) -> torch.Tenso
 
 
 class EntityBatches:
-    """Yields `(drawing indices [2E], entity indices [2E])`: each epoch every entity once, by two artists where it has two."""
+    """Yields `(drawing indices [2E], entity indices [2E])`: each epoch every entity once, by two artists if it can."""
 
     def __init__(self, drawings: list[Drawing], entities: list[str], size: int, generator: torch.Generator) -> None:
         position = {entity: i for i, entity in enumerate(entities)}
@@ -167,7 +168,9 @@ def embed(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device)
     """Embeddings of float images in 0 to 1, `[B, D]`."""
     out = []
     for start in range(0, len(pixels_B3HW), 256):
-        batch = ((pixels_B3HW[start : start + 256].to(device) - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+        batch = ((pixels_B3HW[start : start + 256].to(device) - 0.5) / 0.5).contiguous(
+            memory_format=torch.channels_last
+        )
         with torch.autocast(device.type, torch.bfloat16):
             out.append(encoder(batch)[1].float())
     return torch.cat(out)
@@ -268,9 +271,11 @@ def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device
     kind_of = {"flag": 0.35, "emoji": 1.0, "brand": 1.0}  # a flag's colours are what it is: restyled less
     restyling = torch.tensor([kind_of[d.kind] for d in training])
     generator = torch.Generator().manual_seed(settings.seed)
-    encoder = TinyEncoder(config).to(device, memory_format=torch.channels_last)
+    encoder = TinyEncoder(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     objective = Objective(text_embeddings(build, entities), config.embedding_dim, settings).to(device)
-    optimizer = torch.optim.AdamW(_parameter_groups(encoder, objective, settings), lr=settings.learning_rate, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(encoder, objective, settings), lr=settings.learning_rate, betas=(0.9, 0.98)
+    )
     state = State(
         encoder=encoder,
         average=copy.deepcopy(encoder),
@@ -307,7 +312,7 @@ def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device
         if not torch.isfinite(loss):
             raise click.ClickException(f"the loss is {loss.item()} at step {state.step}; lower the learning rate")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         _average(state, settings)
@@ -374,8 +379,12 @@ def _average(state: State, settings: Settings) -> None:
 
 
 @click.command()
-@click.option("--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default=BUILT_IN, help="The safetensors file to write.")
+@click.option(
+    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), default=BUILT_IN, help="The safetensors file to write."
+)
 @click.option("--steps", default=Settings.steps, show_default=True, help="Training steps; more where a GPU is at hand.")
 @click.option("--entities-per-batch", default=Settings.entities_per_batch, show_default=True, help="Two images each.")
 @click.option("--seed", default=Settings.seed, show_default=True)

@@ -1,4 +1,4 @@
-"""The part of WordNet that Symbols needs: a noun's first sense, its gloss and its hypernym, read from the database files."""
+"""The part of WordNet that Symbols needs: a noun's first sense, with gloss and hypernym, from the database files."""
 
 from __future__ import annotations
 

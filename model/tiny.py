@@ -1,4 +1,4 @@
-"""The built-in image encoder: a small hybrid of convolutions and attention that plays CLIP's part, trained by this project.
+"""The built-in image encoder: a small hybrid of convolutions and attention that plays CLIP's part.
 
 Shapes: B batch, P = G * G patches, G = size_px / 16, C = D = embedding width.
 """
@@ -26,7 +26,7 @@ BUILT_IN = Path(__file__).parent.parent / "demo" / "checkpoint" / "image_encoder
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """Sizes of the network: channel widths of the four strides 2, 4, 8 and 16, residual blocks at strides 4 and 8, attention layers at 16."""
+    """Sizes: channel widths at strides 2, 4, 8 and 16, residual blocks at strides 4 and 8, attention layers at 16."""
 
     widths: tuple[int, int, int, int] = (24, 48, 128, 256)
     blocks: tuple[int, int] = (1, 2)
@@ -38,7 +38,8 @@ class TinyConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TinyConfig:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        sequences = {key: tuple(values[key]) for key in ("widths", "blocks")}
+        return cls(**{**values, **sequences})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -78,14 +79,15 @@ class _Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, patches, width)
         x_BPC = x_BPC + self.out(mixed)
-        return x_BPC + self.mlp(self.mlp_norm(x_BPC))
+        mlp_BPC: torch.Tensor = self.mlp(self.mlp_norm(x_BPC))
+        return x_BPC + mlp_BPC
 
 
 class TinyEncoder(nn.Module):
     """Pixels `[B, 3, H, W]` to patch tokens `[B, P, D]` and image embedding `[B, D]`, L2-normalised.
 
-    Each patch token is weighted by a learned saliency whose mean over the patches is one, so the mean patch token is the
-    pooled embedding before normalisation: both live in one space, and background counts for little in either.
+    Each patch token is weighted by a learned saliency whose mean over the patches is one, so the mean patch token is
+    the pooled embedding before normalisation: both live in one space, and background counts for little in either.
     """
 
     def __init__(self, config: TinyConfig) -> None:
@@ -112,7 +114,7 @@ class TinyEncoder(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.stage16(self.stage8(self.stage4(F.relu(self.stem(pixel_values)))))
-        position = self.position
+        position: torch.Tensor = self.position
         if x.shape[-2:] != position.shape[-2:]:  # smaller images early in training
             position = F.interpolate(position, x.shape[-2:], mode="bilinear", align_corners=False)
         tokens_BPC = self.norm(self.attention((x + position).flatten(2).transpose(1, 2)))
@@ -121,8 +123,10 @@ class TinyEncoder(nn.Module):
         return patch_tokens_BPD, F.normalize(patch_tokens_BPD.mean(1), dim=-1)
 
 
-def save_tiny(module: TinyEncoder, preprocessing: Preprocessing, path: Path, *, notes: dict[str, Any] | None = None) -> None:
-    """Write one safetensors file: float16 weights; the config, the preprocessing and `notes` as JSON in its metadata."""
+def save_tiny(
+    module: TinyEncoder, preprocessing: Preprocessing, path: Path, *, notes: dict[str, Any] | None = None
+) -> None:
+    """Write one safetensors file: float16 weights; config, preprocessing and `notes` as JSON in its metadata."""
     weights = {name: _halved(tensor) for name, tensor in module.state_dict().items()}
     metadata = {
         "config": json.dumps(module.config.to_dict()),
@@ -138,7 +142,7 @@ def _halved(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def read_tiny(path: Path) -> tuple[TinyEncoder, Preprocessing, dict[str, Any]]:
-    """The network (float32, eval mode), its preprocessing and notes. Raises `EncoderSpecError` on a missing or foreign file."""
+    """The network (float32, eval mode), its preprocessing and notes. Raises `EncoderSpecError` on a foreign file."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -148,7 +152,9 @@ def read_tiny(path: Path) -> tuple[TinyEncoder, Preprocessing, dict[str, Any]]:
         notes = json.loads(metadata["notes"])
         module.load_state_dict(weights)
     except FileNotFoundError:
-        raise EncoderSpecError(f"{path} does not exist; train the tiny encoder with `make tiny` or name another file") from None
+        raise EncoderSpecError(
+            f"{path} does not exist; train the tiny encoder with `make tiny` or name another file"
+        ) from None
     except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise EncoderSpecError(f"{path} holds no tiny encoder: {str(error).splitlines()[0]}") from error
     return module.eval(), preprocessing, notes

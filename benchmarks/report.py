@@ -1,0 +1,56 @@
+"""What a benchmark ran on, and where its results go."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from core.files import write_durably
+
+
+def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
+    """`hardware`, `commit`, `date` and `settings`: what a figure means nothing without."""
+    return {
+        "hardware": _hardware(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "settings": settings,
+    }
+
+
+def write_results(folder: Path, name: str, outcome: dict[str, Any]) -> Path:
+    """Write `FOLDER/<hardware>-<date>-<commit>/NAME.json` and return its path."""
+    label = f"{outcome['hardware']['name']}-{outcome['date']}-{outcome['commit']}"
+    path = folder / re.sub(r"[^A-Za-z0-9.-]+", "_", label) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(outcome, indent=1).encode())
+    return path
+
+
+def _hardware() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.MULTILINE)
+        model = found.group(1).strip() if found else model
+    return {"name": f"{model} {cores} cores", "cpu": model, "cores": cores, "python": platform.python_version()}
+
+
+def _commit() -> str:
+    """The short commit, `-dirty` where the tree differs from it, `unknown` outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short=10", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        changed = subprocess.run(["git", "status", "--porcelain"], cwd=here, capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

@@ -1,0 +1,51 @@
+"""A service of its own for a benchmark: started as a user would, ready before the first request, stopped afterwards."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from core.errors import UserError
+
+START_TIMEOUT_S = 60
+
+
+@contextmanager
+def running_service(bundle: Path, *flags: str) -> Iterator[str]:
+    """Run `wikiclip serve` on a free port of this machine and yield its base URL once `/readyz` says 200.
+
+    Raises `UserError` if it ends or is not ready within a minute.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "wikiclip", "serve", "--bundle", str(bundle), "--port", str(port), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        _wait_until_ready(process, url := f"http://127.0.0.1:{port}")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=START_TIMEOUT_S)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise UserError(
+                f"the service ended with exit code {process.returncode} before it was ready; see its message above"
+            )
+        try:
+            if httpx.get(f"{url}/readyz", timeout=2).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            time.sleep(0.05)  # between two looks at a port that does not listen yet
+    raise UserError(f"the service was not ready within {START_TIMEOUT_S} s")
