@@ -114,6 +114,7 @@ def _load_config(spec: str, name: str, trust_remote_code: bool) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report on missing weights is replaced by an error of ours
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
@@ -129,10 +130,22 @@ def _load_model(spec: str, name: str, config: Any, trust_remote_code: bool, *, a
     kind = transformers.AutoModel if auto or remote else getattr(transformers, architecture, transformers.AutoModel)
     options = {"trust_remote_code": True} if remote else {}
     try:
-        model: nn.Module = kind.from_pretrained(name, dtype="auto", **options)
+        model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
     except _LOADING_ERRORS as error:
         raise _cannot_load(spec, "weights", error) from error
-    return model
+    missing = set(info["missing_keys"])
+    if auto and all(key.startswith("pooler.") for key in missing):
+        # Checkpoints made for a language-model head have none. Random ones would change the content hash each time.
+        if missing:
+            model.pooler = None
+        missing = set()
+    if missing:
+        raise EncoderSpecError(
+            f"{spec}: its weights lack {len(missing)} tensors of {type(model).__name__}, such as {min(missing)}; "
+            "save the whole model"
+        )
+    loaded: nn.Module = model
+    return loaded
 
 
 def _cannot_load(spec: str, what: str, error: Exception) -> EncoderSpecError:

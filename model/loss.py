@@ -18,18 +18,18 @@ INITIAL_LOGIT_SCALE = 1 / 0.07
 
 
 class LogitScale(nn.Module):
-    """1 / temperature, learned on a log scale and never above `MAX_LOGIT_SCALE`, past which training turns unstable."""
+    """1 / temperature, learned on a log scale; past `MAX_LOGIT_SCALE` training turns unstable."""
 
     def __init__(self) -> None:
         super().__init__()
         self.log_scale = nn.Parameter(torch.tensor(math.log(INITIAL_LOGIT_SCALE)))
 
     def forward(self) -> torch.Tensor:
-        return self.log_scale.exp().clamp(max=MAX_LOGIT_SCALE)
+        return self.log_scale.exp()
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Bring the parameter back to the limit after a step: beyond it its gradient would be zero for good."""
+        """To be called after each step. In `forward` a clamp would leave the parameter without gradient for good."""
         self.log_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 

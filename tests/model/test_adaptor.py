@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from core.errors import UserError
+from model.adaptor import Adaptor, AdaptorConfig
+
+
+def config(**changes: Any) -> AdaptorConfig:
+    values: dict[str, Any] = {"patch_dim": 12, "text_dim": 10, "embedding_dim": 12, "width": 16, "heads": 4}
+    return AdaptorConfig(**{**values, **changes})
+
+
+def adaptor(**changes: Any) -> Adaptor:
+    """With an output layer that is not zero, so that what goes in shows in what comes out."""
+    torch.manual_seed(0)
+    module = Adaptor(config(**changes)).eval()
+    torch.nn.init.normal_(module.out.weight)
+    return module
+
+
+def inputs(batch: int = 4, patches: int = 9, tokens: int = 7) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    return [
+        torch.randn(batch, patches, 12),
+        torch.ones(batch, dtype=torch.bool),
+        torch.randn(batch, tokens, 10),
+        torch.ones(batch, tokens, dtype=torch.bool),
+    ]
+
+
+VARIANTS = [
+    {},
+    {"norm": "post"},
+    {"self_attention": True},
+    {"self_attention": True, "norm": "post", "layers": 1},
+    {"residual": False, "embedding_dim": 20},
+    {"null_patch_tokens": 1, "ffn_ratio": 1.5},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_embeddings_are_unit_vectors_that_every_modality_moves(changes: dict[str, Any]) -> None:
+    module, arguments = adaptor(**changes), inputs()
+    with torch.no_grad():
+        embedding_BD = module(*arguments)
+        assert embedding_BD.shape == (4, module.config.embedding_dim)
+        torch.testing.assert_close(embedding_BD.norm(dim=1), torch.ones(4))
+        for changed in (0, 2):
+            other = [*arguments]
+            other[changed] = torch.randn_like(arguments[changed])
+            assert (module(*other) - embedding_BD).norm(dim=1).min() > 1e-3
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+@pytest.mark.parametrize(("image", "text"), [(True, True), (False, True), (True, False), (False, False)])
+def test_a_sample_alone_equals_the_sample_in_a_padded_batch(changes: dict[str, Any], image: bool, text: bool) -> None:
+    module = adaptor(**changes)
+    patches, image_mask, tokens, text_mask = inputs()
+    image_mask[1] = image
+    text_mask[1] = text
+    text_mask[1, 4:] = False
+    tokens[1, 4:] = torch.nan  # what the mask hides must not matter, whatever it is
+    if not image:
+        patches[1] = torch.nan
+    if not text:
+        tokens[1] = torch.nan
+    with torch.no_grad():
+        together = module(patches, image_mask, tokens, text_mask)[1]
+        length = 4 if text else 0
+        alone = module(
+            patches[1:2] if image else torch.zeros(1, 3, 12),
+            image_mask[1:2],
+            tokens[1:2, :length],
+            text_mask[1:2, :length],
+        )[0]
+    torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
+
+
+def test_the_residual_starts_at_the_mean_patch_token() -> None:
+    torch.manual_seed(0)
+    module, (patches, image_mask, tokens, text_mask) = Adaptor(config()).eval(), inputs()
+    image_mask[3] = False
+    with torch.no_grad():
+        embedding_BD = module(patches, image_mask, tokens, text_mask)
+    torch.testing.assert_close(embedding_BD[:3], F.normalize(patches.mean(dim=1), dim=1)[:3])
+    torch.testing.assert_close(embedding_BD[3], F.normalize(module.null_mean_D, dim=0))
+
+
+def test_a_residual_start_learns() -> None:
+    torch.manual_seed(0)
+    module, arguments = Adaptor(config()).train(), inputs()
+    arguments[1][0] = False
+    arguments[3][1] = False
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    target_BD = F.normalize(torch.randn(4, 12), dim=1)
+    losses = []
+    for _ in range(30):
+        loss = (1 - (module(*arguments) * target_BD).sum(dim=1)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+def test_order_of_patches_and_of_tokens_carries_no_meaning_of_its_own() -> None:
+    module, (patches, image_mask, tokens, text_mask) = adaptor(self_attention=True), inputs()
+    with torch.no_grad():
+        straight = module(patches, image_mask, tokens, text_mask)
+        shuffled = module(patches.flip(1), image_mask, tokens.flip(1), text_mask)
+    torch.testing.assert_close(straight, shuffled, atol=1e-6, rtol=1e-5)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    module, arguments = adaptor(dropout=0.5), inputs()
+    torch.testing.assert_close(module(*arguments), module(*arguments))
+    module.train()
+    assert (module(*arguments) - module(*arguments)).abs().max() > 1e-3
+
+
+def test_config_survives_json_and_refuses_what_it_does_not_know() -> None:
+    original = config(norm="post", dropout=0.2)
+    assert AdaptorConfig.from_dict(original.to_dict()) == original
+    with pytest.raises(UserError, match="unexpected"):
+        AdaptorConfig.from_dict({**original.to_dict(), "unexpected": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embedding_dim": 20}, "--no-residual"),
+        ({"heads": 3}, "multiple of heads"),
+        ({"norm": "batch"}, "pre or post"),
+        ({"dropout": 1.0}, "dropout"),
+        ({"layers": 0}, "layers"),
+    ],
+)
+def test_figures_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(**changes)
+
+
+def test_the_papers_size_has_the_papers_order_of_parameters() -> None:
+    with torch.device("meta"):
+        module = Adaptor(
+            AdaptorConfig(patch_dim=1280, text_dim=2048, embedding_dim=1280, width=1280, heads=16, self_attention=True)
+        )
+    assert 0.04e9 < module.parameter_count() < 0.09e9  # the paper: about 0.08 B

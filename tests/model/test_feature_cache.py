@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import UserError
+from model.feature_cache import ImageFeatureCache, TextFeatureCache, content_key
+
+HASH = "ab" * 32
+
+
+def features(seed: int, count: int) -> tuple[list[bytes], np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    keys = [content_key(f"{seed}-{row}".encode()) for row in range(count)]
+    return keys, rng.normal(size=(count, 4, 6)).astype(np.float32), rng.normal(size=(count, 8)).astype(np.float32)
+
+
+def test_images_come_back_as_they_went_in_after_reopening(tmp_path: Path) -> None:
+    cache = ImageFeatureCache(tmp_path, HASH)
+    for seed in (1, 2):
+        cache.add(*features(seed, 3))
+        cache.flush()
+    again = ImageFeatureCache(tmp_path, HASH)
+    for seed in (1, 2):
+        for key, tokens, embedding in zip(*features(seed, 3), strict=True):
+            np.testing.assert_array_equal(again.patch_tokens(key), tokens.astype(np.float16))
+            np.testing.assert_array_equal(again.image_embedding(key), embedding)
+            assert again.patch_tokens(key).dtype == np.float16
+            assert again.image_embedding(key).dtype == np.float32
+    assert content_key(b"other") not in again
+
+
+def test_texts_of_any_length_come_back(tmp_path: Path) -> None:
+    texts = [np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32) for n in (3, 1, 7, 2)]
+    keys = [content_key(bytes([n])) for n in range(4)]
+    cache = TextFeatureCache(tmp_path, HASH)
+    cache.add(keys, texts)
+    cache.flush()
+    again = TextFeatureCache(tmp_path, HASH)
+    for key, text in zip(keys, texts, strict=True):
+        np.testing.assert_array_equal(again.text_tokens(key), text.astype(np.float16))
+
+
+def test_another_encoder_sees_nothing(tmp_path: Path) -> None:
+    cache = ImageFeatureCache(tmp_path, HASH)
+    keys, *arrays = features(1, 2)
+    cache.add(keys, arrays[0], arrays[1])
+    cache.flush()
+    assert keys[0] in cache
+    assert keys[0] not in ImageFeatureCache(tmp_path, "cd" * 32)
+
+
+def test_values_beyond_float16_stay_finite(tmp_path: Path) -> None:
+    cache = TextFeatureCache(tmp_path, HASH)
+    cache.add([content_key(b"x")], [np.array([[1e6, -1e6, 1.0]], np.float32)])
+    cache.flush()
+    assert cache.text_tokens(content_key(b"x")).tolist() == [[65504.0, -65504.0, 1.0]]
+
+
+WRITER = """
+import sys, numpy as np
+from pathlib import Path
+from model.feature_cache import ImageFeatureCache, content_key
+cache = ImageFeatureCache(Path(sys.argv[1]), "ab" * 32)
+for number in range(100000):
+    keys = [content_key(b"%d-%d" % (number, row)) for row in range(50)]
+    cache.add(keys, np.full((50, 64, 32), number % 1000, np.float32), np.full((50, 8), number, np.float32))
+    cache.flush()
+    print(number, flush=True)
+"""
+
+
+def test_killed_while_writing_leaves_whole_segments_only(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    told = -1
+    for line in process.stdout:
+        told = int(line)
+        if told >= 5:
+            break
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    cache = ImageFeatureCache(tmp_path, HASH)
+    for number in range(told + 1):
+        for row in (0, 49):
+            key = content_key(b"%d-%d" % (number, row))
+            assert set(cache.patch_tokens(key).ravel().tolist()) == {number % 1000}
+            assert set(cache.image_embedding(key).tolist()) == {number}
+
+
+def test_a_segment_without_its_keys_does_not_exist(tmp_path: Path) -> None:
+    cache = ImageFeatureCache(tmp_path, HASH)
+    keys, tokens, embeddings = features(1, 2)
+    cache.add(keys, tokens, embeddings)
+    cache.flush()
+    (keys_file,) = tmp_path.rglob("*.keys.npy")
+    keys_file.unlink()
+    assert keys[0] not in ImageFeatureCache(tmp_path, HASH)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(UserError, match="--cache-dir"):
+        ImageFeatureCache(blocked, HASH)

@@ -1,0 +1,203 @@
+"""The command from files to checkpoint, run in process through the real console script's group."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+from core.errors import CatalogError, EncoderSpecError, UserError
+from core.jsonl import Rejected, RejectLog
+from model.adaptor import AdaptorConfig
+from model.checkpoint import Checkpoint
+from model.cli import train
+from model.data import load_entities
+from model.encoders import load_image_encoder, load_text_encoder
+from model.features import EntityKeys, FeatureStore
+from model.train import TrainingPair, TrainSettings, draw_modalities, train_adaptor
+
+
+def run(dataset: Any, tiny_spec: str, text_spec: str, out: Path, *more: str) -> Result:
+    arguments = ["--catalog", dataset.catalog, "--pairs", dataset.pairs, "--image-encoder", tiny_spec]
+    arguments += ["--text-encoder", text_spec, "--out", out, "--cache-dir", out.parent / "cache", "--device", "cpu"]
+    arguments += ["--epochs", 3, "--batch-size", 8, "--width", 16, "--heads", 2, "--max-tokens", 16, *more]
+    return CliRunner().invoke(train, [str(argument) for argument in arguments], catch_exceptions=True)
+
+
+def report(result: Result) -> dict[str, Any]:
+    assert result.exit_code == 0, result.output + repr(result.exception)
+    values: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return values
+
+
+def test_trains_validates_and_writes_a_checkpoint(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint"
+    figures = report(run(dataset, tiny_spec, text_spec, out, "--validation", str(dataset.validation), "--json"))
+    assert (figures["pairs"], figures["entities"], figures["rejected"], figures["steps"]) == (8, 12, 0, 3)
+    assert 0 <= figures["validation"]["hm"] <= 1
+    log = [json.loads(line) for line in (tmp_path / "checkpoint.train.jsonl").read_text().splitlines()]
+    best = max((row for row in log if "validation" in row), key=lambda row: row["validation"]["hm"])
+    assert figures["validation"] == best["validation"]
+    loaded = Checkpoint.load(out, text_encoder_spec=text_spec)
+    assert loaded.values["training"]["best_epoch"] == best["epoch"]
+
+
+def test_the_second_run_computes_nothing_and_gives_the_same(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    first = report(run(dataset, tiny_spec, text_spec, tmp_path / "a", "--json"))
+    second = report(run(dataset, tiny_spec, text_spec, tmp_path / "b", "--json"))
+    assert first["features_computed"] > 0
+    assert second["features_computed"] == 0
+    assert second["loss"] == first["loss"]
+    assert (tmp_path / "a" / "checkpoint.json").read_bytes() == (tmp_path / "b" / "checkpoint.json").read_bytes()
+
+
+def test_loss_falls(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    report(run(dataset, tiny_spec, text_spec, tmp_path / "c", "--epochs", "40", "--lr", "0.003", "--json"))
+    log = [json.loads(line) for line in (tmp_path / "c.train.jsonl").read_text().splitlines()]
+    losses = [row["mean_loss"] for row in log if "mean_loss" in row]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_bad_records_are_counted_and_named(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    broken = dataset.folder / "broken.png"
+    broken.write_bytes((dataset.folder / "e0-2.png").read_bytes()[:200])
+    rows = [
+        {"data_id": "x", "image": "nowhere.png", "entity_id": "Q1", "data_split": "train"},
+        {"data_id": "y", "image": "e1-2.png", "entity_id": "Q999", "data_split": "train"},
+        {"data_id": "z", "image": broken.name, "entity_id": "Q1", "data_split": "train"},
+        {"data_id": "w", "entity_id": "Q1", "data_split": "train"},
+    ]
+    pairs = dataset.folder / "bad-pairs.jsonl"
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    pairs.write_text("{no json\n" + lines + dataset.pairs.read_text(), encoding="utf-8")
+    figures = report(run(dataset, tiny_spec, text_spec, tmp_path / "d", "--pairs", str(pairs), "--json"))
+    assert (figures["pairs"], figures["rejected"]) == (8, 5)
+    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert {row["line"]: row["reason"].split(" ")[0] for row in rejected} == {
+        1: "not",
+        2: "image",
+        3: "entity_id",
+        4: "image",
+        5: "data_id,",
+    }
+
+
+def test_a_pairs_file_without_one_usable_pair_is_an_error(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text('{"data_id": "1", "image": "gone.png", "entity_id": "Q1", "data_split": "train"}\n')
+    result = run(dataset, tiny_spec, text_spec, tmp_path / "e", "--pairs", str(pairs))
+    assert isinstance(result.exception, CatalogError)
+    assert "no usable pair" in str(result.exception)
+    assert not (tmp_path / "e").exists()
+
+
+def test_diverging_leaves_the_earlier_checkpoint(
+    dataset: Any, tiny_spec: str, text_spec: str, nan_onnx_spec: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "f"
+    report(run(dataset, tiny_spec, text_spec, out, "--json"))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    result = run(dataset, nan_onnx_spec, text_spec, out)
+    assert isinstance(result.exception, UserError)
+    assert "diverged" in str(result.exception)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs"),
+        (["--batch-size", "1"], "batch size"),
+        (["--heads", "3"], "heads"),
+        (["--lr", "0"], "lr"),
+        (["--modality-dropout", "0.9"], "modality dropout"),
+        (["--device", "abacus"], "device"),
+        (["--max-tokens", "1000"], "32 tokens"),
+    ],
+)
+def test_settings_that_cannot_work(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, *, arguments: list[str], message: str
+) -> None:
+    result = run(dataset, tiny_spec, text_spec, tmp_path / "g", *arguments)
+    assert isinstance(result.exception, UserError)
+    assert message in str(result.exception)
+
+
+def test_an_unknown_encoder(dataset: Any, text_spec: str, tmp_path: Path) -> None:
+    result = run(dataset, "resnet", text_spec, tmp_path / "h")
+    assert isinstance(result.exception, EncoderSpecError)
+
+
+def unexpected(rejected: Rejected) -> None:
+    pytest.fail(rejected.reason)
+
+
+def store_with_entities(dataset: Any, tiny_spec: str, text_spec: str, cache: Path) -> tuple[FeatureStore, list[Any]]:
+    store = FeatureStore(cache, load_image_encoder(tiny_spec), load_text_encoder(text_spec, max_tokens=16))
+    entities = load_entities(dataset.catalog, None, RejectLog(cache.parent / "rejected.jsonl"))
+    return store, store.entity_keys(entities, unexpected)
+
+
+def test_only_the_adaptor_changes(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    store, entities = store_with_entities(dataset, tiny_spec, text_spec, tmp_path / "cache")
+    module: torch.nn.Module = store.image_encoder.module  # type: ignore[attr-defined]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    config = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)
+    pairs = [TrainingPair(query=entity.images[0], entity=row) for row, entity in enumerate(entities) if entity.images]
+    with (tmp_path / "log.jsonl").open("w") as log:
+        settings = TrainSettings(epochs=4, batch_size=6, modality_dropout=0.3, lr=0.01)
+        result = train_adaptor(
+            config, settings, store, entities, pairs, validation=None, device=torch.device("cpu"), log=log
+        )
+    torch.manual_seed(settings.seed)
+    start = type(result.adaptor)(config)
+    unmoved = [
+        name
+        for (name, now), was in zip(result.adaptor.named_parameters(), start.parameters(), strict=True)
+        # A key's bias adds the same to every score of a query: the softmax cannot see it.
+        if torch.equal(now, was) and not name.endswith("key.bias")
+    ]
+    assert unmoved == []
+    assert result.logit_scale != pytest.approx(1 / 0.07, abs=1e-6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_the_query_itself_is_never_its_entitys_image() -> None:
+    rng = np.random.default_rng(0)
+    entity = EntityKeys(images=(b"a", b"b", b"c"), text=b"t")
+    drawn = {draw_modalities(entity, b"b", 0.0, rng) for _ in range(100)}
+    assert drawn == {(b"a", b"t"), (b"c", b"t")}
+    assert draw_modalities(EntityKeys(images=(b"b",), text=b"t"), b"b", 0.0, rng) == (None, b"t")
+
+
+def test_modality_dropout_hides_each_as_often_as_asked_and_never_both() -> None:
+    rng = np.random.default_rng(0)
+    both = EntityKeys(images=(b"a",), text=b"t")
+    drawn = [draw_modalities(both, b"q", 0.2, rng) for _ in range(2000)]
+    assert drawn.count((None, None)) == 0
+    assert 0.16 < drawn.count((None, b"t")) / 2000 < 0.24
+    assert 0.16 < drawn.count((b"a", None)) / 2000 < 0.24
+    only_image = EntityKeys(images=(b"a",), text=None)
+    assert {draw_modalities(only_image, b"q", 0.5, rng) for _ in range(50)} == {(b"a", None)}
+
+
+def test_half_precision_is_stored_where_it_costs_nothing(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    figures = report(run(dataset, tiny_spec, text_spec, tmp_path / "i", "--json"))
+    assert figures["weights"] == "float16"
+    assert figures["half_cosine"] > 0.9999
+    assert {t.dtype for t in load_file(tmp_path / "i" / "adaptor.safetensors").values()} == {torch.float16}
+    report(run(dataset, tiny_spec, text_spec, tmp_path / "j", "--no-half", "--json"))
+    assert {t.dtype for t in load_file(tmp_path / "j" / "adaptor.safetensors").values()} == {torch.float32}

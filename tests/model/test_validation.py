@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.jsonl import Rejected, RejectLog
+from model.adaptor import Adaptor, AdaptorConfig
+from model.data import ImageSource, Pair, load_entities
+from model.encoders import load_image_encoder, load_text_encoder
+from model.features import FeatureStore
+from model.validation import ValidationSet, measure, validate
+
+
+def test_seen_unseen_and_their_harmonic_mean_by_hand() -> None:
+    correct = np.array([True, True, False, True, False, False, False, True])
+    split = [True, True, True, True, False, False, False, None]
+    accuracy = measure(correct, split)
+    assert (accuracy.top1, accuracy.seen, accuracy.unseen, accuracy.hm) == (0.5, 0.75, 0.0, 0.0)
+    correct[4] = True
+    accuracy = measure(correct, split)
+    assert accuracy.hm == pytest.approx(2 * (3 / 4) * (1 / 3) / (3 / 4 + 1 / 3))
+    assert accuracy.rank() == accuracy.hm
+
+
+def test_one_split_alone_has_no_harmonic_mean() -> None:
+    accuracy = measure(np.array([True, False]), [True, True])
+    assert (accuracy.seen, accuracy.unseen, accuracy.hm, accuracy.rank()) == (0.5, None, None, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("split", "seen"), [("val_seen", True), ("val_unseen", False), ("test_unseen", False), ("train", None)]
+)
+def test_a_split_is_told_by_the_end_of_its_name(split: str, seen: bool | None) -> None:
+    image = ImageSource(path=Path("x"), line=1, record="")
+    assert Pair(data_id="1", entity_id="Q1", data_split=split, image=image).seen is seen
+
+
+def unexpected(rejected: Rejected) -> None:
+    pytest.fail(rejected.reason)
+
+
+def test_an_entity_answers_at_its_best_image(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    """With the residual's start an embedding is the image's own, so a query with any of its images finds the entity."""
+    store = FeatureStore(tmp_path / "cache", load_image_encoder(tiny_spec), load_text_encoder(text_spec, max_tokens=16))
+    entities = store.entity_keys(
+        load_entities(dataset.catalog, None, RejectLog(tmp_path / "rejected.jsonl")), unexpected
+    )
+    adaptor = Adaptor(AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)).train()
+    asked = [(row, key) for row, entity in enumerate(entities) for key in entity.images]
+    queries = ValidationSet(
+        query_embeddings_QD=store.query_embeddings([key for _, key in asked]),
+        entity_Q=np.array([row for row, _ in asked]),
+        seen_Q=[None] * len(asked),
+    )
+    accuracy = validate(adaptor, store, entities, queries, torch.device("cpu"))
+    assert len(asked) == 22
+    assert accuracy.top1 == 1.0
+    assert adaptor.training
+    wrong = ValidationSet(
+        query_embeddings_QD=queries.query_embeddings_QD,
+        entity_Q=(queries.entity_Q + 1) % len(entities),
+        seen_Q=queries.seen_Q,
+    )
+    assert validate(adaptor, store, entities, wrong, torch.device("cpu")).top1 == 0.0
