@@ -1,0 +1,81 @@
+"""What users can set, call and read off stands in docs/service.md, with its real default."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from service.app import create_app
+from service.metrics import Metrics
+from service.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "service.md").read_text(encoding="utf-8")
+SETTING_ROW = re.compile(r"^\| `--([\w-]+)` \| `(\w+)` \| .+ \| (.+) \|$", flags=re.MULTILINE)
+
+
+def test_settings_table_is_the_settings() -> None:
+    rows = [(flag, variable) for flag, variable, _ in SETTING_ROW.findall(PAGE)]
+    assert rows == [(name.replace("_", "-"), ENV_PREFIX + name.upper()) for name in Settings.model_fields]
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_default_of_a_setting_is_the_real_one(name: str) -> None:
+    told = {flag.replace("-", "_"): default for flag, _, default in SETTING_ROW.findall(PAGE)}[name]
+    default = Settings.model_fields[name].default
+    if default in (None, ()):
+        assert told.startswith("none")
+    else:
+        assert told == f"`{default}`"
+
+
+def test_every_route_is_documented() -> None:
+    document = create_app(Settings(bundle=Path("bundle"))).openapi()
+    missing = [
+        f"{method.upper()} {path}"
+        for path, methods in document["paths"].items()
+        for method in methods
+        if not re.search(rf"`{method.upper()} {re.escape(path.replace(':path', ''))}[`?]", PAGE)
+    ]
+    assert not missing
+
+
+def test_every_parameter_of_recognize_is_documented() -> None:
+    document = create_app(Settings(bundle=Path("bundle"))).openapi()
+    parameters = [parameter["name"] for parameter in document["paths"]["/recognize"]["post"]["parameters"]]
+    assert parameters
+    assert [name for name in parameters if f"| `{name}` |" not in PAGE] == []
+
+
+def test_every_metric_is_documented() -> None:
+    families = [family.name for family in Metrics().registry.collect() if family.name.startswith("wikiclip_")]
+    assert families
+    assert [name for name in families if not re.search(rf"`{name}(_total)?`", PAGE)] == []
+
+
+def test_readme_names_every_make_target_of_a_fresh_machine() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [target for target in ("demo", "test") if f"make {target}" not in readme] == []
+
+
+def test_makefile_has_the_targets_that_are_promised() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+    assert {"demo", "test", "setup", "check", "bench", "tiny", "symbols", "demo-bundle", "lock"} <= targets
+
+
+def test_lock_pins_every_dependency_and_names_no_place() -> None:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pins)
+    pinned = {re.sub(r"[-_.]+", "-", line.partition("==")[0]).lower() for line in pins}
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    wanted = set(re.findall(r'"([a-zA-Z][\w-]*)(?:\[[\w,-]+\])?[<>=]=', project)) - {
+        "hatchling",  # builds the package, in an environment of its own
+        "onnxruntime-gpu",
+        "faiss-gpu",
+    }
+    missing = {name.lower().replace("_", "-") for name in wanted} - pinned
+    assert not missing
