@@ -111,6 +111,8 @@ function takeImage(blob, name) {
   $("image-hint").title = name;
   setMode("image");
   ask();
+  // Stacked, the answers begin below the fold.
+  if (matchMedia("(max-width: 900px)").matches) $("answers").scrollIntoView({ block: "start" });
 }
 
 $("preview").addEventListener("load", () => {

@@ -9,6 +9,18 @@ function milliseconds(value) {
   return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 }
 
+/** Never 0 nor 100 %: no calibration can know that. */
+function percent(confidence) {
+  const rounded = Math.round(confidence * 100);
+  return rounded > 99 ? "> 99 %" : rounded < 1 ? "< 1 %" : `${rounded} %`;
+}
+
+/** A problem's one line, as a sentence. */
+function sentence(line) {
+  const upper = line.charAt(0).toLocaleUpperCase() + line.slice(1);
+  return /[.!?]$/.test(upper) ? upper : `${upper}.`;
+}
+
 function scoreBar(prediction) {
   const row = element("div", "score");
   const track = element("span", "track");
@@ -21,7 +33,7 @@ function scoreBar(prediction) {
   figure.prepend(element("span", "sr-only", "score "));
   row.append(track, figure);
   if (prediction.confidence !== null && prediction.confidence !== undefined) {
-    row.append(element("span", "confidence", `${Math.round(prediction.confidence * 100)} % sure`));
+    row.append(element("span", "confidence", `${percent(prediction.confidence)} sure`));
   }
   return row;
 }
@@ -102,7 +114,7 @@ export function showProblem(problem, onRetry) {
   $("status").textContent = "";
   showEmpty("No answer", "Try another image, or change what was asked.");
   const box = $("problem");
-  box.replaceChildren(element("strong", "", problem.title), element("p", "", problem.message));
+  box.replaceChildren(element("strong", "", problem.title), element("p", "", sentence(problem.message)));
   const foot = element("p", "problem-foot");
   const worthRetrying = problem.status === 0 || problem.status === 429 || problem.status >= 500;
   if (worthRetrying) {
