@@ -1,12 +1,14 @@
 """Builds Symbols under `demo/build/`: `python -m demo.build`, or `make symbols`.
 
-sources/          the public packages, as fetched
-drawings/         one 128 px RGBA image per entity and artist
-photos/           held-out artists' drawings, photographed
-catalog.jsonl     every entity with the drawings of the artists that are not held out
-drawings.jsonl    who drew what, and what it may be used for
-pairs_train.jsonl        seen entities, training artists: all that anything is ever trained on
-queries_{val,test}_{clean,photo}.jsonl   held-out artists' drawings, `data_split` ending in seen or unseen
+- `sources/`: the public packages, as fetched
+- `drawings/`: one 128 px RGBA image per entity and artist
+- `photos/`: held-out artists' drawings and the training drawings, photographed
+- `drawings.jsonl`: who drew what, and what it may be used for
+- `catalog.jsonl`: every entity with the drawings of the artists that are not held out
+- `pairs_train.jsonl`: seen entities, training artists, clean and photographed: all that anything is trained on
+- `queries_{val,test}_{clean,photo}.jsonl`: held-out artists' drawings, `data_split` ending in seen or unseen
+
+What is there already is kept: a second run only adds what is missing.
 """
 
 from __future__ import annotations
@@ -113,11 +115,13 @@ def _render_all(drawings: list[Drawing], build: Path) -> list[Drawing]:
     return visible
 
 
-def _photograph_all(queries: list[Drawing], build: Path) -> None:
+def _photograph_all(drawn: list[Drawing], build: Path, seed: int) -> None:
     (build / "photos").mkdir(exist_ok=True)
-    photographer = Photographer(PHOTO_SEED)
-    for start in tqdm(range(0, len(queries), 32), desc="photos", unit="batch"):
-        batch = queries[start : start + 32]
+    for start in tqdm(range(0, len(drawn), 32), desc="photos", unit="batch"):
+        batch = drawn[start : start + 32]
+        if all((build / _photo(drawing)).exists() for drawing in batch):
+            continue
+        photographer = Photographer(seed + start)
         drawings = premultiply(torch.stack([to_tensor(Image.open(build / d.image)) for d in batch]))
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
         photos = photographer.photograph(drawings, PHOTO_PX, strength)
@@ -154,21 +158,23 @@ def build_symbols_files(build: Path) -> None:
             catalog.setdefault(drawing.entity_id, []).append(drawing)
     _write_jsonl(build / "catalog.jsonl", (_record(symbols[i], drawn, build) for i, drawn in catalog.items()))
 
+    training = [d for d in drawings if d.role == "train"]
     _write_jsonl(
         build / "pairs_train.jsonl",
         (
             {
-                "data_id": f"{d.artist}:{d.entity_id}",
-                "image": d.image,
+                "data_id": f"{how}:{d.artist}:{d.entity_id}",
+                "image": d.image if how == "clean" else _photo(d),
                 "entity_id": d.entity_id,
-                "data_split": "train_seen",
+                "data_split": f"train_{how}_seen",
             }
-            for d in drawings
-            if d.role == "train"
+            for d in training
+            for how in ("clean", "photo")
         ),
     )
     queries = [d for d in drawings if d.role == "query" and d.entity_id in catalog]
-    _photograph_all(queries, build)
+    _photograph_all(queries, build, PHOTO_SEED)
+    _photograph_all(training, build, PHOTO_SEED + 10**6)
     for part in ("val", "test"):
         for how in ("clean", "photo"):
             _write_jsonl(build / f"queries_{part}_{how}.jsonl", _queries(queries, part, how))

@@ -29,7 +29,8 @@ _INITIALS = re.compile(r"^[bcdfghjklmnpqrstvwxz]{2,4}$")  # no vowel: `jcb` is s
 # Countries whose English name takes an article, as in `Flag of the Netherlands`.
 _WITH_ARTICLE = re.compile(
     r"^(Netherlands|Philippines|Bahamas|Gambia|Maldives|Comoros|Seychelles|Vatican City|Czech Republic|"
-    r"Central African Republic|Dominican Republic|European Union|Isle of Man|Republic of the Congo)$|^United |(Islands|Territory|Territories)$"
+    r"Central African Republic|Dominican Republic|European Union|Isle of Man|Republic of the Congo)$|"
+    r"^United |(Islands|Territory|Territories)$"
 )
 
 

@@ -89,6 +89,7 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     `CheckpointError`, `EncoderSpecError`. What is finished stays, whatever fails.
     """
     started = time.perf_counter()
+    _check_inputs(config)
     _check_output(config)
     device = resolve_device(config.device)
     checkpoint = Checkpoint.load(
@@ -114,6 +115,14 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     return _summary(config, started, resumed_shards=resumed)
 
 
+def _check_inputs(config: ExportConfig) -> None:
+    """Before the models are loaded, which takes a while."""
+    if not config.catalog.is_file():
+        raise CatalogError(f"{config.catalog} does not exist; check --catalog")
+    if config.validation is not None and not config.validation.is_file():
+        raise CatalogError(f"{config.validation} does not exist; check --validation")
+
+
 def _check_output(config: ExportConfig) -> None:
     out = config.out
     if not out.exists():
@@ -130,10 +139,6 @@ def _check_output(config: ExportConfig) -> None:
 
 def _settings(config: ExportConfig, checkpoint: Checkpoint, device: str) -> dict[str, Any]:
     """Everything that the bundle's content depends on, and no path."""
-    if not config.catalog.is_file():
-        raise CatalogError(f"{config.catalog} does not exist; check --catalog")
-    if config.validation is not None and not config.validation.is_file():
-        raise CatalogError(f"{config.validation} does not exist; check --validation")
     return {
         "catalog_sha256": sha256_file(config.catalog),
         "checkpoint_sha256": checkpoint.sha256,

@@ -26,6 +26,8 @@ log = logging.getLogger("wikiclip.engine")
 
 
 class Encoder(Protocol):
+    device: str
+
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
 
 
@@ -37,13 +39,16 @@ class Index(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What one job gave: the query embedding, entity rows with cosines (falling), and where the time went."""
+    """What one job gave: the query embedding, entity rows with cosines (falling), and where the time went.
+
+    `encode_ms` is None for a job that was a search only.
+    """
 
     embedding_D: npt.NDArray[np.float32]
     rows: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     queue_ms: float
-    encode_ms: float
+    encode_ms: float | None
     search_ms: float
 
 
@@ -131,9 +136,12 @@ class Engine:
         batch: list[_Job] = []
         try:
             self._on_start()
-            while (batch := self._take()) or not self._closing:
+            while True:
+                batch = self._take()
                 if batch:
                     self._serve(batch)
+                elif self._closing and not self._queue:  # in this order: once closing, the queue only shrinks
+                    return
         except BaseException:
             # Nothing is above this to raise to: `alive` tells the service, and whoever waits is told below.
             log.critical("the engine thread dies", exc_info=True)
@@ -198,7 +206,7 @@ class Engine:
                     rows=rows_BK[place, : job.top_k][found_K],
                     scores=scores_BK[place, : job.top_k][found_K],
                     queue_ms=1000 * (started_at - job.queued_at),
-                    encode_ms=1000 * (encoded_at - started_at) if job.embedding_D is None else 0.0,
+                    encode_ms=1000 * (encoded_at - started_at) if job.embedding_D is None else None,
                     search_ms=search_ms,
                 )
                 results.append((job, found))

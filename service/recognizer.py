@@ -27,7 +27,7 @@ from service.admission import Admission
 from service.answers import Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
 from service.encoder import OnnxEncoder
-from service.engine import Engine, Found
+from service.engine import Encoder, Engine, Found
 from service.join import Joiner, Ranking
 from service.metrics import Metrics
 from service.settings import Settings
@@ -39,9 +39,10 @@ class Recognizer:
     """A bundle ready to answer.
 
     `recognize_many` is for programs and notebooks, `recognize` for one event loop. Close it when done, or use `with`.
+    Without an `encoder` the bundle's own is run on ONNX Runtime.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings) -> None:
+    def __init__(self, bundle: Bundle, settings: Settings, encoder: Encoder | None = None) -> None:
         self.bundle = bundle
         self.settings = settings
         self.metrics = Metrics()
@@ -52,16 +53,7 @@ class Recognizer:
         self.preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
         index = bundle.index()
         self._joiner = Joiner(self.store, bundle.calibration, index.entity_count)
-        encoder_entry = bundle.manifest.image_encoder
-        self.encoder = OnnxEncoder(
-            bundle.image_encoder_path,
-            self.preprocessing,
-            input_name=encoder_entry.input,
-            embedding_name=encoder_entry.outputs[1],
-            embedding_dim=bundle.manifest.embedding_dim,
-            device=settings.device,
-            threads=settings.thread_count,
-        )
+        self.encoder = encoder or _open_encoder(bundle, self.preprocessing, settings)
         self._decoders = ThreadPoolExecutor(settings.decode_thread_count, thread_name_prefix="decode")
         self._cache: Cache | None = None
         if settings.cache == "on":
@@ -189,7 +181,6 @@ class Recognizer:
         if embedding_D is None:
             pixels_HW3, timings_ms["decode"] = await self._in_pool(self._decode, data, options)
             found = await asyncio.wrap_future(self._engine.submit(pixels_HW3, top_k))
-            timings_ms["encode"] = found.encode_ms
         else:
             found = await asyncio.wrap_future(self._engine.search(embedding_D, top_k))
         _add_engine_time(timings_ms, found)
@@ -213,7 +204,7 @@ class Recognizer:
 
     def _finish(self, pending: Future[Found], decode_ms: float, options: RecognizeOptions, top_k: int) -> Recognition:
         found = pending.result()
-        timings_ms = {"decode": decode_ms, "encode": found.encode_ms}
+        timings_ms = {"decode": decode_ms}
         _add_engine_time(timings_ms, found)
         while isinstance(ranking := self._joiner.join(found, options, top_k), int):
             top_k = ranking
@@ -249,6 +240,19 @@ class Recognizer:
         return embedding_D if np.isfinite(embedding_D).all() else None
 
 
+def _open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
+    entry = bundle.manifest.image_encoder
+    return OnnxEncoder(
+        bundle.image_encoder_path,
+        preprocessing,
+        input_name=entry.input,
+        embedding_name=entry.outputs[1],
+        embedding_dim=bundle.manifest.embedding_dim,
+        device=settings.device,
+        threads=settings.thread_count,
+    )
+
+
 def model_name(bundle: Bundle) -> str:
     """What answers call the model: `name` in the manifest's `model`, else its image encoder's spec without a path."""
     model = bundle.manifest.model
@@ -257,6 +261,8 @@ def model_name(bundle: Bundle) -> str:
 
 def _add_engine_time(timings_ms: dict[str, float], found: Found) -> None:
     timings_ms["queue"] = timings_ms.get("queue", 0.0) + found.queue_ms
+    if found.encode_ms is not None:
+        timings_ms["encode"] = found.encode_ms
     timings_ms["search"] = timings_ms.get("search", 0.0) + found.search_ms
 
 

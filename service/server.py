@@ -28,6 +28,7 @@ def run_server(settings: Settings) -> None:
         config = uvicorn.Config(
             create_app(settings, recognizer),
             log_config=None,
+            ws="none",
             access_log=False,  # the app writes its own
             server_header=False,
             timeout_graceful_shutdown=settings.deadline_ms // 1000 + 1,

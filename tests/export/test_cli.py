@@ -1,0 +1,46 @@
+"""`wikiclip export` as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from index.bundle import Bundle
+
+CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+
+
+def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "wikiclip", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_export_ends_by_saying_what_it_left_out(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("export", "--catalog", catalog.path, "--checkpoint", checkpoint, "--out", tmp_path / "b")
+    done = wikiclip(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "23 entities" in done.stdout
+    assert f"4 record(s) rejected, {catalog.images_failed} image(s) not used" in done.stdout
+    assert Bundle.open(tmp_path / "b", verify="full").name == "b"
+
+    resumed = wikiclip(*arguments, "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["already_complete"] is True
+
+
+def test_a_missing_catalog_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    done = wikiclip(
+        "export", "--catalog", tmp_path / "none.jsonl", "--checkpoint", checkpoint, "--out", tmp_path / "out"
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "none.jsonl does not exist" in done.stderr
+    assert not (tmp_path / "out").exists()

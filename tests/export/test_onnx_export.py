@@ -1,0 +1,105 @@
+"""The image encoder's ONNX file does what the encoder does, for any batch, and tells nothing of this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from core.errors import EncoderSpecError
+from export.onnx_export import export_image_encoder, measure_parity
+from imaging import Preprocessing, normalise
+from model.encoders import ImageEncoder, load_image_encoder
+from model.torch_encoder import TorchImageEncoder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, image_encoder: ImageEncoder) -> Path:
+    folder = tmp_path_factory.mktemp("onnx")
+    parity = export_image_encoder(image_encoder, folder)
+    assert parity.min_cosine > 0.99999
+    assert parity.max_abs_diff < 1e-3
+    return folder / "image_encoder.onnx"
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8])
+def test_any_batch(exported: Path, image_encoder: ImageEncoder, batch: int) -> None:
+    size_px = image_encoder.preprocessing.size_px
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (batch, size_px, size_px, 3), np.uint8)
+    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    patch_tokens, embedding = session.run(
+        ["patch_tokens", "image_embedding"], {"pixel_values": normalise(pixels_BHW3, image_encoder.preprocessing)}
+    )
+    expected = image_encoder.encode(pixels_BHW3)
+    np.testing.assert_allclose(patch_tokens, expected.patch_tokens_BPC, atol=1e-4)
+    np.testing.assert_allclose(embedding, expected.image_embedding_BD, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
+
+
+def test_nothing_of_this_machine_is_in_the_file(exported: Path) -> None:
+    model = onnx.load(exported)
+    onnx.checker.check_model(model)
+    assert not model.metadata_props
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
+    assert not any(value.metadata_props for value in (*model.graph.value_info, *model.graph.initializer))
+    data = exported.read_bytes()
+    assert b"site-packages" not in data
+    assert b".py" not in data
+    assert str(Path.cwd()).encode() not in data
+
+
+def test_the_same_encoder_gives_the_same_bytes(exported: Path, image_encoder: ImageEncoder, tmp_path: Path) -> None:
+    export_image_encoder(image_encoder, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["image_encoder.onnx"]
+    assert (tmp_path / "image_encoder.onnx").read_bytes() == exported.read_bytes()
+
+
+def test_an_onnx_encoder_is_copied_with_its_external_data(
+    exported: Path, image_encoder: ImageEncoder, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    out.mkdir()
+    onnx.save_model(
+        onnx.load(exported),
+        source / "mine.onnx",
+        save_as_external_data=True,
+        location="mine.weights",
+        size_threshold=1024,
+    )
+    (source / "mine.json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
+    encoder = load_image_encoder(f"onnx:{source / 'mine.onnx'}")
+    parity = export_image_encoder(encoder, out)
+    assert parity.min_cosine == 1.0
+    assert sorted(file.name for file in out.iterdir()) == ["image_encoder.onnx", "mine.weights"]
+    shutil.rmtree(source)
+    assert measure_parity(image_encoder, out / "image_encoder.onnx").min_cosine > 0.99999
+
+
+class _Noisy(nn.Module):
+    """A network that no file can be equal to: it draws anew each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection = nn.Linear(3 * 64, 16)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = pixel_values.flatten(1)
+        mean = self.projection(pixels + 100 * torch.randn_like(pixels))
+        return mean[:, None], mean
+
+
+def test_an_encoder_that_comes_out_different_is_refused(tmp_path: Path) -> None:
+    preprocessing = Preprocessing(
+        size_px=8, resize="squash", crop="none", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    )
+    encoder = TorchImageEncoder(_Noisy(), preprocessing, saved_config={}, spec="hf:noisy", device=torch.device("cpu"))
+    with pytest.raises(EncoderSpecError, match="the ONNX file of hf:noisy differs from the original"):
+        export_image_encoder(encoder, tmp_path)
