@@ -153,7 +153,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         components = document["components"]["schemas"]
         components["Problem"] = {**schemas.Problem.model_json_schema(), "x-types": problems.problem_types()}
+        # The framework's own shape of a failed check: ours is a problem, told where a check can fail.
         for unused in ("HTTPValidationError", "ValidationError"):
             components.pop(unused, None)
+        for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
+            if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                del operation["responses"]["422"]
         app.openapi_schema = document
     return app.openapi_schema

@@ -1,0 +1,173 @@
+"""The engine thread: batching, isolation, dropping, draining, dying."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError, wait
+
+import numpy as np
+import pytest
+
+from core.errors import TooManyRequests, Unavailable
+from service.engine import Engine
+
+TIMEOUT_S = 10
+
+
+class GatedEncoder:
+    """Embeds an image as its first pixel, counts batches, and waits at a gate where it is told to."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.batches: list[list[int]] = []
+
+    def encode(self, pixels_BHW3):
+        firsts = [int(pixels[0, 0, 0]) for pixels in pixels_BHW3]
+        self.batches.append(firsts)
+        self.entered.release()
+        assert self.gate.wait(TIMEOUT_S)
+        if 13 in firsts:
+            raise ValueError("unlucky")
+        if 66 in firsts:
+            raise SystemExit
+        return pixels_BHW3[:, 0, 0, :2].astype(np.float32)
+
+
+class RangeIndex:
+    """Finds rows 0, 1, 2 ... with the query's first number as score, and ends after `count` of them."""
+
+    def __init__(self, count: int = 1000) -> None:
+        self.count = count
+
+    def search(self, query_embeddings_BD, top_k):
+        rows_K = np.where(np.arange(top_k) < self.count, np.arange(top_k), -1)
+        return np.tile(rows_K, (len(query_embeddings_BD), 1)), np.tile(query_embeddings_BD[:, :1], (1, top_k))
+
+
+def image(value: int):
+    return np.full((2, 2, 3), value, np.uint8)
+
+
+@pytest.fixture
+def encoder():
+    return GatedEncoder()
+
+
+@pytest.fixture
+def engine(encoder):
+    engine = Engine(encoder, RangeIndex(), max_batch=4, queue_limit=8)
+    yield engine
+    encoder.gate.set()
+    engine.close(TIMEOUT_S)
+
+
+def occupy(engine, encoder):
+    """Have the engine busy with one image until the gate opens."""
+    encoder.gate.clear()
+    future = engine.submit(image(1), 1)
+    assert encoder.entered.acquire(timeout=TIMEOUT_S)
+    return future
+
+
+def test_what_waits_is_taken_together_up_to_the_limit(engine, encoder):
+    first = occupy(engine, encoder)
+    others = [engine.submit(image(value), 3) for value in range(2, 8)]
+    assert engine.depth == 6
+    encoder.gate.set()
+    wait([first, *others], TIMEOUT_S)
+    assert encoder.batches == [[1], [2, 3, 4, 5], [6, 7]]
+    assert [future.result().scores[0] for future in others] == [2, 3, 4, 5, 6, 7]
+    assert all(len(future.result().rows) == 3 for future in others)
+    assert others[0].result().queue_ms >= 0
+
+
+def test_each_gets_as_many_results_as_it_asked_for(engine, encoder):
+    first = occupy(engine, encoder)
+    futures = [engine.submit(image(2), top_k) for top_k in (1, 500, 7)]
+    encoder.gate.set()
+    wait([first, *futures], TIMEOUT_S)
+    assert [len(future.result().rows) for future in futures] == [1, 500, 7]
+
+
+def test_padding_is_cut_off(encoder):
+    engine = Engine(encoder, RangeIndex(count=2), max_batch=4, queue_limit=8)
+    assert list(engine.submit(image(5), 10).result(TIMEOUT_S).rows) == [0, 1]
+    engine.close(TIMEOUT_S)
+
+
+def test_a_search_encodes_nothing(engine, encoder):
+    found = engine.search(np.array([0.25, 0.5], np.float32), 2).result(TIMEOUT_S)
+    assert list(found.scores) == [0.25, 0.25]
+    assert found.encode_ms is None
+    assert encoder.batches == []
+
+
+def test_one_bad_image_fails_alone(engine, encoder):
+    first = occupy(engine, encoder)
+    good, bad, other = (engine.submit(image(value), 1) for value in (2, 13, 3))
+    encoder.gate.set()
+    wait([first, good, bad, other], TIMEOUT_S)
+    assert good.result().scores[0] == 2
+    assert other.result().scores[0] == 3
+    with pytest.raises(ValueError, match="unlucky"):
+        bad.result()
+    assert engine.submit(image(4), 1).result(TIMEOUT_S).scores[0] == 4
+
+
+def test_a_full_queue_refuses(engine, encoder):
+    first = occupy(engine, encoder)
+    waiting = [engine.submit(image(2), 1) for _ in range(8)]
+    with pytest.raises(TooManyRequests):
+        engine.submit(image(3), 1)
+    encoder.gate.set()
+    wait([first, *waiting], TIMEOUT_S)
+    assert engine.submit(image(3), 1).result(TIMEOUT_S).scores[0] == 3
+
+
+def test_what_nobody_waits_for_is_never_encoded(engine, encoder):
+    first = occupy(engine, encoder)
+    abandoned, wanted = engine.submit(image(2), 1), engine.submit(image(3), 1)
+    assert abandoned.cancel()
+    encoder.gate.set()
+    wait([first, wanted], TIMEOUT_S)
+    assert encoder.batches == [[1], [3]]
+    with pytest.raises(CancelledError):
+        abandoned.result()
+
+
+def test_closing_finishes_what_was_accepted_and_takes_no_more(engine, encoder):
+    first = occupy(engine, encoder)
+    waiting = [engine.submit(image(value), 1) for value in range(2, 9)]
+    assert not engine.close(timeout_s=0.01)  # it is busy
+    with pytest.raises(Unavailable):
+        engine.submit(image(9), 1)
+    encoder.gate.set()
+    assert engine.close(TIMEOUT_S)
+    assert [future.result(0).scores[0] for future in (first, *waiting)] == list(range(1, 9))
+
+
+def test_a_dead_thread_is_noticed_and_nobody_waits_for_it(engine, encoder):
+    first = occupy(engine, encoder)
+    fatal = engine.submit(image(66), 1)
+    encoder.gate.set()
+    assert first.result(TIMEOUT_S)
+    with pytest.raises(Unavailable, match="died"):
+        fatal.result(TIMEOUT_S)
+    engine.close(TIMEOUT_S)
+    assert not engine.alive
+    with pytest.raises(Unavailable):
+        engine.submit(image(1), 1)
+
+
+def test_the_heartbeat_stops_while_the_thread_is_stuck(engine, encoder):
+    occupy(engine, encoder)
+    silent_s = engine.silent_s
+    threading.Event().wait(0.05)
+    assert engine.silent_s >= silent_s + 0.05
+    encoder.gate.set()
+    engine.submit(image(2), 1).result(TIMEOUT_S)
+    assert engine.silent_s < 1.5

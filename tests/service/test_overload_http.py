@@ -1,0 +1,161 @@
+"""Batching by concurrency, the deadline, a full queue, clients that leave: with an encoder that waits at a gate."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+TIMEOUT_S = 10
+
+
+class GatedEncoder:
+    """Embeds every image alike, and only while its gate is open."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.sizes: list[int] = []
+
+    def encode(self, pixels_BHW3):
+        self.sizes.append(len(pixels_BHW3))
+        self.entered.release()
+        assert self.gate.wait(TIMEOUT_S)
+        return np.ones((len(pixels_BHW3), 16), np.float32)
+
+
+@pytest.fixture
+def encoder():
+    encoder = GatedEncoder()
+    yield encoder
+    encoder.gate.set()
+
+
+@pytest.fixture
+def images(small_images) -> list[bytes]:
+    return list(small_images.values())
+
+
+def ask(service, image: bytes):
+    return service.post("/recognize", content=image, headers={"Content-Type": "image/png"})
+
+
+def until(service, name: str, value: float) -> None:
+    """Wait until a metric has a value."""
+    for _ in range(500):
+        if f"\n{name} {value}\n" in service.get("/metrics").text:
+            return
+        time.sleep(0.01)  # the state is on the other side of a socket: asking again is all there is
+    raise AssertionError(f"{name} never was {value}")
+
+
+def test_requests_that_wait_are_encoded_together(serve, small_bundle, encoder, images):
+    with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(11) as pool:
+        first = pool.submit(ask, service, images[0])
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        others = [pool.submit(ask, service, image) for image in images[1:]]
+        until(service, "wikiclip_queue_images", len(images) - 1.0)
+        encoder.gate.set()
+        assert all(each.result(TIMEOUT_S).status_code == 200 for each in (first, *others))
+    assert encoder.sizes == [1, len(images) - 1]
+
+
+def test_equal_images_at_the_same_time_are_encoded_once(serve, small_bundle, encoder, images):
+    with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, service, images[0]) for _ in range(8)]
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        until(service, "wikiclip_in_flight_images", 8.0)
+        encoder.gate.set()
+        answers = [each.result(TIMEOUT_S) for each in asked]
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert len({answer.json()["request_id"] for answer in answers}) == 8
+    assert encoder.sizes == [1]
+
+
+def test_past_the_deadline_is_a_504_and_what_waited_costs_nothing(serve, small_bundle, encoder, images):
+    with serve(small_bundle, encoder=encoder, deadline_ms=200) as service, ThreadPoolExecutor(3) as pool:
+        first = pool.submit(ask, service, images[0])
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        late = [pool.submit(ask, service, image) for image in images[1:3]]
+        answers = [each.result(TIMEOUT_S) for each in (first, *late)]
+        assert [answer.status_code for answer in answers] == [504] * 3
+        assert "200 ms" in answers[0].json()["detail"]
+        encoder.gate.set()
+        assert ask(service, images[3]).status_code == 200
+    assert encoder.sizes == [1, 1]  # the two that waited were dropped
+
+
+def test_a_full_queue_is_a_429_that_says_when(serve, small_bundle, encoder, images):
+    with (
+        serve(small_bundle, encoder=encoder, queue_limit=3, max_batch_images=3) as service,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        asked = [pool.submit(ask, service, image) for image in images[:2]]
+        until(service, "wikiclip_in_flight_images", 2.0)
+        refused = service.post("/recognize/batch", files=[("image", image) for image in images[2:4]])
+        assert refused.status_code == 429
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert 1 <= int(refused.headers["retry-after"]) <= 60
+        asked.append(pool.submit(ask, service, images[2]))  # there is room for one
+        until(service, "wikiclip_in_flight_images", 3.0)
+        assert ask(service, images[3]).status_code == 429
+        assert service.get("/readyz").status_code == 200  # busy is not broken
+        encoder.gate.set()
+        assert all(each.result(TIMEOUT_S).status_code == 200 for each in asked)
+        assert ask(service, images[3]).status_code == 200
+
+
+def test_a_client_that_leaves_frees_its_place_and_is_not_computed_for(serve, small_bundle, encoder, images):
+    with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, service, images[0])
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        with socket.create_connection((service.base_url.host, service.base_url.port)) as leaving:
+            head = f"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: {len(images[1])}"
+            leaving.sendall(head.encode() + b"\r\n\r\n" + images[1])
+            until(service, "wikiclip_queue_images", 1.0)
+        until(service, "wikiclip_in_flight_images", 1.0)
+        encoder.gate.set()
+        assert first.result(TIMEOUT_S).status_code == 200
+        assert re.search(r'wikiclip_requests_total\{route="/recognize",status="499"\} 1', service.get("/metrics").text)
+    assert encoder.sizes == [1]
+
+
+def test_a_fault_of_ours_is_a_500_that_tells_nothing(serve, small_bundle, images):
+    class FaultyEncoder:
+        device = "cpu"
+
+        def encode(self, pixels_BHW3):
+            raise RuntimeError("secret of the house")
+
+    with serve(small_bundle, encoder=FaultyEncoder()) as service:
+        answer = ask(service, images[0])
+        assert answer.status_code == 500
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert "secret" not in answer.text
+        assert "Traceback" not in answer.text
+        assert answer.json()["request_id"] == answer.headers["x-request-id"]
+        assert service.get("/readyz").status_code == 200
+
+
+def test_a_dead_engine_is_not_ready_but_alive(serve, small_bundle, images):
+    class FatalEncoder:
+        device = "cpu"
+
+        def encode(self, pixels_BHW3):
+            raise SystemExit
+
+    with serve(small_bundle, encoder=FatalEncoder()) as service:
+        assert ask(service, images[0]).status_code == 503
+        until(service, "wikiclip_ready", 0.0)
+        refused = service.get("/readyz")
+        assert (refused.status_code, refused.json()["title"]) == (503, "Not ready")
+        assert ask(service, images[0]).status_code == 503
+        assert service.get("/livez").status_code == 200
+        assert service.get("/info").status_code == 200

@@ -1,0 +1,108 @@
+"""Entities, operations and pages."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+from PIL import Image
+
+
+def test_an_entity_record(service):
+    record = service.get("/entities/Q15083").json()
+    assert record["title"] == "Giraffe"
+    assert record["titles"] == {"fr": "Girafe", "zh": "长颈鹿"}
+    assert record["types"] == ["animal"]
+    assert record["has_thumbnail"] is False
+    assert "row" not in record
+
+
+def test_an_id_with_characters_that_mean_something_in_urls(service):
+    answer = service.get("/entities/brand%3Aa%26b")
+    assert answer.json()["entity_id"] == "brand:a&b"
+    thumbnail = service.get("/entities/brand%3Aa%26b/thumbnail")
+    assert thumbnail.headers["content-type"] == "image/webp"
+    assert Image.open(io.BytesIO(thumbnail.content)).size == (24, 24)
+
+
+def test_title_search(service):
+    found = service.get("/entities", params={"query": "lion", "limit": 1}).json()["entities"]
+    assert [entity["entity_id"] for entity in found] == ["Q140"]
+    both = service.get("/entities", params={"query": "lion"}).json()["entities"]
+    assert {entity["entity_id"] for entity in both} == {"Q140", "Q_no_image"}
+    assert service.get("/entities", params={"query": "no such thing"}).json() == {"entities": []}
+
+
+def test_probes(service):
+    assert service.get("/livez").json() == {"status": "alive"}
+    assert service.get("/readyz").json() == {"status": "ready"}
+
+
+def test_info(service):
+    info = service.get("/info").json()
+    assert info["bundle"].startswith("small@")
+    assert (info["entities"], info["embeddings"], info["embedding_dim"]) == (12, 14, 16)
+    assert info["device"] == "cpu"
+    assert info["limits"]["max_batch_images"] == 32
+    assert "image/jpeg" in info["image_types"]
+
+
+def test_metrics_count_what_happened(service, giraffe):
+    def count(line_start: str) -> float:
+        lines = service.get("/metrics").text.splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(line_start))
+
+    before = count('wikiclip_requests_total{route="/recognize",status="422"}')
+    service.post("/recognize", content=b"no image", headers={"Content-Type": "image/png"})
+    assert count('wikiclip_requests_total{route="/recognize",status="422"}') == before + 1
+    # An entity id must not make a series of its own.
+    service.get("/entities/Q123456")
+    assert "Q123456" not in service.get("/metrics").text
+    service.post("/recognize", params={"top_k": 99}, content=giraffe, headers={"Content-Type": "image/png"})
+    assert count("wikiclip_batch_images_count") >= 1
+    assert count('wikiclip_stage_seconds_count{stage="search"}') >= 1
+    assert count("wikiclip_ready ") == 1
+
+
+def test_the_api_description_is_whole(service):
+    document = service.get("/openapi.json").json()
+    assert {
+        "/recognize",
+        "/recognize/batch",
+        "/entities",
+        "/entities/{entity_id}",
+        "/livez",
+        "/readyz",
+        "/info",
+    } <= set(document["paths"])
+    forms = document["paths"]["/recognize"]["post"]["requestBody"]["content"]
+    assert {"multipart/form-data", "application/json", "image/jpeg"} <= set(forms)
+    problem = document["paths"]["/recognize"]["post"]["responses"]["429"]["content"]
+    assert list(problem) == ["application/problem+json"]
+    references = set(re.findall(r'"#/components/schemas/(\w+)"', service.get("/openapi.json").text))
+    assert references <= set(document["components"]["schemas"])
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_pages_load_nothing_from_elsewhere(service, path):
+    answer = service.get(path)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "http" not in policy
+    assert "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    loaded = re.findall(r'(?:src|href)="([^"#]+)"', answer.text)
+    assert loaded
+    for link in loaded:
+        assert link.startswith("/"), link
+        assert service.get(link).status_code == 200, link
+    assert not re.search(r"<script(?![^>]*src=)|\sstyle=|\son\w+=", answer.text)  # the policy would block it
+
+
+def test_the_documentation_names_every_kind_of_problem_that_is_answered(service):
+    answered = service.post("/recognize", content=b"x", headers={"Content-Type": "image/png"}).json()["type"]
+    told = service.get("/openapi.json").json()["components"]["schemas"]["Problem"]["x-types"]
+    assert answered in [each["type"] for each in told]
