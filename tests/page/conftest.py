@@ -17,7 +17,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 START_TIMEOUT_S = 60
-SESSION_TIMEOUT_S = 240
+SESSION_TIMEOUT_S = 600
 
 # The names under which scenarios pick their files, and the entities they show.
 QUERY_IMAGES = {"giraffe.png": "Q15083", "lion.png": "Q140", "apple.png": "Q89"}

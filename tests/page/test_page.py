@@ -164,8 +164,8 @@ def test_fits_a_narrow_screen(browsed: dict[str, dict[str, Any]]) -> None:
 
 
 def test_nothing_jumps_when_answers_come(browsed: dict[str, dict[str, Any]]) -> None:
-    # 0.1 is where people start to notice (the limit that browsers' makers call good).
-    assert see(browsed, "steady")["shift"] < 0.05
+    # Browser makers call 0.1 good; a stage or a list without its reserved room shows as several hundredths.
+    assert see(browsed, "steady")["shift"] < 0.01
 
 
 def test_follows_light_and_dark(browsed: dict[str, dict[str, Any]]) -> None:
