@@ -1,0 +1,104 @@
+"""The client, against the service and against small servers that refuse."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from core.errors import TooManyRequests, Unavailable, Unprocessable, UserError
+from service.answers import RecognizeOptions
+from service.client import Client
+
+
+def test_an_answer_as_the_recogniser_gives_it(service, small_images):
+    with Client(str(service.base_url)) as client:
+        options = RecognizeOptions(top_k=2, types=("animal", "fruit"), lang="fr", min_score=-1.0, box=(0, 0, 1, 1))
+        answer = client.recognize(small_images["Q15083"], options)
+        assert client.info()["bundle"] == answer.bundle
+    assert [each.title for each in answer.predictions][0] == "Girafe"
+    assert len(answer.predictions) == 2
+    assert answer.predictions[0].types == ("animal",)
+    assert answer.abstained is False
+
+
+def test_a_refusal_is_the_error_it_stands_for(service):
+    with Client(str(service.base_url)) as client, pytest.raises(Unprocessable, match="no image"):
+        client.recognize(b"no image")
+
+
+@contextmanager
+def scripted(*answers: tuple[int, dict[str, str], object]) -> Iterator[tuple[str, list[float]]]:
+    """A server that gives these answers in turn; yields its URL and the times at which it was asked."""
+    left, asked_at = list(answers), []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            asked_at.append(time.monotonic())
+            status, headers, content = left.pop(0)
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked_at
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+ANSWER = {"model": "m", "bundle": "b@1", "cached": False, "abstained": None, "predictions": [], "timings_ms": {}}
+
+
+def test_retry_after_is_honoured():
+    with (
+        scripted((429, {"Retry-After": "1"}, {"detail": "full"}), (503, {}, {"detail": "x"}), (200, {}, ANSWER)) as (
+            url,
+            asked_at,
+        ),
+        Client(url) as client,
+    ):
+        assert client.recognize(b"x").bundle == "b@1"
+    assert len(asked_at) == 3
+    assert 1.0 <= asked_at[1] - asked_at[0] < 3.0
+    assert asked_at[2] - asked_at[1] < 1.0
+
+
+def test_retries_end():
+    with scripted(*[(429, {}, {"detail": "full"})] * 3) as (url, asked_at), Client(url, retries=2) as client:
+        with pytest.raises(TooManyRequests, match="full"):
+            client.recognize(b"x")
+        assert len(asked_at) == 3
+
+
+def test_what_asking_again_cannot_help_is_not_asked_again():
+    with scripted((422, {}, {"detail": "bad"})) as (url, asked_at), Client(url) as client:
+        with pytest.raises(Unprocessable, match="bad"):
+            client.recognize(b"x")
+        assert len(asked_at) == 1
+
+
+@pytest.mark.parametrize("answer", [(200, {}, {"hello": 1}), (404, {}, ["?"])])
+def test_another_kind_of_server_is_told_as_such(answer):
+    with scripted(answer) as (url, _), Client(url) as client, pytest.raises(UserError, match="WikiCLIP service"):
+        client.recognize(b"x")
+
+
+def test_nobody_there():
+    with Client("http://127.0.0.1:9", retries=0) as client, pytest.raises(Unavailable, match="is the service running"):
+        client.recognize(b"x")

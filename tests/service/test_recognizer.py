@@ -1,0 +1,99 @@
+"""The recogniser without HTTP, and bundles that it refuses."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from core.errors import BundleAltered, BundleMissing, TooLarge, UndecodableImage, UserError
+from index.bundle import Bundle
+from service.answers import Recognition, RecognizeOptions
+from service.recognizer import Recognizer
+from service.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def recognizer(small_bundle):
+    with Recognizer.open(small_bundle, Settings(threads=1, max_batch=3, max_pixels=10_000)) as recognizer:
+        yield recognizer
+
+
+def test_many_images_in_order_and_a_bad_one_in_its_place(recognizer, small_images):
+    images = list(small_images.values())
+    images.insert(4, b"no image")
+    answers = recognizer.recognize_many(images, RecognizeOptions(top_k=1))
+    assert isinstance(answers.pop(4), UndecodableImage)
+    assert [answer.predictions[0].entity_id for answer in answers] == list(small_images)
+    assert all(set(answer.timings_ms) == {"decode", "queue", "encode", "search", "total"} for answer in answers)
+
+
+def test_batched_equals_one_by_one(recognizer, small_images):
+    images = list(small_images.values())
+    together = recognizer.recognize_many(images)
+    alone = [recognizer.recognize_many([image])[0] for image in images]
+    for one, other in zip(together, alone, strict=True):
+        assert isinstance(one, Recognition)
+        assert isinstance(other, Recognition)
+        assert [each.entity_id for each in one.predictions] == [each.entity_id for each in other.predictions]
+        assert [each.score for each in one.predictions] == pytest.approx(
+            [each.score for each in other.predictions], abs=1e-5
+        )
+
+
+def test_a_filter_looks_as_far_as_it_must(recognizer, small_images):
+    (answer,) = recognizer.recognize_many([small_images["Q140"]], RecognizeOptions(top_k=2, types=("monument",)))
+    assert [each.entity_id for each in answer.predictions] == ["Q_no_image"]
+
+
+def test_the_pixel_limit_holds(recognizer, tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (200, 200)).save(tmp_path / "large.png")
+    (answer,) = recognizer.recognize_many([(tmp_path / "large.png").read_bytes()])
+    assert isinstance(answer, TooLarge)
+
+
+def test_without_calibration_there_is_no_confidence(small_bundle, small_images, tmp_path):
+    from dataclasses import replace
+
+    bundle = Bundle.open(small_bundle)
+    plain = replace(bundle, manifest=replace(bundle.manifest, calibration=None))
+    with Recognizer(plain, Settings(threads=1)) as recognizer:
+        (answer,) = recognizer.recognize_many([small_images["Q140"]])
+    assert answer.abstained is None
+    assert {each.confidence for each in answer.predictions} == {None}
+
+
+def test_a_missing_and_an_altered_bundle_are_refused(small_bundle, tmp_path):
+    with pytest.raises(BundleMissing):
+        Recognizer.open(tmp_path / "nowhere")
+    altered = tmp_path / "altered"
+    shutil.copytree(small_bundle, altered)
+    content = bytearray((altered / "image_encoder.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (altered / "image_encoder.onnx").write_bytes(content)
+    with pytest.raises(BundleAltered, match=r"image_encoder\.onnx"):
+        Recognizer.open(altered)
+
+
+def test_cuda_that_cannot_be_had_is_an_error_and_never_the_cpu(small_bundle):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(UserError, match="cuda"):
+        Recognizer.open(small_bundle, Settings(device="cuda"))
+    with Recognizer.open(small_bundle, Settings(device="auto")) as recognizer:
+        assert recognizer.encoder.device == "cpu"
+
+
+def test_the_service_never_imports_torch():
+    program = (
+        "import sys, service.app, service.server, service.cli, service.batch, service.client; "
+        "sys.exit(sorted({'torch', 'transformers', 'onnx'} & sys.modules.keys()) or None)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

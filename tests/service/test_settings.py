@@ -1,0 +1,54 @@
+"""Where settings come from, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+
+from core.errors import UserError
+from service.cli import serve
+from service.settings import Settings, load_settings
+
+
+def test_the_environment_wins_over_the_default_and_an_argument_over_both(monkeypatch):
+    assert load_settings().port == 8000
+    monkeypatch.setenv("WIKICLIP_PORT", "9000")
+    assert load_settings().port == 9000
+    assert load_settings(port=9001).port == 9001
+    assert load_settings(port="9002").port == 9002
+
+
+def test_lists_are_separated_by_commas(monkeypatch):
+    monkeypatch.setenv("WIKICLIP_CORS_ORIGINS", "https://a.example, https://b.example")
+    assert load_settings().cors_origins == ("https://a.example", "https://b.example")
+    monkeypatch.setenv("WIKICLIP_CORS_ORIGINS", "")
+    assert load_settings().cors_origins == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("PORT", "high", "port (WIKICLIP_PORT) is 'high'"),
+        ("DEVICE", "tpu", "device"),
+        ("DEADLINE_MS", "0", "deadline_ms"),
+        ("REDIS_URL", "localhost:6379", "redis://"),
+        ("QUEUE_LIMIT", "8", "max_batch_images"),
+        ("API_KEYS", "secret", "WIKICLIP_API_KEYS"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(monkeypatch, name, value, said):
+    monkeypatch.setenv(f"WIKICLIP_{name}", value)
+    with pytest.raises(UserError) as refused:
+        load_settings()
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_every_setting_is_a_flag_with_help_and_its_default():
+    shown = " ".join(CliRunner().invoke(serve, ["--help"]).output.split())
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')} " in shown
+        assert f"WIKICLIP_{name.upper()}; default:" in shown
+        assert field.description is not None
+        assert field.description in shown
