@@ -41,7 +41,7 @@ from model.tiny import BUILT_IN, TinyConfig, TinyEncoder, save_tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    steps: int = 4800
+    steps: int = 5600
     small_share: float = 0.65  # of the steps, at `small_px`; the rest at the network's full size
     small_px: int = 64
     entities_per_batch: int = 64
@@ -53,6 +53,7 @@ class Settings:
     text_weight: float = 0.5
     prototype_weight: float = 1.0
     average_decay: float = 0.998
+    snapshot_every: int = 400  # steps
     seed: int = 7
 
 
@@ -263,7 +264,7 @@ class State:
 
 
 def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device: torch.device, snapshot: Path) -> None:
-    """Train, validating and saving a snapshot every 400 steps, and write the averaged weights to `out`."""
+    """Train, validating and saving a snapshot every so often, and write the averaged weights to `out`."""
     torch.manual_seed(settings.seed)
     drawings = read_drawings(build)
     training = [d for d in drawings if d.role == "train"]
@@ -324,7 +325,7 @@ def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device
             log.write(json.dumps(row) + "\n")
             log.flush()
             progress.set_postfix(row)
-        if state.step % 400 == 0 or state.step == settings.steps:
+        if state.step % settings.snapshot_every == 0 or state.step == settings.steps:
             figures = validation.run(state.average, device)
             log.write(json.dumps({"step": state.step, **figures}) + "\n")
             log.flush()

