@@ -65,7 +65,8 @@ def export(as_json: bool, **options: Any) -> None:
     """
     from dataclasses import asdict
 
-    from export.pipeline import ExportConfig, export_bundle
+    from export.config import ExportConfig
+    from export.pipeline import export_bundle
 
     summary = export_bundle(ExportConfig(**options, progress=True))
     if as_json:

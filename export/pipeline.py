@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from catalog import EntityRecord, read_catalog
 from core.errors import CatalogError, UserError
-from core.files import sha256_file
 from core.jsonl import Rejected, RejectLog
+from export.config import ExportConfig, check_inputs, check_output, content_settings, refuse_differences
 from export.embed import ShardEmbedder
 from export.onnx_export import INPUT, OUTPUTS, export_image_encoder
-from export.spool import Spool, SpooledShard, foreign_files, is_unfinished
+from export.spool import Spool, SpooledShard, is_unfinished
 from export.validation import calibrate
 from index.build import build_index
 from index.bundle import Bundle, list_files
@@ -41,29 +41,6 @@ from index.search import EntityIndex
 from index.store import EntityStore, write_store
 from model.checkpoint import Checkpoint
 from model.encoders import resolve_device
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """What `wikiclip export` is told. `thumbnail_px` 0 stores no thumbnails; `limit` None takes the whole catalog."""
-
-    catalog: Path
-    checkpoint: Path
-    out: Path
-    resume: bool = False
-    limit: int | None = None
-    shard_size: int = 4096
-    batch_size: int = 32
-    validation: Path | None = None
-    name: str | None = None  # default: the output folder's
-    thumbnail_px: int = 0
-    store_text: bool = False
-    image_root: Path | None = None
-    image_encoder: str | None = None
-    text_encoder: str | None = None
-    device: str = "auto"
-    trust_remote_code: bool = False
-    progress: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +66,8 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     `CheckpointError`, `EncoderSpecError`. What is finished stays, whatever fails.
     """
     started = time.perf_counter()
-    _check_inputs(config)
-    _check_output(config)
+    check_inputs(config)
+    check_output(config)
     device = resolve_device(config.device)
     checkpoint = Checkpoint.load(
         config.checkpoint,
@@ -99,7 +76,7 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    settings = _settings(config, checkpoint, device.type)
+    settings = content_settings(config, checkpoint, device.type)
     if (config.out / MANIFEST_FILE).exists():
         return _already_complete(config, settings, started)
     spool = Spool(config.out)
@@ -115,43 +92,6 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     return _summary(config, started, resumed_shards=resumed)
 
 
-def _check_inputs(config: ExportConfig) -> None:
-    """Before the models are loaded, which takes a while."""
-    if not config.catalog.is_file():
-        raise CatalogError(f"{config.catalog} does not exist; check --catalog")
-    if config.validation is not None and not config.validation.is_file():
-        raise CatalogError(f"{config.validation} does not exist; check --validation")
-
-
-def _check_output(config: ExportConfig) -> None:
-    out = config.out
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if not config.resume and (out / MANIFEST_FILE).exists():
-        raise UserError(f"--out {out} holds a bundle already, which never changes; choose another folder")
-    if not config.resume and is_unfinished(out):
-        raise UserError(f"--out {out} holds an unfinished export; finish it with --resume, or remove the folder")
-    if not (out / MANIFEST_FILE).exists() and (files := foreign_files(out)):
-        raise UserError(f"--out {out} is not empty (it holds {files[0]}); choose an empty or a new folder")
-
-
-def _settings(config: ExportConfig, checkpoint: Checkpoint, device: str) -> dict[str, Any]:
-    """Everything that the bundle's content depends on, and no path."""
-    return {
-        "catalog_sha256": sha256_file(config.catalog),
-        "checkpoint_sha256": checkpoint.sha256,
-        "limit": config.limit,
-        "shard_size": config.shard_size,
-        "batch_size": config.batch_size,
-        "thumbnail_px": config.thumbnail_px,
-        "store_text": config.store_text,
-        "device": device,
-        "validation_sha256": None if config.validation is None else sha256_file(config.validation),
-    }
-
-
 def _check_settings(config: ExportConfig, spool: Spool, settings: Mapping[str, Any]) -> None:
     """Begin, or make sure that what was begun is the same export."""
     image_root = None if config.image_root is None else str(config.image_root.resolve())
@@ -161,21 +101,12 @@ def _check_settings(config: ExportConfig, spool: Spool, settings: Mapping[str, A
         spool.begin(wanted)
         return
     # Validation comes after the shards: it may be given, changed or left out when an export is taken up again.
-    _refuse_differences(config.out, begun, wanted, ignored={"validation_sha256"})
-
-
-def _refuse_differences(
-    out: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any], ignored: frozenset[str] | set[str] = frozenset()
-) -> None:
-    differing = [key for key in wanted if key not in ignored and begun.get(key) != wanted[key]]
-    if differing:
-        names = ", ".join(key.removesuffix("_sha256").replace("_", " ") for key in differing)
-        raise UserError(f"{out} was made with another {names}; resume with the same, or choose another --out")
+    refuse_differences(config.out, begun, wanted, ignored={"validation_sha256"})
 
 
 def _already_complete(config: ExportConfig, settings: Mapping[str, Any], started: float) -> ExportSummary:
     bundle = Bundle.open(config.out)
-    _refuse_differences(config.out, bundle.manifest.export, settings)
+    refuse_differences(config.out, bundle.manifest.export, settings)
     if config.name is not None and config.name != bundle.name:
         raise UserError(f"{config.out} holds a bundle named {bundle.name}; leave --name out, or choose another --out")
     if is_unfinished(config.out):  # killed after the manifest was in place: only the clearing up is left
@@ -208,6 +139,7 @@ def _embed_catalog(config: ExportConfig, checkpoint: Checkpoint, spool: Spool) -
             first_row += len(records)
             bar.update(len(records))
     if first_row == 0:
+        spool.remove()  # nothing was made that could be taken up again
         raise CatalogError(f"{config.catalog} holds no usable entity record; see the interface of catalogs in the docs")
     return resumed
 

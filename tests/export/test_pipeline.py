@@ -16,7 +16,8 @@ from PIL import Image
 
 from catalog import EntityRecord, read_catalog
 from core.errors import CatalogError, CheckpointError, UserError
-from export.pipeline import ExportConfig, ExportSummary, export_bundle
+from export.config import ExportConfig
+from export.pipeline import ExportSummary, export_bundle
 from imaging import load_pixels, normalise
 from index.bundle import Bundle
 from model.checkpoint import Checkpoint
@@ -169,28 +170,58 @@ def test_limit_text_and_name(done: Done, tmp_path: Path) -> None:
         assert store.thumbnail("Q1") is None
 
 
-def queries(folder: Path, catalog: CatalogFiles, *, unknown: int) -> Path:
-    path = folder / "queries.jsonl"
+def queries(folder: Path, known: dict[str, bytes], unknown: list[bytes]) -> Path:
+    """Queries with the entities' own images, others with images of nothing in the catalog, and a few bad ones."""
     rows: list[Any] = []
-    for number, (entity_id, image) in enumerate(catalog.images.items()):
-        wrong = number < unknown
+    images = [*known.items(), *(("not in the catalog", data) for data in unknown)]
+    for number, (entity_id, data) in enumerate(images):
+        (folder / f"{number}.png").write_bytes(data)
         rows.append(
-            {
-                "data_id": str(number),
-                "image": str(image),
-                "entity_id": "not in the catalog" if wrong else entity_id,
-                "data_split": "val_seen",
-            }
+            {"data_id": str(number), "image": f"{number}.png", "entity_id": entity_id, "data_split": "val_seen"}
         )
-    rows.append({"data_id": "x", "image": "missing.png", "entity_id": "Q1", "data_split": "val_seen"})
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+    rows += [{"data_id": "x", "image": "missing.png", "entity_id": "Q1", "data_split": "val_seen"}, {"data_id": "y"}]
+    path = folder / "queries.jsonl"
+    path.write_text("\n".join([*map(json.dumps, rows), "{no json"]))
     return path
+
+
+def noise_png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path: Path) -> None:
+    known = {entity_id: path.read_bytes() for entity_id, path in list(catalog.images.items())[:12]}
+    validation = queries(tmp_path, known, [noise_png(seed) for seed in range(12)])
+    config = dataclasses.replace(done.config, out=tmp_path / "out" / "b", validation=validation)
+    assert export_bundle(config).calibrated
+    bundle = Bundle.open(config.out)
+    calibration = bundle.calibration
+    assert calibration is not None
+    assert calibration.queries == 24
+    assert 5 <= calibration.correct <= 12
+    scores: dict[bool, list[float]] = {True: [], False: []}
+    session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
+    preprocessing = Checkpoint.load(config.checkpoint).image_encoder.preprocessing
+    index = bundle.index()
+    for is_known, images in ((True, known.values()), (False, [noise_png(seed) for seed in range(12)])):
+        for data in images:
+            pixels_HW3 = load_pixels(data, preprocessing, max_pixels=10_000)
+            _, query_BD = session.run(None, {"pixel_values": normalise(pixels_HW3[None], preprocessing)})
+            scores[is_known].append(float(index.search(query_BD, 1)[1][0, 0]))
+    answered = [score for score in scores[True] if not calibration.abstains(score)]
+    abstained = [score for score in scores[False] if calibration.abstains(score)]
+    assert len(answered) + len(abstained) > 16
+    reasons = (config.out.parent / "rejected.jsonl").read_text()
+    assert reasons.count("queries.jsonl: ") == 3
 
 
 def test_validation_that_cannot_be_fitted_leaves_a_resumable_export(
     done: Done, catalog: CatalogFiles, tmp_path: Path
 ) -> None:
-    validation = queries(tmp_path, catalog, unknown=len(catalog.images))
+    validation = queries(tmp_path, {}, [path.read_bytes() for path in catalog.images.values()])
     config = dataclasses.replace(done.config, out=tmp_path / "b", validation=validation)
     with pytest.raises(UserError, match="calibration needs at least"):
         export_bundle(config)
@@ -244,3 +275,4 @@ def test_a_catalog_without_a_usable_record(done: Done, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"title": "no id"}\n')
     with pytest.raises(CatalogError, match="no usable entity record"):
         export_bundle(dataclasses.replace(done.config, catalog=tmp_path / "bad.jsonl", out=tmp_path / "out"))
+    export_bundle(dataclasses.replace(done.config, limit=1, out=tmp_path / "out"))  # nothing stands in the way

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from core.errors import UserError
-from export.pipeline import ExportConfig, export_bundle
+from export.config import ExportConfig
+from export.pipeline import export_bundle
 from export.spool import Spool
 from index.bundle import Bundle
 
@@ -75,7 +76,7 @@ def kill_once(config: ExportConfig, moment: Callable[[], bool]) -> None:
     for option, value in arguments.items():
         command += [option, str(value)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not moment():
             assert process.poll() is None, f"ended before it could be killed: {process.communicate()[0]}"
             assert time.monotonic() < deadline

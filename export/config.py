@@ -1,0 +1,85 @@
+"""What an export is told, what of it the bundle's content depends on, and what makes it impossible from the start."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import CatalogError, UserError
+from core.files import sha256_file
+from export.spool import foreign_files, is_unfinished
+from index.manifest import MANIFEST_FILE
+from model.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What `wikiclip export` is told. `thumbnail_px` 0 stores no thumbnails; `limit` None takes the whole catalog."""
+
+    catalog: Path
+    checkpoint: Path
+    out: Path
+    resume: bool = False
+    limit: int | None = None
+    shard_size: int = 4096
+    batch_size: int = 32
+    validation: Path | None = None
+    name: str | None = None  # default: the output folder's
+    thumbnail_px: int = 0
+    store_text: bool = False
+    image_root: Path | None = None
+    image_encoder: str | None = None
+    text_encoder: str | None = None
+    device: str = "auto"
+    trust_remote_code: bool = False
+    progress: bool = False
+
+
+def check_inputs(config: ExportConfig) -> None:
+    """Look for the input files before the models are loaded, which takes a while. Raises `CatalogError`."""
+    if not config.catalog.is_file():
+        raise CatalogError(f"{config.catalog} does not exist; check --catalog")
+    if config.validation is not None and not config.validation.is_file():
+        raise CatalogError(f"{config.validation} does not exist; check --validation")
+
+
+def check_output(config: ExportConfig) -> None:
+    """Refuse an output folder in which something else would be touched. Raises `UserError`."""
+    out = config.out
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not config.resume and (out / MANIFEST_FILE).exists():
+        raise UserError(f"--out {out} holds a bundle already, which never changes; choose another folder")
+    if not config.resume and is_unfinished(out):
+        raise UserError(f"--out {out} holds an unfinished export; finish it with --resume, or remove the folder")
+    if not (out / MANIFEST_FILE).exists() and (files := foreign_files(out)):
+        raise UserError(f"--out {out} is not empty (it holds {files[0]}); choose an empty or a new folder")
+
+
+def content_settings(config: ExportConfig, checkpoint: Checkpoint, device: str) -> dict[str, Any]:
+    """Everything that the bundle's content depends on, and no path."""
+    return {
+        "catalog_sha256": sha256_file(config.catalog),
+        "checkpoint_sha256": checkpoint.sha256,
+        "limit": config.limit,
+        "shard_size": config.shard_size,
+        "batch_size": config.batch_size,
+        "thumbnail_px": config.thumbnail_px,
+        "store_text": config.store_text,
+        "device": device,
+        "validation_sha256": None if config.validation is None else sha256_file(config.validation),
+    }
+
+
+def refuse_differences(
+    out: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str] = ()
+) -> None:
+    """Raise `UserError` where an export that was begun is not the one wanted now."""
+    differing = [key for key in wanted if key not in ignored and begun.get(key) != wanted[key]]
+    if differing:
+        names = ", ".join(key.removesuffix("_sha256").replace("_", " ") for key in differing)
+        raise UserError(f"{out} was made with another {names}; resume with the same, or choose another --out")
