@@ -18,7 +18,6 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-REDIS_TIMEOUT_S = 0.1
 _REDIS_PAUSE_S = 2.0  # after a failure Redis is left alone for so long: it may be slow rather than gone
 _REDIS_KEEPS_S = 24 * 3600
 _ENTRY_OVERHEAD_BYTES = 200
@@ -66,14 +65,19 @@ def _cost_bytes(key: str, value: bytes) -> int:
 
 
 class Cache:
-    """The LRU, and Redis behind it. Redis being slow, full or gone costs a request `REDIS_TIMEOUT_S` at most.
+    """The LRU, and Redis behind it. Redis being slow, full or gone costs a request `redis_timeout_s` at most.
 
     `on_redis_error` is told of each failure. For one event loop; `close` ends the connections.
     """
 
     def __init__(
-        self, max_bytes: int, redis_url: str | None = None, on_redis_error: Callable[[], None] = lambda: None
+        self,
+        max_bytes: int,
+        redis_url: str | None = None,
+        redis_timeout_s: float = 0.1,
+        on_redis_error: Callable[[], None] = lambda: None,
     ) -> None:
+        self._redis_timeout_s = redis_timeout_s
         self._lru = Lru(max_bytes)
         self._on_redis_error = on_redis_error
         self._paused_until = 0.0
@@ -81,8 +85,8 @@ class Cache:
         if redis_url is not None:
             self._redis = redis.asyncio.Redis.from_url(
                 redis_url,
-                socket_timeout=REDIS_TIMEOUT_S,
-                socket_connect_timeout=REDIS_TIMEOUT_S,
+                socket_timeout=redis_timeout_s,
+                socket_connect_timeout=redis_timeout_s,
                 retry=Retry(NoBackoff(), 0),
             )
 
@@ -113,7 +117,7 @@ class Cache:
             return None
         try:
             # The client's own timeouts are per read: this one bounds connecting, asking and answering together.
-            answer = await asyncio.wait_for(ask(), REDIS_TIMEOUT_S)
+            answer = await asyncio.wait_for(ask(), self._redis_timeout_s)
         except (RedisError, OSError, TimeoutError) as error:
             if self._paused_until == 0.0:
                 log.warning("Redis does not answer (%s): going on without it", error or type(error).__name__)

@@ -57,7 +57,12 @@ class Recognizer:
         self._decoders = ThreadPoolExecutor(settings.decode_thread_count, thread_name_prefix="decode")
         self._cache: Cache | None = None
         if settings.cache == "on":
-            self._cache = Cache(settings.cache_max_bytes, settings.redis_url, self.metrics.redis_errors.inc)
+            self._cache = Cache(
+                settings.cache_max_bytes,
+                settings.redis_url,
+                settings.redis_timeout_ms / 1000,
+                self.metrics.redis_errors.inc,
+            )
         self._flights: SingleFlight[Recognition] = SingleFlight()
         self._engine = Engine(
             self.encoder,

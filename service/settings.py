@@ -34,6 +34,9 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(
         default=None, description="Redis that several processes share as cache, redis://host:port/db."
     )
+    redis_timeout_ms: int = Field(
+        default=100, ge=1, description="Milliseconds that Redis may take; then a request goes on without it."
+    )
     max_batch: int = Field(default=32, ge=1, le=1024, description="Images encoded at once, at most.")
     max_batch_images: int = Field(
         default=32, ge=1, le=1024, description="Images in one POST /recognize/batch, at most."

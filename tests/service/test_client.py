@@ -21,7 +21,7 @@ def test_an_answer_as_the_recogniser_gives_it(service, small_images):
         options = RecognizeOptions(top_k=2, types=("animal", "fruit"), lang="fr", min_score=-1.0, box=(0, 0, 1, 1))
         answer = client.recognize(small_images["Q15083"], options)
         assert client.info()["bundle"] == answer.bundle
-    assert [each.title for each in answer.predictions][0] == "Girafe"
+    assert answer.predictions[0].title == "Girafe"
     assert len(answer.predictions) == 2
     assert answer.predictions[0].types == ("animal",)
     assert answer.abstained is False

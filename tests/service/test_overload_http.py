@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-TIMEOUT_S = 10
+TIMEOUT_S = 120  # generous: a busy machine is no failure
 
 
 class GatedEncoder:
