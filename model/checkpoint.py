@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from core.errors import CheckpointError, UserError
 from core.files import durable, sha256_file
@@ -130,7 +130,7 @@ def save_checkpoint(
     with ExitStack() as stack:
         json_file = stack.enter_context(durable(path / _JSON))  # entered first, so put in place last
         adaptor_file = stack.enter_context(durable(path / _ADAPTOR))
-        save_file(state, adaptor_file)
+        adaptor_file.write_bytes(save(state))  # `save_file` makes files that only their owner may read
         files[_ADAPTOR] = sha256_file(adaptor_file)
         if image["spec"] == "tiny":
             from model.tiny import BUILT_IN

@@ -81,6 +81,7 @@ def test_it_may_replace_the_checkpoint_that_its_own_encoder_lies_in(
         "checkpoint.json",
         "image_encoder.safetensors",
     ]
+    assert len({file.stat().st_mode for file in (tmp_path / "c").iterdir()}) == 1  # all as readable as any new file
 
 
 def test_no_file_names_a_folder_of_this_machine(tmp_path: Path, tiny_spec: str, onnx_spec: str, text_spec: str) -> None:
