@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import httpx
 import pytest
 
 HERE = Path(__file__).resolve().parent
-START_TIMEOUT_S = 60
+READY_TIMEOUT_S = 60
 SESSION_TIMEOUT_S = 600
 
 # The names under which scenarios pick their files, and the entities they show.
@@ -24,35 +25,36 @@ QUERY_IMAGES = {"giraffe.png": "Q15083", "lion.png": "Q140", "apple.png": "Q89"}
 
 
 @pytest.fixture(scope="session")
-def service_url(small_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def service_url(small_bundle: Path) -> Iterator[str]:
     """`wikiclip serve` in a process of its own, ready."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    log_path = tmp_path_factory.mktemp("service") / "service.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WIKICLIP_")}
-    with log_path.open("wb") as log:
-        command = [str(Path(sys.executable).with_name("wikiclip")), "serve", "--bundle", str(small_bundle)]
-        process = subprocess.Popen(
-            [*command, "--port", str(port)], stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+    script = str(Path(sys.executable).with_name("wikiclip"))
+    command = [script, "serve", "--bundle", str(small_bundle), "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        log: list[str] = []
+        url = address_in(process.stderr, log)
+        # The rest of the log is taken too: a full pipe would stop the service.
+        reader = threading.Thread(target=log.extend, args=(process.stderr,))
+        reader.start()
         try:
-            wait_until_ready(url, process, log_path)
+            # The address is told just before it listens: connecting is tried again, with growing pauses.
+            with httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=READY_TIMEOUT_S) as client:
+                ready = client.get(f"{url}/readyz")
+            assert ready.status_code == 200, ready.text
             yield url
         finally:
             process.terminate()
-            process.wait(timeout=30)
+            reader.join()
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
-    # Connecting is retried with growing pauses: 12 tries are about a minute.
-    with httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=START_TIMEOUT_S) as client:
-        try:
-            ready = client.get(f"{url}/readyz")
-        except httpx.TransportError as error:
-            pytest.fail(f"the service did not start ({error}, exit {process.poll()}):\n{log_path.read_text()}")
-    assert ready.status_code == 200, f"{ready.text}\n{log_path.read_text()}"
+def address_in(lines: Iterable[str], log: list[str]) -> str:
+    """The address that the service says it serves on; fails with its log if it ends without a word of it."""
+    for line in lines:
+        log.append(line)
+        if found := re.search(r"on (http://127\.0\.0\.1:\d+)", line):
+            return found[1]
+    pytest.fail(f"the service did not start:\n{''.join(log)}")
 
 
 @pytest.fixture(scope="session")
