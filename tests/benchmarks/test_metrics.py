@@ -1,0 +1,52 @@
+"""Figures small enough to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.evaluation import Answered, summarise
+from benchmarks.metrics import harmonic_mean, rank_of, recall_at_k
+
+
+def test_rank_counts_from_one_and_is_none_for_a_miss() -> None:
+    assert rank_of("b", ["a", "b", "c"]) == 2
+    assert rank_of("x", ["a", "b"]) is None
+    assert rank_of("x", []) is None
+
+
+def test_recall_divides_by_the_references() -> None:
+    ranks = [1, 3, None, 7]
+    assert recall_at_k(ranks, 1) == 25.0
+    assert recall_at_k(ranks, 5) == 50.0
+    assert recall_at_k(ranks, 10) == 75.0
+    assert recall_at_k([], 1) == 0.0
+
+
+def test_harmonic_mean_is_high_only_where_both_are() -> None:
+    assert harmonic_mean(36.8, 27.0) == pytest.approx(31.15, abs=0.01)  # the paper's WikiCLIP-S: 31.1
+    assert harmonic_mean(100.0, 0.0) == 0.0
+    assert harmonic_mean(0.0, 0.0) == 0.0
+
+
+def test_summary_keeps_seen_and_unseen_apart() -> None:
+    answered = [
+        Answered(data_split="a_seen", seen=True, rank=1),
+        Answered(data_split="a_seen", seen=True, rank=2),
+        Answered(data_split="a_unseen", seen=False, rank=1),
+        Answered(data_split="a_unseen", seen=False, rank=None),
+        Answered(data_split="a_unseen", seen=False, rank=1),
+        Answered(data_split="other", seen=None, rank=None),
+    ]
+    result = summarise(answered, rejected=0)
+    assert result.seen == 50.0
+    assert result.unseen == pytest.approx(66.67, abs=0.01)
+    assert result.hm == pytest.approx(57.14, abs=0.01)
+    assert result.recall["all"] == {"queries": 6, "recall_at_1": 50.0, "recall_at_5": 66.67, "recall_at_10": 66.67}
+    assert result.recall["a_seen"]["recall_at_5"] == 100.0
+
+
+def test_without_unseen_queries_there_is_no_harmonic_mean() -> None:
+    result = summarise([Answered(data_split="a_seen", seen=True, rank=1)], rejected=0)
+    assert result.seen == 100.0
+    assert result.unseen is None
+    assert result.hm is None
