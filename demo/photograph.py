@@ -36,14 +36,14 @@ class Photographer:
     # ---- drawings
 
     def restyle(self, drawings_B4HW: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
-        """What another artist might have done: other colours, bent lines, an outline."""
+        """What another artist might have done: other colours, another pose, bent lines, an outline."""
         count, _, height, width = drawings_B4HW.shape
         strength = strength_B[:, None, None, None]
         alpha = drawings_B4HW[:, 3:]
         colour = drawings_B4HW[:, :3] / alpha.clamp(min=1e-3)
         mean = colour.mean(1, keepdim=True)
         saturation = 1 + strength * self._uniform(count, 1, 1, 1, low=-0.5, high=0.5)
-        mixing = torch.eye(3) + strength_B[:, None, None] * torch.randn(count, 3, 3, generator=self.generator) * 0.06
+        mixing = self._mixing(strength_B)
         colour = torch.bmm(mixing, (mean + (colour - mean) * saturation).flatten(2)).reshape(colour.shape)
         colour = colour * (1 + strength * self._uniform(count, 3, 1, 1, low=-0.15, high=0.15))
         # A drawing in one dark colour (a brand's mark cut in black) may come in any colour.
@@ -56,10 +56,30 @@ class Photographer:
         alpha = torch.maximum(alpha, outline)
         bend = torch.randn(count, 2, 4, 4, generator=self.generator) * strength * 0.03
         bend = F.interpolate(bend, (height, width), mode="bicubic", align_corners=True)
-        straight = F.affine_grid(torch.eye(2, 3)[None], [1, 1, height, width], align_corners=False)
-        grid = straight + bend.permute(0, 2, 3, 1)
+        turn = F.affine_grid(self._turned(strength_B), [count, 1, height, width], align_corners=False)
+        grid = turn + bend.permute(0, 2, 3, 1)
         premultiplied = torch.cat([colour.clamp(0, 1) * alpha, alpha], 1)
         return F.grid_sample(premultiplied, grid, align_corners=False)
+
+    def _mixing(self, strength_B: torch.Tensor) -> torch.Tensor:
+        """Colour matrices `[B, 3, 3]`: hues turned a little, or, in some drawings beyond slight strength, at will."""
+        count = len(strength_B)
+        anywhere = self._uniform(count) < 0.6 * (strength_B - 0.35).clamp(min=0)
+        angle = strength_B * self._uniform(count, low=-0.2, high=0.2)
+        angle = torch.where(anywhere, self._uniform(count, low=-math.pi, high=math.pi), angle)
+        cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+        # Rodrigues' formula around the axis of greys.
+        across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+        turned = cos * torch.eye(3) + (1 - cos) / 3 + sin * across
+        return turned + strength_B[:, None, None] * torch.randn(count, 3, 3, generator=self.generator) * 0.05
+
+    def _turned(self, strength_B: torch.Tensor) -> torch.Tensor:
+        """Affine maps `[B, 2, 3]`: tilted by up to 20 degrees, some mirrored."""
+        count = len(strength_B)
+        angle = strength_B * self._uniform(count, low=-1) * math.radians(20)
+        mirrored = 1 - 2 * (self._uniform(count) < 0.5 * (strength_B - 0.35).clamp(min=0)).float()
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(count)
+        return torch.stack([mirrored * cos, -mirrored * sin, zero, sin, cos, zero], 1).reshape(count, 2, 3)
 
     def photograph(self, drawings_B4HW: torch.Tensor, size_px: int, strength_B: torch.Tensor) -> torch.Tensor:
         """Photographs `[B, 3, size_px, size_px]`; strength 0 is the drawing on a plain light ground, slightly moved."""

@@ -41,7 +41,7 @@ from model.tiny import BUILT_IN, TinyConfig, TinyEncoder, save_tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    steps: int = 5600
+    steps: int = 6400
     small_share: float = 0.65  # of the steps, at `small_px`; the rest at the network's full size
     small_px: int = 64
     entities_per_batch: int = 64
