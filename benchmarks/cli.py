@@ -55,7 +55,8 @@ def evaluate(
     settings = load_settings(cache="off", device=device)
     with Recognizer.open(bundle, settings) as recognizer:
         result = evaluation.evaluate(recognizer, queries, out, image_root=image_root, batch_size=batch_size)
-    click.echo(json.dumps(asdict(result)) if as_json else evaluation.as_table(result))
+        bundle_label = recognizer.label
+    click.echo(json.dumps({"bundle": bundle_label, **asdict(result)}) if as_json else evaluation.as_table(result))
     if result.rejected:
         click.echo(f"{result.rejected} record(s) rejected, see {out.with_name('rejected.jsonl')}", err=True)
 

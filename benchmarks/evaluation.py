@@ -36,7 +36,7 @@ class Evaluation:
 
     queries: int
     rejected: int
-    recall: dict[str, dict[str, float]]  # data_split (and "all") -> {"queries", "recall_at_1", ...}
+    recall: dict[str, dict[str, float]]  # each data_split, seen, unseen, all -> {"queries", "recall_at_1", ...}
     seen: float | None
     unseen: float | None
     hm: float | None
@@ -74,21 +74,23 @@ def evaluate(
 
 def summarise(answered: Sequence[Answered], *, rejected: int) -> Evaluation:
     """Accuracies by split and over all queries."""
-    splits = {
+    ranks = {
         split: [a.rank for a in answered if a.data_split == split] for split in sorted({a.data_split for a in answered})
     }
-    seen = [a.rank for a in answered if a.seen is True]
-    unseen = [a.rank for a in answered if a.seen is False]
-    accuracy_seen = recall_at_k(seen, 1) if seen else None
-    accuracy_unseen = recall_at_k(unseen, 1) if unseen else None
-    both = accuracy_seen is not None and accuracy_unseen is not None
+    parts = {
+        "seen": [a.rank for a in answered if a.seen is True],
+        "unseen": [a.rank for a in answered if a.seen is False],
+    }
+    ranks |= {part: found for part, found in parts.items() if found}
+    ranks["all"] = [a.rank for a in answered]
+    seen, unseen = (recall_at_k(parts[part], 1) if parts[part] else None for part in ("seen", "unseen"))
     return Evaluation(
         queries=len(answered),
         rejected=rejected,
-        recall={name: _recalls(ranks) for name, ranks in {**splits, "all": [a.rank for a in answered]}.items()},
-        seen=accuracy_seen,
-        unseen=accuracy_unseen,
-        hm=harmonic_mean(accuracy_seen or 0.0, accuracy_unseen or 0.0) if both else None,
+        recall={name: _recalls(found) for name, found in ranks.items()},
+        seen=seen,
+        unseen=unseen,
+        hm=None if seen is None or unseen is None else harmonic_mean(seen, unseen),
     )
 
 

@@ -43,6 +43,7 @@ def test_summary_keeps_seen_and_unseen_apart() -> None:
     assert result.hm == pytest.approx(57.14, abs=0.01)
     assert result.recall["all"] == {"queries": 6, "recall_at_1": 50.0, "recall_at_5": 66.67, "recall_at_10": 66.67}
     assert result.recall["a_seen"]["recall_at_5"] == 100.0
+    assert result.recall["unseen"] == {"queries": 3, "recall_at_1": 66.67, "recall_at_5": 66.67, "recall_at_10": 66.67}
 
 
 def test_without_unseen_queries_there_is_no_harmonic_mean() -> None:

@@ -79,3 +79,20 @@ def test_lock_pins_every_dependency_and_names_no_place() -> None:
     }
     missing = {name.lower().replace("_", "-") for name in wanted} - pinned
     assert not missing
+
+
+def test_readme_tree_names_every_module() -> None:
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## What is where")[1].split("```")[1]
+    named: set[str] = set()
+    package = ""
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        if line.startswith(" "):
+            named.add(package + name)
+        else:
+            package = name if name.endswith("/") else ""
+            named.add(name)
+    modules = [path for folder in ROOT.iterdir() if (folder / "__init__.py").exists() for path in folder.glob("*.py")]
+    expected = {f"{path.parent.name}/{path.name}" for path in modules if path.name != "__init__.py"}
+    assert expected <= named
+    assert {name for name in named if name.endswith(".py")} <= expected | {"wikiclip.py"}

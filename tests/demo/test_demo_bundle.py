@@ -1,0 +1,102 @@
+"""The committed demo: that it recognises, and that nothing held out went into it."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import demo
+from demo.build import Drawing
+from demo.bundle import accuracy_table
+from demo.entities import Symbol
+from demo.render import render
+from demo.sources import IconSet
+from demo.train_tiny import drawings_digest
+from index.bundle import Bundle
+from model.tiny import read_tiny
+from service.answers import Recognition, RecognizeOptions
+from service.recognizer import Recognizer
+from service.settings import Settings
+
+DEMO = Path(demo.__file__).parent
+MAX_BYTES = 16 * 1024 * 1024
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.open(DEMO / "bundle", verify="full")
+
+
+def test_the_image_encoder_was_trained_on_the_training_drawings_and_no_other(drawings: list[Drawing]) -> None:
+    training = [drawing for drawing in drawings if drawing.role == "train"]
+    _, _, notes = read_tiny(DEMO / "checkpoint" / "image_encoder.safetensors")
+    assert notes["training_drawings"] == len(training)
+    assert notes["training_drawings_sha256"] == drawings_digest(training)
+
+
+def test_the_adaptor_was_trained_on_them_clean_and_photographed(drawings: list[Drawing]) -> None:
+    checkpoint = json.loads((DEMO / "checkpoint" / "checkpoint.json").read_bytes())
+    assert checkpoint["training"]["pairs"] == 2 * sum(drawing.role == "train" for drawing in drawings)
+
+
+def test_the_bundle_holds_a_drawing_of_every_artist_that_is_not_held_out(
+    bundle: Bundle, drawings: list[Drawing]
+) -> None:
+    expected = Counter(drawing.entity_id for drawing in drawings if drawing.role != "query")
+    rows = Counter(bundle.embeddings().rows_N.tolist())
+    with_store = bundle.store()
+    try:
+        found = {entity.entity_id: rows[row] for row, entity in zip(rows, with_store.by_rows(list(rows)), strict=True)}
+    finally:
+        with_store.close()
+    assert found == expected
+
+
+def test_the_bundle_keeps_no_text_and_no_artwork(bundle: Bundle, symbols: list[Symbol]) -> None:
+    stored = (DEMO / "bundle" / "entities.sqlite").read_bytes()
+    giraffe = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F992")
+    assert giraffe.title.encode() in stored
+    assert b"tallest living quadruped" in giraffe.knowledge.encode()
+    assert b"tallest living quadruped" not in stored
+    assert b"<svg" not in stored
+    store = bundle.store()
+    try:
+        assert store.thumbnail("emoji:1F992") is None
+    finally:
+        store.close()
+
+
+def test_bundle_and_checkpoint_are_small(bundle: Bundle) -> None:
+    for folder in ("bundle", "checkpoint"):
+        assert sum(file.stat().st_size for file in (DEMO / folder).rglob("*") if file.is_file()) <= MAX_BYTES
+    assert bundle.unlisted_files() == []
+
+
+def test_it_recognises_drawings_of_artists_that_it_never_saw(sources: Path, drawings: list[Drawing]) -> None:
+    queries = random.Random(0).sample([d for d in drawings if d.role == "query" and d.split.startswith("test")], 120)
+    images = []
+    for query in queries:
+        buffer = io.BytesIO()
+        render(IconSet(sources / query.artist).svg(query.icon)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    with Recognizer.open(DEMO / "bundle", Settings(cache="off")) as recognizer:
+        answers = recognizer.recognize_many(images, RecognizeOptions(top_k=5))
+    ranks = []
+    for query, answer in zip(queries, answers, strict=True):
+        assert isinstance(answer, Recognition)
+        ids = [prediction.entity_id for prediction in answer.predictions]
+        ranks.append(ids.index(query.entity_id) if query.entity_id in ids else None)
+    # Well below what is reported, well above what any broken stage would leave.
+    assert sum(rank == 0 for rank in ranks) >= 0.55 * len(ranks)
+    assert sum(rank is not None for rank in ranks) >= 0.7 * len(ranks)
+
+
+def test_the_readme_shows_the_figures_of_this_very_bundle(bundle: Bundle) -> None:
+    accuracy = json.loads((DEMO / "accuracy.json").read_bytes())
+    assert accuracy["clean"]["bundle"] == accuracy["photo"]["bundle"] == f"{bundle.name}@{bundle.fingerprint}"
+    assert accuracy_table(accuracy) in (DEMO.parent / "README.md").read_text(encoding="utf-8")
