@@ -103,8 +103,10 @@ class Printer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._closing.close()
+        if kind is not None and not self.recognized + self.failed:
+            return  # nothing was begun: the error says all there is to say
         where = f", answers in {self._out.name}" if self._out else ""
         click.echo(f"{self.recognized} recognised, {self.failed} failed{where}", err=True)
 
