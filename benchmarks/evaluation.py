@@ -60,7 +60,7 @@ def evaluate(
     with durable(predictions_path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for path in query_files:
             before = len(answered)
-            pairs = tqdm(_queries(path, image_root, rejects), desc=path.name, unit="query")
+            pairs = iter(tqdm(_queries(path, image_root, rejects), desc=path.name, unit="query"))
             while batch := list(islice(pairs, batch_size)):
                 for pair, predicted in zip(batch, _predict(recognizer, batch, rejects), strict=True):
                     first = predicted[0] if predicted else ""

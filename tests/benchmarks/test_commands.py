@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 
-def _wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def _wikiclip(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "wikiclip", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
@@ -37,7 +37,9 @@ def test_evaluate_answers_every_query_and_counts_the_broken_one_as_wrong(
     small_bundle: Path, small_images: dict[str, bytes], queries: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "predictions.jsonl"
-    done = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", queries, "--out", out, "--json")
+    done = _wikiclip(
+        "evaluate", "--bundle", small_bundle, "--queries", queries, "--out", out, "--json", "--batch-size", 5
+    )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     count = len(small_images)
