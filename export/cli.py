@@ -43,6 +43,12 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Longer side in pixels of a thumbnail kept for each entity; 0: none.",
 )
+@click.option(
+    "--half/--no-half",
+    default=True,
+    show_default=True,
+    help="Store the image encoder's weights in float16 where that moves no embedding.",
+)
 @click.option("--store-text", is_flag=True, help="Keep the entities' text in the bundle.")
 @click.option("--image-root", type=_PATH, help="Folder that holds OVEN's wikipedia_images_full.  [default: none]")
 @click.option(

@@ -29,6 +29,7 @@ class ExportConfig:
     name: str | None = None  # default: the output folder's
     thumbnail_px: int = 0
     store_text: bool = False
+    half: bool = True  # weights of the ONNX file in float16 where that moves no embedding
     image_root: Path | None = None
     image_encoder: str | None = None
     text_encoder: str | None = None
@@ -70,6 +71,7 @@ def content_settings(config: ExportConfig, checkpoint: Checkpoint, device: str) 
         "batch_size": config.batch_size,
         "thumbnail_px": config.thumbnail_px,
         "store_text": config.store_text,
+        "half": config.half,
         "device": device,
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
     }

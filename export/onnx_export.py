@@ -47,8 +47,9 @@ class Parity:
     min_cosine: float  # of image embeddings
 
 
-def export_image_encoder(encoder: ImageEncoder, folder: Path) -> Parity:
+def export_image_encoder(encoder: ImageEncoder, folder: Path, *, half: bool = False) -> Parity:
     """Write `image_encoder.onnx` (and external data, if it needs any) into `folder`; the same encoder, the same bytes.
+    `half` stores the weights in float16 where that moves no embedding.
 
     Raises `EncoderSpecError` if it can be neither exported nor copied, or if an embedding of the result is further
     than a cosine of 0.999 from the original's.
@@ -64,7 +65,8 @@ def export_image_encoder(encoder: ImageEncoder, folder: Path) -> Parity:
                 f"image encoder {encoder.spec} has neither a torch module nor an ONNX file to export"
             )
         _export(module, encoder, path)
-        _halve_weights(encoder, path)
+        if half:
+            _halve_weights(encoder, path)
     parity = measure_parity(encoder, path)
     if parity.min_cosine < MIN_COSINE:
         raise EncoderSpecError(

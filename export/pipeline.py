@@ -85,7 +85,8 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
         resumed = 0
         if not spool.is_ready_to_publish:
             if spool.parity() is None:
-                spool.finish_image_encoder(export_image_encoder(checkpoint.image_encoder, spool.bundle))
+                parity = export_image_encoder(checkpoint.image_encoder, spool.bundle, half=config.half)
+                spool.finish_image_encoder(parity)
             resumed = _embed_catalog(config, checkpoint, spool)
             _assemble(config, checkpoint, spool, settings, started)
         spool.publish()
