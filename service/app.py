@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 from core.errors import Unavailable, UserError
 from imaging import readable_types
 from service import problems, routes, schemas
+from service.keys import ApiKeys
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.recognizer import Recognizer
@@ -56,6 +57,7 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
         redoc_url=None,
     )
     app.state.recognizer = recognizer
+    app.state.api_keys = ApiKeys(settings.api_keys)
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)
     app.include_router(routes.router)
@@ -68,7 +70,7 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Content-Type", "X-Request-ID"],
+            allow_headers=["Content-Type", "X-Request-ID", "Authorization", "X-API-Key"],
             expose_headers=["X-Request-ID", "Server-Timing", "Retry-After"],
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -159,5 +161,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
             if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                 del operation["responses"]["422"]
+            if app.state.api_keys and "401" in operation["responses"]:
+                operation["security"] = [{name: []} for name in schemas.SECURITY_SCHEMES]
+        if app.state.api_keys:
+            document["components"]["securitySchemes"] = schemas.SECURITY_SCHEMES
         app.openapi_schema = document
     return app.openapi_schema

@@ -19,12 +19,13 @@ from index.store import StoredEntity
 from service import schemas
 from service.answers import MAX_TOP_K, Box, Recognition, RecognizeOptions
 from service.body import image_of, images_of, read_body
+from service.keys import require_key
 from service.problems import problem_of
 from service.recognizer import Recognizer
 
 T = TypeVar("T")
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(require_key)])
 
 
 def json_response(content: Any, headers: Mapping[str, str] | None = None) -> Response:
@@ -81,7 +82,7 @@ Options = Annotated[RecognizeOptions, Depends(options_of)]
     "/recognize",
     summary="Which entities are in this image",
     response_model=schemas.RecognizeResponse,
-    responses=schemas.problems(400, 403, 413, 415, 422, 429, 503, 504),
+    responses=schemas.problems(400, 401, 403, 413, 415, 422, 429, 503, 504),
     openapi_extra=schemas.recognize_body(list(readable_types())),
 )
 async def recognize(request: Request, options: Options) -> Response:
@@ -98,7 +99,7 @@ async def recognize(request: Request, options: Options) -> Response:
     "/recognize/batch",
     summary="The same for several images at once, in order; one bad image spoils no other",
     response_model=schemas.BatchResponse,
-    responses=schemas.problems(400, 413, 415, 422, 429, 503),
+    responses=schemas.problems(400, 401, 413, 415, 422, 429, 503),
     openapi_extra=schemas.batch_body(),
 )
 async def recognize_batch(request: Request, options: Options) -> Response:
@@ -131,7 +132,7 @@ async def recognize_batch(request: Request, options: Options) -> Response:
     "/entities",
     summary="Entities by title",
     response_model=schemas.EntitiesResponse,
-    responses=schemas.problems(422, 503),
+    responses=schemas.problems(401, 422, 503),
 )
 def search_entities(
     request: Request,
@@ -151,7 +152,7 @@ def search_entities(
     "/entities/{entity_id:path}/thumbnail",
     summary="A small picture of an entity",
     response_class=Response,
-    responses={200: {"content": {"image/webp": {}}}, **schemas.problems(404, 503)},
+    responses={200: {"content": {"image/webp": {}}}, **schemas.problems(401, 404, 503)},
 )
 def get_thumbnail(request: Request, entity_id: str) -> Response:
     recognizer = recognizer_of(request)
@@ -166,7 +167,7 @@ def get_thumbnail(request: Request, entity_id: str) -> Response:
     "/entities/{entity_id:path}",
     summary="The record of an entity",
     response_model=schemas.EntitySchema,
-    responses=schemas.problems(404, 503),
+    responses=schemas.problems(401, 404, 503),
 )
 def get_entity(request: Request, entity_id: str) -> Response:
     store = recognizer_of(request).store

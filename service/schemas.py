@@ -89,6 +89,11 @@ class Info(BaseModel):
     limits: dict[str, int]
 
 
+SECURITY_SCHEMES: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
 PROBLEM_CONTENT: dict[str, Any] = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
 
@@ -96,6 +101,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route: what may go wrong on it."""
     means = {
         400: "Empty or malformed request",
+        401: "No API key, or one that is not known",
         403: "URL input is disabled",
         404: "Not found",
         413: "Too many bytes or pixels",
