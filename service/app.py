@@ -21,7 +21,9 @@ from service import problems, routes, schemas
 from service.keys import ApiKeys
 from service.metrics import Metrics
 from service.middleware import RequestContext
+from service.rate_limit import Rate, RateLimiter
 from service.recognizer import Recognizer
+from service.redis_link import RedisLink
 from service.settings import Settings
 
 _PAGE = Path(__file__).parent / "page"
@@ -36,6 +38,8 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
     if recognizer is None and settings.bundle is None:
         raise UserError("no bundle is given; name one with --bundle or WIKICLIP_BUNDLE")
 
+    limiter = _limiter(settings)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         opened = recognizer
@@ -46,6 +50,8 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
         try:
             yield
         finally:
+            if limiter is not None:
+                await limiter.close()
             await opened.aclose()
 
     app = FastAPI(
@@ -58,6 +64,7 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
     )
     app.state.recognizer = recognizer
     app.state.api_keys = ApiKeys(settings.api_keys)
+    app.state.rate_limiter = limiter
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)
     app.include_router(routes.router)
@@ -75,6 +82,15 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _limiter(settings: Settings) -> RateLimiter | None:
+    if settings.rate_limit is None:
+        return None
+    redis = None
+    if settings.redis_url is not None:
+        redis = RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
+    return RateLimiter(Rate.parse(settings.rate_limit), redis)
 
 
 def _metrics(app: FastAPI) -> Metrics:

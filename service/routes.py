@@ -21,6 +21,7 @@ from service.answers import MAX_TOP_K, Box, Recognition, RecognizeOptions
 from service.body import image_of, images_of, read_body
 from service.keys import require_key
 from service.problems import problem_of
+from service.rate_limit import RateLimiter, client_name
 from service.recognizer import Recognizer
 
 T = TypeVar("T")
@@ -87,6 +88,7 @@ Options = Annotated[RecognizeOptions, Depends(options_of)]
 )
 async def recognize(request: Request, options: Options) -> Response:
     recognizer = recognizer_of(request)
+    await _count(request, 1)
     body = await read_body(request, recognizer.settings.max_body_bytes)
     image = image_of(body, request.headers.get("content-type", ""))
     with recognizer.admission.admit(1):
@@ -108,6 +110,7 @@ async def recognize_batch(request: Request, options: Options) -> Response:
     images = images_of(body, request.headers.get("content-type", ""))
     if len(images) > recognizer.settings.max_batch_images:
         raise BadRequest(f"{len(images)} images; send at most {recognizer.settings.max_batch_images} at a time")
+    await _count(request, len(images))
     request_id = request.state.request_id
 
     async def result(image: bytes | WikiclipError) -> dict[str, Any]:
@@ -173,6 +176,14 @@ def get_entity(request: Request, entity_id: str) -> Response:
     store = recognizer_of(request).store
     entity = store.get(entity_id)
     return json_response(_record(entity, bool(store.rows_with_thumbnail([entity.row]))))
+
+
+async def _count(request: Request, images: int) -> None:
+    """Count images against the rate of who sends them, before they cost anything. Raises `TooManyRequests`."""
+    limiter: RateLimiter | None = request.app.state.rate_limiter
+    if limiter is not None:
+        address = request.client.host if request.client else None
+        await limiter.take(client_name(request.state.key_holder, address), images)
 
 
 def _box(text: str) -> Box:

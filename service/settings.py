@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import UserError
 from service.keys import hashed
+from service.rate_limit import Rate
 
 ENV_PREFIX = "WIKICLIP_"
 
@@ -57,6 +58,10 @@ class Settings(BaseSettings):
         repr=False,
         description="Keys of which one is needed to ask, separated by commas, plain or as sha256:HEX of the key.",
     )
+    rate_limit: str | None = Field(
+        default=None,
+        description="Images that one key, or without keys one address, may send: N/second, N/minute or N/hour.",
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Origins whose pages may call the service, separated by commas; * for any."
     )
@@ -75,6 +80,13 @@ class Settings(BaseSettings):
     @classmethod
     def _only_digests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(hashed(key) for key in value)
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _a_rate(cls, value: str | None) -> str | None:
+        if value:
+            Rate.parse(value)
+        return value or None
 
     @field_validator("redis_url")
     @classmethod
