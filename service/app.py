@@ -18,6 +18,7 @@ from starlette.staticfiles import StaticFiles
 from core.errors import Unavailable, UserError
 from imaging import readable_types
 from service import problems, routes, schemas
+from service.fetch import Fetcher
 from service.keys import ApiKeys
 from service.metrics import Metrics
 from service.middleware import RequestContext
@@ -30,8 +31,9 @@ _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
 
 
-def create_app(settings: Settings, recognizer: Recognizer | None = None) -> FastAPI:
-    """The service. Without a recogniser it opens the bundle of `settings` when it starts.
+def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher: Fetcher | None = None) -> FastAPI:
+    """The service. Without a recogniser it opens the bundle of `settings` when it starts; without a fetcher it fetches
+    images by URL as `settings` allow.
 
     A recogniser that is handed over is closed with the app. Raises `UserError` if there is neither.
     """
@@ -64,6 +66,9 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
     )
     app.state.recognizer = recognizer
     app.state.api_keys = ApiKeys(settings.api_keys)
+    app.state.fetcher = fetcher or Fetcher(
+        settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
+    )
     app.state.rate_limiter = limiter
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)

@@ -18,7 +18,8 @@ from imaging import check_box, readable_types
 from index.store import StoredEntity
 from service import schemas
 from service.answers import MAX_TOP_K, Box, Recognition, RecognizeOptions
-from service.body import image_of, images_of, read_body
+from service.body import ImageUrl, image_of, images_of, read_body
+from service.fetch import Fetcher
 from service.keys import require_key
 from service.problems import problem_of
 from service.rate_limit import RateLimiter, client_name
@@ -90,9 +91,15 @@ async def recognize(request: Request, options: Options) -> Response:
     recognizer = recognizer_of(request)
     await _count(request, 1)
     body = await read_body(request, recognizer.settings.max_body_bytes)
-    image = image_of(body, request.headers.get("content-type", ""))
+    given = image_of(body, request.headers.get("content-type", ""))
+    fetcher: Fetcher = request.app.state.fetcher
+
+    async def result() -> Recognition:
+        image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
+        return await recognizer.recognize(image, options)
+
     with recognizer.admission.admit(1):
-        recognition = await _while_connected(request, recognizer.recognize(image, options))
+        recognition = await _while_connected(request, result())
     answer = {"request_id": request.state.request_id, **_answer(recognition)}
     return json_response(answer, {"Server-Timing": _server_timing(answer["timings_ms"])})
 

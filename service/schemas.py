@@ -102,7 +102,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     means = {
         400: "Empty or malformed request",
         401: "No API key, or one that is not known",
-        403: "URL input is disabled",
+        403: "The image is given by a URL that may not be fetched",
         404: "Not found",
         413: "Too many bytes or pixels",
         415: "The declared type is no image type that is read",
@@ -129,7 +129,12 @@ def recognize_body(image_types: list[str]) -> dict[str, Any]:
         "type": "object",
         "required": ["image"],
         "properties": {
-            "image": {"type": "object", "required": ["base64"], "properties": {"base64": {"type": "string"}}}
+            "image": {
+                "oneOf": [
+                    {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}}
+                    for kind in ("base64", "url")
+                ]
+            }
         },
     }
     content: dict[str, Any] = {

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import UserError
+from service.addresses import host_pattern
 from service.keys import hashed
 from service.rate_limit import Rate
 
@@ -62,6 +63,12 @@ class Settings(BaseSettings):
         default=None,
         description="Images that one key, or without keys one address, may send: N/second, N/minute or N/hour.",
     )
+    url_allowlist: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Hosts whose images may be given by URL, separated by commas, as a.org or *.a.org."
+    )
+    url_timeout_ms: int = Field(
+        default=5000, ge=1, description="Milliseconds that fetching an image by URL may take, in all."
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Origins whose pages may call the service, separated by commas; * for any."
     )
@@ -69,7 +76,7 @@ class Settings(BaseSettings):
         default="info", description="What is logged on stderr."
     )
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "url_allowlist", "cors_origins", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -80,6 +87,11 @@ class Settings(BaseSettings):
     @classmethod
     def _only_digests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(hashed(key) for key in value)
+
+    @field_validator("url_allowlist")
+    @classmethod
+    def _only_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(host_pattern(host) for host in value)
 
     @field_validator("rate_limit")
     @classmethod
