@@ -11,7 +11,8 @@
         ├── UnsupportedMediaType      415           the declared type is no image type we read
         ├── Unprocessable             422
         │   ├── UndecodableImage      422           the bytes do not decode
-        │   └── BadParameter          422
+        │   ├── BadParameter          422
+        │   └── FetchFailed           422           an image given by URL that its server does not give
         ├── TooManyRequests           429           carries `retry_after_s`
         ├── Unavailable               503           not ready or draining
         ├── DeadlineExceeded          504
@@ -92,6 +93,10 @@ class UndecodableImage(Unprocessable):
 
 class BadParameter(Unprocessable):
     title = "Bad parameter"
+
+
+class FetchFailed(Unprocessable):
+    title = "Image cannot be fetched"
 
 
 class TooManyRequests(UserError):

@@ -18,22 +18,29 @@ from starlette.staticfiles import StaticFiles
 from core.errors import Unavailable, UserError
 from imaging import readable_types
 from service import problems, routes, schemas
+from service.fetch import Fetcher
+from service.keys import ApiKeys
 from service.metrics import Metrics
 from service.middleware import RequestContext
+from service.rate_limit import Rate, RateLimiter
 from service.recognizer import Recognizer
+from service.redis_link import RedisLink
 from service.settings import Settings
 
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
 
 
-def create_app(settings: Settings, recognizer: Recognizer | None = None) -> FastAPI:
-    """The service. Without a recogniser it opens the bundle of `settings` when it starts.
+def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher: Fetcher | None = None) -> FastAPI:
+    """The service. Without a recogniser it opens the bundle of `settings` when it starts; without a fetcher it fetches
+    images by URL as `settings` allow.
 
     A recogniser that is handed over is closed with the app. Raises `UserError` if there is neither.
     """
     if recognizer is None and settings.bundle is None:
         raise UserError("no bundle is given; name one with --bundle or WIKICLIP_BUNDLE")
+
+    limiter = _limiter(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -45,6 +52,8 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
         try:
             yield
         finally:
+            if limiter is not None:
+                await limiter.close()
             await opened.aclose()
 
     app = FastAPI(
@@ -56,6 +65,11 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
         redoc_url=None,
     )
     app.state.recognizer = recognizer
+    app.state.api_keys = ApiKeys(settings.api_keys)
+    app.state.fetcher = fetcher or Fetcher(
+        settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
+    )
+    app.state.rate_limiter = limiter
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)
     app.include_router(routes.router)
@@ -68,11 +82,20 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None) -> Fast
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST"],
-            allow_headers=["Content-Type", "X-Request-ID"],
+            allow_headers=["Content-Type", "X-Request-ID", "Authorization", "X-API-Key"],
             expose_headers=["X-Request-ID", "Server-Timing", "Retry-After"],
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _limiter(settings: Settings) -> RateLimiter | None:
+    if settings.rate_limit is None:
+        return None
+    redis = None
+    if settings.redis_url is not None:
+        redis = RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
+    return RateLimiter(Rate.parse(settings.rate_limit), redis)
 
 
 def _metrics(app: FastAPI) -> Metrics:
@@ -159,5 +182,9 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
             if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                 del operation["responses"]["422"]
+            if app.state.api_keys and "401" in operation["responses"]:
+                operation["security"] = [{name: []} for name in schemas.SECURITY_SCHEMES]
+        if app.state.api_keys:
+            document["components"]["securitySchemes"] = schemas.SECURITY_SCHEMES
         app.openapi_schema = document
     return app.openapi_schema

@@ -58,11 +58,13 @@ def answers_from_bundle(
                 yield path, content if isinstance(content, UserError) else next(recognized)
 
 
-def answers_from_service(images: Sequence[Path], url: str, options: RecognizeOptions) -> Iterator[Answer]:
+def answers_from_service(
+    images: Sequence[Path], url: str, options: RecognizeOptions, *, api_key: str | None = None
+) -> Iterator[Answer]:
     """Recognise files through a service, a few at a time, in order."""
     from service.client import Client
 
-    with Client(url) as client, ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
+    with Client(url, api_key=api_key) as client, ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
 
         def ask(path: Path) -> Answer:
             content = _read(path)

@@ -14,7 +14,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from core.errors import BadRequest, Forbidden, TooLarge, UnsupportedMediaType, UserError
+from core.errors import BadRequest, TooLarge, UnsupportedMediaType, UserError
 from imaging import canonical_type, readable_types
 
 _DRAIN_BYTES = 8 * 1024**2
@@ -51,10 +51,17 @@ async def _drain(stream: Any) -> None:
         return  # a slow sender gets its connection closed
 
 
-def image_of(body: bytes, content_type: str) -> bytes:
-    """The one image of a `POST /recognize`, in any of its three forms.
+@dataclass(frozen=True, kw_only=True)
+class ImageUrl:
+    """Where an image is said to be; nothing about it has been checked."""
 
-    Raises `BadRequest`, `Forbidden` (a URL) or `UnsupportedMediaType`.
+    url: str
+
+
+def image_of(body: bytes, content_type: str) -> bytes | ImageUrl:
+    """The one image of a `POST /recognize`, in any of its three forms, or where it is.
+
+    Raises `BadRequest` or `UnsupportedMediaType`.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
@@ -110,7 +117,7 @@ def _check_type(content_type: str) -> None:
         )
 
 
-def _image_in_json(body: bytes) -> bytes:
+def _image_in_json(body: bytes) -> bytes | ImageUrl:
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -120,7 +127,7 @@ def _image_in_json(body: bytes) -> bytes:
         raise BadRequest('the JSON is not as wanted; send {"image": {"base64": "..."}}')
     kind, value = next(iter(image.items()))
     if kind == "url":
-        raise Forbidden("URL input is disabled; send the image itself")
+        return ImageUrl(url=value)
     if kind != "base64":
         raise BadRequest(f'image has {kind[:40]!r}; send {{"image": {{"base64": "..."}}}}')
     return _from_base64(value)

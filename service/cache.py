@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from service.redis_link import RedisLink
 
-_REDIS_PAUSE_S = 2.0  # after a failure Redis is left alone for so long: it may be slow rather than gone
 _REDIS_KEEPS_S = 24 * 3600
 _ENTRY_OVERHEAD_BYTES = 200
-
-log = logging.getLogger("wikiclip.cache")
 
 T = TypeVar("T")
 
@@ -77,25 +69,14 @@ class Cache:
         redis_timeout_s: float = 0.1,
         on_redis_error: Callable[[], None] = lambda: None,
     ) -> None:
-        self._redis_timeout_s = redis_timeout_s
         self._lru = Lru(max_bytes)
-        self._on_redis_error = on_redis_error
-        self._paused_until = 0.0
-        self._redis: redis.asyncio.Redis | None = None
-        if redis_url is not None:
-            self._redis = redis.asyncio.Redis.from_url(
-                redis_url,
-                socket_timeout=redis_timeout_s,
-                socket_connect_timeout=redis_timeout_s,
-                retry=Retry(NoBackoff(), 0),
-            )
+        self._redis = None if redis_url is None else RedisLink(redis_url, redis_timeout_s, on_redis_error)
 
     async def get(self, key: str) -> bytes | None:
         """The value of `key`, None where it is not known."""
         value = self._lru.get(key)
         if value is None and self._redis is not None:
-            client = self._redis
-            answer = await self._ask_redis(lambda: client.get(key))
+            answer = await self._redis.ask(lambda redis: redis.get(key))
             if isinstance(answer, bytes):
                 value = answer
                 self._lru.put(key, value)
@@ -105,29 +86,11 @@ class Cache:
         """Keep a value; the oldest ones go where there is no room."""
         self._lru.put(key, value)
         if self._redis is not None:
-            client = self._redis
-            await self._ask_redis(lambda: client.set(key, value, ex=_REDIS_KEEPS_S))
+            await self._redis.ask(lambda redis: redis.set(key, value, ex=_REDIS_KEEPS_S))
 
     async def close(self) -> None:
         if self._redis is not None:
-            await self._redis.aclose()
-
-    async def _ask_redis(self, ask: Callable[[], Awaitable[T]]) -> T | None:
-        if time.monotonic() < self._paused_until:
-            return None
-        try:
-            # The client's own timeouts are per read: this one bounds connecting, asking and answering together.
-            answer = await asyncio.wait_for(ask(), self._redis_timeout_s)
-        except (RedisError, OSError, TimeoutError) as error:
-            if self._paused_until == 0.0:
-                log.warning("Redis does not answer (%s): going on without it", error or type(error).__name__)
-            self._paused_until = time.monotonic() + _REDIS_PAUSE_S
-            self._on_redis_error()
-            return None
-        if self._paused_until:
-            log.info("Redis answers again")
-            self._paused_until = 0.0
-        return answer
+            await self._redis.close()
 
 
 class SingleFlight(Generic[T]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import click
 
@@ -61,6 +61,7 @@ def serve(**given: Any) -> None:
 @click.argument("paths", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True, type=click.Path())
 @click.option("--bundle", type=click.Path(), help="The bundle to recognise with, a folder.")
 @click.option("--url", help="The service to ask instead, as http://127.0.0.1:8000.")
+@click.option("--api-key-file", type=click.File(), help="File with the API key, where the service at --url wants one.")
 @click.option(
     "--top-k", type=click.IntRange(1, 100), default=5, show_default=True, help="Predictions an image, at most."
 )
@@ -80,6 +81,7 @@ def recognize(
     paths: tuple[str, ...],
     bundle: str | None,
     url: str | None,
+    api_key_file: IO[str] | None,
     top_k: int,
     types: str,
     lang: str | None,
@@ -103,7 +105,8 @@ def recognize(
         answers = answers_from_bundle(images, bundle, options, device=device, chunk_images=_CHUNK_IMAGES)
     else:
         assert url is not None
-        answers = answers_from_service(images, url, options)
+        api_key = None if api_key_file is None else api_key_file.read().strip()
+        answers = answers_from_service(images, url, options, api_key=api_key)
     with Printer(total=len(images), out=out, as_json=as_json) as printer:
         for path, answer in answers:
             printer.take(path, answer)

@@ -46,14 +46,15 @@ class Client:
     """Asks a service at `base_url`. Safe for several threads. Close it when done, or use `with`.
 
     A refusal for want of room (429, 503) and a failed connection are tried again up to `retries` times, after the time
-    that `Retry-After` tells or else after 0.2 s, doubling each time.
+    that `Retry-After` tells or else after 0.2 s, doubling each time. `api_key` is for a service that wants one.
     """
 
-    def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5) -> None:
+    def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5, api_key: str | None = None) -> None:
         self._base_url = base_url
         self._retries = retries
+        headers = {} if api_key is None else {b"Authorization": f"Bearer {api_key}".encode()}
         try:
-            self._http = httpx.Client(base_url=base_url, timeout=timeout_s)
+            self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=headers)
         except (httpx.InvalidURL, ValueError) as error:
             raise UserError(f"{base_url!r} is no URL ({error}); give one as http://127.0.0.1:8000") from error
 

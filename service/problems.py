@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -19,9 +20,11 @@ from core.errors import (
     BadRequest,
     BundleError,
     DeadlineExceeded,
+    FetchFailed,
     Forbidden,
     TooLarge,
     TooManyRequests,
+    Unauthorized,
     Unavailable,
     UndecodableImage,
     UnknownEntity,
@@ -31,12 +34,14 @@ from core.errors import (
 
 _MET_BY_REQUESTS: tuple[type[WikiclipError], ...] = (
     BadRequest,
+    Unauthorized,
     Forbidden,
     UnknownEntity,
     TooLarge,
     UnsupportedMediaType,
     UndecodableImage,
     BadParameter,
+    FetchFailed,
     TooManyRequests,
     Unavailable,
     DeadlineExceeded,
@@ -72,7 +77,9 @@ def problem_of(error: WikiclipError, request_id: str) -> dict[str, Any]:
 def problem_response(error: WikiclipError, request_id: str) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, TooManyRequests):
-        headers["Retry-After"] = str(max(1, round(error.retry_after_s)))
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="wikiclip"'
     if isinstance(error, TooLarge):
         headers["Connection"] = "close"  # the rest of the body may be unread
     return _response(problem_of(error, request_id), headers)

@@ -18,13 +18,16 @@ from imaging import check_box, readable_types
 from index.store import StoredEntity
 from service import schemas
 from service.answers import MAX_TOP_K, Box, Recognition, RecognizeOptions
-from service.body import image_of, images_of, read_body
+from service.body import ImageUrl, image_of, images_of, read_body
+from service.fetch import Fetcher
+from service.keys import require_key
 from service.problems import problem_of
+from service.rate_limit import RateLimiter, client_name
 from service.recognizer import Recognizer
 
 T = TypeVar("T")
 
-router = APIRouter()
+router = APIRouter(dependencies=[Depends(require_key)])
 
 
 def json_response(content: Any, headers: Mapping[str, str] | None = None) -> Response:
@@ -81,15 +84,22 @@ Options = Annotated[RecognizeOptions, Depends(options_of)]
     "/recognize",
     summary="Which entities are in this image",
     response_model=schemas.RecognizeResponse,
-    responses=schemas.problems(400, 403, 413, 415, 422, 429, 503, 504),
+    responses=schemas.problems(400, 401, 403, 413, 415, 422, 429, 503, 504),
     openapi_extra=schemas.recognize_body(list(readable_types())),
 )
 async def recognize(request: Request, options: Options) -> Response:
     recognizer = recognizer_of(request)
+    await _count(request, 1)
     body = await read_body(request, recognizer.settings.max_body_bytes)
-    image = image_of(body, request.headers.get("content-type", ""))
+    given = image_of(body, request.headers.get("content-type", ""))
+    fetcher: Fetcher = request.app.state.fetcher
+
+    async def result() -> Recognition:
+        image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
+        return await recognizer.recognize(image, options)
+
     with recognizer.admission.admit(1):
-        recognition = await _while_connected(request, recognizer.recognize(image, options))
+        recognition = await _while_connected(request, result())
     answer = {"request_id": request.state.request_id, **_answer(recognition)}
     return json_response(answer, {"Server-Timing": _server_timing(answer["timings_ms"])})
 
@@ -98,7 +108,7 @@ async def recognize(request: Request, options: Options) -> Response:
     "/recognize/batch",
     summary="The same for several images at once, in order; one bad image spoils no other",
     response_model=schemas.BatchResponse,
-    responses=schemas.problems(400, 413, 415, 422, 429, 503),
+    responses=schemas.problems(400, 401, 413, 415, 422, 429, 503),
     openapi_extra=schemas.batch_body(),
 )
 async def recognize_batch(request: Request, options: Options) -> Response:
@@ -107,6 +117,7 @@ async def recognize_batch(request: Request, options: Options) -> Response:
     images = images_of(body, request.headers.get("content-type", ""))
     if len(images) > recognizer.settings.max_batch_images:
         raise BadRequest(f"{len(images)} images; send at most {recognizer.settings.max_batch_images} at a time")
+    await _count(request, len(images))
     request_id = request.state.request_id
 
     async def result(image: bytes | WikiclipError) -> dict[str, Any]:
@@ -131,7 +142,7 @@ async def recognize_batch(request: Request, options: Options) -> Response:
     "/entities",
     summary="Entities by title",
     response_model=schemas.EntitiesResponse,
-    responses=schemas.problems(422, 503),
+    responses=schemas.problems(401, 422, 503),
 )
 def search_entities(
     request: Request,
@@ -151,7 +162,7 @@ def search_entities(
     "/entities/{entity_id:path}/thumbnail",
     summary="A small picture of an entity",
     response_class=Response,
-    responses={200: {"content": {"image/webp": {}}}, **schemas.problems(404, 503)},
+    responses={200: {"content": {"image/webp": {}}}, **schemas.problems(401, 404, 503)},
 )
 def get_thumbnail(request: Request, entity_id: str) -> Response:
     recognizer = recognizer_of(request)
@@ -166,12 +177,20 @@ def get_thumbnail(request: Request, entity_id: str) -> Response:
     "/entities/{entity_id:path}",
     summary="The record of an entity",
     response_model=schemas.EntitySchema,
-    responses=schemas.problems(404, 503),
+    responses=schemas.problems(401, 404, 503),
 )
 def get_entity(request: Request, entity_id: str) -> Response:
     store = recognizer_of(request).store
     entity = store.get(entity_id)
     return json_response(_record(entity, bool(store.rows_with_thumbnail([entity.row]))))
+
+
+async def _count(request: Request, images: int) -> None:
+    """Count images against the rate of who sends them, before they cost anything. Raises `TooManyRequests`."""
+    limiter: RateLimiter | None = request.app.state.rate_limiter
+    if limiter is not None:
+        address = request.client.host if request.client else None
+        await limiter.take(client_name(request.state.key_holder, address), images)
 
 
 def _box(text: str) -> Box:

@@ -89,6 +89,11 @@ class Info(BaseModel):
     limits: dict[str, int]
 
 
+SECURITY_SCHEMES: dict[str, Any] = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
 PROBLEM_CONTENT: dict[str, Any] = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
 
@@ -96,7 +101,8 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route: what may go wrong on it."""
     means = {
         400: "Empty or malformed request",
-        403: "URL input is disabled",
+        401: "No API key, or one that is not known",
+        403: "The image is given by a URL that may not be fetched",
         404: "Not found",
         413: "Too many bytes or pixels",
         415: "The declared type is no image type that is read",
@@ -123,7 +129,12 @@ def recognize_body(image_types: list[str]) -> dict[str, Any]:
         "type": "object",
         "required": ["image"],
         "properties": {
-            "image": {"type": "object", "required": ["base64"], "properties": {"base64": {"type": "string"}}}
+            "image": {
+                "oneOf": [
+                    {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}}
+                    for kind in ("base64", "url")
+                ]
+            }
         },
     }
     content: dict[str, Any] = {

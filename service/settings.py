@@ -10,8 +10,13 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import UserError
+from service.addresses import host_pattern
+from service.keys import hashed
+from service.rate_limit import Rate
 
 ENV_PREFIX = "WIKICLIP_"
+
+_SECRET = frozenset(("api_keys", "redis_url"))  # their values are never told
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -19,7 +24,9 @@ Device = Literal["auto", "cpu", "cuda"]
 class Settings(BaseSettings):
     """The one list of settings. Precedence: argument (a flag), then environment, then default."""
 
-    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
+    )
 
     bundle: Path | None = Field(default=None, description="The bundle to serve, a folder.")
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
@@ -47,6 +54,21 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(default=20 * 1024**2, ge=1, description="Bytes of a request body, at most.")
     max_pixels: int = Field(default=64_000_000, ge=1, description="Pixels of an image, width times height, at most.")
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        repr=False,
+        description="Keys of which one is needed to ask, separated by commas, plain or as sha256:HEX of the key.",
+    )
+    rate_limit: str | None = Field(
+        default=None,
+        description="Images that one key, or without keys one address, may send: N/second, N/minute or N/hour.",
+    )
+    url_allowlist: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Hosts whose images may be given by URL, separated by commas, as a.org or *.a.org."
+    )
+    url_timeout_ms: int = Field(
+        default=5000, ge=1, description="Milliseconds that fetching an image by URL may take, in all."
+    )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Origins whose pages may call the service, separated by commas; * for any."
     )
@@ -54,12 +76,29 @@ class Settings(BaseSettings):
         default="info", description="What is logged on stderr."
     )
 
-    @field_validator("cors_origins", mode="before")
+    @field_validator("api_keys", "url_allowlist", "cors_origins", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("api_keys")
+    @classmethod
+    def _only_digests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(hashed(key) for key in value)
+
+    @field_validator("url_allowlist")
+    @classmethod
+    def _only_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(host_pattern(host) for host in value)
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _a_rate(cls, value: str | None) -> str | None:
+        if value:
+            Rate.parse(value)
+        return value or None
 
     @field_validator("redis_url")
     @classmethod
@@ -87,13 +126,17 @@ class Settings(BaseSettings):
 
 
 def load_settings(**given: Any) -> Settings:
-    """Settings from what was given, then the environment, then the defaults.
+    """Settings from what was given, then the environment, then the defaults; an empty variable counts as unset.
 
     Raises `UserError`, one line, for a value that does not fit and for a `WIKICLIP_*` variable that is no setting: a
     protection that someone believes to have switched on must not be ignored in silence.
     """
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    unknown = sorted(
+        name
+        for name, value in os.environ.items()
+        if value and name.startswith(ENV_PREFIX) and name.upper() not in known
+    )
     if unknown:
         raise UserError(f"{', '.join(unknown)}: no such setting; unset it (`wikiclip serve --help` lists them)")
     try:
@@ -107,6 +150,8 @@ def _one_line(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not name:
         return message
+    if name in _SECRET:
+        return f"setting {name} (WIKICLIP_{name.upper()}): {message}"
     return f"setting {name} (WIKICLIP_{name.upper()}) is {problem['input']!r}: {message}"
 
 

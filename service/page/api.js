@@ -24,10 +24,24 @@ async function problemOf(response) {
   });
 }
 
+const KEY_NAME = "wikiclip-api-key";
+
+/** Keep an API key until the tab is closed. */
+export function keepKey(key) {
+  sessionStorage.setItem(KEY_NAME, key);
+}
+
+function withKey(options) {
+  const key = sessionStorage.getItem(KEY_NAME);
+  if (!key) return options;
+  const bytes = String.fromCharCode(...new TextEncoder().encode(key)); // a header takes bytes, not characters
+  return { ...options, headers: { Authorization: `Bearer ${bytes}` } };
+}
+
 async function ask(path, options = {}) {
   let response;
   try {
-    response = await fetch(path, options);
+    response = await fetch(path, withKey(options));
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({
@@ -66,6 +80,11 @@ export async function searchEntities(query, { limit, signal }) {
   return Array.isArray(found) ? found : found.entities;
 }
 
-export function thumbnailUrl(entityId) {
-  return `/entities/${encodeURIComponent(entityId)}/thumbnail`;
+/** Where an image element finds a thumbnail: with a key it is fetched here, since an element cannot send one. */
+export async function thumbnailUrl(entityId) {
+  const path = `/entities/${encodeURIComponent(entityId)}/thumbnail`;
+  if (!sessionStorage.getItem(KEY_NAME)) return path;
+  const response = await fetch(path, withKey({}));
+  if (!response.ok) throw await problemOf(response);
+  return URL.createObjectURL(await response.blob());
 }

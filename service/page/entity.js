@@ -40,12 +40,14 @@ export function entityTile(entity) {
   tile.alt = "";
   tile.width = tile.height = 64;
   tile.loading = "lazy";
-  tile.src = thumbnailUrl(entity.entity_id);
-  tile.addEventListener("error", () => {
+  const giveUp = () => {
     const instead = symbolOrMonogram(entity);
     instead.setAttribute("aria-hidden", "true");
     tile.replaceWith(instead);
-  });
+  };
+  tile.addEventListener("error", giveUp);
+  tile.addEventListener("load", () => URL.revokeObjectURL(tile.src));
+  thumbnailUrl(entity.entity_id).then((url) => { tile.src = url; }, giveUp);
   return tile;
 }
 

@@ -1,5 +1,6 @@
 // The answer side: predictions, the abstention, problems, and where the time went.
 
+import { keepKey } from "./api.js";
 import { element, entityTile, entityTitle, entityTypes } from "./entity.js";
 
 const $ = (id) => document.getElementById(id);
@@ -104,6 +105,25 @@ function showEmpty(heading, text) {
   $("answers-empty").hidden = false;
 }
 
+/** A field for an API key; `onKey` is called once one is given. */
+function keyForm(onKey) {
+  const form = element("form", "key-form");
+  const label = element("label", "", "API key ");
+  const field = element("input");
+  field.type = "password";
+  field.id = "api-key";
+  field.required = true;
+  field.autocomplete = "off";
+  label.append(field);
+  form.append(label, element("button", "button", "Use it"));
+  form.addEventListener("submit", (event) => {
+    event.preventDefault();
+    keepKey(field.value.trim());
+    onKey();
+  });
+  return form;
+}
+
 /** A refusal, with what to do next; `onRetry` is offered where asking again can help. */
 export function showProblem(problem, onRetry) {
   settle("refused");
@@ -115,6 +135,7 @@ export function showProblem(problem, onRetry) {
   showEmpty("No answer", "Try another image, or change what was asked.");
   const box = $("problem");
   box.replaceChildren(element("strong", "", problem.title), element("p", "", sentence(problem.message)));
+  if (problem.status === 401) box.append(keyForm(onRetry));
   const foot = element("p", "problem-foot");
   const worthRetrying = problem.status === 0 || problem.status === 429 || problem.status >= 500;
   if (worthRetrying) {

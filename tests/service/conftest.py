@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+import redis
 import uvicorn
 
 from index.bundle import Bundle
@@ -20,12 +24,12 @@ from service.settings import Settings
 
 
 @contextmanager
-def served(bundle: Path, *, encoder=None, **settings) -> Iterator[httpx.Client]:
+def served(bundle: Path, *, encoder=None, fetcher=None, **settings) -> Iterator[httpx.Client]:
     """Serve a bundle under uvicorn in a thread; yields a client of it."""
     configured = Settings(bundle=bundle, threads=1, decode_threads=2, **settings)
     recognizer = Recognizer(Bundle.open(bundle), configured, encoder)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = create_app(configured, recognizer)
+        app = create_app(configured, recognizer, fetcher)
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", access_log=False))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
@@ -53,3 +57,31 @@ def service(small_bundle) -> Iterator[httpx.Client]:
 @pytest.fixture(scope="package")
 def giraffe(small_images) -> bytes:
     return small_images["Q15083"]
+
+
+@pytest.fixture
+def redis_server(tmp_path):
+    """A starter of real Redis servers on one port."""
+    if shutil.which("redis-server") is None:
+        pytest.skip("redis-server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> tuple[subprocess.Popen[bytes], str]:
+        command = ["redis-server", "--port", str(port), "--save", "", "--dir", str(tmp_path), "--bind", "127.0.0.1"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        started.append(process)
+        with redis.Redis(port=port) as client:
+            for _ in range(200):
+                try:
+                    client.ping()
+                    break
+                except redis.ConnectionError:
+                    time.sleep(0.02)  # another process is starting: asking again is all there is
+        return process, f"redis://127.0.0.1:{port}/0"
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()

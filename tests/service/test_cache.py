@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import socket
-import subprocess
 import time
 
-import pytest
 import redis
 
 from service.cache import Cache, Lru, SingleFlight, cache_key
@@ -113,39 +110,6 @@ def test_an_error_reaches_all_who_wait_and_is_not_kept():
     assert isinstance(first, ValueError)
     assert isinstance(second, ValueError)
     assert third == "yes"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
-
-
-@pytest.fixture
-def redis_server(tmp_path):
-    """A starter of real Redis servers on one port."""
-    if shutil.which("redis-server") is None:
-        pytest.skip("redis-server is not installed")
-    port = free_port()
-    started: list[subprocess.Popen[bytes]] = []
-
-    def start() -> tuple[subprocess.Popen[bytes], str]:
-        command = ["redis-server", "--port", str(port), "--save", "", "--dir", str(tmp_path), "--bind", "127.0.0.1"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        started.append(process)
-        with redis.Redis(port=port) as client:
-            for _ in range(200):
-                try:
-                    client.ping()
-                    break
-                except redis.ConnectionError:
-                    time.sleep(0.02)  # another process is starting: asking again is all there is
-        return process, f"redis://127.0.0.1:{port}/0"
-
-    yield start
-    for process in started:
-        process.kill()
-        process.wait()
 
 
 def ask(service, image: bytes, **parameters):

@@ -139,7 +139,7 @@ def test_serve_until_told_to_stop(small_bundle, small_images):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [([], "--bundle"), (["--bundle", "x", "--max-batch", "many"], "max_batch"), (["--api-keys", "x"], "--api-keys")],
+    [([], "--bundle"), (["--bundle", "x", "--max-batch", "many"], "max_batch"), (["--admin-key", "x"], "--admin-key")],
 )
 def test_serve_with_a_wrong_flag_exits_2_with_one_line(run, arguments, said):
     ended = run("serve", *arguments)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 from click.testing import CliRunner
 
@@ -33,7 +35,9 @@ def test_lists_are_separated_by_commas(monkeypatch):
         ("DEADLINE_MS", "0", "deadline_ms"),
         ("REDIS_URL", "localhost:6379", "redis://"),
         ("QUEUE_LIMIT", "8", "max_batch_images"),
-        ("API_KEYS", "secret", "WIKICLIP_API_KEYS"),
+        ("ADMIN_TOKEN", "secret", "WIKICLIP_ADMIN_TOKEN"),
+        ("API_KEYS", "sha256:secret", "64 hex digits"),
+        ("REDIS_URL", "redi://:secret@host", "redis://"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line(monkeypatch, name, value, said):
@@ -43,6 +47,21 @@ def test_what_does_not_fit_is_told_in_one_line(monkeypatch, name, value, said):
     assert said in str(refused.value)
     assert "\n" not in str(refused.value)
     assert "secret" not in str(refused.value)
+
+
+def test_an_empty_variable_counts_as_unset_whatever_its_name(monkeypatch):
+    for name in ("PORT", "REDIS_URL", "API_KEYS", "NO_SUCH_SETTING"):
+        monkeypatch.setenv(f"WIKICLIP_{name}", "")
+    settings = load_settings()
+    assert (settings.port, settings.redis_url, settings.api_keys) == (8000, None, ())
+
+
+def test_keys_are_held_as_digests_only(monkeypatch):
+    digest = "sha256:" + hashlib.sha256(b"other").hexdigest()
+    monkeypatch.setenv("WIKICLIP_API_KEYS", f"plain, {digest.upper().replace('SHA256', 'sha256')}")
+    settings = load_settings()
+    assert settings.api_keys == ("sha256:" + hashlib.sha256(b"plain").hexdigest(), digest)
+    assert digest[7:] not in repr(settings)
 
 
 def test_every_setting_is_a_flag_with_help_and_its_default():
