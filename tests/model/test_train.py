@@ -200,6 +200,17 @@ def test_modality_dropout_hides_each_as_often_as_asked_and_never_both() -> None:
     assert {draw_modalities(only_image, b"q", 0.5, rng) for _ in range(50)} == {(b"a", None)}
 
 
+def test_the_catalog_adds_pairs_and_a_limit_takes_them(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    """Eleven entities have two images each, and the eight seen ones a labelled pair besides."""
+    plain = report(run(dataset, tiny_spec, text_spec, tmp_path / "k", "--catalog-pairs", "--json"))
+    assert (plain["pairs"], plain["catalog_pairs"], plain["entities"]) == (8 + 22, 22, 12)
+    limit = ["--catalog-pairs", "--max-per-entity", "2", "--json"]
+    limited = report(run(dataset, tiny_spec, text_spec, tmp_path / "l", *limit))
+    assert (limited["pairs"], limited["catalog_pairs"]) == (8 + 8 + 6, 14)
+
+
 @pytest.mark.parametrize("how", ["clusters", "synthesis", "both"])
 def test_hard_negatives_start_with_their_epoch(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, how: str
