@@ -45,15 +45,17 @@ class TrainLog:
 def open_log(path: Path, tensorboard: Path, *, after_step: int) -> Iterator[TrainLog]:
     """A log in the file `path` and, where TensorBoard is installed, in the folder `tensorboard`.
 
-    Rows of a former run stay if their step is `after_step` at most, so that a resumed run has one log; 0 starts anew.
+    Rows of a former run stay up to the snapshot at `after_step`, so that a resumed run has one log; 0 starts anew. An
+    epoch's own row follows the snapshot of its last step, and so is written again.
     """
     kept = []
     if after_step and path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] > after_step:
-                    break
+                row = json.loads(line)
             except ValueError:  # the line that was being written when the run was cut off
+                break
+            if row["step"] > after_step or (row["step"] == after_step and "mean_loss" in row):
                 break
             kept.append(line + "\n")
     write_durably(path, "".join(kept).encode())

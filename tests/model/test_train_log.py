@@ -43,11 +43,13 @@ def test_a_resumed_run_has_one_log_without_what_it_does_again(tmp_path: Path) ->
     with open_log(path, tmp_path / "x.tensorboard", after_step=0) as log:
         for step in (10, 20, 30):
             log.write({"step": step, "loss": 1.0})
+            log.write({"step": step, "mean_loss": 1.0})
     with path.open("a") as file:
         file.write('{"step": 4')  # cut off
     with open_log(path, tmp_path / "x.tensorboard", after_step=20) as log:
+        log.write({"step": 20, "mean_loss": 0.5})
         log.write({"step": 30, "loss": 0.5})
-    assert steps(path) == [10, 20, 30]
+    assert steps(path) == [10, 10, 20, 20, 30]
     assert json.loads(path.read_text().splitlines()[-1])["loss"] == 0.5
     with open_log(path, tmp_path / "x.tensorboard", after_step=0) as log:
         log.write({"step": 1})
