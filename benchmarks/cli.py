@@ -28,6 +28,11 @@ BENCHMARKS = {
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder of the images. [default: the query file's]",
 )
+@click.option(
+    "--ovenid2impath",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="OVEN's table of image ids and paths. [default: beside the queries, or in the image root]",
+)
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1), help="Images held at once.")
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to encode."
@@ -38,6 +43,7 @@ def evaluate(
     queries: tuple[Path, ...],
     out: Path,
     image_root: Path | None,
+    ovenid2impath: Path | None,
     batch_size: int,
     device: str,
     as_json: bool,
@@ -54,7 +60,9 @@ def evaluate(
         raise UserError(f"{out.parent} does not exist; make the folder first, or write elsewhere with --out")
     settings = load_settings(cache="off", device=device)
     with Recognizer.open(bundle, settings) as recognizer:
-        result = evaluation.evaluate(recognizer, queries, out, image_root=image_root, batch_size=batch_size)
+        result = evaluation.evaluate(
+            recognizer, queries, out, image_root=image_root, ovenid2impath=ovenid2impath, batch_size=batch_size
+        )
         bundle_label = recognizer.label
     click.echo(json.dumps({"bundle": bundle_label, **asdict(result)}) if as_json else evaluation.as_table(result))
     if result.rejected:

@@ -49,6 +49,7 @@ def evaluate(
     *,
     image_root: Path | None,
     batch_size: int,
+    ovenid2impath: Path | None = None,
 ) -> Evaluation:
     """Recognise every query and write `{"data_id", "pred_entity_id"}` for each, none left out, in order.
 
@@ -60,7 +61,7 @@ def evaluate(
     with durable(predictions_path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for path in query_files:
             before = len(answered)
-            pairs = iter(tqdm(_queries(path, image_root, rejects), desc=path.name, unit="query"))
+            pairs = iter(tqdm(_queries(path, image_root, ovenid2impath, rejects), desc=path.name, unit="query"))
             while batch := list(islice(pairs, batch_size)):
                 for pair, predicted in zip(batch, _predict(recognizer, batch, rejects), strict=True):
                     first = predicted[0] if predicted else ""
@@ -98,8 +99,8 @@ def _recalls(ranks: Sequence[int | None]) -> dict[str, float]:
     return {"queries": len(ranks)} | {f"recall_at_{k}": round(recall_at_k(ranks, k), 2) for k in RECALL_AT}
 
 
-def _queries(path: Path, image_root: Path | None, rejects: RejectLog) -> Iterator[Pair]:
-    for item in read_pairs(path, image_root):
+def _queries(path: Path, image_root: Path | None, ovenid2impath: Path | None, rejects: RejectLog) -> Iterator[Pair]:
+    for item in read_pairs(path, image_root, ovenid2impath):
         if isinstance(item, Rejected):
             rejects.add(item)
         else:

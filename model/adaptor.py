@@ -101,8 +101,8 @@ class Attention(nn.Module):
         return out
 
     def _split(self, tokens_BNW: torch.Tensor) -> torch.Tensor:
-        batch, tokens, _ = tokens_BNW.shape
-        return tokens_BNW.reshape(batch, tokens, self.heads, -1).transpose(1, 2)
+        batch, tokens, width = tokens_BNW.shape
+        return tokens_BNW.reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
 
 
 class DecoderLayer(nn.Module):

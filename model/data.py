@@ -10,6 +10,7 @@ from pathlib import Path
 from catalog import is_url, read_catalog
 from core.errors import CatalogError
 from core.jsonl import Rejected, RejectLog, read_jsonl
+from model.oven import OvenImages, find_table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,37 +48,44 @@ class Entity:
     images: tuple[ImageSource, ...]
 
 
-def read_pairs(path: Path, image_root: Path | None = None) -> Iterator[Pair | Rejected]:
+def read_pairs(
+    path: Path, image_root: Path | None = None, ovenid2impath: Path | None = None
+) -> Iterator[Pair | Rejected]:
     """The pairs of a JSONL file, and a `Rejected` for each line that is none or whose image is missing.
 
-    Image paths are relative to `image_root`, or else to the file's folder. Raises `CatalogError` if the file cannot be
-    read at all.
+    Image paths are relative to `image_root`, or else to the file's folder. A row of OVEN's own files names an
+    `image_id` instead, whose path stands in `ovenid2impath`; without that argument, in the file of that name beside the
+    pairs or in the image root. Raises `CatalogError` if a file cannot be read at all.
     """
     folder = image_root or path.parent
+    oven = OvenImages(folder, ovenid2impath or find_table(path.parent, folder))
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             yield item
             continue
         line, row = item
         record = json.dumps(row, ensure_ascii=False)[:500]
-        fields = [row.get(name) for name in ("data_id", "image", "entity_id", "data_split")]
+        named = "image_id" if "image_id" in row and "image" not in row else "image"
+        fields = [row.get(name) for name in ("data_id", named, "entity_id", "data_split")]
         if not all(isinstance(value, str) and value for value in fields):
-            yield Rejected(
-                line=line, reason="data_id, image, entity_id and data_split must be strings, none empty", record=record
-            )
+            reason = f"data_id, {named}, entity_id and data_split must be strings, none empty"
+            yield Rejected(line=line, reason=reason, record=record)
             continue
         data_id, image, entity_id, data_split = (str(value) for value in fields)
-        source = ImageSource(path=folder / image, line=line, record=record)
-        if not source.path.is_file():
+        file = oven.find(image) if named == "image_id" else folder / image
+        if file is None or not file.is_file():
             yield Rejected(line=line, reason=f"image {image} does not exist in {folder}", record=record)
             continue
+        source = ImageSource(path=file, line=line, record=record)
         yield Pair(data_id=data_id, entity_id=entity_id, data_split=data_split, image=source)
 
 
-def load_pairs(path: Path, image_root: Path | None, rejects: RejectLog) -> list[Pair]:
+def load_pairs(
+    path: Path, image_root: Path | None, rejects: RejectLog, *, ovenid2impath: Path | None = None
+) -> list[Pair]:
     """All pairs of a file, rejects logged. Raises `CatalogError` if not one is left."""
     pairs = []
-    for item in read_pairs(path, image_root):
+    for item in read_pairs(path, image_root, ovenid2impath):
         if isinstance(item, Rejected):
             rejects.add(item)
         else:

@@ -156,7 +156,7 @@ class FeatureStore:
                 text_mask[row, : len(text)] = True
         return EntityBatch(
             patch_tokens_BPC=torch.from_numpy(tokens).to(device).float(),
-            image_mask_B=torch.tensor([image is not None for image, _ in rows], device=device),
+            image_mask_B=torch.tensor([image is not None for image, _ in rows], dtype=torch.bool, device=device),
             text_tokens_BTL=torch.from_numpy(text_tokens).to(device).float(),
             text_mask_BT=torch.from_numpy(text_mask).to(device),
         )

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
-from core.errors import CatalogError, CheckpointError
+from core.errors import CatalogError, CheckpointError, UserError
 from core.jsonl import RejectLog
 from model.adaptor import AdaptorConfig
 from model.checkpoint import save_checkpoint
 from model.data import Entity, Pair, known_pairs, load_entities, load_pairs
-from model.encoders import load_image_encoder, load_text_encoder, resolve_device
+from model.distributed import Group, open_group
+from model.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder, resolve_device
 from model.features import EntityKeys, FeatureStore
-from model.train import TrainingPair, TrainSettings, half_cosine, halving_is_free, train_adaptor
+from model.pairs import at_most, catalog_pairs
+from model.precision import half_cosine, halving_is_free
+from model.snapshot import Snapshots, fingerprint
+from model.step import TrainingPair
+from model.train import TrainResult, train_adaptor
+from model.train_log import open_log
+from model.train_settings import TrainSettings
 from model.validation import Accuracy, ValidationSet
 
 
@@ -34,12 +45,23 @@ class TrainRequest:
     adaptor: dict[str, Any]
     cache_dir: Path
     image_root: Path | None = None
+    ovenid2impath: Path | None = None
+    max_per_entity: int | None = None  # None: all pairs
+    catalog_pairs: bool = False
+    resume: bool = False
+    snapshot_every: int = 500  # steps; 0: never
     validation: Path | None = None
     text_layer: int | None = None
     max_tokens: int = 256
     half: bool = True
     device: str = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_per_entity is not None and self.max_per_entity < 1:
+            raise UserError(f"max per entity must be at least 1, it is {self.max_per_entity}")
+        if self.snapshot_every < 0:
+            raise UserError(f"snapshot every must be at least 0 steps, it is {self.snapshot_every}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +70,8 @@ class TrainReport:
 
     checkpoint: str
     entities: int
-    pairs: int
+    pairs: int  # those of the catalog among them
+    catalog_pairs: int
     rejected: int
     features_computed: int
     parameters: int
@@ -64,17 +87,85 @@ class TrainReport:
         return asdict(self)
 
 
-def run_training(request: TrainRequest) -> TrainReport:
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """What training works on, the same in every process."""
+
+    config: AdaptorConfig
+    image_encoder: ImageEncoder
+    text_encoder: TextEncoder
+    store: FeatureStore
+    entities: list[EntityKeys]
+    pairs: list[TrainingPair]
+    catalog_pairs: int
+    validation: ValidationSet | None
+
+
+def run_training(request: TrainRequest) -> TrainReport | None:
     """Train an adaptor and write its checkpoint; `rejected.jsonl` and the log of the run lie beside it.
 
-    The checkpoint is written last and only if training went well: an earlier one in its place stays until then. Raises
-    `CatalogError`, `EncoderSpecError`, `CheckpointError` or `UserError`, each saying what to do.
+    The checkpoint is written last and only if training went well: an earlier one in its place stays until then. Under
+    `torchrun` every process calls this; the first one computes features, writes and reports, the others get None.
+    Raises `CatalogError`, `EncoderSpecError`, `CheckpointError` or `UserError`, each saying what to do.
     """
     started = time.perf_counter()
     out = request.out
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; name a folder for the checkpoint")
-    device = resolve_device(request.device)
+    with open_group(resolve_device(request.device)) as (group, device), ExitStack() as stack:
+        if not group.first:
+            group.wait()  # for features
+            scratch = Path(stack.enter_context(TemporaryDirectory()))
+            _train(request, _prepare(request, device, RejectLog(scratch / "rejected.jsonl")), group, device)
+            return None
+        out.parent.mkdir(parents=True, exist_ok=True)
+        rejects = RejectLog(out.parent / "rejected.jsonl")
+        inputs = _prepare(request, device, rejects)
+        group.wait()
+        result = _train(request, inputs, group, device)
+    cosine = half_cosine(result.adaptor, inputs.store, _trained_on(inputs.entities, inputs.pairs), device)
+    half = request.half and halving_is_free(cosine)
+    save_checkpoint(
+        out,
+        adaptor=result.adaptor,
+        logit_scale=result.logit_scale,
+        image_encoder=inputs.image_encoder,
+        text_encoder=inputs.text_encoder,
+        training={
+            **request.settings.to_dict(),
+            "max_per_entity": request.max_per_entity,
+            "processes": group.size,
+            "pairs": len(inputs.pairs),
+            "catalog_pairs": inputs.catalog_pairs,
+            "entities": len(inputs.entities),
+            "steps": result.steps,
+            "best_epoch": result.best_epoch,
+            "loss": result.loss,
+            "validation": result.accuracy.to_dict() if result.accuracy else None,
+        },
+        half=half,
+    )
+    _snapshots(request, inputs, group).remove()
+    return TrainReport(
+        checkpoint=str(out),
+        entities=len(inputs.entities),
+        pairs=len(inputs.pairs),
+        catalog_pairs=inputs.catalog_pairs,
+        rejected=rejects.count,
+        features_computed=inputs.store.computed,
+        parameters=result.adaptor.parameter_count(),
+        steps=result.steps,
+        best_epoch=result.best_epoch,
+        loss=result.loss,
+        validation=result.accuracy,
+        half_cosine=cosine,
+        weights="float16" if half else "float32",
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) -> _Inputs:
+    """Load encoders, read files, compute the features that the cache lacks."""
     image_encoder = load_image_encoder(
         request.image_encoder, device=device, trust_remote_code=request.trust_remote_code
     )
@@ -91,58 +182,88 @@ def run_training(request: TrainRequest) -> TrainReport:
         embedding_dim=image_encoder.embedding_dim,
         **request.adaptor,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    rejects = RejectLog(out.parent / "rejected.jsonl")
-    pairs = load_pairs(request.pairs, request.image_root, rejects)
-    queries = load_pairs(request.validation, request.image_root, rejects) if request.validation else []
+    root, paths = request.image_root, request.ovenid2impath
+    pairs = load_pairs(request.pairs, root, rejects, ovenid2impath=paths)
+    queries = load_pairs(request.validation, root, rejects, ovenid2impath=paths) if request.validation else []
     # Validation searches the whole catalog; training needs no more than the entities of its pairs.
-    wanted = None if queries else {pair.entity_id for pair in pairs}
-    entities = load_entities(request.catalog, request.image_root, rejects, only=wanted)
+    wanted = None if queries or request.catalog_pairs else {pair.entity_id for pair in pairs}
+    entities = load_entities(request.catalog, root, rejects, only=wanted)
     pairs = known_pairs(pairs, entities, request.catalog, rejects)
     queries = known_pairs(queries, entities, request.catalog, rejects) if queries else []
+    if request.max_per_entity is not None:
+        pairs = at_most(pairs, request.max_per_entity, request.settings.seed)
 
     store = FeatureStore(request.cache_dir, image_encoder, text_encoder)
     entity_keys = store.entity_keys(entities, rejects.add)
     training = _training_pairs(pairs, entities, store, rejects)
-    validation = _validation_set(queries, entities, store, rejects) if queries else None
-    with (out.parent / f"{out.name}.train.jsonl").open("w", encoding="utf-8") as log:
-        result = train_adaptor(
-            config, request.settings, store, entity_keys, training, validation=validation, device=device, log=log
-        )
-    cosine = half_cosine(result.adaptor, store, _trained_on(entity_keys, training), device)
-    half = request.half and halving_is_free(cosine)
-    save_checkpoint(
-        out,
-        adaptor=result.adaptor,
-        logit_scale=result.logit_scale,
+    added: list[TrainingPair] = []
+    if request.catalog_pairs:
+        added = catalog_pairs(entity_keys, Counter(pair.entity for pair in training), request.max_per_entity)
+    return _Inputs(
+        config=config,
         image_encoder=image_encoder,
         text_encoder=text_encoder,
-        training={
-            **request.settings.to_dict(),
-            "pairs": len(training),
-            "entities": len(entities),
-            "steps": result.steps,
-            "best_epoch": result.best_epoch,
-            "loss": result.loss,
-            "validation": result.accuracy.to_dict() if result.accuracy else None,
-        },
-        half=half,
+        store=store,
+        entities=entity_keys,
+        pairs=training + added,
+        catalog_pairs=len(added),
+        validation=_validation_set(queries, entities, store, rejects) if queries else None,
     )
-    return TrainReport(
-        checkpoint=str(out),
-        entities=len(entities),
-        pairs=len(training),
-        rejected=rejects.count,
-        features_computed=store.computed,
-        parameters=result.adaptor.parameter_count(),
-        steps=result.steps,
-        best_epoch=result.best_epoch,
-        loss=result.loss,
-        validation=result.accuracy,
-        half_cosine=cosine,
-        weights="float16" if half else "float32",
-        seconds=time.perf_counter() - started,
-    )
+
+
+def _train(request: TrainRequest, inputs: _Inputs, group: Group, device: torch.device) -> TrainResult:
+    snapshots = _snapshots(request, inputs, group)
+    resume_from = snapshots.load() if request.resume else None
+    with ExitStack() as stack:
+        log: Callable[[dict[str, Any]], None] = _unlogged
+        if group.first:
+            after_step = resume_from["trainer"]["steps_done"] if resume_from else 0
+            paths = _beside(request.out, "train.jsonl"), _beside(request.out, "tensorboard")
+            log = stack.enter_context(open_log(*paths, after_step=after_step)).write
+        return train_adaptor(
+            inputs.config,
+            request.settings,
+            inputs.store,
+            inputs.entities,
+            inputs.pairs,
+            validation=inputs.validation,
+            device=device,
+            log=log,
+            group=group,
+            snapshots=snapshots,
+            resume_from=resume_from,
+        )
+
+
+def _snapshots(request: TrainRequest, inputs: _Inputs, group: Group) -> Snapshots:
+    """Keyed by all that the result depends on."""
+
+    def rows() -> Iterator[bytes]:
+        for entity in inputs.entities:
+            yield b"".join((*entity.images, b"|", entity.text or b""))
+        for pair in inputs.pairs:
+            yield pair.query + pair.entity.to_bytes(8, "big")
+        if inputs.validation is not None:
+            yield inputs.validation.query_embeddings_QD.tobytes()
+            yield inputs.validation.entity_Q.tobytes()
+
+    settings = {
+        "settings": request.settings.to_dict(),
+        "adaptor": inputs.config.to_dict(),
+        "image_encoder": inputs.image_encoder.content_hash,
+        "text_encoder": inputs.text_encoder.content_hash,
+        "processes": group.size,
+    }
+    path = _beside(request.out, "snapshot.pt")
+    return Snapshots(path=path, every_steps=request.snapshot_every, run=fingerprint(settings, rows()))
+
+
+def _beside(out: Path, ending: str) -> Path:
+    return out.parent / f"{out.name}.{ending}"
+
+
+def _unlogged(row: dict[str, Any]) -> None:
+    """The first process speaks for all."""
 
 
 def _training_pairs(

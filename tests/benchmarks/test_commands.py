@@ -63,6 +63,26 @@ def test_evaluate_says_what_is_missing(small_bundle: Path, tmp_path: Path) -> No
     assert not (tmp_path / "p.jsonl").exists()
 
 
+def test_evaluate_reads_ovens_own_files(small_bundle: Path, small_images: dict[str, bytes], tmp_path: Path) -> None:
+    images, table = tmp_path / "images", tmp_path / "ids.csv"
+    images.mkdir()
+    rows = []
+    with table.open("w") as file:
+        for number, (entity_id, data) in enumerate(list(small_images.items())[:4]):
+            image_id = f"oven_{number:08d}"
+            (images / f"{number}.png").write_bytes(data)
+            file.write(f"{image_id},{number}.png\n")
+            row = {"data_id": f"oven_entity_val_{number}", "image_id": image_id, "question": "what is this?"}
+            rows.append({**row, "entity_id": entity_id, "entity_text": "", "data_split": "val_seen"})
+    queries = tmp_path / "oven_entity_val.jsonl"
+    queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    where = ["--image-root", images, "--ovenid2impath", table, "--out", tmp_path / "predictions.jsonl"]
+    done = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", queries, *where, "--json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert (figures["queries"], figures["rejected"], figures["seen"]) == (4, 0, 100.0)
+
+
 @pytest.mark.parametrize("name", ["service", "index"])
 def test_bench_prints_one_object_with_what_it_ran_on(small_bundle: Path, tmp_path: Path, name: str) -> None:
     done = _wikiclip("bench", name, "--smoke", "--json", "--bundle", small_bundle, "--results", tmp_path)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,9 +147,34 @@ def test_figures_that_contradict_each_other(changes: dict[str, Any], message: st
         config(**changes)
 
 
-def test_the_papers_size_has_the_papers_order_of_parameters() -> None:
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_an_empty_batch_has_no_embeddings_and_a_gradient_of_zero(changes: dict[str, Any]) -> None:
+    module = adaptor(**changes)
+    embedding_BD = module(*inputs(batch=0, tokens=0))
+    assert embedding_BD.shape == (0, module.config.embedding_dim)
+    embedding_BD.sum().backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("text_dim", "self_attention", "told"),
+    [(2048, False, "45.28 M"), (3072, False, "46.59 M"), (2048, True, "58.40 M"), (3072, True, "59.71 M")],
+)
+def test_the_papers_size_has_the_papers_order_of_parameters(text_dim: int, self_attention: bool, told: str) -> None:
+    """EVA-CLIP-8B's width and projection with LLaMA 3.2 1B or 3B; the paper says about 0.08 B."""
     with torch.device("meta"):
         module = Adaptor(
-            AdaptorConfig(patch_dim=1280, text_dim=2048, embedding_dim=1280, width=1280, heads=16, self_attention=True)
+            AdaptorConfig(
+                patch_dim=1280,
+                text_dim=text_dim,
+                embedding_dim=1280,
+                width=1280,
+                heads=16,
+                self_attention=self_attention,
+                residual=False,
+            )
         )
-    assert 0.04e9 < module.parameter_count() < 0.09e9  # the paper: about 0.08 B
+    assert f"{module.parameter_count() / 1e6:.2f} M" == told
+    page = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
+    assert told in page
+    assert 0.04e9 < module.parameter_count() < 0.09e9

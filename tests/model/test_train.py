@@ -15,12 +15,15 @@ from safetensors.torch import load_file
 from core.errors import CatalogError, EncoderSpecError, UserError
 from core.jsonl import Rejected, RejectLog
 from model.adaptor import AdaptorConfig
+from model.augment import draw_modalities
 from model.checkpoint import Checkpoint
 from model.cli import train
 from model.data import load_entities
 from model.encoders import load_image_encoder, load_text_encoder
 from model.features import EntityKeys, FeatureStore
-from model.train import TrainingPair, TrainSettings, draw_modalities, train_adaptor
+from model.step import TrainingPair
+from model.train import train_adaptor
+from model.train_settings import TrainSettings
 
 
 def run(dataset: Any, tiny_spec: str, text_spec: str, out: Path, *more: str) -> Result:
@@ -121,6 +124,13 @@ def test_diverging_leaves_the_earlier_checkpoint(
         (["--heads", "3"], "heads"),
         (["--lr", "0"], "lr"),
         (["--modality-dropout", "0.9"], "modality dropout"),
+        (["--text-mask", "1"], "text mask"),
+        (["--accumulate", "0"], "accumulate"),
+        (["--n-sync", "0"], "n-sync"),
+        (["--cluster-size", "3"], "cluster size"),
+        (["--hard-negatives-from", "0"], "before epoch 1"),
+        (["--max-per-entity", "0"], "max per entity"),
+        (["--snapshot-every", "-1"], "snapshot every"),
         (["--device", "abacus"], "device"),
         (["--max-tokens", "1000"], "32 tokens"),
     ],
@@ -154,11 +164,9 @@ def test_only_the_adaptor_changes(dataset: Any, tiny_spec: str, text_spec: str, 
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     config = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)
     pairs = [TrainingPair(query=entity.images[0], entity=row) for row, entity in enumerate(entities) if entity.images]
-    with (tmp_path / "log.jsonl").open("w") as log:
-        settings = TrainSettings(epochs=4, batch_size=6, modality_dropout=0.3, lr=0.01)
-        result = train_adaptor(
-            config, settings, store, entities, pairs, validation=None, device=torch.device("cpu"), log=log
-        )
+    settings = TrainSettings(epochs=4, batch_size=6, modality_dropout=0.3, lr=0.01)
+    cpu = torch.device("cpu")
+    result = train_adaptor(config, settings, store, entities, pairs, validation=None, device=cpu, log=lambda row: None)
     torch.manual_seed(settings.seed)
     start = type(result.adaptor)(config)
     unmoved = [
@@ -190,6 +198,38 @@ def test_modality_dropout_hides_each_as_often_as_asked_and_never_both() -> None:
     assert 0.16 < drawn.count((b"a", None)) / 2000 < 0.24
     only_image = EntityKeys(images=(b"a",), text=None)
     assert {draw_modalities(only_image, b"q", 0.5, rng) for _ in range(50)} == {(b"a", None)}
+
+
+def test_the_catalog_adds_pairs_and_a_limit_takes_them(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    """Eleven entities have two images each, and the eight seen ones a labelled pair besides."""
+    plain = report(run(dataset, tiny_spec, text_spec, tmp_path / "k", "--catalog-pairs", "--json"))
+    assert (plain["pairs"], plain["catalog_pairs"], plain["entities"]) == (8 + 22, 22, 12)
+    limit = ["--catalog-pairs", "--max-per-entity", "2", "--json"]
+    limited = report(run(dataset, tiny_spec, text_spec, tmp_path / "l", *limit))
+    assert (limited["pairs"], limited["catalog_pairs"]) == (8 + 8 + 6, 14)
+
+
+@pytest.mark.parametrize("how", ["clusters", "synthesis", "both"])
+def test_hard_negatives_start_with_their_epoch(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, how: str
+) -> None:
+    def losses(out: str, *more: str) -> list[float]:
+        flags = ["--batch-size", "4", "--epochs", "2", "--lr", "0.003", "--text-mask", "0.2"]
+        figures = report(run(dataset, tiny_spec, text_spec, tmp_path / out, *flags, *more, "--json"))
+        assert figures["steps"] == 4
+        log = [json.loads(line) for line in (tmp_path / f"{out}.train.jsonl").read_text().splitlines()]
+        return [row["mean_loss"] for row in log if "mean_loss" in row]
+
+    plain = losses("plain")
+    hard = ["--hard-negatives", how, "--n-sync", "2", "--cluster-size", "2"]
+    late = losses("late", *hard, "--hard-negatives-from", "2")
+    early = losses("early", *hard)
+    assert late[0] == plain[0]
+    assert late[1] != plain[1]
+    assert early[0] != plain[0]
+    assert early == losses("again", *hard)
 
 
 def test_half_precision_is_stored_where_it_costs_nothing(

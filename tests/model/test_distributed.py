@@ -1,0 +1,93 @@
+"""Two processes, started by torch's own launcher, against one that holds the whole batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.distributed import Group
+
+
+def train(
+    dataset: Any, tiny_spec: str, text_spec: str, out: Path, *, processes: int, batch_size: int, more: tuple[str, ...]
+) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """The rows of the log, and the weights."""
+    values: dict[str, Any] = {
+        "catalog": dataset.catalog,
+        "pairs": dataset.pairs,
+        "image-encoder": tiny_spec,
+        "text-encoder": text_spec,
+        "out": out,
+        "cache-dir": out.parent / "cache",
+        "epochs": 3,
+        "batch-size": batch_size,
+        "lr": 0.003,
+        "width": 16,
+        "heads": 2,
+        "dropout": 0,
+        "max-tokens": 16,
+        "device": "cpu",
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
+    command = [sys.executable, *launcher, "-m", "wikiclip", "train", *flags, "--no-half", "--json", *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1  # one process reports
+    rows = [json.loads(line) for line in out.with_name(f"{out.name}.train.jsonl").read_text().splitlines()]
+    return [row for row in rows if "mean_loss" in row], load_file(out / "adaptor.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "more"),
+    [
+        # Seven pairs are no multiple of anything, and the last batch leaves one process without a row.
+        pytest.param(3, (), id="uneven"),
+        pytest.param(4, ("--hard-negatives", "clusters", "--cluster-size", "4"), id="clusters"),
+    ],
+)
+def test_two_processes_train_like_one_with_twice_the_batch(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, batch_size: int, more: tuple[str, ...]
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    rows = dataset.pairs.read_text().splitlines(keepends=True)
+    pairs.write_text("".join(rows[:7]))
+    more = (*more, "--pairs", str(pairs), "--image-root", str(dataset.folder))
+    one, one_weights = train(
+        dataset, tiny_spec, text_spec, tmp_path / "one", processes=1, batch_size=2 * batch_size, more=more
+    )
+    two, two_weights = train(
+        dataset, tiny_spec, text_spec, tmp_path / "two", processes=2, batch_size=batch_size, more=more
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in two]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["mean_loss"] == pytest.approx(theirs["mean_loss"], rel=1e-4)
+        assert ours["logit_scale"] == pytest.approx(theirs["logit_scale"], rel=1e-5)
+    for name, weights in one_weights.items():
+        if not name.endswith("key.bias"):  # the softmax cannot see it: its gradient is rounding alone
+            torch.testing.assert_close(two_weights[name], weights, atol=1e-3, rtol=1e-2)
+
+
+def test_two_processes_synthesise(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    """Before the first step the weights are the same, and so are the pairs of the only batch."""
+    more = ("--no-residual", "--modality-dropout", "0", "--epochs", "1")
+    hard = ("--hard-negatives", "synthesis", "--n-sync", "2")
+    losses = [
+        train(dataset, tiny_spec, text_spec, tmp_path / name, processes=2, batch_size=4, more=flags)[0][0]["mean_loss"]
+        for name, flags in (("plain", more), ("hard", (*more, *hard)))
+    ]
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8])
+def test_shares_cover_a_batch_without_overlap(count: int) -> None:
+    shares = [list(range(count))[Group(rank=rank, size=3).share(count)] for rank in range(3)]
+    assert [row for share in shares for row in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,0 +1,157 @@
+"""One step against loops written from the formula."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.jsonl import Rejected, RejectLog
+from model.adaptor import Adaptor, AdaptorConfig
+from model.augment import hide_tokens
+from model.data import load_entities
+from model.distributed import Group
+from model.encoders import load_image_encoder, load_text_encoder
+from model.features import EntityKeys, FeatureStore
+from model.loss import INITIAL_LOGIT_SCALE
+from model.negatives import NO_DONOR, draw_donors
+from model.step import Trainer, TrainingPair
+from model.train_settings import TrainSettings
+
+CPU = torch.device("cpu")
+CONFIG = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)
+
+
+def unexpected(rejected: Rejected) -> None:
+    pytest.fail(rejected.reason)
+
+
+@pytest.fixture(scope="module")
+def stored(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FeatureStore, list[EntityKeys]]:
+    """Entities with one image each at most, so that which one is drawn is no matter of chance."""
+    folder = tmp_path_factory.mktemp("features")
+    store = FeatureStore(folder / "cache", load_image_encoder(tiny_spec), load_text_encoder(text_spec, max_tokens=16))
+    entities = load_entities(dataset.catalog, None, RejectLog(folder / "rejected.jsonl"))
+    keys = store.entity_keys(entities, unexpected)
+    return store, [EntityKeys(images=entity.images[:1], text=entity.text) for entity in keys]
+
+
+def trainer(stored: tuple[FeatureStore, list[EntityKeys]], **changes: Any) -> Trainer:
+    """With an output layer that is not zero, so that texts show in the embeddings."""
+    settings = TrainSettings(**{"batch_size": 8, "modality_dropout": 0.0, "lr": 1e-3, "warmup": 0.0, **changes})
+    made = Trainer(
+        config=CONFIG, settings=settings, store=stored[0], entities=stored[1], steps=10, device=CPU, group=Group()
+    )
+    torch.nn.init.normal_(made.adaptor.out.weight, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+# Entity 3 has no text, entity 11 no image; entity 5 stands twice.
+ROWS = [0, 3, 5, 5, 8, 11]
+
+
+def batch_of(entities: list[EntityKeys], rows: list[int] = ROWS) -> list[TrainingPair]:
+    """Each entity asked for by another entity's image, so that the batch is no trivial one."""
+    return [TrainingPair(query=entities[(row + 1) % 11].images[0], entity=row) for row in rows]
+
+
+def test_a_step_with_synthesis_has_the_loss_of_the_formula(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+    store, entities = stored
+    made = trainer(stored, hard_negatives="synthesis", n_sync=3, seed=4)
+    twin = Adaptor(CONFIG)
+    twin.load_state_dict(made.adaptor.state_dict())
+    batch = batch_of(entities)
+
+    def embedding(image: bytes | None, text: bytes | None) -> torch.Tensor:
+        with torch.no_grad():
+            return twin(*store.batch([(image, text)], CPU).arguments())[0]  # type: ignore[no-any-return]
+
+    # The step's own numbers: a chance for each pair's image and modality, then the donors.
+    rng = np.random.default_rng(np.random.SeedSequence((4, 1, 0)))
+    for pair in batch:
+        if entities[pair.entity].images:
+            rng.integers(1)
+        rng.random()
+    texts = [entities[pair.entity].text for pair in batch]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts)) if text is not None}
+    text_B = np.array([-1 if text is None else numbers[text] for text in texts])
+    donors_BS = draw_donors(np.array(ROWS), text_B, 3, rng)
+
+    total, replaced = 0.0, 0
+    for i, pair in enumerate(batch):
+        query = torch.from_numpy(store.query_embeddings([pair.query])[0])
+        logits = {}
+        for j, other in enumerate(batch):
+            image = next(iter(entities[other.entity].images), None)
+            cosine = float(query @ embedding(image, texts[j]))
+            if i != j and pair.entity == other.entity:
+                continue
+            if i != j and image is not None:
+                for donor in donors_BS[j]:
+                    if donor == NO_DONOR or batch[donor].entity == pair.entity:
+                        continue
+                    harder = float(query @ embedding(image, texts[donor]))
+                    replaced += harder > cosine
+                    cosine = max(cosine, harder)
+            logits[j] = INITIAL_LOGIT_SCALE * cosine
+        total -= math.log(math.exp(logits[i]) / sum(math.exp(logit) for logit in logits.values()))
+    assert replaced > 0
+    assert made.step([batch], synthesise=True) == pytest.approx(total / len(batch), rel=1e-4)
+
+
+def test_synthesis_makes_the_loss_no_smaller(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+    plain, hard = (trainer(stored).step([batch_of(stored[1])], synthesise=synthesise) for synthesise in (False, True))
+    assert hard > plain
+
+
+def test_accumulated_batches_have_the_mean_of_their_gradients(
+    stored: tuple[FeatureStore, list[EntityKeys]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.step._GRADIENT_NORM", math.inf)
+
+    def stepped(*rows: list[int]) -> tuple[float, torch.Tensor]:
+        made = trainer(stored)
+        loss = made.step([batch_of(stored[1], each) for each in rows], synthesise=False)
+        assert made.steps_done == 1
+        return loss, torch.cat([p.grad.flatten() for p in made.adaptor.parameters() if p.grad is not None])
+
+    (first, first_gradient), (second, second_gradient) = stepped([0, 5, 8]), stepped([1, 2, 11])
+    both, gradient = stepped([0, 5, 8], [1, 2, 11])
+    assert both == pytest.approx((first + second) / 2)
+    torch.testing.assert_close(gradient, (first_gradient + second_gradient) / 2)
+
+
+def test_the_encoders_get_no_gradient(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+    store, entities = stored
+    made = trainer(stored)
+    made.step([batch_of(entities)], synthesise=True)
+    modules = [store.image_encoder.module, store.text_encoder._model]  # type: ignore[attr-defined]
+    frozen = [parameter for module in modules for parameter in module.parameters()]
+    assert frozen
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
+    assert all(parameter.grad is not None for parameter in made.adaptor.parameters())
+
+
+def test_tokens_are_hidden_at_the_share_asked_for_and_never_all() -> None:
+    torch.manual_seed(0)
+    mask_BT = torch.ones(400, 20, dtype=torch.bool)
+    mask_BT[0] = False
+    mask_BT[1, 1:] = False
+    hidden_BT = hide_tokens(mask_BT, 0.3)
+    assert not (hidden_BT & ~mask_BT).any()
+    assert 0.67 < hidden_BT[2:].float().mean() < 0.73
+    assert hidden_BT.any(dim=1).tolist() == mask_BT.any(dim=1).tolist()
+    assert hide_tokens(mask_BT, 0.99).any(dim=1).tolist() == mask_BT.any(dim=1).tolist()
+    assert torch.equal(hide_tokens(mask_BT, 0.0), mask_BT)
+    assert hide_tokens(mask_BT[:, :0], 0.5).shape == (400, 0)
+
+
+def test_hidden_tokens_change_a_step(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+    batch = batch_of(stored[1])
+    losses = [trainer(stored, text_mask=share).step([batch], synthesise=False) for share in (0.0, 0.5, 0.5)]
+    assert losses[0] != losses[1] == losses[2]
