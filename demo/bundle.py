@@ -21,7 +21,7 @@ from demo.build import BUILD
 from model.tiny import BUILT_IN
 
 DEMO = Path(__file__).parent
-TRAINING = "--epochs 8 --width 128 --batch-size 256 --lr 3e-4 --modality-dropout 0.1 --seed 0"
+TRAINING = "--epochs 3 --width 128 --batch-size 256 --lr 5e-5 --modality-dropout 0.15 --dropout 0.2 --seed 0"
 
 
 def _wikiclip(*arguments: str | Path) -> str:
