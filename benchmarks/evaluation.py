@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.metrics import harmonic_mean, rank_of, recall_at_k
 from core.errors import CatalogError, UserError
 from core.files import durable
 from core.jsonl import Rejected, RejectLog
+from core.metrics import harmonic_mean, rank_of, recall_at_k
 from model.data import Pair, read_pairs
 from service.answers import Recognition, RecognizeOptions
 from service.recognizer import Recognizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.evaluation import Answered, summarise
-from benchmarks.metrics import harmonic_mean, rank_of, recall_at_k
+from core.metrics import harmonic_mean, rank_of, recall_at_k
 
 
 def test_rank_counts_from_one_and_is_none_for_a_miss() -> None:

@@ -16,5 +16,5 @@ def recall_at_k(ranks: Sequence[int | None], k: int) -> float:
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
-    """OVEN's HM of the accuracies on seen and on unseen entities: high only where both are."""
+    """OVEN's HM of the accuracies on seen and on unseen entities, shares or percentages: high only where both are."""
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
