@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import uuid
 
 import numpy as np
 import onnxruntime
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from imaging import Preprocessing, load_pixels, normalise
 from index.bundle import Bundle
@@ -16,6 +17,15 @@ from index.bundle import Bundle
 
 def ask(service, image: bytes, **parameters):
     return service.post("/recognize", params=parameters, content=image, headers={"Content-Type": "image/png"})
+
+
+def never_asked(image: bytes) -> bytes:
+    """The same picture in bytes of its own: other tests ask the same service, and it remembers."""
+    note = PngImagePlugin.PngInfo()
+    note.add_text("id", uuid.uuid4().hex)
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(image)).save(buffer, "PNG", pnginfo=note)
+    return buffer.getvalue()
 
 
 def entity_ids(answer) -> list[str]:
@@ -59,7 +69,7 @@ def test_the_answer_is_as_promised(service, giraffe):
 
 
 def test_times_are_told_in_body_and_header(service, small_images):
-    answer = ask(service, small_images["Q140"], top_k=2, min_score=-0.9)
+    answer = ask(service, never_asked(small_images["Q140"]), top_k=2, min_score=-0.9)
     times = answer.json()["timings_ms"]
     assert list(times) == ["decode", "queue", "encode", "search", "total"]
     assert sum(times.values()) <= 2 * times["total"] + 0.01
@@ -74,7 +84,7 @@ def test_an_entity_stands_once_though_it_has_several_images(service, small_image
 
 
 def test_a_second_time_is_cached_and_equal(service, small_images):
-    image = small_images["Q503"]
+    image = never_asked(small_images["Q503"])
     first, second = ask(service, image, top_k=4), ask(service, image, top_k=4)
     other_parameters = ask(service, image, top_k=2)
     assert [answer.json()["cached"] for answer in (first, second, other_parameters)] == [False, True, True]
