@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from demo.build import HELD_OUT_ARTISTS, Drawing, split_entities
 from demo.entities import Symbol, hexcode, slug
@@ -88,3 +89,11 @@ def test_main_colours_names_what_covers_most() -> None:
     flag[:6] = (215, 40, 45, 255)
     flag[6:9] = (250, 250, 250, 255)  # the last row stays see-through
     assert main_colours(flag) == ["red", "white"]
+
+
+def test_the_reference_names_each_entity_once_at_its_best_drawing() -> None:
+    from demo.reference import nearest_entities
+
+    similarity = torch.tensor([0.1, 0.9, 0.8, 0.7, 0.2])
+    assert nearest_entities(similarity, ["a", "b", "b", "c", "a"], 2) == ["b", "c"]
+    assert nearest_entities(similarity, ["a", "b", "b", "c", "a"], 10) == ["b", "c", "a"]

@@ -1,0 +1,75 @@
+"""What an image encoder does alone: `python -m demo.reference --image-encoder SPEC`.
+
+No adaptor and no text: the nearest drawing in the catalog, on the same held-out queries that the demo is judged by.
+Says what the tiny encoder, or any other (`onnx:PATH`, `hf:ID_OR_PATH`), brings along by itself.
+
+Shapes: B images, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from benchmarks.evaluation import RECALL_AT, Answered, as_table, summarise
+from core.jsonl import Rejected
+from core.metrics import rank_of
+from demo.build import BUILD
+from demo.train_tiny import read_drawings
+from imaging import load_pixels
+from model.data import read_pairs
+from model.encoders import ImageEncoder, load_image_encoder
+
+_BATCH = 64
+_MAX_PIXELS = 64_000_000
+
+
+def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
+    """L2-normalised embeddings `[B, D]` of image files."""
+    embeddings = []
+    for start in tqdm(range(0, len(paths), _BATCH), desc="images", unit="batch"):
+        batch = paths[start : start + _BATCH]
+        pixels = [load_pixels(path.read_bytes(), encoder.preprocessing, max_pixels=_MAX_PIXELS) for path in batch]
+        embeddings.append(encoder.encode(np.stack(pixels)).image_embedding_BD.cpu())
+    return F.normalize(torch.cat(embeddings), dim=1)
+
+
+def nearest_entities(similarity: torch.Tensor, entity_ids: Sequence[str], count: int) -> list[str]:
+    """The `count` best entities of one query, each once, at its best drawing."""
+    found: dict[str, None] = {}
+    for position in similarity.argsort(descending=True).tolist():
+        found.setdefault(entity_ids[position])
+        if len(found) == count:
+            break
+    return list(found)
+
+
+@click.command()
+@click.option("--image-encoder", default="tiny", show_default=True, help="tiny, onnx:PATH or hf:ID_OR_PATH.")
+@click.option(
+    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
+)
+def main(image_encoder: str, build: Path) -> None:
+    """Measure an image encoder alone on Symbols' test queries, clean and photographed."""
+    encoder = load_image_encoder(image_encoder)
+    catalog = [drawing for drawing in read_drawings(build) if drawing.role != "query"]
+    entity_ids = [drawing.entity_id for drawing in catalog]
+    catalog_ND = embed(encoder, [build / drawing.image for drawing in catalog])
+    for how in ("clean", "photo"):
+        queries = [item for item in read_pairs(build / f"queries_test_{how}.jsonl") if not isinstance(item, Rejected)]
+        answered = []
+        for query, embedding_D in zip(queries, embed(encoder, [q.image.path for q in queries]), strict=True):
+            found = nearest_entities(catalog_ND @ embedding_D, entity_ids, max(RECALL_AT))
+            rank = rank_of(query.entity_id, found)
+            answered.append(Answered(data_split=query.data_split, seen=query.seen, rank=rank))
+        click.echo(as_table(summarise(answered, rejected=0)))
+
+
+if __name__ == "__main__":
+    main()
