@@ -136,12 +136,17 @@ def _photo(drawing: Drawing) -> str:
 def _queries(queries: list[Drawing], part: str, how: str) -> Iterable[dict[str, object]]:
     for drawing in queries:
         if drawing.split.startswith(part):
-            yield {
-                "data_id": f"{how}:{drawing.artist}:{drawing.entity_id}",
-                "image": drawing.image if how == "clean" else _photo(drawing),
-                "entity_id": drawing.entity_id,
-                "data_split": f"{drawing.kind}_{how}_{drawing.split.removeprefix(part + '_')}",
-            }
+            yield _labelled(drawing, how, f"{drawing.kind}_{how}_{drawing.split.removeprefix(part + '_')}")
+
+
+def _labelled(drawing: Drawing, how: str, data_split: str) -> dict[str, object]:
+    """A row of a pairs or queries file: the drawing itself (`clean`) or its photograph (`photo`)."""
+    return {
+        "data_id": f"{how}:{drawing.artist}:{drawing.entity_id}",
+        "image": drawing.image if how == "clean" else _photo(drawing),
+        "entity_id": drawing.entity_id,
+        "data_split": data_split,
+    }
 
 
 def build_symbols_files(build: Path) -> None:
@@ -161,16 +166,7 @@ def build_symbols_files(build: Path) -> None:
     training = [d for d in drawings if d.role == "train"]
     _write_jsonl(
         build / "pairs_train.jsonl",
-        (
-            {
-                "data_id": f"{how}:{d.artist}:{d.entity_id}",
-                "image": d.image if how == "clean" else _photo(d),
-                "entity_id": d.entity_id,
-                "data_split": f"train_{how}_seen",
-            }
-            for d in training
-            for how in ("clean", "photo")
-        ),
+        (_labelled(drawing, how, f"train_{how}_seen") for drawing in training for how in ("clean", "photo")),
     )
     queries = [d for d in drawings if d.role == "query" and d.entity_id in catalog]
     _photograph_all(queries, build, PHOTO_SEED)

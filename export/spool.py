@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import write_durably
+from core.files import sync, write_durably
 from core.jsonl import Rejected
 from export.onnx_export import Parity
 from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE
@@ -141,9 +141,9 @@ class Spool:
         for name in (*extras, *_BUNDLE_PARTS):
             if (self.bundle / name).exists():  # not yet moved by an earlier attempt
                 if name == MANIFEST_FILE:
-                    _sync_folder(self._out)
+                    sync(self._out)
                 os.replace(self.bundle / name, self._out / name)
-        _sync_folder(self._out)
+        sync(self._out)
         self.remove()
 
     def remove(self) -> None:
@@ -168,11 +168,3 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = json.loads(path.read_bytes())
     return content
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
