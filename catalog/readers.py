@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from catalog.records import BadRecord, EntityRecord, from_encyclopedic_vqa, from_native, from_oven
+from catalog.seen import SeenIds
 from core.errors import CatalogError
 from core.jsonl import Rejected, read_jsonl
 
 _PARQUET_BATCH_ROWS = 1024
+_BLOCK_BYTES = 1 << 20
 # Encyclopedic-VQA's knowledge base is one object whose keys are URLs; a JSONL record's first key never is one.
 _URL_KEYED_OBJECT = re.compile(rb'\s*\{\s*"https?:')
 
@@ -27,21 +29,38 @@ def read_catalog(path: Path, image_root: Path | None = None) -> Iterator[EntityR
     the catalog's folder; `image_root` is where OVEN's `wikipedia_images_full` lies. For Parquet and for
     Encyclopedic-VQA `Rejected.line` counts records. Raises `CatalogError` for a file that cannot be read at all.
     """
-    seen: set[str] = set()
-    for item in _rows(path, image_root):
-        if isinstance(item, Rejected):
-            yield item
-            continue
-        line, row, convert = item
-        try:
-            record = replace(convert(row), line=line)
-            if record.entity_id in seen:
-                raise BadRecord(f"entity_id {record.entity_id!r} stands in an earlier record")
-        except BadRecord as error:
-            yield Rejected(line=line, reason=str(error), record=_excerpt(row))
-            continue
-        seen.add(record.entity_id)
-        yield record
+    with SeenIds() as seen:
+        for item in _rows(path, image_root):
+            if isinstance(item, Rejected):
+                yield item
+                continue
+            line, row, convert = item
+            try:
+                record = replace(convert(row), line=line)
+                if not seen.add(record.entity_id):
+                    raise BadRecord(f"entity_id {record.entity_id!r} stands in an earlier record")
+            except BadRecord as error:
+                yield Rejected(line=line, reason=str(error), record=_excerpt(row))
+                continue
+            yield record
+
+
+def count_hint(path: Path) -> int | None:
+    """About how many records a catalog has, bad ones included: lines, or rows of Parquet. None where reading it as a
+    whole is the only way to know. Raises `CatalogError`.
+    """
+    head = _head(path)
+    if head.startswith(b"PAR1"):
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    if _URL_KEYED_OBJECT.match(head):
+        return None
+    try:
+        with _open(path) as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+    except (OSError, EOFError) as error:
+        raise CatalogError(f"{path} cannot be read to its end: {error}") from error
 
 
 def _rows(path: Path, image_root: Path | None) -> Iterator[tuple[int, Any, Callable[[Any], EntityRecord]] | Rejected]:

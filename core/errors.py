@@ -7,11 +7,16 @@
         ├── Forbidden                 403
         ├── NotFound                  404
         │   └── UnknownEntity         404
+        ├── SlowRequest               408           a request that does not arrive in time
+        ├── Conflict                  409           another change is under way
         ├── TooLarge                  413           too many bytes or pixels
         ├── UnsupportedMediaType      415           the declared type is no image type we read
+        ├── HeadTooLarge              431           the head of a request
         ├── Unprocessable             422
         │   ├── UndecodableImage      422           the bytes do not decode
         │   ├── BadParameter          422
+        │   ├── BundleRefused         422           another bundle that is not taken, the old one stays
+        │   ├── NoEntitySide          422           an entity to embed where the bundle has nothing to embed it with
         │   └── FetchFailed           422           an image given by URL that its server does not give
         ├── TooManyRequests           429           carries `retry_after_s`
         ├── Unavailable               503           not ready or draining
@@ -21,6 +26,7 @@
         │   ├── BundleIncomplete
         │   ├── BundleAltered
         │   └── BundleSchemaMismatch
+        ├── LiveDirError              503           a LIVE_DIR that cannot be used, or that belongs to another bundle
         ├── CatalogError                            a catalog, pairs or queries file that cannot be read at all
         ├── CheckpointError                         a checkpoint that is missing, of another shape, or altered
         └── EncoderSpecError                        an encoder spec that names nothing usable
@@ -72,6 +78,16 @@ class UnknownEntity(NotFound):
     title = "Unknown entity"
 
 
+class SlowRequest(UserError):
+    status = 408
+    title = "Request too slow"
+
+
+class Conflict(UserError):
+    status = 409
+    title = "Conflict"
+
+
 class TooLarge(UserError):
     status = 413
     title = "Image too large"
@@ -80,6 +96,11 @@ class TooLarge(UserError):
 class UnsupportedMediaType(UserError):
     status = 415
     title = "Unsupported media type"
+
+
+class HeadTooLarge(UserError):
+    status = 431
+    title = "Request head too large"
 
 
 class Unprocessable(UserError):
@@ -93,6 +114,14 @@ class UndecodableImage(Unprocessable):
 
 class BadParameter(Unprocessable):
     title = "Bad parameter"
+
+
+class BundleRefused(Unprocessable):
+    title = "Bundle refused"
+
+
+class NoEntitySide(Unprocessable):
+    title = "Entity cannot be embedded here"
 
 
 class FetchFailed(Unprocessable):
@@ -137,6 +166,11 @@ class BundleAltered(BundleError):
 
 class BundleSchemaMismatch(BundleError):
     pass
+
+
+class LiveDirError(UserError):
+    status = 503
+    title = "Live changes cannot be kept"
 
 
 class CatalogError(UserError):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from core.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_SQLITE_FULL = {"SQLITE_FULL", "SQLITE_IOERR_WRITE"}
 
 
 def sha256_file(path: Path) -> str:
@@ -44,3 +50,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def full_disk_told(out: Path, *, again: str = "run it again") -> Iterator[None]:
+    """Raise `UserError` where a file or an SQLite database finds that the disk of `out` takes no more.
+
+    `again` says how the user goes on from what is finished.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Of an OSError, and of what sqlite3 raises.
+        if getattr(error, "errno", None) in _FULL or getattr(error, "sqlite_errorname", None) in _SQLITE_FULL:
+            raise UserError(f"the disk of {out} is full; make room and {again}: what is finished stays") from error
+        raise

@@ -1,0 +1,103 @@
+"""Lines of large compressed files, read in a way that can be taken up again without starting over."""
+
+from __future__ import annotations
+
+import bz2
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from core.errors import CatalogError
+
+_CHUNK_BYTES = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where reading goes on: `skip` bytes of content after the compressed stream that begins at byte `offset`.
+
+    Files of many streams, as pbzip2 writes them, are not read again from their begin. `line` lines lie before it.
+    """
+
+    offset: int = 0
+    skip: int = 0
+    line: int = 0
+
+
+START = Position()
+
+
+class _Decompressor(Protocol):
+    @property
+    def eof(self) -> bool: ...
+    @property
+    def unused_data(self) -> bytes: ...
+    def decompress(self, data: bytes, /) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class _Piece:
+    stream: int  # the byte of the file at which its stream begins
+    begin: int  # bytes of content between that and this piece
+    data: bytes
+
+
+def read_lines(
+    path: Path, start: Position = START, on_bytes: Callable[[int], object] = lambda count: None
+) -> Iterator[tuple[bytes, Position]]:
+    """Yield each line of a plain, gzip or bzip2 file (told by content) with the position after it.
+
+    `on_bytes` is told how many bytes of the file were read since it was last called. Raises `CatalogError` if the file
+    is missing, damaged, or ends in mid-stream.
+    """
+    line, partial = start.line, b""
+    piece = _Piece(start.offset, start.skip, b"")
+    try:
+        with path.open("rb") as file:
+            for piece in _pieces(file, start.offset, on_bytes):
+                begin = max(start.skip - piece.begin, 0) if piece.stream == start.offset else 0
+                while (end := piece.data.find(b"\n", begin)) >= 0:
+                    line += 1
+                    position = Position(offset=piece.stream, skip=piece.begin + end + 1, line=line)
+                    yield partial + piece.data[begin : end + 1], position
+                    partial, begin = b"", end + 1
+                partial += piece.data[begin:]
+    except FileNotFoundError:
+        raise CatalogError(f"{path} does not exist; check the path") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise CatalogError(f"{path} cannot be read after line {line}: {error}; download it again") from error
+    if partial:
+        yield partial, Position(offset=piece.stream, skip=piece.begin + len(piece.data), line=line + 1)
+
+
+def _pieces(file: BinaryIO, offset: int, on_bytes: Callable[[int], object]) -> Iterator[_Piece]:
+    magic = file.read(3)
+    file.seek(offset)
+    if magic == b"BZh":
+        yield from _decompressed(file, bz2.BZ2Decompressor, offset, on_bytes)
+    elif magic[:2] == b"\x1f\x8b":
+        yield from _decompressed(file, lambda: zlib.decompressobj(wbits=31), offset, on_bytes)
+    else:
+        while data := file.read(_CHUNK_BYTES):
+            on_bytes(len(data))
+            yield _Piece(offset, 0, data)
+            offset += len(data)
+
+
+def _decompressed(
+    file: BinaryIO, new_decompressor: Callable[[], _Decompressor], stream: int, on_bytes: Callable[[int], object]
+) -> Iterator[_Piece]:
+    decompressor, produced, pending = new_decompressor(), 0, b""
+    while pending or (pending := file.read(_CHUNK_BYTES)):
+        if decompressor.eof:
+            decompressor, produced = new_decompressor(), 0
+            stream = file.tell() - len(pending)
+        data = decompressor.decompress(pending)
+        on_bytes(len(pending) - len(decompressor.unused_data))
+        yield _Piece(stream, produced, data)
+        produced += len(data)
+        pending = decompressor.unused_data if decompressor.eof else b""
+    if not decompressor.eof:
+        raise EOFError("it ends in mid-stream")

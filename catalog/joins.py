@@ -1,0 +1,246 @@
+"""The work file of `wikiclip catalog`: what was read of each dump so far, joined in SQLite.
+
+A dump's rows and how far it was read are committed together, so that a build killed at any moment goes on from there.
+Everything that can be as long as the dumps is on disk. Items are numbers: 42 is Q42.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from catalog.cirrus import Page
+from catalog.compressed import Position
+from catalog.page_props import PageImage
+from catalog.wikidata import Item
+from core.errors import UserError
+from core.jsonl import Rejected
+
+_SCHEMA = """
+CREATE TABLE settings (value TEXT NOT NULL);
+CREATE TABLE progress (source TEXT PRIMARY KEY, "offset" INTEGER, skip INTEGER, line INTEGER, done INTEGER);
+CREATE TABLE left_out (reason TEXT PRIMARY KEY, count INTEGER NOT NULL);
+CREATE TABLE rejected (source TEXT, line INTEGER, reason TEXT, record TEXT);
+CREATE TABLE pages (
+    position INTEGER PRIMARY KEY, item INTEGER UNIQUE, wiki TEXT, page_id INTEGER, title TEXT, url TEXT, text BLOB
+);
+CREATE UNIQUE INDEX page_ids ON pages (wiki, page_id);
+CREATE TABLE page_images (item INTEGER, free INTEGER, file TEXT, PRIMARY KEY (item, free)) WITHOUT ROWID;
+CREATE TABLE items (item INTEGER PRIMARY KEY, image TEXT, labels TEXT, description TEXT);
+CREATE TABLE types (item INTEGER, place INTEGER, type INTEGER, PRIMARY KEY (item, place)) WITHOUT ROWID;
+CREATE TABLE class_labels (item INTEGER PRIMARY KEY, label TEXT);
+CREATE TABLE superclasses (class INTEGER, superclass INTEGER, PRIMARY KEY (superclass, class)) WITHOUT ROWID;
+CREATE TABLE base (position INTEGER PRIMARY KEY, entity_id TEXT UNIQUE, digest BLOB, record BLOB);
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinedPage:
+    """A page with all that was found of its item. Images are files' names, of the page's wiki or of Commons.
+
+    `base` is what was kept of its record in the base catalog, with that record's digest.
+    """
+
+    page: Page
+    free_image: str | None
+    other_image: str | None
+    item_image: str | None
+    labels: Mapping[str, str]
+    description: str | None
+    types: tuple[str, ...]
+    base: Mapping[str, Any] | None
+    base_digest: bytes | None
+
+
+class Joins:
+    """The work file at `path`, made where it is missing. One process may hold it at a time.
+
+    Raises `UserError` if another one does, or if it was begun with other `settings`.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path = path
+        # Autocommit: transactions are begun and ended here, not by the module.
+        self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+        try:
+            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.execute("PRAGMA cache_size = -65536")  # KiB; items come in no order
+            self._db.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            self._db.close()
+            raise UserError(f"another process is working on {path}; wait for it to end") from None
+        try:
+            self._check(json.dumps(settings, sort_keys=True))
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _check(self, settings: str) -> None:
+        if not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+            for statement in _SCHEMA.split(";"):
+                self._db.execute(statement)
+            self._db.execute("INSERT INTO settings VALUES (?)", (settings,))
+            self.commit()
+        begun = json.loads(self._db.execute("SELECT value FROM settings").fetchone()[0])
+        if differing := [name for name, value in json.loads(settings).items() if begun.get(name) != value]:
+            raise UserError(
+                f"{self._path} was begun with another {', '.join(differing)}; resume with the same, or remove that file"
+            )
+
+    def __enter__(self) -> Joins:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._db.close()  # what is not committed is read again
+
+    def commit(self) -> None:
+        self._db.execute("COMMIT")
+        self._db.execute("BEGIN IMMEDIATE")
+
+    def remove(self) -> None:
+        """Close the work file and delete it."""
+        self._db.close()
+        for suffix in ("-wal", "-shm", ""):
+            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+
+    def reached(self, source: str) -> tuple[Position, bool]:
+        """How far a dump was read, and whether that is all of it."""
+        row = self._db.execute('SELECT "offset", skip, line, done FROM progress WHERE source = ?', (source,)).fetchone()
+        if row is None:
+            return Position(), False
+        offset, skip, line, done = row
+        return Position(offset=offset, skip=skip, line=line), bool(done)
+
+    def set_reached(self, source: str, position: Position, *, done: bool = False) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)",
+            (source, position.offset, position.skip, position.line, done),
+        )
+        self.commit()
+
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        self._db.execute(
+            "INSERT INTO left_out VALUES (?, ?) ON CONFLICT (reason) DO UPDATE SET count = count + excluded.count",
+            (reason, count),
+        )
+
+    def left_out(self) -> dict[str, int]:
+        """Reasons with their counts, the most frequent first."""
+        return dict(self._db.execute("SELECT reason, count FROM left_out ORDER BY count DESC, reason").fetchall())
+
+    def reject(self, source: str, rejected: Rejected) -> None:
+        self._db.execute(
+            "INSERT INTO rejected VALUES (?, ?, ?, ?)", (source, rejected.line, rejected.reason, rejected.record)
+        )
+
+    def rejected(self) -> Iterator[tuple[str, Rejected]]:
+        for source, line, reason, record in self._db.execute("SELECT * FROM rejected ORDER BY rowid"):
+            yield source, Rejected(line=line, reason=reason, record=record)
+
+    def add_page(self, page: Page) -> bool:
+        """Add a page; False if its item, or the page itself, is there already."""
+        text = zlib.compress(page.text.encode("utf-8", "replace"), 1)
+        row = (page.item, page.wiki, page.page_id, page.title, page.url, text)
+        return self._db.execute("INSERT OR IGNORE INTO pages VALUES (NULL, ?, ?, ?, ?, ?, ?)", row).rowcount == 1
+
+    def add_page_images(self, wiki: str, images: Iterable[PageImage]) -> None:
+        """Keep the images of pages that are there."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO page_images SELECT item, ?, ? FROM pages WHERE wiki = ? AND page_id = ?",
+            ((image.free, image.file, wiki, image.page_id) for image in images),
+        )
+
+    def has_item(self, item: int) -> bool:
+        """Whether a page is about the item."""
+        return self._db.execute("SELECT 1 FROM pages WHERE item = ?", (item,)).fetchone() is not None
+
+    def add_item(self, item: Item) -> None:
+        """Keep what is known of a page's item."""
+        row = (item.number, item.image, json.dumps(dict(item.labels), ensure_ascii=False), item.description)
+        self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?)", row)
+        self._db.executemany(
+            "INSERT OR REPLACE INTO types VALUES (?, ?, ?)",
+            ((item.number, place, type_) for place, type_ in enumerate(item.types)),
+        )
+
+    def add_class(self, item: Item, label: str | None) -> None:
+        """Keep an item's name, and what it is a subclass of."""
+        if label is not None:
+            self._db.execute("INSERT OR REPLACE INTO class_labels VALUES (?, ?)", (item.number, label))
+        self._db.executemany(
+            "INSERT OR IGNORE INTO superclasses VALUES (?, ?)",
+            ((item.number, superclass) for superclass in item.superclasses),
+        )
+
+    def add_base(self, entity_id: str, digest: bytes, record: Mapping[str, Any]) -> None:
+        packed = zlib.compress(json.dumps(record, ensure_ascii=False).encode(), 1)
+        self._db.execute("INSERT INTO base VALUES (NULL, ?, ?, ?)", (entity_id, digest, packed))
+
+    def base_count(self) -> int:
+        (count,) = self._db.execute("SELECT COUNT(*) FROM base").fetchone()
+        return int(count)
+
+    def page_count(self) -> int:
+        (count,) = self._db.execute("SELECT COUNT(*) FROM pages").fetchone()
+        return int(count)
+
+    def name_classes(self, name: str, roots: Iterable[int]) -> None:
+        """Make a temporary table of items and all that are subclasses of them, at any remove, for `is_among`."""
+        assert name.isidentifier(), "names of tables are given by code"
+        self._db.execute(f"CREATE TEMP TABLE {name} (class INTEGER PRIMARY KEY)")
+        for root in roots:
+            self._db.execute(
+                f"""INSERT OR IGNORE INTO {name}
+                WITH RECURSIVE below (class) AS (
+                    VALUES (?) UNION SELECT superclasses.class FROM superclasses JOIN below ON superclass = below.class
+                ) SELECT class FROM below""",
+                (root,),
+            )
+
+    def is_among(self, item: int, name: str) -> bool:
+        """Whether a type of the item is in a table of `name_classes`."""
+        query = f"SELECT 1 FROM types JOIN {name} ON class = type WHERE item = ? LIMIT 1"
+        return self._db.execute(query, (item,)).fetchone() is not None
+
+    def joined(self) -> Iterator[JoinedPage]:
+        """Every page: those of the base first, in its order, then the others in the order of the dumps."""
+        select = "SELECT pages.item, wiki, page_id, title, url, text, entity_id, digest, record FROM "
+        queries = (
+            "base CROSS JOIN pages ON pages.item = CAST(substr(entity_id, 2) AS INTEGER) AND entity_id = 'Q' || item "
+            "ORDER BY base.position",
+            "pages LEFT JOIN base ON entity_id = 'Q' || item WHERE entity_id IS NULL ORDER BY pages.position",
+        )
+        for query in queries:
+            for item, wiki, page_id, title, url, text, _, digest, record in self._db.execute(select + query):
+                page = Page(
+                    item=item, wiki=wiki, page_id=page_id, title=title, url=url, text=zlib.decompress(text).decode()
+                )
+                yield self._join(page, None if record is None else json.loads(zlib.decompress(record)), digest)
+
+    def _join(self, page: Page, base: Mapping[str, Any] | None, base_digest: bytes | None) -> JoinedPage:
+        images = dict(self._db.execute("SELECT free, file FROM page_images WHERE item = ?", (page.item,)).fetchall())
+        known = self._db.execute("SELECT image, labels, description FROM items WHERE item = ?", (page.item,)).fetchone()
+        item_image, labels, description = known or (None, "{}", None)
+        types = self._db.execute(
+            "SELECT COALESCE(label, 'Q' || type) FROM types LEFT JOIN class_labels ON class_labels.item = type "
+            "WHERE types.item = ? ORDER BY place",
+            (page.item,),
+        ).fetchall()
+        return JoinedPage(
+            page=page,
+            free_image=images.get(1),
+            other_image=images.get(0),
+            item_image=item_image,
+            labels=json.loads(labels),
+            description=description,
+            types=tuple(dict.fromkeys(label for (label,) in types)),
+            base=base,
+            base_digest=base_digest,
+        )

@@ -1,0 +1,1 @@
+"""The images of a catalog, downloaded politely into tar shards."""

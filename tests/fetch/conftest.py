@@ -1,0 +1,173 @@
+"""A web server that misbehaves in every way that a downloader has to live with."""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def jpeg(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, size=(12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The first part of a path names what is wrong; each path notes when it was asked for."""
+
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def do_GET(self) -> None:
+        with self.server.lock:
+            self.server.times.append((self.path, time.monotonic()))
+            self.server.agents.add(self.headers["User-Agent"])
+            self.server.asked[self.path] += 1
+            self.server.at_once += 1
+            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+        try:
+            kind = self.path.split("/")[1]
+            getattr(self, f"answer_{kind}")(self.server.asked[self.path])
+        finally:
+            with self.server.lock:
+                self.server.at_once -= 1
+
+    def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def image(self) -> bytes:
+        return jpeg(sum(self.path.encode()))
+
+    def answer_good(self, _: int) -> None:
+        self.send(200, self.image())
+
+    def answer_slow(self, _: int) -> None:
+        time.sleep(0.05)
+        self.send(200, self.image())
+
+    def answer_busy(self, time_asked: int) -> None:
+        if time_asked == 1:
+            self.send(429, b"later", {"Retry-After": "1"})
+        else:
+            self.send(200, self.image())
+
+    def answer_closed(self, _: int) -> None:
+        self.send(503, b"", {"Retry-After": "86400"})
+
+    def answer_flaky(self, time_asked: int) -> None:
+        if time_asked <= 2:
+            self.send(503, b"down")
+        else:
+            self.send(200, self.image())
+
+    def answer_down(self, _: int) -> None:
+        self.send(500, b"down")
+
+    def answer_gone(self, _: int) -> None:
+        self.send(404, b"gone")
+
+    def answer_drip(self, _: int) -> None:
+        self.send(200, b"", length=10_000)
+        while not self.server.stopping.wait(0.02):
+            self.wfile.write(b".")
+
+    def answer_cut(self, time_asked: int) -> None:
+        data = self.image()
+        self.send(200, data if time_asked == 2 else data[: len(data) // 2], length=len(data))
+        self.close_connection = True
+
+    def answer_reset(self, time_asked: int) -> None:
+        if time_asked == 2:
+            self.send(200, self.image())
+            return
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.shutdown(socket.SHUT_RD)
+        self.close_connection = True
+
+    def answer_loop(self, _: int) -> None:
+        self.send(302, b"", {"Location": self.path})
+
+    def answer_moved(self, _: int) -> None:
+        self.send(301, b"", {"Location": "/good/moved"})
+
+    def answer_away(self, _: int) -> None:
+        self.send(302, b"", {"Location": "file:///etc/passwd"})
+
+    def answer_text(self, _: int) -> None:
+        self.send(200, b"<html>no image</html>", {"Content-Type": "image/jpeg"})
+
+    def answer_half(self, _: int) -> None:
+        self.send(200, self.image()[:200])
+
+    def answer_huge(self, _: int) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        while not self.server.stopping.is_set():
+            self.wfile.write(bytes(65536))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.stopping = threading.Event()
+        self.times: list[tuple[str, float]] = []
+        self.agents: set[str] = set()
+        self.asked: Counter[str] = Counter()
+        self.at_once = self.most_at_once = 0
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # a client that leaves is what some tests are about
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}/{path}"
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.stopping.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def catalog_of(tmp_path: Path, server: Server) -> Callable[[Sequence[str]], Path]:
+    """A catalog whose entities Q0, Q1 ... have one image each, at these paths of the server."""
+
+    def write(paths: Sequence[str]) -> Path:
+        path = tmp_path / "catalog.jsonl"
+        rows = [
+            {"entity_id": f"Q{number}", "title": f"Thing {number}", "images": [server.url(name)]}
+            for number, name in enumerate(paths)
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
