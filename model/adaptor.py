@@ -38,6 +38,7 @@ class AdaptorConfig:
     dropout: float = 0.0
     residual: bool = True  # add the mean patch token to the output, the output layer starting at zero
     null_patch_tokens: int = 8  # N: queries that stand in for a missing image
+    centre: bool = False  # both sides of the comparison live around the mean query embedding
 
     def __post_init__(self) -> None:
         for name in (
@@ -91,16 +92,17 @@ class Attention(nn.Module):
     def forward(self, queries_BQW: torch.Tensor, keys_BKW: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
         """`mask_BK` is true at the keys that may be attended to; at least one in each row. Returns `[B, Q, W]`."""
         attended_BHQE = F.scaled_dot_product_attention(
-            self._split(self.query(queries_BQW)),
-            self._split(self.key(keys_BKW)),
-            self._split(self.value(keys_BKW)),
+            self.split(self.query(queries_BQW)),
+            self.split(self.key(keys_BKW)),
+            self.split(self.value(keys_BKW)),
             attn_mask=mask_BK[:, None, None, :],
             dropout_p=self.dropout if self.training else 0.0,
         )
         out: torch.Tensor = self.out(attended_BHQE.transpose(1, 2).flatten(2))
         return out
 
-    def _split(self, tokens_BNW: torch.Tensor) -> torch.Tensor:
+    def split(self, tokens_BNW: torch.Tensor) -> torch.Tensor:
+        """Heads apart: `[B, N, W]` to `[B, H, N, W / H]`."""
         batch, tokens, width = tokens_BNW.shape
         return tokens_BNW.reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
 
@@ -163,6 +165,9 @@ class Adaptor(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(width) if config.norm == "pre" else nn.Identity()
         self.out = nn.Linear(width, config.embedding_dim)
+        # The mean query embedding, set before training and never learned; None without centring.
+        self.centre_D: torch.Tensor | None
+        self.register_buffer("centre_D", torch.zeros(config.embedding_dim) if config.centre else None)
         if config.residual:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
@@ -205,9 +210,19 @@ class Adaptor(nn.Module):
         embedding_BD: torch.Tensor = self.out((x * weight_BQ1).sum(dim=1))
         if self.config.residual:
             # The mean is brought to length 1 so that what is learned weighs the same whatever the encoder's scale.
-            mean_BD = F.normalize(patch_tokens_BPC.mean(dim=1), dim=1)
+            mean_BD = self.centred(F.normalize(patch_tokens_BPC.mean(dim=1), dim=1))
             embedding_BD = embedding_BD + torch.where(image_B1, mean_BD, self.null_mean_D)
         return F.normalize(embedding_BD, dim=1)
+
+    def centred(self, image_embedding_BD: torch.Tensor) -> torch.Tensor:
+        """An encoder's L2-normalised embeddings in the space of the entity embeddings: what queries are asked with.
+
+        With centring they lose what all images share, the mean query embedding, and are brought to length 1 again;
+        without it they are that space's already.
+        """
+        if self.centre_D is None:
+            return image_embedding_BD
+        return F.normalize(image_embedding_BD - self.centre_D, dim=1)
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())

@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
@@ -45,6 +47,13 @@ class Checkpoint:
     def logit_scale(self) -> float:
         """1 / temperature of the trained softmax over cosines."""
         return float(self.values["logit_scale"])
+
+    @torch.no_grad()
+    def embed_queries(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """The embeddings `[B, D]` that images are asked with, L2-normalised: what an exported encoder gives."""
+        embeddings_BD = self.image_encoder.encode(pixels_BHW3).image_embedding_BD
+        result_BD: npt.NDArray[np.float32] = self.adaptor.centred(embeddings_BD).cpu().numpy()
+        return result_BD
 
     def describe(self) -> dict[str, Any]:
         """What a bundle made from this checkpoint records of it: plain JSON values, no paths."""

@@ -53,6 +53,9 @@ import click
 @click.option("--self-attention/--no-self-attention", default=False, help="Attention among the patches in each layer.")
 @click.option("--dropout", default=0.1, help="Dropout in the adaptor, from 0 to 1.")
 @click.option("--residual/--no-residual", default=True, help="Add the mean patch token to the adaptor's output.")
+@click.option(
+    "--centre/--no-centre", default=False, help="Take the mean query embedding off both queries and entities."
+)
 @click.option("--max-tokens", default=256, help="Tokens of a text that are read.")
 @click.option(
     "--text-layer", type=int, help="Hidden layer of the text encoder to read; -1 is the last. [default: its output]"
@@ -64,9 +67,10 @@ import click
 @click.option(
     "--cache-dir", type=click.Path(path_type=Path), help="Folder of frozen features. [default: the user's cache]"
 )
+@click.option("--smoke", is_flag=True, help="The same path on a few small batches, into OUT.smoke: does it work here?")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with an hf: model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
-def train(as_json: bool, cache_dir: Path | None, **options: Any) -> None:
+def train(as_json: bool, smoke: bool, cache_dir: Path | None, **options: Any) -> None:
     """Train the adaptor on pairs of query image and entity.
 
     Both encoders stay frozen and their features are computed once and cached. Bad records are counted in rejected.jsonl
@@ -81,10 +85,14 @@ def train(as_json: bool, cache_dir: Path | None, **options: Any) -> None:
         options, "epochs", "batch_size", "accumulate", "lr", "weight_decay", "warmup", "modality_dropout", "text_mask",
         "hard_negatives", "n_sync", "cluster_size", "hard_negatives_from", "seed",
     )  # fmt: skip
-    adaptor = _take(options, "width", "layers", "heads", "ffn_ratio", "norm", "self_attention", "dropout", "residual")
+    adaptor = _take(
+        options, "width", "layers", "heads", "ffn_ratio", "norm", "self_attention", "dropout", "residual", "centre"
+    )
     request = TrainRequest(
         settings=TrainSettings(**settings), adaptor=adaptor, cache_dir=cache_dir or default_cache_root(), **options
     )
+    if smoke:
+        request = request.smoke()
     report = run_training(request)
     if report is None:  # of several processes, the first one reports
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,9 @@ class Entity:
 
 
 def read_pairs(
-    path: Path, image_root: Path | None = None, ovenid2impath: Path | None = None
+    path: Path, image_root: Path | None = None, ovenid2impath: Path | None = None, *, missing_ok: bool = False
 ) -> Iterator[Pair | Rejected]:
-    """The pairs of a JSONL file, and a `Rejected` for each line that is none or whose image is missing.
+    """The pairs of a JSONL file, and a `Rejected` for each line that is none or, unless `missing_ok`, lacks its image.
 
     Image paths are relative to `image_root`, or else to the file's folder. A row of OVEN's own files names an
     `image_id` instead, whose path stands in `ovenid2impath`; without that argument, in the file of that name beside the
@@ -72,8 +73,8 @@ def read_pairs(
             yield Rejected(line=line, reason=reason, record=record)
             continue
         data_id, image, entity_id, data_split = (str(value) for value in fields)
-        file = oven.find(image) if named == "image_id" else folder / image
-        if file is None or not file.is_file():
+        file = (oven.find(image) if named == "image_id" else None) or folder / image
+        if not missing_ok and not file.is_file():
             yield Rejected(line=line, reason=f"image {image} does not exist in {folder}", record=record)
             continue
         source = ImageSource(path=file, line=line, record=record)
@@ -81,15 +82,27 @@ def read_pairs(
 
 
 def load_pairs(
-    path: Path, image_root: Path | None, rejects: RejectLog, *, ovenid2impath: Path | None = None
+    path: Path,
+    image_root: Path | None,
+    rejects: RejectLog,
+    *,
+    ovenid2impath: Path | None = None,
+    limit: int | None = None,
 ) -> list[Pair]:
-    """All pairs of a file, rejects logged. Raises `CatalogError` if not one is left."""
-    pairs = []
+    """All pairs of a file, or its first `limit` with two of an entity at most; rejects logged.
+
+    Raises `CatalogError` if not one is left.
+    """
+    pairs: list[Pair] = []
+    of_entity: Counter[str] = Counter()
     for item in read_pairs(path, image_root, ovenid2impath):
         if isinstance(item, Rejected):
             rejects.add(item)
-        else:
+        elif limit is None or of_entity[item.entity_id] < 2:
             pairs.append(item)
+            of_entity[item.entity_id] += 1
+            if len(pairs) == limit:
+                break
     if not pairs:
         raise CatalogError(
             f"{path} holds no usable pair ({rejects.count} rejected, see {rejects.path}); check its images"

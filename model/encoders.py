@@ -58,6 +58,15 @@ class TextEncoder(Protocol):
 
     def encode(self, texts: Sequence[str]) -> TextFeatures: ...
 
+    def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Where each token of `encode` stands in its text: start and end in characters, equal for a special token."""
+        ...
+
+    # The two halves of `encode`, for who tokenises ahead.
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+    def encode_tokens(self, rows: Sequence[Sequence[int]]) -> TextFeatures: ...
+
 
 def resolve_device(name: str) -> torch.device:
     """`auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`. Raises `UserError` if that device is not there."""

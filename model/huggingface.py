@@ -3,7 +3,7 @@
 Patch tokens have to live in the space of the pooled embedding, for the two are compared. How they get there depends on
 the family: CLIP's pass the tower's final norm and projection one by one, as its class token does; SigLIP pools by
 attention, so each token passes the pooling head as if it were the only one (attention over one token is its value
-projection).
+projection). SigLIP 2's NaFlex is read on one grid: a square of as many patches as its processor allows.
 
 Shapes: B batch, P patches, C hidden width, D embedding width.
 """
@@ -11,6 +11,7 @@ Shapes: B batch, P patches, C hidden width, D embedding width.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -55,22 +56,54 @@ class SiglipTower(nn.Module):
         """`[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         dtype = self.vision_model.post_layernorm.weight.dtype
         outputs = self.vision_model(pixel_values=pixel_values.to(dtype))
-        head = self.vision_model.head
-        width = outputs.last_hidden_state.shape[2]
-        attention: nn.MultiheadAttention = head.attention
-        assert attention.in_proj_weight is not None
-        value_bias = attention.in_proj_bias[2 * width :] if attention.in_proj_bias is not None else None
-        values = F.linear(outputs.last_hidden_state, attention.in_proj_weight[2 * width :], value_bias)
-        alone = attention.out_proj(values)
-        patch_tokens_BPD = alone + head.mlp(head.layernorm(alone))
+        patch_tokens_BPD = _pooled_alone(self.vision_model.head, outputs.last_hidden_state)
         return patch_tokens_BPD, F.normalize(outputs.pooler_output, dim=1)
+
+
+class NaflexTower(nn.Module):
+    """SigLIP 2's NaFlex, which takes patches already cut, on one square grid; its positions are resized to it once."""
+
+    def __init__(self, vision_model: nn.Module, size_px: int) -> None:
+        super().__init__()
+        self.vision_model: Any = vision_model
+        embeddings: Any = self.vision_model.embeddings
+        self.patch_px: int = embeddings.patch_size
+        self.grid = size_px // self.patch_px
+        side = embeddings.position_embedding_size
+        learned = embeddings.position_embedding.weight.detach().reshape(side, side, -1)
+        shape_B2 = torch.tensor([[self.grid, self.grid]])
+        position_BPC = embeddings.resize_positional_embeddings(learned, shape_B2, self.grid**2)
+        self.register_buffer("position_BPC", position_BPC)
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
+        model, grid, patch_px = self.vision_model, self.grid, self.patch_px
+        cut = pixel_values.reshape(-1, 3, grid, patch_px, grid, patch_px).permute(0, 2, 4, 3, 5, 1)
+        patches_BPC = cut.reshape(-1, grid**2, patch_px**2 * 3).to(model.post_layernorm.weight.dtype)
+        embedded_BPC = model.embeddings.patch_embedding(patches_BPC) + self.position_BPC
+        encoded = model.encoder(inputs_embeds=embedded_BPC, attention_mask=None).last_hidden_state
+        hidden_BPC = model.post_layernorm(encoded)
+        return _pooled_alone(model.head, hidden_BPC), F.normalize(model.head(hidden_BPC), dim=1)
+
+
+def _pooled_alone(head: Any, hidden_BPC: torch.Tensor) -> torch.Tensor:
+    """Each token through SigLIP's pooling head as if it were the only one, `[B, P, D]`."""
+    width = hidden_BPC.shape[2]
+    attention: nn.MultiheadAttention = head.attention
+    assert attention.in_proj_weight is not None
+    value_bias = attention.in_proj_bias[2 * width :] if attention.in_proj_bias is not None else None
+    values = F.linear(hidden_BPC, attention.in_proj_weight[2 * width :], value_bias)
+    alone_BPD: torch.Tensor = attention.out_proj(values)
+    result_BPD: torch.Tensor = alone_BPD + head.mlp(head.layernorm(alone_BPD))
+    return result_BPD
 
 
 def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code: bool = False) -> TorchImageEncoder:
     """The image tower of a CLIP-family model. Raises `EncoderSpecError` if it has none, or no preprocessing."""
     spec = f"hf:{name}"
     config = _load_config(spec, name, trust_remote_code)
-    tower = _tower(spec, _load_model(spec, name, config, trust_remote_code))
+    model = _load_model(spec, name, config, trust_remote_code)
+    tower = _tower(spec, name, model)
     return TorchImageEncoder(
         tower, _load_preprocessing(spec, name), saved_config=_saved_config(name), spec=spec, device=device
     )
@@ -126,7 +159,10 @@ def _load_model(spec: str, name: str, config: Any, trust_remote_code: bool, *, a
     import transformers
 
     architecture = (config.architectures or [""])[0]
-    remote = trust_remote_code and bool(getattr(config, "auto_map", None))
+    own_code = bool(getattr(config, "auto_map", None))
+    if own_code and not trust_remote_code and not hasattr(transformers, architecture):
+        raise _own_code(spec)
+    remote = trust_remote_code and own_code
     kind = transformers.AutoModel if auto or remote else getattr(transformers, architecture, transformers.AutoModel)
     options = {"trust_remote_code": True} if remote else {}
     try:
@@ -148,23 +184,31 @@ def _load_model(spec: str, name: str, config: Any, trust_remote_code: bool, *, a
     return loaded
 
 
+def _own_code(spec: str) -> EncoderSpecError:
+    return EncoderSpecError(f"{spec} comes with code of its own; read it, then allow it with --trust-remote-code")
+
+
 def _cannot_load(spec: str, what: str, error: Exception) -> EncoderSpecError:
+    if "trust_remote_code" in str(error):
+        return _own_code(spec)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return EncoderSpecError(f"{spec}: its {what} cannot be loaded, check the name or the folder: {reason}")
 
 
-def _tower(spec: str, model: nn.Module) -> nn.Module:
+def _tower(spec: str, name: str, model: nn.Module) -> nn.Module:
     """The image side of a loaded model; the text side is let go."""
     vision_model = getattr(model, "vision_model", model)
     projection = getattr(model, "visual_projection", None)
     if isinstance(projection, nn.Module) and hasattr(vision_model, "post_layernorm"):
         return ClipTower(vision_model, projection)
     head = getattr(vision_model, "head", None)
-    if hasattr(vision_model, "post_layernorm") and hasattr(head, "probe") and _patchifies(vision_model):
-        return SiglipTower(vision_model)
+    if hasattr(vision_model, "post_layernorm") and hasattr(head, "probe"):
+        if _patchifies(vision_model):
+            return SiglipTower(vision_model)
+        return NaflexTower(vision_model, _load_preprocessing(spec, name).size_px)
     raise EncoderSpecError(
-        f"{spec} ({type(model).__name__}) is no image tower of the CLIP or fixed-resolution SigLIP family with its "
-        "projection; name one that is, or export yours to ONNX and use onnx:PATH"
+        f"{spec} ({type(model).__name__}) is no image tower of the CLIP or SigLIP family with its projection; name one "
+        "that is, or export yours to ONNX and use onnx:PATH"
     )
 
 
@@ -178,9 +222,19 @@ def _load_preprocessing(spec: str, name: str) -> Preprocessing:
     from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
     values = _read_json(name, IMAGE_PROCESSOR_NAME) or (_read_json(name, PROCESSOR_NAME) or {}).get("image_processor")
+    if not values and any("EvaCLIP" in architecture for architecture in _saved_config(name).get("architectures", [])):
+        values = _clips_own(_saved_config(name)["vision_config"]["image_size"])
     if not values:
         raise EncoderSpecError(f"{spec} has no {IMAGE_PROCESSOR_NAME}; save the model's image processor beside it")
     return preprocessing_from_processor(spec, values)
+
+
+def _clips_own(size_px: int) -> dict[str, Any]:
+    """What EVA-CLIP's repositories leave out: their authors take CLIP's own image processor."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    size = {"size": {"shortest_edge": size_px}, "crop_size": {"height": size_px, "width": size_px}}
+    return {**size, "do_center_crop": True, "resample": 3, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
 
 
 def _saved_config(name: str) -> dict[str, Any]:
@@ -206,7 +260,10 @@ def _read_json(name: str, file: str) -> dict[str, Any] | None:
 
 def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preprocessing:
     """`Preprocessing` from a saved image processor's fields. Raises `EncoderSpecError` for what it cannot express."""
-    size = values.get("size", {})
+    size = values.get("size") or {}
+    if "max_num_patches" in values:  # NaFlex: of all grids, the square one
+        side = math.isqrt(values["max_num_patches"]) * values["patch_size"]
+        size = {"height": side, "width": side}
     if isinstance(size, int):
         size = {"shortest_edge": size}
     crop = values.get("crop_size") or {}

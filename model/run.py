@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,6 +30,8 @@ from model.train import TrainResult, train_adaptor
 from model.train_log import open_log
 from model.train_settings import TrainSettings
 from model.validation import Accuracy, ValidationSet
+
+_SMOKE_STEPS, _SMOKE_BATCH = 3, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +58,20 @@ class TrainRequest:
     half: bool = True
     device: str = "auto"
     trust_remote_code: bool = False
+    limit: int | None = None  # pairs to read of each file; of the catalog, only what they need
 
     def __post_init__(self) -> None:
         if self.max_per_entity is not None and self.max_per_entity < 1:
             raise UserError(f"max per entity must be at least 1, it is {self.max_per_entity}")
         if self.snapshot_every < 0:
             raise UserError(f"snapshot every must be at least 0 steps, it is {self.snapshot_every}")
+
+    def smoke(self) -> TrainRequest:
+        """The same run with a few small batches of one epoch, into `NAME.smoke`, so that no real checkpoint is lost."""
+        batch_size = min(self.settings.batch_size, _SMOKE_BATCH)
+        settings = replace(self.settings, epochs=1, batch_size=batch_size, cluster_size=None, hard_negatives_from=1)
+        limit = _SMOKE_STEPS * settings.accumulate * batch_size
+        return replace(self, settings=settings, limit=limit, out=_beside(self.out, "smoke"), resume=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,11 +192,14 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
         embedding_dim=image_encoder.embedding_dim,
         **request.adaptor,
     )
-    root, paths = request.image_root, request.ovenid2impath
-    pairs = load_pairs(request.pairs, root, rejects, ovenid2impath=paths)
-    queries = load_pairs(request.validation, root, rejects, ovenid2impath=paths) if request.validation else []
+    root, paths, limit = request.image_root, request.ovenid2impath, request.limit
+    pairs = load_pairs(request.pairs, root, rejects, ovenid2impath=paths, limit=limit)
+    queries = []
+    if request.validation:
+        queries = load_pairs(request.validation, root, rejects, ovenid2impath=paths, limit=limit)
     # Validation searches the whole catalog; training needs no more than the entities of its pairs.
-    wanted = None if queries or request.catalog_pairs else {pair.entity_id for pair in pairs}
+    whole = limit is None and (queries or request.catalog_pairs)
+    wanted = None if whole else {pair.entity_id for pair in (*pairs, *queries)}
     entities = load_entities(request.catalog, root, rejects, only=wanted)
     pairs = known_pairs(pairs, entities, request.catalog, rejects)
     queries = known_pairs(queries, entities, request.catalog, rejects) if queries else []

@@ -127,7 +127,8 @@ class Trainer:
         inputs = self._store.batch(rows[mine], device)
         tokens_bT = hide_tokens(inputs.text_mask_BT, settings.text_mask)
         shown_b = torch.tensor([text is not None for _, text in drawn[mine]], dtype=torch.bool, device=device)
-        queries_BD = torch.from_numpy(self._store.query_embeddings([pair.query for pair in batch])).to(device)
+        embeddings_BD = torch.from_numpy(self._store.query_embeddings([pair.query for pair in batch])).to(device)
+        queries_BD = self.adaptor.centred(embeddings_BD)
         entity_B = np.array([pair.entity for pair in batch])
         entities_B = torch.from_numpy(entity_B).to(device)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import nn
 
 from core.errors import EncoderSpecError
@@ -18,7 +18,7 @@ from model.hashing import defining, hash_module
 
 _TOKENS_PER_BATCH = 8192  # padding included; bounds memory whatever the lengths
 # Tokenising is linear in the text, and a record may hold megabytes of it. No language has tokens this long on average.
-_MAX_CHARACTERS_PER_TOKEN = 64
+MAX_CHARACTERS_PER_TOKEN = 64
 _PROBE = "The Eiffel Tower (French: tour Eiffel), 330 m; ときどき Москва éÉ  🦒\n2nd-line's end."
 
 
@@ -64,22 +64,43 @@ class TokenStateEncoder:
         self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._device = device
 
+    @property
+    def model(self) -> nn.Module:
+        """The network itself, for an export."""
+        return self._model
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    def tokenizer_json(self) -> str:
+        """The tokenizer as this encoder uses it, in the form of `tokenizer.json`."""
+        return str(self._tokenizer.to_str())
+
     def encode(self, texts: Sequence[str]) -> TextFeatures:
         """Token states `[B, T, C]` float32 in the order given, zero where there is no token; on the encoder's device.
 
         An empty or blank text has no token at all: its mask row is all false, which to the adaptor means no text.
         """
-        rows = self._tokenize(texts)
+        return self.encode_tokens(self.tokenize(texts))
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of at most `max_tokens` tokens of each text, none of a blank one. May run beside `encode_tokens`."""
+        encodings = self._encodings(texts)
+        return [encoding.ids if text.strip() else [] for text, encoding in zip(texts, encodings, strict=True)]
+
+    def encode_tokens(self, rows: Sequence[Sequence[int]]) -> TextFeatures:
+        """As `encode`, of texts that `tokenize` has taken apart. They pass the model batched by length."""
         longest = max((len(row) for row in rows), default=0)
-        tokens_BTC = torch.zeros(len(texts), longest, self.dim, device=self._device)
-        mask_BT = torch.zeros(len(texts), longest, dtype=torch.bool, device=self._device)
+        tokens_BTC = torch.zeros(len(rows), longest, self.dim, device=self._device)
+        mask_BT = torch.zeros(len(rows), longest, dtype=torch.bool, device=self._device)
         for batch in _by_length(rows):
             width = len(rows[batch[-1]])
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             attend = torch.zeros(len(batch), width, dtype=torch.long)
             for position, index in enumerate(batch):
                 length = len(rows[index])
-                ids[position, :length] = torch.tensor(rows[index])
+                ids[position, :length] = torch.tensor(rows[index], dtype=torch.long)
                 attend[position, :length] = 1
             ids, attend = ids.to(self._device), attend.to(self._device)
             states = self._states(ids, attend).float() * attend[:, :, None]
@@ -88,10 +109,18 @@ class TokenStateEncoder:
             mask_BT[where, :width] = attend.bool()
         return TextFeatures(text_tokens_BTC=tokens_BTC, mask_BT=mask_BT)
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        longest = self.max_tokens * _MAX_CHARACTERS_PER_TOKEN
-        encodings = self._tokenizer.encode_batch([text.strip()[:longest] for text in texts])
-        return [encoding.ids if text.strip() else [] for text, encoding in zip(texts, encodings, strict=True)]
+    def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
+        longest = self.max_tokens * MAX_CHARACTERS_PER_TOKEN
+        encodings: list[Encoding] = self._tokenizer.encode_batch([text.strip()[:longest] for text in texts])
+        return encodings
+
+    def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Where each token of `encode` stands in its text: start and end in characters, equal for a special token."""
+        spans = []
+        for text, encoding in zip(texts, self._encodings(texts), strict=True):
+            before = len(text) - len(text.lstrip())
+            spans.append([(start + before, end + before) for start, end in encoding.offsets] if text.strip() else [])
+        return spans
 
     @torch.no_grad()
     def _states(self, ids: torch.Tensor, attend: torch.Tensor) -> torch.Tensor:

@@ -81,6 +81,9 @@ def train_adaptor(
     trainer = Trainer(
         config=config, settings=settings, store=store, entities=entities, steps=steps, device=device, group=group
     )
+    if trainer.adaptor.centre_D is not None:
+        embeddings_ND = store.query_embeddings([pair.query for pair in pairs])
+        trainer.adaptor.centre_D.copy_(torch.from_numpy(embeddings_ND.mean(axis=0)))
     progress = _Progress()
     if resume_from is not None:
         trainer.restore(resume_from["trainer"])

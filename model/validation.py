@@ -63,15 +63,30 @@ def validate(
     device: torch.device,
 ) -> Accuracy:
     """Embed every entity once for each of its images, and find for each query the entity with the nearest of them."""
+    return validate_each(adaptor, store, catalog, [queries], device)[0]
+
+
+def validate_each(
+    adaptor: Adaptor,
+    store: FeatureStore,
+    catalog: Sequence[EntityKeys],
+    query_sets: Sequence[ValidationSet],
+    device: torch.device,
+) -> list[Accuracy]:
+    """`validate` on several sets of queries, the catalog embedded once."""
     rows = [(image, entity.text) for entity in catalog for image in entity.images or (None,)]
     owner_N = np.repeat(np.arange(len(catalog)), [len(entity.images) or 1 for entity in catalog])
     embeddings_ND = embed(adaptor, store, rows, device)
-    correct = []
-    for start in range(0, len(queries.entity_Q), _BATCH):
-        queries_BD = torch.from_numpy(queries.query_embeddings_QD[start : start + _BATCH]).to(device)
-        best_B = (queries_BD @ embeddings_ND.T).argmax(dim=1).cpu().numpy()
-        correct.append(owner_N[best_B] == queries.entity_Q[start : start + _BATCH])
-    return measure(np.concatenate(correct), queries.seen_Q)
+    accuracies = []
+    for queries in query_sets:
+        correct = []
+        for start in range(0, len(queries.entity_Q), _BATCH):
+            part = slice(start, start + _BATCH)
+            queries_BD = adaptor.centred(torch.from_numpy(queries.query_embeddings_QD[part]).to(device))
+            best_B = (queries_BD @ embeddings_ND.T).argmax(dim=1).cpu().numpy()
+            correct.append(owner_N[best_B] == queries.entity_Q[part])
+        accuracies.append(measure(np.concatenate(correct), queries.seen_Q))
+    return accuracies
 
 
 @torch.no_grad()

@@ -178,3 +178,23 @@ def test_the_papers_size_has_the_papers_order_of_parameters(text_dim: int, self_
     page = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
     assert told in page
     assert 0.04e9 < module.parameter_count() < 0.09e9
+
+
+def test_centring_takes_the_mean_off_both_sides_and_travels_with_the_weights() -> None:
+    """At the residual's start an entity is its mean patch token: with centring, the query that looks like it."""
+    centre_D = torch.full((12,), 0.2)
+    module = Adaptor(config(centre=True)).eval()
+    assert module.centre_D is not None
+    module.centre_D.copy_(centre_D)
+    arguments = inputs()
+    mean_BD = F.normalize(arguments[0].mean(dim=1), dim=1)
+    with torch.no_grad():
+        torch.testing.assert_close(module(*arguments), F.normalize(mean_BD - centre_D, dim=1))
+        torch.testing.assert_close(module.centred(mean_BD), module(*arguments))
+    assert "centre_D" not in dict(module.named_parameters())
+    twin = Adaptor(config(centre=True))
+    twin.load_state_dict(module.state_dict())
+    torch.testing.assert_close(twin.centred(mean_BD), module.centred(mean_BD))
+    without = Adaptor(config())
+    assert without.centred(mean_BD) is mean_BD
+    assert "centre_D" not in without.state_dict()

@@ -241,3 +241,26 @@ def test_half_precision_is_stored_where_it_costs_nothing(
     assert {t.dtype for t in load_file(tmp_path / "i" / "adaptor.safetensors").values()} == {torch.float16}
     report(run(dataset, tiny_spec, text_spec, tmp_path / "j", "--no-half", "--json"))
     assert {t.dtype for t in load_file(tmp_path / "j" / "adaptor.safetensors").values()} == {torch.float32}
+
+
+def test_smoke_takes_the_same_path_on_little_and_leaves_the_checkpoint(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "m"
+    report(run(dataset, tiny_spec, text_spec, out, "--json"))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    row = json.loads(dataset.pairs.read_text().splitlines()[0])
+    pairs = dataset.folder / "many-pairs.jsonl"
+    many = [{**row, "data_id": str(number)} for number in range(30)]
+    pairs.write_text("".join(json.dumps(each) + "\n" for each in many) + dataset.pairs.read_text())
+    more = ["--pairs", str(pairs), "--validation", str(dataset.validation), "--batch-size", "3", "--cluster-size", "3"]
+    figures = report(
+        run(
+            dataset, tiny_spec, text_spec, out, *more, "--hard-negatives", "both", "--epochs", "50", "--smoke", "--json"
+        )
+    )
+    # Three batches of three: the first entity twice, though the file begins with thirty pairs of it.
+    assert (figures["pairs"], figures["steps"], figures["checkpoint"]) == (9, 3, str(tmp_path / "m.smoke"))
+    assert figures["validation"] is not None
+    assert Checkpoint.load(tmp_path / "m.smoke", text_encoder_spec=text_spec).values["training"]["epochs"] == 1
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
