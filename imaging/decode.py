@@ -5,13 +5,22 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin, features
+from PIL import AvifImagePlugin, ExifTags, Image, JpegImagePlugin, features
 
 from core.errors import TooLarge, UndecodableImage
+
+try:
+    import pillow_heif
+except ImportError:  # the extra `heic`: it brings libheif, and not everyone wants another decoder
+    pillow_heif = None
 
 # Pillow's own guard warns at one size and raises at another, both fixed for the process. `decode` checks each caller's
 # limit against the header instead, before a pixel is decoded.
 Image.MAX_IMAGE_PIXELS = None
+# Whoever decodes many images has a thread for each: one image is not to take all cores.
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+if pillow_heif is not None:
+    pillow_heif.register_heif_opener(decode_threads=1, thumbnails=False)
 
 _PILLOW_FORMATS = {
     "image/jpeg": "JPEG",
@@ -21,6 +30,7 @@ _PILLOW_FORMATS = {
     "image/bmp": "BMP",
     "image/tiff": "TIFF",
     "image/avif": "AVIF",
+    "image/heic": "HEIF",
 }
 _ALIASES = {
     "image/jpg": "image/jpeg",
@@ -28,6 +38,7 @@ _ALIASES = {
     "image/x-png": "image/png",
     "image/x-ms-bmp": "image/bmp",
     "image/tif": "image/tiff",
+    "image/heif": "image/heic",
 }
 _MAGIC = (
     (b"\xff\xd8\xff", "image/jpeg"),
@@ -38,7 +49,11 @@ _MAGIC = (
     (b"II*\0", "image/tiff"),
     (b"MM\0*", "image/tiff"),
 )
-_FTYP_BRANDS = {b"avif": "image/avif", b"avis": "image/avif", b"heic": "image/heic", b"heix": "image/heic"}
+_FTYP_BRANDS = {
+    **dict.fromkeys((b"avif", b"avis"), "image/avif"),
+    **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"), "image/heic"),
+}
+_MAX_FTYP_BYTES = 256
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,7 +68,8 @@ _UPRIGHT = {
 
 def readable_types() -> tuple[str, ...]:
     """The media types that can be decoded here."""
-    return tuple(kind for kind in _PILLOW_FORMATS if kind != "image/avif" or features.check("avif"))
+    missing = {"image/avif": not features.check("avif"), "image/heic": pillow_heif is None}
+    return tuple(kind for kind in _PILLOW_FORMATS if not missing.get(kind, False))
 
 
 def canonical_type(media_type: str) -> str | None:
@@ -71,7 +87,10 @@ def sniff(data: bytes) -> str | None:
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp"
     if data[4:8] == b"ftyp":
-        return _FTYP_BRANDS.get(data[8:12])
+        # The major brand may be of the container only (mif1); then the compatible ones, from byte 16, tell the coding.
+        end = min(int.from_bytes(data[:4], "big"), _MAX_FTYP_BYTES)
+        brands = [data[8:12], *(data[at : at + 4] for at in range(16, end, 4))]
+        return next((_FTYP_BRANDS[brand] for brand in brands if brand in _FTYP_BRANDS), None)
     return None
 
 

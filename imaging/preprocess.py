@@ -114,7 +114,24 @@ def target_px(preprocessing: Preprocessing, box: Box | None) -> int:
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> npt.NDArray[np.uint8]:
     """Resize and crop an RGB image, or `box` of it, to uint8 `[size_px, size_px, 3]`. Raises `BadParameter`."""
-    left, top, width, height = 0.0, 0.0, float(image.width), float(image.height)
+    size_px = preprocessing.size_px
+    left, top, width, height = _covered_px(image.width, image.height, preprocessing, box)
+    region = (left, top, min(left + width, image.width), min(top + height, image.height))
+    resized = image.resize((size_px, size_px), _RESAMPLING[preprocessing.interpolation], box=region)
+    return np.array(resized, dtype=np.uint8)
+
+
+def covered_region(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> Box:
+    """The part of an image that the encoder sees of it, or of `box` of it: x, y, width, height as fractions."""
+    left, top, width, height = _covered_px(image.width, image.height, preprocessing, box)
+    return left / image.width, top / image.height, width / image.width, height / image.height
+
+
+def _covered_px(
+    image_width: int, image_height: int, preprocessing: Preprocessing, box: Box | None
+) -> tuple[float, float, float, float]:
+    """Left, top, width and height in pixels of what `to_pixels` scales to the encoder's input."""
+    left, top, width, height = 0.0, 0.0, float(image_width), float(image_height)
     if box is not None:
         check_box(box)
         left, top = box[0] * width, box[1] * height
@@ -128,9 +145,7 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None 
         left += (resized_width - size_px) // 2 * width / resized_width
         top += (resized_height - size_px) // 2 * height / resized_height
         width, height = size_px * width / resized_width, size_px * height / resized_height
-    region = (left, top, min(left + width, image.width), min(top + height, image.height))
-    resized = image.resize((size_px, size_px), _RESAMPLING[preprocessing.interpolation], box=region)
-    return np.array(resized, dtype=np.uint8)
+    return left, top, width, height
 
 
 def normalise(pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:

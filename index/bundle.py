@@ -11,6 +11,7 @@ from core.errors import BundleAltered, BundleIncomplete, BundleMissing
 from core.files import sha256_file
 from index.calibration import Calibration
 from index.embeddings import EmbeddingShards
+from index.entity_side import ENTITY_SIDE_FOLDER, EntitySide
 from index.manifest import (
     EMBEDDINGS_FOLDER,
     INDEX_FILE,
@@ -84,11 +85,16 @@ class Bundle:
     def index(self) -> EntityIndex:
         return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters)
 
+    def entity_side(self) -> EntitySide | None:
+        """What embeds entities that are put while serving, every byte checked; None where there is none."""
+        return EntitySide.open(self.path, self.manifest.model.get("checkpoint_sha256"))
+
     def unlisted_files(self) -> list[str]:
         """Files in the bundle's folder that are no part of it, as relative paths in order."""
         listed = {MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE, *self.manifest.files}
-        present = (file.relative_to(self.path).as_posix() for file in self.path.rglob("*") if file.is_file())
-        return sorted(set(present) - listed)
+        present = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
+        names = {file.as_posix() for file in present if file.parts[0] != ENTITY_SIDE_FOLDER}
+        return sorted(names - listed)
 
 
 def open_manifest(path: Path, verify: Verify = "quick") -> Manifest:
@@ -124,14 +130,16 @@ def open_embeddings(path: Path, manifest: Manifest) -> EmbeddingShards:
 
 
 def list_files(folder: Path) -> Mapping[str, FileEntry]:
-    """The manifest's `files` of a bundle being made: everything in `folder` but the manifest and the index."""
+    """The manifest's `files` of a bundle being made: everything in `folder` but the manifest, the index and
+    the entity side."""
     return {name: FileEntry.of(folder / name) for name in sorted(_content_files(folder))}
 
 
 def _content_files(folder: Path) -> Iterator[str]:
     for file in folder.rglob("*"):
         name = file.relative_to(folder).as_posix()
-        if file.is_file() and name != MANIFEST_FILE and name not in (INDEX_FILE, INDEX_MANIFEST_FILE):
+        apart = name in (MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE) or name.startswith(f"{ENTITY_SIDE_FOLDER}/")
+        if file.is_file() and not apart:
             yield name
 
 

@@ -1,9 +1,17 @@
-"""How far to trust a score: a confidence by Platt scaling, and the confidence below which the answer is "unknown"."""
+"""How far to trust an answer: confidences by a softmax that knows "none of these", and when to say "unknown".
+
+`P(k) = exp(slope * s_k) / (exp(none) + sum_j exp(slope * s_j))` over the best ten scores `s`, with
+`none = none_offset + none_slope * (mean of s after the first)`: temperature scaling (Guo et al., ICML 2017) with one
+more choice, which wins where no score stands out from what the query scores anyway. So a near twin of the best entity
+and a query that is like everything both lower the confidence, and those of an answer never add up to more than 1.
+
+Shapes: N queries, K the best entities of each, falling; NaN pads where there are fewer.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -12,109 +20,176 @@ import numpy.typing as npt
 
 from core.errors import UserError
 
+CANDIDATES = 10  # K
+
 _MIN_OF_EACH_KIND = 5
 _MAX_NEWTON_STEPS = 100
+_RIDGE = 1e-4  # keeps the optimum finite where right and wrong separate perfectly; no weight against real data
 _HOW_TO_GO_ON = "give more validation queries or leave --validation out"
+
+Float64Array = npt.NDArray[np.float64]
+BoolArray = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """`confidence = sigmoid(a * score + b)`, the probability that the best prediction is right.
+    """The parameters of the softmax, and the probability of being in the catalog below which an answer abstains.
 
-    Below `abstain_below` (a confidence) the answer is probably not in the catalog. `queries` and `correct` say what
-    it was fitted on.
+    `queries`, `correct` and `unknown` (queries for entities outside the catalog) say what it was fitted on.
     """
 
-    a: float
-    b: float
+    slope: float
+    none_offset: float
+    none_slope: float
     abstain_below: float
     queries: int
     correct: int
+    unknown: int
+    candidates: int = CANDIDATES
 
-    def confidence(self, score: float) -> float:
-        """The probability (0 to 1) that a prediction of that score (a cosine) is right."""
-        return 0.5 * (1.0 + math.tanh(0.5 * (self.a * score + self.b)))  # a sigmoid that cannot overflow
+    def confidences(self, scores: Sequence[float], background: float) -> list[float]:
+        """The probability of being right of each prediction, whose cosines are given best first.
 
-    def abstains(self, score: float) -> bool:
-        """Whether a best prediction of that score is probably wrong."""
-        return self.confidence(score) < self.abstain_below
+        `background` is that of `background(...)`, over the whole catalog even where `scores` were filtered.
+        """
+        _, total = self._none_and_total(scores, background)
+        return [math.exp(min(self.slope * score - total, 0.0)) for score in scores]
+
+    def known(self, scores: Sequence[float], background: float) -> float:
+        """The probability that the right entity is among the best; 0 without any."""
+        none, total = self._none_and_total(scores, background)
+        return 1.0 - math.exp(none - total)
+
+    def abstains(self, known: float) -> bool:
+        """Whether the entity is probably not in the catalog, by what `known` gave."""
+        return known < self.abstain_below
+
+    def _none_and_total(self, scores: Sequence[float], background: float) -> tuple[float, float]:
+        none = self.none_offset + self.none_slope * background
+        return none, _log_sum_exp([none, *(self.slope * score for score in scores[: self.candidates])])
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        """What `to_dict` gave. A first form of it had a sigmoid of the best score only: `a`, `b`."""
+        if "a" in content:
+            rest = {key: value for key, value in content.items() if key not in ("a", "b")}
+            return cls(slope=content["a"], none_offset=-content["b"], none_slope=0.0, unknown=0, candidates=1, **rest)
         return cls(**content)
 
 
-def fit_calibration(scores_N: npt.NDArray[np.floating[Any]], correct_N: npt.NDArray[np.bool_]) -> Calibration:
-    """Fit a calibration to the best score of each validation query and whether that prediction was right.
+def background(scores: Sequence[float]) -> float:
+    """What a query scores anyway: the mean of its best cosines after the first, of the whole catalog."""
+    others = list(scores[1:CANDIDATES]) or list(scores[:1])
+    return sum(others) / len(others) if others else 0.0
+
+
+def fit_calibration(
+    scores_NK: Float64Array, right_NK: BoolArray, known_N: BoolArray, without_NK: Float64Array
+) -> Calibration:
+    """Fit to validation queries: their best scores, which of those is the right entity's, whether the catalog has it.
+
+    `without_NK` are the best scores with the right entity left out of the catalog. The confidences are fitted to the
+    queries as they are, by maximum likelihood; the threshold parts the known ones from the unknown ones, given and
+    made by leaving out, as well as can be (Youden's J).
 
     Raises `UserError` where too few are right or wrong, or where right ones do not score higher.
     """
-    scores = np.asarray(scores_N, np.float64)
-    correct = np.asarray(correct_N, bool)
-    right, wrong = int(correct.sum()), int((~correct).sum())
+    right, wrong = int(right_NK[:, :1].sum()), int((~right_NK[:, :1]).sum())
     if min(right, wrong) < _MIN_OF_EACH_KIND:
         raise UserError(
             f"calibration needs at least {_MIN_OF_EACH_KIND} right and {_MIN_OF_EACH_KIND} wrong predictions, "
             f"the validation queries gave {right} and {wrong}; {_HOW_TO_GO_ON}"
         )
-    a, b = _platt(scores, correct)
-    if a <= 0:
+    slope, none_offset, none_slope = _maximum_likelihood(scores_NK, right_NK)
+    if slope <= 1e-3:
         raise UserError(
-            f"on the {len(scores)} validation queries right predictions score no higher than wrong ones, "
+            f"on the {len(scores_NK)} validation queries right predictions score no higher than wrong ones, "
             f"so a score says nothing; check the queries' entity ids, or {_HOW_TO_GO_ON}"
         )
-    fitted = Calibration(a=a, b=b, abstain_below=0.0, queries=len(scores), correct=right)
-    threshold = _balanced_threshold(np.array([fitted.confidence(score) for score in scores]), correct)
-    return Calibration(a=a, b=b, abstain_below=threshold, queries=len(scores), correct=right)
+    fitted = Calibration(
+        slope=slope,
+        none_offset=none_offset,
+        none_slope=none_slope,
+        abstain_below=0.0,
+        queries=len(scores_NK),
+        correct=right,
+        unknown=int((~known_N).sum()),
+    )
+    as_known_N = np.array([_known(fitted, scores_K) for scores_K in scores_NK])
+    left_out_N = np.array([_known(fitted, scores_K) for scores_K in without_NK[known_N]])
+    known = np.concatenate([known_N, np.zeros(len(left_out_N), bool)])
+    threshold = _balanced_threshold(np.concatenate([as_known_N, left_out_N]), known)
+    return Calibration(**{**fitted.to_dict(), "abstain_below": threshold})
 
 
-def _platt(scores_N: npt.NDArray[np.float64], correct_N: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Maximum likelihood by Newton's method on standardised scores, with Platt's smoothed targets.
+def _known(calibration: Calibration, scores_K: Float64Array) -> float:
+    scores = scores_K[~np.isnan(scores_K)].tolist()
+    return calibration.known(scores, background(scores))
 
-    The smoothing keeps the optimum finite where the two kinds separate perfectly.
-    """
-    mean, spread = float(scores_N.mean()), float(scores_N.std())
-    if spread < 1e-9:  # all scores equal: no slope to find
-        return 0.0, 0.0
-    x_N = (scores_N - mean) / spread
-    right, wrong = correct_N.sum(), (~correct_N).sum()
-    target_N = np.where(correct_N, (right + 1) / (right + 2), 1 / (wrong + 2))
-    design_N2 = np.stack([x_N, np.ones_like(x_N)], axis=1)
-    weights_2 = np.array([0.0, math.log((right + 1) / (wrong + 1))])
-    loss = _cross_entropy(design_N2 @ weights_2, target_N)
+
+def _maximum_likelihood(scores_NK: Float64Array, right_NK: BoolArray) -> tuple[float, float, float]:
+    """Newton's method on a convex loss: `slope`, `none_offset` and `none_slope` as weights of three features."""
+    there_NK = ~np.isnan(scores_NK)
+    background_N = np.array(
+        [background(scores_K[there_K]) for scores_K, there_K in zip(scores_NK, there_NK, strict=True)]
+    )
+    queries, candidates = scores_NK.shape
+    features_NC3 = np.zeros((queries, candidates + 1, 3))
+    features_NC3[:, :-1, 0] = np.where(there_NK, scores_NK, 0.0)
+    features_NC3[:, -1, 1] = 1.0
+    features_NC3[:, -1, 2] = background_N
+    absent_NC = np.concatenate([np.where(there_NK, 0.0, -np.inf), np.zeros((queries, 1))], axis=1)
+    target_NC = np.concatenate([right_NK, ~right_NK.any(axis=1, keepdims=True)], axis=1).astype(np.float64)
+
+    def loss(weights_3: Float64Array) -> float:
+        logits_NC = features_NC3 @ weights_3 + absent_NC
+        chosen_N = (np.where(target_NC > 0, logits_NC, 0.0)).sum(axis=1)
+        return float((_log_sum_exp_rows(logits_NC) - chosen_N).sum() + 0.5 * _RIDGE * weights_3 @ weights_3)
+
+    weights_3 = np.zeros(3)
+    before = loss(weights_3)
     for _ in range(_MAX_NEWTON_STEPS):
-        probability_N = 0.5 * (1.0 + np.tanh(0.5 * (design_N2 @ weights_2)))
-        gradient_2 = design_N2.T @ (probability_N - target_N)
-        curvature_N = probability_N * (1.0 - probability_N)
-        hessian_22 = (design_N2 * curvature_N[:, None]).T @ design_N2 + 1e-9 * np.eye(2)
-        step_2 = np.linalg.solve(hessian_22, gradient_2)
+        logits_NC = features_NC3 @ weights_3 + absent_NC
+        probability_NC = np.exp(logits_NC - _log_sum_exp_rows(logits_NC)[:, None])
+        gradient_3 = np.einsum("nc,ncf->f", probability_NC - target_NC, features_NC3) + _RIDGE * weights_3
+        mean_N3 = np.einsum("nc,ncf->nf", probability_NC, features_NC3)
+        spread_33 = np.einsum("nc,ncf,ncg->fg", probability_NC, features_NC3, features_NC3) - mean_N3.T @ mean_N3
+        step_3 = np.linalg.solve(spread_33 + _RIDGE * np.eye(3), gradient_3)
         size = 1.0
-        while size > 1e-6 and _cross_entropy(design_N2 @ (weights_2 - size * step_2), target_N) > loss:
+        while size > 1e-6 and loss(weights_3 - size * step_3) > before:
             size /= 2  # far from the optimum a full step can overshoot
-        weights_2 = weights_2 - size * step_2
-        previous, loss = loss, _cross_entropy(design_N2 @ weights_2, target_N)
-        if previous - loss < 1e-12 * max(1.0, loss):
+        weights_3 = weights_3 - size * step_3
+        after = loss(weights_3)
+        if before - after < 1e-10 * max(1.0, before):
             break
-    slope, offset = float(weights_2[0]), float(weights_2[1])
-    return slope / spread, offset - slope * mean / spread
+        before = after
+    slope, none_offset, none_slope = (float(weight) for weight in weights_3)
+    return slope, none_offset, none_slope
 
 
-def _cross_entropy(logits_N: npt.NDArray[np.float64], target_N: npt.NDArray[np.float64]) -> float:
-    return float((np.logaddexp(0.0, logits_N) - target_N * logits_N).sum())
+def _log_sum_exp(values: Sequence[float]) -> float:
+    most = max(values)
+    return most + math.log(sum(math.exp(value - most) for value in values))
 
 
-def _balanced_threshold(confidences_N: npt.NDArray[np.float64], correct_N: npt.NDArray[np.bool_]) -> float:
-    """The confidence that best parts right from wrong by Youden's J, half-way between its two neighbours."""
-    order = np.argsort(confidences_N, kind="stable")
-    sorted_N, right_N = confidences_N[order], correct_N[order]
-    # Cutting below position i answers the queries from i on: sensitivity of those minus false answers among them.
-    answered_right = right_N.sum() - np.concatenate([[0], np.cumsum(right_N)])
-    answered_wrong = (~right_N).sum() - np.concatenate([[0], np.cumsum(~right_N)])
-    j = answered_right / right_N.sum() - answered_wrong / (~right_N).sum()
-    edges = np.concatenate([[True], np.diff(sorted_N) > 0, [True]])  # equal confidences cannot be parted
+def _log_sum_exp_rows(values_NC: Float64Array) -> Float64Array:
+    most_N1 = values_NC.max(axis=1, keepdims=True)
+    total_N: Float64Array = np.log(np.exp(values_NC - most_N1).sum(axis=1)) + most_N1[:, 0]
+    return total_N
+
+
+def _balanced_threshold(values_N: Float64Array, positive_N: BoolArray) -> float:
+    """The value that best parts two kinds by Youden's J, half-way between its two neighbours."""
+    order = np.argsort(values_N, kind="stable")
+    sorted_N, positive_N = values_N[order], positive_N[order]
+    # Cutting below position i keeps what stands from i on: the share of positives kept minus that of the others.
+    kept = positive_N.sum() - np.concatenate([[0], np.cumsum(positive_N)])
+    kept_others = (~positive_N).sum() - np.concatenate([[0], np.cumsum(~positive_N)])
+    j = kept / max(positive_N.sum(), 1) - kept_others / max((~positive_N).sum(), 1)
+    edges = np.concatenate([[True], np.diff(sorted_N) > 0, [True]])  # equal values cannot be parted
     best = int(np.argmax(np.where(edges, j, -np.inf)))
     below = sorted_N[best - 1] if best > 0 else 0.0
     above = sorted_N[best] if best < len(sorted_N) else 1.0

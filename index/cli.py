@@ -16,32 +16,91 @@ _BUNDLE = click.Path(path_type=Path)
     "--factory",
     default="auto",
     show_default=True,
-    help="A faiss factory string, as Flat, HNSW32 or IVF256,SQ8; auto: exact search (Flat).",
+    help="A faiss factory string, as Flat, HNSW32 or IVF256,SQ8; auto: the cheapest that meets the three targets, by "
+    "measurement: exact search if that does, else the smallest index.",
 )
+@click.option(
+    "--budget-ms",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Target: median milliseconds of one query on one thread.",
+)
+@click.option(
+    "--recall",
+    default=0.98,
+    show_default=True,
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    help="Target: share of the true ten nearest that are found; the search is tuned to it.",
+)
+@click.option(
+    "--memory-gb", default=8.0, show_default=True, type=click.FloatRange(min=0, min_open=True),
+    help="Target: gigabytes (1e9 bytes) of the index when loaded, beside the bundle's mapped embeddings.",
+)  # fmt: skip
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where to build; auto: a GPU if faiss has one.",
+    help="Where lists are trained; auto: on GPUs if faiss has any.",
 )
+@click.option("--compact", is_flag=True, help="Write a new bundle instead: this one with its live changes folded in.")
+@click.option("--live-dir", type=_BUNDLE, help="With --compact: the folder that holds the live changes.")
+@click.option("--out", type=_BUNDLE, help="With --compact: folder for the new bundle, which must not exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print the index manifest as one JSON object.")
-def index(bundle: Path, factory: str, device: str, as_json: bool) -> None:
-    """Rebuild the search index of a bundle: index/entity.faiss and index/manifest.json."""
+def index(
+    bundle: Path,
+    factory: str,
+    budget_ms: float,
+    recall: float,
+    memory_gb: float,
+    device: str,
+    compact: bool,
+    live_dir: Path | None,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Rebuild the search index of a bundle: index/entity.faiss and index/manifest.json.
+
+    With --compact the bundle stays as it is, and a new one holds it and the entities put and deleted while serving.
+    """
     from dataclasses import asdict
 
+    if compact or live_dir is not None or out is not None:
+        if not compact or live_dir is None or out is None or factory != "auto":
+            raise click.UsageError("give --compact, --live-dir and --out together, and no --factory")
+        _compact(bundle, live_dir, out, as_json=as_json)
+        return
     from index.build import build_index
     from index.bundle import open_embeddings, open_manifest
+    from index.choose import Targets
 
     # Not Bundle.open: a broken index must not stand in the way of its own repair.
     embeddings = open_embeddings(bundle, open_manifest(bundle))
-    manifest = build_index(bundle, embeddings, factory=factory, device=device, progress=True)
+    targets = Targets(budget_ms=budget_ms, recall=recall, memory_gb=memory_gb)
+    manifest = build_index(bundle, embeddings, factory=factory, targets=targets, device=device, progress=True)
     if as_json:
         click.echo(json.dumps(asdict(manifest)))
     else:
         click.echo(
             f"indexed {manifest.count} embeddings of width {manifest.dim} as {manifest.factory}: "
             f"{manifest.bytes / 1e6:.1f} MB in {manifest.elapsed_s:.1f} s ({manifest.why})"
+        )
+
+
+def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from index.compact import compact
+
+    made = compact(bundle, live_dir, out, progress=True)
+    if as_json:
+        click.echo(json.dumps(asdict(made.index_manifest)))
+    else:
+        counts = made.manifest.counts
+        click.echo(
+            f"bundle {out} ({made.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings; "
+            "serve it with the same live folder"
         )
 
 

@@ -5,7 +5,7 @@ Shapes: N embeddings of the whole bundle, n those of one shard, D the embedding 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +29,7 @@ def rows_file(shard: int) -> str:
     return f"{shard:05d}.rows.npy"
 
 
-def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Float32Array) -> None:
+def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Float16Array | Float32Array) -> None:
     """Write one shard durably; `rows_n` holds the entity row of each L2-normalised embedding, in rising order."""
     assert len(rows_n) == len(embeddings_nD), "each embedding has one row"
     for name, array in ((rows_file(shard), rows_n), (vectors_file(shard), embeddings_nD.astype(np.float16))):
@@ -37,15 +37,49 @@ def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Flo
             np.save(file, array, allow_pickle=False)
 
 
-class EmbeddingShards:
-    """All embeddings of a bundle, memory-mapped. The position of an embedding counts through the shards in order.
+class Embeddings:
+    """Embeddings in parts, each float16 [n, D] with the entity rows int64 [n]; a position counts through the parts.
 
-    `rows_N` int64 holds the entity row of each position. Raises `BundleIncomplete` or `BundleAltered`.
+    `rows_N` int64 holds the entity row of each position, in rising order.
     """
 
+    def __init__(self, dim: int, vectors: Sequence[Float16Array], rows: Sequence[Int64Array]) -> None:
+        self.dim = dim
+        self._vectors = [np.asarray(vectors_nD) for vectors_nD in vectors]  # a view of a memmap is slow to make
+        self.rows_N = np.concatenate(rows) if rows else np.empty(0, np.int64)
+        self._starts = np.cumsum([0] + [len(vectors_nD) for vectors_nD in self._vectors])
+
+    def __len__(self) -> int:
+        return len(self.rows_N)
+
+    def __iter__(self) -> Iterator[Float32Array]:
+        """Yield the embeddings [n, D] of each part, L2-normalised again after rounding to float16."""
+        for vectors_nD in self._vectors:
+            yield normalised(vectors_nD)
+
+    def at(self, positions_K: Int64Array) -> Float32Array:
+        """The L2-normalised embeddings [K, D] at positions of 0 to N - 1."""
+        return normalised(self.stored(positions_K))
+
+    def stored(self, positions_K: Int64Array) -> Float16Array:
+        """The vectors [K, D] at positions of 0 to N - 1 as they are stored: normalised but for the rounding."""
+        if not len(positions_K):
+            return np.empty((0, self.dim), np.float16)
+        shards_K = np.searchsorted(self._starts, positions_K, side="right") - 1
+        offsets_K = positions_K - self._starts[shards_K]
+        # Few candidates lie over thousands of shards: a view a row is faster than a selection a shard.
+        rows = [
+            self._vectors[shard][offset] for shard, offset in zip(shards_K.tolist(), offsets_K.tolist(), strict=True)
+        ]
+        return np.concatenate(rows).reshape(-1, self.dim)
+
+
+class EmbeddingShards(Embeddings):
+    """All embeddings of a bundle, memory-mapped. Raises `BundleIncomplete` or `BundleAltered`."""
+
     def __init__(self, folder: Path, embedding_dim: int) -> None:
-        self.dim = embedding_dim
-        self._vectors: list[Float16Array] = []
+        paths: list[Path] = []
+        vectors: list[Float16Array] = []
         rows: list[Int64Array] = []
         while (vectors_path := folder / vectors_file(len(rows))).exists():
             vectors_nD: Float16Array = _map(vectors_path, np.dtype(np.float16))
@@ -56,32 +90,23 @@ class EmbeddingShards:
                     f"{vectors_path} has shape {vectors_nD.shape} and {rows_path.name} {rows_n.shape}, "
                     f"[n, {embedding_dim}] and [n] are wanted; export the bundle again"
                 )
-            self._vectors.append(vectors_nD)
-            rows.append(np.asarray(rows_n))
-        self.rows_N = np.concatenate(rows) if rows else np.empty(0, np.int64)
+            paths.append(vectors_path)
+            vectors.append(vectors_nD)
+            rows.append(np.array(rows_n))
+        super().__init__(embedding_dim, vectors, rows)
+        self._paths = paths
         if np.any(np.diff(self.rows_N) < 0):
             raise BundleAltered(f"{folder} does not hold its embeddings in row order; export the bundle again")
-        self._starts = np.cumsum([0] + [len(vectors_nD) for vectors_nD in self._vectors])
-
-    def __len__(self) -> int:
-        return len(self.rows_N)
 
     def __iter__(self) -> Iterator[Float32Array]:
         """Yield the embeddings [n, D] of each shard, L2-normalised again after rounding to float16."""
-        for vectors_nD in self._vectors:
-            yield _normalised(vectors_nD)
-
-    def at(self, positions_K: Int64Array) -> Float32Array:
-        """The L2-normalised embeddings [K, D] at positions of 0 to N - 1."""
-        embeddings_KD = np.empty((len(positions_K), self.dim), np.float32)
-        shards_K = np.searchsorted(self._starts, positions_K, side="right") - 1
-        for shard in np.unique(shards_K):
-            here_K = shards_K == shard
-            embeddings_KD[here_K] = _normalised(self._vectors[shard][positions_K[here_K] - self._starts[shard]])
-        return embeddings_KD
+        for path in self._paths:
+            # Read and not mapped: pages of a map that were touched once stay in memory, of all shards together.
+            yield normalised(np.load(path, allow_pickle=False))
 
 
-def _normalised(vectors_nD: Float16Array) -> Float32Array:
+def normalised(vectors_nD: Float16Array | Float32Array) -> Float32Array:
+    """The vectors as float32 of length 1; a zero vector stays one."""
     embeddings_nD = vectors_nD.astype(np.float32)
     embeddings_nD /= np.maximum(np.linalg.norm(embeddings_nD, axis=1, keepdims=True), np.float32(1e-12))
     return embeddings_nD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,8 +20,8 @@ STORE_FILE = "entities.sqlite"
 EMBEDDINGS_FOLDER = "embeddings"
 IMAGE_ENCODER_FILE = "image_encoder.onnx"
 
-# The only entries that may differ between two exports of the same thing, so they are no part of its identity.
-_TIMES = ("created_at", "elapsed_s")
+# What may differ between two makings of the same thing, so it is no part of its identity: times, and what was timed.
+_TIMES = ("created_at", "elapsed_s", "choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,11 @@ class Manifest:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexManifest:
-    """`index/manifest.json`: how the index was made and why so, and what its file must be."""
+    """`index/manifest.json`: how the index was made and why so, and what its file must be.
+
+    `choice` is what was measured on the way: targets, seed, candidates, and the curve at full size. None where nothing
+    was.
+    """
 
     factory: str
     parameters: Mapping[str, Any]
@@ -122,6 +126,7 @@ class IndexManifest:
     sha256: str
     created_at: str
     elapsed_s: float
+    choice: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -136,7 +141,15 @@ class IndexManifest:
 
 def fingerprint(manifest: Manifest, index_manifest: IndexManifest) -> str:
     """12 hexadecimal digits that change with anything a bundle answers from, and with nothing else."""
-    content = [_without_times(manifest.to_dict()), _without_times(asdict(index_manifest))]
+    return _digest([_without_times(manifest.to_dict()), _without_times(asdict(index_manifest))])
+
+
+def content_fingerprint(manifest: Manifest) -> str:
+    """As `fingerprint`, but the same whatever index is built over the embeddings."""
+    return _digest(_without_times(manifest.to_dict()))
+
+
+def _digest(content: Any) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
@@ -160,10 +173,11 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _check_fields(cls: type[Manifest] | type[IndexManifest], content: Mapping[str, Any], path: Path) -> None:
-    wanted = {field.name for field in fields(cls)}
+    known = {field.name for field in fields(cls)}
+    wanted = {field.name for field in fields(cls) if field.default is MISSING}
     if missing := sorted(wanted - content.keys()):
         raise _malformed(path, f"it lacks {', '.join(missing)}")
-    if unknown := sorted(content.keys() - wanted):
+    if unknown := sorted(content.keys() - known):
         raise _malformed(path, f"it has unknown entries: {', '.join(unknown)}")
 
 

@@ -13,6 +13,7 @@ def describe(path: Path, verify: Verify) -> dict[str, Any]:
     """Check a bundle with its parts opened, and describe it. Raises `BundleError` as `Bundle.open` does."""
     bundle = Bundle.open(path, verify)
     bundle.index()
+    side = bundle.entity_side()
     with bundle.store() as store:
         stored_entities = len(store)
     manifest = bundle.manifest
@@ -27,9 +28,10 @@ def describe(path: Path, verify: Verify) -> dict[str, Any]:
         "patches": manifest.patches,
         "counts": asdict(manifest.counts),
         "stored_entities": stored_entities,
-        "calibration": None if manifest.calibration is None else dict(manifest.calibration),
+        "calibration": None if bundle.calibration is None else bundle.calibration.to_dict(),
         "image_encoder": asdict(manifest.image_encoder),
         "index": asdict(bundle.index_manifest),
+        "entity_side": None if side is None else asdict(side),
         "export": dict(manifest.export),
         "files": {name: asdict(entry) for name, entry in manifest.files.items()},
         "bytes": bundle.index_manifest.bytes + sum(entry.bytes for entry in manifest.files.values()),
@@ -53,10 +55,13 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         f"images       {preprocessing.get('size_px')} px, {report['patches']} patches",
         f"ONNX parity  least cosine {parity['min_cosine']:.6f}, greatest difference {parity['max_abs_diff']:.2g}",
         f"index        {index['factory']}, {index['bytes'] / 1e6:.1f} MB ({index['why']})",
+        "entity side  none: entities are put with their embedding"
+        if report["entity_side"] is None
+        else f"entity side  adaptor and {report['entity_side']['text_encoder']}",
         "confidence   not calibrated"
         if calibration is None
-        else f"confidence   fitted on {calibration['queries']} queries, {calibration['correct']} of them right; "
-        f"abstains below {calibration['abstain_below']:.2f}",
+        else f"confidence   fitted on {calibration['queries']} queries, {calibration['correct']} of them right, "
+        f"{calibration['unknown']} for entities outside; abstains below {calibration['abstain_below']:.2f}",
         "whole        every byte hashed"
         if report["verified"] == "full"
         else "whole        sizes checked, files up to 64 MiB hashed (every byte with --verify)",

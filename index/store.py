@@ -7,14 +7,19 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
+
+import numpy as np
 
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
 from core.files import durable
+from index.selection import Selection
 
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE entity (
     row INTEGER PRIMARY KEY,
     entity_id TEXT NOT NULL,
@@ -29,22 +34,31 @@ CREATE TABLE entity (
     text TEXT
 );
 CREATE TABLE thumbnail (row INTEGER PRIMARY KEY, webp BLOB NOT NULL);
+CREATE TABLE heard (row INTEGER PRIMARY KEY, words TEXT NOT NULL);
 CREATE VIRTUAL TABLE title_search USING fts5(
     title, other_titles, content='', tokenize='unicode61 remove_diacritics 2', prefix='2 3'
 );
 """
-_INDEXES = """
+INDEXES = """
 CREATE UNIQUE INDEX entity_by_id ON entity (entity_id);
 CREATE INDEX entity_by_title ON entity (title COLLATE NOCASE);
+CREATE INDEX entity_by_types ON entity (types);
+"""
+_OPTIMIZE = """
 INSERT INTO title_search (title_search) VALUES ('optimize');
 """
+Value = TypeVar("Value")
 _COLUMNS = "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text"
 _ROWS_PER_QUERY = 500  # SQLite limits the variables of one statement
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredEntity:
-    """An entity as a bundle holds it: `titles` by language, `text` only where the bundle was told to keep it."""
+    """An entity as a bundle holds it: `titles` by language, `text` only where the bundle was told to keep it.
+
+    `heard` are the words of the text that the adaptor listened to most, as (start, end, weight). They go into a store
+    with the entity, and come out by `heard` alone.
+    """
 
     row: int
     entity_id: str
@@ -57,6 +71,7 @@ class StoredEntity:
     image_count: int
     has_text: bool
     text: str | None = None
+    heard: tuple[tuple[int, int, float], ...] = ()
 
 
 def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]]) -> None:
@@ -69,17 +84,18 @@ def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:
             # The file is not visible under its own name until it is whole, so no journal is needed.
-            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _SCHEMA)
+            connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + SCHEMA)
             connection.execute("BEGIN")
             for entity, thumbnail in entities:
-                _insert(connection, entity, thumbnail)
-            connection.executescript(_INDEXES)  # commits first
+                insert_entity(connection, entity, thumbnail)
+            connection.executescript(INDEXES + _OPTIMIZE)  # commits first
             connection.execute("VACUUM")
         finally:
             connection.close()
 
 
-def _insert(connection: sqlite3.Connection, entity: StoredEntity, thumbnail: bytes | None) -> None:
+def insert_entity(connection: sqlite3.Connection, entity: StoredEntity, thumbnail: bytes | None) -> None:
+    """Add an entity to a store that is open for writing; its row and its id are not in use."""
     connection.execute(
         "INSERT INTO entity VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
@@ -96,23 +112,49 @@ def _insert(connection: sqlite3.Connection, entity: StoredEntity, thumbnail: byt
             entity.text,
         ),
     )
-    other_titles = "\n".join(title for title in dict.fromkeys(entity.titles.values()) if title != entity.title)
     connection.execute(
         "INSERT INTO title_search (rowid, title, other_titles) VALUES (?, ?, ?)",
-        (entity.row, entity.title, other_titles),
+        (entity.row, entity.title, _other_titles(entity)),
     )
+    if entity.heard:
+        connection.execute("INSERT INTO heard VALUES (?, ?)", (entity.row, json.dumps(entity.heard)))
     if thumbnail is not None:
         connection.execute("INSERT INTO thumbnail VALUES (?, ?)", (entity.row, thumbnail))
+
+
+def remove_entity(connection: sqlite3.Connection, entity: StoredEntity) -> None:
+    """Take an entity, as it stands there, out of a store that is open for writing."""
+    # The full-text table keeps no content: what it is to forget has to be told.
+    connection.execute(
+        "INSERT INTO title_search (title_search, rowid, title, other_titles) VALUES ('delete', ?, ?, ?)",
+        (entity.row, entity.title, _other_titles(entity)),
+    )
+    connection.execute("DELETE FROM thumbnail WHERE row = ?", (entity.row,))
+    connection.execute("DELETE FROM entity WHERE row = ?", (entity.row,))
+
+
+def select_entities(
+    connection: sqlite3.Connection, clause: str, parameters: Sequence[object] = ()
+) -> list[StoredEntity]:
+    """The entities that an SQL clause after `FROM entity` names. The connection's rows are `sqlite3.Row`."""
+    found = connection.execute(f"SELECT {_COLUMNS} FROM entity {clause}", parameters)
+    return [_entity(values) for values in found]
+
+
+def _other_titles(entity: StoredEntity) -> str:
+    return "\n".join(title for title in dict.fromkeys(entity.titles.values()) if title != entity.title)
 
 
 class EntityStore:
     """Read-only access to a store, from any number of threads: each gets a connection of its own.
 
+    A bundle's store never changes (`immutable`); a live one does, and each question sees all that was committed.
     Raises `BundleIncomplete` where there is no file, `BundleAltered` where it is no store.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, immutable: bool = True) -> None:
         self._path = path
+        self._immutable = immutable
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
@@ -122,6 +164,8 @@ class EntityStore:
             # The bundle never changes, so a maximum asked for once holds: `row` is dense from 0.
             (self._count,) = self._connection().execute("SELECT coalesce(max(row) + 1, 0) FROM entity").fetchone()
             self._connection().execute("SELECT row FROM thumbnail LIMIT 1").fetchone()
+            tables = self._connection().execute("SELECT name FROM sqlite_master WHERE name = 'heard'")
+            self._has_heard = tables.fetchone() is not None
         except sqlite3.DatabaseError as error:
             self.close()
             raise BundleAltered(f"{path} is no entity store: {error}; export the bundle again") from error
@@ -147,51 +191,42 @@ class EntityStore:
         """The entity of that id. Raises `UnknownEntity`."""
         found = self._select("WHERE entity_id = ?", (_storable(entity_id),))
         if not found:
-            raise UnknownEntity(f"no entity {entity_id!r} in this bundle; look for it by title")
+            raise _unknown(entity_id)
         return found[0]
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
         """The entities of those rows, in the order asked for. A row outside the store is an `IndexError`."""
         wanted = [int(row) for row in rows]
         found: dict[int, StoredEntity] = {}
-        for start in range(0, len(wanted), _ROWS_PER_QUERY):
-            part = wanted[start : start + _ROWS_PER_QUERY]
+        for part in _parts(wanted):
             marks = ",".join("?" * len(part))
             found.update((entity.row, entity) for entity in self._select(f"WHERE row IN ({marks})", part))
         if missing := set(wanted) - found.keys():
             raise IndexError(f"no entity at row {min(missing)}, the store has {len(self)}")
         return [found[row] for row in wanted]
 
+    def by_ids(self, entity_ids: Sequence[str]) -> dict[str, StoredEntity]:
+        """Those of the entities that are there, by id."""
+        found: dict[str, StoredEntity] = {}
+        for part in _parts([_storable(entity_id) for entity_id in entity_ids]):
+            marks = ",".join("?" * len(part))
+            found.update((entity.entity_id, entity) for entity in self._select(f"WHERE entity_id IN ({marks})", part))
+        return found
+
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
         """Up to `limit` entities whose title fits any user text: equal first, then starting so, then with those words.
 
         Case and accents do not matter to words; the last word may be unfinished; titles in other languages count too.
         """
+        return distinct(chain.from_iterable(self.title_matches(query, limit)), limit)
+
+    def title_matches(self, query: str, limit: int) -> Iterator[list[StoredEntity]]:
+        """The three kinds of match of `search_titles`, up to `limit` each; an entity may be in several."""
         text = " ".join(_storable(query).replace("\0", " ").split())
         if not text or limit < 1:
-            return []
-        found: dict[int, StoredEntity] = {}
-        for entity in self._title_matches(text, limit):
-            found.setdefault(entity.row, entity)
-            if len(found) == limit:
-                break
-        return list(found.values())
-
-    def thumbnail(self, entity_id: str) -> bytes | None:
-        """The WebP thumbnail of an entity, None where the bundle has none. Raises `UnknownEntity`."""
-        row = self.get(entity_id).row
-        found = self._connection().execute("SELECT webp FROM thumbnail WHERE row = ?", (row,)).fetchone()
-        return None if found is None else bytes(found[0])
-
-    def rows_with_thumbnail(self, rows: Sequence[int]) -> set[int]:
-        """Those of a few `rows` that have a thumbnail."""
-        marks = ",".join("?" * len(rows))
-        found = self._connection().execute(f"SELECT row FROM thumbnail WHERE row IN ({marks})", [int(r) for r in rows])
-        return {values["row"] for values in found}
-
-    def _title_matches(self, text: str, limit: int) -> Iterator[StoredEntity]:
-        yield from self._select("WHERE title = ? COLLATE NOCASE ORDER BY row LIMIT ?", (text, limit))
-        yield from self._select(
+            return
+        yield self._select("WHERE title = ? COLLATE NOCASE ORDER BY row LIMIT ?", (text, limit))
+        yield self._select(
             "WHERE title >= ? COLLATE NOCASE AND title < ? COLLATE NOCASE ORDER BY title COLLATE NOCASE, row LIMIT ?",
             (text, text + "\U0010ffff", limit),
         )
@@ -199,28 +234,88 @@ class EntityStore:
         words = [word for word in text.split() if any(character.isalnum() for character in word)]
         if words:
             phrases = " ".join('"' + word.replace('"', '""') + '"' for word in words)
-            yield from self._select(
+            yield self._select(
                 "JOIN title_search ON title_search.rowid = entity.row WHERE title_search MATCH ? "
                 "ORDER BY bm25(title_search, 10.0, 1.0), length(entity.title), entity.row LIMIT ?",
                 (phrases + "*", limit),
             )
 
-    def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
+    def select(self, types: Sequence[str]) -> Selection:
+        """The entities that have one of `types` or more. With millions of entities a matter of a second: keep it."""
+        wanted = set(types)
+        fitting = [text for text in self._types_texts if not wanted.isdisjoint(json.loads(text))]
+        allowed_E = np.zeros(len(self), np.bool_)
+        for part in _parts(fitting):
+            marks = ",".join("?" * len(part))
+            found = self._connection().execute(f"SELECT row FROM entity WHERE types IN ({marks})", part)
+            allowed_E[np.fromiter((values[0] for values in found), np.int64)] = True
+        return Selection(tuple(types), allowed_E)
 
-        found = self._connection().execute(f"SELECT {_COLUMNS} FROM entity {clause}", parameters)
-        return [_entity(values) for values in found]
+    @cached_property
+    def _types_texts(self) -> list[str]:
+        """Each combination of types that entities have, as it is stored."""
+        return [values[0] for values in self._connection().execute("SELECT DISTINCT types FROM entity")]
+
+    def thumbnail(self, entity_id: str) -> bytes | None:
+        """The WebP thumbnail of an entity, None where the bundle has none. Raises `UnknownEntity`."""
+        # One statement, so that a store which changes meanwhile cannot give half an answer.
+        found = self._connection().execute(
+            "SELECT webp FROM entity LEFT JOIN thumbnail USING (row) WHERE entity_id = ?", (_storable(entity_id),)
+        )
+        values = found.fetchone()
+        if values is None:
+            raise _unknown(entity_id)
+        return None if values["webp"] is None else bytes(values["webp"])
+
+    def heard(self, row: int) -> tuple[tuple[int, int, float], ...]:
+        """The words of an entity's text that the adaptor listened to, as (start, end, weight), heaviest first.
+
+        Empty where the bundle keeps no texts, or was made before these were kept.
+        """
+        if not self._has_heard:
+            return ()
+        found = self._connection().execute("SELECT words FROM heard WHERE row = ?", (row,)).fetchone()
+        return () if found is None else tuple((start, end, weight) for start, end, weight in json.loads(found[0]))
+
+    def thumbnails(self, rows: Sequence[int]) -> dict[int, bytes]:
+        """The WebP thumbnails of those rows that have one."""
+        found: dict[int, bytes] = {}
+        for part in _parts(rows):
+            marks = ",".join("?" * len(part))
+            query = f"SELECT row, webp FROM thumbnail WHERE row IN ({marks})"
+            found.update((values["row"], bytes(values["webp"])) for values in self._connection().execute(query, part))
+        return found
+
+    def rows_with_thumbnail(self, rows: Sequence[int]) -> set[int]:
+        """Those of a few `rows` that have a thumbnail."""
+        marks = ",".join("?" * len(rows))
+        found = self._connection().execute(f"SELECT row FROM thumbnail WHERE row IN ({marks})", [int(r) for r in rows])
+        return {values["row"] for values in found}
+
+    def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
+        return select_entities(self._connection(), clause, parameters)
 
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             # Immutable: no locks and no look at the disk for a change that never comes.
-            uri = self._path.resolve().as_uri() + "?mode=ro&immutable=1"
+            uri = self._path.resolve().as_uri() + ("?mode=ro&immutable=1" if self._immutable else "?mode=ro")
             connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
             connection.row_factory = sqlite3.Row
             self._local.connection = connection
             with self._lock:
                 self._connections.append(connection)
         return connection
+
+
+def distinct(entities: Iterable[StoredEntity], limit: int) -> list[StoredEntity]:
+    """The first `limit` entities in their order, each once; no more are taken than that needs."""
+    found: dict[int, StoredEntity] = {}
+    for entity in entities:
+        found.setdefault(entity.row, entity)
+        if len(found) == limit:
+            break
+    return list(found.values())
 
 
 def _entity(values: sqlite3.Row) -> StoredEntity:
@@ -237,6 +332,15 @@ def _entity(values: sqlite3.Row) -> StoredEntity:
         has_text=bool(values["has_text"]),
         text=values["text"],
     )
+
+
+def _unknown(entity_id: str) -> UnknownEntity:
+    return UnknownEntity(f"no entity {entity_id!r} in this bundle; look for it by title")
+
+
+def _parts(values: Sequence[Value]) -> Iterator[Sequence[Value]]:
+    for start in range(0, len(values), _ROWS_PER_QUERY):
+        yield values[start : start + _ROWS_PER_QUERY]
 
 
 def _storable(text: str) -> str:

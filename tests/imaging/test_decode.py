@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -128,7 +129,74 @@ def test_what_is_no_image_is_refused(data):
         decode(data, max_pixels=MAX_PIXELS)
 
 
-def test_a_type_that_cannot_be_read_is_named():
+def heic(image: Image.Image, **options) -> bytes:
+    pytest.importorskip("pillow_heif", reason="the extra heic is not installed")
+    return encoded(image, "HEIF", **options)
+
+
+def test_heic_upright_and_over_white():
+    upright = Image.new("RGB", (96, 64), "white")
+    upright.paste("black", (0, 0, 32, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = heic(upright.transpose(Image.Transpose.ROTATE_90), exif=exif.tobytes())
+    assert sniff(data) == "image/heic"
+    assert canonical_type("image/heif") == "image/heic"
+    image = decode(data, max_pixels=MAX_PIXELS)
+    assert (image.mode, image.size) == ("RGB", (96, 64))
+    assert max(image.getpixel((8, 8))) < 40
+    assert min(min(image.getpixel(corner)) for corner in [(88, 8), (8, 56), (88, 56)]) > 215
+    clear = decode(heic(Image.new("RGBA", (64, 64), (0, 0, 0, 0))), max_pixels=MAX_PIXELS)
+    assert min(clear.getpixel((32, 32))) > 250
+
+
+def test_heic_within_bounds_and_whole():
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = heic(Image.fromarray(noise))
+    with pytest.raises(TooLarge, match="64 x 64"):
+        decode(data, max_pixels=1000)
+    for kept in (len(data) // 2, 100, 20, 13):
+        with pytest.raises(UndecodableImage):
+            decode(data[:kept], max_pixels=MAX_PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("brands", "kind"),
+    [
+        (b"avif\0\0\0\0", "image/avif"),
+        (b"heix\0\0\0\0", "image/heic"),
+        (b"mif1\0\0\0\0mif1heic", "image/heic"),
+        (b"mif1\0\0\0\0mif1avif", "image/avif"),
+        (b"mif1\0\0\0\0", None),
+        (b"isom\0\0\0\0mp42", None),
+    ],
+)
+def test_the_brands_of_a_container_tell_its_type(brands, kind):
+    box = (8 + len(brands)).to_bytes(4, "big") + b"ftyp" + brands
+    assert sniff(box + b"heicavif" * 4) == kind  # what stands after the box tells nothing
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF", "TIFF"])
+def test_the_first_frame_of_other_kinds_too(kind):
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    red, green, blue = decode(data, max_pixels=MAX_PIXELS).getpixel((16, 16))
+    assert red > 240
+    assert max(green, blue) < 16
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I", "I;16", "F"])
+def test_every_mode_that_a_file_can_have_gives_rgb(mode):
+    image = Image.new("L", (8, 8), 200)
+    image = image.convert("RGB").convert(mode) if mode in ("LAB", "CMYK", "YCbCr", "RGBX") else image.convert(mode)
+    decoded = decode(encoded(image, "TIFF"), max_pixels=MAX_PIXELS)
+    assert (decoded.mode, decoded.size) == ("RGB", (8, 8))
+
+
+def test_a_type_that_cannot_be_read_is_named(monkeypatch):
+    monkeypatch.setattr(sys.modules["imaging.decode"], "pillow_heif", None)
     with pytest.raises(UndecodableImage, match="image/heic"):
         decode(b"\0\0\0\x18ftypheic" + b"\0" * 40, max_pixels=MAX_PIXELS)
 

@@ -1,75 +1,152 @@
-"""A confidence means what it says, and the threshold parts right from wrong."""
+"""A confidence means what it says, and the threshold parts known from unknown."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
 from core.errors import UserError
-from index.calibration import Calibration, fit_calibration
+from index.calibration import CANDIDATES, Calibration, background, fit_calibration
+
+MADE_BY = Calibration(
+    slope=12.0, none_offset=2.0, none_slope=9.0, abstain_below=0.5, queries=1, correct=1, unknown=0
+)  # fmt: skip
 
 
-def test_the_slope_that_made_the_data_is_found() -> None:
+def _made(count: int, made_by: Calibration = MADE_BY) -> tuple[Any, Any]:
+    """Falling scores, and which of them is right (or none) drawn with the probabilities of a calibration."""
     rng = np.random.default_rng(0)
-    scores = rng.uniform(0, 1, 20_000)
-    correct = rng.uniform(size=20_000) < 1 / (1 + np.exp(-(12 * scores - 7)))
-    fitted = fit_calibration(scores, correct)
-    assert fitted.a == pytest.approx(12, rel=0.05)
-    assert fitted.b == pytest.approx(-7, rel=0.05)
-    for low in np.arange(0, 1, 0.1):  # of answers of confidence 0.7, seven in ten are right
-        confidences = np.array([fitted.confidence(score) for score in scores])
-        inside = (confidences >= low) & (confidences < low + 0.1)
-        assert correct[inside].mean() == pytest.approx(confidences[inside].mean(), abs=0.05)
+    scores_NK = -np.sort(-rng.uniform(0.2, 0.9, (count, 1)) * rng.uniform(0.3, 1, (count, CANDIDATES)), axis=1)
+    probabilities = np.array([made_by.confidences(row.tolist(), background(row.tolist())) for row in scores_NK])
+    drawn_N1 = rng.uniform(size=(count, 1))
+    upto_NK = np.cumsum(probabilities, axis=1)
+    right_NK = (drawn_N1 < upto_NK) & (drawn_N1 >= upto_NK - probabilities)
+    return scores_NK, right_NK
+
+
+def _fit(scores_NK: Any, right_NK: Any, known_N: Any = None) -> Calibration:
+    without_NK = np.where(right_NK, np.nan, scores_NK)
+    without_NK = -np.sort(-without_NK, axis=1)  # numpy sorts NaN last
+    return fit_calibration(
+        scores_NK, right_NK, np.ones(len(scores_NK), bool) if known_N is None else known_N, without_NK
+    )
+
+
+def test_the_parameters_that_made_the_data_are_found() -> None:
+    scores_NK, right_NK = _made(20_000)
+    fitted = _fit(scores_NK, right_NK)
+    assert fitted.slope == pytest.approx(MADE_BY.slope, rel=0.05)
+    assert fitted.none_offset == pytest.approx(MADE_BY.none_offset, abs=0.25)
+    assert fitted.none_slope == pytest.approx(MADE_BY.none_slope, rel=0.1)
+    confidences = np.array([fitted.confidences(row.tolist(), background(row.tolist())) for row in scores_NK])
+    for rank in range(3):  # of predictions of confidence 0.7, seven in ten are right, at every rank
+        for low in np.arange(0, 1, 0.1):
+            inside = (confidences[:, rank] >= low) & (confidences[:, rank] < low + 0.1)
+            if inside.sum() > 300:
+                found = right_NK[inside, rank].mean()
+                assert found == pytest.approx(confidences[inside, rank].mean(), abs=0.05)
+
+
+def test_it_is_the_best_fit_of_all_around_it() -> None:
+    scores_NK, right_NK = _made(400)
+    fitted = _fit(scores_NK, right_NK)
+
+    def loss(**changed: float) -> float:
+        other = Calibration(**{**fitted.to_dict(), **changed})
+        total = 0.0
+        for row, right in zip(scores_NK.tolist(), right_NK, strict=True):
+            confidences = other.confidences(row, background(row))
+            total -= np.log(confidences[int(right.argmax())] if right.any() else 1 - other.known(row, background(row)))
+        return total
+
+    for name in ("slope", "none_offset", "none_slope"):
+        value = getattr(fitted, name)
+        assert all(loss(**{name: value + change}) > loss() for change in (-0.3, 0.3))
 
 
 def test_the_threshold_is_the_best_of_all_by_trying_each() -> None:
-    rng = np.random.default_rng(3)
-    correct = rng.uniform(size=300) < 0.7
-    scores = rng.normal(np.where(correct, 0.6, 0.4), 0.12)
-    fitted = fit_calibration(scores, correct)
-    answered = np.array([not fitted.abstains(score) for score in scores])
+    scores_NK, right_NK = _made(300)
+    known_N = right_NK.any(axis=1)
+    fitted = _fit(scores_NK, right_NK, known_N)
+    without_NK = -np.sort(-np.where(right_NK, np.nan, scores_NK), axis=1)[known_N]
+    asked = [*scores_NK.tolist(), *([s for s in row if not np.isnan(s)] for row in without_NK.tolist())]
+    values = np.array([fitted.known(row, background(row)) for row in asked])
+    known = np.concatenate([known_N, np.zeros(len(without_NK), bool)])
 
-    def youden(answered_N: np.ndarray) -> float:
-        return float(answered_N[correct].mean() - answered_N[~correct].mean())
+    def youden(answered: Any) -> float:
+        return float(answered[known].mean() - answered[~known].mean())
 
-    assert youden(answered) == pytest.approx(max(youden(scores >= cut) for cut in scores))
+    answered = np.array([not fitted.abstains(value) for value in values])
+    assert youden(answered) == pytest.approx(max(youden(values >= cut) for cut in values))
 
 
 def test_perfectly_parted_scores_stay_finite() -> None:
-    scores = np.concatenate([np.linspace(0.1, 0.4, 10), np.linspace(0.6, 0.9, 10)])
-    correct = np.arange(20) >= 10
-    fitted = fit_calibration(scores, correct)
-    assert np.isfinite([fitted.a, fitted.b]).all()
-    assert [fitted.abstains(score) for score in scores] == (~correct).tolist()
-    assert 0 < fitted.confidence(0.1) < 0.3
-    assert 0.7 < fitted.confidence(0.9) < 1
+    scores_NK = np.full((20, CANDIDATES), 0.2)
+    scores_NK[:, 0] = np.concatenate([np.linspace(0.21, 0.4, 10), np.linspace(0.6, 0.9, 10)])
+    right_NK = np.zeros((20, CANDIDATES), bool)
+    right_NK[10:, 0] = True
+    fitted = _fit(scores_NK, right_NK)
+    assert np.isfinite([fitted.slope, fitted.none_offset, fitted.none_slope]).all()
+    sure = [fitted.confidences(row, background(row))[0] for row in scores_NK.tolist()]
+    assert max(sure[:10]) < 0.5 < min(sure[10:])
 
 
-def test_confidence_rises_and_never_overflows() -> None:
-    calibration = Calibration(a=1e6, b=-5e5, abstain_below=0.5, queries=1, correct=1)
-    assert calibration.confidence(-1.0) == 0.0
-    assert calibration.confidence(0.5) == 0.5
-    assert calibration.confidence(1.0) == 1.0
+def test_confidences_fall_with_the_score_and_never_overflow() -> None:
+    steep = Calibration(**{**MADE_BY.to_dict(), "slope": 1e6})
+    assert steep.confidences([1.0, 0.5, -1.0], 0.5) == [1.0, 0.0, 0.0]
+    confidences = MADE_BY.confidences([0.9, 0.7, 0.7, 0.1], 0.5)
+    assert confidences == sorted(confidences, reverse=True)
+    assert sum(confidences) == pytest.approx(MADE_BY.known([0.9, 0.7, 0.7, 0.1], 0.5))
+    assert sum(MADE_BY.confidences([0.9] * 40, 0.9)[:CANDIDATES]) < 1
+
+
+def test_a_near_twin_and_a_high_background_lower_the_confidence() -> None:
+    alone, twin = ([0.8, second, 0.3] for second in (0.3, 0.79))
+    assert MADE_BY.confidences(twin, 0.3)[0] < MADE_BY.confidences(alone, 0.3)[0]
+    assert MADE_BY.confidences(alone, 0.7)[0] < MADE_BY.confidences(alone, 0.3)[0]
+
+
+def test_without_a_prediction_nothing_is_known() -> None:
+    assert MADE_BY.confidences([], background([])) == []
+    assert MADE_BY.known([], background([])) == 0.0
 
 
 def test_it_survives_json() -> None:
-    calibration = Calibration(a=1.25, b=-0.1, abstain_below=0.42, queries=10, correct=5)
-    assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+    assert Calibration.from_dict(json.loads(json.dumps(MADE_BY.to_dict()))) == MADE_BY
+
+
+def test_the_first_form_is_still_read() -> None:
+    old = {"a": 10.0, "b": -5.0, "abstain_below": 0.6, "queries": 20, "correct": 10}
+    calibration = Calibration.from_dict(old)
+    sigmoid = pytest.approx(1 / (1 + np.exp(-(10 * 0.7 - 5))))
+    assert calibration.known([0.7, 0.69], 0.2) == sigmoid
+    assert calibration.confidences([0.7, 0.69], 0.2)[0] == sigmoid
+    assert (calibration.abstain_below, calibration.unknown) == (0.6, 0)
 
 
 @pytest.mark.parametrize(
-    ("scores", "correct", "reason"),
+    ("correct", "reason"),
     [
-        (np.linspace(0, 1, 50), np.ones(50, bool), "gave 50 and 0"),
-        (np.linspace(0, 1, 50), np.zeros(50, bool), "gave 0 and 50"),
-        (np.linspace(0, 1, 6), np.arange(6) > 2, "gave 3 and 3"),
-        (np.empty(0), np.empty(0, bool), "gave 0 and 0"),
-        (np.linspace(0, 1, 50), np.arange(50) < 25, "no higher than wrong ones"),
-        (np.full(50, 0.5), np.arange(50) < 25, "no higher than wrong ones"),
+        (np.ones(50, bool), "gave 50 and 0"),
+        (np.zeros(50, bool), "gave 0 and 50"),
+        (np.arange(6) > 2, "gave 3 and 3"),
+        (np.zeros(0, bool), "gave 0 and 0"),
     ],
 )
-def test_what_cannot_be_fitted(scores: np.ndarray, correct: np.ndarray, reason: str) -> None:
+def test_too_few_of_a_kind_cannot_be_fitted(correct: Any, reason: str) -> None:
+    right_NK = np.zeros((len(correct), CANDIDATES), bool)
+    right_NK[:, 0] = correct
     with pytest.raises(UserError, match=reason):
-        fit_calibration(scores, correct)
+        _fit(np.linspace(0.9, 0.1, len(correct) * CANDIDATES).reshape(right_NK.shape), right_NK)
+
+
+def test_scores_that_say_nothing_cannot_be_fitted() -> None:
+    """The right entity always stands last but for a few."""
+    scores_NK = np.tile(np.linspace(0.9, 0.1, CANDIDATES), (60, 1))
+    right_NK = np.zeros(scores_NK.shape, bool)
+    right_NK[:5, 0] = right_NK[5:, -1] = True
+    with pytest.raises(UserError, match="no higher than wrong ones"):
+        _fit(scores_NK, right_NK)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from index.bundle import Bundle
+from index.live import LiveSegment
 
 
 def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -83,3 +84,21 @@ def test_inspect_refuses_an_altered_bundle_in_one_line(bundle_copy: Path) -> Non
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "image_encoder.onnx is altered" in done.stderr
+
+
+def test_live_changes_are_folded_into_a_new_bundle(small_bundle: Path, tmp_path: Path) -> None:
+    folder = ("--live-dir", tmp_path / "live", "--out", tmp_path / "new")
+    refused = wikiclip("index", "--bundle", small_bundle, "--compact", *folder)
+    assert refused.returncode == 2
+    assert "holds no changes" in refused.stderr
+    bundle = Bundle.open(small_bundle)
+    with bundle.store() as store:
+        live = LiveSegment(tmp_path / "live", bundle, store)
+        live.delete("Q140")
+        live.close()
+    done = wikiclip("index", "--bundle", small_bundle, "--compact", *folder)
+    assert done.returncode == 0, done.stderr
+    assert "11 entities" in done.stdout
+    assert Bundle.open(tmp_path / "new", "full").manifest.counts.entities == 11
+    for wrong in (("--compact",), ("--live-dir", tmp_path), ("--compact", *folder, "--factory", "HNSW8")):
+        assert wikiclip("index", "--bundle", small_bundle, *wrong).returncode == 2

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import numpy.typing as npt
 import pytest
 
 from core.errors import BundleAltered, UserError
+from index import search
 from index.build import build_index
 from index.embeddings import EmbeddingShards, write_shard
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
+from index.selection import Selection
 
 DIM = 24
 
@@ -37,9 +40,13 @@ def queries(count: int, seed: int = 1) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=(count, DIM)).astype(np.float32)
 
 
-def slow_search(embeddings: EmbeddingShards, query_D: npt.NDArray[Any], top_k: int) -> list[tuple[int, float]]:
+def slow_search(
+    embeddings: EmbeddingShards, query_D: npt.NDArray[Any], top_k: int, selection: Selection | None = None
+) -> list[tuple[int, float]]:
     best: dict[int, float] = {}
     for row, vector_D in zip(embeddings.rows_N.tolist(), np.concatenate(list(embeddings)), strict=True):
+        if selection is not None and not selection.allowed_E[row]:
+            continue
         cosine = float(vector_D @ query_D / np.linalg.norm(vector_D) / np.linalg.norm(query_D))
         best[row] = max(cosine, best.get(row, -2.0))
     return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:top_k]
@@ -83,6 +90,45 @@ def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(tmp_path: 
         assert np.all(np.diff(scores_K) <= 0)
         overlap += len(set(rows_K.tolist()) & set(list(truth)[:10]))
     assert overlap >= 0.5 * 200
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 3, 60], ids=lambda count: f"{count} allowed")
+@pytest.mark.parametrize(
+    "factory", ["Flat", "HNSW16", "IVF8_HNSW32,PQ12x4fs", "PQ12x4fs", "PQ12x4fs,RFlat", "PCA16,Flat"]
+)
+@pytest.mark.parametrize("scanned_at_most", [0, 10_000], ids=["by the index", "by a scan"])
+def test_a_selection_is_exact_even_when_a_handful_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, allowed: int, scanned_at_most: int
+) -> None:
+    monkeypatch.setattr(search, "_SCANNED_AT_MOST", scanned_at_most)
+    index, embeddings = make(tmp_path, [row for row in range(300) for _ in range(1 + row % 3)], factory=factory)
+    allowed_E = np.zeros(300, np.bool_)
+    allowed_E[np.random.default_rng(2).choice(300, allowed, replace=False)] = True
+    selection = Selection(("some",), allowed_E)
+    queries_BD = queries(6)
+    rows_BK, scores_BK = index.search(queries_BD, 5, selection=selection)
+    right = 0
+    for query_D, rows_K, scores_K in zip(queries_BD, rows_BK, scores_BK, strict=True):
+        expected = slow_search(embeddings, query_D, 5, selection)
+        found = rows_K[rows_K >= 0]
+        assert len(found) == len(set(found.tolist())) == min(allowed, 5)
+        assert allowed_E[found].all()
+        truth = dict(slow_search(embeddings, query_D, 300, selection))
+        np.testing.assert_allclose(scores_K[: len(found)], [truth[row] for row in found.tolist()], atol=1e-5)
+        right += len(set(found.tolist()) & {row for row, _ in expected})
+    assert right >= (0.9 if scanned_at_most == 1 and allowed == 60 else 1) * 6 * min(allowed, 5)
+
+
+def test_a_selection_holds_for_one_call_only(tmp_path: Path) -> None:
+    index, _ = make(tmp_path, list(range(300)), factory="IVF8_HNSW32,PQ12x4fs")
+    before, _ = index.search(queries(5), 5)
+    for start in (0, 100):
+        allowed_E = np.zeros(300, np.bool_)
+        allowed_E[start : start + 100] = True
+        rows_BK, _ = index.search(queries(5), 5, selection=Selection((), allowed_E))
+        assert np.all((rows_BK >= start) & (rows_BK < start + 100))
+    after, _ = index.search(queries(5), 5)
+    assert before.tolist() == after.tolist()
 
 
 def test_parameters_hold_for_one_call_only(tmp_path: Path) -> None:
@@ -155,3 +201,11 @@ def test_shards_of_another_shape(tmp_path: Path) -> None:
 def test_embeddings_out_of_row_order(tmp_path: Path) -> None:
     with pytest.raises(BundleAltered, match="row order"):
         make(tmp_path, [0, 1, 0])
+
+
+def test_an_exact_index_file_is_the_one_that_faiss_writes(tmp_path: Path) -> None:
+    _, embeddings = make(tmp_path, list(range(250)))
+    theirs = faiss.index_factory(DIM, "Flat", faiss.METRIC_INNER_PRODUCT)
+    theirs.add(np.concatenate(list(embeddings)))
+    faiss.write_index(theirs, str(tmp_path / "theirs.faiss"))
+    assert (tmp_path / INDEX_FILE).read_bytes() == (tmp_path / "theirs.faiss").read_bytes()

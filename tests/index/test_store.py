@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
@@ -85,6 +86,23 @@ def test_more_rows_than_one_statement_takes(tmp_path: Path) -> None:
     with EntityStore(tmp_path / "s.sqlite") as store:
         wanted = list(reversed(range(1300)))
         assert [found.row for found in store.by_rows(wanted)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        (["animal"], ["Giraffe", "Lion", "Zebra", "Elephant"]),
+        (["fruit", "flag"], None),
+        (["nothing", "monument"], None),
+        (["\ud800", ""], []),
+        ([], []),
+    ],
+)
+def test_selection_by_types(store: EntityStore, types: list[str], expected: list[str] | None) -> None:
+    selected = [entity.title for entity in store.by_rows(np.flatnonzero(store.select(types).allowed_E).tolist())]
+    every = store.by_rows(range(len(store)))
+    assert selected == [entity.title for entity in every if set(types) & set(entity.types)]
+    assert expected is None or selected == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""Folding live changes into a new bundle: the base without what is hidden, then what was put.
+
+Services of the old bundle go on meanwhile: changes that come after the fold began belong to the new bundle too.
+
+Shapes: N embeddings of the base, n those of a shard, D embedding width, H hidden rows of the base.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from core.errors import UserError
+from core.files import sync
+from index.build import build_index
+from index.bundle import Bundle, list_files
+from index.delta import Delta
+from index.embeddings import EmbeddingShards, write_shard
+from index.entity_side import ENTITY_SIDE_FOLDER
+from index.live import LiveSegment
+from index.manifest import (
+    EMBEDDINGS_FOLDER,
+    INDEX_MANIFEST_FILE,
+    MANIFEST_FILE,
+    STORE_FILE,
+    Counts,
+    content_fingerprint,
+)
+from index.store import EntityStore, StoredEntity, write_store
+
+_SHARD_SIZE = 4096
+_ROWS_AT_A_TIME = 500
+
+
+def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = False) -> Bundle:
+    """Write the bundle with its live changes as a new one to `out`, with an index of the same kind.
+
+    `live_dir` serves both from then on. Killed at any moment, nothing has changed but for a folder `.OUT.partial`,
+    which the next call begins anew. Raises `UserError` where `out` exists or there are no changes, `BundleError`,
+    `LiveDirError`.
+    """
+    started = time.perf_counter()
+    bundle = Bundle.open(bundle_path)
+    if out.exists():
+        raise UserError(f"--out {out} exists already; choose a new folder")
+    with bundle.store() as store:
+        live = LiveSegment(live_dir, bundle, store)
+        try:
+            delta = live.delta
+            if delta.generation <= live.from_generation:
+                raise UserError(f"{live_dir} holds no changes to this bundle; there is nothing to fold in")
+            partial = out.resolve().with_name(f".{out.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / EMBEDDINGS_FOLDER).mkdir(parents=True)
+            content = _write(bundle, store, live, delta, partial, started, progress=progress)
+            # Before the bundle is there: nobody can serve it without its changes being known as its own.
+            live.rebase(content, bundle.name, delta.generation)
+        finally:
+            live.close()
+    os.replace(partial, out)
+    sync(out.resolve().parent)
+    return Bundle.open(out)
+
+
+def _write(
+    bundle: Bundle,
+    store: EntityStore,
+    live: LiveSegment,
+    delta: Delta,
+    folder: Path,
+    started: float,
+    *,
+    progress: bool,
+) -> str:
+    """Write all of the new bundle into `folder`; returns its content fingerprint."""
+    counted = {"entities": 0, "without_image": 0, "without_text": 0}
+
+    def entities() -> Iterator[tuple[StoredEntity, bytes | None]]:
+        total = len(store) - len(delta.hidden_H) + delta.alive_count
+        with tqdm(desc="entities", unit="entity", total=total, disable=not progress) as bar:
+            for entity, thumbnail in _entities(store, live, delta):
+                yield replace(entity, row=counted["entities"]), thumbnail
+                counted["entities"] += 1
+                counted["without_image"] += entity.image_count == 0
+                counted["without_text"] += not entity.has_text
+                bar.update()
+
+    write_store(folder / STORE_FILE, entities())
+    _write_embeddings(bundle.embeddings(), len(store), delta, folder / EMBEDDINGS_FOLDER)
+    for name in bundle.manifest.files:
+        if name != STORE_FILE and not name.startswith(f"{EMBEDDINGS_FOLDER}/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(bundle.path / name, folder / name)
+    embeddings = EmbeddingShards(folder / EMBEDDINGS_FOLDER, bundle.manifest.embedding_dim)
+    old_index = bundle.index_manifest
+    index = build_index(folder, embeddings, factory=old_index.factory, device="cpu", progress=progress)
+    replace(index, parameters=old_index.parameters, why=old_index.why).write(folder / INDEX_MANIFEST_FILE)
+    old = bundle.manifest.counts
+    manifest = replace(
+        bundle.manifest,
+        counts=Counts(**counted, embeddings=len(embeddings), rejected=old.rejected, images_failed=old.images_failed),
+        export={
+            **bundle.manifest.export,
+            "compacted": {"from": bundle.fingerprint, "generation": delta.generation},
+        },
+        files=list_files(folder),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        elapsed_s=round(time.perf_counter() - started, 3),
+    )
+    if (bundle.path / ENTITY_SIDE_FOLDER).is_dir():
+        shutil.copytree(bundle.path / ENTITY_SIDE_FOLDER, folder / ENTITY_SIDE_FOLDER)
+    for file in (*folder.rglob("*"), folder):
+        sync(file)
+    manifest.write(folder / MANIFEST_FILE)
+    return content_fingerprint(manifest)
+
+
+def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[tuple[StoredEntity, bytes | None]]:
+    """Base, then delta, in row order, each with its thumbnail."""
+    for start in range(0, len(store), _ROWS_AT_A_TIME):
+        rows = np.setdiff1d(np.arange(start, min(start + _ROWS_AT_A_TIME, len(store))), delta.hidden_H).tolist()
+        pictured = store.rows_with_thumbnail(rows)
+        for entity in store.by_rows(rows):
+            yield entity, store.thumbnail(entity.entity_id) if entity.row in pictured else None
+    for row in delta.rows_M[delta.alive_M].tolist():
+        yield delta.entities[row], live.thumbnail(row)
+
+
+def _write_embeddings(base: EmbeddingShards, base_count: int, delta: Delta, folder: Path) -> None:
+    number = position = 0
+    for embeddings_nD in base:
+        rows_n = base.rows_N[position : position + len(embeddings_nD)]
+        position += len(embeddings_nD)
+        kept_n = ~np.isin(rows_n, delta.hidden_H)
+        if kept_n.any():
+            # Each row moves up by the hidden ones before it.
+            moved_n = rows_n[kept_n] - np.searchsorted(delta.hidden_H, rows_n[kept_n])
+            write_shard(folder, number, moved_n, embeddings_nD[kept_n])
+            number += 1
+    put_MD = delta.embeddings_MD[delta.alive_M]
+    first_row = base_count - len(delta.hidden_H)
+    for start in range(0, len(put_MD), _SHARD_SIZE):
+        part_nD = put_MD[start : start + _SHARD_SIZE]
+        write_shard(folder, number, first_row + start + np.arange(len(part_nD)), part_nD)
+        number += 1

@@ -1,0 +1,91 @@
+"""The index is chosen by measurement, its parameters reach the recall asked for, and the manifest says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import UserError
+from index.build import build_index
+from index.choose import Targets, candidates, choose, expected_ms, lists
+from index.embeddings import EmbeddingShards, write_shard
+from index.factory import centroids
+from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
+from index.search import EntityIndex
+from index.tune import K, exact_positions, held_out_queries
+
+DIM = 32
+COUNT = 3000
+LOOSE = Targets(budget_ms=1e6, recall=0.9, memory_gb=1)
+
+
+@pytest.fixture(scope="module")
+def embeddings(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingShards:
+    folder = tmp_path_factory.mktemp("embeddings")
+    rng = np.random.default_rng(0)
+    centres_CD = rng.normal(size=(40, DIM))
+    for shard in range(3):
+        vectors_nD = centres_CD[rng.integers(40, size=COUNT // 3)] + 0.5 * rng.normal(size=(COUNT // 3, DIM)) + 0.5
+        vectors_nD /= np.linalg.norm(vectors_nD, axis=1, keepdims=True)
+        rows_n = np.arange(COUNT // 3, dtype=np.int64) + shard * (COUNT // 3)
+        write_shard(folder, shard, rows_n, vectors_nD.astype(np.float32))
+    return EmbeddingShards(folder, DIM)
+
+
+def test_exact_search_where_it_fits(embeddings: EmbeddingShards) -> None:
+    choice = choose(embeddings, LOOSE)
+    assert choice.factory == "Flat"
+    assert [each["verdict"] for each in choice.candidates] == ["chosen"]
+
+
+def test_what_takes_too_much_memory_is_passed_over(embeddings: EmbeddingShards) -> None:
+    flat_gb = 4 * DIM * COUNT / 1e9
+    choice = choose(embeddings, Targets(budget_ms=1e6, recall=0.9, memory_gb=flat_gb / 4))
+    assert choice.factory == "PQ8x4fs"
+    assert "curves" not in choice.candidates[0]
+
+
+def test_targets_that_nothing_meets(embeddings: EmbeddingShards) -> None:
+    with pytest.raises(UserError, match="no index is expected to meet") as caught:
+        choose(embeddings, Targets(budget_ms=1e6, recall=0.9, memory_gb=1e-9))
+    assert "--memory-gb" in str(caught.value)
+
+
+@pytest.mark.parametrize("factory", ["PQ8x4fs", "IVF32_HNSW32,PQ8x4fs", "HNSW16"])
+def test_parameters_are_tuned_to_the_recall(embeddings: EmbeddingShards, tmp_path: Path, factory: str) -> None:
+    manifest = build_index(tmp_path, embeddings, factory=factory, targets=LOOSE)
+    assert IndexManifest.read(tmp_path / INDEX_MANIFEST_FILE) == manifest
+    assert manifest.choice is not None
+    assert manifest.choice["curve"]
+    index = EntityIndex.read(tmp_path / INDEX_FILE, embeddings, manifest.parameters)
+    queries_QD = held_out_queries(embeddings, np.random.default_rng(5).integers(COUNT, size=300), 6)
+    rows_QK, _ = index.search(queries_QD, K)
+    truth_QK = exact_positions(embeddings, queries_QD)
+    hits = sum(len(set(found) & set(true)) for found, true in zip(rows_QK.tolist(), truth_QK.tolist(), strict=True))
+    assert hits / truth_QK.size >= LOOSE.recall - 0.02
+
+
+def test_time_at_full_size() -> None:
+    assert expected_ms({100: 2.0}, 100, True) == 2.0
+    assert expected_ms({100: 2.0, 200: 3.0}, 400, True) == pytest.approx(5.0)
+    assert expected_ms({100: 2.0, 400: 4.0}, 1600, False) == pytest.approx(8.0)
+    assert expected_ms({100: 2.0, 400: 1.0}, 1600, False) == 1.0
+
+
+def test_lists_and_sizes_at_wikipedias_size() -> None:
+    assert lists(6_063_945) == 8192
+    memory_gb = {each.factory(6_063_945): each.bytes(6_063_945) / 1e9 for each in candidates(6_063_945, 512)}
+    assert memory_gb["Flat"] == pytest.approx(12.42, abs=0.01)
+    assert memory_gb["IVF8192_HNSW32,PQ128x4fs"] == pytest.approx(0.46, abs=0.01)
+
+
+def test_centroids_in_two_levels() -> None:
+    rng = np.random.default_rng(1)
+    sample_SD = rng.normal(size=(6000, 8)).astype(np.float32)
+    sample_SD[:3000] = sample_SD[0] + 0.01 * sample_SD[:3000]
+    sample_SD /= np.linalg.norm(sample_SD, axis=1, keepdims=True)
+    centroids_LD = centroids(sample_SD, 2048)
+    assert centroids_LD.shape == (2048, 8)
+    np.testing.assert_allclose(np.linalg.norm(centroids_LD, axis=1), 1, atol=1e-5)

@@ -1,0 +1,416 @@
+"""Live changes: what is put and deleted is answered as a dict would, by every process, and is there after a crash."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from core.errors import LiveDirError, Unavailable, UnknownEntity, UserError
+from index.bundle import Bundle
+from index.delta import DeltaBuilder
+from index.live import LIVE_FILE, LiveSegment
+from index.merged import MergedView
+from index.search import EntityIndex
+from index.store import EntityStore, StoredEntity
+
+Vector = npt.NDArray[np.float32]
+
+
+@dataclass
+class Opened:
+    """A bundle with live changes, as a service has them."""
+
+    index: EntityIndex
+    store: EntityStore
+    live: LiveSegment
+
+    @property
+    def view(self) -> MergedView:
+        self.live.refresh()
+        return MergedView(self.index, self.store, self.live)
+
+    def close(self) -> None:
+        self.live.close()
+        self.store.close()
+
+
+def opened(bundle_path: Path, folder: Path) -> Opened:
+    bundle = Bundle.open(bundle_path)
+    store = bundle.store()
+    return Opened(bundle.index(), store, LiveSegment(folder, bundle, store))
+
+
+@pytest.fixture
+def live_dir(tmp_path: Path) -> Path:
+    return tmp_path / "live"
+
+
+@pytest.fixture
+def edited(small_bundle: Path, live_dir: Path) -> Iterator[Opened]:
+    opening = opened(small_bundle, live_dir)
+    yield opening
+    opening.close()
+
+
+def entity(entity_id: str, title: str = "A thing", **fields: Any) -> StoredEntity:
+    return StoredEntity(
+        **{
+            "row": -1,
+            "entity_id": entity_id,
+            "title": title,
+            "titles": {},
+            "description": None,
+            "url": None,
+            "types": (),
+            "symbol": None,
+            "image_count": 1,
+            "has_text": False,
+            **fields,
+        }
+    )
+
+
+def vector(seed: int, dim: int = 16) -> Vector:
+    drawn = np.random.default_rng([seed, 1]).normal(size=dim).astype(np.float32)
+    return (drawn / np.linalg.norm(drawn)).astype(np.float16).astype(np.float32)
+
+
+def found_ids(view: MergedView, query_D: Vector, top_k: int = 3) -> list[str]:
+    rows_BK, _ = view.search(query_D[None], top_k)
+    return [found.entity_id for found in view.by_rows([int(row) for row in rows_BK[0] if row >= 0])]
+
+
+def test_what_is_put_is_found_named_and_searched_by_title(edited: Opened) -> None:
+    giraffe = entity("Q15083", "Okapi", titles={"fr": "Okapi", "de": "Waldgiraffe"}, types=("animal",), symbol="O")
+    assert not edited.live.put(giraffe, vector(1), b"webp").created
+    assert edited.live.put(entity("new", "Lion statue"), vector(2), None).created
+    view = edited.view
+    assert view.entity_count == 13
+    assert view.version == "+2"
+    assert found_ids(view, vector(1), 1) == ["Q15083"]
+    assert view.get("Q15083") == replace(giraffe, row=view.get("Q15083").row)
+    assert view.thumbnail("Q15083") == b"webp"
+    assert view.thumbnail("new") is None
+    assert view.rows_with_thumbnail([view.get("Q15083").row, view.get("new").row]) == {view.get("Q15083").row}
+    assert [found.title for found in view.search_titles("lion")] == ["Lion", "Lion statue", "Lion of Lucerne"]
+    assert [found.title for found in view.search_titles("lion", 2)] == ["Lion", "Lion statue"]
+    assert [found.title for found in view.search_titles("waldgir")] == ["Okapi"]
+    assert view.search_titles("giraffe") == []  # the title it had in the bundle
+
+
+def test_what_is_deleted_is_nowhere_and_the_number_asked_for_still_comes(edited: Opened) -> None:
+    before = found_ids(edited.view, vector(3), 12)
+    for entity_id in before[:6]:
+        edited.live.delete(entity_id)
+    view = edited.view
+    assert found_ids(view, vector(3), 4) == before[6:10]
+    assert found_ids(view, vector(3), 12) == before[6:]
+    assert view.entity_count == 6
+    with pytest.raises(UnknownEntity, match="was deleted"):
+        view.get(before[0])
+    with pytest.raises(UnknownEntity):
+        view.thumbnail(before[0])
+    with pytest.raises(UnknownEntity):
+        edited.live.delete(before[0])
+    with pytest.raises(UnknownEntity):
+        edited.live.delete("never there")
+    assert edited.live.put(entity(before[0]), vector(4), None).created
+
+
+def test_a_view_stays_as_it_was(edited: Opened) -> None:
+    edited.live.put(entity("a"), vector(5), None)
+    earlier = edited.view
+    edited.live.put(entity("a", "Replaced"), vector(6), None)
+    edited.live.delete("Q140")
+    assert found_ids(earlier, vector(5), 1) == ["a"]
+    assert [found.title for found in earlier.by_rows([int(earlier.search(vector(5)[None], 1)[0][0, 0])])] == ["A thing"]
+    assert found_ids(edited.view, vector(6), 1) == ["a"]
+    assert (earlier.version, edited.view.version) == ("+1", "+3")
+
+
+def test_memory_of_what_was_replaced_is_given_back_and_earlier_deltas_stay() -> None:
+    builder = DeltaBuilder(embedding_dim=16)
+    for row in range(1, 40):
+        builder.put(entity(f"kept {row}", row=row), vector(row), has_thumbnail=True, base_row=None)
+    earlier = builder.delta(39)
+    for row in range(40, 4000):
+        builder.put(entity("changing", f"Version {row}", row=row), vector(row), has_thumbnail=True, base_row=7)
+        latest = builder.delta(row)
+    assert len(latest.rows_M) < 2000
+    assert latest.alive_count == latest.alive_M.sum() == 40
+    assert latest.hidden_H.tolist() == [7]
+    for delta, row in ((earlier, 20), (latest, 20), (latest, 3999)):
+        rows_BK, scores_BK = delta.search(vector(row)[None], 1, delta.alive_M)
+        assert rows_BK.tolist() == [[row]]
+        np.testing.assert_allclose(scores_BK, 1, atol=1e-3)
+    assert latest.entities[3999].title == "Version 3999"
+    assert earlier.latest["kept 20"] == latest.latest["kept 20"] == 20
+    for row in range(1, 40):
+        builder.delete(f"kept {row}", base_row=None)
+    builder.delete("changing", base_row=7)
+    assert builder.delta(4001).alive_count == 0
+
+
+class Model:
+    """What is served, as a dict: the obvious thing that base and delta together must equal."""
+
+    def __init__(self, bundle_path: Path) -> None:
+        bundle = Bundle.open(bundle_path)
+        embeddings = bundle.embeddings()
+        vectors_ND = np.concatenate(list(embeddings)).astype(np.float64)
+        with bundle.store() as store:
+            stored = store.by_rows(range(len(store)))
+        self.entities = {found.entity_id: found for found in stored}
+        self.vectors: dict[str, npt.NDArray[np.float64]] = {
+            found.entity_id: vectors_ND[embeddings.rows_N == found.row] for found in stored
+        }
+
+    def put(self, put: StoredEntity, embedding_D: Vector) -> bool:
+        created = put.entity_id not in self.entities
+        self.entities[put.entity_id] = put
+        stored_D = (embedding_D / np.linalg.norm(embedding_D)).astype(np.float16)
+        self.vectors[put.entity_id] = stored_D[None].astype(np.float64)
+        return created
+
+    def delete(self, entity_id: str) -> bool:
+        self.vectors.pop(entity_id, None)
+        return self.entities.pop(entity_id, None) is not None
+
+    def scores(self, query_D: Vector) -> dict[str, float]:
+        return {
+            entity_id: float(
+                (vectors_VD @ query_D / np.linalg.norm(vectors_VD, axis=1) / np.linalg.norm(query_D)).max()
+            )
+            for entity_id, vectors_VD in self.vectors.items()
+        }
+
+
+def check_search(view: MergedView, model: Model, query_D: Vector, top_k: int, types: tuple[str, ...]) -> None:
+    rows_BK, scores_BK = view.search(query_D[None], top_k, selection=view.select(types) if types else None)
+    found = view.by_rows([int(row) for row in rows_BK[0] if row >= 0])
+    scores = model.scores(query_D)
+    allowed = [each for each in scores if not types or set(types) & set(model.entities[each].types)]
+    expected = sorted((scores[each] for each in allowed), reverse=True)[:top_k]
+    assert len(found) == len(expected)
+    assert np.all(rows_BK[0, len(found) :] == -1)
+    assert np.all(np.diff(scores_BK[0, : len(found)]) <= 0)
+    np.testing.assert_allclose(scores_BK[0, : len(found)], expected, atol=2e-5)
+    for each, score in zip(found, scores_BK[0], strict=False):
+        assert each.entity_id in allowed
+        assert abs(scores[each.entity_id] - score) < 2e-5
+        assert each.title == model.entities[each.entity_id].title
+    assert len({each.entity_id for each in found}) == len(found)
+
+
+def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Path, live_dir: Path) -> None:
+    rng = np.random.default_rng(17)
+    model = Model(small_bundle)
+    known = [*model.entities, *(f"new {number}" for number in range(40)), "unknown"]
+    processes = [opened(small_bundle, live_dir) for _ in range(2)]  # as two processes: they share nothing but the file
+    done = {"put": 0, "delete": 0, "search": 0, "restart": 0, "compare": 0}
+    for number in range(3000):
+        which = int(rng.integers(2))
+        process = processes[which]
+        kind = rng.choice(["put", "delete", "search", "compare", "restart"], p=[0.3, 0.25, 0.4, 0.045, 0.005])
+        done[kind] += 1
+        entity_id = str(rng.choice(known))
+        if kind == "put":
+            embedding_D = vector(int(rng.integers(1000)))  # equal embeddings come up too
+            kinds = tuple(rng.choice(["animal", "fruit", "flag"], int(rng.integers(3)), replace=False).tolist())
+            new = entity(entity_id, f"Thing {rng.integers(9)} of n{number}", types=kinds)
+            assert process.live.put(new, embedding_D, None).created == model.put(new, embedding_D)
+        elif kind == "delete":
+            if model.delete(entity_id):
+                process.live.delete(entity_id)
+            else:
+                with pytest.raises(UnknownEntity):
+                    process.live.delete(entity_id)
+        elif kind == "search":
+            query_D = rng.normal(size=16).astype(np.float32)
+            types = [(), (), ("animal",), ("fruit", "brand"), ("none",)][int(rng.integers(5))]
+            check_search(process.view, model, query_D, int(rng.choice([1, 3, 10, 80])), types)
+        elif kind == "restart":
+            process.close()
+            processes[which] = opened(small_bundle, live_dir)
+        else:
+            view = process.view
+            assert view.entity_count == len(model.entities)
+            for each in known:
+                if each in model.entities:
+                    assert view.get(each).title == model.entities[each].title
+                else:
+                    with pytest.raises(UnknownEntity):
+                        view.get(each)
+            digit = f"Thing {rng.integers(9)} of"
+            expected = {each.entity_id for each in model.entities.values() if each.title.startswith(digit)}
+            assert {each.entity_id for each in view.search_titles(digit, 100)} == expected
+    assert min(done.values()) > 5
+    for process in processes:
+        process.close()
+
+
+def test_another_process_sees_a_change_and_a_bundle_of_another_content_is_refused(
+    edited: Opened, small_bundle: Path, live_dir: Path, tmp_path: Path
+) -> None:
+    other = opened(small_bundle, live_dir)
+    assert other.view.version == ""
+    edited.live.put(entity("a"), vector(5), None)
+    assert other.view.version == "+1"
+    other.close()
+    changed = tmp_path / "changed"
+    shutil.copytree(small_bundle, changed)
+    manifest = (changed / "manifest.json").read_text()
+    (changed / "manifest.json").write_text(manifest.replace('"name": "small"', '"name": "other"'))
+    with pytest.raises(LiveDirError, match="'small'"):
+        opened(changed, live_dir)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from index.bundle import Bundle
+from index.live import LiveSegment
+from index.store import StoredEntity
+
+bundle = Bundle.open(Path(sys.argv[1]))
+live = LiveSegment(Path(sys.argv[2]), bundle, bundle.store())
+for number in range(int(sys.argv[3]), 10**9):
+    fields = dict(titles={}, description=None, url=None, types=(), symbol=None, image_count=0, has_text=False)
+    entity = StoredEntity(row=-1, entity_id=f"new {number % 7}", title=f"Version {number}", **fields)
+    live.put(entity, np.ones(16, np.float32), None)
+    print(number, flush=True)
+"""
+
+
+def test_what_was_acknowledged_is_there_after_kill_9(small_bundle: Path, live_dir: Path) -> None:
+    last = -1
+    for acknowledged in (1, 17, 40):
+        command = [sys.executable, "-c", WRITER, str(small_bundle), str(live_dir), str(last + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            for _ in range(acknowledged):
+                last = int(writer.stdout.readline())
+            writer.send_signal(signal.SIGKILL)
+            last = max([last, *(int(line) for line in writer.stdout.read().split())])
+        after = opened(small_bundle, live_dir)
+        titles = {f"new {number % 7}": f"Version {number}" for number in range(last + 1)}
+        unheard = f"new {(last + 1) % 7}"  # it may have been written, and not been said so
+        for entity_id, title in titles.items():
+            possible = {title, f"Version {last + 1}"} if entity_id == unheard else {title}
+            assert after.view.get(entity_id).title in possible
+        assert int(after.view.version.removeprefix("+")) - after.live.from_generation >= last + 1
+        after.close()
+        with sqlite3.connect(live_dir / LIVE_FILE) as connection:
+            assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        connection.close()
+
+
+def test_compacting_folds_the_changes_in_and_loses_none_that_come_meanwhile(
+    edited: Opened, small_bundle: Path, live_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from index import compact
+
+    for number, entity_id in enumerate(["Q15083", "new a", "new b", "new c"]):
+        edited.live.put(entity(entity_id, f"Put {number}"), vector(number), b"webp" if number == 1 else None)
+    for entity_id in ("Q140", "Q7378", "new b"):
+        edited.live.delete(entity_id)
+    build = compact.build_index
+
+    def build_index(*arguments: Any, **options: Any) -> Any:
+        edited.live.put(entity("meanwhile"), vector(20), None)
+        edited.live.delete("new c")
+        edited.live.put(entity("Q140", "Back again"), vector(21), None)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(compact, "build_index", build_index)
+    made = compact.compact(small_bundle, live_dir, tmp_path / "new")
+    assert Bundle.open(tmp_path / "new", "full").manifest.counts.entities == 12
+    assert made.unlisted_files() == []
+    after = opened(tmp_path / "new", live_dir)
+    for number in range(30):  # the old bundle with all changes, the new one with those after
+        query_D = vector(100 + number)
+        rows, scores = edited.view.search(query_D[None], 12)
+        new_rows, new_scores = after.view.search(query_D[None], 12)
+        np.testing.assert_allclose(new_scores, scores, atol=1e-6)
+        titles = [found.title for found in edited.view.by_rows([int(row) for row in rows[0] if row >= 0])]
+        assert titles == [found.title for found in after.view.by_rows([int(row) for row in new_rows[0] if row >= 0])]
+    assert after.view.entity_count == edited.view.entity_count == 13
+    assert after.view.thumbnail("new a") == b"webp"
+    assert after.view.thumbnail("Q13191") == edited.store.thumbnail("Q13191") is not None
+    assert {found.title for found in after.view.search_titles("put")} == {"Put 0", "Put 1"}
+    after.live.put(entity("new a", "Put anew"), vector(22), None)
+    assert edited.view.get("new a").title == "Put anew"
+    # The next fold lets go of what only the first bundle needed; a service of that one must say so.
+    monkeypatch.undo()
+    compact.compact(tmp_path / "new", live_dir, tmp_path / "newer")
+    newest = opened(tmp_path / "newer", live_dir)
+    assert newest.view.entity_count == 13
+    assert newest.view.get("new a").title == after.view.get("new a").title == "Put anew"
+    with pytest.raises(LiveDirError, match="belong to bundle"):
+        edited.live.refresh()
+    with pytest.raises(LiveDirError):
+        edited.live.put(entity("late"), vector(23), None)
+    after.close()
+    newest.close()
+
+
+def test_a_fold_of_nothing_or_onto_something_is_refused(edited: Opened, small_bundle: Path, live_dir: Path) -> None:
+    from index.compact import compact
+
+    with pytest.raises(UserError, match="no changes"):
+        compact(small_bundle, live_dir, live_dir / "new")
+    edited.live.delete("Q140")
+    with pytest.raises(UserError, match="exists already"):
+        compact(small_bundle, live_dir, live_dir)
+
+
+def test_changes_survive_a_new_index(edited: Opened, small_bundle: Path, live_dir: Path, tmp_path: Path) -> None:
+    from index.build import build_index
+
+    edited.live.put(entity("a"), vector(5), None)
+    indexed = tmp_path / "indexed"
+    shutil.copytree(small_bundle, indexed)
+    build_index(indexed, Bundle.open(indexed).embeddings(), factory="HNSW8")
+    again = opened(indexed, live_dir)
+    assert found_ids(again.view, vector(5), 1) == ["a"]
+    again.close()
+
+
+def test_a_folder_that_cannot_be_used_is_told(small_bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(LiveDirError, match="cannot be used"):
+        opened(small_bundle, tmp_path / "file")
+    (tmp_path / LIVE_FILE).write_text("no database, and long enough to be looked at as one")
+    with pytest.raises(LiveDirError, match="cannot be used"):
+        opened(small_bundle, tmp_path)
+    newer = tmp_path / "newer"
+    newer.mkdir()
+    with sqlite3.connect(newer / LIVE_FILE) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(LiveDirError, match="schema version 99"):
+        opened(small_bundle, newer)
+
+
+def test_a_writer_that_hangs_is_told_of_and_nothing_is_half_done(edited: Opened, live_dir: Path) -> None:
+    edited.live._writer.execute("PRAGMA busy_timeout = 20")
+    hanging = sqlite3.connect(live_dir / LIVE_FILE, isolation_level=None)
+    hanging.execute("BEGIN IMMEDIATE")
+    with pytest.raises(Unavailable, match="try again"):
+        edited.live.put(entity("a"), vector(5), None)
+    hanging.execute("ROLLBACK")
+    hanging.close()
+    assert edited.live.put(entity("a"), vector(5), None).created
+    assert edited.view.version == "+1"
