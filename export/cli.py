@@ -49,7 +49,13 @@ _PATH = click.Path(path_type=Path)
     show_default=True,
     help="Store the image encoder's weights in float16 where that moves no embedding.",
 )
+@click.option(
+    "--live", is_flag=True, help="Add what embeds entities that are put while serving; with --resume to a whole bundle."
+)
 @click.option("--store-text", is_flag=True, help="Keep the entities' text in the bundle.")
+@click.option(
+    "--images", type=_PATH, help="Folder written by `wikiclip fetch-images`, for images by URL.  [default: none]"
+)
 @click.option("--image-root", type=_PATH, help="Folder that holds OVEN's wikipedia_images_full.  [default: none]")
 @click.option(
     "--image-encoder", metavar="SPEC", help="Where the checkpoint's image encoder lies.  [default: as it says]"
@@ -61,6 +67,12 @@ _PATH = click.Path(path_type=Path)
     default="auto",
     show_default=True,
     help="Where the models run; auto: a GPU if there is one.",
+)
+@click.option(
+    "--base", type=_PATH, help="A bundle to copy from what has the same text, images and models.  [default: none]"
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1, max=256), help="Processes that decode images.  [default: one a core]"
 )
 @click.option("--trust-remote-code", is_flag=True, help="Let `hf:` encoders run code that comes with their weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
@@ -86,6 +98,11 @@ def export(as_json: bool, **options: Any) -> None:
         f"{counts.without_image} without an image, {counts.without_text} without text; "
         f"{summary.shards} shards, {summary.resumed_shards} of them from an earlier run; {summary.elapsed_s:.1f} s"
     )
+    if options["base"] is not None:
+        why = "" if summary.base_fits else ": other models or thumbnails made it, or it keeps no texts"
+        click.echo(f"{summary.copied_entities} entities copied from {options['base']}{why}")
+    if summary.stages_s:
+        click.echo("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stages_s.items()))
     if summary.rejects:
         click.echo(
             f"{counts.rejected} record(s) rejected, {counts.images_failed} image(s) not used, see {summary.rejects}"

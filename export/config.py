@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from catalog.tar_shards import TarImages
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
 from export.spool import foreign_files, is_unfinished
@@ -30,11 +31,15 @@ class ExportConfig:
     thumbnail_px: int = 0
     store_text: bool = False
     half: bool = True  # weights of the ONNX file in float16 where that moves no embedding
+    live: bool = False  # with what embeds entities that are put while serving
     image_root: Path | None = None
+    images: Path | None = None  # tar shards that images named by URL are read from
     image_encoder: str | None = None
     text_encoder: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
+    base: Path | None = None  # a bundle from which unchanged entities are copied
+    workers: int | None = None  # processes that decode images; default: one a core
     progress: bool = False
 
 
@@ -42,8 +47,19 @@ def check_inputs(config: ExportConfig) -> None:
     """Look for the input files before the models are loaded, which takes a while. Raises `CatalogError`."""
     if not config.catalog.is_file():
         raise CatalogError(f"{config.catalog} does not exist; check --catalog")
+    if config.images is not None:
+        TarImages(config.images)
     if config.validation is not None and not config.validation.is_file():
         raise CatalogError(f"{config.validation} does not exist; check --validation")
+    if config.base is not None and config.base.resolve() == config.out.resolve():
+        raise UserError(f"--base and --out are both {config.out}; a bundle never changes, choose another --out")
+    check_image_root(config)
+
+
+def check_image_root(config: ExportConfig) -> None:
+    """Raise `CatalogError` where the folder of all images is not there, or not any more."""
+    if config.image_root is not None and not config.image_root.is_dir():
+        raise CatalogError(f"the image root {config.image_root} is not there; bring it back, or check --image-root")
 
 
 def check_output(config: ExportConfig) -> None:
@@ -85,3 +101,17 @@ def refuse_differences(
     if differing:
         names = ", ".join(key.removesuffix("_sha256").replace("_", " ") for key in differing)
         raise UserError(f"{out} was made with another {names}; resume with the same, or choose another --out")
+
+
+def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The manifest's `model`: which encoders and adaptor made the embeddings."""
+    described = checkpoint.describe()
+    return {
+        "image_encoder": described["image_encoder"]["spec"],
+        "text_encoder": described["text_encoder"]["spec"],
+        "image_encoder_hash": checkpoint.image_encoder.content_hash,
+        "text_encoder_hash": checkpoint.text_encoder.content_hash,
+        "adaptor": described["adaptor"],
+        "checkpoint_sha256": checkpoint.sha256,
+        "logit_scale": checkpoint.logit_scale,
+    }

@@ -10,7 +10,7 @@ import io
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -47,9 +47,12 @@ class Parity:
     min_cosine: float  # of image embeddings
 
 
-def export_image_encoder(encoder: ImageEncoder, folder: Path, *, half: bool = False) -> Parity:
+def export_image_encoder(
+    encoder: ImageEncoder, folder: Path, *, half: bool = False, centre_D: torch.Tensor | None = None
+) -> Parity:
     """Write `image_encoder.onnx` (and external data, if it needs any) into `folder`; the same encoder, the same bytes.
-    `half` stores the weights in float16 where that moves no embedding.
+    `half` stores the weights in float16 where that moves no embedding. `centre_D` is taken off the image embedding,
+    which is brought to length 1 again: whoever runs the file need not know of it.
 
     Raises `EncoderSpecError` if it can be neither exported nor copied, or if an embedding of the result is further
     than a cosine of 0.999 from the original's.
@@ -67,7 +70,9 @@ def export_image_encoder(encoder: ImageEncoder, folder: Path, *, half: bool = Fa
         _export(module, encoder, path)
         if half:
             _halve_weights(encoder, path)
-    parity = measure_parity(encoder, path)
+    if centre_D is not None:
+        _fold_centre(path, centre_D)
+    parity = measure_parity(encoder, path, centre_D)
     if parity.min_cosine < MIN_COSINE:
         raise EncoderSpecError(
             f"the ONNX file of {encoder.spec} differs from the original: least cosine {parity.min_cosine:.6f}, "
@@ -76,7 +81,7 @@ def export_image_encoder(encoder: ImageEncoder, folder: Path, *, half: bool = Fa
     return parity
 
 
-def measure_parity(encoder: ImageEncoder, path: Path) -> Parity:
+def measure_parity(encoder: ImageEncoder, path: Path, centre_D: torch.Tensor | None = None) -> Parity:
     """Compare an ONNX file with the encoder it was made from, on made-up images in batches of 1, 2 and 5."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     max_abs_diff, min_cosine = 0.0, 1.0
@@ -88,6 +93,8 @@ def measure_parity(encoder: ImageEncoder, path: Path) -> Parity:
         )
         embedding_BD = F.normalize(torch.from_numpy(embedding_BD).double(), dim=1)
         expected_BD = expected.image_embedding_BD.cpu()
+        if centre_D is not None:
+            expected_BD = F.normalize(expected_BD - centre_D.cpu(), dim=1)
         for found, wanted in (
             (torch.from_numpy(patch_tokens_BPC), expected.patch_tokens_BPC.cpu()),
             (embedding_BD, expected_BD),
@@ -115,18 +122,38 @@ def _export(module: nn.Module, encoder: ImageEncoder, path: Path) -> None:
     wrapped = _ForExport(copy.deepcopy(module).to("cpu", torch.float32)).eval()
     # Two images: a batch of one would be taken for a fixed size.
     example = torch.zeros(2, 3, size_px, size_px)
+    export_module(
+        wrapped,
+        (example,),
+        path,
+        inputs=(INPUT,),
+        outputs=OUTPUTS,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+    )
+
+
+def export_module(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    path: Path,
+    *,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    dynamic_shapes: tuple[Mapping[int, Any], ...],
+) -> None:
+    """Write a module in evaluation mode, on the CPU, as one ONNX file, and its data beside it where it is too large."""
     with _quiet(), torch.no_grad():
         program: Any = torch.onnx.export(
-            wrapped,
-            (example,),
-            input_names=[INPUT],
-            output_names=list(OUTPUTS),
-            dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+            module,
+            example,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic_shapes,
             dynamo=True,
             verbose=False,
         )
     _strip(program.model)
-    large = sum(parameter.nbytes for parameter in wrapped.parameters()) > 1_500_000_000  # protobuf ends at 2 GB
+    large = sum(parameter.nbytes for parameter in module.parameters()) > 1_500_000_000  # protobuf ends at 2 GB
     if large:
         program.save(str(path), external_data=True)
     else:
@@ -157,6 +184,25 @@ def _halve_weights(encoder: ImageEncoder, path: Path) -> None:
             write_durably(path, halved.read_bytes())
     finally:
         halved.unlink(missing_ok=True)
+
+
+def _fold_centre(path: Path, centre_D: torch.Tensor) -> None:
+    """Put three nodes behind the embedding, of operators that all opsets have: length 1, less centre, length 1."""
+    model = onnx.load(path, load_external_data=False)
+    embedding = OUTPUTS[1]
+    raw, normalised, centre, shifted = (f"{embedding}.{step}" for step in ("raw", "normalised", "centre", "shifted"))
+    for node in model.graph.node:
+        for ends in (node.input, node.output):
+            ends[:] = [raw if name == embedding else name for name in ends]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(centre_D.float().cpu().numpy(), centre))
+    model.graph.node.extend(
+        [
+            onnx.helper.make_node("LpNormalization", [raw], [normalised], axis=1, p=2),
+            onnx.helper.make_node("Sub", [normalised, centre], [shifted]),
+            onnx.helper.make_node("LpNormalization", [shifted], [embedding], axis=1, p=2),
+        ]
+    )
+    write_durably(path, model.SerializeToString(deterministic=True))
 
 
 def _strip(model: Any) -> None:

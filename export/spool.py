@@ -118,7 +118,9 @@ class Spool:
             for line in file:
                 row = json.loads(line)
                 if "entity" in row:
-                    entity = StoredEntity(**{**row["entity"], "types": tuple(row["entity"]["types"])})
+                    fields = row["entity"]
+                    heard = tuple((start, end, weight) for start, end, weight in fields["heard"])
+                    entity = StoredEntity(**{**fields, "types": tuple(fields["types"]), "heard": heard})
                     webp = row["thumbnail"]
                     entities.append((entity, None if webp is None else base64.b64decode(webp)))
                 elif "rejected" in row:

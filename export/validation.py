@@ -1,6 +1,6 @@
-"""Confidence fitted on validation queries: how often a best prediction of some score was the right one.
+"""Confidence fitted on validation queries, and on the same queries with their own entity left out of the catalog.
 
-Shapes: B batch, H = W = size_px, D embedding width, N queries.
+Shapes: B batch, H = W = size_px, D embedding width, N queries, K best entities, F those looked at.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog import is_url
-from core.errors import TooLarge, UndecodableImage
+from catalog.images import LocalImages, UnusableImage
+from core.errors import TooLarge, UndecodableImage, UnknownEntity
 from core.jsonl import Rejected, read_jsonl
-from export.embed import MAX_PIXELS, UnusableImage, read_image
-from imaging import load_pixels
-from index.calibration import Calibration, fit_calibration
+from export.decode import MAX_PIXELS
+from imaging import Preprocessing, load_pixels
+from index.calibration import CANDIDATES, Calibration, fit_calibration
 from index.search import EntityIndex
 from index.store import EntityStore
-from model.encoders import ImageEncoder
+from model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,28 +32,50 @@ class _Query:
 
 
 def calibrate(
-    queries: Path, encoder: ImageEncoder, index: EntityIndex, store: EntityStore, *, batch_size: int
+    queries: Path, checkpoint: Checkpoint, index: EntityIndex, store: EntityStore, *, batch_size: int
 ) -> tuple[Calibration, list[Rejected]]:
-    """Answer the queries and fit a calibration to their best scores. An entity that is not in the store is never right.
+    """Answer the queries and fit a calibration to their best scores.
 
-    Returns the queries that could not be used, too. Raises `CatalogError` if the file cannot be read, `UserError` if
-    nothing can be fitted.
+    Queries for entities that the store does not hold take part as what they are: unknown, never right. Returns the
+    queries that could not be used, too. Raises `CatalogError` if the file cannot be read, `UserError` if nothing can
+    be fitted.
     """
     rejected: list[Rejected] = []
-    scores: list[float] = []
-    correct: list[bool] = []
-    pending = _read_queries(queries, encoder, rejected)
+    own_rows: list[int] = []  # -1: the store does not hold that entity
+    rows: list[npt.NDArray[np.int64]] = []
+    scores: list[npt.NDArray[np.float32]] = []
+    pending = _read_queries(queries, checkpoint.image_encoder.preprocessing, rejected)
     while batch := list(islice(pending, batch_size)):
         pixels_BHW3 = np.stack([query.pixels_HW3 for query in batch])
-        embeddings_BD = encoder.encode(pixels_BHW3).image_embedding_BD.cpu().numpy()
-        rows_B1, scores_B1 = index.search(embeddings_BD, 1)
-        best = store.by_rows(rows_B1[:, 0].tolist())
-        scores += scores_B1[:, 0].tolist()
-        correct += [entity.entity_id == query.entity_id for entity, query in zip(best, batch, strict=True)]
-    return fit_calibration(np.array(scores), np.array(correct, bool)), rejected
+        rows_BF, scores_BF = index.search(checkpoint.embed_queries(pixels_BHW3), CANDIDATES + 1)
+        own_rows += [_row_of(query.entity_id, store) for query in batch]
+        rows += list(rows_BF)
+        scores += list(scores_BF)
+    rows_NF = np.array(rows, np.int64).reshape(-1, CANDIDATES + 1)
+    scores_NF = np.array(scores, np.float64).reshape(-1, CANDIDATES + 1)
+    scores_NF[rows_NF < 0] = np.nan
+    own_N = np.array(own_rows, np.int64)
+    right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
+    calibration = fit_calibration(
+        scores_NF[:, :CANDIDATES], right_NF[:, :CANDIDATES], own_N >= 0, _without(scores_NF, right_NF)
+    )
+    return calibration, rejected
 
 
-def _read_queries(path: Path, encoder: ImageEncoder, rejected: list[Rejected]) -> Iterator[_Query]:
+def _without(scores_NF: npt.NDArray[np.float64], right_NF: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """The best scores `[N, K]` that are left when the right entity is taken away."""
+    left = [scores_F[~right_F][:CANDIDATES] for scores_F, right_F in zip(scores_NF, right_NF, strict=True)]
+    return np.array(left, np.float64).reshape(-1, CANDIDATES)
+
+
+def _row_of(entity_id: str, store: EntityStore) -> int:
+    try:
+        return store.get(entity_id).row
+    except UnknownEntity:
+        return -1
+
+
+def _read_queries(path: Path, preprocessing: Preprocessing, rejected: list[Rejected]) -> Iterator[_Query]:
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             rejected.append(Rejected(line=item.line, reason=f"{path.name}: {item.reason}", record=item.record))
@@ -62,8 +85,8 @@ def _read_queries(path: Path, encoder: ImageEncoder, rejected: list[Rejected]) -
         try:
             if not isinstance(image, str) or not isinstance(entity_id, str):
                 raise UnusableImage("`image` and `entity_id` must be strings")
-            data = read_image(image if is_url(image) else str(path.parent / image))
-            pixels_HW3 = load_pixels(data, encoder.preprocessing, max_pixels=MAX_PIXELS)
+            data = LocalImages().read(image if is_url(image) else str(path.parent / image))
+            pixels_HW3 = load_pixels(data, preprocessing, max_pixels=MAX_PIXELS)
         except (UnusableImage, UndecodableImage, TooLarge) as error:
             rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=str(row)[:500]))
             continue

@@ -83,6 +83,32 @@ def test_an_onnx_encoder_is_copied_with_its_external_data(
     assert measure_parity(image_encoder, out / "image_encoder.onnx").min_cosine > 0.99999
 
 
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_a_centre_is_folded_into_the_file(
+    exported: Path, image_encoder: ImageEncoder, tmp_path: Path, kind: str
+) -> None:
+    encoder, size_px = image_encoder, image_encoder.preprocessing.size_px
+    if kind == "onnx":
+        source = tmp_path / "mine.onnx"
+        shutil.copy(exported, source)
+        source.with_suffix(".json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
+        encoder = load_image_encoder(f"onnx:{source}")
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (7, size_px, size_px, 3), np.uint8)
+    features = image_encoder.encode(pixels_BHW3)
+    centre_D = features.image_embedding_BD.mean(dim=0)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert export_image_encoder(encoder, out, centre_D=centre_D).min_cosine > 0.9999
+    onnx.checker.check_model(onnx.load(out / "image_encoder.onnx"))
+    patch_tokens, embedding = onnxruntime.InferenceSession(out / "image_encoder.onnx").run(
+        ["patch_tokens", "image_embedding"], {"pixel_values": normalise(pixels_BHW3, encoder.preprocessing)}
+    )
+    np.testing.assert_allclose(patch_tokens, features.patch_tokens_BPC, atol=1e-4)
+    shifted = (features.image_embedding_BD - centre_D).numpy()
+    expected = shifted / np.linalg.norm(shifted, axis=1, keepdims=True)
+    np.testing.assert_allclose(embedding, expected, atol=1e-3)
+
+
 class _Noisy(nn.Module):
     """A network that no file can be equal to: it draws anew each time."""
 

@@ -20,6 +20,7 @@ from export.config import ExportConfig
 from export.pipeline import ExportSummary, export_bundle
 from imaging import load_pixels, normalise
 from index.bundle import Bundle
+from index.calibration import background
 from model.checkpoint import Checkpoint
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
@@ -202,7 +203,8 @@ def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path:
     assert calibration is not None
     assert calibration.queries == 24
     assert 5 <= calibration.correct <= 12
-    scores: dict[bool, list[float]] = {True: [], False: []}
+    assert calibration.unknown == 12
+    answered: dict[bool, list[bool]] = {True: [], False: []}
     session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
     preprocessing = Checkpoint.load(config.checkpoint).image_encoder.preprocessing
     index = bundle.index()
@@ -210,10 +212,9 @@ def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path:
         for data in images:
             pixels_HW3 = load_pixels(data, preprocessing, max_pixels=10_000)
             _, query_BD = session.run(None, {"pixel_values": normalise(pixels_HW3[None], preprocessing)})
-            scores[is_known].append(float(index.search(query_BD, 1)[1][0, 0]))
-    answered = [score for score in scores[True] if not calibration.abstains(score)]
-    abstained = [score for score in scores[False] if calibration.abstains(score)]
-    assert len(answered) + len(abstained) > 16
+            scores = index.search(query_BD, 10)[1][0].tolist()
+            answered[is_known].append(not calibration.abstains(calibration.known(scores, background(scores))))
+    assert answered[True].count(True) + answered[False].count(False) > 16
     reasons = (config.out.parent / "rejected.jsonl").read_text()
     assert reasons.count("queries.jsonl: ") == 3
 

@@ -1,0 +1,166 @@
+"""The entity side of a bundle as ONNX: adaptor and text encoder, each compared with the original on made-up input.
+
+Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import nn
+
+from core.errors import EncoderSpecError
+from core.files import write_durably
+from export.onnx_export import MIN_COSINE, export_module
+from index.entity_side import (
+    ADAPTOR_FILE,
+    ADAPTOR_INPUTS,
+    ADAPTOR_OUTPUT,
+    ENTITY_SIDE_FOLDER,
+    FORMAT_VERSION,
+    TEXT_ENCODER_FILE,
+    TEXT_INPUTS,
+    TEXT_OUTPUT,
+    TOKENIZER_FILE,
+    EntitySide,
+)
+from index.manifest import FileEntry
+from model.adaptor import Adaptor
+from model.checkpoint import Checkpoint
+from model.text_encoder import MAX_CHARACTERS_PER_TOKEN, TokenStateEncoder
+
+_BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
+_SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens
+
+
+def export_entity_side(checkpoint: Checkpoint, bundle: Path) -> EntitySide:
+    """Write `entity_side/` into a bundle made from this checkpoint; its manifest last.
+
+    Raises `EncoderSpecError` where the text encoder cannot be exported, or where a file's results are further than a
+    cosine of 0.999 from the original's.
+    """
+    text_encoder = checkpoint.text_encoder
+    if not isinstance(text_encoder, TokenStateEncoder):
+        raise EncoderSpecError("this text encoder cannot be exported; leave --live out, and send embeddings instead")
+    folder = bundle / ENTITY_SIDE_FOLDER
+    folder.mkdir(exist_ok=True)
+    parity = {
+        ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE),
+        TEXT_ENCODER_FILE: _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE),
+    }
+    write_durably(folder / TOKENIZER_FILE, text_encoder.tokenizer_json().encode())
+    side = EntitySide(
+        format_version=FORMAT_VERSION,
+        checkpoint_sha256=checkpoint.sha256,
+        text_encoder=text_encoder.spec.rpartition("/")[2],
+        patches=checkpoint.image_encoder.patches,
+        patch_dim=checkpoint.image_encoder.patch_dim,
+        text_dim=text_encoder.dim,
+        max_characters=text_encoder.max_tokens * MAX_CHARACTERS_PER_TOKEN,
+        parity=parity,
+        files={file.name: FileEntry.of(file) for file in sorted(folder.glob("[!.m]*"))},
+    )
+    side.write(bundle)
+    return side
+
+
+def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
+    adaptor: Adaptor = copy.deepcopy(checkpoint.adaptor).to("cpu", torch.float32).eval()
+    patches, generator = checkpoint.image_encoder.patches, torch.Generator().manual_seed(0)
+
+    def sample(batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        text_mask_BT = torch.ones(batch, tokens, dtype=torch.bool)
+        text_mask_BT[batch // 2, tokens // 2 :] = False  # a text that is shorter, or none at all
+        return (
+            torch.randn(batch, patches, adaptor.config.patch_dim, generator=generator),
+            torch.arange(batch) % 2 == 0,
+            torch.randn(batch, tokens, adaptor.config.text_dim, generator=generator),
+            text_mask_BT,
+        )
+
+    per_batch, per_token = {0: _BATCH}, {0: _BATCH, 1: _TOKENS}
+    export_module(
+        adaptor,
+        sample(2, 5),
+        path,
+        inputs=ADAPTOR_INPUTS,
+        outputs=(ADAPTOR_OUTPUT,),
+        dynamic_shapes=(per_batch, per_batch, per_token, per_token),
+    )
+    return _parity(adaptor, path, ADAPTOR_INPUTS, ADAPTOR_OUTPUT, [sample(*size) for size in _SIZES], "the adaptor")
+
+
+class _LastStates(nn.Module):
+    """A language model as the text encoder uses it: ids and mask in, float32 states of one layer out."""
+
+    def __init__(self, model: nn.Module, layer: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.layer = layer
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        outputs: Any = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=self.layer is not None
+        )
+        states: torch.Tensor = outputs.last_hidden_state if self.layer is None else outputs.hidden_states[self.layer]
+        return states.float()
+
+
+def _export_text_encoder(encoder: TokenStateEncoder, path: Path) -> dict[str, float]:
+    model = _LastStates(copy.deepcopy(encoder.model).to("cpu", torch.float32), encoder.layer).eval()
+    generator = torch.Generator().manual_seed(0)
+
+    def sample(batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
+        ids = torch.randint(encoder.vocabulary_size, (batch, min(tokens, encoder.max_tokens)), generator=generator)
+        return ids, torch.ones_like(ids)
+
+    shape = {0: _BATCH, 1: _TOKENS}
+    try:
+        export_module(
+            model,
+            sample(2, 5),
+            path,
+            inputs=TEXT_INPUTS,
+            outputs=(TEXT_OUTPUT,),
+            dynamic_shapes=(shape, shape),
+        )
+    except Exception as error:
+        # What the exporter raises for a network it cannot follow has no common base.
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EncoderSpecError(
+            f"text encoder {encoder.spec} cannot be exported to ONNX ({reason}); leave --live out, and send embeddings "
+            "instead of images and texts"
+        ) from error
+    samples = [sample(*size) for size in _SIZES]
+    return _parity(model, path, TEXT_INPUTS, TEXT_OUTPUT, samples, f"text encoder {encoder.spec}")
+
+
+@torch.no_grad()
+def _parity(
+    module: Callable[..., torch.Tensor],
+    path: Path,
+    inputs: Sequence[str],
+    output: str,
+    samples: Sequence[tuple[torch.Tensor, ...]],
+    name: str,
+) -> dict[str, float]:
+    """Compare a file with the module it was made from. Raises `EncoderSpecError` where they differ."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    min_cosine, max_abs_diff = 1.0, 0.0
+    for sample in samples:
+        wanted = module(*sample).double().numpy()
+        (found,) = session.run([output], {key: value.numpy() for key, value in zip(inputs, sample, strict=True)})
+        lengths = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(found, axis=-1)
+        min_cosine = min(min_cosine, float(((wanted * found).sum(-1) / lengths).min()))
+        max_abs_diff = max(max_abs_diff, float(np.abs(wanted - found).max()))
+    if not min_cosine >= MIN_COSINE:
+        raise EncoderSpecError(
+            f"the ONNX file of {name} differs from the original: least cosine {min_cosine:.6f}, {MIN_COSINE} is wanted"
+        )
+    return {"min_cosine": round(min_cosine, 6), "max_abs_diff": float(f"{max_abs_diff:.2g}")}

@@ -1,0 +1,74 @@
+"""`--base` copies what is unchanged, to the byte, and computes the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.config import ExportConfig
+from export.pipeline import export_bundle
+from index.bundle import Bundle
+
+CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+
+
+@pytest.fixture
+def config(tmp_path: Path, make_catalog: Callable[[Path], CatalogFiles], checkpoint: Path) -> ExportConfig:
+    (tmp_path / "catalog").mkdir()
+    return ExportConfig(
+        catalog=make_catalog(tmp_path / "catalog").path,
+        checkpoint=checkpoint,
+        out=tmp_path / "first",
+        shard_size=10,
+        batch_size=4,
+        store_text=True,
+        thumbnail_px=20,
+        device="cpu",
+        workers=1,
+    )
+
+
+def test_what_is_unchanged_is_copied_with_its_words(config: ExportConfig, tmp_path: Path) -> None:
+    export_bundle(config)
+    lines = config.catalog.read_text("utf-8").splitlines()
+    changed = json.loads(lines[0])
+    # Another picture, too: an untrained adaptor's output layer is zero, so that its text moves no embedding.
+    lines[0] = json.dumps({**changed, "text": "It flies by night and hums.", "images": changed["images"][::-1]})
+    config.catalog.write_text("\n".join(lines) + "\n", "utf-8")
+
+    summary = export_bundle(dataclasses.replace(config, out=tmp_path / "second", base=config.out))
+    first, second = Bundle.open(config.out), Bundle.open(tmp_path / "second")
+    assert summary.base_fits
+    assert 0 < summary.copied_entities < summary.counts.entities
+    before, after = first.embeddings(), second.embeddings()
+    np.testing.assert_array_equal(before.rows_N, after.rows_N)
+    everything = np.arange(len(before))
+    same_N = (before.stored(everything) == after.stored(everything)).all(axis=1)
+    with first.store() as old, second.store() as new:
+        row = old.get(changed["entity_id"]).row
+        assert not same_N[before.rows_N == row].any()
+        assert same_N[before.rows_N != row].all()
+        for other in set(range(len(old))) - {row}:
+            entity_id = old.by_rows([other])[0].entity_id
+            assert new.get(entity_id) == old.get(entity_id)
+            assert new.heard(other) == old.heard(other)
+            assert new.thumbnail(entity_id) == old.thumbnail(entity_id)
+        text = new.get(changed["entity_id"]).text or ""
+        assert {text[start:end] for start, end, _ in new.heard(row)} <= {"It", "flies", "by", "night", "and", "hums"}
+        assert new.heard(row)
+
+
+def test_a_base_that_keeps_no_words_gives_none(config: ExportConfig, tmp_path: Path) -> None:
+    without = dataclasses.replace(config, store_text=False)
+    export_bundle(without)
+    summary = export_bundle(dataclasses.replace(config, out=tmp_path / "second", base=without.out))
+    assert not summary.base_fits
+    assert summary.copied_entities == 0
+    with Bundle.open(tmp_path / "second").store() as store:
+        assert any(store.heard(row) for row in range(len(store)))

@@ -1,0 +1,72 @@
+"""A disk that takes no more, and images that vanish: one line, exit 2, and what was finished is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import CatalogError, UserError
+from core.files import full_disk_told
+from export.config import ExportConfig
+from export.pipeline import export_bundle
+
+CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    told = partial(full_disk_told, Path("out"), again="go on with --resume")
+    with pytest.raises(UserError, match=r"the disk of out is full; make room and go on with --resume"), told():
+        Path("/dev/full").write_bytes(b"x")
+    with closing(sqlite3.connect(tmp_path / "small.sqlite")) as connection:
+        connection.executescript("PRAGMA max_page_count = 3; CREATE TABLE t (x);")
+        with pytest.raises(UserError, match="the disk of out is full"), told():
+            connection.execute("INSERT INTO t VALUES (zeroblob(100000))")
+    with pytest.raises(FileNotFoundError), told():
+        Path("nowhere").read_bytes()
+
+
+def test_export_goes_on_after_room_was_made(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in catalog.path.read_text().splitlines() if line.startswith('{"entity_id": "Q')]
+    for row in rows:
+        row["images"] = []
+    next(row for row in rows if row["entity_id"] == "Q8")["text"] = (
+        "long " * 2_000_000
+    )  # 10 MB, which --store-text has to write
+    path = tmp_path / "catalog.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "wikiclip", "export", "--resume", "--store-text", "--shard-size", "4"]
+    command += ["--catalog", str(path), "--checkpoint", str(checkpoint), "--out", str(out)]
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))
+
+    full = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, check=False, timeout=300)
+    assert full.returncode == 2, full.stderr
+    assert "out is full; make room and go on with --resume" in full.stderr.splitlines()[-1]
+    assert len(list((out / ".partial" / "shards").glob("0*.jsonl"))) == 2
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["resumed_shards"] == 2
+
+
+def test_a_vanished_image_root(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
+    config = ExportConfig(
+        catalog=catalog.path, checkpoint=checkpoint, out=tmp_path / "out", image_root=tmp_path / "gone", device="cpu"
+    )
+    with pytest.raises(CatalogError, match="gone is not there"):
+        export_bundle(config)
+    assert not config.out.exists()
+    os.mkdir(tmp_path / "gone")
+    assert export_bundle(dataclasses.replace(config, limit=2)).counts.entities == 2

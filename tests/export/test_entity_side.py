@@ -1,0 +1,121 @@
+"""`wikiclip export --live`: the service embeds an entity as the export does, and says so where it cannot."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from core.errors import BundleAltered, BundleIncomplete, EncoderSpecError
+from export.config import ExportConfig
+from export.entity_side import export_entity_side
+from export.pipeline import export_bundle
+from imaging import load_pixels
+from index.bundle import Bundle
+from index.entity_side import ENTITY_SIDE_FOLDER
+from model.checkpoint import Checkpoint
+from service.entity_side import EntityEmbedder
+from service.recognizer import Recognizer
+from service.schemas import EntityRequest
+from service.settings import Settings
+from tests.export.conftest import CatalogFiles
+
+
+@pytest.fixture(scope="module")
+def live_bundle(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> Path:
+    out = tmp_path_factory.mktemp("live") / "bundle"
+    config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=out, thumbnail_px=24)
+    plain = export_bundle(config)
+    # To a bundle that is whole already it is added, and nothing else changes.
+    added = export_bundle(ExportConfig(**{**config.__dict__, "live": True, "resume": True}))
+    assert added.already_complete
+    assert added.fingerprint == plain.fingerprint
+    return out
+
+
+def test_parity_is_measured_and_recorded(live_bundle: Path) -> None:
+    bundle = Bundle.open(live_bundle, "full")
+    side = bundle.entity_side()
+    assert side is not None
+    assert set(side.files) == {"adaptor.onnx", "text_encoder.onnx", "tokenizer.json"}
+    for parity in side.parity.values():
+        assert parity["min_cosine"] > 0.9999
+        assert parity["max_abs_diff"] < 1e-3
+    assert bundle.unlisted_files() == []
+    for name in ("adaptor.onnx", "text_encoder.onnx"):
+        assert str(Path.cwd()).encode() not in (live_bundle / ENTITY_SIDE_FOLDER / name).read_bytes()
+
+
+def test_an_entity_is_embedded_as_the_export_does(live_bundle: Path, catalog: CatalogFiles) -> None:
+    bundle = Bundle.open(live_bundle)
+    rows = [json.loads(line) for line in catalog.path.read_text().splitlines() if line.startswith('{"entity_id": "Q')]
+    embeddings = bundle.embeddings()
+    with (
+        bundle.store() as store,
+        Recognizer.open(live_bundle, Settings(threads=1)) as recognizer,
+        recognizer.hold() as held,
+    ):
+        side = bundle.entity_side()
+        assert side is not None
+        embedder = EntityEmbedder(bundle, side, held.generation.encoder)  # type: ignore[arg-type]
+        kinds = set()
+        for row in rows[10:22]:
+            image = catalog.images.get(row["entity_id"])
+            pixels = None
+            if image is not None:
+                pixels = load_pixels(image.read_bytes(), held.generation.preprocessing, max_pixels=10**6)
+            kinds.add((pixels is None, not row["text"]))
+            found_D = embedder.embed(pixels, row["text"])
+            at = np.flatnonzero(embeddings.rows_N == store.get(row["entity_id"]).row)[:1]
+            np.testing.assert_allclose(embeddings.at(at)[0], found_D, atol=2e-3)  # stored as float16
+            assert np.linalg.norm(found_D) == pytest.approx(1, abs=1e-5)
+        assert len(kinds) >= 3  # with both, without a text, without an image
+
+
+def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: CatalogFiles, tmp_path: Path) -> None:
+    settings = Settings(threads=1, live_dir=tmp_path / "live")
+    image = catalog.images["Q4"].read_bytes()
+    with Recognizer.open(live_bundle, settings) as recognizer:
+        with recognizer.hold() as held:
+            editor = held.generation.editor
+            assert editor is not None
+            wanted = EntityRequest(title="Seen anew", text="Thing number 4 is a thing.")
+            edited = editor.put("new", wanted, image).result()
+        assert edited.created
+        assert edited.has_thumbnail
+        with recognizer.hold() as held:
+            assert held.entities.thumbnail("new") is not None
+            assert held.entities.get("new").title == "Seen anew"
+            text_only = held.generation.editor.put("words", wanted, None).result()  # type: ignore[union-attr]
+            assert not text_only.has_thumbnail
+
+
+def test_what_was_altered_is_refused(live_bundle: Path, tmp_path: Path) -> None:
+    altered = tmp_path / "altered"
+    shutil.copytree(live_bundle, altered)
+    bundle = Bundle.open(altered)
+    adaptor = altered / ENTITY_SIDE_FOLDER / "adaptor.onnx"
+    data = bytearray(adaptor.read_bytes())
+    data[len(data) // 2] ^= 1
+    adaptor.write_bytes(data)
+    with pytest.raises(BundleAltered, match=r"adaptor\.onnx is altered"):
+        bundle.entity_side()
+    adaptor.unlink()
+    with pytest.raises(BundleIncomplete, match=r"adaptor\.onnx is missing"):
+        bundle.entity_side()
+    manifest = altered / ENTITY_SIDE_FOLDER / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "checkpoint_sha256": "other"}))
+    with pytest.raises(BundleAltered, match="another checkpoint"):
+        bundle.entity_side()
+    manifest.unlink()
+    assert bundle.entity_side() is None
+
+
+def test_a_text_encoder_that_cannot_be_exported_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    loaded = Checkpoint.load(checkpoint)
+    object.__setattr__(loaded, "text_encoder", object())
+    with pytest.raises(EncoderSpecError, match="leave --live out"):
+        export_entity_side(loaded, tmp_path)
