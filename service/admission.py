@@ -22,15 +22,19 @@ class Admission:
         self.in_flight = 0
         self._done: deque[tuple[float, int]] = deque()  # (when, how many), of the last seconds
 
-    @contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Hold room for `images` while the block runs. Raises `TooManyRequests` where there is not enough."""
+    def refuse_if_full(self, images: int) -> None:
+        """Raises `TooManyRequests` where there is no room for `images`."""
         if self.in_flight + images > self.limit:
             wait_s = self.retry_after_s(images)
             raise TooManyRequests(
                 f"{self.in_flight} images are being answered, {self.limit} is the limit; try again in {wait_s} s",
                 retry_after_s=wait_s,
             )
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Hold room for `images` while the block runs. Raises `TooManyRequests` where there is not enough."""
+        self.refuse_if_full(images)
         self.in_flight += images
         try:
             yield

@@ -14,7 +14,8 @@ MAX_TOP_K = 100
 class RecognizeOptions:
     """`min_score` is a cosine and drops predictions below it; `types` lets through entities with any of them.
 
-    `lang` asks for titles in that language where there are; `box` asks about a region of the image.
+    `lang` asks for titles in that language where there are; `box` asks about a region of the image; `explain`
+    for the reasons with each prediction.
     """
 
     top_k: int = 5
@@ -22,11 +23,37 @@ class RecognizeOptions:
     types: tuple[str, ...] = ()
     lang: str | None = None
     box: Box | None = None
+    explain: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeardWord:
+    """A word of an entity's text: where it stands, in characters, and its share of the adaptor's attention (0 to 1)."""
+
+    word: str
+    start: int
+    end: int
+    weight: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why an entity was found.
+
+    `heat_map` has, in rows from the top, the cosine between each patch of the image and the entity, None for an encoder
+    whose patches cannot be compared with entities; `region` is the part of the image that it covers. `words` are those
+    of the entity's text that weighed most in making its embedding, heaviest first, None where the bundle keeps no text.
+    """
+
+    heat_map: tuple[tuple[float, ...], ...] | None
+    region: Box
+    words: tuple[HeardWord, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """`score` is a cosine; `confidence` the probability of being right, None where the bundle has no calibration."""
+    """`score` is a cosine; `confidence` the probability of being right, None where the bundle has no calibration;
+    `explanation` is None unless it was asked for."""
 
     rank: int
     entity_id: str
@@ -38,11 +65,13 @@ class Prediction:
     symbol: str | None
     types: tuple[str, ...]
     has_thumbnail: bool
+    explanation: Explanation | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recognition:
-    """Predictions, best first. `abstained` says that the best one is probably wrong, None without calibration.
+    """Predictions, best first. `known` is the probability that the right entity is in the catalog and among the best,
+    `abstained` says that it is probably not in there; both None without calibration.
 
     `cached` says that the image was not encoded for this answer. `timings_ms` has the stages that took place
     (`decode`, `queue`, `encode`, `search`) and `total`.
@@ -51,6 +80,7 @@ class Recognition:
     model: str
     bundle: str
     cached: bool
+    known: float | None
     abstained: bool | None
     predictions: tuple[Prediction, ...]
     timings_ms: Mapping[str, float] = field(default_factory=dict)

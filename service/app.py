@@ -17,9 +17,9 @@ from starlette.staticfiles import StaticFiles
 
 from core.errors import Unavailable, UserError
 from imaging import readable_types
-from service import problems, routes, schemas
+from service import admin, problems, routes, schemas
 from service.fetch import Fetcher
-from service.keys import ApiKeys
+from service.keys import AdminToken, ApiKeys
 from service.metrics import Metrics
 from service.middleware import RequestContext
 from service.rate_limit import Rate, RateLimiter
@@ -66,6 +66,7 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher
     )
     app.state.recognizer = recognizer
     app.state.api_keys = ApiKeys(settings.api_keys)
+    app.state.admin_token = AdminToken(settings.admin_token)
     app.state.fetcher = fetcher or Fetcher(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
@@ -73,6 +74,7 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)
     app.include_router(routes.router)
+    app.include_router(admin.router)
     _add_operations(app)
     _add_pages(app)
     # The last one added is the outermost: what goes wrong within still gets its CORS headers.
@@ -139,15 +141,18 @@ def _add_operations(app: FastAPI) -> None:
 
 
 def _info(recognizer: Recognizer) -> dict[str, Any]:
-    bundle, settings = recognizer.bundle, recognizer.settings
+    settings = recognizer.settings
+    with recognizer.hold() as snapshot:
+        generation = snapshot.generation
+        bundle = generation.bundle
     return {
         "version": version("wikiclip-serve"),
-        "model": recognizer.model,
-        "bundle": recognizer.label,
-        "entities": bundle.manifest.counts.entities,
+        "model": generation.model,
+        "bundle": snapshot.label,
+        "entities": snapshot.entities.entity_count,
         "embeddings": bundle.manifest.counts.embeddings,
         "embedding_dim": bundle.manifest.embedding_dim,
-        "device": recognizer.encoder.device,
+        "device": generation.encoder.device,
         "index": bundle.index_manifest.factory,
         "calibrated": bundle.calibration is not None,
         "image_types": list(readable_types()),
@@ -183,8 +188,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                 del operation["responses"]["422"]
             if app.state.api_keys and "401" in operation["responses"]:
-                operation["security"] = [{name: []} for name in schemas.SECURITY_SCHEMES]
-        if app.state.api_keys:
-            document["components"]["securitySchemes"] = schemas.SECURITY_SCHEMES
+                operation.setdefault("security", [{name: []} for name in ("bearer", "header")])
+        document["components"]["securitySchemes"] = schemas.SECURITY_SCHEMES
         app.openapi_schema = document
     return app.openapi_schema

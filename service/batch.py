@@ -16,10 +16,11 @@ import orjson
 from tqdm import tqdm
 
 from core.errors import BadRequest, UserError
-from service.answers import Recognition, RecognizeOptions
+from service.answers import Explanation, Recognition, RecognizeOptions
 
-_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"))
 _ASKED_AT_ONCE = 4
+_SHADES = " ░▒▓█"
 
 Answer = tuple[Path, Recognition | UserError]
 
@@ -146,3 +147,16 @@ def _lines(path: Path, answer: Recognition) -> Iterator[str]:
     for each in answer.predictions:
         sure = "" if each.confidence is None else f"  {100 * each.confidence:3.0f} %"
         yield f"  {each.rank:3d}  {each.score:.3f}{sure}  {each.symbol or ' '} {each.title}  [{each.entity_id}]"
+        if each.explanation is not None:
+            yield from _why(each.explanation)
+
+
+def _why(explanation: Explanation) -> Iterator[str]:
+    """The heat map as shades, the darkest where it matches best, and the words."""
+    if explanation.heat_map is not None:
+        low = min(map(min, explanation.heat_map))
+        step = (max(map(max, explanation.heat_map)) - low) / (len(_SHADES) - 1) or 1.0
+        for row in explanation.heat_map:
+            yield "       " + "".join(2 * _SHADES[round((value - low) / step)] for value in row)
+    if explanation.words is not None:
+        yield "       words: " + ", ".join(f"{each.word} {100 * each.weight:.0f} %" for each in explanation.words[:6])

@@ -14,41 +14,41 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from core.errors import BadRequest, TooLarge, UnsupportedMediaType, UserError
+from core.errors import BadRequest, SlowRequest, TooLarge, UnsupportedMediaType, UserError
 from imaging import canonical_type, readable_types
 
-_DRAIN_BYTES = 8 * 1024**2
-_DRAIN_S = 2.0
+_DRAIN_BYTES = 8 * 1024**2  # beyond the limit; a body larger than that has its connection closed
 _UNDECLARED = "application/octet-stream"  # what clients send for a file whose kind they do not know
 
 
-async def read_body(request: Request, max_body_bytes: int) -> bytes:
-    """The body of a request. Raises `TooLarge` as soon as it is over the limit, `BadRequest` if it is empty."""
+async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:
+    """The body of a request. Raises `TooLarge` if it is over the limit, `SlowRequest` if it does not come within
+    `timeout_s`, `BadRequest` if it is empty. Of a body that is over the limit nothing is kept, and no more is read than
+    `_DRAIN_BYTES` past it."""
+    declared = request.headers.get("content-length", "")
+    too_large = declared.isdecimal() and int(declared) > max_body_bytes
     chunks: list[bytes] = []
     size_bytes = 0
-    stream = request.stream()
-    async for chunk in stream:
-        size_bytes += len(chunk)
-        if size_bytes > max_body_bytes:
-            # Many clients see only a closed connection if the answer comes before their body is taken.
-            await _drain(stream)
-            raise TooLarge(f"the body is over {max_body_bytes} bytes; send a smaller image")
-        chunks.append(chunk)
-    if size_bytes == 0:
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                size_bytes += len(chunk)
+                too_large = too_large or size_bytes > max_body_bytes
+                if not too_large:
+                    chunks.append(chunk)
+                    continue
+                # Many clients see only a closed connection if the answer comes before their body is taken.
+                chunks.clear()
+                if size_bytes > max_body_bytes + _DRAIN_BYTES:
+                    break
+    except TimeoutError:
+        if not too_large:
+            raise SlowRequest(f"the body did not come within {timeout_s:g} s; send a smaller image") from None
+    if too_large:
+        raise TooLarge(f"the body is over {max_body_bytes} bytes; send a smaller image")
+    if not chunks:
         raise BadRequest("the body is empty; send an image")
     return b"".join(chunks)
-
-
-async def _drain(stream: Any) -> None:
-    left_bytes = _DRAIN_BYTES
-    try:
-        async with asyncio.timeout(_DRAIN_S):
-            async for chunk in stream:
-                left_bytes -= len(chunk)
-                if left_bytes < 0:
-                    return
-    except TimeoutError:
-        return  # a slow sender gets its connection closed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,31 @@ def images_of(body: bytes, content_type: str) -> list[bytes | UserError]:
     return [_image_in_part(part) for part in parts]
 
 
+def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | ImageUrl | None]:
+    """The record of a `PUT /entities/{entity_id}` as parsed JSON, and its image or where that is, None without.
+
+    Either all of it is JSON, or the form has a part `record` with the JSON and perhaps a part `image`. Raises
+    `BadRequest` or `UnsupportedMediaType`.
+    """
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "application/json":
+        record = _json(body)
+        given = record.pop("image", None) if isinstance(record, dict) else None
+        return record, None if given is None else _image_given(given)
+    if media_type != "multipart/form-data":
+        raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
+    parts = _parse_multipart(body, content_type)
+    records = [part for part in parts if part.name == "record"]
+    images = [_image_in_part(part) for part in parts if part.name == "image"]
+    if len(records) != 1 or len(images) > 1:
+        raise BadRequest("the form needs one part record, with the record as JSON, and one part image at most")
+    for image in images:
+        if isinstance(image, UserError):
+            raise image
+        return _json(records[0].data), image
+    return _json(records[0].data), None
+
+
 @dataclass(kw_only=True)
 class _Part:
     name: str = ""
@@ -118,11 +143,18 @@ def _check_type(content_type: str) -> None:
 
 
 def _image_in_json(body: bytes) -> bytes | ImageUrl:
+    content = _json(body)
+    return _image_given(content.get("image") if isinstance(content, dict) else None)
+
+
+def _json(body: bytes) -> Any:
     try:
-        content = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the body is no JSON ({error}); send {{'image': {{'base64': ...}}}}") from error
-    image = content.get("image") if isinstance(content, dict) else None
+
+
+def _image_given(image: object) -> bytes | ImageUrl:
     if not isinstance(image, dict) or len(image) != 1 or not isinstance(next(iter(image.values())), str):
         raise BadRequest('the JSON is not as wanted; send {"image": {"base64": "..."}}')
     kind, value = next(iter(image.items()))

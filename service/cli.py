@@ -67,6 +67,9 @@ def serve(**given: Any) -> None:
 )
 @click.option("--types", default="", help="Only entities with any of these types, separated by commas.  [default: all]")
 @click.option("--lang", help="Titles in this language where there are, as fr.  [default: the catalog's own]")
+@click.option(
+    "--explain", is_flag=True, help="Say of each prediction where in the image it matches, and by which words."
+)
 @click.option("--out", type=click.Path(dir_okay=False), help="Write JSON Lines to this file, an image a line.")
 @click.option(
     "--device",
@@ -85,6 +88,7 @@ def recognize(
     top_k: int,
     types: str,
     lang: str | None,
+    explain: bool,
     out: str | None,
     device: str,
     as_json: bool,
@@ -99,7 +103,7 @@ def recognize(
     from service.batch import Printer, answers_from_bundle, answers_from_service, find_images
 
     wanted_types = tuple(sorted({part.strip() for part in types.split(",") if part.strip()}))
-    options = RecognizeOptions(top_k=top_k, types=wanted_types, lang=lang)
+    options = RecognizeOptions(top_k=top_k, types=wanted_types, lang=lang, explain=explain)
     images = find_images(paths)
     if bundle is not None:
         answers = answers_from_bundle(images, bundle, options, device=device, chunk_images=_CHUNK_IMAGES)

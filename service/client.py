@@ -22,7 +22,7 @@ from core.errors import (
     UnsupportedMediaType,
     UserError,
 )
-from service.answers import Prediction, Recognition, RecognizeOptions
+from service.answers import Explanation, HeardWord, Prediction, Recognition, RecognizeOptions
 
 _ERRORS: dict[int, type[UserError]] = {
     kind.status: kind
@@ -80,6 +80,7 @@ class Client:
                 model=content["model"],
                 bundle=content["bundle"],
                 cached=content["cached"],
+                known=content["known"],
                 abstained=content["abstained"],
                 predictions=tuple(_prediction(each) for each in content["predictions"]),
                 timings_ms=content["timings_ms"],
@@ -120,12 +121,22 @@ def _parameters(options: RecognizeOptions) -> list[tuple[str, str | int | float]
         parameters.append(("lang", options.lang))
     if options.box is not None:
         parameters.append(("box", ",".join(str(side) for side in options.box)))
+    if options.explain:
+        parameters.append(("explain", "true"))
     return parameters
 
 
 def _prediction(content: dict[str, Any]) -> Prediction:
     fields = {name: content[name] for name in Prediction.__dataclass_fields__}
-    return Prediction(**{**fields, "types": tuple(fields["types"])})
+    why = fields["explanation"]
+    if why is not None:
+        rows, words = why["heat_map"], why["words"]
+        why = Explanation(
+            heat_map=None if rows is None else tuple(tuple(row) for row in rows),
+            region=tuple(why["region"]),
+            words=None if words is None else tuple(HeardWord(**word) for word in words),
+        )
+    return Prediction(**{**fields, "types": tuple(fields["types"]), "explanation": why})
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

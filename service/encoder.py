@@ -33,6 +33,7 @@ class OnnxEncoder:
         preprocessing: Preprocessing,
         *,
         input_name: str,
+        patches_name: str,
         embedding_name: str,
         embedding_dim: int,
         device: Device,
@@ -40,13 +41,14 @@ class OnnxEncoder:
     ) -> None:
         self.preprocessing = preprocessing
         self._input_name = input_name
+        self._patches_name = patches_name
         self._embedding_name = embedding_name
-        self._session = _open_session(path, device, threads)
+        self._session = open_session(path, device, threads)
         self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
         names = {node.name for node in self._session.get_inputs()}, {node.name for node in self._session.get_outputs()}
-        if input_name not in names[0] or embedding_name not in names[1]:
+        if input_name not in names[0] or not {patches_name, embedding_name} <= names[1]:
             raise BundleAltered(
-                f"{path} has no {input_name!r} in or no {embedding_name!r} out; export the bundle again"
+                f"{path} has no {input_name!r} in or no {patches_name!r} and {embedding_name!r} out; export it again"
             )
         # The first pass allocates and is slow: it is not to be some user's.
         blank = np.zeros((1, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
@@ -58,12 +60,19 @@ class OnnxEncoder:
 
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """uint8 `[B, H, W, 3]` to float32 `[B, D]`."""
-        feed = {self._input_name: normalise(pixels_BHW3, self.preprocessing)}
-        (embedding_BD,) = self._session.run([self._embedding_name], feed)
-        return np.asarray(embedding_BD, np.float32)
+        return self._run(self._embedding_name, pixels_BHW3)
+
+    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """uint8 `[B, H, W, 3]` to float32 `[B, P, C]`. Any thread may ask, also while another encodes."""
+        return self._run(self._patches_name, pixels_BHW3)
+
+    def _run(self, output_name: str, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        (output,) = self._session.run([output_name], {self._input_name: normalise(pixels_BHW3, self.preprocessing)})
+        return np.asarray(output, np.float32)
 
 
-def _open_session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
+def open_session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
+    """A session of ONNX Runtime on the device. Raises as `OnnxEncoder` does."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

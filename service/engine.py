@@ -18,8 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import TooManyRequests, Unavailable
+from index.selection import Selection
 
 _IDLE_BEAT_S = 1.0
+_DEATHS_IN_A_ROW = 3
 _SEARCHED_TOGETHER = 128  # a job that wants more results than this is searched alone: it would slow the others
 
 log = logging.getLogger("wikiclip.engine")
@@ -30,10 +32,12 @@ class Encoder(Protocol):
 
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
 
+    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+
 
 class Index(Protocol):
     def search(
-        self, query_embeddings_BD: npt.NDArray[np.float32], top_k: int
+        self, query_embeddings_BD: npt.NDArray[np.float32], top_k: int, *, selection: Selection | None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
 
 
@@ -50,6 +54,7 @@ class Found:
     queue_ms: float
     encode_ms: float | None
     search_ms: float
+    patch_tokens_PC: npt.NDArray[np.float32] | None = None  # only where it was submitted with `explain`
 
 
 @dataclass(kw_only=True, eq=False)
@@ -57,6 +62,10 @@ class _Job:
     pixels_HW3: npt.NDArray[np.uint8] | None
     embedding_D: npt.NDArray[np.float32] | None
     top_k: int
+    selection: Selection | None
+    index: Index
+    explain: bool = False
+    alone: bool = False  # taken before, in a batch that the thread died of: whichever it was, the next dies by itself
     future: Future[Found] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.monotonic)
 
@@ -66,7 +75,9 @@ class Engine:
 
     The thread takes what is there, up to `max_batch`, as soon as it is free: while it works the queue fills, and that
     is the batching. A job whose future was cancelled (the client went, or its deadline passed) is dropped unprocessed.
-    If a batch fails its jobs are tried one by one, so one bad item fails alone.
+    If a batch fails its jobs are tried one by one, so one bad item fails alone. The same holds where the thread dies of
+    a batch: another takes its place, and only a job that kills it by itself fails. After three such in a row, none
+    answered between, the engine is given up.
     """
 
     def __init__(
@@ -78,6 +89,7 @@ class Engine:
         queue_limit: int,
         on_start: Callable[[], None] = lambda: None,
         on_batch: Callable[[int], None] = lambda size: None,
+        on_death: Callable[[], None] = lambda: None,
     ) -> None:
         self._encoder = encoder
         self._index = index
@@ -85,12 +97,13 @@ class Engine:
         self._queue_limit = queue_limit
         self._on_start = on_start
         self._on_batch = on_batch
+        self._on_death = on_death
         self._queue: deque[_Job] = deque()
         self._wake = threading.Condition()
         self._closing = False
         self._beat = time.monotonic()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        self._deaths_in_a_row = 0
+        self._start_thread()
 
     @property
     def depth(self) -> int:
@@ -106,21 +119,59 @@ class Engine:
         """Seconds since the thread last showed that it moves; it does so between batches and while idle."""
         return time.monotonic() - self._beat
 
-    def submit(self, pixels_HW3: npt.NDArray[np.uint8], top_k: int) -> Future[Found]:
-        """Encode and search. Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed."""
-        return self._put(_Job(pixels_HW3=pixels_HW3, embedding_D=None, top_k=top_k))
+    def submit(
+        self,
+        pixels_HW3: npt.NDArray[np.uint8],
+        top_k: int,
+        selection: Selection | None = None,
+        index: Index | None = None,
+        *,
+        explain: bool = False,
+    ) -> Future[Found]:
+        """Encode, and search among what `selection` allows; `index` is one state of the engine's own, to search that.
 
-    def search(self, embedding_D: npt.NDArray[np.float32], top_k: int) -> Future[Found]:
+        With `explain` the patch tokens are found too, which takes a second pass of the encoder.
+
+        Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed.
+        """
+        index = index or self._index
+        return self._put(
+            _Job(
+                pixels_HW3=pixels_HW3,
+                embedding_D=None,
+                top_k=top_k,
+                selection=selection,
+                index=index,
+                explain=explain,
+            )
+        )
+
+    def search(
+        self,
+        embedding_D: npt.NDArray[np.float32],
+        top_k: int,
+        selection: Selection | None = None,
+        index: Index | None = None,
+    ) -> Future[Found]:
         """Search only, for an embedding that is known. Raises as `submit` does."""
-        return self._put(_Job(pixels_HW3=None, embedding_D=embedding_D, top_k=top_k))
+        index = index or self._index
+        return self._put(_Job(pixels_HW3=None, embedding_D=embedding_D, top_k=top_k, selection=selection, index=index))
 
     def close(self, timeout_s: float) -> bool:
         """Take no more, finish what was taken, and stop. False if that took longer than `timeout_s`."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        until = time.monotonic() + timeout_s
+        while True:
+            thread = self._thread
+            thread.join(max(0.0, until - time.monotonic()))
+            if thread is self._thread:  # else it died meanwhile, and another finishes its work
+                return not thread.is_alive()
+
+    def _start_thread(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
     def _put(self, job: _Job) -> Future[Found]:
         with self._wake:
@@ -140,19 +191,33 @@ class Engine:
                 batch = self._take()
                 if batch:
                     self._serve(batch)
+                    self._deaths_in_a_row = 0
                 elif self._closing and not self._queue:  # in this order: once closing, the queue only shrinks
                     return
         except BaseException:
-            # Nothing is above this to raise to: `alive` tells the service, and whoever waits is told below.
-            log.critical("the engine thread dies", exc_info=True)
-        finally:
-            with self._wake:
-                self._closing = True
-                waiting = [job for job in self._queue if job.future.set_running_or_notify_cancel()]
-                self._queue.clear()
-            for job in [*batch, *waiting]:
-                if not job.future.done():
-                    job.future.set_exception(Unavailable("the engine has died; try again later or elsewhere"))
+            # Nothing is above this to raise to: what must go on goes on in another thread.
+            log.critical("the engine thread dies of a batch of %d", len(batch), exc_info=True)
+            self._on_death()
+            self._bury(batch)
+
+    def _bury(self, batch: list[_Job]) -> None:
+        """Settle what the thread that dies leaves behind, and start the next one unless that is of no use."""
+        left = [job for job in batch if not job.future.done()]
+        with self._wake:
+            if len(left) == 1:
+                self._deaths_in_a_row += 1
+                left.pop().future.set_exception(RuntimeError("the engine thread died of this image"))
+            for job in reversed(left):
+                job.alone = True
+                self._queue.appendleft(job)
+            if batch and self._deaths_in_a_row < _DEATHS_IN_A_ROW:
+                self._start_thread()
+                return
+            self._closing = True
+            waiting = [job for job in self._queue if job.alone or job.future.set_running_or_notify_cancel()]
+            self._queue.clear()
+        for job in waiting:
+            job.future.set_exception(Unavailable("the engine has died; try again later or elsewhere"))
 
     def _take(self) -> list[_Job]:
         """The next batch, empty when the engine closes or nothing came for a while. Dropped jobs cost nothing."""
@@ -163,8 +228,10 @@ class Engine:
                 self._wake.wait(_IDLE_BEAT_S)
                 self._beat = time.monotonic()
             while self._queue and len(batch) < self._max_batch:
+                if batch and (batch[0].alone or self._queue[0].alone):
+                    break
                 job = self._queue.popleft()
-                if job.future.set_running_or_notify_cancel():
+                if job.alone or job.future.set_running_or_notify_cancel():
                     batch.append(job)
         return batch
 
@@ -190,6 +257,13 @@ class Engine:
             )
             embeddings = {id(job): encoded_BD[place] for place, job in enumerate(to_encode)}
             self._on_batch(len(to_encode))
+        explained = [job for job in to_encode if job.explain]
+        patch_tokens: dict[int, npt.NDArray[np.float32]] = {}
+        if explained:
+            tokens_BPC = self._encoder.patch_tokens(
+                np.stack([job.pixels_HW3 for job in explained if job.pixels_HW3 is not None])
+            )
+            patch_tokens = {id(job): tokens_BPC[place] for place, job in enumerate(explained)}
         encoded_at = time.monotonic()
         results: list[tuple[_Job, Found]] = []
         for group in _search_groups(batch):
@@ -197,7 +271,9 @@ class Engine:
                 [embeddings[id(job)] if job.embedding_D is None else job.embedding_D for job in group]
             )
             search_at = time.monotonic()
-            rows_BK, scores_BK = self._index.search(queries_BD, max(job.top_k for job in group))
+            rows_BK, scores_BK = group[0].index.search(
+                queries_BD, max(job.top_k for job in group), selection=group[0].selection
+            )
             search_ms = 1000 * (time.monotonic() - search_at)
             for place, job in enumerate(group):
                 found_K = rows_BK[place, : job.top_k] >= 0
@@ -208,6 +284,7 @@ class Engine:
                     queue_ms=1000 * (started_at - job.queued_at),
                     encode_ms=1000 * (encoded_at - started_at) if job.embedding_D is None else None,
                     search_ms=search_ms,
+                    patch_tokens_PC=patch_tokens.get(id(job)),
                 )
                 results.append((job, found))
         # Only now, when nothing can fail any more: a job has one outcome.
@@ -216,6 +293,12 @@ class Engine:
 
 
 def _search_groups(batch: Sequence[_Job]) -> list[list[_Job]]:
-    together = [job for job in batch if job.top_k <= _SEARCHED_TOGETHER]
-    alone = [[job] for job in batch if job.top_k > _SEARCHED_TOGETHER]
-    return ([together] if together else []) + alone
+    """Jobs of one state and one selection are searched together, but for those that want many results."""
+    together: dict[tuple[int, Selection | None], list[_Job]] = {}
+    alone: list[list[_Job]] = []
+    for job in batch:
+        if job.top_k <= _SEARCHED_TOGETHER:
+            together.setdefault((id(job.index), job.selection), []).append(job)
+        else:
+            alone.append([job])
+    return [*together.values(), *alone]

@@ -7,31 +7,22 @@ checked, and the connection goes to one of those, so that a second look-up canno
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import httpcore
 
 from core.errors import BadRequest, FetchFailed, Forbidden, TooLarge
-from service.addresses import host_allowed, is_public
+from core.network import PublicNetwork, Resolver, resolve
+from service.addresses import host_allowed
 
 MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MAX_URL_CHARACTERS = 4096
-
-Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-
-
-async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host. Raises `OSError` if there are none."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +54,7 @@ class Fetcher:
         self._allowlist = tuple(allowlist)
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
-        self._resolver = resolver
-        self._network = network or httpcore.AnyIOBackend()
+        self._network = PublicNetwork(network, resolver=resolver)
 
     @cached_property
     def _ssl_context(self) -> ssl.SSLContext:
@@ -87,7 +77,7 @@ class Fetcher:
     async def _follow(self, url: str) -> bytes:
         target = self._target(url)
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._get(target, await self._address(target))
+            answer = await self._get(target)
             if isinstance(answer, bytes):
                 return answer
             try:
@@ -113,19 +103,7 @@ class Fetcher:
         path_and_query = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return _Target(url=url, scheme=parts.scheme, host=host, port=port, path_and_query=path_and_query)
 
-    async def _address(self, target: _Target) -> str:
-        try:
-            addresses = await self._resolver(target.host, target.port)
-        except (OSError, UnicodeError):
-            addresses = []
-        if not addresses:
-            raise FetchFailed("the host of the URL has no address; check the URL")
-        # One address out of place is enough: a name of good faith has none.
-        if not all(is_public(address) for address in addresses):
-            raise Forbidden("the host of the URL is not on the public internet; send the image itself")
-        return addresses[0]
-
-    async def _get(self, target: _Target, address: str) -> bytes | _Redirect:
+    async def _get(self, target: _Target) -> bytes | _Redirect:
         default_port = target.port == _PORTS[target.scheme]
         headers: dict[bytes | str, bytes | str] = {
             "Host": target.host if default_port else f"{target.host}:{target.port}",
@@ -135,7 +113,7 @@ class Fetcher:
         }
         pool = httpcore.AsyncConnectionPool(
             ssl_context=self._ssl_context if target.scheme == "https" else None,
-            network_backend=_Pinned(self._network, address),
+            network_backend=self._network,
             max_connections=1,
         )
         url = httpcore.URL(
@@ -170,24 +148,6 @@ class Fetcher:
 @dataclass(frozen=True, kw_only=True)
 class _Redirect:
     location: str
-
-
-class _Pinned(httpcore.AsyncNetworkBackend):
-    """Connects to one address, whatever the name; certificates are still checked against the name."""
-
-    def __init__(self, network: httpcore.AsyncNetworkBackend, address: str) -> None:
-        self._network = network
-        self._address = address
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        return await self._network.connect_tcp(self._address, port, timeout, local_address, socket_options)
 
 
 def _split(url: str) -> tuple[SplitResult, int | None]:

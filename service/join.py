@@ -1,86 +1,92 @@
-"""From entity rows and cosines to predictions: records, filters, confidence."""
+"""From entity rows and cosines to predictions: selections, records, confidence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
-from index.calibration import Calibration
-from index.store import EntityStore, StoredEntity
+from index.calibration import CANDIDATES, Calibration, background
+from index.merged import MergedView
+from index.selection import Selection
+from index.store import StoredEntity
 from service.answers import Prediction, RecognizeOptions
 from service.engine import Found
 
-_FILTER_FETCHES_FIRST = 64
-_FILTER_GROWS_BY = 4
+SELECTIONS_KEPT = 32  # a byte an entity each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
+    """`known` and `abstained` are None without a calibration."""
+
     predictions: tuple[Prediction, ...]
+    rows: tuple[int, ...]  # of their entities
+    known: float | None
     abstained: bool | None
 
 
 class Joiner:
-    """Joins search results with the entity store. Safe for several threads, as the store is."""
+    """Joins search results with the entities of the state that was searched. Safe for several threads, as those are."""
 
-    def __init__(self, store: EntityStore, calibration: Calibration | None, entity_count: int) -> None:
-        self._store = store
+    def __init__(self, entities: MergedView, calibration: Calibration | None) -> None:
+        self._store = entities
         self._calibration = calibration
-        self._entity_count = entity_count
+        self._select = lru_cache(maxsize=SELECTIONS_KEPT)(entities.select)
 
-    def first_top_k(self, options: RecognizeOptions) -> int:
-        """How many entities to search for at first: with a filter more than are asked for."""
-        wanted = max(options.top_k, _FILTER_FETCHES_FIRST) if options.types else options.top_k
-        return max(min(wanted, self._entity_count), 1)
+    def selection(self, options: RecognizeOptions) -> Selection | None:
+        """What the search may find, None for everything. It may take a second for the first who asks."""
+        return self._select(tuple(sorted(set(options.types)))) if options.types else None
 
-    def join(self, found: Found, options: RecognizeOptions, top_k: int) -> Ranking | int:
-        """The predictions, or how many entities to search for instead of `top_k` because too few of those passed.
+    def top_k(self, options: RecognizeOptions) -> int:
+        """How many entities to search for: as many as are asked for, or as many as the confidence is made of."""
+        return max(options.top_k, CANDIDATES if self._calibration else 1)
 
-        Nothing is missed by that: it grows until enough pass or the index has no more.
-        """
-        rows, scores = [int(row) for row in found.rows], [float(score) for score in found.scores]
-        if options.types:
-            wanted_types = set(options.types)
-            kept = [
-                (entity, score)
-                for entity, score in zip(self._store.by_rows(rows), scores, strict=True)
-                if wanted_types.intersection(entity.types)
-            ]
-            exhausted = top_k >= self._entity_count or len(rows) < top_k
-            below_min_score = options.min_score is not None and bool(scores) and scores[-1] < options.min_score
-            if len(kept) < options.top_k and not exhausted and not (below_min_score and kept):
-                return min(top_k * _FILTER_GROWS_BY, self._entity_count)
-            kept = kept[: options.top_k]
-        else:
-            kept = list(zip(self._store.by_rows(rows), scores, strict=True))
-        # Whether to trust the answer is said of the best entity that was allowed, before `min_score` drops any.
-        abstained = self._abstained([score for _, score in kept])
-        if options.min_score is not None:
-            kept = [(entity, score) for entity, score in kept if score >= options.min_score]
-        return Ranking(predictions=self._predictions(kept, options.lang), abstained=abstained)
+    def wants_everything(self, options: RecognizeOptions) -> bool:
+        """Whether `join` needs the best of the whole catalog beside those that the selection allows."""
+        return bool(options.types) and self._calibration is not None
 
-    def _abstained(self, scores: Sequence[float]) -> bool | None:
-        if self._calibration is None:
-            return None
-        return not scores or self._calibration.abstains(scores[0])
+    def join(self, found: Found, options: RecognizeOptions, everything: Found | None = None) -> Ranking:
+        """`everything` is what a search without the selection gave, where one holds: what the query scores anyway."""
+        scores = [float(score) for score in found.scores]
+        anyway = background(scores if everything is None else [float(score) for score in everything.scores])
+        first = self._store.by_rows([int(row) for row in found.rows[: options.top_k]])
+        return self._rank(first, scores, anyway, options)
 
-    def _predictions(self, kept: Sequence[tuple[StoredEntity, float]], lang: str | None) -> tuple[Prediction, ...]:
-        with_thumbnail = self._store.rows_with_thumbnail([entity.row for entity, _ in kept])
-        return tuple(
+    def _rank(
+        self, first: Sequence[StoredEntity], scores: Sequence[float], background: float, options: RecognizeOptions
+    ) -> Ranking:
+        """`first` of the entities that were allowed, and the `scores` of all of those. Whether to trust the answer is
+        said of all, before `min_score` drops any."""
+        confidences: Sequence[float | None] = [None] * len(scores)
+        known: float | None = None
+        if self._calibration is not None:
+            confidences = [round(each, 6) for each in self._calibration.confidences(scores, background)]
+            known = round(self._calibration.known(scores, background), 6)
+        shown = [
+            (entity, score, confidence)
+            for entity, score, confidence in zip(first, scores, confidences, strict=False)  # `first` are fewer
+            if options.min_score is None or score >= options.min_score
+        ]
+        rows = tuple(entity.row for entity, _, _ in shown)
+        with_thumbnail = self._store.rows_with_thumbnail(rows)
+        predictions = tuple(
             Prediction(
                 rank=rank,
                 entity_id=entity.entity_id,
-                title=title_in(entity, lang),
+                title=title_in(entity, options.lang),
                 score=round(score, 6),
-                confidence=None if self._calibration is None else round(self._calibration.confidence(score), 6),
+                confidence=confidence,
                 description=entity.description,
                 url=entity.url,
                 symbol=entity.symbol,
                 types=entity.types,
                 has_thumbnail=entity.row in with_thumbnail,
             )
-            for rank, (entity, score) in enumerate(kept, start=1)
+            for rank, (entity, score, confidence) in enumerate(shown, start=1)
         )
+        abstained = None if known is None or self._calibration is None else self._calibration.abstains(known)
+        return Ranking(predictions=predictions, rows=rows, known=known, abstained=abstained)
 
 
 def title_in(entity: StoredEntity, lang: str | None) -> str:

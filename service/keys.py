@@ -1,4 +1,7 @@
-"""API keys: who may ask. Keys are known by their SHA-256 only and compared in constant time."""
+"""API keys and the admin token: who may ask, and who may change what is served.
+
+Both are known by their SHA-256 only and compared in constant time.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Sequence
 from fastapi import Request
 from starlette.datastructures import Headers
 
-from core.errors import Unauthorized
+from core.errors import Forbidden, Unauthorized
 
 DIGEST_PREFIX = "sha256:"
 _DIGEST = re.compile(r"sha256:[0-9a-fA-F]{64}")
@@ -33,7 +36,7 @@ class ApiKeys:
 
     def __init__(self, digests: Sequence[str]) -> None:
         """`digests` as `hashed` gives them."""
-        self._digests = tuple(bytes.fromhex(digest.removeprefix(DIGEST_PREFIX)) for digest in digests)
+        self._digests = _as_bytes(digests)
 
     def __bool__(self) -> bool:
         return bool(self._digests)
@@ -46,10 +49,36 @@ class ApiKeys:
         if key is None:
             raise Unauthorized("an API key is needed; send it as Authorization: Bearer KEY or as X-API-Key: KEY")
         digest = hashlib.sha256(key).digest()
-        # A list, not a generator: every key is compared, whichever fits.
-        if not any([hmac.compare_digest(digest, known) for known in self._digests]):  # noqa: C419
+        if not _is_any_of(digest, self._digests):
             raise Unauthorized("the API key is not known here; check it, or ask the operator for one")
         return digest.hex()
+
+
+class AdminToken:
+    """The token that lets its holder change what is served; without one, nobody may."""
+
+    def __init__(self, digest: str | None) -> None:
+        """`digest` as `hashed` gives it."""
+        self._digests = _as_bytes(() if digest is None else (digest,))
+
+    def check(self, headers: Headers) -> None:
+        """Raises `Forbidden` where there is no token, `Unauthorized` where the request's is not it."""
+        if not self._digests:
+            raise Forbidden("changes are off: the service has no admin token; set WIKICLIP_ADMIN_TOKEN to allow them")
+        token = _presented(headers)
+        if token is None:
+            raise Unauthorized("the admin token is needed; send it as Authorization: Bearer TOKEN")
+        if not _is_any_of(hashlib.sha256(token).digest(), self._digests):
+            raise Unauthorized("this is not the admin token; check it, or ask the operator for it")
+
+
+def _as_bytes(digests: Sequence[str]) -> tuple[bytes, ...]:
+    return tuple(bytes.fromhex(digest.removeprefix(DIGEST_PREFIX)) for digest in digests)
+
+
+def _is_any_of(digest: bytes, known: Sequence[bytes]) -> bool:
+    # A list, not a generator: every one is compared, whichever fits.
+    return any([hmac.compare_digest(digest, each) for each in known])  # noqa: C419
 
 
 def _presented(headers: Headers) -> bytes | None:
@@ -62,3 +91,9 @@ async def require_key(request: Request) -> None:
     """Let a request through only with a key, where there are keys; notes who holds it. Raises `Unauthorized`."""
     keys: ApiKeys = request.app.state.api_keys
     request.state.key_holder = keys.holder_of(request.headers)
+
+
+async def require_admin(request: Request) -> None:
+    """Let a request through only with the admin token. Raises `Forbidden` (there is none) or `Unauthorized`."""
+    admin: AdminToken = request.app.state.admin_token
+    admin.check(request.headers)

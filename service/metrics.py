@@ -37,6 +37,15 @@ class Metrics:
             ["found"],
             registry=self.registry,
         )
+        self.engine_deaths = Counter(
+            "wikiclip_engine_deaths", "Times that the engine thread died and was replaced.", registry=self.registry
+        )
+        self.bundle_swaps = Counter(
+            "wikiclip_bundle_swaps", "Bundles swapped to, or refused.", ["outcome"], registry=self.registry
+        )
+        self.bundle = Gauge(
+            "wikiclip_bundle", "1 for the bundle that answers now.", ["model", "bundle"], registry=self.registry
+        )
         self.redis_errors = Counter("wikiclip_redis_errors", "Times that Redis failed.", registry=self.registry)
         self.in_flight_images = Gauge(
             "wikiclip_in_flight_images", "Images accepted and not yet answered.", registry=self.registry

@@ -19,9 +19,15 @@ from core.errors import (
     BadParameter,
     BadRequest,
     BundleError,
+    BundleRefused,
+    Conflict,
     DeadlineExceeded,
     FetchFailed,
     Forbidden,
+    HeadTooLarge,
+    LiveDirError,
+    NoEntitySide,
+    SlowRequest,
     TooLarge,
     TooManyRequests,
     Unauthorized,
@@ -37,13 +43,19 @@ _MET_BY_REQUESTS: tuple[type[WikiclipError], ...] = (
     Unauthorized,
     Forbidden,
     UnknownEntity,
+    SlowRequest,
+    Conflict,
     TooLarge,
     UnsupportedMediaType,
+    HeadTooLarge,
     UndecodableImage,
     BadParameter,
+    BundleRefused,
+    NoEntitySide,
     FetchFailed,
     TooManyRequests,
     Unavailable,
+    LiveDirError,
     DeadlineExceeded,
 )
 
@@ -80,7 +92,7 @@ def problem_response(error: WikiclipError, request_id: str) -> Response:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = 'Bearer realm="wikiclip"'
-    if isinstance(error, TooLarge):
+    if isinstance(error, TooLarge | SlowRequest):
         headers["Connection"] = "close"  # the rest of the body may be unread
     return _response(problem_of(error, request_id), headers)
 

@@ -8,52 +8,60 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import threading
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from core.errors import DeadlineExceeded, UserError
-from imaging import Preprocessing, load_pixels
+from core.errors import BundleAltered, BundleRefused, Conflict, DeadlineExceeded, Unavailable, UserError
+from imaging import load_region
 from index.bundle import Bundle
+from index.selection import Selection
 from service.admission import Admission
-from service.answers import Prediction, Recognition, RecognizeOptions
+from service.answers import Box, Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
-from service.encoder import OnnxEncoder
-from service.engine import Encoder, Engine, Found
-from service.join import Joiner, Ranking
+from service.engine import Encoder, Found
+from service.explain import Evidence, explain
+from service.generation import Generation, Snapshot
+from service.join import Ranking
 from service.metrics import Metrics
 from service.settings import Settings
+
+Edit = TypeVar("Edit")
 
 log = logging.getLogger("wikiclip.recognizer")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Decoded:
+    pixels_HW3: npt.NDArray[np.uint8]
+    region: Box
+    decode_ms: float
+
+
 class Recognizer:
-    """A bundle ready to answer.
+    """A bundle ready to answer, and the swap to another one.
 
     `recognize_many` is for programs and notebooks, `recognize` for one event loop. Close it when done, or use `with`.
-    Without an `encoder` the bundle's own is run on ONNX Runtime.
+    Without an `encoder` each bundle's own is run on ONNX Runtime; one that is given serves them all.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, encoder: Encoder | None = None) -> None:
-        self.bundle = bundle
         self.settings = settings
         self.metrics = Metrics()
         self.admission = Admission(settings.queue_limit)
-        self.store = bundle.store()
-        self.model = model_name(bundle)
-        self.label = f"{bundle.name}@{bundle.fingerprint}"
-        self.preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
-        index = bundle.index()
-        self._joiner = Joiner(self.store, bundle.calibration, index.entity_count)
-        self.encoder = encoder or _open_encoder(bundle, self.preprocessing, settings)
+        self._given_encoder = encoder
+        self._current = Generation(bundle, settings, self.metrics, encoder)
+        self._switch = threading.Lock()  # a generation is not let go between being read here and being held
+        self._swapping = False
         self._decoders = ThreadPoolExecutor(settings.decode_thread_count, thread_name_prefix="decode")
         self._cache: Cache | None = None
         if settings.cache == "on":
@@ -64,17 +72,8 @@ class Recognizer:
                 self.metrics.redis_errors.inc,
             )
         self._flights: SingleFlight[Recognition] = SingleFlight()
-        self._engine = Engine(
-            self.encoder,
-            index,
-            max_batch=settings.max_batch,
-            queue_limit=settings.queue_limit,
-            # OpenMP keeps the number of threads for each calling thread.
-            on_start=lambda: faiss.omp_set_num_threads(settings.thread_count),
-            on_batch=self.metrics.batch_images.observe,
-        )
-        self._stuck_after_s = max(10.0, 2 * settings.deadline_ms / 1000)
         self._closing = False
+        self._tell_bundle()
 
     @classmethod
     def open(cls, bundle_path: Path, settings: Settings | None = None) -> Self:
@@ -94,11 +93,8 @@ class Recognizer:
     def close(self) -> None:
         """Finish what was accepted, within the deadline of a request, and let go of everything. Idempotent."""
         self._closing = True
-        if not self._engine.close(self.settings.deadline_ms / 1000):
-            log.error("the engine did not stop in %d ms", self.settings.deadline_ms)
-            return  # it still uses the store and the index
-        self._decoders.shutdown(cancel_futures=True)
-        self.store.close()
+        if self._current.close(self.settings.deadline_ms / 1000):
+            self._decoders.shutdown(cancel_futures=True)
 
     async def aclose(self) -> None:
         """`close`, and the connections that belong to the event loop."""
@@ -106,20 +102,69 @@ class Recognizer:
             await self._cache.close()
         await asyncio.to_thread(self.close)
 
+    @contextmanager
+    def hold(self) -> Iterator[Snapshot]:
+        """What answers now, kept open and as it is while the block runs, even if another takes its place."""
+        with ExitStack() as held:
+            with self._switch:
+                generation = self._current
+                held.enter_context(generation.hold())
+            yield generation.snapshot()
+
+    async def swap(self, bundle_path: Path) -> Generation:
+        """Load another bundle beside the one that answers, check it, and let it answer from now on.
+
+        Requests that have begun are finished by the old one, which is then released. Raises `BundleRefused` where the
+        other cannot be served (the old one stays), `Conflict` while another swap is under way. For one event loop.
+        """
+        if self._swapping:
+            raise Conflict("another bundle is being loaded; try again when it is done")
+        self._swapping = True
+        try:
+            new = await asyncio.to_thread(self._open_generation, bundle_path)
+        except (UserError, OSError) as error:
+            self.metrics.bundle_swaps.labels("refused").inc()
+            log.warning("%s is refused, %s stays: %s", bundle_path, self._current.snapshot().label, error)
+            raise BundleRefused(f"{error}; {self._current.snapshot().label} stays") from error
+        finally:
+            self._swapping = False
+        if self._closing:
+            new.retire(self.settings.deadline_ms / 1000)
+            raise Unavailable("the service is stopping; try again elsewhere")
+        with self._switch:
+            old, self._current = self._current, new
+        old.retire(self.settings.deadline_ms / 1000)
+        self.metrics.bundle_swaps.labels("loaded").inc()
+        self._tell_bundle()
+        log.info("%s answers instead of %s", new.snapshot().label, old.snapshot().label)
+        return new
+
+    def _open_generation(self, bundle_path: Path) -> Generation:
+        generation = Generation(Bundle.open(bundle_path), self.settings, self.metrics, self._given_encoder)
+        try:
+            generation.check()
+        except BundleAltered:
+            generation.close(0)
+            raise
+        return generation
+
+    def _tell_bundle(self) -> None:
+        self.metrics.bundle.clear()
+        self.metrics.bundle.labels(self._current.model, self._current.snapshot().label).set(1)
+
+    @property
+    def label(self) -> str:
+        """What answers now, as name@fingerprint, with +N after N live changes."""
+        return self._current.snapshot().label
+
     @property
     def not_ready_because(self) -> str | None:
         """Why requests cannot be answered now, None when they can."""
-        if self._closing:
-            return "the service is stopping"
-        if not self._engine.alive:
-            return "the engine has died"
-        if self._engine.silent_s > self._stuck_after_s:
-            return f"the engine has been stuck for {self._engine.silent_s:.0f} s"
-        return None
+        return "the service is stopping" if self._closing else self._current.not_ready_because
 
     @property
     def queue_depth(self) -> int:
-        return self._engine.depth
+        return self._current.engine.depth
 
     def recognize_many(
         self, images: Sequence[bytes], options: RecognizeOptions | None = None
@@ -128,23 +173,27 @@ class Recognizer:
         options = options or RecognizeOptions()
         answers: list[Recognition | UserError] = []
         chunk = min(2 * self.settings.max_batch, self.settings.queue_limit)
-        for start in range(0, len(images), chunk):
-            answers += self._recognize_chunk(images[start : start + chunk], options)
+        with self.hold() as snapshot:
+            for start in range(0, len(images), chunk):
+                answers += self._recognize_chunk(snapshot, images[start : start + chunk], options)
         return answers
 
-    async def recognize(self, data: bytes, options: RecognizeOptions) -> Recognition:
-        """Recognise one image, through the cache. The caller has been admitted.
+    async def recognize(self, data: bytes, options: RecognizeOptions, snapshot: Snapshot | None = None) -> Recognition:
+        """Recognise one image, through the cache. The caller has been admitted, and holds `snapshot` if it names one.
 
         Raises `UndecodableImage`, `TooLarge`, `BadParameter`, `DeadlineExceeded`, `Unavailable`. Cancelling it drops
         the work, unless someone else waits for the same.
         """
+        if snapshot is None:
+            with self.hold() as current:
+                return await self.recognize(data, options, current)
         started_at = time.monotonic()
         try:
             async with asyncio.timeout(self.settings.deadline_ms / 1000):
-                if self._cache is None:
-                    recognition = await self._compute(data, options)
+                if self._cache is None or options.explain:  # pixels are needed, and the answer is large: not kept
+                    recognition, _ = await self._compute(snapshot, data, options, None)
                 else:
-                    recognition = await self._through_cache(self._cache, data, options)
+                    recognition = await self._through_cache(self._cache, snapshot, data, options)
         except TimeoutError:
             raise DeadlineExceeded(
                 f"no answer within {self.settings.deadline_ms} ms; try again later or with fewer images at a time"
@@ -153,20 +202,41 @@ class Recognizer:
         self.metrics.observe_stages(dict(recognition.timings_ms))
         return replace(recognition, timings_ms={**recognition.timings_ms, "total": total_ms})
 
-    async def _through_cache(self, cache: Cache, data: bytes, options: RecognizeOptions) -> Recognition:
+    async def edit(self, snapshot: Snapshot, change: Callable[[], Future[Edit]]) -> Edit:
+        """What a change to the entities gives, within the deadline of a request; `change` gives it to a worker.
+
+        Raises what the change does, or `DeadlineExceeded`: then it may have been made or not.
+        """
+        held = ExitStack()
+        held.enter_context(snapshot.generation.hold())
+        pending = change()
+        pending.add_done_callback(lambda _: held.close())
+        try:
+            async with asyncio.timeout(self.settings.deadline_ms / 1000):
+                return await asyncio.wrap_future(pending)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the change was not made within {self.settings.deadline_ms} ms and may still be; ask for the entity"
+            ) from None
+
+    async def _through_cache(
+        self, cache: Cache, snapshot: Snapshot, data: bytes, options: RecognizeOptions
+    ) -> Recognition:
         image_sha256 = hashlib.sha256(data).hexdigest()
-        fingerprint = self.bundle.fingerprint
-        embedding_key = cache_key("embedding", image_sha256, fingerprint, repr(options.box))
-        answer_key = cache_key("answer", image_sha256, fingerprint, repr(options))
+        # An embedding depends on the encoder only: another bundle with the same one starts with these.
+        embedding_key = cache_key("embedding", image_sha256, snapshot.generation.encoder_hash, repr(options.box))
+        answer_key = cache_key("answer", image_sha256, snapshot.label, repr(options))
         kept = _read_answer(await cache.get(answer_key))
         if kept is not None:
             self.metrics.cache_lookups.labels("answer").inc()
             return kept
 
         async def work() -> Recognition:
-            embedding_D = self._read_embedding(await cache.get(embedding_key))
+            embedding_D = _read_embedding(
+                await cache.get(embedding_key), snapshot.generation.bundle.manifest.embedding_dim
+            )
             self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
-            recognition, found = await self._compute_found(data, options, embedding_D)
+            recognition, found = await self._compute(snapshot, data, options, embedding_D)
             if embedding_D is None:
                 await cache.put(embedding_key, found.embedding_D.astype("<f4").tobytes())
             await cache.put(answer_key, _write_answer(recognition))
@@ -174,101 +244,122 @@ class Recognizer:
 
         return await self._flights.run(answer_key, work)
 
-    async def _compute(self, data: bytes, options: RecognizeOptions) -> Recognition:
-        recognition, _ = await self._compute_found(data, options, None)
-        return recognition
-
-    async def _compute_found(
-        self, data: bytes, options: RecognizeOptions, embedding_D: npt.NDArray[np.float32] | None
+    async def _compute(
+        self,
+        snapshot: Snapshot,
+        data: bytes,
+        options: RecognizeOptions,
+        embedding_D: npt.NDArray[np.float32] | None,
     ) -> tuple[Recognition, Found]:
         timings_ms: dict[str, float] = {}
-        top_k = self._joiner.first_top_k(options)
+        engine, joiner = snapshot.generation.engine, snapshot.joiner
+        selection = await self._in_pool(snapshot, joiner.selection, options) if options.types else None
         if embedding_D is None:
-            pixels_HW3, timings_ms["decode"] = await self._in_pool(self._decode, data, options)
-            found = await asyncio.wrap_future(self._engine.submit(pixels_HW3, top_k))
+            decoded = await self._in_pool(snapshot, self._decode, snapshot, data, options)
+            timings_ms["decode"] = decoded.decode_ms
+            pending = _submit(snapshot, decoded, selection, options)
         else:
-            found = await asyncio.wrap_future(self._engine.search(embedding_D, top_k))
+            decoded = None
+            pending = engine.search(embedding_D, joiner.top_k(options), selection, snapshot.entities)
+        found = await asyncio.wrap_future(pending)
         _add_engine_time(timings_ms, found)
-        while isinstance(ranking := await self._in_pool(self._joiner.join, found, options, top_k), int):
-            top_k = ranking
-            found = await asyncio.wrap_future(self._engine.search(found.embedding_D, top_k))
-            _add_engine_time(timings_ms, found)
-        return self._recognition(ranking, timings_ms, cached=embedding_D is not None), found
+        everything = None
+        if joiner.wants_everything(options):
+            everything = await asyncio.wrap_future(_search_everything(snapshot, found, options))
+        ranking = await self._in_pool(snapshot, _join, snapshot, found, everything, decoded, options)
+        return _recognition(snapshot, ranking, timings_ms, cached=embedding_D is not None), found
 
-    def _recognize_chunk(self, images: Sequence[bytes], options: RecognizeOptions) -> list[Recognition | UserError]:
-        decoding = [self._decoders.submit(self._decode, data, options) for data in images]
-        top_k = self._joiner.first_top_k(options)
-        engaged: list[tuple[Future[Found], float] | UserError] = []
-        for decoded in decoding:
+    def _recognize_chunk(
+        self, snapshot: Snapshot, images: Sequence[bytes], options: RecognizeOptions
+    ) -> list[Recognition | UserError]:
+        decoding = [self._decoders.submit(self._decode, snapshot, data, options) for data in images]
+        selection = snapshot.joiner.selection(options)
+        engaged: list[tuple[Future[Found], _Decoded] | UserError] = []
+        for each in decoding:
             try:
-                pixels_HW3, decode_ms = decoded.result()
-                engaged.append((self._engine.submit(pixels_HW3, top_k), decode_ms))
+                decoded = each.result()
+                engaged.append((_submit(snapshot, decoded, selection, options), decoded))
             except UserError as error:
                 engaged.append(error)
-        return [item if isinstance(item, UserError) else self._finish(*item, options, top_k) for item in engaged]
+        return [item if isinstance(item, UserError) else _finish(snapshot, *item, options) for item in engaged]
 
-    def _finish(self, pending: Future[Found], decode_ms: float, options: RecognizeOptions, top_k: int) -> Recognition:
-        found = pending.result()
-        timings_ms = {"decode": decode_ms}
-        _add_engine_time(timings_ms, found)
-        while isinstance(ranking := self._joiner.join(found, options, top_k), int):
-            top_k = ranking
-            found = self._engine.search(found.embedding_D, top_k).result()
-            _add_engine_time(timings_ms, found)
-        timings_ms["total"] = sum(timings_ms.values())
-        return self._recognition(ranking, timings_ms, cached=False)
-
-    def _decode(self, data: bytes, options: RecognizeOptions) -> tuple[npt.NDArray[np.uint8], float]:
+    def _decode(self, snapshot: Snapshot, data: bytes, options: RecognizeOptions) -> _Decoded:
         started_at = time.monotonic()
-        pixels_HW3 = load_pixels(data, self.preprocessing, max_pixels=self.settings.max_pixels, box=options.box)
-        return pixels_HW3, 1000 * (time.monotonic() - started_at)
-
-    async def _in_pool(self, call: Any, *arguments: Any) -> Any:
-        pending: Awaitable[Any] = asyncio.get_running_loop().run_in_executor(self._decoders, call, *arguments)
-        return await pending
-
-    def _recognition(self, ranking: Ranking, timings_ms: dict[str, float], *, cached: bool) -> Recognition:
-        return Recognition(
-            model=self.model,
-            bundle=self.label,
-            cached=cached,
-            abstained=ranking.abstained,
-            predictions=ranking.predictions,
-            timings_ms=timings_ms,
+        pixels_HW3, region = load_region(
+            data, snapshot.generation.preprocessing, max_pixels=self.settings.max_pixels, box=options.box
         )
+        return _Decoded(pixels_HW3=pixels_HW3, region=region, decode_ms=1000 * (time.monotonic() - started_at))
 
-    def _read_embedding(self, value: bytes | None) -> npt.NDArray[np.float32] | None:
-        """An embedding from the cache, None unless it is whole: Redis may hold anything."""
-        if value is None or len(value) != 4 * self.bundle.manifest.embedding_dim:
-            return None
-        embedding_D = np.frombuffer(value, "<f4").astype(np.float32)
-        return embedding_D if np.isfinite(embedding_D).all() else None
+    async def _in_pool(self, snapshot: Snapshot, call: Any, *arguments: Any) -> Any:
+        # A cancelled request leaves at once, what it began in a thread does not: that holds the generation by itself.
+        held = ExitStack()
+        held.enter_context(snapshot.generation.hold())
+        pending = self._decoders.submit(call, *arguments)
+        pending.add_done_callback(lambda _: held.close())
+        return await asyncio.wrap_future(pending)
 
 
-def _open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
-    entry = bundle.manifest.image_encoder
-    return OnnxEncoder(
-        bundle.image_encoder_path,
-        preprocessing,
-        input_name=entry.input,
-        embedding_name=entry.outputs[1],
-        embedding_dim=bundle.manifest.embedding_dim,
-        device=settings.device,
-        threads=settings.thread_count,
+def _submit(
+    snapshot: Snapshot, decoded: _Decoded, selection: Selection | None, options: RecognizeOptions
+) -> Future[Found]:
+    top_k = snapshot.joiner.top_k(options)
+    return snapshot.generation.engine.submit(
+        decoded.pixels_HW3, top_k, selection, snapshot.entities, explain=options.explain
     )
 
 
-def model_name(bundle: Bundle) -> str:
-    """What answers call the model: `name` in the manifest's `model`, else its image encoder's spec without a path."""
-    model = bundle.manifest.model
-    return str(model.get("name") or Path(str(model.get("image_encoder", "unknown"))).name)
+def _search_everything(snapshot: Snapshot, found: Found, options: RecognizeOptions) -> Future[Found]:
+    top_k = snapshot.joiner.top_k(options)
+    return snapshot.generation.engine.search(found.embedding_D, top_k, None, snapshot.entities)
+
+
+def _join(
+    snapshot: Snapshot, found: Found, everything: Found | None, decoded: _Decoded | None, options: RecognizeOptions
+) -> Ranking:
+    ranking = snapshot.joiner.join(found, options, everything)
+    if found.patch_tokens_PC is None or decoded is None:
+        return ranking
+    evidence = Evidence(embedding_D=found.embedding_D, patch_tokens_PC=found.patch_tokens_PC, region=decoded.region)
+    return explain(snapshot.entities, ranking, evidence)
+
+
+def _finish(snapshot: Snapshot, pending: Future[Found], decoded: _Decoded, options: RecognizeOptions) -> Recognition:
+    found = pending.result()
+    timings_ms = {"decode": decoded.decode_ms}
+    _add_engine_time(timings_ms, found)
+    everything = None
+    if snapshot.joiner.wants_everything(options):
+        everything = _search_everything(snapshot, found, options).result()
+    ranking = _join(snapshot, found, everything, decoded, options)
+    timings_ms["total"] = sum(timings_ms.values())
+    return _recognition(snapshot, ranking, timings_ms, cached=False)
+
+
+def _recognition(snapshot: Snapshot, ranking: Ranking, timings_ms: dict[str, float], *, cached: bool) -> Recognition:
+    return Recognition(
+        model=snapshot.generation.model,
+        bundle=snapshot.label,
+        cached=cached,
+        known=ranking.known,
+        abstained=ranking.abstained,
+        predictions=ranking.predictions,
+        timings_ms=timings_ms,
+    )
+
+
+def _read_embedding(value: bytes | None, dim: int) -> npt.NDArray[np.float32] | None:
+    """An embedding from the cache, None unless it is whole: Redis may hold anything."""
+    if value is None or len(value) != 4 * dim:
+        return None
+    embedding_D = np.frombuffer(value, "<f4").astype(np.float32)
+    return embedding_D if np.isfinite(embedding_D).all() else None
 
 
 def _add_engine_time(timings_ms: dict[str, float], found: Found) -> None:
-    timings_ms["queue"] = timings_ms.get("queue", 0.0) + found.queue_ms
+    timings_ms["queue"] = found.queue_ms
     if found.encode_ms is not None:
         timings_ms["encode"] = found.encode_ms
-    timings_ms["search"] = timings_ms.get("search", 0.0) + found.search_ms
+    timings_ms["search"] = found.search_ms
 
 
 def _write_answer(recognition: Recognition) -> bytes:

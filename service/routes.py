@@ -20,6 +20,7 @@ from service import schemas
 from service.answers import MAX_TOP_K, Box, Recognition, RecognizeOptions
 from service.body import ImageUrl, image_of, images_of, read_body
 from service.fetch import Fetcher
+from service.generation import Snapshot
 from service.keys import require_key
 from service.problems import problem_of
 from service.rate_limit import RateLimiter, client_name
@@ -30,8 +31,8 @@ T = TypeVar("T")
 router = APIRouter(dependencies=[Depends(require_key)])
 
 
-def json_response(content: Any, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json", headers=dict(headers or {}))
+def json_response(content: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json", headers=dict(headers or {}))
 
 
 def recognizer_of(request: Request) -> Recognizer:
@@ -53,6 +54,9 @@ Types = Annotated[
 Lang = Annotated[
     str | None, Query(max_length=35, description="Titles in this language (a code as fr) where there are.")
 ]
+Explain = Annotated[
+    bool, Query(description="Say of each prediction where in the image it matches, and by which words.")
+]
 BoxText = Annotated[
     str | None, Query(alias="box", max_length=200, description="The region meant: x,y,w,h in fractions of the image.")
 ]
@@ -65,6 +69,7 @@ async def options_of(
     types: Types = None,
     lang: Lang = None,
     box: BoxText = None,
+    explain: Explain = False,
 ) -> RecognizeOptions:
     """What a request asks for, from its query parameters. Raises `BadParameter`."""
     wanted_types = [part.strip() for value in types or () for part in value.split(",")]
@@ -74,6 +79,7 @@ async def options_of(
         types=tuple(sorted({kind for kind in wanted_types if kind})),
         lang=lang or None,
         box=None if not box else _box(box),
+        explain=explain,
     )
 
 
@@ -84,13 +90,13 @@ Options = Annotated[RecognizeOptions, Depends(options_of)]
     "/recognize",
     summary="Which entities are in this image",
     response_model=schemas.RecognizeResponse,
-    responses=schemas.problems(400, 401, 403, 413, 415, 422, 429, 503, 504),
+    responses=schemas.problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
     openapi_extra=schemas.recognize_body(list(readable_types())),
 )
 async def recognize(request: Request, options: Options) -> Response:
     recognizer = recognizer_of(request)
     await _count(request, 1)
-    body = await read_body(request, recognizer.settings.max_body_bytes)
+    body = await _body(request, recognizer)
     given = image_of(body, request.headers.get("content-type", ""))
     fetcher: Fetcher = request.app.state.fetcher
 
@@ -108,34 +114,34 @@ async def recognize(request: Request, options: Options) -> Response:
     "/recognize/batch",
     summary="The same for several images at once, in order; one bad image spoils no other",
     response_model=schemas.BatchResponse,
-    responses=schemas.problems(400, 401, 413, 415, 422, 429, 503),
+    responses=schemas.problems(400, 401, 408, 413, 415, 422, 429, 503),
     openapi_extra=schemas.batch_body(),
 )
 async def recognize_batch(request: Request, options: Options) -> Response:
     recognizer = recognizer_of(request)
-    body = await read_body(request, recognizer.settings.max_body_bytes)
+    body = await _body(request, recognizer)
     images = images_of(body, request.headers.get("content-type", ""))
     if len(images) > recognizer.settings.max_batch_images:
         raise BadRequest(f"{len(images)} images; send at most {recognizer.settings.max_batch_images} at a time")
     await _count(request, len(images))
     request_id = request.state.request_id
 
-    async def result(image: bytes | WikiclipError) -> dict[str, Any]:
+    async def result(image: bytes | WikiclipError, snapshot: Snapshot) -> dict[str, Any]:
         try:
             if isinstance(image, WikiclipError):
                 raise image
-            return {"request_id": request_id, **_answer(await recognizer.recognize(image, options))}
+            return {"request_id": request_id, **_answer(await recognizer.recognize(image, options, snapshot))}
         except WikiclipError as error:
             return problem_of(error, request_id)
 
-    async def all_results() -> list[dict[str, Any]]:
-        return await asyncio.gather(*(result(image) for image in images))
+    async def all_results(snapshot: Snapshot) -> list[dict[str, Any]]:
+        return await asyncio.gather(*(result(image, snapshot) for image in images))
 
-    with recognizer.admission.admit(len(images)):
-        results = await _while_connected(request, all_results())
-    return json_response(
-        {"request_id": request_id, "model": recognizer.model, "bundle": recognizer.label, "results": results}
-    )
+    # One state for all of them: a bundle swapped meanwhile is for the next request.
+    with recognizer.admission.admit(len(images)), recognizer.hold() as snapshot:
+        results = await _while_connected(request, all_results(snapshot))
+        told = {"request_id": request_id, "model": snapshot.generation.model, "bundle": snapshot.label}
+    return json_response({**told, "results": results})
 
 
 @router.get(
@@ -151,10 +157,10 @@ def search_entities(
     ],
     limit: Annotated[int, Query(ge=1, le=100, description="Entities, at most.")] = 20,
 ) -> Response:
-    store = recognizer_of(request).store
-    found = store.search_titles(query, limit)
-    with_thumbnail = store.rows_with_thumbnail([entity.row for entity in found])
-    return json_response({"entities": [_record(entity, entity.row in with_thumbnail) for entity in found]})
+    with recognizer_of(request).hold() as snapshot:
+        found = snapshot.entities.search_titles(query, limit)
+        with_thumbnail = snapshot.entities.rows_with_thumbnail([entity.row for entity in found])
+    return json_response({"entities": [entity_json(entity, entity.row in with_thumbnail) for entity in found]})
 
 
 @router.get(
@@ -165,11 +171,13 @@ def search_entities(
     responses={200: {"content": {"image/webp": {}}}, **schemas.problems(401, 404, 503)},
 )
 def get_thumbnail(request: Request, entity_id: str) -> Response:
-    recognizer = recognizer_of(request)
-    thumbnail = recognizer.store.thumbnail(entity_id)
+    with recognizer_of(request).hold() as snapshot:
+        thumbnail = snapshot.entities.thumbnail(entity_id)
     if thumbnail is None:
         raise NotFound("the bundle has no thumbnail of this entity; show its symbol or title")
-    headers = {"Cache-Control": "public, max-age=3600", "ETag": f'"{recognizer.bundle.fingerprint}"'}
+    # What may be changed at any time is asked for each time.
+    keep = "public, max-age=3600" if snapshot.delta is None else "no-cache"
+    headers = {"Cache-Control": keep, "ETag": f'"{snapshot.label.rpartition("@")[2]}"'}
     return Response(thumbnail, media_type="image/webp", headers=headers)
 
 
@@ -180,9 +188,16 @@ def get_thumbnail(request: Request, entity_id: str) -> Response:
     responses=schemas.problems(401, 404, 503),
 )
 def get_entity(request: Request, entity_id: str) -> Response:
-    store = recognizer_of(request).store
-    entity = store.get(entity_id)
-    return json_response(_record(entity, bool(store.rows_with_thumbnail([entity.row]))))
+    with recognizer_of(request).hold() as snapshot:
+        entity = snapshot.entities.get(entity_id)
+        has_thumbnail = bool(snapshot.entities.rows_with_thumbnail([entity.row]))
+    return json_response(entity_json(entity, has_thumbnail))
+
+
+async def _body(request: Request, recognizer: Recognizer) -> bytes:
+    """The body, unless there is no room for what is in it anyway: then it is not kept."""
+    recognizer.admission.refuse_if_full(1)
+    return await read_body(request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_s)
 
 
 async def _count(request: Request, images: int) -> None:
@@ -210,9 +225,9 @@ def _answer(recognition: Recognition) -> dict[str, Any]:
     return content
 
 
-def _record(entity: StoredEntity, has_thumbnail: bool) -> dict[str, Any]:
+def entity_json(entity: StoredEntity, has_thumbnail: bool) -> dict[str, Any]:
     record = asdict(entity)
-    del record["row"]  # the row is the bundle's business
+    del record["row"], record["heard"]  # the bundle's business
     return {**record, "has_thumbnail": has_thumbnail}
 
 

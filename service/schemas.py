@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class HeardWordSchema(BaseModel):
+    word: str
+    start: int = Field(description="In characters of the entity's text.")
+    end: int
+    weight: float = Field(description="Its share of the adaptor's attention to the text.")
+
+
+class ExplanationSchema(BaseModel):
+    heat_map: list[list[float]] | None = Field(
+        description="Cosine of each patch of the image with the entity, in rows from the top; null where the encoder's "
+        "patches cannot be compared with entities."
+    )
+    region: tuple[float, float, float, float] = Field(
+        description="What the heat map covers: x, y, width, height in fractions of the upright image."
+    )
+    words: list[HeardWordSchema] | None = Field(
+        description="What the adaptor listened to most in the entity's text; null where the bundle keeps no text."
+    )
 
 
 class PredictionSchema(BaseModel):
@@ -18,6 +38,7 @@ class PredictionSchema(BaseModel):
     symbol: str | None = Field(description="A character that shows the entity.")
     types: list[str]
     has_thumbnail: bool = Field(description="Whether GET /entities/{entity_id}/thumbnail has one.")
+    explanation: ExplanationSchema | None = Field(description="Why it was found; null unless `explain` asked for it.")
 
 
 class RecognizeResponse(BaseModel):
@@ -25,7 +46,8 @@ class RecognizeResponse(BaseModel):
     model: str
     bundle: str = Field(description="name@fingerprint of the bundle that answered.")
     cached: bool = Field(description="The image was not encoded for this answer.")
-    abstained: bool | None = Field(description="The best prediction is probably wrong; null without calibration.")
+    known: float | None = Field(description="Probability that the right entity is in the catalog and among the best.")
+    abstained: bool | None = Field(description="It is probably not in the catalog; null without calibration.")
     predictions: list[PredictionSchema]
     timings_ms: dict[str, float] = Field(
         description="Milliseconds in decode, queue, encode, search, as far as they took place, and in total."
@@ -89,10 +111,42 @@ class Info(BaseModel):
     limits: dict[str, int]
 
 
+class BundleRequest(BaseModel):
+    path: str = Field(min_length=1, max_length=4096, description="Folder of the bundle, on the service's machine.")
+
+
+class BundleChange(BaseModel):
+    bundle: str = Field(description="name@fingerprint of the bundle that answers from now on.")
+    previous: str
+    model: str
+    entities: int
+
+
+class EntityRequest(BaseModel):
+    """An entity to put, without its image, which comes as bytes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str = Field(min_length=1, max_length=2000, pattern=r"\S")
+    text: str = Field(default="", description="What is said about the entity; it goes into the embedding.")
+    types: list[str] = []
+    url: str | None = None
+    titles: dict[str, str] = Field(default={}, description="By language.")
+    description: str | None = Field(default=None, description="One line to show; else the first sentence of the text.")
+    symbol: str | None = Field(default=None, description="A character that shows the entity.")
+    embedding: list[float] | None = Field(default=None, description="Instead of image and text to embed; any length.")
+
+
+class EditedEntity(EntitySchema):
+    bundle: str = Field(description="name@fingerprint+N: answers from here on know of the change.")
+
+
 SECURITY_SCHEMES: dict[str, Any] = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+    "admin": {"type": "http", "scheme": "bearer", "description": "The admin token."},
 }
+ADMIN_ONLY: dict[str, Any] = {"security": [{"admin": []}]}
 
 PROBLEM_CONTENT: dict[str, Any] = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
@@ -101,9 +155,11 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route: what may go wrong on it."""
     means = {
         400: "Empty or malformed request",
-        401: "No API key, or one that is not known",
-        403: "The image is given by a URL that may not be fetched",
+        401: "No key or token, or one that is not known",
+        403: "Not allowed here: a URL that may not be fetched, or a change where there is no admin token",
         404: "Not found",
+        408: "The request did not arrive in time",
+        409: "Another change is under way",
         413: "Too many bytes or pixels",
         415: "The declared type is no image type that is read",
         422: "Bytes that do not decode, or a bad parameter",
@@ -123,18 +179,20 @@ def _image_form(*, many: bool) -> dict[str, Any]:
     }
 
 
+_IMAGE_IN_JSON: dict[str, Any] = {
+    "oneOf": [
+        {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}} for kind in ("base64", "url")
+    ]
+}
+
+
 def recognize_body(image_types: list[str]) -> dict[str, Any]:
     """OpenAPI of the three forms in which `POST /recognize` takes an image."""
     in_json = {
         "type": "object",
         "required": ["image"],
         "properties": {
-            "image": {
-                "oneOf": [
-                    {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}}
-                    for kind in ("base64", "url")
-                ]
-            }
+            "image": _IMAGE_IN_JSON,
         },
     }
     content: dict[str, Any] = {
@@ -148,3 +206,22 @@ def recognize_body(image_types: list[str]) -> dict[str, Any]:
 def batch_body() -> dict[str, Any]:
     """OpenAPI of the body of `POST /recognize/batch`."""
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _image_form(many=True)}}}}
+
+
+def json_body(model: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI of a JSON body that a route reads by itself."""
+    schema = {"schema": model.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {"application/json": schema}}}
+
+
+def entity_body() -> dict[str, Any]:
+    """OpenAPI of the two forms in which `PUT /entities/{entity_id}` takes an entity."""
+    record = EntityRequest.model_json_schema()
+    in_json = {**record, "properties": {**record["properties"], "image": _IMAGE_IN_JSON}}
+    form = {
+        "type": "object",
+        "required": ["record"],
+        "properties": {"record": record, "image": {"type": "string", "format": "binary"}},
+    }
+    content = {"application/json": {"schema": in_json}, "multipart/form-data": {"schema": form}}
+    return {"requestBody": {"required": True, "content": content}}

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import signal
 import socket
+from functools import partial
+from pathlib import Path
+from typing import cast
 
 import uvicorn
+from fastapi import FastAPI
 
 from core.errors import UserError
 from service.app import create_app
 from service.logs import configure_logging
+from service.protocol import BoundedHttp
 from service.recognizer import Recognizer
 from service.settings import Settings
 
@@ -25,23 +32,49 @@ def run_server(settings: Settings) -> None:
         recognizer = Recognizer.open(settings.bundle, settings)
         host, port = listener.getsockname()[:2]
         log.info("serving %s on http://%s:%d", recognizer.label, f"[{host}]" if ":" in host else host, port)
-        config = uvicorn.Config(
-            create_app(settings, recognizer),
-            log_config=None,
-            ws="none",
-            access_log=False,  # the app writes its own
-            server_header=False,
-            timeout_graceful_shutdown=settings.deadline_ms // 1000 + 1,
-        )
-        _Server(config, recognizer).run(sockets=[listener])
+        config = server_config(settings, create_app(settings, recognizer))
+        _Server(config, recognizer, settings.bundle).run(sockets=[listener])
+
+
+def server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+    """How uvicorn is to serve the app."""
+    # On SIGTERM what was accepted is answered: it may have an image to fetch first, then a deadline to meet.
+    finish_ms = settings.deadline_ms + (settings.url_timeout_ms if settings.url_allowlist else 0)
+    return uvicorn.Config(
+        app,
+        http=cast(type[asyncio.Protocol], partial(BoundedHttp, timeout_s=settings.receive_timeout_s)),
+        log_config=None,
+        ws="none",
+        access_log=False,  # the app writes its own
+        server_header=False,
+        timeout_graceful_shutdown=finish_ms // 1000 + 1,
+    )
 
 
 class _Server(uvicorn.Server):
-    """Tells the recogniser when stopping begins, so that it says it is not ready while it finishes."""
+    """Tells the recogniser when stopping begins, so that it says it is not ready while it finishes, and on SIGHUP to
+    load the configured bundle anew."""
 
-    def __init__(self, config: uvicorn.Config, recognizer: Recognizer) -> None:
+    def __init__(self, config: uvicorn.Config, recognizer: Recognizer, bundle: Path) -> None:
         super().__init__(config)
         self._recognizer = recognizer
+        self._bundle = bundle
+        self._reloads: set[asyncio.Task[None]] = set()  # the loop itself keeps no hold of its tasks
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
+
+    def _on_hangup(self) -> None:
+        reload = asyncio.ensure_future(self._reload())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        try:
+            await self._recognizer.swap(self._bundle)
+        except UserError as error:
+            log.error("SIGHUP changes nothing: %s", error)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._recognizer.begin_draining()

@@ -16,7 +16,7 @@ from service.rate_limit import Rate
 
 ENV_PREFIX = "WIKICLIP_"
 
-_SECRET = frozenset(("api_keys", "redis_url"))  # their values are never told
+_SECRET = frozenset(("admin_token", "api_keys", "redis_url"))  # their values are never told
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     )
 
     bundle: Path | None = Field(default=None, description="The bundle to serve, a folder.")
+    live_dir: Path | None = Field(
+        default=None, description="Folder that keeps entities which are put and deleted while serving."
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     device: Device = Field(default="auto", description="Where the image encoder runs; auto takes CUDA where it works.")
@@ -52,12 +55,25 @@ class Settings(BaseSettings):
     deadline_ms: int = Field(
         default=10_000, ge=1, description="Milliseconds an accepted request may take; then it gets a 504."
     )
+    stuck_ms: int = Field(
+        default=20_000,
+        ge=1,
+        description="Milliseconds without a sign of life after which the engine is not ready; above its longest batch.",
+    )
+    receive_timeout_ms: int = Field(
+        default=30_000, ge=1, description="Milliseconds for a request's head to arrive, and as many for its body."
+    )
     max_body_bytes: int = Field(default=20 * 1024**2, ge=1, description="Bytes of a request body, at most.")
     max_pixels: int = Field(default=64_000_000, ge=1, description="Pixels of an image, width times height, at most.")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         repr=False,
         description="Keys of which one is needed to ask, separated by commas, plain or as sha256:HEX of the key.",
+    )
+    admin_token: str | None = Field(
+        default=None,
+        repr=False,
+        description="Token that lets its holder change what is served, plain or as sha256:HEX of the token.",
     )
     rate_limit: str | None = Field(
         default=None,
@@ -88,6 +104,11 @@ class Settings(BaseSettings):
     def _only_digests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(hashed(key) for key in value)
 
+    @field_validator("admin_token")
+    @classmethod
+    def _only_a_digest(cls, value: str | None) -> str | None:
+        return hashed(value) if value else None
+
     @field_validator("url_allowlist")
     @classmethod
     def _only_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -115,6 +136,10 @@ class Settings(BaseSettings):
                 "a full batch could never be accepted; raise queue_limit or lower max_batch_images"
             )
         return self
+
+    @property
+    def receive_timeout_s(self) -> float:
+        return self.receive_timeout_ms / 1000
 
     @property
     def thread_count(self) -> int:

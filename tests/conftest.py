@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from index.store import StoredEntity, write_store
 
 SIZE_PX = 32
 PATCH_PX = 8
-PATCH_DIM = 8
+PATCH_DIM = 16
 EMBEDDING_DIM = 16
 SHARD_SIZE = 5
 CREATED_AT = "2026-01-01T00:00:00+00:00"
@@ -90,15 +90,17 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle
 
 
-def write_small_bundle(bundle: Path) -> None:
+def write_small_bundle(bundle: Path, *, prefix: str = "", encoder_seed: int = 11) -> None:
+    """Write the bundle of `small_bundle`, its entity ids after a `prefix`, the encoder's weights drawn from a seed."""
+    entities = [replace(entity, entity_id=prefix + entity.entity_id) for entity in FIXTURE_ENTITIES]
     (bundle / "embeddings").mkdir(parents=True)
     encoder_file = bundle / "image_encoder.onnx"
-    encoder_file.write_bytes(random_encoder().SerializeToString(deterministic=True))
+    encoder_file.write_bytes(random_encoder(encoder_seed).SerializeToString(deterministic=True))
     session = onnxruntime.InferenceSession(encoder_file, providers=["CPUExecutionProvider"])
     rng = np.random.default_rng(5)
     rows: list[int] = []
     embeddings: list[npt.NDArray[np.float32]] = []
-    for row, entity in enumerate(FIXTURE_ENTITIES):
+    for row, entity in enumerate(entities):
         for number in range(max(entity.images, 1)):
             rows.append(row)
             if entity.images == 0:
@@ -111,7 +113,7 @@ def write_small_bundle(bundle: Path) -> None:
         write_shard(bundle / "embeddings", shard, np.array(rows[part], np.int64), np.stack(embeddings[part]))
     write_store(
         bundle / "entities.sqlite",
-        ((stored_entity(row, entity), thumbnail(row, entity)) for row, entity in enumerate(FIXTURE_ENTITIES)),
+        ((stored_entity(row, entity), thumbnail(row, entity)) for row, entity in enumerate(entities)),
     )
     build_index(bundle, EmbeddingShards(bundle / "embeddings", EMBEDDING_DIM), created_at=CREATED_AT)
     Manifest(
@@ -124,7 +126,9 @@ def write_small_bundle(bundle: Path) -> None:
         counts=Counts(
             entities=len(FIXTURE_ENTITIES), embeddings=len(rows), without_image=1, without_text=0, rejected=0
         ),
-        calibration=Calibration(a=20.0, b=-10.0, abstain_below=0.5, queries=20, correct=10).to_dict(),
+        calibration=Calibration(
+            slope=20.0, none_offset=10.0, none_slope=0.0, abstain_below=0.5, queries=20, correct=10, unknown=5
+        ).to_dict(),
         image_encoder=ImageEncoderEntry(
             file="image_encoder.onnx",
             input="pixel_values",
@@ -188,9 +192,9 @@ def embed(session: onnxruntime.InferenceSession, image: bytes) -> npt.NDArray[np
     return embedding_D
 
 
-def random_encoder() -> onnx.ModelProto:
+def random_encoder(seed: int = 11) -> onnx.ModelProto:
     """An image encoder of fixed random weights: patches by convolution, their projection, normalised, as embedding."""
-    rng = np.random.default_rng(11)
+    rng = np.random.default_rng(seed)
     patches = (SIZE_PX // PATCH_PX) ** 2
     weights = {
         "patch_weight": rng.normal(size=(PATCH_DIM, 3, PATCH_PX, PATCH_PX)).astype(np.float32) / PATCH_PX,

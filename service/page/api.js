@@ -59,10 +59,11 @@ async function ask(path, options = {}) {
  * POST /recognize. `box` is {x, y, w, h} in fractions of the image, or null for all of it.
  * Returns the answer and `roundTripMs`, as the browser saw it.
  */
-export async function recognize(image, { topK, types, box, signal }) {
+export async function recognize(image, { topK, types, box, explain, signal }) {
   const parameters = new URLSearchParams({ top_k: String(topK) });
   for (const type of types) parameters.append("types", type);
   if (box) parameters.set("box", [box.x, box.y, box.w, box.h].map((side) => side.toFixed(4)).join(","));
+  if (explain) parameters.set("explain", "true");
   const form = new FormData();
   form.append("image", image, image.name ?? "image");
   const startedMs = performance.now();

@@ -4,6 +4,7 @@ import { Problem, recognize, serviceInfo } from "./api.js";
 import { startCatalogSearch } from "./catalog.js";
 import { Board } from "./draw.js";
 import { showExamples } from "./examples.js";
+import { HeatMap } from "./heat.js";
 import { Region } from "./region.js";
 import { showAnswer, showProblem, showWaiting } from "./results.js";
 
@@ -27,12 +28,15 @@ async function ask() {
   const types = $("types").value.split(",").map((type) => type.trim()).filter(Boolean);
   showWaiting(topK);
   try {
-    const { answer, roundTripMs } = await recognize(image, { topK, types, box: region.box, signal: controller.signal });
-    showAnswer(answer, roundTripMs, filterByType);
+    const { answer, roundTripMs } = await recognize(image, {
+      topK, types, box: region.box, explain: image === picked && $("explain").checked, signal: controller.signal,
+    });
+    showAnswer(answer, roundTripMs, { onType: filterByType, onExplain: (explanation) => heat.show(explanation) });
     learnTypes(answer.predictions);
   } catch (error) {
     if (error.name === "AbortError") return; // a newer question has taken its place
     if (!(error instanceof Problem)) throw error;
+    heat.hide();
     showProblem(error, ask);
   }
 }
@@ -69,6 +73,8 @@ const region = new Region({
   },
 });
 
+const heat = new HeatMap({ stage: $("stage"), image: $("preview"), canvas: $("heat") });
+
 const board = new Board($("board"), {
   palette: $("palette"),
   shapes: $("shapes"),
@@ -84,6 +90,7 @@ const board = new Board($("board"), {
 
 function setMode(mode) {
   const drawing = mode === "draw";
+  heat.hide();
   image = drawing ? drawn : picked;
   $("stage").dataset.mode = drawing ? "draw" : picked ? "image" : "empty";
   $("mode-image").setAttribute("aria-pressed", String(!drawing));
@@ -169,6 +176,7 @@ $("clear").addEventListener("click", () => board.clear());
 $("mark-region").addEventListener("click", () => region.start());
 $("clear-region").addEventListener("click", () => region.clear());
 $("top-k").addEventListener("change", ask);
+$("explain").addEventListener("change", ask);
 $("types").addEventListener("change", ask);
 
 // ---- what is being served ----

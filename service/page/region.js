@@ -6,6 +6,16 @@ const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], Arrow
 
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 
+/** Where an image's pixels lie inside the stage (it is fitted, not stretched), in CSS pixels. */
+export function contentOf(stage, image) {
+  const width = stage.clientWidth;
+  const height = stage.clientHeight;
+  const scale = Math.min(width / image.naturalWidth, height / image.naturalHeight);
+  const w = image.naturalWidth * scale;
+  const h = image.naturalHeight * scale;
+  return { left: (width - w) / 2, top: (height - h) / 2, w, h };
+}
+
 export class Region {
   #stage;
   #image;
@@ -61,14 +71,8 @@ export class Region {
     this.#stage.classList.toggle("marking", on);
   }
 
-  /** Where the image's pixels lie inside the stage (it is fitted, not stretched), in CSS pixels. */
   #content() {
-    const width = this.#stage.clientWidth;
-    const height = this.#stage.clientHeight;
-    const scale = Math.min(width / this.#image.naturalWidth, height / this.#image.naturalHeight);
-    const w = this.#image.naturalWidth * scale;
-    const h = this.#image.naturalHeight * scale;
-    return { left: (width - w) / 2, top: (height - h) / 2, w, h };
+    return contentOf(this.#stage, this.#image);
   }
 
   #fraction(event) {

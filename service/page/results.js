@@ -39,7 +39,13 @@ function scoreBar(prediction) {
   return row;
 }
 
-function predictionItem(prediction, onType) {
+/** Show where in the image this one matches. */
+function pointOut(item, prediction, onExplain) {
+  for (const other of $("predictions").children) other.classList.toggle("explained", other === item);
+  onExplain(prediction.explanation);
+}
+
+function predictionItem(prediction, onType, onExplain) {
   const item = element("li", "prediction");
   item.dataset.entityId = prediction.entity_id;
   const rank = element("span", "rank", String(prediction.rank));
@@ -49,8 +55,15 @@ function predictionItem(prediction, onType) {
   heading.append(entityTitle(prediction), entityTypes(prediction, onType));
   text.append(heading);
   if (prediction.description) text.append(element("p", "description", prediction.description));
+  const words = prediction.explanation?.words;
+  if (words) text.append(element("p", "description", `Its text, by what weighed most: ${words.slice(0, 6).map(({ word }) => word).join(", ")}`));
   text.append(scoreBar(prediction));
   item.append(rank, entityTile(prediction), text);
+  if (prediction.explanation?.heat_map) {
+    item.tabIndex = 0;
+    item.addEventListener("pointerenter", () => pointOut(item, prediction, onExplain));
+    item.addEventListener("focusin", () => pointOut(item, prediction, onExplain));
+  }
   return item;
 }
 
@@ -81,12 +94,13 @@ function settle(state) {
   $("predictions").removeAttribute("aria-hidden");
 }
 
-export function showAnswer(answer, roundTripMs, onType) {
+/** `onExplain(explanation)` is told which prediction to show in the image, null for none. */
+export function showAnswer(answer, roundTripMs, { onType, onExplain }) {
   settle("answered");
   $("problem").hidden = true;
   $("abstained").hidden = !answer.abstained;
   const list = $("predictions");
-  list.replaceChildren(...answer.predictions.map((prediction) => predictionItem(prediction, onType)));
+  list.replaceChildren(...answer.predictions.map((prediction) => predictionItem(prediction, onType, onExplain)));
   list.hidden = answer.predictions.length === 0;
   $("answers-empty").hidden = answer.predictions.length > 0;
   if (answer.predictions.length === 0) {
@@ -94,6 +108,8 @@ export function showAnswer(answer, roundTripMs, onType) {
   }
   showTimes(answer, roundTripMs);
   const [best] = answer.predictions;
+  if (best?.explanation) pointOut(list.firstElementChild, best, onExplain);
+  else onExplain(null);
   const doubt = answer.abstained ? "Probably not in the catalog. " : "";
   $("status").textContent = best
     ? `${doubt}Best match: ${best.title}, score ${best.score.toFixed(2)}. ${answer.predictions.length} shown.`

@@ -99,6 +99,28 @@ const SCENARIOS = {
     return { body, shown: await shown(page) };
   },
 
+  async explained(page) {
+    await pick(page, "giraffe.png");
+    const { body } = await asking(page, () => page.check("#explain"));
+    const look = () => page.evaluate(() => {
+      const heat = document.getElementById("heat").getBoundingClientRect();
+      const image = document.getElementById("preview").getBoundingClientRect();
+      const canvas = document.getElementById("heat");
+      return {
+        hidden: canvas.hidden,
+        grid: [canvas.width, canvas.height],
+        alphas: [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 3),
+        share: [heat.width / image.width, heat.height / image.height],
+        marked: [...document.querySelectorAll("#predictions > li")].findIndex((item) => item.classList.contains("explained")),
+      };
+    });
+    const first = await look();
+    await page.locator("#predictions > li").nth(1).hover();
+    const second = await look();
+    await asking(page, () => page.uncheck("#explain"));
+    return { body, first, second, off: await look() };
+  },
+
   async pasted(page) {
     await asking(page, () => hand(page, "paste", "giraffe.png"));
     return { shown: await shown(page) };

@@ -64,6 +64,18 @@ def test_answer_says_where_the_time_went(browsed: dict[str, dict[str, Any]]) -> 
     assert seen["body"]["model"] in seen["shown"]["provenance"]
 
 
+def test_the_heat_map_lies_over_the_image(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "explained")
+    for number, shown in enumerate((seen["first"], seen["second"])):
+        heat_map = seen["body"]["predictions"][number]["explanation"]["heat_map"]
+        values = [value for row in heat_map for value in row]
+        assert (shown["hidden"], shown["marked"], shown["grid"]) == (False, number, [4, 4])
+        assert shown["alphas"].index(max(shown["alphas"])) == values.index(max(values))
+    # 48 x 40 pixels: the stage is square, the encoder sees the square in the middle
+    assert seen["first"]["share"] == pytest.approx([40 / 48, 40 / 48], abs=0.01)
+    assert seen["off"]["hidden"] is True
+
+
 def test_pasted_image_shows_its_entity(browsed: dict[str, dict[str, Any]]) -> None:
     assert titles(see(browsed, "pasted")["shown"]["predictions"])[0] == "Giraffe"
 

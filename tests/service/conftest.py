@@ -20,6 +20,7 @@ import uvicorn
 from index.bundle import Bundle
 from service.app import create_app
 from service.recognizer import Recognizer
+from service.server import server_config
 from service.settings import Settings
 
 
@@ -30,7 +31,7 @@ def served(bundle: Path, *, encoder=None, fetcher=None, **settings) -> Iterator[
     recognizer = Recognizer(Bundle.open(bundle), configured, encoder)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         app = create_app(configured, recognizer, fetcher)
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, ws="none", access_log=False))
+        server = uvicorn.Server(server_config(configured, app))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:

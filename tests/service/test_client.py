@@ -62,7 +62,15 @@ def scripted(*answers: tuple[int, dict[str, str], object]) -> Iterator[tuple[str
             thread.join()
 
 
-ANSWER = {"model": "m", "bundle": "b@1", "cached": False, "abstained": None, "predictions": [], "timings_ms": {}}
+ANSWER = {
+    "model": "m",
+    "bundle": "b@1",
+    "cached": False,
+    "known": None,
+    "abstained": None,
+    "predictions": [],
+    "timings_ms": {},
+}
 
 
 def test_retry_after_is_honoured():

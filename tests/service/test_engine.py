@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from core.errors import TooManyRequests, Unavailable
+from index.selection import Selection
 from service.engine import Engine
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
@@ -42,8 +43,10 @@ class RangeIndex:
 
     def __init__(self, count: int = 1000) -> None:
         self.count = count
+        self.selections = []
 
-    def search(self, query_embeddings_BD, top_k):
+    def search(self, query_embeddings_BD, top_k, *, selection):
+        self.selections.append(selection)
         rows_K = np.where(np.arange(top_k) < self.count, np.arange(top_k), -1)
         return np.tile(rows_K, (len(query_embeddings_BD), 1)), np.tile(query_embeddings_BD[:, :1], (1, top_k))
 
@@ -91,6 +94,18 @@ def test_each_gets_as_many_results_as_it_asked_for(engine, encoder):
     encoder.gate.set()
     wait([first, *futures], TIMEOUT_S)
     assert [len(future.result().rows) for future in futures] == [1, 500, 7]
+
+
+def test_jobs_of_one_selection_are_searched_together(encoder):
+    index = RangeIndex()
+    engine = Engine(encoder, index, max_batch=8, queue_limit=8)
+    first = occupy(engine, encoder)
+    some, others = (Selection((name,), np.ones(9, np.bool_)) for name in ("some", "others"))
+    waiting = [engine.submit(image(2), 1, selection) for selection in (some, others, None, some, others)]
+    encoder.gate.set()
+    wait([first, *waiting], TIMEOUT_S)
+    assert index.selections == [None, some, others, None]
+    engine.close(TIMEOUT_S)
 
 
 def test_padding_is_cut_off(encoder):
@@ -150,17 +165,52 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more(engine, encoder):
     assert [future.result(0).scores[0] for future in (first, *waiting)] == list(range(1, 9))
 
 
-def test_a_dead_thread_is_noticed_and_nobody_waits_for_it(engine, encoder):
+def test_a_thread_that_dies_is_replaced_and_only_what_it_died_of_fails(engine, encoder):
     first = occupy(engine, encoder)
-    fatal = engine.submit(image(66), 1)
+    good, fatal, other = (engine.submit(image(value), 1) for value in (2, 66, 3))
+    late = [engine.submit(image(value), 1) for value in (4, 5, 6)]
     encoder.gate.set()
-    assert first.result(TIMEOUT_S)
-    with pytest.raises(Unavailable, match="died"):
-        fatal.result(TIMEOUT_S)
-    engine.close(TIMEOUT_S)
+    wait([first, good, fatal, other, *late], TIMEOUT_S)
+    assert [each.result(0).scores[0] for each in (first, good, other, *late)] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(RuntimeError, match="died of this image"):
+        fatal.result(0)
+    assert engine.alive
+    assert encoder.batches[:6] == [[1], [2, 66, 3, 4], [2], [66], [3], [4]]  # one by one after the death
+
+
+def test_an_engine_that_only_dies_is_given_up_and_nobody_waits_for_it(engine, encoder):
+    first = occupy(engine, encoder)
+    fatal = [engine.submit(image(66), 1) for _ in range(3)]
+    waiting = [engine.submit(image(2), 1) for _ in range(2)]
+    encoder.gate.set()
+    wait([first, *fatal, *waiting], TIMEOUT_S)
+    assert [type(each.exception(0)) for each in (*fatal, *waiting)] == [RuntimeError] * 3 + [Unavailable] * 2
+    assert engine.close(TIMEOUT_S)
     assert not engine.alive
     with pytest.raises(Unavailable):
         engine.submit(image(1), 1)
+
+
+def test_a_search_that_dies_counts_as_any_other(encoder):
+    class FatalIndex:
+        def search(self, query_embeddings_BD, top_k, *, selection=None):
+            raise SystemExit
+
+    deaths: list[None] = []
+    engine = Engine(encoder, FatalIndex(), max_batch=4, queue_limit=8, on_death=lambda: deaths.append(None))
+    with pytest.raises(RuntimeError):
+        engine.search(np.ones(2, np.float32), 1).result(TIMEOUT_S)
+    assert engine.close(TIMEOUT_S)
+    assert len(deaths) == 1
+
+
+def test_a_thread_that_cannot_start_leaves_nobody_waiting(encoder):
+    def fail() -> None:
+        raise RuntimeError("no threads here")
+
+    engine = Engine(encoder, RangeIndex(), max_batch=4, queue_limit=8, on_start=fail)
+    with pytest.raises(Unavailable):
+        engine.submit(image(1), 1).result(TIMEOUT_S)
 
 
 def test_the_heartbeat_stops_while_the_thread_is_stuck(engine, encoder):

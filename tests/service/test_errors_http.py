@@ -103,7 +103,7 @@ def test_a_bad_request_is_refused_and_the_next_is_served(service, giraffe, name)
         ("GET", "/page/%2e%2e/app.py", 404),
         ("GET", "/recognize", 405),
         ("DELETE", "/info", 405),
-        ("PUT", "/entities/Q1", 405),
+        ("PATCH", "/entities/Q1", 405),
     ],
 )
 def test_other_errors_are_problems_too(service, method, path, status):

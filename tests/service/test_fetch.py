@@ -11,7 +11,8 @@ import httpcore
 import pytest
 
 from core.errors import BadRequest, FetchFailed, Forbidden, TooLarge
-from service.addresses import host_allowed, host_pattern, is_public
+from core.network import is_public
+from service.addresses import host_allowed, host_pattern
 from service.fetch import Fetcher
 
 PUBLIC = "93.184.215.14"

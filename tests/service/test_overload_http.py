@@ -144,18 +144,52 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(serve, small_bundle, images
         assert service.get("/readyz").status_code == 200
 
 
-def test_a_dead_engine_is_not_ready_but_alive(serve, small_bundle, images):
-    class FatalEncoder:
-        device = "cpu"
+class MoodyEncoder(GatedEncoder):
+    """Dies in the mood for it."""
 
-        def encode(self, pixels_BHW3):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate.set()
+        self.dies = True
+
+    def encode(self, pixels_BHW3):
+        if self.dies:
             raise SystemExit
+        return super().encode(pixels_BHW3)
 
-    with serve(small_bundle, encoder=FatalEncoder()) as service:
-        assert ask(service, images[0]).status_code == 503
+
+def test_an_engine_that_dies_is_replaced(serve, small_bundle, images):
+    encoder = MoodyEncoder()
+    with serve(small_bundle, encoder=encoder) as service:
+        assert [ask(service, image).status_code for image in images[:2]] == [500, 500]
+        encoder.dies = False
+        assert [ask(service, image).status_code for image in images[:2]] == [200, 200]
+        encoder.dies = True
+        assert [ask(service, image).status_code for image in images[2:4]] == [500, 500]
+        assert service.get("/readyz").status_code == 200
+        until(service, "wikiclip_engine_deaths_total", 4.0)
+
+
+def test_a_dead_engine_is_not_ready_but_alive(serve, small_bundle, images):
+    with serve(small_bundle, encoder=MoodyEncoder()) as service:
+        assert [ask(service, image).status_code for image in images[:3]] == [500] * 3
         until(service, "wikiclip_ready", 0.0)
         refused = service.get("/readyz")
         assert (refused.status_code, refused.json()["title"]) == (503, "Not ready")
         assert ask(service, images[0]).status_code == 503
         assert service.get("/livez").status_code == 200
         assert service.get("/info").status_code == 200
+
+
+def test_a_stuck_engine_is_not_ready_but_alive_until_it_moves(serve, small_bundle, encoder, images):
+    settings = {"deadline_ms": 400, "stuck_ms": 1500}
+    with serve(small_bundle, encoder=encoder, **settings) as service:
+        encoder.gate.clear()
+        assert ask(service, images[0]).status_code == 504
+        until(service, "wikiclip_ready", 0.0)
+        assert "stuck" in service.get("/readyz").json()["detail"]
+        assert ask(service, images[1]).status_code == 503  # refused at once, not after the deadline
+        assert service.get("/livez").status_code == 200
+        encoder.gate.set()
+        until(service, "wikiclip_ready", 1.0)
+        assert ask(service, images[1]).status_code == 200

@@ -1,0 +1,116 @@
+"""The routes that change what is served; the admin token opens them."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import ValidationError
+from starlette.responses import Response
+
+from core.errors import BadParameter, Forbidden, Unavailable
+from service import schemas
+from service.body import ImageUrl, read_body, record_of
+from service.editing import Editor
+from service.fetch import Fetcher
+from service.generation import Snapshot
+from service.keys import require_admin
+from service.recognizer import Recognizer
+from service.routes import entity_json, json_response, recognizer_of
+
+_MAX_BODY_BYTES = 64 * 1024
+_MAX_ID_CHARACTERS = 2000  # Encyclopedic-VQA's ids are URLs
+
+router = APIRouter(dependencies=[Depends(require_admin)])
+
+
+@router.post(
+    "/admin/bundle",
+    summary="Answer from another bundle, without failing a request",
+    response_model=schemas.BundleChange,
+    responses=schemas.problems(400, 401, 403, 408, 409, 413, 422, 503),
+    openapi_extra={**schemas.ADMIN_ONLY, **schemas.json_body(schemas.BundleRequest)},
+)
+async def change_bundle(request: Request) -> Response:
+    recognizer: Recognizer | None = request.app.state.recognizer
+    if recognizer is None:
+        raise Unavailable("the bundle is being loaded; try again later")
+    wanted = await _wanted(request, recognizer.settings.receive_timeout_s)
+    previous = recognizer.label
+    new = await recognizer.swap(Path(wanted.path))
+    told = {"bundle": new.snapshot().label, "previous": previous, "model": new.model}
+    return json_response({**told, "entities": new.snapshot().entities.entity_count})
+
+
+@router.put(
+    "/entities/{entity_id:path}",
+    summary="Add an entity or replace it, while serving",
+    response_model=schemas.EditedEntity,
+    responses={
+        201: {"model": schemas.EditedEntity, "description": "The entity is new"},
+        **schemas.problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
+    },
+    openapi_extra={**schemas.ADMIN_ONLY, **schemas.entity_body()},
+)
+async def put_entity(request: Request, entity_id: str) -> Response:
+    recognizer = recognizer_of(request)
+    _check_id(entity_id)
+    settings = recognizer.settings
+    body = await read_body(request, settings.max_body_bytes, settings.receive_timeout_s)
+    record, given = record_of(body, request.headers.get("content-type", ""))
+    wanted = _entity(record)
+    with recognizer.admission.admit(1), recognizer.hold() as snapshot:
+        editor = _editor(snapshot)
+        fetcher: Fetcher = request.app.state.fetcher
+        image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
+        edited = await recognizer.edit(snapshot, lambda: editor.put(entity_id, wanted, image))
+    told = {**entity_json(edited.entity, edited.has_thumbnail), "bundle": snapshot.label_at(edited.generation)}
+    return json_response(told, status=HTTPStatus.CREATED if edited.created else HTTPStatus.OK)
+
+
+@router.delete(
+    "/entities/{entity_id:path}",
+    summary="Take an entity out of all answers, while serving",
+    status_code=HTTPStatus.NO_CONTENT,
+    responses=schemas.problems(401, 403, 404, 429, 503, 504),
+    openapi_extra=schemas.ADMIN_ONLY,
+)
+async def delete_entity(request: Request, entity_id: str) -> Response:
+    recognizer = recognizer_of(request)
+    with recognizer.admission.admit(1), recognizer.hold() as snapshot:
+        editor = _editor(snapshot)
+        await recognizer.edit(snapshot, lambda: editor.delete(entity_id))
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+def _editor(snapshot: Snapshot) -> Editor:
+    if snapshot.generation.editor is None:
+        raise Forbidden("entities cannot be changed here: the service keeps no changes; set WIKICLIP_LIVE_DIR")
+    return snapshot.generation.editor
+
+
+def _check_id(entity_id: str) -> None:
+    if not entity_id.strip() or entity_id.endswith("/thumbnail") or len(entity_id) > _MAX_ID_CHARACTERS:
+        raise BadParameter(
+            f"an entity id has 1 to {_MAX_ID_CHARACTERS} characters and does not end in /thumbnail; choose another"
+        )
+
+
+def _entity(record: Any) -> schemas.EntityRequest:
+    try:
+        return schemas.EntityRequest.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the record"
+        raise BadParameter(f"{where}: {first['msg']}; see PUT /entities in /docs") from error
+
+
+async def _wanted(request: Request, timeout_s: float) -> schemas.BundleRequest:
+    # By hand: the framework reads a body of any size, and before it asks for the token.
+    body = await read_body(request, _MAX_BODY_BYTES, timeout_s)
+    try:
+        return schemas.BundleRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise BadParameter(f'{error.errors()[0]["msg"]}; send {{"path": "..."}}') from error

@@ -1,0 +1,203 @@
+"""One opened bundle with all that answers from it. A service that is given another bundle makes another generation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from core.errors import BundleAltered, UserError
+from imaging import Preprocessing
+from index.bundle import Bundle
+from index.delta import Delta
+from index.live import LiveSegment
+from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
+from index.merged import MergedView
+from service.answers import RecognizeOptions
+from service.editing import Editor
+from service.encoder import OnnxEncoder
+from service.engine import Encoder, Engine
+from service.join import SELECTIONS_KEPT, Joiner
+from service.metrics import Metrics
+from service.settings import Settings
+
+log = logging.getLogger("wikiclip.generation")
+
+
+class Generation:
+    """A bundle, its encoder, index and store, and the engine that owns them: a batch never mixes two bundles.
+
+    Without an `encoder` the bundle's own is run on ONNX Runtime. Raises `BundleError`, or `UserError` where the device
+    cannot be had.
+    """
+
+    def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, encoder: Encoder | None = None) -> None:
+        self.bundle = bundle
+        self.model = model_name(bundle)
+        self.encoder_hash = encoder_hash(bundle)
+        self.preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+        index = bundle.index()
+        self.encoder = encoder or open_encoder(bundle, self.preprocessing, settings)
+        self._index = index
+        self._store = bundle.store()
+        self._select = lru_cache(maxsize=SELECTIONS_KEPT)(self._store.select)
+        self.editor = self._open_editor(settings)
+        self._snapshot = self._take_snapshot()
+        self.engine = Engine(
+            self.encoder,
+            index,
+            max_batch=settings.max_batch,
+            queue_limit=settings.queue_limit,
+            # OpenMP keeps the number of threads for each calling thread.
+            on_start=lambda: faiss.omp_set_num_threads(settings.thread_count),
+            on_batch=metrics.batch_images.observe,
+            on_death=metrics.engine_deaths.inc,
+        )
+        self._stuck_after_s = settings.stuck_ms / 1000
+        self._holders = 0
+        self._free = threading.Condition()
+
+    @property
+    def not_ready_because(self) -> str | None:
+        """Why it cannot answer now, None when it can."""
+        if self.editor is not None and self.editor.trouble is not None:
+            return self.editor.trouble
+        if not self.engine.alive:
+            return "the engine has died"
+        if self.engine.silent_s > self._stuck_after_s:
+            return f"the engine has been stuck for {self.engine.silent_s:.0f} s"
+        return None
+
+    def snapshot(self) -> Snapshot:
+        """What is served now; it stays as it is, whatever is put or deleted."""
+        if self.editor is not None and self.editor.live.delta is not self._snapshot.delta:
+            self._snapshot = self._take_snapshot()
+        return self._snapshot
+
+    def _take_snapshot(self) -> Snapshot:
+        live = None if self.editor is None else self.editor.live
+        entities = MergedView(self._index, self._store, live, select=self._select)
+        return Snapshot(
+            generation=self,
+            entities=entities,
+            joiner=Joiner(entities, self.bundle.calibration),
+            label=f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}",
+        )
+
+    def _open_editor(self, settings: Settings) -> Editor | None:
+        if settings.live_dir is None:
+            return None
+        live = LiveSegment(settings.live_dir, self.bundle, self._store)
+        try:
+            return Editor(self.bundle, live, self.encoder, max_pixels=settings.max_pixels)
+        except UserError:
+            live.close()
+            raise
+
+    def check(self) -> None:
+        """Take one blank image all the way to its predictions. Raises `BundleAltered` if that fails."""
+        size_px = self.preprocessing.size_px
+        try:
+            snapshot, blank = self.snapshot(), np.zeros((size_px, size_px, 3), np.uint8)
+            found = self.engine.submit(blank, 1, None, snapshot.entities).result(self._stuck_after_s)
+            snapshot.joiner.join(found, RecognizeOptions(top_k=1))
+        except Exception as error:
+            # Whatever goes wrong, in the encoder, in faiss or in SQLite, this is no bundle to answer from.
+            raise BundleAltered(
+                f"{self.bundle.path} does not answer for a blank image ({error}); export it again"
+            ) from error
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep it open while the block runs. Only for who knows that it is open now."""
+        with self._free:
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._free:
+                self._holders -= 1
+                self._free.notify_all()
+
+    def retire(self, timeout_s: float) -> None:
+        """Close it as soon as nobody holds it, without waiting for that. Nobody new may hold it from now on."""
+
+        def close_when_free() -> None:
+            with self._free:
+                self._free.wait_for(lambda: self._holders == 0)
+            if self.close(timeout_s):
+                log.info("%s is released", self._snapshot.label)
+
+        threading.Thread(target=close_when_free, name="retire", daemon=True).start()
+
+    def close(self, timeout_s: float) -> bool:
+        """Finish what was accepted, within `timeout_s`, and let go of everything. False if that took longer."""
+        if not self.engine.close(timeout_s):
+            log.error("the engine of %s did not stop in %g s", self._snapshot.label, timeout_s)
+            return False  # it still uses the store and the index
+        if self.editor is not None:
+            self.editor.close()
+        self._store.close()
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What one request sees: a generation at one state of its live changes. `label` names both."""
+
+    generation: Generation
+    entities: MergedView
+    joiner: Joiner
+    label: str
+
+    @property
+    def delta(self) -> Delta | None:
+        return self.entities.delta
+
+    def label_at(self, generation: int) -> str:
+        """The label of a later state of the same bundle, by the generation of its live changes."""
+        bundle = self.generation.bundle
+        return f"{bundle.name}@{bundle.fingerprint}+{generation}"
+
+
+def encoder_hash(bundle: Bundle) -> str:
+    """What the embedding of an image depends on besides the image: the encoder's files and the preprocessing.
+
+    Two bundles whose encoder is the same have the same hash, whatever their entities are.
+    """
+    manifest = bundle.manifest
+    entity_side = (STORE_FILE, f"{EMBEDDINGS_FOLDER}/")
+    files = {name: entry.sha256 for name, entry in manifest.files.items() if not name.startswith(entity_side)}
+    entry = manifest.image_encoder
+    content = [files, dict(manifest.preprocessing), entry.file, entry.input, list(entry.outputs)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def model_name(bundle: Bundle) -> str:
+    """What answers call the model: `name` in the manifest's `model`, else its image encoder's spec without a path."""
+    model = bundle.manifest.model
+    return str(model.get("name") or Path(str(model.get("image_encoder", "unknown"))).name)
+
+
+def open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
+    """The bundle's image encoder as `settings` want it run."""
+    entry = bundle.manifest.image_encoder
+    return OnnxEncoder(
+        bundle.image_encoder_path,
+        preprocessing,
+        input_name=entry.input,
+        patches_name=entry.outputs[0],
+        embedding_name=entry.outputs[1],
+        embedding_dim=bundle.manifest.embedding_dim,
+        device=settings.device,
+        threads=settings.thread_count,
+    )

@@ -1,0 +1,238 @@
+"""Another bundle while requests come: none fails, each answer is its bundle's, and a bad bundle changes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.conftest import write_small_bundle
+
+TIMEOUT_S = 120  # generous: a busy machine is no failure
+TOKEN = "change-me"
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """Three bundles of the same images, each with ids of its own; `b` has another encoder than the other two."""
+    folder = tmp_path_factory.mktemp("swapped")
+    write_small_bundle(folder / "a", prefix="a:")
+    write_small_bundle(folder / "b", prefix="b:", encoder_seed=12)
+    write_small_bundle(folder / "same", prefix="same:")
+    return folder
+
+
+def swap(service, path, headers=ADMIN):
+    return service.post("/admin/bundle", json={"path": str(path)}, headers=headers, timeout=TIMEOUT_S)
+
+
+def recognize(service, image: bytes):
+    return service.post("/recognize", content=image, headers={"Content-Type": "image/png"})
+
+
+def check(answer: httpx.Response, *entity_ids: str) -> str:
+    """The name of the bundle that answered, having checked that all that is told is from it."""
+    assert answer.status_code == 200, answer.text
+    content = answer.json()
+    name = content["bundle"].partition("@")[0]
+    results = content.get("results", [content])
+    assert {result["bundle"] for result in results} == {content["bundle"]}
+    # Each image is found by the bundle's own encoder, in the bundle's own index, under the bundle's own name for it.
+    assert [result["predictions"][0]["entity_id"] for result in results] == [f"{name}:{each}" for each in entity_ids]
+    assert all(result["predictions"][0]["score"] > 0.999 for result in results)
+    return str(name)
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_twenty_swaps_under_load_fail_no_request_and_mix_no_answers(serve, bundles, small_images, cache):
+    images = list(small_images.items())
+    over = threading.Event()
+
+    def load(number: int) -> list[str]:
+        names = []
+        with httpx.Client(base_url=service.base_url, timeout=TIMEOUT_S) as client:
+            while not over.is_set():
+                entity_id, image = images[number % len(images)]
+                names.append(check(recognize(client, image), entity_id))
+                three = [images[(number + step) % len(images)] for step in range(3)]
+                answer = client.post("/recognize/batch", files=[("image", image) for _, image in three])
+                names.append(check(answer, *(entity_id for entity_id, _ in three)))
+                number += 1
+        return names
+
+    with serve(bundles / "a", admin_token=TOKEN, cache=cache) as service, ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(load, number) for number in range(4)]
+        try:
+            for step in range(20):
+                name = "ba"[step % 2]
+                answer = swap(service, bundles / name)
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["bundle"].startswith(f"{name}@")
+                assert answer.json()["previous"].startswith(f"{'ab'[step % 2]}@")
+                entity_id, image = images[step % len(images)]
+                assert check(recognize(service, image), entity_id) == name  # from the answer on, the new one answers
+        finally:
+            over.set()
+        names = [name for each in loads for name in each.result(TIMEOUT_S)]
+        metrics = service.get("/metrics").text
+    assert set(names) == {"a", "b"}
+    assert 'wikiclip_bundle_swaps_total{outcome="loaded"} 20.0' in metrics
+    assert metrics.count("\nwikiclip_bundle{") == 1
+
+
+def test_a_request_in_flight_is_finished_by_the_bundle_it_began_with(serve, bundles, small_images):
+    class GatedEncoder:
+        device = "cpu"
+
+        def __init__(self) -> None:
+            self.gate = threading.Event()
+            self.entered = threading.Semaphore(0)
+
+        def encode(self, pixels_BHW3):
+            self.entered.release()
+            blank = not pixels_BHW3.any()  # the check of a bundle
+            assert blank or self.gate.wait(TIMEOUT_S)
+            return np.ones((len(pixels_BHW3), 16), np.float32)
+
+    encoder, image = GatedEncoder(), small_images["Q140"]
+    with serve(bundles / "a", encoder=encoder, admin_token=TOKEN) as service, ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(recognize, service, image)
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        assert swap(service, bundles / "b").status_code == 200
+        assert service.get("/info").json()["bundle"].startswith("b@")
+        assert not pending.done()
+        encoder.gate.set()
+        content = pending.result(TIMEOUT_S).json()
+        assert content["bundle"].startswith("a@")
+        assert all(each["entity_id"].startswith("a:") for each in content["predictions"])
+        assert recognize(service, image).json()["bundle"].startswith("b@")
+
+
+def test_the_same_encoder_keeps_the_embeddings_and_another_does_not(serve, bundles, small_images):
+    image = small_images["Q140"]
+    with serve(bundles / "a", admin_token=TOKEN) as service:
+        check(recognize(service, image), "Q140")
+        assert swap(service, bundles / "same").status_code == 200
+        kept = recognize(service, image)
+        assert check(kept, "Q140") == "same"
+        assert (kept.json()["cached"], "encode" in kept.json()["timings_ms"]) == (True, False)
+        assert swap(service, bundles / "b").status_code == 200
+        anew = recognize(service, image)
+        assert check(anew, "Q140") == "b"
+        assert anew.json()["cached"] is False
+
+
+def altered(bundles, tmp_path):
+    shutil.copytree(bundles / "b", tmp_path / "altered")
+    content = bytearray((tmp_path / "altered" / "entities.sqlite").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "altered" / "entities.sqlite").write_bytes(content)
+    return tmp_path / "altered"
+
+
+def incomplete(bundles, tmp_path):
+    shutil.copytree(bundles / "b", tmp_path / "incomplete")
+    (tmp_path / "incomplete" / "index" / "entity.faiss").unlink()
+    return tmp_path / "incomplete"
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (altered, "altered"),
+        (incomplete, "missing"),
+        (lambda bundles, tmp_path: tmp_path / "nowhere", "does not exist"),
+        (lambda bundles, tmp_path: tmp_path, "no bundle"),
+        (lambda bundles, tmp_path: "\0", "does not exist"),
+    ],
+)
+def test_a_bad_bundle_is_refused_and_the_old_one_stays(serve, bundles, small_images, tmp_path, make, said):
+    with serve(bundles / "a", admin_token=TOKEN) as service:
+        refused = swap(service, make(bundles, tmp_path))
+        assert refused.status_code == 422
+        assert refused.headers["content-type"] == "application/problem+json"
+        assert refused.json()["title"] == "Bundle refused"
+        assert said in refused.json()["detail"]
+        assert refused.json()["detail"].endswith(" stays")
+        assert check(recognize(service, small_images["Q140"]), "Q140") == "a"
+
+
+def test_a_bundle_whose_encoder_fails_is_refused_and_leaves_nothing_behind(serve, bundles, small_images):
+    class OnceEncoder:
+        device = "cpu"
+        works = True
+
+        def encode(self, pixels_BHW3):
+            if not self.works:
+                raise RuntimeError("out of order")
+            return np.ones((len(pixels_BHW3), 16), np.float32)
+
+    encoder = OnceEncoder()
+    with serve(bundles / "a", encoder=encoder, admin_token=TOKEN) as service:
+        encoder.works = False
+        before = threading.active_count()
+        assert swap(service, bundles / "b").status_code == 422
+        encoder.works = True
+        assert recognize(service, small_images["Q140"]).json()["bundle"].startswith("a@")
+        assert sum(thread.name == "engine" for thread in threading.enumerate()) <= before
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [(b"", 400), (b"{", 422), (b"[]", 422), (b'{"path": ""}', 422), (b'{"path": 3}', 422), (b" " * 100_000, 413)],
+)
+def test_a_request_that_names_no_bundle(serve, bundles, body, status):
+    with serve(bundles / "a", admin_token=TOKEN) as service:
+        assert service.post("/admin/bundle", content=body, headers=ADMIN).status_code == status
+
+
+def test_only_the_holder_of_the_token_may(serve, bundles):
+    with serve(bundles / "a", admin_token=TOKEN, api_keys=("key",)) as service:
+        for headers in ({}, {"X-API-Key": "key"}, {"Authorization": "Bearer key"}):
+            assert swap(service, bundles / "b", headers).status_code == 401
+        assert swap(service, bundles / "b", {"X-API-Key": TOKEN}).status_code == 200
+        assert service.get("/entities/Q140", headers=ADMIN).status_code == 401  # it is no API key
+        assert service.get("/openapi.json").json()["paths"]["/admin/bundle"]["post"]["security"] == [{"admin": []}]
+    with serve(bundles / "a") as service:
+        assert swap(service, bundles / "b").status_code == 403
+
+
+def test_a_hangup_loads_the_configured_path_anew(bundles, tmp_path):
+    link = tmp_path / "current"
+    link.symlink_to(bundles / "a")
+    command = [sys.executable, "-m", "wikiclip", "serve", "--bundle", str(link), "--port", "0", "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            url = next(line for line in process.stderr if "serving" in line).partition("on ")[2].partition('"')[0]
+            with httpx.Client(base_url=url, transport=httpx.HTTPTransport(retries=50)) as service:
+
+                def until_answers_from(name: str) -> None:
+                    for _ in range(1000):
+                        if service.get("/info").json()["bundle"].startswith(f"{name}@"):
+                            return
+                        time.sleep(0.01)  # another process: asking again is all there is
+                    raise AssertionError(f"never answers from {name}")
+
+                until_answers_from("a")
+                link.unlink()
+                link.symlink_to(bundles / "b")
+                os.kill(process.pid, signal.SIGHUP)
+                until_answers_from("b")
+                link.unlink()
+                os.kill(process.pid, signal.SIGHUP)
+                assert any("changes nothing" in line for line in process.stderr)
+                assert service.get("/info").json()["bundle"].startswith("b@")
+        finally:
+            process.terminate()
+    assert process.returncode == -signal.SIGTERM

@@ -1,0 +1,193 @@
+"""PUT and DELETE of entities over HTTP: who may, what is refused, and that every process answers accordingly."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from tests.conftest import write_small_bundle
+
+TOKEN = "the admin token"
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+DIM = 16
+WAIT_S = 60  # generous: a busy machine is no failure
+
+
+@pytest.fixture
+def live(serve, small_bundle, tmp_path):
+    with serve(small_bundle, live_dir=tmp_path / "live", admin_token=TOKEN) as client:
+        yield client
+
+
+def vector(seed: int) -> list[float]:
+    return [float(value) for value in np.random.default_rng([seed, 2]).normal(size=DIM)]
+
+
+def put(client, entity_id: str, **record):
+    return client.put(f"/entities/{entity_id}", json={"title": "A thing", **record}, headers=ADMIN)
+
+
+def recognized(client, image: bytes, **parameters):
+    answer = client.post("/recognize", content=image, headers={"Content-Type": "image/png"}, params=parameters)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def embedding_of(client, small_bundle, image: bytes) -> list[float]:
+    from service.recognizer import Recognizer
+    from service.settings import Settings
+
+    with Recognizer.open(small_bundle, Settings(threads=1)) as recognizer, recognizer.hold() as snapshot:
+        pixels = recognizer._decode(snapshot, image, _options()).pixels_HW3
+        return [float(value) for value in snapshot.generation.engine.submit(pixels, 1).result(WAIT_S).embedding_D]
+
+
+def _options():
+    from service.answers import RecognizeOptions
+
+    return RecognizeOptions()
+
+
+def test_an_entity_that_is_put_is_in_the_next_answer(live, small_bundle, giraffe):
+    before = recognized(live, giraffe)
+    assert recognized(live, giraffe)["cached"]
+    embedding = embedding_of(live, small_bundle, giraffe)
+    record = {
+        "title": "Okapi", "titles": {"de": "Waldgiraffe"}, "types": ["animal", "forest"], "symbol": "O",
+        "text": "It lives in the forest. It is shy.", "url": "https://example.org/okapi", "embedding": embedding,
+    }  # fmt: skip
+    live.delete("/entities/Q15083", headers=ADMIN).raise_for_status()
+    answer = put(live, "Q82037", **record)
+    assert answer.status_code == 201
+    assert answer.json()["bundle"] == before["bundle"] + "+2"
+    assert answer.json()["description"] == "It lives in the forest."
+    assert answer.json()["text"] is None  # as of the others of this bundle
+    after = recognized(live, giraffe, lang="de")
+    assert after["bundle"] == before["bundle"] + "+2"
+    assert not after["timings_ms"].keys() & {"encode"}  # the embedding of the image is still known
+    first = after["predictions"][0]
+    assert (first["entity_id"], first["title"], first["symbol"]) == ("Q82037", "Waldgiraffe", "O")
+    assert first["score"] == pytest.approx(1, abs=1e-3)
+    assert "Q15083" not in {each["entity_id"] for each in recognized(live, giraffe, top_k=12)["predictions"]}
+    assert recognized(live, giraffe, types="forest")["predictions"][0]["entity_id"] == "Q82037"
+    assert [each["title"] for each in live.get("/entities", params={"query": "okap"}).json()["entities"]] == ["Okapi"]
+    got = live.get("/entities/Q82037").json()
+    assert {**got, "bundle": answer.json()["bundle"]} == answer.json()
+    assert live.get("/info").json()["entities"] == 12
+    assert put(live, "Q82037", **record).status_code == 200
+
+
+def test_an_entity_that_was_put_is_explained_like_any(live, small_bundle, giraffe):
+    put(live, "Q82037", title="Okapi", text="Shy.", embedding=embedding_of(live, small_bundle, giraffe))
+    live.delete("/entities/Q15083", headers=ADMIN).raise_for_status()
+    first = recognized(live, giraffe, explain="true")["predictions"][0]
+    assert first["entity_id"] == "Q82037"
+    assert [len(row) for row in first["explanation"]["heat_map"]] == [4, 4, 4, 4]
+    assert first["explanation"]["words"] is None
+
+
+def test_an_entity_that_is_deleted_is_gone(live, giraffe):
+    assert live.delete("/entities/Q15083", headers=ADMIN).status_code == 204
+    predictions = recognized(live, giraffe, top_k=12)["predictions"]
+    assert len(predictions) == 11
+    assert "Q15083" not in {each["entity_id"] for each in predictions}
+    gone = live.get("/entities/Q15083")
+    assert (gone.status_code, gone.json()["type"]) == (404, "/docs#problem-unknown-entity")
+    assert live.get("/entities/Q15083/thumbnail").status_code == 404
+    again = live.delete("/entities/Q15083", headers=ADMIN)
+    assert (again.status_code, again.json()["type"]) == (404, "/docs#problem-unknown-entity")
+
+
+def test_ids_may_hold_what_ids_hold(live):
+    for entity_id in ("https://en.wikipedia.org/wiki/A%2FB", "brand:ä & b", "長頸鹿"):
+        answer = live.put(f"/entities/{entity_id}", json={"title": "x", "embedding": vector(1)}, headers=ADMIN)
+        assert answer.status_code == 201
+        assert live.get(f"/entities/{entity_id}").json()["entity_id"] == answer.json()["entity_id"]
+
+
+@pytest.mark.parametrize(
+    ("record", "status", "said"),
+    [
+        ({"title": "", "embedding": vector(1)}, 422, "title"),
+        ({"embedding": vector(1)[:3]}, 422, "16 finite numbers"),
+        ({"embedding": [0] * DIM}, 422, "not all of them 0"),
+        ({"embedding": [1e308] * DIM}, 422, "finite"),
+        ({"embedding": "abc"}, 422, "embedding"),
+        ({"embedding": vector(1), "titel": "x"}, 422, "titel"),
+        ({"embedding": vector(1), "types": "animal"}, 422, "types"),
+        ({}, 422, "nothing to embed"),
+        ({"text": "An animal."}, 422, "send embedding (16 numbers)"),
+        ({"image": {"base64": "AAAA"}}, 422, "no entity side"),
+        ({"image": {"base64": "AAAA"}, "embedding": vector(1)}, 422, "send one of them"),
+        ({"image": {"base64": "%"}}, 400, "base64"),
+        ({"image": {"url": "https://example.org/x.png"}}, 403, "URL"),
+    ],
+)
+def test_what_is_no_entity_is_refused_and_changes_nothing(live, record, status, said):
+    answer = put(live, "new", **record)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
+    assert said.lower() in answer.json()["detail"].lower()
+    assert live.get("/entities/new").status_code == 404
+    assert "+" not in live.get("/info").json()["bundle"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"null"])
+def test_a_body_that_is_no_record_is_refused(live, body):
+    headers = {**ADMIN, "Content-Type": "application/json"}
+    assert live.put("/entities/new", content=body, headers=headers).status_code in (400, 422)
+
+
+def test_a_form_is_taken_too(live):
+    record = json.dumps({"title": "Form", "embedding": vector(1)})
+    answer = live.put("/entities/f", files={"record": (None, record, "application/json")}, headers=ADMIN)
+    assert answer.status_code == 201, answer.text
+    assert live.put("/entities/f", files={"image": ("x.png", b"x", "image/png")}, headers=ADMIN).status_code == 400
+    assert live.put("/entities/f", content=b"x", headers={**ADMIN, "Content-Type": "image/png"}).status_code == 415
+
+
+def test_only_the_admin_may_and_only_where_changes_are_kept(live, serve, small_bundle):
+    for method, path in (("PUT", "/entities/Q140"), ("DELETE", "/entities/Q140")):
+        assert live.request(method, path).status_code == 401
+        assert live.request(method, path, headers={"Authorization": "Bearer other"}).status_code == 401
+    with serve(small_bundle, admin_token=TOKEN) as fixed:
+        answers = (put(fixed, "new", embedding=vector(1)), fixed.delete("/entities/Q140", headers=ADMIN))
+    for answer in answers:
+        assert answer.status_code == 403
+        assert "WIKICLIP_LIVE_DIR" in answer.json()["detail"]
+
+
+def test_another_service_sees_a_change_within_a_second(live, serve, small_bundle, tmp_path):
+    with serve(small_bundle, live_dir=tmp_path / "live") as other:
+        put(live, "new", embedding=vector(1)).raise_for_status()
+        live.delete("/entities/Q140", headers=ADMIN).raise_for_status()
+        # Looked for every 0.1 s; that it is a second at most is for the benchmark to say.
+        looked = threading.Event()
+        for _ in range(WAIT_S * 20):
+            if other.get("/info").json()["bundle"].endswith("+2"):
+                break
+            looked.wait(0.05)
+        assert other.get("/entities/new").status_code == 200
+        assert other.get("/entities/Q140").status_code == 404
+
+
+def test_changes_are_there_after_a_restart_and_a_swap_to_a_foreign_bundle_is_refused(serve, small_bundle, tmp_path):
+    with serve(small_bundle, live_dir=tmp_path / "live", admin_token=TOKEN) as client:
+        put(client, "new", embedding=vector(1)).raise_for_status()
+    other = tmp_path / "other"
+    write_small_bundle(other, prefix="other:")
+    with serve(small_bundle, live_dir=tmp_path / "live", admin_token=TOKEN) as client:
+        assert client.get("/entities/new").json()["title"] == "A thing"
+        refused = client.post("/admin/bundle", json={"path": str(other)}, headers=ADMIN)
+        assert (refused.status_code, refused.json()["type"]) == (422, "/docs#problem-bundle-refused")
+        assert "live changes belong to bundle 'small'" in refused.json()["detail"]
+        assert client.get("/entities/new").status_code == 200
+
+
+def test_an_image_given_as_text_is_decoded(live, giraffe):
+    answer = put(live, "new", image={"base64": base64.b64encode(giraffe).decode()})
+    assert answer.status_code == 422  # it was read: only then is it told that nothing here embeds it
+    assert answer.json()["type"] == "/docs#problem-no-entity-side"
