@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -18,25 +19,35 @@ START_TIMEOUT_S = 60
 
 
 @contextmanager
-def running_service(bundle: Path, *flags: str) -> Iterator[str]:
+def running_service(bundle: Path, *flags: str, cores: set[int] | None = None) -> Iterator[str]:
     """Run `wikiclip serve` on a free port of this machine and yield its base URL once `/readyz` says 200.
 
-    Raises `UserError` if it ends or is not ready within a minute.
+    `cores` are the only ones it may use, where they are given. Raises `UserError` if it ends or is not ready within a
+    minute.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "wikiclip", "serve", "--bundle", str(bundle), "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        _wait_until_ready(process, url := f"http://127.0.0.1:{port}")
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)
+        wait_until_ready(process, url := f"http://127.0.0.1:{port}")
         yield url
     finally:
         process.terminate()
         process.wait(timeout=START_TIMEOUT_S)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+    """Return once `/readyz` says 200. Raises `UserError` if the process ends or a minute passes before."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

@@ -6,19 +6,18 @@ functions that the service calls, with no queue, no threads and no HTTP around t
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import faiss
 import httpx
-import numpy as np
-from PIL import Image, ImageDraw
 
+from benchmarks.photographs import photograph
 from benchmarks.server import running_service
 from benchmarks.timing import percentiles_ms
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
-from service.encoder import OnnxEncoder
+from service.generation import open_encoder
+from service.settings import Settings
 
 THREADS = 1
 
@@ -38,30 +37,11 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     }
 
 
-def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
-    """A JPEG with the frequencies of a photograph: smooth areas, edges, some grain."""
-    random = np.random.default_rng(seed)
-    coarse = Image.fromarray(random.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
-        (width, height), Image.Resampling.BICUBIC
-    )
-    draw = ImageDraw.Draw(coarse)
-    for _ in range(20):
-        x, y, r = (int(random.integers(low, high)) for low, high in ((0, width), (0, height), (10, 90)))
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(random.integers(0, 256, 3).tolist()))
-    grain = np.asarray(coarse, np.int16) + random.normal(0, 6, (height, width, 1)).astype(np.int16)
-    buffer = io.BytesIO()
-    Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
-
-
 def _loop(bundle_path: Path, images: list[bytes], repeats: int) -> dict[str, float]:
     bundle = Bundle.open(bundle_path)
-    index, entry = bundle.index(), bundle.manifest.image_encoder
+    index = bundle.index()
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
-    encoder = OnnxEncoder(
-        bundle.image_encoder_path, preprocessing, input_name=entry.input, embedding_name=entry.outputs[1],
-        embedding_dim=bundle.manifest.embedding_dim, device="cpu", threads=THREADS,
-    )  # fmt: skip
+    encoder = open_encoder(bundle, preprocessing, Settings(device="cpu", threads=THREADS))
     faiss.omp_set_num_threads(THREADS)
 
     def recognise(i: int) -> object:

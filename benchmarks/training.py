@@ -1,0 +1,148 @@
+"""`wikiclip bench train`: an epoch of the adaptor on cached features against one that computes them anew.
+
+Both take the same steps on the same made-up photographs and texts, with the built-in image encoder and `minilm`. What
+is computed anew is decoded and encoded batch by batch and kept nowhere; it is rounded to float16 as the cache rounds
+it, so the losses differ by the order of sums at most.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from benchmarks.photographs import photograph
+from core.jsonl import Rejected
+from imaging import load_pixels
+from model.adaptor import AdaptorConfig
+from model.data import Entity, ImageSource
+from model.distributed import Group
+from model.encoders import ImageFeatures, load_image_encoder, load_text_encoder
+from model.feature_cache import content_key, to_float16
+from model.features import MAX_PIXELS, EntityBatch, EntityKeys, FeatureStore
+from model.step import Trainer, TrainingPair
+from model.train_settings import TrainSettings
+
+_BATCH = 64
+_WIDTH = 64
+_WORDS = ("river", "stone", "tower", "bird", "market", "north", "island", "castle", "music", "harbour", "forest")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    entities: list[EntityKeys]
+    pairs: list[TrainingPair]
+    images: dict[bytes, bytes]
+    texts: dict[bytes, str]
+
+
+class _Recomputing(FeatureStore):
+    """A store that remembers nothing: every batch costs what the encoders cost."""
+
+    def __init__(self, cached: FeatureStore, root: Path, data: _Data) -> None:
+        super().__init__(root, cached.image_encoder, cached.text_encoder)
+        self._data = data
+
+    def query_embeddings(self, keys: Sequence[bytes]) -> npt.NDArray[np.float32]:
+        result_BD: npt.NDArray[np.float32] = self._encode(keys).image_embedding_BD.cpu().numpy()
+        return result_BD
+
+    def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
+        images = [image for image, _ in rows if image is not None]
+        text = self.text_encoder.encode([self._data.texts[key] if key else "" for _, key in rows])
+        mask_B = torch.tensor([image is not None for image, _ in rows])
+        patch_tokens_BPC = torch.zeros(len(rows), self.image_encoder.patches, self.image_encoder.patch_dim)
+        patch_tokens_BPC[mask_B] = _rounded(self._encode(images).patch_tokens_BPC)
+        return EntityBatch(
+            patch_tokens_BPC=patch_tokens_BPC.to(device),
+            image_mask_B=mask_B.to(device),
+            text_tokens_BTL=_rounded(text.text_tokens_BTC).to(device),
+            text_mask_BT=text.mask_BT.to(device),
+        )
+
+    def _encode(self, keys: Sequence[bytes]) -> ImageFeatures:
+        preprocessing = self.image_encoder.preprocessing
+        pixels = [load_pixels(self._data.images[key], preprocessing, max_pixels=MAX_PIXELS) for key in keys]
+        return self.image_encoder.encode(np.stack(pixels))
+
+
+def _rounded(values: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(to_float16(values.cpu().numpy())).float()
+
+
+def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
+    """Seconds an epoch and mean loss of both, and how much longer the one without a cache takes. No bundle is read."""
+    entities = 96 if smoke else 512
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        store = FeatureStore(root / "cache", load_image_encoder("tiny"), load_text_encoder("minilm"))
+        started = time.perf_counter()
+        data = _make(root, store, entities)
+        filled_s = time.perf_counter() - started
+        cached_s, cached_loss = _epoch(store, data)
+        anew_s, anew_loss = _epoch(_Recomputing(store, root / "none", data), data)
+    return {
+        "pairs": len(data.pairs),
+        "image": "JPEG 640x480",
+        "width": _WIDTH,
+        "threads": torch.get_num_threads(),
+        "cache_filled_s": round(filled_s, 3),
+        "cached_epoch_s": round(cached_s, 3),
+        "recomputed_epoch_s": round(anew_s, 3),
+        "ratio": round(anew_s / cached_s, 1),
+        "cached_loss": round(cached_loss, 6),
+        "recomputed_loss": round(anew_loss, 6),
+    }
+
+
+def _make(root: Path, store: FeatureStore, count: int) -> _Data:
+    """Entities with one image and a text of about 60 words, each asked for by a photograph of its own; all cached."""
+    random = np.random.default_rng(0)
+    images: dict[bytes, bytes] = {}
+    sources = []
+    for number in range(2 * count):
+        data = photograph(number)
+        images[content_key(data)] = data
+        path = root / f"{number}.jpg"
+        path.write_bytes(data)
+        sources.append(ImageSource(path=path, line=0, record=path.name))
+    texts = [" ".join(random.choice(_WORDS, 60)) for _ in range(count)]
+    records = [
+        Entity(entity_id=f"Q{number}", text=text, images=(sources[number],)) for number, text in enumerate(texts)
+    ]
+    entities = store.entity_keys(records, _unexpected)
+    queries = store.image_keys(sources[count:], _unexpected, "query images")
+    pairs = [TrainingPair(query=key, entity=row) for row, key in enumerate(queries) if key is not None]
+    return _Data(
+        entities=entities, pairs=pairs, images=images, texts={content_key(text.encode()): text for text in texts}
+    )
+
+
+def _unexpected(rejected: Rejected) -> None:
+    raise AssertionError(rejected.reason)
+
+
+def _epoch(store: FeatureStore, data: _Data) -> tuple[float, float]:
+    """Seconds and mean loss of one epoch from the same start, after one step that is not counted."""
+    config = AdaptorConfig(
+        patch_dim=store.image_encoder.patch_dim,
+        text_dim=store.text_encoder.dim,
+        embedding_dim=store.image_encoder.embedding_dim,
+        width=_WIDTH,
+    )
+    batches = [data.pairs[start : start + _BATCH] for start in range(0, len(data.pairs), _BATCH)]
+    settings = TrainSettings(batch_size=_BATCH)
+    trainer = Trainer(
+        config=config, settings=settings, store=store, entities=data.entities, steps=len(batches) + 1,
+        device=torch.device("cpu"), group=Group(),
+    )  # fmt: skip
+    trainer.step([batches[0]], synthesise=False)
+    started = time.perf_counter()
+    losses = [trainer.step([batch], synthesise=False) for batch in batches]
+    return time.perf_counter() - started, float(np.mean(losses))
