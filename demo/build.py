@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from core.files import write_durably
+from core.files import durable, write_durably
 from demo.entities import Symbol, build_symbols
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 from demo.render import is_blank, main_colours, render
@@ -33,6 +33,8 @@ from demo.sources import IconSet, fetch
 
 BUILD = Path(__file__).parent / "build"
 HELD_OUT_ARTISTS = ("emojione", "flagpack", "devicon")
+ADAPTOR_ARTISTS = ("streamline-emojis", "cif", "material-icon-theme")
+CATALOG_ROLES = ("train", "catalog")
 UNSEEN_SHARE = 0.2
 VALIDATION_SHARE = 0.25
 SPLIT_SEED = 20260310
@@ -44,7 +46,8 @@ PHOTO_PX = 256
 class Drawing:
     """One artist's drawing of one entity.
 
-    `role` is `train` (in the catalog too), `catalog` (an unseen entity: never trained on) or `query` (held-out artist).
+    `role` is `train` (in the catalog too), `catalog` (an unseen entity: never trained on), `adapt` (a seen entity by an
+    artist that only the adaptor's queries are by: the image encoder never trains on it) or `query` (held-out artist).
     """
 
     entity_id: str
@@ -76,11 +79,19 @@ def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Dra
     """Every drawing with its role; an entity that only held-out artists drew has none."""
     drawings = []
     for symbol in symbols:
-        if not set(symbol.drawings) - set(HELD_OUT_ARTISTS):
+        if not set(symbol.drawings) - set(HELD_OUT_ARTISTS + ADAPTOR_ARTISTS):
             continue
         split = splits[symbol.entity_id]
         for artist, icon in symbol.drawings.items():
-            role = "query" if artist in HELD_OUT_ARTISTS else "catalog" if split.endswith("unseen") else "train"
+            unseen = split.endswith("unseen")
+            if artist in ADAPTOR_ARTISTS and unseen:
+                continue
+            role = (
+                "query" if artist in HELD_OUT_ARTISTS
+                else "adapt" if artist in ADAPTOR_ARTISTS
+                else "catalog" if unseen
+                else "train"
+            )  # fmt: skip
             image = f"drawings/{artist}/{symbol.entity_id.replace(':', '_')}.png"
             drawings.append(
                 Drawing(
@@ -109,7 +120,8 @@ def _render_all(drawings: list[Drawing], build: Path) -> list[Drawing]:
         if not path.exists():
             icons = sets.setdefault(drawing.artist, IconSet(build / "sources" / drawing.artist))
             path.parent.mkdir(parents=True, exist_ok=True)
-            render(icons.svg(drawing.icon)).save(path)
+            with durable(path) as temporary:
+                render(icons.svg(drawing.icon)).save(temporary, "PNG")
         if not is_blank(np.asarray(Image.open(path))):
             visible.append(drawing)
     return visible
@@ -126,7 +138,7 @@ def _photograph_all(drawn: list[Drawing], build: Path, seed: int) -> None:
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
         photos = photographer.photograph(drawings, PHOTO_PX, strength)
         for drawing, photo, quality in zip(batch, photos, (95 - 60 * strength).int().tolist(), strict=True):
-            (build / _photo(drawing)).write_bytes(to_jpeg(photo, quality))
+            write_durably(build / _photo(drawing), to_jpeg(photo, quality))
 
 
 def _photo(drawing: Drawing) -> str:
@@ -159,11 +171,11 @@ def build_symbols_files(build: Path) -> None:
 
     catalog: dict[str, list[Drawing]] = {}
     for drawing in drawings:
-        if drawing.role != "query":
+        if drawing.role in CATALOG_ROLES:
             catalog.setdefault(drawing.entity_id, []).append(drawing)
     _write_jsonl(build / "catalog.jsonl", (_record(symbols[i], drawn, build) for i, drawn in catalog.items()))
 
-    training = [d for d in drawings if d.role == "train"]
+    training = [d for d in drawings if d.role in ("train", "adapt")]
     _write_jsonl(
         build / "pairs_train.jsonl",
         (_labelled(drawing, how, f"train_{how}_seen") for drawing in training for how in ("clean", "photo")),

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,15 @@ from typing import Any
 from demo.sources import IconSet
 from demo.wordnet import WordNet
 
-EMOJI_ARTISTS = ("noto", "twemoji", "openmoji", "fluent-emoji-flat", "emojione")
-FLAG_ARTISTS = ("circle-flags", "flag", "flagpack")
+EMOJI_ARTISTS = (
+    "noto", "twemoji", "openmoji", "fluent-emoji-flat", "emojione",
+    "noto-v1", "fluent-emoji", "fxemoji", "streamline-emojis",
+)  # fmt: skip
+FLAG_ARTISTS = ("circle-flags", "flag", "flagpack", "cif")
 BRAND_ARTISTS = ("logos", "devicon", "skill-icons", "simple-icons")
+# Sets of file types and apps that hold the marks of many brands among other things: they draw brands, but make none.
+MORE_BRAND_ARTISTS = ("cib", "vscode-icons", "file-icons", "material-icon-theme")
+ARTISTS = (*EMOJI_ARTISTS, *FLAG_ARTISTS, *BRAND_ARTISTS, *MORE_BRAND_ARTISTS)
 LANGUAGES = ("de", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "uk", "zh")
 
 # A label names one Wikipedia article only where it names a concrete thing: nature, food, places, activities, objects.
@@ -99,12 +104,12 @@ def slug(text: str) -> str:
 def build_symbols(sources: Path) -> list[Symbol]:
     """Every entity with at least one drawing, in a fixed order: flags, emoji, brands."""
     facts = Facts.load(sources)
-    sets = {name: IconSet(sources / name) for name in (*EMOJI_ARTISTS, *FLAG_ARTISTS, *BRAND_ARTISTS)}
+    sets = {name: IconSet(sources / name) for name in ARTISTS}
     flags, emoji = _flags(facts), _emoji(facts)
     by_code = {hexcode(e["hexcode"]): e for e in facts.emoji}
     _assign_emoji_drawings(sets, emoji, flags, by_code)
     for alpha2, flag in flags.items():
-        for artist, icon in (("circle-flags", ""), ("flag", "-4x3"), ("flagpack", "")):
+        for artist, icon in (("circle-flags", ""), ("flag", "-4x3"), ("flagpack", ""), ("cif", "")):
             name = alpha2.lower() + icon
             if name in sets[artist].names:
                 flag.drawings[artist] = name
@@ -178,7 +183,8 @@ def _assign_emoji_drawings(
     """Give each emoji and flag its drawings by the emoji artists.
 
     Sets that carry code points say which drawing is whose; a set that carries none is matched by name: the names of the
-    other sets and the labels of the emoji, themselves or through the set's aliases.
+    other sets and the labels of the emoji, themselves or through the set's aliases; else the Unicode name, run together
+    as fxemoji has it, or the name without the number of a variant, as Streamline has it.
     """
     flag_of_code = {code: flags[_alpha2(entry["emoji"])] for code, entry in by_code.items() if _is_flag(entry)}
     symbol_of_code = {**emoji, **flag_of_code}
@@ -190,13 +196,22 @@ def _assign_emoji_drawings(
     for artist in EMOJI_ARTISTS:
         for code_points, name in sets[artist].code_points.items():
             code_of_name.setdefault(name, hexcode(code_points))
+    run_together = {name.replace("-", ""): code for name, code in code_of_name.items()}
+    for code in by_code:
+        if "-" not in code:
+            run_together[unicodedata.name(chr(int(code, 16)), "").replace(" ", "").replace("-", "").lower()] = code
     for artist in EMOJI_ARTISTS:
         icons, names = sets[artist], set(sets[artist].names)
         if icons.code_points:
-            found: Iterable[tuple[str, str]] = ((hexcode(c), n) for c, n in icons.code_points.items())
+            found = [(hexcode(c), n) for c, n in icons.code_points.items()]
         else:
             candidates = [(name, name) for name in icons.names] + list(icons.aliases.items())
-            found = ((code_of_name[name], icon) for name, icon in candidates if name in code_of_name)
+            found = [(code_of_name[name], icon) for name, icon in candidates if name in code_of_name]
+            if artist == "fxemoji":
+                found += [(run_together[name], icon) for name, icon in candidates if name in run_together]
+            if artist == "streamline-emojis":
+                plain = [(re.sub(r"-\d$", "", name), icon) for name, icon in candidates]
+                found += [(code_of_name[name], icon) for name, icon in plain if name in code_of_name]
         for code, name in found:
             if code in symbol_of_code and name in names:
                 symbol_of_code[code].drawings.setdefault(artist, name)
@@ -280,7 +295,13 @@ def _brands(sets: dict[str, IconSet]) -> list[Symbol]:
             candidates.setdefault(alias, [parent])
         for brand, icons in candidates.items():
             drawings.setdefault(brand, {})[artist] = min(icons, key=_rank)
-    return [_brand(brand, words.get(brand, [brand]), drawn) for brand, drawn in drawings.items() if len(drawn) >= 2]
+    drawn_twice = {brand: drawn for brand, drawn in drawings.items() if len(drawn) >= 2}
+    for artist in MORE_BRAND_ARTISTS:
+        for icon in sorted(sets[artist].names, key=_rank):
+            brand = "".join(_stem(icon.removeprefix("file-type-")))
+            if brand in drawn_twice:
+                drawn_twice[brand].setdefault(artist, icon)
+    return [_brand(brand, words.get(brand, [brand]), drawn) for brand, drawn in drawn_twice.items()]
 
 
 def _brand(brand: str, words: list[str], drawn: dict[str, str]) -> Symbol:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from benchmarks.evaluation import RECALL_AT, Answered, as_table, summarise
 from core.jsonl import Rejected
 from core.metrics import rank_of
-from demo.build import BUILD
+from demo.build import BUILD, CATALOG_ROLES
 from demo.train_tiny import read_drawings
 from imaging import load_pixels
 from model.data import read_pairs
@@ -58,7 +58,7 @@ def nearest_entities(similarity: torch.Tensor, entity_ids: Sequence[str], count:
 def main(image_encoder: str, build: Path) -> None:
     """Measure an image encoder alone on Symbols' test queries, clean and photographed."""
     encoder = load_image_encoder(image_encoder)
-    catalog = [drawing for drawing in read_drawings(build) if drawing.role != "query"]
+    catalog = [drawing for drawing in read_drawings(build) if drawing.role in CATALOG_ROLES]
     entity_ids = [drawing.entity_id for drawing in catalog]
     catalog_ND = embed(encoder, [build / drawing.image for drawing in catalog])
     for how in ("clean", "photo"):

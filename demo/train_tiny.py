@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from core.files import durable
-from demo.build import BUILD, Drawing
+from demo.build import BUILD, CATALOG_ROLES, Drawing
 from demo.photograph import Photographer
 from imaging.preprocess import Preprocessing
 from model.encoders import load_text_encoder
@@ -41,14 +41,14 @@ from model.tiny import BUILT_IN, TinyConfig, TinyEncoder, save_tiny
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    steps: int = 6400
+    steps: int = 4800
     small_share: float = 0.65  # of the steps, at `small_px`; the rest at the network's full size
     small_px: int = 64
     entities_per_batch: int = 64
     learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 150
-    hardest_from: float = 0.5  # share of the training after which photographs are at full strength
+    hardest_from: float = 0.5  # share of the training after which photographs and restyling are at full strength
     clean_share: float = 0.25  # of the images stay clean drawings throughout
     text_weight: float = 0.5
     prototype_weight: float = 1.0
@@ -181,7 +181,7 @@ class Validation:
     """Nearest drawing, no adaptor: held-out artists' validation queries against every drawing in the catalog."""
 
     def __init__(self, build: Path, drawings: list[Drawing], size_px: int) -> None:
-        catalog = [d for d in drawings if d.role != "query"]
+        catalog = [d for d in drawings if d.role in CATALOG_ROLES]
         self.catalog_ids = [d.entity_id for d in catalog]
         self.catalog = load_rgba(catalog, build, size_px)
         self.queries: dict[str, tuple[torch.Tensor, list[str], list[bool]]] = {}
@@ -363,7 +363,7 @@ def _photographs(
     photographer, count = state.photographer, len(rgba)
     strength = torch.rand(count, generator=photographer.generator) * ramp
     strength *= (torch.rand(count, generator=photographer.generator) > settings.clean_share).float()
-    style = torch.rand(count, generator=photographer.generator) * restyling
+    style = torch.rand(count, generator=photographer.generator) * restyling * ramp
     photos = photographer.photograph(photographer.restyle(rgba.float() / 255, style), size_px, strength)
     return photographer.compress(photos, strength)
 

@@ -1,7 +1,8 @@
-"""The part of WordNet that Symbols needs: a noun's first sense, with gloss and hypernym, from the database files."""
+"""The part of WordNet that is needed: nouns, and the first sense of one with gloss and hypernym, from its files."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +43,12 @@ class WordNet:
         hypernym = self._line(parents[0]).split()[4].replace("_", " ") if parents else None
         definition = gloss.split('; "')[0].strip()
         return Sense(gloss=definition, hypernym=hypernym)
+
+
+def nouns(folder: Path) -> Iterator[str]:
+    """Every noun as the synsets spell it, capitals included; one that is in several synsets comes several times."""
+    with (folder / "data.noun").open(encoding="ascii") as file:
+        for line in file:
+            if not line.startswith(" "):
+                fields = line.partition("|")[0].split()
+                yield from (word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from demo.build import HELD_OUT_ARTISTS, Drawing, split_entities
+from demo.build import ADAPTOR_ARTISTS, HELD_OUT_ARTISTS, Drawing, split_entities
 from demo.entities import Symbol, hexcode, slug
 from demo.wordnet import WordNet
 
@@ -46,6 +46,14 @@ def test_the_gloss_feeds_the_text_encoder_only(symbols: list[Symbol], sources: P
     assert sense.hypernym == "ruminant"
 
 
+def test_a_set_that_names_no_code_points_is_matched_by_its_own_way_of_naming(symbols: list[Symbol]) -> None:
+    bars = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F4F6")
+    assert bars.drawings["fxemoji"] == "antennawithbars"
+    bear = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F43B")
+    assert bear.drawings["noto-v1"] == "bear"
+    assert "cib" in next(symbol for symbol in symbols if symbol.entity_id == "brand:github").drawings
+
+
 def test_every_entity_has_a_title_a_text_and_types(symbols: list[Symbol]) -> None:
     assert all(s.title and len(s.knowledge.split()) >= 3 and s.types for s in symbols)
 
@@ -60,12 +68,13 @@ def test_a_fifth_of_each_kind_is_unseen_and_stays_so(symbols: list[Symbol]) -> N
 
 def test_nothing_held_out_may_be_trained_on_or_stand_in_the_catalog(drawings: list[Drawing]) -> None:
     for drawing in drawings:
-        if drawing.role == "train":
-            assert drawing.artist not in HELD_OUT_ARTISTS
+        if drawing.role in ("train", "adapt"):
             assert not drawing.split.endswith("unseen")
+        assert (drawing.artist in ADAPTOR_ARTISTS) == (drawing.role == "adapt")
         assert (drawing.artist in HELD_OUT_ARTISTS) == (drawing.role == "query")
     queried = {d.artist for d in drawings if d.role == "query"}
     assert queried == set(HELD_OUT_ARTISTS)  # one artist of each kind, and each is asked
+    assert not set(HELD_OUT_ARTISTS) & set(ADAPTOR_ARTISTS)
 
 
 @pytest.mark.parametrize(
