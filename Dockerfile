@@ -15,13 +15,14 @@ RUN python3 -m venv /opt/wikiclip
 COPY pyproject.toml requirements.lock README.md LICENSE wikiclip.py ./
 COPY core core
 COPY catalog catalog
+COPY fetch fetch
 COPY imaging imaging
 COPY index index
 COPY service service
 COPY benchmarks benchmarks
 COPY model model
 COPY export export
-RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu]'
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live]'
 
 FROM gpu-python AS gpu
 COPY --from=gpu-build /opt/wikiclip /opt/wikiclip
@@ -40,20 +41,24 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
 ENTRYPOINT ["wikiclip"]
 CMD ["serve"]
 
-# ---- CPU ----
+# ---- CPU: what it runs on is locked by hash; only the build backend, which stays out of the image, is not ----
 FROM python:3.11-slim-bookworm AS cpu-build
 WORKDIR /src
 RUN python3 -m venv /opt/wikiclip
-COPY pyproject.toml requirements.lock README.md LICENSE wikiclip.py ./
+COPY requirements-serving.lock ./
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --require-hashes --requirement requirements-serving.lock
+COPY pyproject.toml README.md LICENSE wikiclip.py ./
 COPY core core
 COPY catalog catalog
+COPY fetch fetch
 COPY imaging imaging
 COPY index index
 COPY service service
 COPY benchmarks benchmarks
 COPY model model
 COPY export export
-RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[cpu]'
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --no-deps . \
+    && /opt/wikiclip/bin/pip check
 
 FROM python:3.11-slim-bookworm AS cpu
 COPY --from=cpu-build /opt/wikiclip /opt/wikiclip

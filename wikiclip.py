@@ -7,6 +7,8 @@ import click
 from core.cli import LazyGroup, run
 
 COMMANDS = {
+    "catalog": ("catalog.cli:catalog", "Build a catalog from Wikimedia's dumps, or bring one up to date."),
+    "fetch-images": ("fetch.cli:fetch_images", "Download a catalog's images into tar shards, politely."),
     "train": ("model.cli:train", "Train the adaptor on pairs of query image and entity."),
     "export": ("export.cli:export", "Write a servable bundle from a catalog and a checkpoint."),
     "index": ("index.cli:index", "Rebuild the search index of a bundle."),

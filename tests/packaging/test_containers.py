@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,10 @@ def read_dockerfile() -> list[Instruction]:
             stage = rest.split(" AS ")[1]
         instructions.append(Instruction(stage=stage, name=name, rest=rest.strip()))
     return instructions
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 INSTRUCTIONS = read_dockerfile()
@@ -94,10 +99,32 @@ def test_image_holds_every_module_that_serving_imports() -> None:
     assert {"core", "imaging", "index", "service", "wikiclip.py"} <= copied
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_image_installs_no_torch(target: str) -> None:
-    extras = re.findall(r"\[(.+?)\]", " ".join(of(f"{target}-build", "RUN")))
-    assert extras == [target]
+def test_gpu_image_installs_no_torch() -> None:
+    assert re.findall(r"\[(.+?)\]", " ".join(of("gpu-build", "RUN"))) == ["gpu,live"]
+
+
+def test_cpu_image_installs_what_is_locked_by_hash_and_nothing_else() -> None:
+    installs = [part.strip() for line in of("cpu-build", "RUN") for part in line.split("&&") if "pip install" in part]
+    locked, own = installs
+    assert "--require-hashes --requirement requirements-serving.lock" in locked
+    assert own.endswith("--no-deps .")
+
+
+def test_serving_lock_pins_what_serving_needs_as_it_was_tested() -> None:
+    text = (ROOT / "requirements-serving.lock").read_text(encoding="utf-8").replace("\\\n", "")
+    pins = {}
+    for line in text.splitlines():
+        # A pin and its hashes: no index, no link, no path.
+        found = re.fullmatch(r"([\w.-]+)==([\w.]+)((?:\s+--hash=sha256:[0-9a-f]{64})+)\s*", line)
+        assert found, line
+        pins[canonical(found[1])] = found[2]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = project["dependencies"] + extras["cpu"] + extras["live"]
+    assert {canonical(re.split(r"[\[<>=]", each)[0]) for each in wanted} <= set(pins)
+    assert "torch" not in pins
+    tested = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
+    assert pins.items() <= {canonical(name): version for name, version in tested.items()}.items()
 
 
 @pytest.mark.parametrize("target", TARGETS)
