@@ -46,7 +46,7 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
             raise SlowRequest(f"the body did not come within {timeout_s:g} s; send a smaller image") from None
     if too_large:
         raise TooLarge(f"the body is over {max_body_bytes} bytes; send a smaller image")
-    if not chunks:
+    if size_bytes == 0:
         raise BadRequest("the body is empty; send an image")
     return b"".join(chunks)
 
