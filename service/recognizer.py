@@ -21,7 +21,17 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from core.errors import BundleAltered, BundleRefused, Conflict, DeadlineExceeded, Unavailable, UserError
+from core.errors import (
+    BundleAltered,
+    BundleRefused,
+    Conflict,
+    DeadlineExceeded,
+    TooLarge,
+    TooManyRequests,
+    Unavailable,
+    UndecodableImage,
+    UserError,
+)
 from imaging import load_region
 from index.bundle import Bundle
 from index.selection import Selection
@@ -36,6 +46,14 @@ from service.metrics import Metrics
 from service.settings import Settings
 
 Edit = TypeVar("Edit")
+
+# What became of an image that was not answered, as the metrics name it.
+_OUTCOMES: dict[type[UserError], str] = {
+    UndecodableImage: "undecodable",
+    TooLarge: "too_large",
+    TooManyRequests: "full",
+    DeadlineExceeded: "deadline",
+}
 
 log = logging.getLogger("wikiclip.recognizer")
 
@@ -57,7 +75,7 @@ class Recognizer:
     def __init__(self, bundle: Bundle, settings: Settings, encoder: Encoder | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.admission = Admission(settings.queue_limit)
+        self.admission = Admission(settings.queue_limit, self.metrics.images.labels("full").inc)
         self._given_encoder = encoder
         self._current = Generation(bundle, settings, self.metrics, encoder)
         self._switch = threading.Lock()  # a generation is not let go between being read here and being held
@@ -72,6 +90,7 @@ class Recognizer:
                 self.metrics.redis_errors.inc,
             )
         self._flights: SingleFlight[Recognition] = SingleFlight()
+        self._encodings: SingleFlight[tuple[RecognizeOptions, Recognition, Found]] = SingleFlight()
         self._closing = False
         self._tell_bundle()
 
@@ -187,6 +206,21 @@ class Recognizer:
         if snapshot is None:
             with self.hold() as current:
                 return await self.recognize(data, options, current)
+        outcome = "failed"
+        try:
+            recognition = await self._within_deadline(data, options, snapshot)
+            outcome = "answered"
+        except asyncio.CancelledError:
+            outcome = "abandoned"
+            raise
+        except UserError as error:
+            outcome = _OUTCOMES.get(type(error), "refused")
+            raise
+        finally:
+            self.metrics.images.labels(outcome).inc()
+        return recognition
+
+    async def _within_deadline(self, data: bytes, options: RecognizeOptions, snapshot: Snapshot) -> Recognition:
         started_at = time.monotonic()
         try:
             async with asyncio.timeout(self.settings.deadline_ms / 1000):
@@ -231,14 +265,25 @@ class Recognizer:
             self.metrics.cache_lookups.labels("answer").inc()
             return kept
 
+        async def encode() -> tuple[RecognizeOptions, Recognition, Found]:
+            recognition, found = await self._compute(snapshot, data, options, None)
+            await cache.put(embedding_key, found.embedding_D.astype("<f4").tobytes())
+            return options, recognition, found
+
         async def work() -> Recognition:
             embedding_D = _read_embedding(
                 await cache.get(embedding_key), snapshot.generation.bundle.manifest.embedding_dim
             )
             self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
-            recognition, found = await self._compute(snapshot, data, options, embedding_D)
+            recognition = None
             if embedding_D is None:
-                await cache.put(embedding_key, found.embedding_D.astype("<f4").tobytes())
+                # Others may ask the same of the same image, or something else: it is encoded for the first of them.
+                asked, recognition, found = await self._encodings.run(embedding_key + snapshot.label, encode)
+                embedding_D = found.embedding_D
+                if asked != options:
+                    recognition = None
+            if recognition is None:
+                recognition, _ = await self._compute(snapshot, data, options, embedding_D)
             await cache.put(answer_key, _write_answer(recognition))
             return recognition
 

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from core.errors import BadParameter, BadRequest, NotFound, Unavailable, WikiclipError
+from core.errors import BadParameter, BadRequest, NotFound, TooManyRequests, Unavailable, WikiclipError
 from imaging import check_box, readable_types
 from index.store import StoredEntity
 from service import schemas
@@ -205,7 +205,11 @@ async def _count(request: Request, images: int) -> None:
     limiter: RateLimiter | None = request.app.state.rate_limiter
     if limiter is not None:
         address = request.client.host if request.client else None
-        await limiter.take(client_name(request.state.key_holder, address), images)
+        try:
+            await limiter.take(client_name(request.state.key_holder, address), images)
+        except TooManyRequests:
+            recognizer_of(request).metrics.images.labels("rate").inc(images)
+            raise
 
 
 def _box(text: str) -> Box:
