@@ -35,6 +35,7 @@ from core.errors import (
 from imaging import load_region
 from index.bundle import Bundle
 from index.selection import Selection
+from service import tracing
 from service.admission import Admission
 from service.answers import Box, Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
@@ -63,6 +64,7 @@ class _Decoded:
     pixels_HW3: npt.NDArray[np.uint8]
     region: Box
     decode_ms: float
+    started_at: float
 
 
 class Recognizer:
@@ -302,16 +304,19 @@ class Recognizer:
         if embedding_D is None:
             decoded = await self._in_pool(snapshot, self._decode, snapshot, data, options)
             timings_ms["decode"] = decoded.decode_ms
+            tracing.stage("decode", decoded.started_at, decoded.started_at + decoded.decode_ms / 1000)
             pending = _submit(snapshot, decoded, selection, options)
         else:
             decoded = None
             pending = engine.search(embedding_D, joiner.top_k(options), selection, snapshot.entities)
         found = await asyncio.wrap_future(pending)
         _add_engine_time(timings_ms, found)
+        _trace_engine(found)
         everything = None
         if joiner.wants_everything(options):
             everything = await asyncio.wrap_future(_search_everything(snapshot, found, options))
-        ranking = await self._in_pool(snapshot, _join, snapshot, found, everything, decoded, options)
+        with tracing.timed("join"):
+            ranking = await self._in_pool(snapshot, _join, snapshot, found, everything, decoded, options)
         return _recognition(snapshot, ranking, timings_ms, cached=embedding_D is not None), found
 
     def _recognize_chunk(
@@ -333,7 +338,12 @@ class Recognizer:
         pixels_HW3, region = load_region(
             data, snapshot.generation.preprocessing, max_pixels=self.settings.max_pixels, box=options.box
         )
-        return _Decoded(pixels_HW3=pixels_HW3, region=region, decode_ms=1000 * (time.monotonic() - started_at))
+        return _Decoded(
+            pixels_HW3=pixels_HW3,
+            region=region,
+            decode_ms=1000 * (time.monotonic() - started_at),
+            started_at=started_at,
+        )
 
     async def _in_pool(self, snapshot: Snapshot, call: Any, *arguments: Any) -> Any:
         # A cancelled request leaves at once, what it began in a thread does not: that holds the generation by itself.
@@ -405,6 +415,14 @@ def _add_engine_time(timings_ms: dict[str, float], found: Found) -> None:
     if found.encode_ms is not None:
         timings_ms["encode"] = found.encode_ms
     timings_ms["search"] = found.search_ms
+
+
+def _trace_engine(found: Found) -> None:
+    begun_at = found.queued_at + found.queue_ms / 1000
+    tracing.stage("queue", found.queued_at, begun_at)
+    if found.encode_ms is not None:
+        tracing.stage("encode", begun_at, begun_at + found.encode_ms / 1000)
+    tracing.stage("search", found.searched_at, found.searched_at + found.search_ms / 1000)
 
 
 def _write_answer(recognition: Recognition) -> bytes:
