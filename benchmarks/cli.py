@@ -15,6 +15,7 @@ BENCHMARKS = {
     "train": "benchmarks.training",
     "live": "benchmarks.live_changes",
     "load": "benchmarks.load",
+    "peers": "benchmarks.peers.runner",
 }
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.load_steps import knee, until_behind
 from benchmarks.page import page, section, table
 from benchmarks.plots import Series, line_plot
-from benchmarks.server import running_service
+from benchmarks.server import running_service, split_cores
 from core.errors import UserError
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -28,7 +28,7 @@ LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """The steps of the ramp, its knee, and the figures of mixed traffic and of a spike. `UserError` without Locust."""
-    generator, service = _cores()
+    generator, service = split_cores()
     step_s = 3.0 if smoke else 10.0
     with (
         running_service(bundle_path, "--cache", "on", "--log-level", "warning", cores=service) as url,
@@ -87,12 +87,6 @@ def _table(steps: Sequence[dict[str, Any]]) -> str:
         "failed_share",
     )
     return table(keys, [[str(step[key]) for key in keys] for step in steps])
-
-
-def _cores() -> tuple[set[int], set[int]]:
-    """Cores for the load generator and for the service: the last one, and the rest."""
-    cores = sorted(os.sched_getaffinity(0))
-    return ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores), set(cores))
 
 
 class _Locust:

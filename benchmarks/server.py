@@ -38,6 +38,12 @@ def running_service(bundle: Path, *flags: str, cores: set[int] | None = None) ->
         process.wait(timeout=START_TIMEOUT_S)
 
 
+def split_cores() -> tuple[set[int], set[int]]:
+    """Cores for the load generator and for the service: the last one, and the rest, where there is more than one."""
+    cores = sorted(os.sched_getaffinity(0))
+    return ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores), set(cores))
+
+
 def free_port() -> int:
     """A port of this machine that nothing listens on now."""
     with socket.socket() as free:

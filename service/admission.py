@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from core.errors import TooManyRequests
@@ -17,14 +17,17 @@ _MAX_RETRY_AFTER_S = 60
 class Admission:
     """Counts images from acceptance to answer, by one rule for single and batch requests. For one event loop."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, on_refusal: Callable[[int], None] = lambda images: None) -> None:
+        """`on_refusal` is told of each refusal, with the number of images."""
         self.limit = limit
+        self._on_refusal = on_refusal
         self.in_flight = 0
         self._done: deque[tuple[float, int]] = deque()  # (when, how many), of the last seconds
 
     def refuse_if_full(self, images: int) -> None:
         """Raises `TooManyRequests` where there is no room for `images`."""
         if self.in_flight + images > self.limit:
+            self._on_refusal(images)
             wait_s = self.retry_after_s(images)
             raise TooManyRequests(
                 f"{self.in_flight} images are being answered, {self.limit} is the limit; try again in {wait_s} s",

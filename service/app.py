@@ -26,14 +26,20 @@ from service.rate_limit import Rate, RateLimiter
 from service.recognizer import Recognizer
 from service.redis_link import RedisLink
 from service.settings import Settings
+from service.tracing import Tracing, open_tracing
 
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
 
 
-def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher: Fetcher | None = None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    recognizer: Recognizer | None = None,
+    fetcher: Fetcher | None = None,
+    tracing: Tracing | None = None,
+) -> FastAPI:
     """The service. Without a recogniser it opens the bundle of `settings` when it starts; without a fetcher it fetches
-    images by URL as `settings` allow.
+    images by URL as `settings` allow, and without tracing it traces as they say.
 
     A recogniser that is handed over is closed with the app. Raises `UserError` if there is neither.
     """
@@ -41,6 +47,7 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher
         raise UserError("no bundle is given; name one with --bundle or WIKICLIP_BUNDLE")
 
     limiter = _limiter(settings)
+    tracing = tracing or open_tracing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,6 +62,8 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher
             if limiter is not None:
                 await limiter.close()
             await opened.aclose()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         title="WikiCLIP Serve",
@@ -78,7 +87,7 @@ def create_app(settings: Settings, recognizer: Recognizer | None = None, fetcher
     _add_operations(app)
     _add_pages(app)
     # The last one added is the outermost: what goes wrong within still gets its CORS headers.
-    app.add_middleware(RequestContext, metrics_of=lambda: _metrics(app))
+    app.add_middleware(RequestContext, metrics_of=lambda: _metrics(app), tracing=tracing)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

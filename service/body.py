@@ -24,9 +24,11 @@ _UNDECLARED = "application/octet-stream"  # what clients send for a file whose k
 async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:
     """The body of a request. Raises `TooLarge` if it is over the limit, `SlowRequest` if it does not come within
     `timeout_s`, `BadRequest` if it is empty. Of a body that is over the limit nothing is kept, and no more is read than
-    `_DRAIN_BYTES` past it."""
+    `_DRAIN_BYTES` past it; nothing at all where the client waits to be told to send it (`Expect: 100-continue`)."""
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared) > max_body_bytes
+    if too_large and request.headers.get("expect", "").lower() == "100-continue":
+        raise _too_large(max_body_bytes)  # the first read would be what tells it to go on
     chunks: list[bytes] = []
     size_bytes = 0
     try:
@@ -45,10 +47,14 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
         if not too_large:
             raise SlowRequest(f"the body did not come within {timeout_s:g} s; send a smaller image") from None
     if too_large:
-        raise TooLarge(f"the body is over {max_body_bytes} bytes; send a smaller image")
+        raise _too_large(max_body_bytes)
     if size_bytes == 0:
         raise BadRequest("the body is empty; send an image")
     return b"".join(chunks)
+
+
+def _too_large(max_body_bytes: int) -> TooLarge:
+    return TooLarge(f"the body is over {max_body_bytes} bytes; send a smaller image")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
-"""A small typed client of the service, with retries."""
+"""A small typed client of the service, with retries: one that blocks, and one for an event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
@@ -39,7 +40,11 @@ _ERRORS: dict[int, type[UserError]] = {
     )
 }
 _RETRIED_STATUSES = (429, 503)
+_FAILURES = (httpx.TransportError, httpx.InvalidURL)
+_FIRST_PAUSE_S = 0.2
 _MAX_PAUSE_S = 60.0
+
+Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 
 
 class Client:
@@ -50,13 +55,8 @@ class Client:
     """
 
     def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5, api_key: str | None = None) -> None:
-        self._base_url = base_url
-        self._retries = retries
-        headers = {} if api_key is None else {b"Authorization": f"Bearer {api_key}".encode()}
-        try:
-            self._http = httpx.Client(base_url=base_url, timeout=timeout_s, headers=headers)
-        except (httpx.InvalidURL, ValueError) as error:
-            raise UserError(f"{base_url!r} is no URL ({error}); give one as http://127.0.0.1:8000") from error
+        self._base_url, self._retries = base_url, retries
+        self._http = _opened(httpx.Client, base_url, timeout_s, api_key)
 
     def __enter__(self) -> Self:
         return self
@@ -72,44 +72,123 @@ class Client:
 
         Raises the `UserError` that the service's problem stands for, `Unavailable` if it cannot be reached.
         """
-        files = {"image": ("image", image, "application/octet-stream")}
-        answer = self._ask("POST", "/recognize", params=_parameters(options or RecognizeOptions()), files=files)
-        content: dict[str, Any] = answer.json()
-        try:
-            return Recognition(
-                model=content["model"],
-                bundle=content["bundle"],
-                cached=content["cached"],
-                known=content["known"],
-                abstained=content["abstained"],
-                predictions=tuple(_prediction(each) for each in content["predictions"]),
-                timings_ms=content["timings_ms"],
-            )
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{self._base_url} does not answer as a WikiCLIP service does; check the URL") from error
+        return _recognition(self._base_url, self._ask(**_question(image, options)))
 
     def info(self) -> dict[str, Any]:
         """What is served: `GET /info`."""
-        content: dict[str, Any] = self._ask("GET", "/info").json()
+        content: dict[str, Any] = self._ask(method="GET", url="/info").json()
         return content
 
-    def _ask(self, method: str, path: str, **request: Any) -> httpx.Response:
-        for attempt in range(self._retries + 1):
-            pause_s = min(0.2 * 2**attempt, _MAX_PAUSE_S) * random.uniform(0.8, 1.2)
-            last = attempt == self._retries
+    def _ask(self, **request: Any) -> httpx.Response:
+        attempts = _Attempts(self._base_url, self._retries)
+        while True:
             try:
-                response = self._http.request(method, path, **request)
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                if last or not isinstance(error, httpx.ConnectError):
-                    raise Unavailable(f"{self._base_url} cannot be asked ({error}); is the service running?") from error
-            else:
-                if response.is_success:
-                    return response
-                if last or response.status_code not in _RETRIED_STATUSES:
-                    raise _error_of(response)
-                pause_s = _retry_after_s(response) or pause_s
-            time.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
+                outcome: httpx.Response | Exception = self._http.request(**request)
+            except _FAILURES as error:
+                outcome = error
+            answer = attempts.answer(outcome)
+            if answer is not None:
+                return answer
+            time.sleep(attempts.pause_s)
+
+
+class AsyncClient:
+    """`Client` for an event loop: the same questions, to be awaited. Use `async with`, or `await close()`."""
+
+    def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5, api_key: str | None = None) -> None:
+        self._base_url, self._retries = base_url, retries
+        self._http = _opened(httpx.AsyncClient, base_url, timeout_s, api_key)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    async def recognize(self, image: bytes, options: RecognizeOptions | None = None) -> Recognition:
+        """As `Client.recognize`."""
+        return _recognition(self._base_url, await self._ask(**_question(image, options)))
+
+    async def info(self) -> dict[str, Any]:
+        """As `Client.info`."""
+        content: dict[str, Any] = (await self._ask(method="GET", url="/info")).json()
+        return content
+
+    async def _ask(self, **request: Any) -> httpx.Response:
+        attempts = _Attempts(self._base_url, self._retries)
+        while True:
+            try:
+                outcome: httpx.Response | Exception = await self._http.request(**request)
+            except _FAILURES as error:
+                outcome = error
+            answer = attempts.answer(outcome)
+            if answer is not None:
+                return answer
+            await asyncio.sleep(attempts.pause_s)
+
+
+class _Attempts:
+    """What to make of each attempt at a question, whoever waits for it and however."""
+
+    def __init__(self, base_url: str, retries: int) -> None:
+        self._base_url = base_url
+        self._left = retries
+        self._next_pause_s = _FIRST_PAUSE_S
+        self.pause_s = 0.0
+
+    def answer(self, outcome: httpx.Response | Exception) -> httpx.Response | None:
+        """The answer, or None where to ask again after `pause_s`. Raises what is final."""
+        self._left -= 1
+        self.pause_s = self._next_pause_s * random.uniform(0.8, 1.2)
+        self._next_pause_s = min(2 * self._next_pause_s, _MAX_PAUSE_S)
+        if isinstance(outcome, Exception):
+            if self._left < 0 or not isinstance(outcome, httpx.ConnectError):
+                raise Unavailable(f"{self._base_url} cannot be asked ({outcome}); is the service running?") from outcome
+            return None
+        if outcome.is_success:
+            return outcome
+        if self._left < 0 or outcome.status_code not in _RETRIED_STATUSES:
+            raise _error_of(outcome)
+        self.pause_s = _retry_after_s(outcome) or self.pause_s
+        return None
+
+
+def _opened(kind: type[Http], base_url: str, timeout_s: float, api_key: str | None) -> Http:
+    headers = {} if api_key is None else {b"Authorization": f"Bearer {api_key}".encode()}
+    try:
+        return kind(base_url=base_url, timeout=timeout_s, headers=headers)
+    except (httpx.InvalidURL, ValueError) as error:
+        raise UserError(f"{base_url!r} is no URL ({error}); give one as http://127.0.0.1:8000") from error
+
+
+def _question(image: bytes, options: RecognizeOptions | None) -> dict[str, Any]:
+    return {
+        "method": "POST",
+        "url": "/recognize",
+        "params": _parameters(options or RecognizeOptions()),
+        "files": {"image": ("image", image, "application/octet-stream")},
+    }
+
+
+def _recognition(base_url: str, answer: httpx.Response) -> Recognition:
+    content: dict[str, Any] = answer.json()
+    try:
+        return Recognition(
+            model=content["model"],
+            bundle=content["bundle"],
+            cached=content["cached"],
+            known=content["known"],
+            abstained=content["abstained"],
+            predictions=tuple(_prediction(each) for each in content["predictions"]),
+            timings_ms=content["timings_ms"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{base_url} does not answer as a WikiCLIP service does; check the URL") from error
 
 
 def _parameters(options: RecognizeOptions) -> list[tuple[str, str | int | float]]:

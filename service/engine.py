@@ -45,7 +45,8 @@ class Index(Protocol):
 class Found:
     """What one job gave: the query embedding, entity rows with cosines (falling), and where the time went.
 
-    `encode_ms` is None for a job that was a search only.
+    `encode_ms` is None for a job that was a search only. `queued_at`, and `searched_at`, when the search began, are by
+    `time.monotonic`.
     """
 
     embedding_D: npt.NDArray[np.float32]
@@ -54,6 +55,8 @@ class Found:
     queue_ms: float
     encode_ms: float | None
     search_ms: float
+    queued_at: float = 0.0
+    searched_at: float = 0.0
     patch_tokens_PC: npt.NDArray[np.float32] | None = None  # only where it was submitted with `explain`
 
 
@@ -284,6 +287,8 @@ class Engine:
                     queue_ms=1000 * (started_at - job.queued_at),
                     encode_ms=1000 * (encoded_at - started_at) if job.embedding_D is None else None,
                     search_ms=search_ms,
+                    queued_at=job.queued_at,
+                    searched_at=search_at,
                     patch_tokens_PC=patch_tokens.get(id(job)),
                 )
                 results.append((job, found))

@@ -200,4 +200,5 @@ def open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Setting
         embedding_dim=bundle.manifest.embedding_dim,
         device=settings.device,
         threads=settings.thread_count,
+        max_batch=settings.max_batch,
     )

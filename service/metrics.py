@@ -28,6 +28,13 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.images = Counter(
+            "wikiclip_images",
+            "Images by outcome: answered, full (no room), rate (past the rate), deadline, abandoned (the client left), "
+            "undecodable, too_large, refused (for another reason), failed (a fault of the service).",
+            ["outcome"],
+            registry=self.registry,
+        )
         self.batch_images = Histogram(
             "wikiclip_batch_images", "Images encoded at once.", buckets=_IMAGES, registry=self.registry
         )

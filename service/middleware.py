@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.metrics import Metrics
 from service.problems import unexpected_response
+from service.tracing import Tracing
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLIENT_GONE = 499  # as nginx logs it; nobody receives it
@@ -38,8 +39,9 @@ log = logging.getLogger("wikiclip.service")
 class RequestContext:
     """ASGI middleware; a plain one, since Starlette's base class hides a client's leaving."""
 
-    def __init__(self, app: ASGIApp, metrics_of: Callable[[], Metrics]) -> None:
+    def __init__(self, app: ASGIApp, metrics_of: Callable[[], Metrics], tracing: Tracing | None = None) -> None:
         self._app = app
+        self._tracing = tracing
         self._metrics_of = metrics_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,6 +51,16 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
+        if self._tracing is None:
+            await self._answer(scope, receive, send, request_id)
+            return
+        with self._tracing.request(scope, request_id) as trace:
+            status = await self._answer(scope, receive, send, request_id)
+            if trace is not None:
+                trace.answered(_route(scope), status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
+        """Have the request answered; the status, 0 where none was sent."""
         started_at = time.monotonic()
         status = 0
 
@@ -73,10 +85,10 @@ class RequestContext:
             await unexpected_response(request_id)(scope, receive, send_with_headers)
         finally:
             self._note(scope, request_id, status, time.monotonic() - started_at)
+        return status
 
     def _note(self, scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
-        # The route's template, not the path: a path holds entity ids, and there are millions of them.
-        route = getattr(scope.get("route"), "path", None) or "unmatched"
+        route = _route(scope)
         metrics = self._metrics_of()
         metrics.requests.labels(route, str(status)).inc()
         metrics.request_seconds.labels(route).observe(elapsed_s)
@@ -95,3 +107,8 @@ class RequestContext:
                 "client": client[0] if client else None,
             },
         )
+
+
+def _route(scope: Scope) -> str:
+    """The route's template, not the path: a path holds entity ids, and there are millions of them."""
+    return getattr(scope.get("route"), "path", None) or "unmatched"

@@ -21,10 +21,21 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from core.errors import BundleAltered, BundleRefused, Conflict, DeadlineExceeded, Unavailable, UserError
+from core.errors import (
+    BundleAltered,
+    BundleRefused,
+    Conflict,
+    DeadlineExceeded,
+    TooLarge,
+    TooManyRequests,
+    Unavailable,
+    UndecodableImage,
+    UserError,
+)
 from imaging import load_region
 from index.bundle import Bundle
 from index.selection import Selection
+from service import tracing
 from service.admission import Admission
 from service.answers import Box, Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
@@ -37,6 +48,14 @@ from service.settings import Settings
 
 Edit = TypeVar("Edit")
 
+# What became of an image that was not answered, as the metrics name it.
+_OUTCOMES: dict[type[UserError], str] = {
+    UndecodableImage: "undecodable",
+    TooLarge: "too_large",
+    TooManyRequests: "full",
+    DeadlineExceeded: "deadline",
+}
+
 log = logging.getLogger("wikiclip.recognizer")
 
 
@@ -45,6 +64,7 @@ class _Decoded:
     pixels_HW3: npt.NDArray[np.uint8]
     region: Box
     decode_ms: float
+    started_at: float
 
 
 class Recognizer:
@@ -57,7 +77,7 @@ class Recognizer:
     def __init__(self, bundle: Bundle, settings: Settings, encoder: Encoder | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.admission = Admission(settings.queue_limit)
+        self.admission = Admission(settings.queue_limit, self.metrics.images.labels("full").inc)
         self._given_encoder = encoder
         self._current = Generation(bundle, settings, self.metrics, encoder)
         self._switch = threading.Lock()  # a generation is not let go between being read here and being held
@@ -72,6 +92,7 @@ class Recognizer:
                 self.metrics.redis_errors.inc,
             )
         self._flights: SingleFlight[Recognition] = SingleFlight()
+        self._encodings: SingleFlight[tuple[RecognizeOptions, Recognition, Found]] = SingleFlight()
         self._closing = False
         self._tell_bundle()
 
@@ -187,6 +208,21 @@ class Recognizer:
         if snapshot is None:
             with self.hold() as current:
                 return await self.recognize(data, options, current)
+        outcome = "failed"
+        try:
+            recognition = await self._within_deadline(data, options, snapshot)
+            outcome = "answered"
+        except asyncio.CancelledError:
+            outcome = "abandoned"
+            raise
+        except UserError as error:
+            outcome = _OUTCOMES.get(type(error), "refused")
+            raise
+        finally:
+            self.metrics.images.labels(outcome).inc()
+        return recognition
+
+    async def _within_deadline(self, data: bytes, options: RecognizeOptions, snapshot: Snapshot) -> Recognition:
         started_at = time.monotonic()
         try:
             async with asyncio.timeout(self.settings.deadline_ms / 1000):
@@ -231,14 +267,25 @@ class Recognizer:
             self.metrics.cache_lookups.labels("answer").inc()
             return kept
 
+        async def encode() -> tuple[RecognizeOptions, Recognition, Found]:
+            recognition, found = await self._compute(snapshot, data, options, None)
+            await cache.put(embedding_key, found.embedding_D.astype("<f4").tobytes())
+            return options, recognition, found
+
         async def work() -> Recognition:
             embedding_D = _read_embedding(
                 await cache.get(embedding_key), snapshot.generation.bundle.manifest.embedding_dim
             )
             self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
-            recognition, found = await self._compute(snapshot, data, options, embedding_D)
+            recognition = None
             if embedding_D is None:
-                await cache.put(embedding_key, found.embedding_D.astype("<f4").tobytes())
+                # Others may ask the same of the same image, or something else: it is encoded for the first of them.
+                asked, recognition, found = await self._encodings.run(embedding_key + snapshot.label, encode)
+                embedding_D = found.embedding_D
+                if asked != options:
+                    recognition = None
+            if recognition is None:
+                recognition, _ = await self._compute(snapshot, data, options, embedding_D)
             await cache.put(answer_key, _write_answer(recognition))
             return recognition
 
@@ -257,16 +304,19 @@ class Recognizer:
         if embedding_D is None:
             decoded = await self._in_pool(snapshot, self._decode, snapshot, data, options)
             timings_ms["decode"] = decoded.decode_ms
+            tracing.stage("decode", decoded.started_at, decoded.started_at + decoded.decode_ms / 1000)
             pending = _submit(snapshot, decoded, selection, options)
         else:
             decoded = None
             pending = engine.search(embedding_D, joiner.top_k(options), selection, snapshot.entities)
         found = await asyncio.wrap_future(pending)
         _add_engine_time(timings_ms, found)
+        _trace_engine(found)
         everything = None
         if joiner.wants_everything(options):
             everything = await asyncio.wrap_future(_search_everything(snapshot, found, options))
-        ranking = await self._in_pool(snapshot, _join, snapshot, found, everything, decoded, options)
+        with tracing.timed("join"):
+            ranking = await self._in_pool(snapshot, _join, snapshot, found, everything, decoded, options)
         return _recognition(snapshot, ranking, timings_ms, cached=embedding_D is not None), found
 
     def _recognize_chunk(
@@ -288,7 +338,12 @@ class Recognizer:
         pixels_HW3, region = load_region(
             data, snapshot.generation.preprocessing, max_pixels=self.settings.max_pixels, box=options.box
         )
-        return _Decoded(pixels_HW3=pixels_HW3, region=region, decode_ms=1000 * (time.monotonic() - started_at))
+        return _Decoded(
+            pixels_HW3=pixels_HW3,
+            region=region,
+            decode_ms=1000 * (time.monotonic() - started_at),
+            started_at=started_at,
+        )
 
     async def _in_pool(self, snapshot: Snapshot, call: Any, *arguments: Any) -> Any:
         # A cancelled request leaves at once, what it began in a thread does not: that holds the generation by itself.
@@ -360,6 +415,14 @@ def _add_engine_time(timings_ms: dict[str, float], found: Found) -> None:
     if found.encode_ms is not None:
         timings_ms["encode"] = found.encode_ms
     timings_ms["search"] = found.search_ms
+
+
+def _trace_engine(found: Found) -> None:
+    begun_at = found.queued_at + found.queue_ms / 1000
+    tracing.stage("queue", found.queued_at, begun_at)
+    if found.encode_ms is not None:
+        tracing.stage("encode", begun_at, begun_at + found.encode_ms / 1000)
+    tracing.stage("search", found.searched_at, found.searched_at + found.search_ms / 1000)
 
 
 def _write_answer(recognition: Recognition) -> bytes:

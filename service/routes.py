@@ -13,7 +13,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from core.errors import BadParameter, BadRequest, NotFound, Unavailable, WikiclipError
+from core.errors import BadParameter, BadRequest, NotFound, TooManyRequests, Unavailable, WikiclipError
 from imaging import check_box, readable_types
 from index.store import StoredEntity
 from service import schemas
@@ -25,6 +25,7 @@ from service.keys import require_key
 from service.problems import problem_of
 from service.rate_limit import RateLimiter, client_name
 from service.recognizer import Recognizer
+from service.tracing import timed
 
 T = TypeVar("T")
 
@@ -101,7 +102,11 @@ async def recognize(request: Request, options: Options) -> Response:
     fetcher: Fetcher = request.app.state.fetcher
 
     async def result() -> Recognition:
-        image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
+        if isinstance(given, ImageUrl):
+            with timed("fetch"):
+                image = await fetcher.fetch(given.url)
+        else:
+            image = given
         return await recognizer.recognize(image, options)
 
     with recognizer.admission.admit(1):
@@ -197,7 +202,8 @@ def get_entity(request: Request, entity_id: str) -> Response:
 async def _body(request: Request, recognizer: Recognizer) -> bytes:
     """The body, unless there is no room for what is in it anyway: then it is not kept."""
     recognizer.admission.refuse_if_full(1)
-    return await read_body(request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_s)
+    with timed("body"):
+        return await read_body(request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_s)
 
 
 async def _count(request: Request, images: int) -> None:
@@ -205,7 +211,11 @@ async def _count(request: Request, images: int) -> None:
     limiter: RateLimiter | None = request.app.state.rate_limiter
     if limiter is not None:
         address = request.client.host if request.client else None
-        await limiter.take(client_name(request.state.key_holder, address), images)
+        try:
+            await limiter.take(client_name(request.state.key_holder, address), images)
+        except TooManyRequests:
+            recognizer_of(request).metrics.images.labels("rate").inc(images)
+            raise
 
 
 def _box(text: str) -> Box:

@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(), description="Origins whose pages may call the service, separated by commas; * for any."
     )
+    otlp_endpoint: str | None = Field(
+        default=None, description="OpenTelemetry collector that is sent traces, as http://127.0.0.1:4318."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="What is logged on stderr."
     )
@@ -126,6 +129,13 @@ class Settings(BaseSettings):
     def _known_scheme(cls, value: str | None) -> str | None:
         if value and not value.startswith(("redis://", "rediss://", "unix://")):
             raise ValueError("start it with redis://, rediss:// or unix://")
+        return value or None
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _over_http(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("http://", "https://")):
+            raise ValueError("start it with http:// or https://")
         return value or None
 
     @model_validator(mode="after")

@@ -25,12 +25,12 @@ from service.settings import Settings
 
 
 @contextmanager
-def served(bundle: Path, *, encoder=None, fetcher=None, **settings) -> Iterator[httpx.Client]:
+def served(bundle: Path, *, encoder=None, fetcher=None, tracing=None, **settings) -> Iterator[httpx.Client]:
     """Serve a bundle under uvicorn in a thread; yields a client of it."""
     configured = Settings(bundle=bundle, threads=1, decode_threads=2, **settings)
     recognizer = Recognizer(Bundle.open(bundle), configured, encoder)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        app = create_app(configured, recognizer, fetcher)
+        app = create_app(configured, recognizer, fetcher, tracing)
         server = uvicorn.Server(server_config(configured, app))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()

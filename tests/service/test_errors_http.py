@@ -126,6 +126,20 @@ def test_a_body_over_the_limit_is_answered_though_it_is_still_coming(service):
     assert service.get("/livez").status_code == 200
 
 
+def test_who_asks_before_sending_a_body_over_the_limit_is_answered_at_once(service):
+    address = service.base_url.host, service.base_url.port
+    head = b"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nExpect: 100-continue\r\n"
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(head + b"Content-Length: %d\r\n\r\n" % (1 << 30))
+        told = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert told.startswith(b"HTTP/1.1 413 ")  # and no 100 before it
+    with socket.create_connection(address, timeout=60) as connection:
+        connection.sendall(head + b"Connection: close\r\nContent-Length: 5\r\n\r\n")
+        assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(b"hello")
+        assert connection.recv(12) == b"HTTP/1.1 422"
+
+
 def test_the_limit_holds_for_a_body_of_unknown_length(service):
     def chunks():
         for _ in range(21):

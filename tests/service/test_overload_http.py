@@ -79,6 +79,23 @@ def test_equal_images_at_the_same_time_are_encoded_once(serve, small_bundle, enc
     assert encoder.sizes == [1]
 
 
+def test_an_image_asked_about_in_several_ways_at_the_same_time_is_encoded_once(serve, small_bundle, encoder, images):
+    def ask_for(top_k: int):
+        headers = {"Content-Type": "image/png"}
+        return service.post("/recognize", params={"top_k": top_k}, content=images[0], headers=headers)
+
+    with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask_for, top_k) for top_k in (1, 2, 3, 4)]
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        until(service, "wikiclip_in_flight_images", 4.0)
+        encoder.gate.set()
+        answers = [each.result(TIMEOUT_S).json() for each in asked]
+        until(service, 'wikiclip_images_total{outcome="answered"}', 4.0)
+    assert [len(answer["predictions"]) for answer in answers] == [1, 2, 3, 4]
+    assert sorted(answer["cached"] for answer in answers) == [False, True, True, True]
+    assert encoder.sizes == [1]
+
+
 def test_past_the_deadline_is_a_504_and_what_waited_costs_nothing(serve, small_bundle, encoder, images):
     with serve(small_bundle, encoder=encoder, deadline_ms=200) as service, ThreadPoolExecutor(3) as pool:
         first = pool.submit(ask, service, images[0])
@@ -87,6 +104,7 @@ def test_past_the_deadline_is_a_504_and_what_waited_costs_nothing(serve, small_b
         answers = [each.result(TIMEOUT_S) for each in (first, *late)]
         assert [answer.status_code for answer in answers] == [504] * 3
         assert "200 ms" in answers[0].json()["detail"]
+        until(service, 'wikiclip_images_total{outcome="deadline"}', 3.0)
         encoder.gate.set()
         assert ask(service, images[3]).status_code == 200
     assert encoder.sizes == [1, 1]  # the two that waited were dropped
@@ -107,6 +125,7 @@ def test_a_full_queue_is_a_429_that_says_when(serve, small_bundle, encoder, imag
         until(service, "wikiclip_in_flight_images", 3.0)
         assert ask(service, images[3]).status_code == 429
         assert service.get("/readyz").status_code == 200  # busy is not broken
+        until(service, 'wikiclip_images_total{outcome="full"}', 3.0)
         encoder.gate.set()
         assert all(each.result(TIMEOUT_S).status_code == 200 for each in asked)
         assert ask(service, images[3]).status_code == 200
@@ -123,6 +142,7 @@ def test_a_client_that_leaves_frees_its_place_and_is_not_computed_for(serve, sma
         until(service, "wikiclip_in_flight_images", 1.0)
         encoder.gate.set()
         assert first.result(TIMEOUT_S).status_code == 200
+        until(service, 'wikiclip_images_total{outcome="abandoned"}', 1.0)
         assert re.search(r'wikiclip_requests_total\{route="/recognize",status="499"\} 1', service.get("/metrics").text)
     assert encoder.sizes == [1]
 

@@ -72,6 +72,7 @@ def test_each_key_has_its_own_rate_and_operations_none(serve, small_bundle, gira
         assert [*statuses, refused.status_code] == [200, 200, 429]
         assert refused.headers["content-type"] == "application/problem+json"
         assert 1700 < int(refused.headers["retry-after"]) <= 1800
+        assert 'wikiclip_images_total{outcome="rate"} 1.0' in service.get("/metrics").text
         assert ask(service, giraffe, **{"X-API-Key": "two"}).status_code == 200
         assert ask(service, giraffe).status_code == 401
         for path in ("/livez", "/readyz", "/metrics", "/info", "/", "/docs", "/openapi.json"):

@@ -1,0 +1,133 @@
+"""A closed loop of requests from a process of its own: some connections, each asking again as soon as it is answered.
+
+`python -m benchmarks.closed_loop JOB.json` prints figures as JSON. It imports no more than it needs, so that the one
+core it has goes into asking.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+BOUNDARY = "wikiclip-benchmark-boundary"
+TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """POST the files in `images` to `url` in turn over `connections`, uncounted for `warm_up_s`, then for `seconds`.
+
+    `field` is the part of a form that the image is sent as; None sends the image itself as the body.
+    """
+
+    url: str
+    images: list[str]
+    field: str | None
+    connections: int
+    warm_up_s: float
+    seconds: float
+
+
+def run_job(job: Job, work: Path, cores: set[int]) -> dict[str, Any]:
+    """Run a job in a process on these cores; answers a second, latency percentiles in ms, and what failed."""
+    path = work / "job.json"
+    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.closed_loop", str(path)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    os.sched_setaffinity(process.pid, cores)
+    said, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the load generator ended with exit code {process.returncode}; see its message above")
+    figures: dict[str, Any] = json.loads(said)
+    return figures
+
+
+def body_of(image: bytes, field: str | None) -> tuple[bytes, str]:
+    """The body and its content type."""
+    if field is None:
+        return image, "image/jpeg"
+    head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{field}"; filename="i.jpg"\r\n'
+    whole = head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+    return whole, f"multipart/form-data; boundary={BOUNDARY}"
+
+
+class _Loop:
+    def __init__(self, job: Job) -> None:
+        self._url = urlsplit(job.url)
+        self._path = self._url.path + (f"?{self._url.query}" if self._url.query else "")
+        self._bodies = [body_of(Path(path).read_bytes(), job.field) for path in job.images]
+        self._lock = threading.Lock()
+        self._next = 0
+        self._counts_from = time.perf_counter() + job.warm_up_s
+        self._ends = self._counts_from + job.seconds
+        self.taken_ms: list[float] = []
+        self.failures: dict[str, int] = {}
+
+    def ask_until_over(self) -> None:
+        assert self._url.hostname is not None
+        connection = http.client.HTTPConnection(self._url.hostname, self._url.port, timeout=TIMEOUT_S)
+        while time.perf_counter() < self._ends:
+            with self._lock:
+                body, content_type = self._bodies[self._next % len(self._bodies)]
+                self._next += 1
+            started = time.perf_counter()
+            failure: str | None = None
+            try:
+                connection.request("POST", self._path, body, {"Content-Type": content_type})
+                answer = connection.getresponse()
+                answer.read()
+                if answer.status != http.client.OK:
+                    failure = str(answer.status)
+            except (OSError, http.client.HTTPException) as error:
+                failure = type(error).__name__
+                connection.close()
+            ended = time.perf_counter()
+            if self._counts_from <= ended < self._ends:
+                with self._lock:
+                    if failure is None:
+                        self.taken_ms.append(1000 * (ended - started))
+                    else:
+                        self.failures[failure] = self.failures.get(failure, 0) + 1
+        connection.close()
+
+
+def main() -> None:
+    """What the process does."""
+    job = Job(**json.loads(Path(sys.argv[1]).read_bytes()))
+    loop = _Loop(job)
+    threads = [threading.Thread(target=loop.ask_until_over) for _ in range(job.connections)]
+    cpu_started = time.process_time()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken = sorted(loop.taken_ms)
+
+    def percentile(share: float) -> float | None:
+        return round(taken[min(int(share * len(taken)), len(taken) - 1)], 2) if taken else None
+
+    figures = {
+        "per_s": round(len(taken) / job.seconds, 2),
+        "p50_ms": percentile(0.5),
+        "p99_ms": percentile(0.99),
+        "answers": len(taken),
+        "failures": loop.failures,
+        "generator_busy": round((time.process_time() - cpu_started) / (job.warm_up_s + job.seconds), 2),
+    }
+    sys.stdout.write(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

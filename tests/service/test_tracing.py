@@ -1,0 +1,112 @@
+"""Traces: a span for each request and stage, in the caller's trace; nothing without an endpoint, and no harm without
+a collector."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import SpanKind, StatusCode
+
+from core.errors import UserError
+from service.settings import Settings, load_settings
+from service.tracing import Tracing, open_tracing
+
+CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def ask(service, image: bytes, **headers: str):
+    return service.post("/recognize", content=image, headers={"Content-Type": "image/png", **headers})
+
+
+@pytest.fixture
+def exporter():
+    return InMemorySpanExporter()
+
+
+def traced(exporter):
+    """The spans that were kept, once the service has ended: requests by `request_id`, each with its stages by name."""
+    spans = exporter.get_finished_spans()
+    requests = {span.attributes["request_id"]: span for span in spans if span.kind is SpanKind.SERVER}
+    stages = {
+        request_id: {
+            span.name: span for span in spans if span.parent and span.parent.span_id == request.context.span_id
+        }
+        for request_id, request in requests.items()
+    }
+    return requests, stages
+
+
+def test_each_request_is_a_span_with_its_stages(serve, small_bundle, giraffe, exporter):
+    with serve(small_bundle, tracing=Tracing(exporter)) as service:
+        assert ask(service, giraffe, **{"X-Request-ID": "first"}).status_code == 200
+        assert ask(service, giraffe, **{"X-Request-ID": "again"}).json()["cached"] is True
+        assert ask(service, b"no image", **{"X-Request-ID": "refused"}).status_code == 422
+        assert service.get("/entities/Q15083", headers={"X-Request-ID": "entity"}).status_code == 200
+    requests, stages = traced(exporter)
+    assert set(requests) == {"first", "again", "refused", "entity"}  # and no probe
+    assert requests["first"].name == "POST /recognize"
+    assert requests["first"].attributes["http.response.status_code"] == 200
+    assert requests["first"].resource.attributes["service.name"] == "wikiclip-serve"
+    assert requests["refused"].attributes["http.response.status_code"] == 422
+    assert requests["entity"].name == "GET /entities/{entity_id:path}"
+    assert list(stages["first"]) == ["body", "decode", "queue", "encode", "search", "join"]
+    assert set(stages["again"]) == {"body"}
+    assert set(stages["refused"]) == {"body"}
+    begun = requests["first"].start_time
+    for span in stages["first"].values():
+        # One after the other, within the request; clocks are rounded to nanoseconds on the way.
+        assert begun - 1000 <= span.start_time <= span.end_time <= requests["first"].end_time + 1000
+        begun = span.end_time
+
+
+def test_a_request_goes_on_the_trace_of_its_caller(serve, small_bundle, giraffe, exporter):
+    with serve(small_bundle, tracing=Tracing(exporter)) as service:
+        ask(service, giraffe, traceparent=CALLER)
+        ask(service, giraffe, traceparent="nonsense")
+    ours, other = (span for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER)
+    assert f"00-{ours.context.trace_id:032x}-{ours.parent.span_id:016x}-01" == CALLER
+    assert other.parent is None
+
+
+def test_what_the_sampler_leaves_out_is_answered_all_the_same(serve, small_bundle, giraffe, exporter, monkeypatch):
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    with serve(small_bundle, tracing=Tracing(exporter)) as service:
+        assert ask(service, giraffe).status_code == 200
+    assert exporter.get_finished_spans() == ()
+
+
+def test_a_fault_of_ours_is_marked(serve, small_bundle, giraffe, exporter):
+    class FaultyEncoder:
+        device = "cpu"
+
+        def encode(self, pixels_BHW3):
+            raise RuntimeError("secret of the house")
+
+    with serve(small_bundle, encoder=FaultyEncoder(), tracing=Tracing(exporter)) as service:
+        assert ask(service, giraffe).status_code == 500
+    (span,) = (span for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER)
+    assert span.status.status_code is StatusCode.ERROR
+    assert not span.events  # no stack trace leaves the process this way
+
+
+def test_a_collector_that_is_not_there_harms_nobody(serve, small_bundle, giraffe):
+    tracing = open_tracing(Settings(otlp_endpoint="http://127.0.0.1:9"))
+    assert tracing is not None
+    with serve(small_bundle, tracing=tracing) as service:
+        assert [ask(service, giraffe).status_code for _ in range(3)] == [200] * 3
+
+
+def test_off_by_default_and_then_not_even_imported():
+    assert open_tracing(Settings()) is None
+    # The SDK itself is imported by others where it is installed.
+    probe = "import sys, service.app, service.tracing; print(any('otlp' in name for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_an_endpoint_that_is_none_is_refused():
+    with pytest.raises(UserError, match="otlp_endpoint"):
+        load_settings(otlp_endpoint="collector:4318")
