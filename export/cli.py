@@ -50,6 +50,11 @@ _PATH = click.Path(path_type=Path)
     help="Store the image encoder's weights in float16 where that moves no embedding.",
 )
 @click.option(
+    "--int8",
+    is_flag=True,
+    help="Add the image encoder in int8, for queries on a CPU, and measure what that costs.",
+)
+@click.option(
     "--live", is_flag=True, help="Add what embeds entities that are put while serving; with --resume to a whole bundle."
 )
 @click.option("--store-text", is_flag=True, help="Keep the entities' text in the bundle.")
@@ -85,6 +90,7 @@ def export(as_json: bool, **options: Any) -> None:
 
     from export.config import ExportConfig
     from export.pipeline import export_bundle
+    from index.report import int8_line
 
     summary = export_bundle(ExportConfig(**options, progress=True))
     if as_json:
@@ -98,6 +104,8 @@ def export(as_json: bool, **options: Any) -> None:
         f"{counts.without_image} without an image, {counts.without_text} without text; "
         f"{summary.shards} shards, {summary.resumed_shards} of them from an earlier run; {summary.elapsed_s:.1f} s"
     )
+    if summary.int8 is not None:
+        click.echo(f"int8: {int8_line(asdict(summary.int8))}")
     if options["base"] is not None:
         why = "" if summary.base_fits else ": other models or thumbnails made it, or it keeps no texts"
         click.echo(f"{summary.copied_entities} entities copied from {options['base']}{why}")
