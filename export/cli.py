@@ -80,8 +80,11 @@ _PATH = click.Path(path_type=Path)
     "--workers", type=click.IntRange(min=1, max=256), help="Processes that decode images.  [default: one a core]"
 )
 @click.option("--trust-remote-code", is_flag=True, help="Let `hf:` encoders run code that comes with their weights.")
+@click.option(
+    "--dry-run", is_flag=True, help="Write nothing; say what it will take, from the whole catalog and a timed sample."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-def export(as_json: bool, **options: Any) -> None:
+def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Write a servable bundle, with an exact index, from a catalog and a checkpoint.
 
     Killed at any moment, --resume finishes it; the result is that of an undisturbed run.
@@ -92,7 +95,14 @@ def export(as_json: bool, **options: Any) -> None:
     from export.pipeline import export_bundle
     from index.report import int8_line
 
-    summary = export_bundle(ExportConfig(**options, progress=True))
+    config = ExportConfig(**options, progress=True)
+    if dry_run:
+        from export.plan import plan_export, plan_lines
+
+        plan = plan_export(config)
+        click.echo(json.dumps(asdict(plan)) if as_json else "\n".join(plan_lines(plan, config)))
+        return
+    summary = export_bundle(config)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
         return

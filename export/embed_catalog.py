@@ -88,7 +88,7 @@ def read_shards(config: ExportConfig) -> Iterator[Shard]:
     records: list[EntityRecord] = []
     rejected: list[Rejected] = []
     number = first_row = 0
-    for item in _limited(read_catalog(config.catalog, config.image_root), config.limit):
+    for item in read_records(config):
         if isinstance(item, Rejected):
             rejected.append(item)
             continue
@@ -101,9 +101,9 @@ def read_shards(config: ExportConfig) -> Iterator[Shard]:
         yield Shard(number=number, first_row=first_row, records=records, rejected=rejected)
 
 
-def _limited(items: Iterator[EntityRecord | Rejected], limit: int | None) -> Iterator[EntityRecord | Rejected]:
-    """The items up to the last of `limit` entities; nothing after it is even read."""
-    taken = 0
-    while (limit is None or taken < limit) and (item := next(items, None)) is not None:
+def read_records(config: ExportConfig) -> Iterator[EntityRecord | Rejected]:
+    """The records up to the last of `limit` entities; nothing after it is even read."""
+    items, taken = read_catalog(config.catalog, config.image_root), 0
+    while (config.limit is None or taken < config.limit) and (item := next(items, None)) is not None:
         yield item
         taken += isinstance(item, EntityRecord)

@@ -163,6 +163,18 @@ def export_module(
             program.save(str(temporary), external_data=False)
 
 
+def stored_bytes(encoder: ImageEncoder, *, half: bool) -> int:
+    """About how large `image_encoder.onnx` and its data will be: its weights."""
+    from model.onnx_encoder import external_data
+
+    source: Path | None = getattr(encoder, "onnx_path", None)
+    if source is not None:
+        return sum(file.stat().st_size for file in (source, *external_data(source)))
+    module: nn.Module | None = getattr(encoder, "module", None)
+    values = 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+    return values * (2 if half and 4 * values <= EXTERNAL_FROM_BYTES else 4)
+
+
 def is_large(path: Path) -> bool:
     """Whether an ONNX file, or one made from it, has to have its data beside it."""
     from model.onnx_encoder import external_data
