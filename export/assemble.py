@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,9 @@ from tqdm import tqdm
 
 from core.jsonl import RejectLog
 from export.config import ExportConfig, describe_model
+from export.int8 import add_int8, remove_int8
 from export.onnx_export import INPUT, OUTPUTS
+from export.sample import CatalogImages
 from export.spool import Spool
 from export.validation import calibrate
 from index.build import build_index
@@ -27,6 +29,7 @@ from index.manifest import (
     STORE_FILE,
     Counts,
     ImageEncoderEntry,
+    Int8Entry,
     Manifest,
 )
 from index.search import EntityIndex
@@ -35,9 +38,14 @@ from model.checkpoint import Checkpoint
 
 
 def assemble(
-    config: ExportConfig, checkpoint: Checkpoint, spool: Spool, settings: Mapping[str, Any], started: float
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    spool: Spool,
+    settings: Mapping[str, Any],
+    started: float,
+    sample: Sequence[CatalogImages],
 ) -> None:
-    """Write what needs all shards: store, index, calibration, reject log; the manifest last."""
+    """Write what needs all shards: store, index, calibration, the int8 encoder, reject log; the manifest last."""
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     parity = spool.parity()
     assert parity is not None, "the image encoder comes before the shards"
@@ -51,12 +59,19 @@ def assemble(
     log = RejectLog(rejects_path(config.out))
     counts = _count_and_log(spool, log, len(embeddings))
     calibration: Calibration | None = None
-    if config.validation is not None:
+    int8: Int8Entry | None = None
+    remove_int8(spool.bundle)
+    if config.validation is not None or config.int8:
         index = EntityIndex.read(spool.bundle / INDEX_FILE, embeddings, index_manifest.parameters)
         with EntityStore(spool.bundle / STORE_FILE) as store:
-            calibration, unusable = calibrate(config.validation, checkpoint, index, store, batch_size=config.batch_size)
-        for rejected in unusable:
-            log.add(rejected)
+            if config.validation is not None:
+                calibration, unusable = calibrate(
+                    config.validation, checkpoint, index, store, batch_size=config.batch_size
+                )
+                for rejected in unusable:
+                    log.add(rejected)
+            if config.int8:
+                int8 = add_int8(config, checkpoint, spool.bundle, sample, index, store)
     Manifest(
         schema_version=SCHEMA_VERSION,
         name=config.name or config.out.resolve().name,
@@ -71,6 +86,7 @@ def assemble(
             input=INPUT,
             outputs=OUTPUTS,
             parity={"max_abs_diff": parity.max_abs_diff, "min_cosine": parity.min_cosine},
+            int8=int8,
         ),
         export=settings,
         files=list_files(spool.bundle),

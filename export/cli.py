@@ -50,6 +50,11 @@ _PATH = click.Path(path_type=Path)
     help="Store the image encoder's weights in float16 where that moves no embedding.",
 )
 @click.option(
+    "--int8",
+    is_flag=True,
+    help="Add the image encoder in int8, for queries on a CPU, and measure what that costs.",
+)
+@click.option(
     "--live", is_flag=True, help="Add what embeds entities that are put while serving; with --resume to a whole bundle."
 )
 @click.option("--store-text", is_flag=True, help="Keep the entities' text in the bundle.")
@@ -75,8 +80,11 @@ _PATH = click.Path(path_type=Path)
     "--workers", type=click.IntRange(min=1, max=256), help="Processes that decode images.  [default: one a core]"
 )
 @click.option("--trust-remote-code", is_flag=True, help="Let `hf:` encoders run code that comes with their weights.")
+@click.option(
+    "--dry-run", is_flag=True, help="Write nothing; say what it will take, from the whole catalog and a timed sample."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-def export(as_json: bool, **options: Any) -> None:
+def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Write a servable bundle, with an exact index, from a catalog and a checkpoint.
 
     Killed at any moment, --resume finishes it; the result is that of an undisturbed run.
@@ -85,8 +93,16 @@ def export(as_json: bool, **options: Any) -> None:
 
     from export.config import ExportConfig
     from export.pipeline import export_bundle
+    from index.report import int8_line
 
-    summary = export_bundle(ExportConfig(**options, progress=True))
+    config = ExportConfig(**options, progress=True)
+    if dry_run:
+        from export.plan import plan_export, plan_lines
+
+        plan = plan_export(config)
+        click.echo(json.dumps(asdict(plan)) if as_json else "\n".join(plan_lines(plan, config)))
+        return
+    summary = export_bundle(config)
     if as_json:
         click.echo(json.dumps(asdict(summary)))
         return
@@ -98,6 +114,8 @@ def export(as_json: bool, **options: Any) -> None:
         f"{counts.without_image} without an image, {counts.without_text} without text; "
         f"{summary.shards} shards, {summary.resumed_shards} of them from an earlier run; {summary.elapsed_s:.1f} s"
     )
+    if summary.int8 is not None:
+        click.echo(f"int8: {int8_line(asdict(summary.int8))}")
     if options["base"] is not None:
         why = "" if summary.base_fits else ": other models or thumbnails made it, or it keeps no texts"
         click.echo(f"{summary.copied_entities} entities copied from {options['base']}{why}")

@@ -31,6 +31,7 @@ class ExportConfig:
     thumbnail_px: int = 0
     store_text: bool = False
     half: bool = True  # weights of the ONNX file in float16 where that moves no embedding
+    int8: bool = False  # also a quantised file, for queries on a CPU
     live: bool = False  # with what embeds entities that are put while serving
     image_root: Path | None = None
     images: Path | None = None  # tar shards that images named by URL are read from
@@ -88,6 +89,7 @@ def content_settings(config: ExportConfig, checkpoint: Checkpoint, device: str) 
         "thumbnail_px": config.thumbnail_px,
         "store_text": config.store_text,
         "half": config.half,
+        "int8": config.int8,
         "device": device,
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
     }
@@ -97,6 +99,7 @@ def refuse_differences(
     out: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> None:
     """Raise `UserError` where an export that was begun is not the one wanted now."""
+    begun = {"int8": False, **begun}  # of exports from before there was one
     differing = [key for key in wanted if key not in ignored and begun.get(key) != wanted[key]]
     if differing:
         names = ", ".join(key.removesuffix("_sha256").replace("_", " ") for key in differing)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.errors import EncoderSpecError
-from core.files import durable, write_durably
+from core.files import durable, sync, write_durably
 from imaging import normalise
 from index.manifest import IMAGE_ENCODER_FILE
 from model.encoders import ImageEncoder, ImageFeatures
@@ -37,6 +37,7 @@ MIN_COSINE = 0.999
 HALF_MIN_COSINE = 0.9999
 _HALVED_FROM = 1024  # values; smaller tensors are biases and norms, and save nothing
 _BATCHES = (1, 2, 5)
+EXTERNAL_FROM_BYTES = 1_500_000_000  # of weights, which then lie in a file of their own: protobuf ends at 2 GB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +154,32 @@ def export_module(
             verbose=False,
         )
     _strip(program.model)
-    large = sum(parameter.nbytes for parameter in module.parameters()) > 1_500_000_000  # protobuf ends at 2 GB
-    if large:
+    if sum(parameter.nbytes for parameter in module.parameters()) > EXTERNAL_FROM_BYTES:
         program.save(str(path), external_data=True)
+        for file in (path.with_name(f"{path.name}.data"), path):
+            sync(file)
     else:
         with durable(path) as temporary:
             program.save(str(temporary), external_data=False)
+
+
+def stored_bytes(encoder: ImageEncoder, *, half: bool) -> int:
+    """About how large `image_encoder.onnx` and its data will be: its weights."""
+    from model.onnx_encoder import external_data
+
+    source: Path | None = getattr(encoder, "onnx_path", None)
+    if source is not None:
+        return sum(file.stat().st_size for file in (source, *external_data(source)))
+    module: nn.Module | None = getattr(encoder, "module", None)
+    values = 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+    return values * (2 if half and 4 * values <= EXTERNAL_FROM_BYTES else 4)
+
+
+def is_large(path: Path) -> bool:
+    """Whether an ONNX file, or one made from it, has to have its data beside it."""
+    from model.onnx_encoder import external_data
+
+    return sum(file.stat().st_size for file in (path, *external_data(path))) > EXTERNAL_FROM_BYTES
 
 
 def _halve_weights(encoder: ImageEncoder, path: Path) -> None:

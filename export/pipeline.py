@@ -22,7 +22,7 @@ from export.spool import Spool, is_unfinished
 from export.stream import StageTimes
 from index.bundle import Bundle
 from index.entity_side import EntitySide
-from index.manifest import MANIFEST_FILE, Counts
+from index.manifest import MANIFEST_FILE, Counts, Int8Entry
 from model.checkpoint import Checkpoint
 from model.encoders import resolve_device
 
@@ -38,6 +38,7 @@ class ExportSummary:
     resumed_shards: int
     already_complete: bool
     calibrated: bool
+    int8: Int8Entry | None
     rejects: str
     elapsed_s: float
     copied_entities: int = 0  # from the base
@@ -84,7 +85,7 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
                     spool.finish_image_encoder(parity)
                 outcome = embed_catalog(config, checkpoint, spool, times)
                 with times.measure("store, index, manifest"):
-                    assemble(config, checkpoint, spool, settings, started)
+                    assemble(config, checkpoint, spool, settings, started, outcome.sample)
         spool.publish()
     _add_entity_side(config, checkpoint)
     return _summary(config, started, outcome, times)
@@ -100,8 +101,8 @@ def _check_settings(config: ExportConfig, spool: Spool, settings: Mapping[str, A
     if begun is None:
         spool.begin(wanted)
         return
-    # Validation comes after the shards: it may be given, changed or left out when an export is taken up again.
-    refuse_differences(config.out, begun, wanted, ignored={"validation_sha256"})
+    # They come after the shards: they may be given, changed or left out when an export is taken up again.
+    refuse_differences(config.out, begun, wanted, ignored={"validation_sha256", "int8"})
 
 
 def _already_complete(
@@ -141,6 +142,7 @@ def _summary(
         resumed_shards=0 if outcome is None else outcome.resumed_shards,
         already_complete=already_complete,
         calibrated=bundle.calibration is not None,
+        int8=bundle.manifest.image_encoder.int8,
         rejects=str(rejects) if rejects.exists() else "",
         elapsed_s=round(time.perf_counter() - started, 3),
         copied_entities=0 if outcome is None else outcome.copied_entities,

@@ -5,7 +5,7 @@ Shapes: B batch, H = W = size_px, D embedding width, N queries, K best entities,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,9 @@ from model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Query:
+class Query:
+    """A labelled query: `entity_id` is the right answer."""
+
     entity_id: str
     pixels_HW3: npt.NDArray[np.uint8]
 
@@ -44,11 +46,11 @@ def calibrate(
     own_rows: list[int] = []  # -1: the store does not hold that entity
     rows: list[npt.NDArray[np.int64]] = []
     scores: list[npt.NDArray[np.float32]] = []
-    pending = _read_queries(queries, checkpoint.image_encoder.preprocessing, rejected)
+    pending = read_queries(queries, checkpoint.image_encoder.preprocessing, rejected)
     while batch := list(islice(pending, batch_size)):
         pixels_BHW3 = np.stack([query.pixels_HW3 for query in batch])
         rows_BF, scores_BF = index.search(checkpoint.embed_queries(pixels_BHW3), CANDIDATES + 1)
-        own_rows += [_row_of(query.entity_id, store) for query in batch]
+        own_rows += [row_of(query.entity_id, store) for query in batch]
         rows += list(rows_BF)
         scores += list(scores_BF)
     rows_NF = np.array(rows, np.int64).reshape(-1, CANDIDATES + 1)
@@ -68,19 +70,24 @@ def _without(scores_NF: npt.NDArray[np.float64], right_NF: npt.NDArray[np.bool_]
     return np.array(left, np.float64).reshape(-1, CANDIDATES)
 
 
-def _row_of(entity_id: str, store: EntityStore) -> int:
+def row_of(entity_id: str, store: EntityStore) -> int:
     try:
         return store.get(entity_id).row
     except UnknownEntity:
         return -1
 
 
-def _read_queries(path: Path, preprocessing: Preprocessing, rejected: list[Rejected]) -> Iterator[_Query]:
+def read_queries(
+    path: Path, preprocessing: Preprocessing, rejected: list[Rejected], *, lines: Collection[int] | None = None
+) -> Iterator[Query]:
+    """The queries of a file, decoded, or only those on some lines; what cannot be used goes to `rejected`."""
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             rejected.append(Rejected(line=item.line, reason=f"{path.name}: {item.reason}", record=item.record))
             continue
         line, row = item
+        if lines is not None and line not in lines:
+            continue
         image, entity_id = row.get("image"), row.get("entity_id")
         try:
             if not isinstance(image, str) or not isinstance(entity_id, str):
@@ -90,4 +97,4 @@ def _read_queries(path: Path, preprocessing: Preprocessing, rejected: list[Rejec
         except (UnusableImage, UndecodableImage, TooLarge) as error:
             rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=str(row)[:500]))
             continue
-        yield _Query(entity_id=entity_id, pixels_HW3=pixels_HW3)
+        yield Query(entity_id=entity_id, pixels_HW3=pixels_HW3)

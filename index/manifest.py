@@ -19,6 +19,7 @@ INDEX_MANIFEST_FILE = "index/manifest.json"
 STORE_FILE = "entities.sqlite"
 EMBEDDINGS_FOLDER = "embeddings"
 IMAGE_ENCODER_FILE = "image_encoder.onnx"
+INT8_ENCODER_FILE = "image_encoder.int8.onnx"
 
 # What may differ between two makings of the same thing, so it is no part of its identity: times, and what was timed.
 _TIMES = ("created_at", "elapsed_s", "choice")
@@ -50,13 +51,36 @@ class Counts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Entry:
+    """The image encoder in int8, for queries on a CPU, and what that costs against the float file.
+
+    Shares of `images` are in percent. `judged_on` says what was asked: "validation queries", or "catalog images", each
+    of which is right where its own entity comes first. What ranges were taken from is none of them.
+    """
+
+    file: str
+    calibrated_on: int  # images of the catalog
+    judged_on: str
+    images: int
+    min_cosine: float  # of embeddings, to the float file's
+    mean_cosine: float
+    same_top_1: float
+    top_1_float: float
+    top_1_int8: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageEncoderEntry:
-    """The exported image encoder: its file in the bundle, its tensor names, how far it is from the original."""
+    """The exported image encoder: its file in the bundle, its tensor names, how far it is from the original.
+
+    `int8` is None of a bundle without a quantised file.
+    """
 
     file: str
     input: str
     outputs: tuple[str, str]  # patch tokens, image embedding
     parity: Mapping[str, float]  # max_abs_diff, min_cosine
+    int8: Int8Entry | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +102,10 @@ class Manifest:
     elapsed_s: float
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(self)
+        if self.image_encoder.int8 is None:  # bundles without one keep the fingerprint that they always had
+            del content["image_encoder"]["int8"]
+        return content
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -91,12 +118,14 @@ class Manifest:
             )
         _check_fields(cls, content, path)
         try:
+            encoder = dict(content["image_encoder"])
+            int8 = Int8Entry(**encoder.pop("int8")) if "int8" in encoder else None
             return cls(
                 **{
                     **content,
                     "counts": Counts(**content["counts"]),
                     "image_encoder": ImageEncoderEntry(
-                        **{**content["image_encoder"], "outputs": tuple(content["image_encoder"]["outputs"])}
+                        **{**encoder, "outputs": tuple(encoder["outputs"]), "int8": int8}
                     ),
                     "files": {name: FileEntry(**entry) for name, entry in content["files"].items()},
                 }

@@ -54,6 +54,7 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         f"encoders     image {report['model'].get('image_encoder')}, text {report['model'].get('text_encoder')}",
         f"images       {preprocessing.get('size_px')} px, {report['patches']} patches",
         f"ONNX parity  least cosine {parity['min_cosine']:.6f}, greatest difference {parity['max_abs_diff']:.2g}",
+        *([f"int8         {int8_line(int8)}"] if (int8 := report["image_encoder"]["int8"]) else []),
         f"index        {index['factory']}, {index['bytes'] / 1e6:.1f} MB ({index['why']})",
         "entity side  none: entities are put with their embedding"
         if report["entity_side"] is None
@@ -69,3 +70,12 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
     if report["unlisted_files"]:
         lines.append(f"not of it    {', '.join(report['unlisted_files'])}")
     return lines
+
+
+def int8_line(int8: dict[str, Any]) -> str:
+    """What the int8 encoder costs, from the manifest's entry."""
+    return (
+        f"mean cosine {int8['mean_cosine']:.4f}, least {int8['min_cosine']:.4f}; of {int8['images']} "
+        f"{int8['judged_on']} {int8['same_top_1']:.1f} % the same top-1, right {int8['top_1_int8']:.1f} % "
+        f"(float {int8['top_1_float']:.1f} %)"
+    )

@@ -162,6 +162,7 @@ def _info(recognizer: Recognizer) -> dict[str, Any]:
         "embeddings": bundle.manifest.counts.embeddings,
         "embedding_dim": bundle.manifest.embedding_dim,
         "device": generation.encoder.device,
+        "precision": generation.precision,
         "index": bundle.index_manifest.factory,
         "calibrated": bundle.calibration is not None,
         "image_types": list(readable_types()),

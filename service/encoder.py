@@ -42,6 +42,7 @@ class OnnxEncoder:
         threads: int,
         max_batch: int = 32,
     ) -> None:
+        self.file = path.name
         self.preprocessing = preprocessing
         self._input_name = input_name
         self._patches_name = patches_name
@@ -82,6 +83,13 @@ class OnnxEncoder:
         return np.asarray(output, np.float32)
 
 
+def wanted_device(device: Device) -> str:
+    """Where a session for this device is to run: `auto` takes CUDA where it is compiled in, which may yet not load."""
+    if device == "auto":
+        return "cuda" if _CUDA in onnxruntime.get_available_providers() else "cpu"
+    return device
+
+
 def open_session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
     """A session of ONNX Runtime on the device. Raises as `OnnxEncoder` does."""
     options = onnxruntime.SessionOptions()
@@ -91,7 +99,7 @@ def open_session(path: Path, device: Device, threads: int) -> onnxruntime.Infere
     # Spinning threads burn the cores that the decoders need while there is nothing to encode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[str | tuple[str, dict[str, str]]] = [_CPU]
-    if device == "cuda" or (device == "auto" and _CUDA in onnxruntime.get_available_providers()):
+    if wanted_device(device) == "cuda":
         # The default search for algorithms runs anew for each batch size, for seconds.
         providers.insert(0, (_CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}))
     if device == "cuda" and _CUDA not in onnxruntime.get_available_providers():

@@ -19,12 +19,13 @@ from core.errors import BundleAltered, UserError
 from imaging import Preprocessing
 from index.bundle import Bundle
 from index.delta import Delta
+from index.entity_side import ENTITY_SIDE_FOLDER
 from index.live import LiveSegment
 from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
 from index.merged import MergedView
 from service.answers import RecognizeOptions
 from service.editing import Editor
-from service.encoder import OnnxEncoder
+from service.encoder import OnnxEncoder, wanted_device
 from service.engine import Encoder, Engine
 from service.join import SELECTIONS_KEPT, Joiner
 from service.metrics import Metrics
@@ -43,10 +44,15 @@ class Generation:
     def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, encoder: Encoder | None = None) -> None:
         self.bundle = bundle
         self.model = model_name(bundle)
-        self.encoder_hash = encoder_hash(bundle)
         self.preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
         index = bundle.index()
-        self.encoder = encoder or open_encoder(bundle, self.preprocessing, settings)
+        file = bundle.manifest.image_encoder.file
+        if encoder is None:
+            encoder = open_encoder(bundle, self.preprocessing, settings)
+            file = encoder.file
+        self.encoder = encoder
+        self.precision = "float" if file == bundle.manifest.image_encoder.file else "int8"
+        self.encoder_hash = encoder_hash(bundle, file)
         self._index = index
         self._store = bundle.store()
         self._select = lru_cache(maxsize=SELECTIONS_KEPT)(self._store.select)
@@ -98,7 +104,12 @@ class Generation:
             return None
         live = LiveSegment(settings.live_dir, self.bundle, self._store)
         try:
-            return Editor(self.bundle, live, self.encoder, max_pixels=settings.max_pixels)
+            encoder = self.encoder
+            if self.precision == "int8" and (self.bundle.path / ENTITY_SIDE_FOLDER).is_dir():
+                # int8 is for queries: what is put lies beside embeddings that were made in floats.
+                as_float = settings.model_copy(update={"precision": "float"})
+                encoder = open_encoder(self.bundle, self.preprocessing, as_float)
+            return Editor(self.bundle, live, encoder, max_pixels=settings.max_pixels)
         except UserError:
             live.close()
             raise
@@ -169,16 +180,19 @@ class Snapshot:
         return f"{bundle.name}@{bundle.fingerprint}+{generation}"
 
 
-def encoder_hash(bundle: Bundle) -> str:
-    """What the embedding of an image depends on besides the image: the encoder's files and the preprocessing.
+def encoder_hash(bundle: Bundle, file: str) -> str:
+    """What the embedding of an image depends on besides the image: the files of the encoder that is run (`file` and
+    what lies beside it) and the preprocessing.
 
     Two bundles whose encoder is the same have the same hash, whatever their entities are.
     """
     manifest = bundle.manifest
-    entity_side = (STORE_FILE, f"{EMBEDDINGS_FOLDER}/")
-    files = {name: entry.sha256 for name, entry in manifest.files.items() if not name.startswith(entity_side)}
     entry = manifest.image_encoder
-    content = [files, dict(manifest.preprocessing), entry.file, entry.input, list(entry.outputs)]
+    others = [STORE_FILE, f"{EMBEDDINGS_FOLDER}/"]
+    if entry.int8 is not None and file != entry.int8.file:
+        others.append(entry.int8.file)
+    files = {name: each.sha256 for name, each in manifest.files.items() if not name.startswith(tuple(others))}
+    content = [files, dict(manifest.preprocessing), file, entry.input, list(entry.outputs)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -189,10 +203,24 @@ def model_name(bundle: Bundle) -> str:
 
 
 def open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
-    """The bundle's image encoder as `settings` want it run."""
+    """The bundle's image encoder as `settings` want it run: on a CPU in int8, where the bundle has that."""
+    encoder = _open_file(bundle, _file_for(bundle, settings, wanted_device(settings.device)), preprocessing, settings)
+    if encoder.file != (file := _file_for(bundle, settings, encoder.device)):  # CUDA was wanted and not got
+        encoder = _open_file(bundle, file, preprocessing, settings)
+    return encoder
+
+
+def _file_for(bundle: Bundle, settings: Settings, device: str) -> str:
+    entry = bundle.manifest.image_encoder
+    if entry.int8 is None or device != "cpu" or settings.precision == "float":
+        return entry.file
+    return entry.int8.file
+
+
+def _open_file(bundle: Bundle, file: str, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
     entry = bundle.manifest.image_encoder
     return OnnxEncoder(
-        bundle.image_encoder_path,
+        bundle.path / file,
         preprocessing,
         input_name=entry.input,
         patches_name=entry.outputs[0],

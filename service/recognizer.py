@@ -261,7 +261,9 @@ class Recognizer:
         image_sha256 = hashlib.sha256(data).hexdigest()
         # An embedding depends on the encoder only: another bundle with the same one starts with these.
         embedding_key = cache_key("embedding", image_sha256, snapshot.generation.encoder_hash, repr(options.box))
-        answer_key = cache_key("answer", image_sha256, snapshot.label, repr(options))
+        # Services of one bundle that share a Redis may run different files of its encoder.
+        answered_by = f"{snapshot.label} {snapshot.generation.encoder_hash}"
+        answer_key = cache_key("answer", image_sha256, answered_by, repr(options))
         kept = _read_answer(await cache.get(answer_key))
         if kept is not None:
             self.metrics.cache_lookups.labels("answer").inc()

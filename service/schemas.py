@@ -105,6 +105,7 @@ class Info(BaseModel):
     embeddings: int
     embedding_dim: int
     device: str
+    precision: str = Field(description="int8 or float: which of the bundle's encoders runs.")
     index: str = Field(description="faiss's factory string.")
     calibrated: bool
     image_types: list[str]

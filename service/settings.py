@@ -35,6 +35,9 @@ class Settings(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     device: Device = Field(default="auto", description="Where the image encoder runs; auto takes CUDA where it works.")
+    precision: Literal["auto", "float"] = Field(
+        default="auto", description="Which encoder of the bundle runs; auto takes int8 on a CPU where there is one."
+    )
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads of the encoder and of the search; 0 is one a core."
     )

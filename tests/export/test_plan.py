@@ -1,0 +1,62 @@
+"""A plan counts what an export counts, and its figures are near those of the export; it writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.errors import CatalogError
+from export.config import ExportConfig
+from export.pipeline import export_bundle
+from export.plan import plan_export, plan_lines
+
+CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> ExportConfig:
+    """300 entities, two of three with a text, and two bad records."""
+    folder = tmp_path_factory.mktemp("many")
+    rows = [
+        {"entity_id": f"Q{n}", "title": f"Thing {n}", "text": "One text. " * (n % 3), "images": []} for n in range(300)
+    ]
+    lines = [*map(json.dumps, rows[:200]), "{no json", '{"title": "no id"}', *map(json.dumps, rows[200:])]
+    (folder / "catalog.jsonl").write_text("\n".join(lines))
+    return ExportConfig(
+        catalog=folder / "catalog.jsonl", checkpoint=checkpoint, out=folder / "b", shard_size=100, device="cpu"
+    )
+
+
+def test_a_plan_is_what_comes_of_it(config: ExportConfig) -> None:
+    plan = plan_export(config)
+    assert not config.out.exists()
+    assert [path.name for path in config.out.parent.iterdir()] == ["catalog.jsonl"]
+    bundle = export_bundle(config)
+    assert (plan.entities, plan.rejected, plan.shards) == (300, bundle.counts.rejected, bundle.shards) == (300, 2, 3)
+    assert plan.embeddings == bundle.counts.embeddings
+    assert plan.with_image == 0
+    assert 100 <= plan.measured_entities < 300  # the first ones only warm up
+    sizes = {path.name: path.stat().st_size for path in config.out.rglob("*") if path.is_file()}
+    assert plan.disk_bytes["embeddings"] == sum(size for name, size in sizes.items() if name.endswith(".npy"))
+    assert plan.disk_bytes["index"] == pytest.approx(sizes["entity.faiss"], rel=0.01)
+    assert plan.disk_bytes["store"] == pytest.approx(sizes["entities.sqlite"], rel=0.5, abs=100_000)
+    assert plan.disk_bytes["image encoder"] == pytest.approx(sizes["image_encoder.onnx"], rel=0.5, abs=100_000)
+    assert plan.total_s == pytest.approx(sum(plan.seconds.values()))
+    assert plan.seconds[plan.bottleneck] == max(plan.seconds.values()) > 0
+    assert {"image encoder", "text encoder", "adaptor", "reading, decoding and tokenising"} <= plan.seconds.keys()
+    text = "\n".join(plan_lines(plan, config))
+    assert "300 entities, 0 of them with an image, 2 record(s) rejected" in text
+    assert f"bottleneck: {plan.bottleneck}" in text
+
+
+def test_a_plan_for_a_few_and_for_none(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
+    few = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=tmp_path / "b", limit=3, device="cpu")
+    plan = plan_export(few)
+    assert (plan.entities, plan.with_image, plan.measured_entities) == (3, 3, 3)
+    assert plan.embeddings == 4
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(CatalogError, match="no usable entity record"):
+        plan_export(ExportConfig(catalog=tmp_path / "bad.jsonl", checkpoint=checkpoint, out=tmp_path / "b"))
