@@ -106,7 +106,7 @@ def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
 
 @click.command()
 @click.argument("bundle", type=_BUNDLE)
-@click.option("--verify", is_flag=True, help="Hash every byte of every file, not only files up to 64 MiB.")
+@click.option("--verify", is_flag=True, help="Hash every byte of every file, not only small ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the bundle holds as one JSON object.")
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Say what a bundle holds, and whether it is whole; exit 2 if it is not."""
