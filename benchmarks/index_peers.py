@@ -77,10 +77,10 @@ def measure_peer(
     started = time.perf_counter()
     points: list[dict[str, Any]] = []
     build_s = 0.0
+    count = len(queries_QD)
     for effort, search in PEERS[name](embeddings, threads):
         build_s = build_s or round(time.perf_counter() - started, 1)
         with one_thread():
-            count = len(queries_QD)
             found_QK = np.concatenate([search(query_D[None]) for query_D in queries_QD])
             taken = percentiles_ms(lambda i, s=search: s(queries_QD[i % count][None]), repeats=repeats, warm_up=5)
         points.append({"effort": effort, "recall_at_10": round(overlap(found_QK, truth_QK), 4), **taken})

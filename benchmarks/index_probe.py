@@ -1,6 +1,6 @@
 """One process that opens a bundle as a service does, and searches it: how soon, how fast, how well, in what memory.
 
-`python -m benchmarks.index_probe BUNDLE QUERIES.npz` prints one JSON object a line: the first when it is done, and after
+`python -m benchmarks.index_probe BUNDLE QUERIES.npz` prints one JSON object a line: the first when it is done, and for
 each line on its standard input what memory it holds then, so that several can be looked at side by side.
 """
 

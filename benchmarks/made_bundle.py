@@ -86,7 +86,7 @@ def write_embeddings(folder: Path, count: int, dim: int, *, seed: int = 0, progr
 
 
 def first_of(folder: Path, source: Path, count: int) -> None:
-    """The first `count` embeddings of `source` as a folder of their own, by hard links: whole shards, or all there are."""
+    """The first `count` embeddings of `source` as a folder of their own, by hard links: whole shards of it."""
     folder.mkdir(parents=True)
     for shard in range(-(-count // SHARD)):
         for name in (vectors_file(shard), rows_file(shard)):

@@ -47,8 +47,8 @@ class Bundle:
         """Check a bundle and read its manifests.
 
         `quick` checks that every file is there, its size, and the hash of those up to 64 MiB, embeddings last, until
-        256 MiB are hashed; `full` hashes every byte. Raises `BundleMissing`, `BundleIncomplete` (a file or the manifest is missing), `BundleAltered` (a size
-        or hash differs) or `BundleSchemaMismatch`, naming the file.
+        256 MiB are hashed; `full` hashes every byte. Raises `BundleMissing`, `BundleIncomplete` (a file or the
+        manifest is missing), `BundleAltered` (a size or hash differs) or `BundleSchemaMismatch`, naming the file.
         """
         manifest = open_manifest(path, verify)
         index_manifest_path = path / INDEX_MANIFEST_FILE
