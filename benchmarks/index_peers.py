@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import faiss
@@ -32,7 +33,7 @@ def flat(embeddings: Embeddings, threads: int) -> Iterator[tuple[str, Search]]:
     index = faiss.IndexScalarQuantizer(embeddings.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
     for part_nD in embeddings:
         index.add(part_nD)
-    yield "all", lambda queries_QD: np.asarray(index.search(queries_QD, K)[1])
+    yield "all", partial(_found, index)
 
 
 def hnsw(embeddings: Embeddings, threads: int) -> Iterator[tuple[str, Search]]:
@@ -43,11 +44,8 @@ def hnsw(embeddings: Embeddings, threads: int) -> Iterator[tuple[str, Search]]:
     for part_nD in embeddings:
         index.add(part_nD)
     for effort in _EFFORTS:
-        parameters = faiss.SearchParametersHNSW(efSearch=effort)
-        yield (
-            f"efSearch {effort}",
-            lambda queries_QD, p=parameters: np.asarray(index.search(queries_QD, K, params=p)[1]),
-        )
+        index.hnsw.efSearch = effort
+        yield f"efSearch {effort}", partial(_found, index)
 
 
 def usearch(embeddings: Embeddings, threads: int) -> Iterator[tuple[str, Search]]:
@@ -63,11 +61,19 @@ def usearch(embeddings: Embeddings, threads: int) -> Iterator[tuple[str, Search]
         return np.atleast_2d(np.asarray(index.search(queries_QD, K, threads=1).keys)).astype(np.int64)
 
     for effort in _EFFORTS:
-        index.expansion_search = effort
+        index.expansion_search = effort  # type: ignore[misc]  # it has a setter
         yield f"expansion {effort}", search
 
 
-PEERS = {"flat": flat, "HNSW32": hnsw, "usearch": usearch}
+def _found(index: Any, queries_QD: Float32Array) -> Int64Array:
+    return np.asarray(index.search(queries_QD, K)[1])
+
+
+PEERS: dict[str, Callable[[Embeddings, int], Iterator[tuple[str, Search]]]] = {
+    "flat": flat,
+    "HNSW32": hnsw,
+    "usearch": usearch,
+}
 
 
 def measure_peer(
@@ -77,11 +83,14 @@ def measure_peer(
     started = time.perf_counter()
     points: list[dict[str, Any]] = []
     build_s = 0.0
-    count = len(queries_QD)
     for effort, search in PEERS[name](embeddings, threads):
         build_s = build_s or round(time.perf_counter() - started, 1)
         with one_thread():
             found_QK = np.concatenate([search(query_D[None]) for query_D in queries_QD])
-            taken = percentiles_ms(lambda i, s=search: s(queries_QD[i % count][None]), repeats=repeats, warm_up=5)
+            taken = percentiles_ms(partial(_one, search, queries_QD), repeats=repeats, warm_up=5)
         points.append({"effort": effort, "recall_at_10": round(overlap(found_QK, truth_QK), 4), **taken})
     return {"build_s": build_s, "points": points}
+
+
+def _one(search: Search, queries_QD: Float32Array, number: int) -> Int64Array:
+    return search(queries_QD[number % len(queries_QD)][None])

@@ -85,8 +85,9 @@ class Bundle:
     def embeddings(self) -> EmbeddingShards:
         return open_embeddings(self.path, self.manifest)
 
-    def index(self) -> EntityIndex:
-        return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters)
+    def index(self, device: str = "cpu") -> EntityIndex:
+        """The index, mapped, or on GPUs where `device` (`auto`, `cpu`, `cuda`) says so. Raises as its `read` does."""
+        return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
 
     def entity_side(self) -> EntitySide | None:
         """What embeds entities that are put while serving, every byte checked; None where there is none."""

@@ -154,6 +154,8 @@ def _info(recognizer: Recognizer) -> dict[str, Any]:
         "embedding_dim": bundle.manifest.embedding_dim,
         "device": generation.encoder.device,
         "index": bundle.index_manifest.factory,
+        "search_device": generation.search_device[0],
+        "search_device_why": generation.search_device[1],
         "calibrated": bundle.calibration is not None,
         "image_types": list(readable_types()),
         "limits": {

@@ -106,6 +106,8 @@ class Info(BaseModel):
     embedding_dim: int
     device: str
     index: str = Field(description="faiss's factory string.")
+    search_device: str
+    search_device_why: str = Field(description="Why the search runs there.")
     calibrated: bool
     image_types: list[str]
     limits: dict[str, int]
