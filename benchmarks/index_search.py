@@ -23,7 +23,7 @@ from index.bundle import Bundle
 
 BATCH = 64
 DEFAULT = Scale(vectors=200_000)
-SMOKE = Scale(vectors=10_000, dim=64, repeats=50)
+SMOKE = Scale(vectors=6_000, dim=32, repeats=50)
 WORK = Path("build/bench-index")
 
 
