@@ -44,8 +44,8 @@ class ReducedBundle(Bundle):
 
     left_out: frozenset[int] = field(default=frozenset())
 
-    def index(self) -> ReducedIndex:
-        index = ReducedIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters)
+    def index(self, device: str = "cpu") -> ReducedIndex:
+        index = ReducedIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
         with self.store() as store:
             allowed_E = np.ones(len(store), bool)
         allowed_E[list(self.left_out)] = False

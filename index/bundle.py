@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -29,6 +30,7 @@ from index.store import EntityStore
 Verify = Literal["quick", "full"]
 
 _SMALL_BYTES = 64 * 1024 * 1024  # hashed at every start; of larger files a quick check compares the size only
+_HASHED_BYTES = 256 * 1024 * 1024  # in all: shards are small files, and hashing all of millions of embeddings is slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +46,9 @@ class Bundle:
     def open(cls, path: Path, verify: Verify = "quick") -> Bundle:
         """Check a bundle and read its manifests.
 
-        `quick` checks that every file is there, its size, and the hash of those up to 64 MiB; `full` hashes every
-        byte. Raises `BundleMissing`, `BundleIncomplete` (a file or the manifest is missing), `BundleAltered` (a size
-        or hash differs) or `BundleSchemaMismatch`, naming the file.
+        `quick` checks that every file is there, its size, and the hash of those up to 64 MiB, embeddings last, until
+        256 MiB are hashed; `full` hashes every byte. Raises `BundleMissing`, `BundleIncomplete` (a file or the
+        manifest is missing), `BundleAltered` (a size or hash differs) or `BundleSchemaMismatch`, naming the file.
         """
         manifest = open_manifest(path, verify)
         index_manifest_path = path / INDEX_MANIFEST_FILE
@@ -54,7 +56,8 @@ class Bundle:
             raise BundleIncomplete(f"{index_manifest_path} is missing; build the index with `wikiclip index`")
         index_manifest = IndexManifest.read(index_manifest_path)
         entry = FileEntry(bytes=index_manifest.bytes, sha256=index_manifest.sha256)
-        _check_file(path / INDEX_FILE, entry, verify, "build the index again with `wikiclip index`")
+        hashed = verify == "full" or entry.bytes <= _SMALL_BYTES
+        _check_file(path / INDEX_FILE, entry, "build the index again with `wikiclip index`", hashed=hashed)
         return cls(
             path=path,
             manifest=manifest,
@@ -82,8 +85,9 @@ class Bundle:
     def embeddings(self) -> EmbeddingShards:
         return open_embeddings(self.path, self.manifest)
 
-    def index(self) -> EntityIndex:
-        return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters)
+    def index(self, device: str = "cpu") -> EntityIndex:
+        """The index, mapped, or on GPUs where `device` (`auto`, `cpu`, `cuda`) says so. Raises as its `read` does."""
+        return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
 
     def entity_side(self) -> EntitySide | None:
         """What embeds entities that are put while serving, every byte checked; None where there is none."""
@@ -109,10 +113,11 @@ def open_manifest(path: Path, verify: Verify = "quick") -> Manifest:
             "`wikiclip export --resume`"
         )
     manifest = Manifest.read(path / MANIFEST_FILE)
+    hashed = manifest.files.keys() if verify == "full" else _hashed_quickly(manifest.files)
     for name, entry in manifest.files.items():
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BundleAltered(f"{path / MANIFEST_FILE} names {name}, outside the bundle; export the bundle again")
-        _check_file(path / name, entry, verify, "copy or export the bundle again")
+        _check_file(path / name, entry, "copy or export the bundle again", hashed=name in hashed)
     int8 = manifest.image_encoder.int8
     wanted = {STORE_FILE, manifest.image_encoder.file, *(() if int8 is None else (int8.file,))}
     if missing := wanted - manifest.files.keys():
@@ -145,11 +150,22 @@ def _content_files(folder: Path) -> Iterator[str]:
             yield name
 
 
-def _check_file(path: Path, entry: FileEntry, verify: Verify, remedy: str) -> None:
+def _hashed_quickly(files: Mapping[str, FileEntry]) -> set[str]:
+    """The small files, as many as are soon hashed: embeddings come last, which are many, and larger files after."""
+
+    def order(name: str) -> tuple[bool, int]:
+        return name.startswith(f"{EMBEDDINGS_FOLDER}/"), files[name].bytes
+
+    small = sorted((name for name, entry in files.items() if entry.bytes <= _SMALL_BYTES), key=order)
+    total = accumulate(files[name].bytes for name in small)
+    return {name for name, until in zip(small, total, strict=True) if until <= _HASHED_BYTES}
+
+
+def _check_file(path: Path, entry: FileEntry, remedy: str, *, hashed: bool) -> None:
     if not path.is_file():
         raise BundleIncomplete(f"{path} is missing; {remedy}")
     size_bytes = path.stat().st_size
     if size_bytes != entry.bytes:
         raise BundleAltered(f"{path} has {size_bytes} bytes, the manifest says {entry.bytes}; {remedy}")
-    if (verify == "full" or size_bytes <= _SMALL_BYTES) and sha256_file(path) != entry.sha256:
+    if hashed and sha256_file(path) != entry.sha256:
         raise BundleAltered(f"{path} is altered: its SHA-256 is not the manifest's; {remedy}")

@@ -74,9 +74,7 @@ class CpuCandidates:
     def efforts(self) -> list[dict[str, float]]:
         """Settings of rising effort, about 1.4 times each the one before; one empty one where there is no choice."""
         if self._ivf is not None:
-            return [{"nprobe": nprobe} for nprobe in _EFFORTS if nprobe < self._ivf.nlist] + [
-                {"nprobe": self._ivf.nlist}
-            ]
+            return list_efforts(self._ivf.nlist)
         if self._hnsw:
             return [{"efSearch": ef_search} for ef_search in _EFFORTS if 16 <= ef_search <= 1024]
         return [{}]
@@ -95,6 +93,11 @@ class CpuCandidates:
         if self._selector is None or self._selector[0] is not allowed_N:
             self._selector = (allowed_N, faiss.IDSelectorBitmap(np.packbits(allowed_N, bitorder="little")))
         return self._selector[1]
+
+
+def list_efforts(lists: int) -> list[dict[str, float]]:
+    """Settings of rising effort for so many lists, the last one looking at all."""
+    return [{"nprobe": float(nprobe)} for nprobe in (*(each for each in _EFFORTS if each < lists), lists)]
 
 
 def search_parameters(index: Any, parameters: Mapping[str, Any], selector: Any = None, effort: float = 1) -> Any:

@@ -44,6 +44,15 @@ _BUNDLE = click.Path(path_type=Path)
     show_default=True,
     help="Where lists are trained; auto: on GPUs if faiss has any.",
 )
+@click.option(
+    "--backend",
+    type=click.Choice(["faiss", "milvus"]),
+    default="faiss",
+    show_default=True,
+    help="milvus: load the bundle into a collection of the Milvus at --uri instead; --factory is then auto (HNSW32), "
+    "Flat, HNSW<links> or IVF<lists>,Flat, and the targets do not count.",
+)
+@click.option("--uri", help="With --backend milvus: http://[USER:PASSWORD@]HOST:PORT, or a file PATH.db.")
 @click.option("--compact", is_flag=True, help="Write a new bundle instead: this one with its live changes folded in.")
 @click.option("--live-dir", type=_BUNDLE, help="With --compact: the folder that holds the live changes.")
 @click.option("--out", type=_BUNDLE, help="With --compact: folder for the new bundle, which must not exist.")
@@ -55,6 +64,8 @@ def index(
     recall: float,
     memory_gb: float,
     device: str,
+    backend: str,
+    uri: str | None,
     compact: bool,
     live_dir: Path | None,
     out: Path | None,
@@ -66,6 +77,13 @@ def index(
     """
     from dataclasses import asdict
 
+    if (backend == "milvus") != (uri is not None):
+        raise click.UsageError("give --backend milvus and --uri together")
+    if uri is not None:
+        if compact or live_dir is not None or out is not None:
+            raise click.UsageError("--compact is for changes in LIVE_DIR, not in Milvus; leave out one of them")
+        _load(bundle, uri, factory, as_json=as_json)
+        return
     if compact or live_dir is not None or out is not None:
         if not compact or live_dir is None or out is None or factory != "auto":
             raise click.UsageError("give --compact, --live-dir and --out together, and no --factory")
@@ -88,6 +106,16 @@ def index(
         )
 
 
+def _load(path: Path, uri: str, factory: str, *, as_json: bool) -> None:
+    from index.bundle import Bundle
+    from index.milvus import collection_name, connect, load_bundle
+
+    bundle = Bundle.open(path)
+    count = load_bundle(connect(uri), bundle, factory, progress=True)
+    told = {"collection": collection_name(bundle), "embeddings": count}
+    click.echo(json.dumps(told) if as_json else f"collection {told['collection']} holds {count} embeddings")
+
+
 def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
     from dataclasses import asdict
 
@@ -106,7 +134,7 @@ def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
 
 @click.command()
 @click.argument("bundle", type=_BUNDLE)
-@click.option("--verify", is_flag=True, help="Hash every byte of every file, not only files up to 64 MiB.")
+@click.option("--verify", is_flag=True, help="Hash every byte of every file, not only small ones.")
 @click.option("--json", "as_json", is_flag=True, help="Print what the bundle holds as one JSON object.")
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
     """Say what a bundle holds, and whether it is whole; exit 2 if it is not."""

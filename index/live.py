@@ -17,7 +17,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +29,7 @@ from index.delta import Delta, DeltaBuilder, Float32Array
 from index.embeddings import normalised
 from index.manifest import content_fingerprint
 from index.store import INDEXES, SCHEMA, EntityStore, StoredEntity, insert_entity, remove_entity, select_entities
+from index.view import Put
 
 LIVE_FILE = "live.sqlite"
 _SCHEMA_VERSION = 1
@@ -42,19 +43,13 @@ CREATE TABLE tombstone (generation INTEGER PRIMARY KEY, entity_id TEXT NOT NULL 
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class Put:
-    """What became of a put: the state after it, and whether the entity is new."""
-
-    delta: Delta
-    created: bool
-
-
 class LiveSegment:
     """The live changes to one bundle. Safe for several threads.
 
     Raises `LiveDirError` where the folder cannot be used or holds changes to another bundle.
     """
+
+    look_every_s = 0.1
 
     def __init__(self, folder: Path, bundle: Bundle, base: EntityStore) -> None:
         self._content = content_fingerprint(bundle.manifest)

@@ -65,7 +65,7 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         f"{calibration['unknown']} for entities outside; abstains below {calibration['abstain_below']:.2f}",
         "whole        every byte hashed"
         if report["verified"] == "full"
-        else "whole        sizes checked, files up to 64 MiB hashed (every byte with --verify)",
+        else "whole        sizes checked, small files hashed (every byte with --verify)",
     ]
     if report["unlisted_files"]:
         lines.append(f"not of it    {', '.join(report['unlisted_files'])}")

@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import BundleAltered
-from index.candidates import Candidates, CpuCandidates
+from index.candidates import Candidates
 from index.embeddings import Embeddings, EmbeddingShards
+from index.gpu import placement
 from index.selection import Selection
 
 Float32Array = npt.NDArray[np.float32]
@@ -45,8 +46,18 @@ class EntityIndex:
     faiss makes no promise for searches from several threads: let one thread own this object.
     """
 
-    def __init__(self, candidates: Candidates, embeddings: Embeddings, parameters: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        candidates: Candidates,
+        embeddings: Embeddings,
+        parameters: Mapping[str, Any],
+        *,
+        device: str = "cpu",
+        why: str = "as asked for",
+    ) -> None:
+        """`device` says where `candidates` come from, and `why` from there."""
         self.candidates = candidates
+        self.device, self.device_why = device, why
         self._embeddings = embeddings
         self._parameters = dict(parameters)
         self._rows_N = embeddings.rows_N
@@ -58,8 +69,12 @@ class EntityIndex:
         self._allowed: WeakKeyDictionary[Selection, _Allowed] = WeakKeyDictionary()
 
     @classmethod
-    def read(cls, path: Path, embeddings: EmbeddingShards, parameters: Mapping[str, Any]) -> Self:
-        """Map an index file. Raises `BundleAltered` if it is none, or not one over these embeddings."""
+    def read(cls, path: Path, embeddings: EmbeddingShards, parameters: Mapping[str, Any], device: str = "cpu") -> Self:
+        """Map an index file, or put it on GPUs where `device` (`auto`, `cpu`, `cuda`) says so.
+
+        Raises `BundleAltered` if it is none, or not one over these embeddings, `UserError` where cuda is asked for and
+        the GPUs cannot have it.
+        """
         try:
             # Mapped where faiss can, so that several processes share one copy.
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
@@ -71,7 +86,8 @@ class EntityIndex:
                 f"the index holds {index.ntotal} embeddings of width {index.d}, the bundle {len(embeddings)} "
                 f"of width {embeddings.dim}; build it again with `wikiclip index`"
             )
-        return cls(CpuCandidates(index), embeddings, parameters)
+        placed = placement(index, embeddings, device)
+        return cls(placed.candidates, embeddings, parameters, device=placed.device, why=placed.why)
 
     def __len__(self) -> int:
         return len(self._rows_N)

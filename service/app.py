@@ -164,6 +164,8 @@ def _info(recognizer: Recognizer) -> dict[str, Any]:
         "device": generation.encoder.device,
         "precision": generation.precision,
         "index": bundle.index_manifest.factory,
+        "search_device": generation.search_device[0],
+        "search_device_why": generation.search_device[1],
         "calibrated": bundle.calibration is not None,
         "image_types": list(readable_types()),
         "limits": {

@@ -11,17 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import BadParameter, LiveDirError, NoEntitySide
+from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable
 from core.text import first_sentence
 from imaging import Preprocessing, load_pixels, make_thumbnail
 from index.bundle import Bundle
-from index.delta import Delta
-from index.live import LiveSegment
 from index.store import StoredEntity
+from index.view import LiveChanges, LiveState
 from service.entity_side import EntityEmbedder, PatchEncoder
 from service.schemas import EntityRequest
-
-_LOOK_EVERY_S = 0.1  # how soon the changes of other processes are seen
 
 log = logging.getLogger("wikiclip.editing")
 
@@ -42,7 +39,7 @@ class Editor:
     Raises as `EntityEmbedder` does, and `BundleError` where the entity side is not whole.
     """
 
-    def __init__(self, bundle: Bundle, live: LiveSegment, encoder: PatchEncoder, *, max_pixels: int) -> None:
+    def __init__(self, bundle: Bundle, live: LiveChanges, encoder: PatchEncoder, *, max_pixels: int) -> None:
         self.live = live
         self.trouble: str | None = None  # why the changes cannot be followed, None while they can
         self._max_pixels = max_pixels
@@ -67,12 +64,12 @@ class Editor:
     def put(self, entity_id: str, wanted: EntityRequest, image: bytes | None) -> Future[Edited]:
         """Add an entity or replace it.
 
-        The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveSegment.put` does.
+        The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
         """
         return self._worker.submit(self._put, entity_id, wanted, image)
 
-    def delete(self, entity_id: str) -> Future[Delta]:
-        """Take an entity out. The future raises as `LiveSegment.delete` does."""
+    def delete(self, entity_id: str) -> Future[LiveState]:
+        """Take an entity out. The future raises as `LiveChanges.delete` does."""
         return self._worker.submit(self.live.delete, entity_id)
 
     def _put(self, entity_id: str, wanted: EntityRequest, image: bytes | None) -> Edited:
@@ -124,10 +121,10 @@ class Editor:
         return self._embedder.embed(pixels_HW3, wanted.text)
 
     def _watch(self) -> None:
-        while not self._closing.wait(_LOOK_EVERY_S):
+        while not self._closing.wait(self.live.look_every_s):
             try:
                 self.live.refresh()
-            except (LiveDirError, sqlite3.Error) as error:
+            except (LiveDirError, Unavailable, sqlite3.Error) as error:
                 if self.trouble is None:
                     log.error("the live changes cannot be followed: %s", error)
                 self.trouble = f"the live changes cannot be followed ({error})"

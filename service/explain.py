@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from index.merged import MergedView
 from index.store import StoredEntity
+from index.view import EntityView
 from service.answers import Box, Explanation, HeardWord
 from service.join import Ranking
 
@@ -28,7 +28,7 @@ class Evidence:
     region: Box
 
 
-def explain(entities: MergedView, ranking: Ranking, evidence: Evidence) -> Ranking:
+def explain(entities: EntityView, ranking: Ranking, evidence: Evidence) -> Ranking:
     """The same ranking, each prediction with its explanation. `entities` are those that were searched."""
     predictions = tuple(
         replace(prediction, explanation=_explanation(entities, entity, evidence))
@@ -37,14 +37,14 @@ def explain(entities: MergedView, ranking: Ranking, evidence: Evidence) -> Ranki
     return replace(ranking, predictions=predictions)
 
 
-def _explanation(entities: MergedView, entity: StoredEntity, evidence: Evidence) -> Explanation:
+def _explanation(entities: EntityView, entity: StoredEntity, evidence: Evidence) -> Explanation:
     images_ID = entities.images_of(entity.row)
     best_D = images_ID[np.argmax(images_ID @ evidence.embedding_D)]
     heat_map = match_map(evidence.patch_tokens_PC, best_D)
     return Explanation(heat_map=heat_map, region=evidence.region, words=_words(entities, entity))
 
 
-def _words(entities: MergedView, entity: StoredEntity) -> tuple[HeardWord, ...] | None:
+def _words(entities: EntityView, entity: StoredEntity) -> tuple[HeardWord, ...] | None:
     heard = entities.heard(entity.row)
     if entity.text is None or not heard:
         return None

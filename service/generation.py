@@ -9,8 +9,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol
 
 import faiss
 import numpy as np
@@ -18,18 +19,19 @@ import numpy as np
 from core.errors import BundleAltered, UserError
 from imaging import Preprocessing
 from index.bundle import Bundle
-from index.delta import Delta
 from index.entity_side import ENTITY_SIDE_FOLDER
 from index.live import LiveSegment
 from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
 from index.merged import MergedView
+from index.store import EntityStore
+from index.view import EntityView, LiveChanges, LiveState
 from service.answers import RecognizeOptions
 from service.editing import Editor
 from service.encoder import OnnxEncoder, wanted_device
 from service.engine import Encoder, Engine
 from service.join import SELECTIONS_KEPT, Joiner
 from service.metrics import Metrics
-from service.settings import Settings
+from service.settings import MILVUS, Settings
 
 log = logging.getLogger("wikiclip.generation")
 
@@ -45,7 +47,7 @@ class Generation:
         self.bundle = bundle
         self.model = model_name(bundle)
         self.preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
-        index = bundle.index()
+        # The encoder first: what is free on a GPU after it is what the index may have.
         file = bundle.manifest.image_encoder.file
         if encoder is None:
             encoder = open_encoder(bundle, self.preprocessing, settings)
@@ -53,14 +55,14 @@ class Generation:
         self.encoder = encoder
         self.precision = "float" if file == bundle.manifest.image_encoder.file else "int8"
         self.encoder_hash = encoder_hash(bundle, file)
-        self._index = index
         self._store = bundle.store()
-        self._select = lru_cache(maxsize=SELECTIONS_KEPT)(self._store.select)
+        self._source = _open_source(bundle, self._store, settings)
+        log.info("searching on %s: %s", *self._source.device)
         self.editor = self._open_editor(settings)
         self._snapshot = self._take_snapshot()
         self.engine = Engine(
             self.encoder,
-            index,
+            self._snapshot.entities,
             max_batch=settings.max_batch,
             queue_limit=settings.queue_limit,
             # OpenMP keeps the number of threads for each calling thread.
@@ -71,6 +73,11 @@ class Generation:
         self._stuck_after_s = settings.stuck_ms / 1000
         self._holders = 0
         self._free = threading.Condition()
+
+    @property
+    def search_device(self) -> tuple[str, str]:
+        """Where the search runs, and why there."""
+        return self._source.device
 
     @property
     def not_ready_because(self) -> str | None:
@@ -90,8 +97,7 @@ class Generation:
         return self._snapshot
 
     def _take_snapshot(self) -> Snapshot:
-        live = None if self.editor is None else self.editor.live
-        entities = MergedView(self._index, self._store, live, select=self._select)
+        entities = self._source.view()
         return Snapshot(
             generation=self,
             entities=entities,
@@ -100,9 +106,9 @@ class Generation:
         )
 
     def _open_editor(self, settings: Settings) -> Editor | None:
-        if settings.live_dir is None:
+        live = self._source.live
+        if live is None:
             return None
-        live = LiveSegment(settings.live_dir, self.bundle, self._store)
         try:
             encoder = self.encoder
             if self.precision == "int8" and (self.bundle.path / ENTITY_SIDE_FOLDER).is_dir():
@@ -166,18 +172,65 @@ class Snapshot:
     """What one request sees: a generation at one state of its live changes. `label` names both."""
 
     generation: Generation
-    entities: MergedView
+    entities: EntityView
     joiner: Joiner
     label: str
 
     @property
-    def delta(self) -> Delta | None:
+    def delta(self) -> LiveState | None:
         return self.entities.delta
 
     def label_at(self, generation: int) -> str:
         """The label of a later state of the same bundle, by the generation of its live changes."""
         bundle = self.generation.bundle
         return f"{bundle.name}@{bundle.fingerprint}+{generation}"
+
+
+class _Source(Protocol):
+    """What a generation is searched in: `view` gives its state now, `live` takes its changes, None where it has none.
+
+    `device` says where the search runs, and why there.
+    """
+
+    @property
+    def device(self) -> tuple[str, str]: ...
+    @property
+    def live(self) -> LiveChanges | None: ...
+    def view(self) -> EntityView: ...
+
+
+class _OwnIndex:
+    """The bundle's own index, with the changes in LIVE_DIR over it."""
+
+    def __init__(self, bundle: Bundle, store: EntityStore, settings: Settings) -> None:
+        self._index = bundle.index(settings.index_device)
+        self._store = store
+        self._select = lru_cache(maxsize=SELECTIONS_KEPT)(store.select)
+        self.device = (self._index.device, self._index.device_why)
+        self.live = None if settings.live_dir is None else LiveSegment(settings.live_dir, bundle, store)
+
+    def view(self) -> EntityView:
+        return MergedView(self._index, self._store, self.live, select=self._select)
+
+
+class _InMilvus:
+    """A collection that `wikiclip index --backend milvus` loaded."""
+
+    def __init__(self, bundle: Bundle, store: EntityStore, uri: str) -> None:
+        from index.milvus_view import MilvusEntities, MilvusView  # its extra is not installed everywhere
+
+        self.live = MilvusEntities(uri, bundle, store)
+        self._view = partial(MilvusView, self.live)
+        self.device = ("milvus", "as asked for")
+
+    def view(self) -> EntityView:
+        return self._view()
+
+
+def _open_source(bundle: Bundle, store: EntityStore, settings: Settings) -> _Source:
+    if settings.index is None:
+        return _OwnIndex(bundle, store, settings)
+    return _InMilvus(bundle, store, settings.index.removeprefix(MILVUS))
 
 
 def encoder_hash(bundle: Bundle, file: str) -> str:

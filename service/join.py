@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from index.calibration import CANDIDATES, Calibration, background
-from index.merged import MergedView
 from index.selection import Selection
 from index.store import StoredEntity
+from index.view import EntityView
 from service.answers import Prediction, RecognizeOptions
 from service.engine import Found
 
@@ -29,7 +29,7 @@ class Ranking:
 class Joiner:
     """Joins search results with the entities of the state that was searched. Safe for several threads, as those are."""
 
-    def __init__(self, entities: MergedView, calibration: Calibration | None) -> None:
+    def __init__(self, entities: EntityView, calibration: Calibration | None) -> None:
         self._store = entities
         self._calibration = calibration
         self._select = lru_cache(maxsize=SELECTIONS_KEPT)(entities.select)

@@ -107,6 +107,8 @@ class Info(BaseModel):
     device: str
     precision: str = Field(description="int8 or float: which of the bundle's encoders runs.")
     index: str = Field(description="faiss's factory string.")
+    search_device: str
+    search_device_why: str = Field(description="Why the search runs there.")
     calibrated: bool
     image_types: list[str]
     limits: dict[str, int]

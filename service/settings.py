@@ -15,8 +15,9 @@ from service.keys import hashed
 from service.rate_limit import Rate
 
 ENV_PREFIX = "WIKICLIP_"
+MILVUS = "milvus:"
 
-_SECRET = frozenset(("admin_token", "api_keys", "redis_url"))  # their values are never told
+_SECRET = frozenset(("admin_token", "api_keys", "index", "redis_url"))  # their values are never told
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -29,6 +30,11 @@ class Settings(BaseSettings):
     )
 
     bundle: Path | None = Field(default=None, description="The bundle to serve, a folder.")
+    index: str | None = Field(
+        default=None,
+        repr=False,
+        description="Search in Milvus instead of the bundle's own index, milvus:http://[USER:PASSWORD@]HOST:PORT.",
+    )
     live_dir: Path | None = Field(
         default=None, description="Folder that keeps entities which are put and deleted while serving."
     )
@@ -37,6 +43,9 @@ class Settings(BaseSettings):
     device: Device = Field(default="auto", description="Where the image encoder runs; auto takes CUDA where it works.")
     precision: Literal["auto", "float"] = Field(
         default="auto", description="Which encoder of the bundle runs; auto takes int8 on a CPU where there is one."
+    )
+    search_device: Literal["same", "auto", "cpu", "cuda"] = Field(
+        default="same", description="Where the search runs: same is where the image encoder is to run."
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads of the encoder and of the search; 0 is one a core."
@@ -141,6 +150,19 @@ class Settings(BaseSettings):
             raise ValueError("start it with http:// or https://")
         return value or None
 
+    @field_validator("index")
+    @classmethod
+    def _a_milvus(cls, value: str | None) -> str | None:
+        if value and not value.startswith(MILVUS):
+            raise ValueError("start it with milvus: and the URI, as milvus:http://127.0.0.1:19530")
+        return value or None
+
+    @model_validator(mode="after")
+    def _one_place_for_changes(self) -> Self:
+        if self.index is not None and self.live_dir is not None:
+            raise ValueError("with index milvus: changes are kept in Milvus; leave out live_dir")
+        return self
+
     @model_validator(mode="after")
     def _a_full_batch_fits(self) -> Self:
         if self.queue_limit < self.max_batch_images:
@@ -149,6 +171,10 @@ class Settings(BaseSettings):
                 "a full batch could never be accepted; raise queue_limit or lower max_batch_images"
             )
         return self
+
+    @property
+    def index_device(self) -> str:
+        return self.device if self.search_device == "same" else self.search_device
 
     @property
     def receive_timeout_s(self) -> float:

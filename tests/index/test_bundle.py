@@ -120,6 +120,21 @@ def test_a_large_file_is_hashed_only_by_a_full_check(bundle_copy: Path, monkeypa
         Bundle.open(bundle_copy, verify="full")
 
 
+def test_of_many_small_files_only_so_many_bytes_are_hashed_and_embeddings_last(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = Bundle.open(bundle_copy).manifest.files
+    others = sum(entry.bytes for name, entry in files.items() if not name.startswith("embeddings/"))
+    monkeypatch.setattr("index.bundle._HASHED_BYTES", others + 1)
+    flip_last_byte(bundle_copy / "embeddings/00001.npy")
+    Bundle.open(bundle_copy)
+    with pytest.raises(BundleAltered, match=r"embeddings/00001\.npy is altered"):
+        Bundle.open(bundle_copy, verify="full")
+    flip_last_byte(bundle_copy / "image_encoder.onnx")
+    with pytest.raises(BundleAltered, match=r"image_encoder\.onnx is altered"):
+        Bundle.open(bundle_copy)
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [

@@ -1,0 +1,59 @@
+"""Made-up bundles of any size, and what is measured on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import index_search, made_bundle
+from benchmarks.index_probe import overlap
+from benchmarks.index_scale import Scale, measure_scale
+from index.bundle import Bundle
+from index.embeddings import EmbeddingShards
+
+
+def test_made_up_embeddings_have_the_structure_of_real_ones(tmp_path: Path) -> None:
+    made_bundle.write_embeddings(tmp_path / "embeddings", 9000, 32)
+    embeddings = np.concatenate(list(EmbeddingShards(tmp_path / "embeddings", 32)))
+    assert embeddings.shape == (9000, 32)
+    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
+    assert float(np.mean(embeddings[:2000] @ embeddings[-2000:].T)) > 0.2  # a cone
+    nearest = np.sort(embeddings[:500] @ embeddings.T, axis=1)
+    assert float(np.median(nearest[:, -2])) > 0.4 + float(np.median(nearest))  # clusters
+    variances = np.sort(np.linalg.eigvalsh(np.cov(embeddings.T)))
+    assert variances[-1] > 4 * variances[0]  # some directions more than others
+
+
+def test_the_first_of_a_population_are_the_same_files(tmp_path: Path) -> None:
+    made_bundle.write_embeddings(tmp_path / "all", 9000, 8)
+    made_bundle.first_of(tmp_path / "first", tmp_path / "all", 4000)
+    all_ND, first_ND = (np.concatenate(list(EmbeddingShards(tmp_path / name, 8))) for name in ("all", "first"))
+    np.testing.assert_array_equal(all_ND[:4000], first_ND)
+
+
+def test_overlap_by_hand() -> None:
+    assert overlap(np.array([[1, 2], [7, -1]]), np.array([[2, 3], [7, 8]])) == pytest.approx(0.5)
+
+
+def test_every_size_is_measured_reported_and_removed(
+    small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.index_scale._SIZES", (4000,))
+    scale = Scale(vectors=4500, dim=16, peers_up_to=4000, repeats=5)
+    found = measure_scale(Bundle.open(small_bundle), scale, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+    small, large = found["sizes"]
+    assert (small["vectors"], large["vectors"]) == (4000, 4500)
+    assert set(small["peers"]) == {"flat", "HNSW32", "usearch"}
+    assert "peers" not in large
+    for each in (small, large):
+        assert each["recall_at_10"] >= 0.97
+        assert each["ready_s"] >= each["checked_s"] > 0
+        assert len(each["two_processes_mb"]) == 2
+    for peer in small["peers"].values():
+        assert max(point["recall_at_10"] for point in peer["points"]) > 0.97
+    text = index_search.report({"made_up": found})
+    assert text.count("<svg") == 3  # growth, and the curves of both sizes
+    assert "4,500" in text

@@ -1,0 +1,199 @@
+"""Searching on GPUs: what is decided before one is touched, and, where faiss sees one, that it finds the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from core.errors import UserError
+from index import gpu
+from index.build import build_index
+from index.candidates import CpuCandidates
+from index.embeddings import Embeddings, EmbeddingShards, write_shard
+from index.gpu import GpuCandidates, NotOnGpuError, equal_shares, placement, sharded_flat, shares
+from index.manifest import INDEX_FILE
+from index.search import EntityIndex
+from index.selection import Selection
+from index.tune import one_thread
+
+DIM = 16
+KEPT = gpu.SCRATCH_BYTES + gpu.RESERVED_BYTES
+GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+on_a_gpu = pytest.mark.skipif(GPUS == 0, reason="faiss sees no GPU")
+
+
+def made(count: int, seed: int = 0, parts: int = 3) -> Embeddings:
+    drawn = np.random.default_rng(seed).normal(size=(count, DIM))
+    vectors_ND = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float16)
+    return Embeddings(DIM, np.array_split(vectors_ND, parts), np.array_split(np.arange(count) // 2, parts))
+
+
+def queries(count: int = 20) -> npt.NDArray[np.float32]:
+    return np.random.default_rng(9).normal(size=(count, DIM)).astype(np.float32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Searches are tiny here, and threads that wait for each other are slow where others work."""
+    with one_thread():
+        yield
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> EmbeddingShards:
+    (tmp_path / "embeddings").mkdir()
+    embeddings = made(3000)
+    write_shard(tmp_path / "embeddings", 0, embeddings.rows_N, embeddings.stored(np.arange(3000)))
+    return EmbeddingShards(tmp_path / "embeddings", DIM)
+
+
+class TestSharing:
+    def test_in_proportion_to_what_is_free(self) -> None:
+        assert shares([KEPT + 3000, KEPT + 1000, KEPT], 200, 10) == [150, 50, 0]
+
+    def test_all_that_fits_is_taken(self) -> None:
+        assert shares([KEPT + 1000, KEPT + 500], 150, 10) == [100, 50]
+
+    def test_one_vector_too_many_is_refused_in_gigabytes(self) -> None:
+        with pytest.raises(NotOnGpuError, match=r"151 vectors take 0\.0 GB, 2 GPU\(s\) have 0\.0 GB to spare"):
+            shares([KEPT + 1000, KEPT + 500], 151, 10)
+
+    def test_a_gpu_that_is_full_counts_for_nothing(self) -> None:
+        with pytest.raises(NotOnGpuError):
+            shares([KEPT - 1, 0], 1, 10)
+
+    def test_equal_shares_leave_out_who_has_no_room(self) -> None:
+        assert equal_shares([KEPT + 1000, KEPT + 90, KEPT + 600], 100, 10, 0) == [0, 2]
+        assert equal_shares([KEPT + 1000, KEPT + 400, KEPT + 400], 100, 10, 0) == [0, 1, 2]
+
+    def test_what_each_gpu_has_besides_counts(self) -> None:
+        assert equal_shares([KEPT + 1100], 100, 10, 100) == [0]
+        with pytest.raises(NotOnGpuError):
+            equal_shares([KEPT + 1100], 100, 10, 101)
+
+
+@pytest.mark.parametrize("held", [[100], [60, 40], [0, 33, 67]])
+def test_vectors_shared_out_in_blocks_are_found_as_by_one_index(held: list[int]) -> None:
+    embeddings, placed = made(100), []
+    index = sharded_flat(
+        embeddings,
+        held,
+        lambda on: placed.append(on) or faiss.IndexFlatIP(DIM),  # type: ignore[func-returns-value]
+        block_bytes=17 * 4 * DIM,
+    )
+    one = faiss.IndexFlatIP(DIM)
+    one.add(np.concatenate(list(embeddings)))
+    found, wanted = GpuCandidates(index, None).search(queries(), 100, {}, None, 1), one.search(queries(), 100)
+    np.testing.assert_array_equal(found[1], wanted[1])
+    np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
+    assert [placed.count(on) for on in range(len(held))] == [-(-count // 17) for count in held]
+
+
+def test_candidates_of_shares_give_what_the_cpu_gives(bundle: EmbeddingShards) -> None:
+    flat = faiss.IndexFlatIP(DIM)
+    flat.add(np.concatenate(list(bundle)))
+    cpu = EntityIndex(CpuCandidates(flat), bundle, {})
+    shared = EntityIndex(
+        GpuCandidates(sharded_flat(bundle, [2000, 1000], lambda _: faiss.IndexFlatIP(DIM)), None), bundle, {}
+    )
+    few, many = np.zeros(1500, bool), np.zeros(1500, bool)
+    few[::700], many[::2] = True, True
+    for selection in (None, Selection(("few",), few), Selection(("many",), many)):
+        for top_k in (1, 7, 1500):
+            found = shared.search(queries(4), top_k, selection=selection)
+            wanted = cpu.search(queries(4), top_k, selection=selection)
+            np.testing.assert_allclose(found[1], wanted[1], atol=1e-6)
+            assert np.mean(found[0] == wanted[0]) > 0.99  # sums are rounded differently: near ties may change places
+
+
+def test_lists_looked_at_are_chosen_for_each_call() -> None:
+    vectors_ND = np.concatenate(list(made(2000)))
+    shards = faiss.IndexShards(DIM, False, False)
+    one = faiss.index_factory(DIM, "IVF16,Flat", faiss.METRIC_INNER_PRODUCT)
+    one.train(vectors_ND)
+    for start in (0, 1000):
+        part = faiss.clone_index(one)
+        part.add_with_ids(vectors_ND[start : start + 1000], np.arange(start, start + 1000))
+        shards.add_shard(part)
+    one.add(vectors_ND)
+    candidates = GpuCandidates(shards, 16)
+    for nprobe, effort in ((1, 1.0), (3, 1.0), (2, 4.0), (1, float("inf"))):
+        found = candidates.search(queries(), 10, {"nprobe": nprobe}, None, effort)
+        wanted = CpuCandidates(one).search(queries(), 10, {"nprobe": nprobe}, None, effort)
+        np.testing.assert_allclose(found[0], wanted[0], atol=1e-6)
+    assert candidates.efforts()[-1] == {"nprobe": 16}
+
+
+def test_more_results_than_a_gpu_gives_are_not_asked_of_it() -> None:
+    index = faiss.IndexFlatIP(DIM)
+    index.add(np.concatenate(list(made(3000))))
+    assert GpuCandidates(index, None).limit == 2048
+
+
+@pytest.mark.parametrize(
+    ("factory", "as_it_is"),
+    [
+        ("Flat", False),
+        ("SQfp16", False),
+        ("HNSW16", False),
+        ("IVF4,Flat", True),
+        ("IVF4,SQ8", True),
+        ("IVF4,PQ4", True),
+        ("IVF4,PQ4x4fs", False),
+        ("PCA8,IVF4,Flat", False),
+    ],
+)
+def test_only_what_faiss_has_on_gpus_is_taken_as_it_is(factory: str, as_it_is: bool) -> None:
+    index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+    assert (gpu.clonable(index) is not None) is as_it_is
+
+
+@pytest.mark.skipif(GPUS > 0, reason="faiss sees a GPU")
+class TestWithoutGpu:
+    def test_cuda_is_refused_saying_what_to_do(self) -> None:
+        with pytest.raises(UserError, match=r"device cuda: .* this faiss sees no GPU; .*--search-device cpu"):
+            placement(faiss.IndexFlatIP(DIM), made(10), "cuda")
+
+    def test_auto_takes_the_cpu_and_says_so(self) -> None:
+        placed = placement(faiss.IndexFlatIP(DIM), made(10), "auto")
+        assert (placed.device, type(placed.candidates)) == ("cpu", CpuCandidates)
+        assert "sees no GPU" in placed.why
+
+
+class TestWhereVectorsDoNotFit:
+    @pytest.fixture(autouse=True)
+    def _a_full_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(gpu, "_free_bytes", lambda: [KEPT + 100])
+
+    @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat"])
+    def test_cuda_is_refused_and_auto_takes_the_cpu(self, factory: str) -> None:
+        embeddings = made(500)
+        index = faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT)
+        vectors_ND = np.concatenate(list(embeddings))
+        index.train(vectors_ND)
+        index.add(vectors_ND)
+        with pytest.raises(UserError, match=r"500 vectors take .* GB, 1 GPU\(s\) have"):
+            placement(index, embeddings, "cuda")
+        placed = placement(index, embeddings, "auto")
+        assert placed.device == "cpu"
+        assert "500 vectors take" in placed.why
+
+
+@on_a_gpu
+@pytest.mark.parametrize("factory", ["Flat", "SQfp16", "IVF16,Flat", "IVF16,SQ8", "PQ4x4fs"])
+def test_a_gpu_finds_what_the_cpu_finds(tmp_path: Path, bundle: EmbeddingShards, factory: str) -> None:
+    parameters = {**build_index(tmp_path, bundle, factory=factory).parameters, "nprobe": 16}
+    cpu = EntityIndex.read(tmp_path / INDEX_FILE, bundle, parameters)
+    found = EntityIndex.read(tmp_path / INDEX_FILE, bundle, parameters, "cuda")
+    assert found.device == "cuda"
+    rows_BK, scores_BK = found.search(queries(64), 10)
+    wanted_BK, _ = cpu.search(queries(64), 10)
+    assert np.mean(rows_BK == wanted_BK) > 0.95
+    best_BI = queries(64) / np.linalg.norm(queries(64), axis=1, keepdims=True) @ np.concatenate(list(bundle)).T
+    by_entity_BE = best_BI.reshape(64, 1500, 2).max(axis=2)
+    np.testing.assert_allclose(scores_BK, np.take_along_axis(by_entity_BE, rows_BK, axis=1), atol=1e-5)

@@ -1,0 +1,331 @@
+"""A bundle in Milvus, its embedded form: found as by faiss, and changed by several hosts at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pytest
+from milvus_lite.server_manager import server_manager_instance
+
+from core.errors import BadParameter, BundleError, Unavailable, UnknownEntity, UserError
+from index import milvus, milvus_view
+from index.build import build_index
+from index.bundle import Bundle, list_files, open_embeddings
+from index.embeddings import write_shard
+from index.manifest import MANIFEST_FILE, Counts, Manifest
+from index.milvus import connect, load_bundle
+from index.milvus_view import MilvusEntities, MilvusView
+from index.store import StoredEntity, write_store
+from tests.conftest import write_small_bundle
+
+Vector = npt.NDArray[np.float32]
+DIM = 16
+ENTITIES = 400
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """An embedded Milvus, which all clients in this process share as hosts share a cluster."""
+    path = str(tmp_path_factory.mktemp("milvus") / "milvus.db")
+    yield path
+    server_manager_instance.release_server(path)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle of 400 entities, every third with four images."""
+    folder = tmp_path_factory.mktemp("bundles") / "many"
+    write_small_bundle(folder)
+    shutil.rmtree(folder / "embeddings")
+    (folder / "embeddings").mkdir()
+    rows_N = np.repeat(np.arange(ENTITIES), np.where(np.arange(ENTITIES) % 3 == 0, 4, 1))
+    for shard, rows_n in enumerate(np.array_split(rows_N, 3)):
+        write_shard(folder / "embeddings", shard, rows_n, vectors(len(rows_n), seed=shard))
+    write_store(folder / "entities.sqlite", ((entity(f"Q{row}", row=row), None) for row in range(ENTITIES)))
+    manifest = replace(
+        Manifest.read(folder / MANIFEST_FILE),
+        counts=Counts(entities=ENTITIES, embeddings=len(rows_N), without_image=0, without_text=0, rejected=0),
+        files=list_files(folder),
+    )
+    manifest.write(folder / MANIFEST_FILE)
+    build_index(folder, open_embeddings(folder, manifest))
+    return Bundle.open(folder)
+
+
+def vectors(count: int, seed: int) -> Vector:
+    drawn = np.random.default_rng([seed, 7]).normal(size=(count, DIM)).astype(np.float32)
+    return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+def entity(entity_id: str, title: str = "A thing", **fields: Any) -> StoredEntity:
+    row = int(fields.get("row", -1))
+    kinds = ("even" if row % 2 == 0 else "odd", *(("rare",) if row in (7, 33) else ()))
+    return StoredEntity(
+        **{
+            "row": -1, "entity_id": entity_id, "title": f"{title} {row}" if row >= 0 else title, "titles": {},
+            "description": None, "url": None, "types": kinds, "symbol": None, "image_count": 1, "has_text": False,
+            **fields,
+        }
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded(uri: str, bundle: Bundle) -> str:
+    client = connect(uri)
+    assert load_bundle(client, bundle) == bundle.manifest.counts.embeddings
+    client.close()
+    return uri
+
+
+@pytest.fixture
+def entities(loaded: str, bundle: Bundle) -> Iterator[MilvusEntities]:
+    with bundle.store() as store:
+        opened = MilvusEntities(loaded, bundle, store)
+        yield opened
+        opened.close()
+
+
+@pytest.mark.parametrize("types", [(), ("odd",), ("rare",), ("rare", "even"), ("nothing",)])
+@pytest.mark.parametrize("top_k", [1, 10, 250])
+def test_the_same_is_found_as_by_faiss(
+    entities: MilvusEntities, bundle: Bundle, types: tuple[str, ...], top_k: int
+) -> None:
+    queries_BD = 3 * vectors(20, seed=50)  # their length is of no matter
+    with bundle.store() as store:
+        wanted_rows, wanted_scores = bundle.index().search(
+            queries_BD, top_k, selection=store.select(types) if types else None
+        )
+    view = MilvusView(entities)
+    rows_BK, scores_BK = view.search(queries_BD, top_k, selection=view.select(types) if types else None)
+    np.testing.assert_allclose(scores_BK, wanted_scores, atol=2e-3)  # a near tie that is missed costs no more
+    np.testing.assert_array_equal(np.sum(rows_BK >= 0, axis=1), np.sum(wanted_rows >= 0, axis=1))
+    found = [len(np.intersect1d(*pair)) / len(np.unique(pair[1])) for pair in zip(rows_BK, wanted_rows, strict=True)]
+    assert np.mean(found) > 0.97
+    assert np.all(np.diff(scores_BK, axis=1)[rows_BK[:, 1:] >= 0] <= 0)
+    assert all(len(set(rows)) == len(rows) for rows in (row_K[row_K >= 0].tolist() for row_K in rows_BK))
+
+
+def test_scores_are_cosines_of_the_best_image(entities: MilvusEntities, bundle: Bundle) -> None:
+    queries_BD = vectors(5, seed=51)
+    view = MilvusView(entities)
+    rows_BK, scores_BK = view.search(queries_BD, 10)
+    for query_D, rows, scores in zip(queries_BD, rows_BK.tolist(), scores_BK, strict=True):
+        np.testing.assert_allclose([float(np.max(view.images_of(row) @ query_D)) for row in rows], scores, atol=1e-5)
+    assert len(view.images_of(3)) == 4
+    np.testing.assert_allclose(
+        np.sort(view.images_of(3), axis=0), np.sort(bundle.index().images_of(3), axis=0), atol=1e-6
+    )
+
+
+def test_records_titles_and_what_is_unknown(entities: MilvusEntities) -> None:
+    view = MilvusView(entities)
+    assert [each.row for each in view.by_rows([5, 3])] == [5, 3]
+    assert view.get("Q17").title == "A thing 17"
+    assert [each.entity_id for each in view.search_titles("thing 17")][:1] == ["Q17"]
+    assert view.search_titles("  ") == []
+    assert view.search_titles('"; drop') == []
+    assert (view.entity_count, view.version) == (ENTITIES, "")
+    for ask in (view.get, view.thumbnail):
+        with pytest.raises(UnknownEntity):
+            ask('" or pk >= 0 or "')
+
+
+class TestChanges:
+    """Each with a Milvus of its own, and two hosts."""
+
+    @pytest.fixture
+    def hosts(self, small_bundle: Path, tmp_path: Path) -> Iterator[tuple[MilvusEntities, MilvusEntities]]:
+        opened, path = Bundle.open(small_bundle), str(tmp_path / "own.db")
+        client = connect(path)
+        load_bundle(client, opened, "Flat")
+        client.close()
+        with opened.store() as store:
+            hosts = MilvusEntities(path, opened, store), MilvusEntities(path, opened, store)
+            yield hosts
+            for host in hosts:
+                host.close()
+        server_manager_instance.release_server(path)
+
+    def test_what_one_host_puts_the_other_finds(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
+        one, other = hosts
+        (new_D,) = vectors(1, seed=60)
+        okapi = entity("Q15083", "Okapi", titles={"de": "Waldgiraffe"}, types=("animal", 'a"b'))
+        before = other.delta
+        assert not one.put(okapi, 5 * new_D, b"webp").created
+        assert one.put(entity("new", "Żółw", types=("animal",)), -new_D, None).created
+        assert other.refresh() is not before
+        view = MilvusView(other)
+        assert (view.version, view.entity_count) == ("+2", 13)
+        rows_BK, scores_BK = view.search(new_D[None], 3, selection=view.select(('a"b', "nothing")))
+        assert (rows_BK >= 0).tolist() == [[True, False, False]]
+        assert scores_BK[0, 0] == pytest.approx(1, abs=1e-5)
+        (found,) = view.by_rows(rows_BK[0, :1].tolist())
+        assert found == replace(okapi, row=found.row) == view.get("Q15083")
+        assert view.rows_with_thumbnail([found.row, 0, view.get("new").row]) >= {found.row}
+        assert view.get("new").row not in view.rows_with_thumbnail([view.get("new").row])
+        assert (view.thumbnail("Q15083"), view.thumbnail("new")) == (b"webp", None)
+        assert view.heard(found.row) == ()
+        assert [each.title for each in view.search_titles("waldgir")] == ["Okapi"]
+        assert [each.title for each in view.search_titles("zołw")] == ["Żółw"]
+        assert [each.title for each in view.search_titles("zolw")] == []  # ł is no accent
+        assert [each.title for each in view.search_titles("żó")] == ["Żółw"]
+        assert view.search_titles("giraffe") == []  # the title it had in the bundle
+
+    def test_what_is_deleted_is_nowhere_and_the_number_asked_for_still_comes(
+        self, hosts: tuple[MilvusEntities, MilvusEntities]
+    ) -> None:
+        one, other = hosts
+        query_D = vectors(1, seed=61)
+        view = MilvusView(other)
+        before = [each.entity_id for each in view.by_rows(view.search(query_D, 12)[0][0].tolist())]
+        for number, entity_id in enumerate(before[:6]):
+            (one, other)[number % 2].delete(entity_id)
+        assert one.refresh() == other.refresh()
+        view = MilvusView(one)
+        rows_BK, _ = view.search(query_D, 12)
+        assert [each.entity_id for each in view.by_rows(rows_BK[0, :6].tolist())] == before[6:]
+        assert rows_BK[0, 6:].tolist() == [-1] * 6
+        assert (view.version, view.entity_count) == ("+6", 6)
+        for missing in (before[0], "never there"):
+            with pytest.raises(UnknownEntity):
+                view.get(missing)
+            with pytest.raises(UnknownEntity):
+                one.delete(missing)
+        assert one.put(entity(before[0]), query_D[0], None).created
+
+    def test_random_changes_of_two_hosts_are_those_of_a_dict(
+        self, hosts: tuple[MilvusEntities, MilvusEntities], small_bundle: Path
+    ) -> None:
+        rng = np.random.default_rng(3)
+        opened = Bundle.open(small_bundle)
+        base, rows_N = np.concatenate(list(opened.embeddings())), opened.embeddings().rows_N
+        with opened.store() as store:
+            model = {each.entity_id: base[rows_N == each.row] for each in store.by_rows(range(len(store)))}
+        names = [*sorted(model), *(f"new {number}" for number in range(6))]
+        for step in range(40):
+            host, name = hosts[step % 2], str(rng.choice(names))
+            if rng.random() < 0.5:
+                embedding_D = vectors(1, seed=100 + step)
+                assert host.put(entity(name), embedding_D[0], None).created == (name not in model)
+                model[name] = embedding_D
+            elif name in model:
+                host.delete(name)
+                del model[name]
+            if step % 4 == 3:
+                hosts[0].refresh()
+                view = MilvusView(hosts[0])
+                query_D = vectors(1, seed=200 + step)
+                rows_BK, scores_BK = view.search(query_D, 5)
+                found = view.by_rows(rows_BK[0][rows_BK[0] >= 0].tolist())
+                wanted = sorted(((float(np.max(each @ query_D[0])), key) for key, each in model.items()), reverse=True)
+                assert [each.entity_id for each in found] == [key for _, key in wanted[:5]]
+                np.testing.assert_allclose(scores_BK[0, : len(found)], [score for score, _ in wanted[:5]], atol=1e-5)
+                assert view.entity_count == len(model)
+
+    def test_a_record_that_is_too_large_is_told(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
+        with pytest.raises(BadParameter, match="65535"):
+            hosts[0].put(entity("long", text="x" * 70_000), vectors(1, seed=62)[0], None)
+        assert hosts[0].refresh().generation == 0
+
+    def test_records_that_were_let_go_are_asked_for(
+        self, hosts: tuple[MilvusEntities, MilvusEntities], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(milvus_view, "_RECORDS_KEPT", 1)
+        first_D, second_D = vectors(2, seed=63)
+        hosts[0].put(entity("first", "First"), first_D, None)
+        hosts[0].put(entity("second", "Second"), second_D, None)
+        view = MilvusView(hosts[1])
+        rows = [int(view.search(each[None], 1)[0][0, 0]) for each in (first_D, second_D)]
+        assert [each.title for each in view.by_rows(rows)] == ["First", "Second"]
+
+
+class TestLoading:
+    def test_twice_is_refused(self, loaded: str, bundle: Bundle) -> None:
+        client = connect(loaded)
+        with pytest.raises(UserError, match="holds this bundle already"):
+            load_bundle(client, bundle)
+        client.close()
+
+    def test_what_was_interrupted_is_not_served_and_is_loaded_anew(
+        self, uri: str, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened = Bundle.open(small_bundle)
+        client = connect(uri)
+        with monkeypatch.context() as patched:
+            patched.setattr(milvus, "_insert_all", _interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                load_bundle(client, opened)
+        with opened.store() as store:
+            with pytest.raises(BundleError, match="wikiclip index --backend milvus"):
+                MilvusEntities(uri, opened, store)
+            load_bundle(client, opened, "IVF4,Flat")
+            entities = MilvusEntities(uri, opened, store)
+            rows_BK, _ = MilvusView(entities).search(vectors(1, seed=70), 12)
+            assert sorted(rows_BK[0].tolist()) == list(range(12))
+            entities.close()
+        client.close()
+
+    @pytest.mark.parametrize("factory", ["SQfp16", "IVF16,PQ8", "HNSW32,SQ8"])
+    def test_an_index_that_only_estimates_is_refused(self, uri: str, bundle: Bundle, factory: str) -> None:
+        client = connect(uri)
+        with pytest.raises(UserError, match="true cosines"):
+            load_bundle(client, bundle, factory)
+        client.close()
+
+    def test_nobody_there(self) -> None:
+        with pytest.raises(UserError, match=r"Milvus at http://127\.0\.0\.1:1 cannot be reached") as told:
+            connect("http://someone:secret@127.0.0.1:1")
+        assert "secret" not in str(told.value)
+
+    @pytest.mark.parametrize("address", ["localhost:19530", "ftp://host", "data", ""])
+    def test_no_uri(self, address: str) -> None:
+        with pytest.raises(UserError, match="a Milvus URI is"):
+            connect(address)
+
+
+def test_a_milvus_that_stops_answering_is_unavailable(bundle: Bundle, tmp_path: Path) -> None:
+    path = str(tmp_path / "gone.db")
+    client = connect(path)
+    load_bundle(client, bundle, "Flat")
+    with bundle.store() as store:
+        entities = MilvusEntities(path, bundle, store)
+        client.drop_collection(milvus.collection_name(bundle))
+        with pytest.raises(Unavailable, match="Milvus does not answer"):
+            MilvusView(entities).search(vectors(1, seed=80), 1)
+        entities.close()
+    client.close()
+    server_manager_instance.release_server(path)
+
+
+def test_the_command_loads_a_bundle_once(small_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "wikiclip", "index", "--bundle", str(small_bundle), "--backend", "milvus"]
+    command += ["--uri", str(tmp_path / "cli.db"), "--json"]
+    first, second = (
+        subprocess.run(command, capture_output=True, text=True, check=False, timeout=300) for _ in range(2)
+    )
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["embeddings"] == len(Bundle.open(small_bundle).embeddings())
+    assert second.returncode == 2
+    assert "holds this bundle already" in second.stderr.splitlines()[-1]
+
+
+def _interrupted(*_: object) -> None:
+    raise KeyboardInterrupt

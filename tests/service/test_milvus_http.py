@@ -1,0 +1,99 @@
+"""Services that search in Milvus: the same answers, and changes that every host sees."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from milvus_lite.server_manager import server_manager_instance
+
+from core.errors import UserError
+from index.bundle import Bundle
+from index.milvus import connect, load_bundle
+from service.recognizer import Recognizer
+from service.settings import Settings, load_settings
+from tests.conftest import EMBEDDING_DIM
+
+TOKEN = "the admin token"
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+WAIT_S = 60
+
+
+@pytest.fixture
+def address(small_bundle, tmp_path):
+    path = str(tmp_path / "milvus.db")
+    client = connect(path)
+    load_bundle(client, Bundle.open(small_bundle), "Flat")
+    client.close()
+    yield f"milvus:{path}"
+    server_manager_instance.release_server(path)
+
+
+def recognized(client, image: bytes, **parameters):
+    answer = client.post("/recognize", content=image, headers={"Content-Type": "image/png"}, params=parameters)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def ranking(answer) -> list[tuple[str, float]]:
+    return [(each["entity_id"], pytest.approx(each["score"], abs=2e-4)) for each in answer["predictions"]]
+
+
+def test_answers_are_those_of_the_bundles_own_index(serve, service, small_bundle, address, small_images):
+    with serve(small_bundle, index=address, admin_token=TOKEN) as client:
+        told = client.get("/info").json()
+        assert (told["search_device"], told["entities"]) == ("milvus", 12)
+        for image in small_images.values():
+            for parameters in ({"top_k": 12}, {"top_k": 3, "types": "fruit"}, {"top_k": 2, "explain": "true"}):
+                there, here = recognized(client, image, **parameters), recognized(service, image, **parameters)
+                assert ranking(there) == ranking(here)
+                assert there["bundle"] == here["bundle"]
+        assert client.get("/entities", params={"query": "gir"}).json() == service.get("/entities?query=gir").json()
+
+
+def test_a_change_at_one_host_is_in_the_answers_of_the_other(serve, small_bundle, address, giraffe):
+    with (
+        serve(small_bundle, index=address, admin_token=TOKEN) as one,
+        serve(small_bundle, index=address) as other,
+    ):
+        assert recognized(other, giraffe)["predictions"][0]["entity_id"] == "Q15083"
+        assert recognized(other, giraffe)["cached"]
+        record = {"title": "Okapi", "types": ["animal"], "embedding": [1.0] * EMBEDDING_DIM}
+        answer = one.put("/entities/Q82037", json=record, headers=ADMIN)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["bundle"].endswith("+1")
+        assert one.delete("/entities/Q15083", headers=ADMIN).status_code == 204
+        assert one.get("/entities/Q15083").status_code == 404
+        asked, waiting = recognized(other, giraffe, top_k=12), threading.Event()
+        for _ in range(10 * WAIT_S):
+            if asked["bundle"].endswith("+2"):
+                break
+            waiting.wait(0.1)
+            asked = recognized(other, giraffe, top_k=12)
+        assert asked["bundle"].endswith("+2")
+        found = [each["entity_id"] for each in asked["predictions"]]
+        assert "Q15083" not in found
+        assert "Q82037" in found
+        assert len(found) == 12
+        assert other.get("/entities/Q82037").json()["title"] == "Okapi"
+        assert other.get("/info").json()["entities"] == 12
+
+
+def test_a_bundle_that_is_not_in_milvus_is_not_served(small_bundle, tmp_path):
+    path = str(tmp_path / "empty.db")
+    with pytest.raises(UserError, match="wikiclip index --backend milvus"):
+        Recognizer.open(small_bundle, Settings(index=f"milvus:{path}", threads=1))
+    server_manager_instance.release_server(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"index": "http://secret@host:1"}, r"index \(WIKICLIP_INDEX\): start it with milvus:"),
+        ({"index": "milvus:http://host:1", "live_dir": "live"}, "leave out live_dir"),
+    ],
+)
+def test_settings_that_do_not_go_together(given, reason):
+    with pytest.raises(UserError, match=reason) as told:
+        load_settings(**given)
+    assert "secret" not in str(told.value)
