@@ -16,7 +16,7 @@ ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation cli-docs lock clean
+.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +74,9 @@ demo-live: $(ALL)  ## give the demo bundle what embeds new entities, then serve 
 	@test -n "$$WIKICLIP_ADMIN_TOKEN" || { echo "error: set WIKICLIP_ADMIN_TOKEN, the token that lets you change entities" >&2; exit 2; }
 	@exec $(BIN)/wikiclip serve --bundle demo/bundle --live-dir build/live --host $(HOST) --port $(PORT) $(ARGS)
 
+docs: $(ALL)  ## the documents as a site, in site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 cli-docs: $(ALL)  ## docs/cli.md anew, from the commands' own help
 	$(BIN)/python -m core.cli_reference wikiclip:cli > docs/cli.md
 
@@ -92,7 +95,7 @@ lock:  ## requirements.lock and requirements-serving.lock anew: the newest versi
 	rm -rf build/lock-venv
 
 clean:  ## remove caches and what the tests leave; .venv stays
-	rm -rf build .pytest_cache .mypy_cache .ruff_cache tests/page/node_modules
+	rm -rf build site .pytest_cache .mypy_cache .ruff_cache tests/page/node_modules
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
