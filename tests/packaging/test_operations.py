@@ -1,4 +1,4 @@
-"""The operations page, word for word: swap, rollback, backup and compaction do what it says; its tables are computed."""
+"""The operations page, word for word: swap, rollback, backup and compaction do as it says; tables are computed."""
 
 from __future__ import annotations
 
