@@ -16,7 +16,7 @@ ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs lock clean
+.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs licences lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -79,6 +79,9 @@ docs: $(ALL)  ## the documents as a site, in site/; a broken link fails
 
 cli-docs: $(ALL)  ## docs/cli.md anew, from the commands' own help
 	$(BIN)/python -m core.cli_reference wikiclip:cli > docs/cli.md
+
+licences: $(ALL)  ## docs/licences.md's table anew, from the installed packages
+	$(BIN)/python -m core.licences
 
 lock:  ## requirements.lock and requirements-serving.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
 	$(PYTHON) -m venv --clear build/lock-venv
