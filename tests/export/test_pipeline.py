@@ -224,7 +224,7 @@ def test_validation_that_cannot_be_fitted_leaves_a_resumable_export(
 ) -> None:
     validation = queries(tmp_path, {}, [path.read_bytes() for path in catalog.images.values()])
     config = dataclasses.replace(done.config, out=tmp_path / "b", validation=validation)
-    with pytest.raises(UserError, match="calibration needs at least"):
+    with pytest.raises(UserError, match="calibration needs at least 5 right"):
         export_bundle(config)
     assert not (config.out / "manifest.json").exists()
     summary = export_bundle(dataclasses.replace(config, validation=None, resume=True))

@@ -130,17 +130,34 @@ def test_the_first_form_is_still_read() -> None:
 @pytest.mark.parametrize(
     ("correct", "reason"),
     [
-        (np.ones(50, bool), "gave 50 and 0"),
-        (np.zeros(50, bool), "gave 0 and 50"),
-        (np.arange(6) > 2, "gave 3 and 3"),
-        (np.zeros(0, bool), "gave 0 and 0"),
+        (np.zeros(50, bool), "the 50 validation queries gave 0"),
+        (np.arange(6) > 2, "the 6 validation queries gave 3"),
+        (np.zeros(0, bool), "the 0 validation queries gave 0"),
     ],
 )
-def test_too_few_of_a_kind_cannot_be_fitted(correct: Any, reason: str) -> None:
+def test_too_few_right_ones_cannot_be_fitted(correct: Any, reason: str) -> None:
     right_NK = np.zeros((len(correct), CANDIDATES), bool)
     right_NK[:, 0] = correct
     with pytest.raises(UserError, match=reason):
         _fit(np.linspace(0.9, 0.1, len(correct) * CANDIDATES).reshape(right_NK.shape), right_NK)
+
+
+@pytest.mark.parametrize("wrong", [0, 4])
+def test_where_hardly_one_is_wrong_those_left_out_show_how_wrong_ones_score(wrong: int) -> None:
+    """Twenty queries, as of a small catalog: the right entity at 0.8 to 0.9, all others at 0.3 and less."""
+    scores_NK = np.tile(np.linspace(0.3, 0.1, CANDIDATES), (20, 1))
+    scores_NK[:, 0] = np.linspace(0.8, 0.9, 20)
+    right_NK = np.zeros(scores_NK.shape, bool)
+    right_NK[wrong:, 0] = True
+    scores_NK[:wrong, 0] = 0.35
+    fitted = _fit(scores_NK, right_NK)
+    assert (fitted.queries, fitted.correct, fitted.unknown) == (20, 20 - wrong, 20)
+    known = [fitted.known(row, background(row)) for row in scores_NK.tolist()]
+    assert min(known[wrong:]) > 0.9
+    stranger = scores_NK[-1, 1:].tolist()
+    assert fitted.known(stranger, background(stranger)) < 0.1
+    assert fitted.abstains(fitted.known(stranger, background(stranger)))
+    assert not any(map(fitted.abstains, known[wrong:]))
 
 
 def test_scores_that_say_nothing_cannot_be_fitted() -> None:

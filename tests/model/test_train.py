@@ -211,6 +211,32 @@ def test_the_catalog_adds_pairs_and_a_limit_takes_them(
     assert (limited["pairs"], limited["catalog_pairs"]) == (8 + 8 + 6, 14)
 
 
+def test_the_catalog_alone_can_be_trained_on(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    arguments = ["--catalog", dataset.catalog, "--image-encoder", tiny_spec, "--text-encoder", text_spec]
+    arguments += ["--out", tmp_path / "k", "--cache-dir", tmp_path / "cache", "--epochs", 2, "--width", 16]
+    arguments += ["--heads", 2, "--max-tokens", 16, "--device", "cpu", "--json"]
+    given = [str(argument) for argument in arguments]
+    figures = report(CliRunner().invoke(train, [*given, "--catalog-pairs"]))
+    assert (figures["pairs"], figures["catalog_pairs"], figures["entities"]) == (22, 22, 12)
+    smoke = report(CliRunner().invoke(train, [*given, "--catalog-pairs", "--smoke", "--batch-size", "2"]))
+    assert smoke["entities"] == 6
+    with pytest.raises(UserError, match="give --pairs, or --catalog-pairs"):
+        CliRunner().invoke(train, given, catch_exceptions=False)
+
+
+def test_a_catalog_that_gives_no_pair_is_told(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in dataset.catalog.read_text().splitlines()]
+    bare = [
+        {**line, "images": [str(dataset.folder / name) for name in line["images"][:1]], "text": ""} for line in lines
+    ]
+    catalog = tmp_path / "bare.jsonl"
+    catalog.write_text("".join(json.dumps(line) + "\n" for line in bare))
+    arguments = ["--catalog", catalog, "--image-encoder", tiny_spec, "--text-encoder", text_spec, "--catalog-pairs"]
+    arguments += ["--out", tmp_path / "k", "--cache-dir", tmp_path / "cache", "--max-tokens", "16"]
+    with pytest.raises(CatalogError, match="to make a pair of; give --pairs"):
+        CliRunner().invoke(train, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
 @pytest.mark.parametrize("how", ["clusters", "synthesis", "both"])
 def test_hard_negatives_start_with_their_epoch(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, how: str

@@ -94,5 +94,6 @@ def test_readme_tree_names_every_module() -> None:
             named.add(name)
     modules = [path for folder in ROOT.iterdir() if (folder / "__init__.py").exists() for path in folder.glob("*.py")]
     expected = {f"{path.parent.name}/{path.name}" for path in modules if path.name != "__init__.py"}
+    expected |= {f"examples/{path.name}" for path in (ROOT / "examples").iterdir() if path.is_file()}
     assert expected <= named
-    assert {name for name in named if name.endswith(".py")} <= expected | {"wikiclip.py"}
+    assert {name for name in named if name.endswith((".py", ".ipynb"))} <= expected | {"wikiclip.py"}

@@ -1,0 +1,198 @@
+"""`python -m benchmarks.sizing`: disk, memory, hours and cost of a catalog of any size, by arithmetic.
+
+Nothing here is measured but the two figures of the demo named below. Floating-point operations are 2 for each parameter
+and token; hours assume that a GPU reaches `--utilisation` of its vendor's peak for dense bfloat16. Between the
+markers in docs/oven.md and docs/operations.md stand these tables; `--write` puts them there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from core.cli import run
+from core.files import write_durably
+from index.choose import candidates
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+# Measured on the demo: `process_resident_memory_bytes` of /metrics after a few answers; entities.sqlite over entities.
+SERVICE_GB = 0.17
+STORE_BYTES_AN_ENTITY = 803
+
+WIKI6M_ENTITIES, WIKI6M_IMAGES = 6_063_945, 2_032_340
+PAIRS, PAIR_ENTITIES = 1_000_000, 7_943  # OVEN's training set at 200 pairs of an entity
+TEXT_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tower:
+    """An image tower: Transformer layers of some width and MLP ratio over patches, projected to an embedding."""
+
+    name: str
+    layers: int
+    width: int
+    mlp_ratio: float
+    patches: int
+    embedding_dim: int
+
+    @property
+    def parameters(self) -> float:
+        return self.layers * (4 + 2 * self.mlp_ratio) * self.width**2
+
+    @property
+    def operations(self) -> float:
+        return 2 * self.parameters * (self.patches + 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextModel:
+    name: str
+    parameters: float
+    width: int
+
+    @property
+    def operations(self) -> float:
+        return 2 * self.parameters * TEXT_TOKENS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """Memory in GB, and the vendor's peak for dense bfloat16 in TFLOPS."""
+
+    name: str
+    memory_gb: int
+    peak_tflops: int
+
+
+EVA = Tower(name="EVA-CLIP-8B", layers=32, width=4096, mlp_ratio=5, patches=256, embedding_dim=1280)
+CLIP_L = Tower(name="CLIP ViT-L/14", layers=24, width=1024, mlp_ratio=4, patches=256, embedding_dim=768)
+LLAMA_1B = TextModel(name="LLaMA 3.2 1B", parameters=1.24e9, width=2048)
+LLAMA_3B = TextModel(name="LLaMA 3.2 3B", parameters=3.21e9, width=3072)
+VARIANTS = ((CLIP_L, LLAMA_1B), (EVA, LLAMA_1B), (EVA, LLAMA_3B))
+GPUS = (
+    Gpu(name="L4", memory_gb=24, peak_tflops=121),
+    Gpu(name="L40S", memory_gb=48, peak_tflops=362),
+    Gpu(name="A100 80 GB", memory_gb=80, peak_tflops=312),
+    Gpu(name="H100 SXM", memory_gb=80, peak_tflops=989),
+)
+SIZES = (10_000, 100_000, 1_000_000, WIKI6M_ENTITIES)
+WIDTHS = (128, 512, 1280)  # tiny, CLIP ViT-B, EVA-CLIP-8B
+
+
+def table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def gb(size_bytes: float) -> str:
+    value = size_bytes / 1e9
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def oven_disk() -> str:
+    """What the full run keeps on disk, in GB."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for tower, text in VARIANTS:
+            cached_images = (PAIRS + PAIR_ENTITIES) * tower.embedding_dim * (2 * tower.patches + 4)
+            cached_texts = PAIR_ENTITIES * TEXT_TOKENS * text.width * 2
+            yield (
+                f"{tower.name}, {text.name}",
+                gb(2 * (tower.parameters + text.parameters)),
+                gb(cached_images + cached_texts),
+                gb(2 * tower.embedding_dim * WIKI6M_ENTITIES),
+                gb(STORE_BYTES_AN_ENTITY * WIKI6M_ENTITIES),
+                *(gb(_index_bytes(WIKI6M_ENTITIES, tower.embedding_dim, kind) or 0) for kind in ("SQfp16", "IVF")),
+            )
+
+    header = ("encoders", "weights", "training features", "embeddings", "store", "exact index", "IVF index")
+    return table(header, rows())
+
+
+def oven_hours(utilisation: float, price: float | None) -> str:
+    """GPU hours of each stage on one GPU, and what they cost at a price an hour."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for tower, text in VARIANTS:
+            training = PAIRS * tower.operations + PAIR_ENTITIES * (tower.operations + text.operations)
+            images, texts = WIKI6M_IMAGES * tower.operations, WIKI6M_ENTITIES * text.operations
+            for gpu in GPUS:
+                speed = gpu.peak_tflops * 1e12 * utilisation * 3600
+                hours = [work / speed for work in (training, images, texts)]
+                cost = [] if price is None else [f"{price * sum(hours):.0f}"]
+                yield (f"{tower.name}, {text.name}", gpu.name, *(f"{each:.1f}" for each in (*hours, sum(hours))), *cost)
+
+    header = ["encoders", "GPU", "training features", "entity images", "entity texts", "together"]
+    return table([*header, *([] if price is None else ["cost"])], rows())
+
+
+def serving(bandwidth_gb_s: float) -> str:
+    """Disk and memory of a service by catalog size and embedding width, one image an entity; floors of exact search."""
+
+    def rows() -> Iterator[Sequence[str]]:
+        for count in SIZES:
+            for dim in WIDTHS:
+                embeddings, store = 2 * dim * count, STORE_BYTES_AN_ENTITY * count
+                exact, ivf = (_index_bytes(count, dim, kind) for kind in ("SQfp16", "IVF"))
+                assert exact is not None
+                yield (
+                    f"{count:,}",
+                    str(dim),
+                    gb(embeddings + store + exact),
+                    gb(SERVICE_GB * 1e9 + exact),
+                    "-" if ivf is None else gb(SERVICE_GB * 1e9 + ivf),
+                    gb(embeddings),
+                    f"{exact / bandwidth_gb_s / 1e6:.1f}",
+                )
+
+    header = (
+        "entities", "width", "disk, exact index", "memory, exact index", "memory, IVF index", "mapped embeddings",
+        "exact search, ms at least",
+    )  # fmt: skip
+    return table(header, rows())
+
+
+def _index_bytes(count: int, dim: int, kind: str) -> float | None:
+    """What an index of this kind holds, by the same formula as `wikiclip index`; None where it is not considered."""
+    return next((each.bytes(count) for each in candidates(count, dim) if each.factory(count).startswith(kind)), None)
+
+
+def tables(utilisation: float, bandwidth_gb_s: float, price: float | None) -> dict[str, str]:
+    return {
+        "oven.md: disk": oven_disk(),
+        "oven.md: hours": oven_hours(utilisation, price),
+        "operations.md: serving": serving(bandwidth_gb_s),
+    }
+
+
+def put_in(page: str, name: str, content: str) -> str:
+    """The page with the table between its markers replaced."""
+    opening, closing = f"<!-- sizing: {name} -->", f"<!-- /sizing: {name} -->"
+    between = re.compile(f"(?<={re.escape(opening)}).*?(?={re.escape(closing)})", flags=re.DOTALL)
+    assert len(between.findall(page)) == 1, f"the markers of {name} are not there"
+    return between.sub(lambda _: f"\n\n{content}\n", page)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--utilisation", default=0.4, type=click.FloatRange(0, 1, min_open=True), help="Share of a GPU's peak.")
+@click.option("--bandwidth", default=20.0, type=click.FloatRange(0, min_open=True), help="Memory bandwidth in GB/s.")
+@click.option("--price", type=click.FloatRange(0), help="Price of a GPU hour: adds a column of cost.")
+@click.option("--write", is_flag=True, help="Put the tables into the pages, as they are without other options.")
+def main(utilisation: float, bandwidth: float, price: float | None, write: bool) -> None:
+    """Print what a full run and a service take, in GB, hours and milliseconds."""
+    for place, content in tables(utilisation, bandwidth, price).items():
+        file, name = place.split(": ")
+        if write:
+            page = (DOCS / file).read_text(encoding="utf-8")
+            write_durably(DOCS / file, put_in(page, name, content).encode())
+        else:
+            click.echo(f"{place}\n\n{content}")
+
+
+if __name__ == "__main__":
+    run(main)

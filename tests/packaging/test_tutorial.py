@@ -1,0 +1,49 @@
+"""The tutorial, word for word: every command runs, and says what the page says that it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PageRun = Any  # the dataclass in conftest.py, which no module can import
+
+
+@pytest.fixture(scope="module")
+def tutorial(run_page: Callable[..., PageRun]) -> PageRun:
+    return run_page("tutorial")
+
+
+def first_answers(printed: str) -> list[str]:
+    return re.findall(r"^ +1 +0\.\d+.*?  ([A-Z].*?)  \[", printed, flags=re.MULTILINE)
+
+
+def test_the_catalog_is_as_large_as_the_page_says(tutorial: PageRun) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    (said,) = re.findall(r"says `(mine/catalog.jsonl: [^`]+)`", page)
+    assert said in tutorial.after("python examples/catalog_from_folder.py").splitlines()
+
+
+def test_pictures_of_ones_own_are_recognised(tutorial: PageRun) -> None:
+    asked = tutorial.after("wikiclip recognize")
+    assert first_answers(asked)[:2] == ["Harbour Rowers", "Harbour Rowers"]
+    assert first_answers(asked)[-1] == "Flag of Sweden"
+    assert "demo/example.jpg   (probably not in the catalog)" in asked
+    (everything,) = re.findall(r"^all +(\d+) +([\d.]+)", tutorial.after("wikiclip evaluate"), flags=re.MULTILINE)
+    assert everything[0] == "20"
+    assert float(everything[1]) >= 90
+
+
+def test_the_service_answers_as_the_page_shows(tutorial: PageRun) -> None:
+    answer = json.loads(tutorial.after("curl"))
+    assert answer["predictions"][0]["entity_id"] == "harbour-rowers"
+    assert not answer["abstained"]
+
+
+def test_what_it_leaves_is_what_it_says(tutorial: PageRun) -> None:
+    assert "<html" in (tutorial.folder / "mine" / "report.html").read_text(encoding="utf-8")
+    assert {path.name for path in tutorial.folder.iterdir()} >= {"pictures", "mine"}
