@@ -27,7 +27,7 @@ from benchmarks.generative.recognizer import (
     NAMES_IN_TREE,
     Generated,
     GenerativeRecognizer,
-    preprocessing,
+    clip_preprocessing,
     quantise,
 )
 from benchmarks.generative.retrieval import (
@@ -70,7 +70,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
             if precision == "int8":
                 encoder_file = quantised_file(encoder_file, Path(folder))
                 generative.quantise()
-            encoder = open_encoder(encoder_file, preprocessing(224), 512, threads=threads)
+            encoder = open_encoder(encoder_file, clip_preprocessing(224), 512, threads=threads)
             retrieval = RetrievalRecognizer(encoder, 512, len(names.names), threads=threads)
             precisions[precision] = _compare(retrieval, generative.recognizer, repeats, throughput=not smoke)
     first = precisions["float32"]

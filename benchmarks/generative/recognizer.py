@@ -32,7 +32,7 @@ NAMES_IN_TREE = 300  # the paper's; its code has 100
 BEAMS = 2
 
 
-def preprocessing(size_px: int) -> Preprocessing:
+def clip_preprocessing(size_px: int) -> Preprocessing:
     """CLIP's, as LLaVA takes it."""
     return Preprocessing(
         size_px=size_px, resize="shortest", crop="center", interpolation="bicubic",
@@ -61,6 +61,7 @@ class GenerativeRecognizer:
         name_embeddings_NR: torch.Tensor,
         *,
         names_in_tree: int = NAMES_IN_TREE,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self._model: Any = model
         self._head = retrieval_head
@@ -72,7 +73,7 @@ class GenerativeRecognizer:
         assert end is not None, "the tokenizer was trained with it"
         self._end = end
         self.prompt_1L = prompt(tokenizer, model.config.image_seq_length).to(name_embeddings_NR.device)
-        self.preprocessing = preprocessing(model.config.vision_config.image_size)
+        self.preprocessing = preprocessing or clip_preprocessing(model.config.vision_config.image_size)
         # Tokenised once, for `optimised`: ragged, so one flat array and where each name ends.
         tokens = [each.ids for each in tokenizer.encode_batch(list(names))]
         self._tokens = np.fromiter((token for each in tokens for token in each), np.int32)
