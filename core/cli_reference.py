@@ -22,6 +22,11 @@ def cli_reference(group: click.Group, name: str) -> str:
         assert command is not None
         context = click.Context(command, parent=parent, info_name=command_name)
         sections.append(f"## {name} {command_name}\n\n{_block(command, context)}")
+        for below in command.list_commands(context) if isinstance(command, click.Group) else ():
+            inner = command.get_command(context, below)
+            assert inner is not None
+            told = _block(inner, click.Context(inner, parent=context, info_name=below))
+            sections.append(f"### {name} {command_name} {below}\n\n{told}")
     return "\n".join(sections)
 
 

@@ -189,9 +189,7 @@ def _retrieved(
     answered = []
     for pair, key in zip(queries, keys, strict=True):
         with torch.inference_mode():
-            embedding_1R = network.retrieve(
-                store.batch([(key, None)], torch.device("cpu")).patch_tokens_BPC, prompt_1L
-            )
+            embedding_1R = network.retrieve(store.batch([(key, None)], torch.device("cpu")).patch_tokens_BPC, prompt_1L)
         best = (embedding_1R @ entities_NR.T)[0].topk(min(10, len(entities_NR))).indices.tolist()
         ids = [symbols.entity_ids[row] for row in best]
         rank = ids.index(pair.entity_id) + 1 if pair.entity_id in ids else None
@@ -202,14 +200,19 @@ def _retrieved(
 def wikiclip_answers(bundle: Path, queries: Path) -> list[Answered]:
     """What the bundle answers to the same queries, as `wikiclip evaluate` measures it."""
     opened = Bundle.open(bundle)
-    with Recognizer(opened, load_settings(cache="off", device="cpu")) as recognizer, tempfile.TemporaryDirectory() as at:
+    with (
+        Recognizer(opened, load_settings(cache="off", device="cpu")) as recognizer,
+        tempfile.TemporaryDirectory() as at,
+    ):
         answered, _ = answer_queries(
             recognizer, [queries], Path(at) / "predictions.jsonl", image_root=None, batch_size=256
         )
     return answered
 
 
-def run(build: Path, bundle: Path, settings: Settings, *, fresh: bool, most_queries: int | None = None) -> dict[str, Any]:
+def run(
+    build: Path, bundle: Path, settings: Settings, *, fresh: bool, most_queries: int | None = None
+) -> dict[str, Any]:
     """Train, unless that was done with the same settings, and judge: the figures by system and kind of query."""
     encoder = load_tiny()
     store = FeatureStore(build / "features", encoder, load_text_encoder("minilm"))
@@ -276,7 +279,9 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built.")
+@click.option(
+    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
+)
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("demo/bundle"), help="WikiCLIP's side.")
 @click.option("--steps", default=Settings.steps, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results"))

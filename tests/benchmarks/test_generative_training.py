@@ -72,7 +72,9 @@ def test_cached_features_train_what_images_ask(small_images: dict[str, bytes]) -
         encoder, encoder.module, scale=2.0, image_token=tokenizer.token_to_id(IMAGE),
         vocabulary=tokenizer.get_vocab_size(),
     ).eval()  # fmt: skip
-    pixels = np.stack([load_pixels(d, encoder.preprocessing, max_pixels=10**6) for d in list(small_images.values())[:2]])
+    pixels = np.stack(
+        [load_pixels(d, encoder.preprocessing, max_pixels=10**6) for d in list(small_images.values())[:2]]
+    )
     prompt_1L = prompt(tokenizer, encoder.patches)
     features = encoder.encode(pixels)
     cached = network.retrieve(features.patch_tokens_BPC, prompt_1L)
