@@ -23,6 +23,7 @@ BENCHMARKS = {
 }
 # What `--help` says of each.
 TOLD = {
+    "all": "All that time allows, as one JSON file and one HTML report.",
     "claim": "Retrieval against generation, both on this machine: how many times faster.",
     "service": "What HTTP adds to decode, encode and search.",
     "index": "How long a search takes, one query and many.",
@@ -63,6 +64,7 @@ OPTIONS: dict[str, Sequence[click.Option]] = {
         ),
         click.Option(["--entities"], type=click.IntRange(min=1), help="Size of the catalog.  [default: 100000]"),
         click.Option(["--repeats"], type=click.IntRange(min=2), help="Images.  [default: 12]"),
+        click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one a core]"),
         click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where both run.  [default: cpu]"),
     ],
 }  # fmt: skip
@@ -170,7 +172,7 @@ class _Benchmarks(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in BENCHMARKS and cmd_name != "all":
             return super().get_command(ctx, cmd_name)
-        told = "All that time allows, as one JSON file and one HTML report." if cmd_name == "all" else TOLD.get(cmd_name)
+        told = TOLD.get(cmd_name)
         options = [*_COMMON, *OPTIONS.get(cmd_name, ())]
         return click.Command(cmd_name, params=options, help=told, callback=partial(_run, cmd_name))
 

@@ -216,7 +216,8 @@ def report(figures: dict[str, Any]) -> str:
             )
         )
     growth = line_plot(
-        series, title="Search against the size of the catalog", x_label=f"entities of width {DIM}", y_label="ms a query",
+        series, title="Search against the size of the catalog", x_label=f"entities of width {DIM}",
+        y_label="ms a query",
         x_log=True, y_log=True,
     )  # fmt: skip
     sizes = [

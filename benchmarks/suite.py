@@ -1,4 +1,4 @@
-"""`wikiclip bench all`, or `make bench`: the benchmarks in a process each, within a time budget, as one JSON and one page.
+"""`wikiclip bench all`, or `make bench`: benchmarks in a process each, within a time budget, as one JSON and one page.
 
 What matters most comes first and gets a share of the budget; the rest runs where its time allows. A benchmark that did
 not run is taken from an earlier run of the same hardware, date and commit where there is one. None can spoil another:

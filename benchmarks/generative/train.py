@@ -1,4 +1,4 @@
-"""The generative baseline trained on Symbols, and its accuracy beside WikiCLIP's: `python -m benchmarks.generative.train`.
+"""`python -m benchmarks.generative.train`: the baseline trained on Symbols, and its accuracy beside WikiCLIP's.
 
 Both have the same frozen image encoder, learn from the same pairs (seen entities only) and answer the same held-out
 queries over the whole catalog. The baseline learns as AutoVER does: to name the entity after its image, and to bring
@@ -104,7 +104,7 @@ def train(network: TinyLlava, symbols: Symbols, store: FeatureStore, tokenizer: 
     """Train in place; the mean loss of the last tenth of the steps. On a CPU in bf16 where that is quicker."""
     rng = random.Random(settings.seed)
     usable = [row for row, keys in enumerate(symbols.training_keys) if len(keys) > 1]
-    names = [tokenizer.encode(title).ids + [tokenizer.token_to_id(END)] for title in symbols.titles]
+    names = [[*tokenizer.encode(title).ids, tokenizer.token_to_id(END)] for title in symbols.titles]
     prompt_1L = prompt(tokenizer, store.image_encoder.patches)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
