@@ -173,7 +173,7 @@ class _Benchmarks(click.Group):
         if cmd_name not in BENCHMARKS and cmd_name != "all":
             return super().get_command(ctx, cmd_name)
         told = TOLD.get(cmd_name)
-        options = [*_COMMON, *OPTIONS.get(cmd_name, ())]
+        options: list[click.Parameter] = [*_COMMON, *OPTIONS.get(cmd_name, ())]
         return click.Command(cmd_name, params=options, help=told, callback=partial(_run, cmd_name))
 
 
@@ -228,8 +228,8 @@ def _without_samples(figures: Any) -> Any:
 def compare(before: Path, after: Path, threshold: float, as_json: bool) -> None:
     """Say what changed from A to B beyond noise; exit code 1 on a regression past the threshold.
 
-    A and B are JSON files of `wikiclip bench`, or folders of them. Both runs keep every sample, and a reference that was
-    timed beside each: docs/benchmarks.md says how the two are told apart.
+    A and B are JSON files of `wikiclip bench`, or folders of them. Runs keep every sample, and a reference that was
+    timed beside each: docs/benchmarks.md says how two of them are told apart.
     """
     import json
 

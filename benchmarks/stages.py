@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,8 @@ def _in_process(bundle: Bundle) -> Iterator[Probe]:
     index = bundle.index()
     for width, height in IMAGES:
         data = photograph(1, width, height)
-        yield Probe(
-            name=f"decode/JPEG {width}x{height}",
-            call=lambda _, data=data: load_pixels(data, preprocessing, max_pixels=MAX_PIXELS),
-        )
+        decode = partial(load_pixels, data, preprocessing, max_pixels=MAX_PIXELS)
+        yield Probe(name=f"decode/JPEG {width}x{height}", call=_whichever(decode))
     images = [photograph(seed) for seed in range(BATCH)]
     pixels = np.stack([load_pixels(data, preprocessing, max_pixels=MAX_PIXELS) for data in images])
     yield Probe(name="encode/1 image", call=lambda i: encoder.encode(pixels[i % BATCH][None]))
@@ -176,21 +175,21 @@ def _unit(vectors_ND: Float32Array) -> Float32Array:
     return unit
 
 
+def _whichever(call: Callable[[], object]) -> Callable[[int], object]:
+    """A probe's call that does the same whatever its number."""
+    return lambda _: call()
+
+
 def _growth(catalogs: Sequence[_Catalog]) -> Iterator[Probe]:
+    """One query against each catalog, exactly and fast."""
+
+    def ask(candidates: CpuCandidates, queries_QD: Float32Array, parameters: dict[str, Any], i: int) -> object:
+        return candidates.search(queries_QD[i % len(queries_QD)][None], _TOP, parameters, None, 1.0)
+
     for each in catalogs:
-        queries = each.queries_QD
-        yield Probe(
-            name=f"growth/{each.size} exact",
-            call=lambda i, each=each, queries=queries: each.exact.search(
-                queries[i % len(queries)][None], _TOP, {}, None, 1.0
-            ),
-        )
-        yield Probe(
-            name=f"growth/{each.size} fast",
-            call=lambda i, each=each, queries=queries: each.fast.search(
-                queries[i % len(queries)][None], _TOP, {"k_factor": K_FACTOR}, None, 1.0
-            ),
-        )
+        yield Probe(name=f"growth/{each.size} exact", call=partial(ask, each.exact, each.queries_QD, {}))
+        parameters = {"k_factor": K_FACTOR}
+        yield Probe(name=f"growth/{each.size} fast", call=partial(ask, each.fast, each.queries_QD, parameters))
 
 
 def report(figures: dict[str, Any]) -> str:

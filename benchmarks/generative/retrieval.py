@@ -118,7 +118,8 @@ class TorchIndex:
     def __init__(self, entities: int, dim: int, *, device: str, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
         self._vectors_ND = torch.empty(entities, dim, device=device, dtype=dtype)
-        for rows in self._vectors_ND.split(_ROWS_AT_ONCE):
+        for start in range(0, entities, _ROWS_AT_ONCE):
+            rows = self._vectors_ND[start : start + _ROWS_AT_ONCE]
             drawn = torch.randn(rows.shape, generator=generator, device=device)
             rows.copy_(F.normalize(drawn, dim=1))
 

@@ -219,11 +219,13 @@ def run(
     symbols = read_symbols(build, store)
     tokenizer = train_tokenizer(symbols.titles, tokens=TOKENS)
     prompt_1L = prompt(tokenizer, encoder.patches)
+    image_token = tokenizer.token_to_id(IMAGE)
+    assert image_token is not None, "it was trained with it"
     some = [(keys[0], None) for keys in symbols.training_keys if keys][:512]
     torch.manual_seed(settings.seed)
     network = TinyLlava(
         encoder, encoder.module, scale=1 / float(store.batch(some, torch.device("cpu")).patch_tokens_BPC.std()),
-        image_token=tokenizer.token_to_id(IMAGE), vocabulary=tokenizer.get_vocab_size(),
+        image_token=image_token, vocabulary=tokenizer.get_vocab_size(),
     )  # fmt: skip
     kept = build / "generative.pt"
     identity = {"settings": asdict(settings), "encoder": encoder.content_hash, "titles": len(symbols.titles)}
