@@ -62,6 +62,7 @@ class GenerativeRecognizer:
         *,
         names_in_tree: int = NAMES_IN_TREE,
         preprocessing: Preprocessing | None = None,
+        question: str = PROMPT,
     ) -> None:
         self._model: Any = model
         self._head = retrieval_head
@@ -72,7 +73,7 @@ class GenerativeRecognizer:
         end = tokenizer.token_to_id(END)
         assert end is not None, "the tokenizer was trained with it"
         self._end = end
-        self.prompt_1L = prompt(tokenizer, model.config.image_seq_length).to(name_embeddings_NR.device)
+        self.prompt_1L = prompt(tokenizer, model.config.image_seq_length, question).to(name_embeddings_NR.device)
         self.preprocessing = preprocessing or clip_preprocessing(model.config.vision_config.image_size)
         # Tokenised once, for `optimised`: ragged, so one flat array and where each name ends.
         tokens = [each.ids for each in tokenizer.encode_batch(list(names))]
@@ -161,10 +162,10 @@ class GenerativeRecognizer:
         return tokens
 
 
-def prompt(tokenizer: Tokenizer, image_tokens: int) -> torch.Tensor:
+def prompt(tokenizer: Tokenizer, image_tokens: int, question: str = PROMPT) -> torch.Tensor:
     """Token ids `[1, L]`: start, the places of the image, the question, the token whose state is what retrieves."""
     image, start, retrieve = (tokenizer.token_to_id(token) for token in (IMAGE, START, RETRIEVE))
-    return torch.tensor([[start, *[image] * image_tokens, *tokenizer.encode(PROMPT).ids, retrieve]])
+    return torch.tensor([[start, *[image] * image_tokens, *tokenizer.encode(question).ids, retrieve]])
 
 
 def quantise(module: torch.nn.Module) -> torch.nn.Module:

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 IGNORED = -100  # a label that is no token
 
 
-def size_for(encoder: ImageEncoder, *, width: int = 192, layers: int = 4) -> Size:
-    """A language model of about two million parameters beside its vocabulary, over this encoder's patches."""
+def size_for(encoder: ImageEncoder, *, width: int = 160, layers: int = 3) -> Size:
+    """A language model of about a million parameters beside its vocabulary, over this encoder's patches."""
     side = round(encoder.patches**0.5)
     assert side * side == encoder.patches, "patches lie in a square"
     size_px = encoder.preprocessing.size_px

@@ -46,16 +46,17 @@ from service.recognizer import Recognizer
 from service.settings import load_settings
 
 TOKENS = 2000  # of the vocabulary trained on the titles
+QUESTION = ""  # always the same one, so that a network that is trained from nothing needs none
 KINDS = ("clean", "photo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    steps: int = 1200
-    entities_per_batch: int = 48  # two images each
+    steps: int = 600
+    entities_per_batch: int = 32  # two images each
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    warmup_steps: int = 60
+    warmup_steps: int = 40
     logit_scale: float = 20.0
     seed: int = 3
 
@@ -105,7 +106,7 @@ def train(network: TinyLlava, symbols: Symbols, store: FeatureStore, tokenizer: 
     rng = random.Random(settings.seed)
     usable = [row for row, keys in enumerate(symbols.training_keys) if len(keys) > 1]
     names = [[*tokenizer.encode(title).ids, tokenizer.token_to_id(END)] for title in symbols.titles]
-    prompt_1L = prompt(tokenizer, store.image_encoder.patches)
+    prompt_1L = prompt(tokenizer, store.image_encoder.patches, QUESTION)
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
@@ -218,7 +219,7 @@ def run(
     store = FeatureStore(build / "features", encoder, load_text_encoder("minilm"))
     symbols = read_symbols(build, store)
     tokenizer = train_tokenizer(symbols.titles, tokens=TOKENS)
-    prompt_1L = prompt(tokenizer, encoder.patches)
+    prompt_1L = prompt(tokenizer, encoder.patches, QUESTION)
     image_token = tokenizer.token_to_id(IMAGE)
     assert image_token is not None, "it was trained with it"
     some = [(keys[0], None) for keys in symbols.training_keys if keys][:512]
@@ -243,7 +244,13 @@ def run(
     network.eval()
     entities_NR = entity_embeddings(network, symbols, store, prompt_1L)
     generative = GenerativeRecognizer(
-        network.model, network.head, tokenizer, symbols.titles, entities_NR, preprocessing=encoder.preprocessing
+        network.model,
+        network.head,
+        tokenizer,
+        symbols.titles,
+        entities_NR,
+        preprocessing=encoder.preprocessing,
+        question=QUESTION,
     )
     figures: dict[str, Any] = {}
     for kind in KINDS:
