@@ -8,6 +8,8 @@ The load generator has one core and the service the others, where there is more 
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -23,6 +25,10 @@ from benchmarks.plots import Series, line_plot
 from benchmarks.server import running_service, split_cores
 from core.errors import UserError
 
+_COLUMNS = (
+    "planned_per_s", "offered_per_s", "answered_per_s", "in_time_per_s", "p50_ms", "p90_ms", "p99_ms",
+    "refused_share", "failed_share",
+)  # fmt: skip
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 
 
@@ -54,6 +60,16 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     }
 
 
+def as_csv(figures: dict[str, Any]) -> str:
+    """A line for each step of every part."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(("part", *_COLUMNS))
+    for part in ("ramp", "mixed", "spike"):
+        writer.writerows((part, *(step[key] for key in _COLUMNS)) for step in figures[part])
+    return out.getvalue()
+
+
 def report(figures: dict[str, Any]) -> str:
     """An HTML page: latency against offered load with the knee marked, and a table of every step."""
     ramp = [step for step in figures["ramp"] if step["p50_ms"] is not None]
@@ -76,17 +92,7 @@ def report(figures: dict[str, Any]) -> str:
 
 
 def _table(steps: Sequence[dict[str, Any]]) -> str:
-    keys = (
-        "offered_per_s",
-        "answered_per_s",
-        "in_time_per_s",
-        "p50_ms",
-        "p90_ms",
-        "p99_ms",
-        "refused_share",
-        "failed_share",
-    )
-    return table(keys, [[str(step[key]) for key in keys] for step in steps])
+    return table(_COLUMNS, [[str(step[key]) for key in _COLUMNS] for step in steps])
 
 
 class _Locust:
@@ -104,10 +110,7 @@ class _Locust:
             sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", self._url, "--headless", "--only-summary",
             "--loglevel", "ERROR", f"--steps={steps}", "--max-failed=1", *flags, *kinds,
         ]  # fmt: skip
-        environment = {**os.environ, "PYTHONPATH": str(LOCUSTFILE.parents[1])}
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         os.sched_setaffinity(process.pid, self._cores)
         said, _ = process.communicate()
         if process.returncode or not steps.exists():

@@ -1,4 +1,7 @@
-"""Offered load over time, in steps, and what came of each: what the Locust file and `wikiclip bench load` share."""
+"""Offered load over time, in steps, and what came of each: what the Locust file and `wikiclip bench load` share.
+
+Only Python's own library is used, so that the Locust file runs where nothing but Locust is installed.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import numpy as np
 
 SHAPES = ("ramp", "steady", "spike", "soak")
 MOST_STEPS = 24  # of a ramp
@@ -54,15 +55,13 @@ class Step:
         refused = sum(count for reason, count in self.failures.items() if reason.startswith("refused"))
         failed = sum(self.failures.values()) - refused
         counted_s = self.length_s * (1 - SETTLING)
-        percentiles: Sequence[float | None] = [None] * 3
-        if self.latencies_ms:
-            percentiles = np.percentile(self.latencies_ms, (50, 90, 99)).round(2).tolist()
+        ordered = sorted(self.latencies_ms)
         return {
             "planned_per_s": round(self.rate, 2),
             "offered_per_s": round(requests / counted_s, 2),
             "answered_per_s": round(len(self.latencies_ms) / counted_s, 2),
             "in_time_per_s": round(sum(taken <= IN_TIME_MS for taken in self.latencies_ms) / counted_s, 2),
-            **dict(zip(("p50_ms", "p90_ms", "p99_ms"), percentiles, strict=True)),
+            **{f"p{percent}_ms": _percentile(ordered, percent) for percent in (50, 90, 99)},
             "requests": requests,
             "refused_share": round(refused / requests, 4) if requests else 0.0,
             "failed_share": round(failed / requests, 4) if requests else 0.0,
@@ -78,6 +77,16 @@ class Step:
 def kept_up(figures: dict[str, Any]) -> bool:
     """As `Step.kept_up`, from a step's figures."""
     return bool(figures["requests"] and figures["in_time_per_s"] >= KEPT_UP * figures["offered_per_s"])
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float | None:
+    """Between the two values nearest to the place, as numpy does it; None of nothing."""
+    if not ordered:
+        return None
+    place = percent / 100 * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return round(ordered[low] + (place - low) * (ordered[high] - ordered[low]), 2)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ def page(title: str, body: str) -> str:
     )
 
 
+def body_of(document: str) -> str:
+    """What stands under the title of a page made by `page`, to be shown as a part of another."""
+    return document.partition("</h1>\n")[2].rpartition("\n</body>")[0]
+
+
 def section(heading: str, *blocks: str) -> str:
     """A heading over blocks of HTML."""
     return "\n".join((f"<section><h2>{escape(heading)}</h2>", *blocks, "</section>"))

@@ -22,3 +22,8 @@ def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def unlike_any_other(image: bytes, number: int) -> bytes:
+    """The same picture in bytes that no cache has seen: a decoder stops before what follows a JPEG's end."""
+    return image + number.to_bytes(8, "big")

@@ -13,6 +13,8 @@ from typing import Any
 
 from core.files import write_durably
 
+BEFORE = ".before.json"
+
 
 def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
     """`hardware`, `commit`, `date` and `settings`: what a figure means nothing without."""
@@ -25,12 +27,22 @@ def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_results(folder: Path, name: str, outcome: dict[str, Any]) -> Path:
-    """Write `FOLDER/<hardware>-<date>-<commit>/NAME.json` and return its path."""
-    label = f"{outcome['hardware']['name']}-{outcome['date']}-{outcome['commit']}"
-    path = folder / re.sub(r"[^A-Za-z0-9.-]+", "_", label) / f"{name}.json"
+    """Write `FOLDER/<hardware>-<date>-<commit>/NAME.json` and return its path.
+
+    A run that was there already is kept as `NAME.before.json`: two runs of one commit can be compared.
+    """
+    path = results_folder(folder, outcome) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        path.replace(path.with_name(f"{name}{BEFORE}"))
     write_durably(path, json.dumps(outcome, indent=1).encode())
     return path
+
+
+def results_folder(folder: Path, run: dict[str, Any]) -> Path:
+    """Where the results of this hardware, date and commit go."""
+    label = f"{run['hardware']['name']}-{run['date']}-{run['commit']}"
+    return folder / re.sub(r"[^A-Za-z0-9.-]+", "_", label)
 
 
 def _hardware() -> dict[str, Any]:

@@ -22,6 +22,13 @@ def cli_reference(group: click.Group, name: str) -> str:
         assert command is not None
         context = click.Context(command, parent=parent, info_name=command_name)
         sections.append(f"## {name} {command_name}\n\n{_block(command, context)}")
+        if not isinstance(command, click.Group):
+            continue
+        for below in command.list_commands(context):
+            inner = command.get_command(context, below)
+            assert inner is not None
+            told = _block(inner, click.Context(inner, parent=context, info_name=below))
+            sections.append(f"### {name} {command_name} {below}\n\n{told}")
     return "\n".join(sections)
 
 

@@ -32,7 +32,7 @@ NAMES_IN_TREE = 300  # the paper's; its code has 100
 BEAMS = 2
 
 
-def preprocessing(size_px: int) -> Preprocessing:
+def clip_preprocessing(size_px: int) -> Preprocessing:
     """CLIP's, as LLaVA takes it."""
     return Preprocessing(
         size_px=size_px, resize="shortest", crop="center", interpolation="bicubic",
@@ -61,6 +61,8 @@ class GenerativeRecognizer:
         name_embeddings_NR: torch.Tensor,
         *,
         names_in_tree: int = NAMES_IN_TREE,
+        preprocessing: Preprocessing | None = None,
+        question: str = PROMPT,
     ) -> None:
         self._model: Any = model
         self._head = retrieval_head
@@ -71,8 +73,8 @@ class GenerativeRecognizer:
         end = tokenizer.token_to_id(END)
         assert end is not None, "the tokenizer was trained with it"
         self._end = end
-        self.prompt_1L = prompt(tokenizer, model.config.image_seq_length).to(name_embeddings_NR.device)
-        self.preprocessing = preprocessing(model.config.vision_config.image_size)
+        self.prompt_1L = prompt(tokenizer, model.config.image_seq_length, question).to(name_embeddings_NR.device)
+        self.preprocessing = preprocessing or clip_preprocessing(model.config.vision_config.image_size)
         # Tokenised once, for `optimised`: ragged, so one flat array and where each name ends.
         tokens = [each.ids for each in tokenizer.encode_batch(list(names))]
         self._tokens = np.fromiter((token for each in tokens for token in each), np.int32)
@@ -160,10 +162,10 @@ class GenerativeRecognizer:
         return tokens
 
 
-def prompt(tokenizer: Tokenizer, image_tokens: int) -> torch.Tensor:
+def prompt(tokenizer: Tokenizer, image_tokens: int, question: str = PROMPT) -> torch.Tensor:
     """Token ids `[1, L]`: start, the places of the image, the question, the token whose state is what retrieves."""
     image, start, retrieve = (tokenizer.token_to_id(token) for token in (IMAGE, START, RETRIEVE))
-    return torch.tensor([[start, *[image] * image_tokens, *tokenizer.encode(PROMPT).ids, retrieve]])
+    return torch.tensor([[start, *[image] * image_tokens, *tokenizer.encode(question).ids, retrieve]])
 
 
 def quantise(module: torch.nn.Module) -> torch.nn.Module:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.claim import verdict
+from benchmarks.claim_report import verdict
 from benchmarks.generative.names import END, IMAGE, compose, train_tokenizer
 from benchmarks.generative.prefix_tree import PrefixTree
 from benchmarks.generative.recognizer import GenerativeRecognizer, prompt, quantise

@@ -1,0 +1,183 @@
+"""`wikiclip bench all`, or `make bench`: benchmarks in a process each, within a time budget, as one JSON and one page.
+
+What matters most comes first and gets a share of the budget; the rest runs where its time allows. A benchmark that did
+not run is taken from an earlier run of the same hardware, date and commit where there is one. None can spoil another:
+one that fails, or is stopped at its bound, is named in the report with its reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.page import body_of, page, section, table
+from benchmarks.report import describe_run, results_folder, write_results
+from core.files import write_durably
+
+MINUTES, SMOKE_MINUTES = 14.0, 0.75
+_GRACE_S = 20  # for a benchmark that is told to end to stop what it started
+_OVERTIME_S = 120  # of a smoke run, whose budget is one of an idle machine
+_SPARE_S = 20  # of the budget, for the report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A benchmark of the suite: the seconds that it takes on two cores, and in a smoke run (None: left out of one).
+
+    `budgeted`: it takes `--minutes` and ends by itself.
+    """
+
+    name: str
+    takes_s: float
+    smoke_s: float | None = None
+    budgeted: bool = False
+    options: Sequence[str] = ()
+    smoke_options: Sequence[str] = ()
+
+
+PARTS = (
+    Part(name="stages", takes_s=240, smoke_s=12, budgeted=True),
+    Part(name="claim", takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny")),
+    Part(name="load", takes_s=130),
+    Part(name="peers", takes_s=120),
+    Part(name="service", takes_s=40, smoke_s=10),
+    Part(name="index", takes_s=40),
+    Part(name="export", takes_s=60),
+)
+_TAKES_OTHERWISE_S = 90.0
+
+
+def run_all(
+    benchmarks: Mapping[str, str], bundle: Path, results: Path, *, smoke: bool, minutes: float | None
+) -> tuple[Path, dict[str, Any]]:
+    """Run what fits and fold in what is there; the path of `all.json` and what is in it. `all.html` lies beside it."""
+    minutes = minutes or (SMOKE_MINUTES if smoke else MINUTES)
+    began = time.monotonic()
+    ends = began + 60 * minutes - (0 if smoke else _SPARE_S)
+    run = describe_run({"bundle": bundle.name, "smoke": smoke, "minutes": minutes})
+    folder = results_folder(results, run)
+    figures: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
+    took_s: dict[str, float] = {}
+    for part in _parts(benchmarks):
+        needed = part.smoke_s if smoke else part.takes_s
+        left = ends - time.monotonic()
+        if needed is None or (left < needed and not (part.budgeted and left > needed / 2)):
+            left_out[part.name] = "not run within the time given"
+            continue
+        print(f"{part.name}: {left:.0f} s left", file=sys.stderr)  # noqa: T201 - progress of a command
+        started = time.monotonic()
+        outcome = _run(
+            part, bundle, results, smoke=smoke, seconds=min(needed, left), most_s=left + (_OVERTIME_S if smoke else 0)
+        )
+        took_s[part.name] = round(time.monotonic() - started, 1)
+        if isinstance(outcome, str):
+            left_out[part.name] = outcome
+        else:
+            figures[part.name] = outcome
+    for name in list(left_out):
+        earlier = folder / f"{name}.json"
+        # Of this commit, so the same code; a file of a smoke run or of another bundle is no such run.
+        if earlier.exists() and (kept := json.loads(earlier.read_bytes()))["settings"].items() >= {
+            "bundle": bundle.name, "smoke": smoke
+        }.items():  # fmt: skip
+            figures[name] = kept["figures"]
+            left_out[name] += "; figures are of an earlier run of this commit"
+    run["settings"] |= {"took_s": took_s, "left_out": left_out}
+    run["minutes"] = round((time.monotonic() - began) / 60, 1)
+    outcome = {**run, "figures": figures}
+    path = write_results(results, "all", outcome)
+    write_durably(path.with_suffix(".html"), report(benchmarks, outcome).encode())
+    return path, outcome
+
+
+def _parts(benchmarks: Mapping[str, str]) -> Iterator[Part]:
+    """Those of the suite that there are, then all others."""
+    yield from (part for part in PARTS if part.name in benchmarks)
+    known = {part.name for part in PARTS}
+    yield from (Part(name=name, takes_s=_TAKES_OTHERWISE_S) for name in benchmarks if name not in known)
+
+
+def _run(
+    part: Part, bundle: Path, results: Path, *, smoke: bool, seconds: float, most_s: float
+) -> dict[str, Any] | str:
+    """The figures, or why there are none. It is told to end, as by Ctrl-C, after `most_s`."""
+    command = [
+        sys.executable, "-m", "wikiclip", "bench", part.name, "--json",
+        "--bundle", str(bundle), "--results", str(results),
+        *(("--smoke",) if smoke else ()), *(part.smoke_options if smoke else part.options),
+        *(("--minutes", f"{seconds / 60:.2f}") if part.budgeted else ()),
+    ]  # fmt: skip
+    # A session of its own, so that all that it started can be told to end.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        said, complained = process.communicate(timeout=max(most_s, 0.1))
+    except subprocess.TimeoutExpired:
+        _end(process)
+        return f"stopped after {most_s:.0f} s, the time that was left"
+    except BaseException:
+        _end(process)
+        raise
+    if process.returncode:
+        lines = complained.strip().splitlines() or [f"exit code {process.returncode}"]
+        return lines[-1].removeprefix("error: ")
+    figures: dict[str, Any] = json.loads(said.splitlines()[-1])["figures"]
+    return figures
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, sign)
+        try:
+            process.communicate(timeout=_GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def report(benchmarks: Mapping[str, str], outcome: dict[str, Any]) -> str:
+    """One page: what it ran on, then every benchmark's own report, or its figures in a table."""
+    hardware = outcome["hardware"]
+    rows = [[key, str(value)] for key, value in hardware.items() if key != "name"]
+    rows += [["commit", outcome["commit"]], ["date", outcome["date"]], ["minutes", str(outcome["minutes"])]]
+    parts = [section("What this ran on", table(["", ""], rows))]
+    for name, figures in outcome["figures"].items():
+        module = importlib.import_module(benchmarks[name])
+        body = body_of(module.report(figures)) if hasattr(module, "report") else _figures_table(figures)
+        parts.append(f'<article id="{name}"><h1>{name.capitalize()}</h1>\n{body}</article>')
+    if left_out := outcome["settings"]["left_out"]:
+        parts.append(section("Left out", table(["benchmark", "why"], [list(row) for row in left_out.items()])))
+    links = " · ".join(f'<a href="#{name}">{name}</a>' for name in outcome["figures"])
+    return page(f"Benchmarks on {hardware['name']}", "\n".join((f"<p>{links}</p>", *parts)))
+
+
+def _figures_table(figures: Any) -> str:
+    return table(["figure", "value"], [list(row) for row in _flat(figures)])
+
+
+def _flat(figures: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every single figure by its path; of a metric with samples its median and interval."""
+    if isinstance(figures, dict) and {"median", "interval", "samples"} <= figures.keys():
+        low, high = figures["interval"]
+        yield path, f"{figures['median']} {figures.get('unit', '')} ({low} to {high})"
+    elif isinstance(figures, dict):
+        for name, below in figures.items():
+            yield from _flat(below, f"{path} {name}".strip())
+    elif isinstance(figures, list) and any(isinstance(each, dict | list) for each in figures):
+        for number, below in enumerate(figures):
+            yield from _flat(below, f"{path} {number}".strip())
+    else:
+        yield path, ", ".join(map(str, figures)) if isinstance(figures, list) else str(figures)

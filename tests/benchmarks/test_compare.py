@@ -1,0 +1,127 @@
+"""Two runs compared: noise is no change, a change is one, whichever way the metric counts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import as_text, compare, metrics_of, read_run
+from benchmarks.rounds import Metric, Probe, nested, sample
+from core.errors import UserError
+
+METRICS = 30
+
+
+def made_run(
+    seed: int, *, slower: float = 1.0, machine: float = 1.0, rounds: int = 12, speed_seen: bool = True
+) -> dict[str, Any]:
+    """A run of made-up metrics on a machine with neighbours: samples get worse by a random share, in bursts that the
+    reference sees or not, and one metric of each kind is `slower`."""
+    rng = np.random.default_rng(seed)
+    metrics = {}
+    for number in range(METRICS):
+        burst = 1 + rng.exponential(0.3, rounds) * (rng.random(rounds) < 0.4)
+        times = 5.0 * (number + 1) * burst * machine * rng.lognormal(0, 0.03, rounds)
+        reference = 10.0 * machine * rng.lognormal(0, 0.03, rounds) * (burst if speed_seen else 1)
+        times = times * (slower if number in (3, 4) else 1)
+        metrics[f"group/{number}"] = (
+            Metric(samples=times.tolist(), reference_ms=reference.tolist())
+            if number != 4
+            else Metric(
+                unit="images/s", better="higher", samples=(1000 / times).tolist(), reference_ms=reference.tolist()
+            )
+        )
+    return {"figures": {"made": nested(metrics)}}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_two_runs_of_one_thing_are_no_regression(seed: int) -> None:
+    comparison = compare(made_run(seed), made_run(100 + seed, speed_seen=seed % 2 == 0))
+    assert comparison.regressions == []
+    assert len(comparison.changes) == METRICS
+    assert "no regression past 20 %" in as_text(comparison)
+
+
+def test_a_slower_machine_is_no_regression() -> None:
+    assert compare(made_run(1), made_run(2, machine=1.8)).regressions == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_slowed_version_is_caught_and_nothing_else(seed: int) -> None:
+    comparison = compare(made_run(seed), made_run(50 + seed, slower=1.7))
+    assert {change.name for change in comparison.regressions} == {"made/group/3", "made/group/4"}
+    for change in comparison.regressions:
+        assert change.interval[0] > 1.2
+        assert change.worse == pytest.approx(1.7, rel=0.15)
+    back = compare(made_run(50 + seed, slower=1.7), made_run(seed))
+    assert {c.name for c in back.changes if c.verdict == "improvement"} == {"made/group/3", "made/group/4"}
+    assert back.regressions == []
+
+
+def test_a_threshold_that_is_not_passed_is_no_regression() -> None:
+    comparison = compare(made_run(1), made_run(2, slower=1.7), threshold=1.0)
+    assert comparison.regressions == []
+    assert "no regression past 100 %" in as_text(comparison)
+
+
+def test_few_samples_tell_nothing() -> None:
+    comparison = compare(made_run(1, rounds=4), made_run(2, rounds=4, slower=5))
+    assert {change.verdict for change in comparison.changes} == {"fewer than 5 samples: cannot be told"}
+
+
+def test_a_call_slowed_on_purpose_is_caught_for_real() -> None:
+    """Real times, in turns on this machine: one of three pieces of work is done five times over in the second run."""
+
+    def work(times: int) -> Any:
+        return lambda _: [sum(range(4000)) for _ in range(times)]
+
+    def run(slowed: int) -> dict[str, Any]:
+        probes = [Probe(name=name, call=work(20 * (slowed if name == "b" else 1))) for name in "abc"]
+        return {"figures": nested(sample(probes, rounds=12, moment_s=0.005))}
+
+    before, after = run(1), run(5)
+    # What else the machine does may slow one of the others too: that one is found is what counts.
+    assert "b" in {change.name for change in compare(before, after, threshold=0.5).regressions}
+
+
+def test_a_run_that_is_told_to_end_ends_with_two_rounds() -> None:
+    metrics = sample([Probe(name="x", call=lambda i: i)], rounds=50, moment_s=0, until=time.monotonic() - 1)
+    assert len(metrics["x"].samples) == 2
+
+
+def test_the_command_exits_1_on_a_regression(tmp_path: Path) -> None:
+    for name, run in (("a", made_run(1)), ("same", made_run(2)), ("slow", made_run(3, slower=2))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(run))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "all.json").write_text(json.dumps(made_run(4)))
+
+    def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        given = [sys.executable, "-m", "wikiclip", "bench", "compare", *map(str, arguments)]
+        return subprocess.run(given, capture_output=True, text=True, check=False, timeout=120)
+
+    done = command(tmp_path / "a.json", folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = command(tmp_path / "a.json", tmp_path / "slow.json", "--json")
+    assert done.returncode == 1
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["regressions"] == ["made/group/3", "made/group/4"]
+    done = command(tmp_path / "a.json", tmp_path / "nowhere.json")
+    assert done.returncode == 2
+    assert "nowhere.json cannot be read" in done.stderr
+
+
+def test_what_is_no_result_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no results"):
+        read_run(tmp_path)
+    with pytest.raises(UserError, match="no metric with samples in common"):
+        compare({"figures": {}}, made_run(1))
+    found = dict(metrics_of({"a": {"b": {"samples": [1.0], "better": "lower"}, "c": 3}, "d": [1]}))
+    assert list(found) == ["a/b"]

@@ -1,0 +1,92 @@
+"""The generative baseline, trained for a few steps on a made-up Symbols and judged beside a bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.generative.names import IMAGE, train_tokenizer
+from benchmarks.generative.recognizer import prompt
+from benchmarks.generative.tiny_llava import IGNORED, TinyLlava
+from benchmarks.generative.train import KINDS, Settings, run
+from core.errors import UserError
+from imaging import load_pixels
+from model.tiny import load_tiny
+
+
+@pytest.fixture(scope="module")
+def symbols(tmp_path_factory: pytest.TempPathFactory, small_images: dict[str, bytes]) -> Path:
+    """As `demo.build` leaves it: the entities of `small_bundle`, half of them seen, each one's image both ways."""
+    build = tmp_path_factory.mktemp("symbols")
+    catalog, pairs, queries = [], [], []
+    for position, (entity_id, data) in enumerate(small_images.items()):
+        for number in range(2):
+            # Bytes behind the end of a PNG are not read: two images, one picture.
+            (build / f"{position}-{number}.png").write_bytes(data + bytes([number]))
+        catalog.append(
+            {"entity_id": entity_id, "title": f"Thing {position}", "text": "A thing.", "images": [f"{position}-0.png"]}
+        )
+        seen = "seen" if position % 2 else "unseen"
+        row = {"image": f"{position}-0.png", "entity_id": entity_id}
+        queries.append({"data_id": f"q{position}", "data_split": f"test_{seen}", **row})
+        if seen == "seen":
+            for number in range(2):
+                given = {**row, "image": f"{position}-{number}.png"}
+                pairs.append({"data_id": f"p{position}-{number}", "data_split": "train_seen", **given})
+    files = {"catalog": catalog, "pairs_train": pairs} | {f"queries_test_{kind}": queries for kind in KINDS}
+    for name, rows in files.items():
+        (build / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return build
+
+
+def test_it_learns_the_names_it_is_taught_and_is_judged_beside_wikiclip(symbols: Path, small_bundle: Path) -> None:
+    torch.set_num_threads(1)
+    settings = Settings(steps=60, entities_per_batch=5, warmup_steps=5)
+    figures = run(symbols, small_bundle, settings, fresh=False)
+    assert figures["entities"] == 11
+    accuracy = figures["accuracy"]
+    assert accuracy["wikiclip"]["clean"]["seen"] == accuracy["wikiclip"]["clean"]["unseen"] == 100
+    for kind in KINDS:
+        assert accuracy["generative, optimised"][kind]["seen"] == 100  # asked with what it was taught
+        assert accuracy["generative, faithful"][kind]["queries"] == 11
+        # It spells what it has learned to spell, though the image of an unseen entity is in the catalog.
+        assert accuracy["generative, its retrieval alone"][kind]["unseen"] == 100
+    again = run(symbols, small_bundle, settings, fresh=False)
+    assert again == figures  # what was trained is kept
+
+
+def test_without_symbols_it_says_what_to_do(tmp_path: Path, small_bundle: Path) -> None:
+    with pytest.raises(UserError, match="make symbols"):
+        run(tmp_path, small_bundle, Settings(steps=1), fresh=False)
+
+
+def test_cached_features_train_what_images_ask(small_images: dict[str, bytes]) -> None:
+    """The path of training (cached patch tokens) and that of answering (pixels through the tower) are one network."""
+    encoder = load_tiny()
+    tokenizer = train_tokenizer(["Giraffe", "Lion"], tokens=300)
+    network = TinyLlava(
+        encoder, encoder.module, scale=2.0, image_token=tokenizer.token_to_id(IMAGE),
+        vocabulary=tokenizer.get_vocab_size(),
+    ).eval()  # fmt: skip
+    pixels = np.stack(
+        [load_pixels(d, encoder.preprocessing, max_pixels=10**6) for d in list(small_images.values())[:2]]
+    )
+    prompt_1L = prompt(tokenizer, encoder.patches)
+    features = encoder.encode(pixels)
+    cached = network.retrieve(features.patch_tokens_BPC, prompt_1L)
+    from imaging import normalise
+
+    asked = network.model.model(
+        input_ids=prompt_1L.expand(2, -1), pixel_values=torch.from_numpy(normalise(pixels, encoder.preprocessing))
+    ).last_hidden_state[:, -1]
+    direct = torch.nn.functional.normalize(network.head(asked), dim=1)
+    torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in network.model.model.vision_tower.parameters())
+    names = torch.tensor([[5, 1, IGNORED], [6, 7, 1]])
+    named, contrast = network.losses(features.patch_tokens_BPC, prompt_1L, names, 10.0)
+    assert float(named.detach()) > 0
+    assert float(contrast.detach()) == pytest.approx(0)  # one pair has nothing to be told from

@@ -1,0 +1,66 @@
+"""`wikiclip bench all`: what fits is run, what does not is taken from before or left out, and all is one report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from benchmarks.cli import BENCHMARKS
+from benchmarks.page import body_of, page
+from benchmarks.report import describe_run, results_folder
+from benchmarks.stages import report as stages_report
+from benchmarks.suite import run_all
+
+MINUTES = 5.0  # far more than is needed: how long a busy machine takes decides nothing
+
+
+def some(*names: str) -> dict[str, str]:
+    return {name: BENCHMARKS[name] for name in names}
+
+
+def test_what_is_run_and_what_is_not_make_one_report(small_bundle: Path, tmp_path: Path) -> None:
+    folder = results_folder(tmp_path, describe_run({}))
+    folder.mkdir()
+    kept = {"settings": {"bundle": small_bundle.name, "smoke": True}, "figures": {"p50_ms": 12.5}}
+    (folder / "load.json").write_text(json.dumps({**kept, "figures": {"x": 1}, "settings": {"bundle": "another"}}))
+    (folder / "train.json").write_text(json.dumps(kept))
+    # A smoke run has time for neither `load` nor `train`, whatever the budget.
+    benchmarks = some("stages", "index", "load", "train")
+    path, outcome = run_all(benchmarks, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
+    assert path == folder / "all.json"
+    assert json.loads(path.read_bytes()) == outcome
+    assert set(outcome["figures"]) == {"stages", "train"}
+    assert outcome["figures"]["train"] == {"p50_ms": 12.5}
+    left_out = outcome["settings"]["left_out"]
+    assert left_out["load"] == left_out["index"] == "not run within the time given"
+    assert left_out["train"].endswith("figures are of an earlier run of this commit")
+    growth = outcome["figures"]["stages"]["growth"]
+    assert {len(metric["samples"]) for metric in growth.values()} == {2}
+    assert all(each["fast_recall_at_10"] > 0.95 for each in outcome["figures"]["stages"]["catalogs"])
+    html = path.with_suffix(".html").read_text()
+    assert re.findall(r"(?:src|href)=[\"'](?!data:|#)", html) == []
+    assert all(f'id="{name}"' in html for name in outcome["figures"])
+    assert body_of(stages_report(outcome["figures"]["stages"])) in html
+    assert "12.5" in html
+    # A second run keeps the first, to be compared with.
+    _, again = run_all({}, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
+    assert again["figures"] == {}
+    assert json.loads((folder / "all.before.json").read_bytes()) == outcome
+
+
+def test_one_that_fails_is_named_and_spoils_no_other(tmp_path: Path) -> None:
+    _, outcome = run_all(some("service"), tmp_path / "nowhere", tmp_path, smoke=True, minutes=MINUTES)
+    assert outcome["figures"] == {}
+    assert "nowhere" in outcome["settings"]["left_out"]["service"]
+
+
+def test_one_past_its_time_is_told_to_end(small_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.suite._OVERTIME_S", -1e9)
+    _, outcome = run_all(some("service"), small_bundle, tmp_path, smoke=True, minutes=MINUTES)
+    assert outcome["figures"] == {}
+    assert "stopped after" in outcome["settings"]["left_out"]["service"]
+
+
+def test_a_body_is_what_a_page_was_made_of() -> None:
+    assert body_of(page("Title", "<p>one</p>\n<p>two</p>")) == "<p>one</p>\n<p>two</p>"
