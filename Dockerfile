@@ -22,16 +22,19 @@ COPY service service
 COPY benchmarks benchmarks
 COPY model model
 COPY export export
-RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live]'
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live,s3]'
 
 FROM gpu-python AS gpu
 COPY --from=gpu-build /opt/wikiclip /opt/wikiclip
-RUN useradd --system --uid 10001 --no-create-home wikiclip
+# /cache keeps bundles that are given by URI; mount a volume there, since all else is read-only.
+RUN useradd --system --uid 10001 --no-create-home wikiclip \
+    && install -d -o wikiclip /cache
 USER 10001
 ENV PATH=/opt/wikiclip/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     WIKICLIP_BUNDLE=/bundle \
+    WIKICLIP_BUNDLE_CACHE=/cache \
     WIKICLIP_HOST=0.0.0.0 \
     WIKICLIP_PORT=8000 \
     WIKICLIP_DEVICE=cuda
@@ -62,12 +65,15 @@ RUN /opt/wikiclip/bin/pip install --no-cache-dir --no-deps . \
 
 FROM python:3.11-slim-bookworm AS cpu
 COPY --from=cpu-build /opt/wikiclip /opt/wikiclip
-RUN useradd --system --uid 10001 --no-create-home wikiclip
+# /cache keeps bundles that are given by URI; mount a volume there, since all else is read-only.
+RUN useradd --system --uid 10001 --no-create-home wikiclip \
+    && install -d -o wikiclip /cache
 USER 10001
 ENV PATH=/opt/wikiclip/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     WIKICLIP_BUNDLE=/bundle \
+    WIKICLIP_BUNDLE_CACHE=/cache \
     WIKICLIP_HOST=0.0.0.0 \
     WIKICLIP_PORT=8000 \
     WIKICLIP_DEVICE=cpu

@@ -100,7 +100,7 @@ def test_image_holds_every_module_that_serving_imports() -> None:
 
 
 def test_gpu_image_installs_no_torch() -> None:
-    assert re.findall(r"\[(.+?)\]", " ".join(of("gpu-build", "RUN"))) == ["gpu,live"]
+    assert re.findall(r"\[(.+?)\]", " ".join(of("gpu-build", "RUN"))) == ["gpu,live,s3"]
 
 
 def test_cpu_image_installs_what_is_locked_by_hash_and_nothing_else() -> None:
@@ -120,7 +120,7 @@ def test_serving_lock_pins_what_serving_needs_as_it_was_tested() -> None:
         pins[canonical(found[1])] = found[2]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["cpu"] + extras["live"]
+    wanted = project["dependencies"] + extras["cpu"] + extras["live"] + extras["s3"]
     assert {canonical(re.split(r"[\[<>=]", each)[0]) for each in wanted} <= set(pins)
     assert "torch" not in pins
     tested = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
