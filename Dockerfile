@@ -1,4 +1,4 @@
-# Two images of the service, neither with torch. The last stage is the default.
+# Two images of the service, neither with torch, and one of the load generator. The last stage is the default.
 #   docker build -t wikiclip-serve:cpu .
 #   docker build -t wikiclip-serve:gpu --target gpu .
 # Run with a bundle mounted at /bundle; every setting is an environment variable WIKICLIP_*.
@@ -62,6 +62,18 @@ COPY model model
 COPY export export
 RUN /opt/wikiclip/bin/pip install --no-cache-dir --no-deps . \
     && /opt/wikiclip/bin/pip check
+
+# ---- Locust with this repository's users, to put load on a service; no part of the serving image ----
+FROM cpu-build AS load
+COPY requirements.lock ./
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[load]' \
+    && useradd --system --uid 10001 --no-create-home wikiclip
+USER 10001
+ENV PATH=/opt/wikiclip/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+ENTRYPOINT ["locust", "--locustfile", "benchmarks/locustfile.py"]
+CMD ["--help"]
 
 FROM python:3.11-slim-bookworm AS cpu
 COPY --from=cpu-build /opt/wikiclip /opt/wikiclip

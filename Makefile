@@ -29,7 +29,7 @@ setup: $(ALL)  ## .venv with everything: serving, export, training, demo and tes
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node; \
 	else echo "npm is not installed: the tests of the page wait for 'make test'"; fi
 
-system:  ## what the tests need of the system: redis-server, chromium, nodejs, npm, an emoji font
+system:  ## what the tests need of the system: redis-server, chromium, nodejs, npm, nginx, promtool, an emoji font
 	@.ci/system-packages
 
 node: $(NODE_MODULES)

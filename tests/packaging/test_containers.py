@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import click
+import jsonschema
 import pytest
 import yaml
 
@@ -160,39 +165,138 @@ def test_image_command_is_one_the_console_knows(target: str, monkeypatch: pytest
     assert of(target, "EXPOSE") == [environment["WIKICLIP_PORT"]]
 
 
-def test_compose_services() -> None:
+PROFILES = {
+    "service": None,
+    "redis": None,
+    "service-gpu": "gpu",
+    "locust": "load",
+    "prometheus": "observe",
+    "grafana": "observe",
+    "replica-a": "scale",
+    "replica-b": "scale",
+    "proxy": "scale",
+    "service-milvus": "milvus",
+    "milvus": "milvus",
+    "etcd": "milvus",
+    "minio": "milvus",
+}
+SERVING = ("service", "service-gpu", "replica-a", "replica-b", "service-milvus")
+AS_THEIR_MAKERS_RUN_THEM = {"milvus", "etcd", "minio"}
+
+
+def environment_in(service: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in service.get("environment", {}).items()}
+
+
+def test_compose_follows_the_specification() -> None:
+    """The schema of the Compose Specification itself, which check-jsonschema brings."""
+    schema = resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    content = json.loads(schema.read_text(encoding="utf-8"))
+    validator = jsonschema.validators.validator_for(content)(content)
+    document = compose()
+    assert [error.message for error in validator.iter_errors(document)] == []
+    document["services"]["proxy"]["port"] = ["8080:8080"]
+    assert [error.message for error in validator.iter_errors(document)]
+
+
+def test_compose_services_and_their_profiles() -> None:
     services = compose()["services"]
-    assert set(services) == {"service", "service-gpu", "redis"}
-    assert services["service-gpu"]["profiles"] == ["gpu"]
-    assert "profiles" not in services["service"]
-    assert "profiles" not in services["redis"]
-    for name, service in services.items():
+    assert {name: service.get("profiles") for name, service in services.items()} == {
+        name: None if profile is None else [profile] for name, profile in PROFILES.items()
+    }
+    for name in set(services) - AS_THEIR_MAKERS_RUN_THEM:
+        service = services[name]
         assert service["read_only"] is True, name
-        assert service["tmpfs"], name
         assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
-@pytest.mark.parametrize(("name", "target"), [("service", "cpu"), ("service-gpu", "gpu")])
-def test_compose_builds_and_publishes_what_the_image_exposes(name: str, target: str) -> None:
+def test_images_are_built_here_or_pinned_to_a_version() -> None:
+    stages = {each.stage for each in INSTRUCTIONS}
+    for name, service in compose()["services"].items():
+        if "build" in service:
+            assert service["build"]["target"] in stages, name
+            assert service["image"] == f"wikiclip-serve:{service['build']['target']}", name
+        else:
+            tag = service["image"].rpartition(":")[2]
+            assert re.match(r"v?\d+\.\d+\.\d+|RELEASE\.\d{4}-\d\d-\d\dT", tag), service["image"]
+
+
+def test_compose_names_only_what_there_is() -> None:
+    document = compose()
+    services = document["services"]
+    for name, service in services.items():
+        assert set(service.get("depends_on", {})) <= set(services), name
+        for needed, how in dict.items(service["depends_on"]) if isinstance(service.get("depends_on"), dict) else ():
+            if how["condition"] == "service_healthy":
+                # Health comes from the image's own check for what is built here.
+                assert "healthcheck" in services[needed] or "build" in services[needed], (name, needed)
+        for volume in service.get("volumes", ()):
+            source = re.sub(r"^\$\{\w+:-([^}]*)\}", r"\1", volume).partition(":")[0]
+            assert (ROOT / source).exists() if source.startswith(".") else source in document["volumes"], volume
+
+
+def test_only_this_machine_reaches_what_is_published() -> None:
+    published = [port for service in compose()["services"].values() for port in service.get("ports", ())]
+    assert len(published) == 6
+    assert all(re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-\d+\}:\d+", port) for port in published)
+    defaults = re.findall(r":-(\d+)\}", " ".join(published))
+    assert len(set(defaults)) == len(defaults)
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_compose_serves_as_the_image_expects(name: str) -> None:
     service = compose()["services"][name]
-    assert service["build"] == {"context": ".", "target": target}
-    (port,) = service["ports"]
-    assert re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-\d+\}:(\d+)", port)
-    assert port.endswith(f":{environment_of(target)['WIKICLIP_PORT']}")
-    (volume,) = service["volumes"]
-    assert volume.endswith(f":{environment_of(target)['WIKICLIP_BUNDLE']}:ro")
+    environment = environment_of(service["build"]["target"])
+    assert [port.rpartition(":")[2] for port in service.get("ports", ())] in ([environment["WIKICLIP_PORT"]], [])
+    bundle, cache = service["volumes"]
+    assert bundle.endswith(f":{environment['WIKICLIP_BUNDLE']}:ro")
+    assert cache.endswith(f":{environment['WIKICLIP_BUNDLE_CACHE']}")
+    settings = settings_in(environment_in(service))
+    assert set(settings) <= set(Settings.model_fields) | ({"index"} if name == "service-milvus" else set())
+    assert settings["redis_url"].startswith("redis://redis:")
+    assert service["depends_on"]["redis"] == {"condition": "service_healthy"}
+    # Prometheus finds each under the name they share.
+    assert service["networks"]["default"]["aliases"] == ["wikiclip"]
 
 
-def test_compose_settings_exist_and_reach_redis() -> None:
+def test_redis_is_healthy_when_it_answers() -> None:
+    assert compose()["services"]["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
+
+
+def test_the_proxy_knows_the_replicas() -> None:
     services = compose()["services"]
-    assert services["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
-    for name in ("service", "service-gpu"):
-        settings = settings_in(services[name]["environment"])
-        assert set(settings) <= set(Settings.model_fields)
-        assert settings["redis_url"].startswith("redis://redis:")
-        assert services[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
+    environment = environment_in(services["proxy"])
+    template = (ROOT / "deploy" / "nginx" / "wikiclip.conf.template").read_text(encoding="utf-8")
+    assert set(re.findall(r"^[^#\n]*\$\{(\w+)\}", template, flags=re.MULTILINE)) == set(environment)
+    replicas = [value for name, value in environment.items() if name.startswith("REPLICA_")]
+    assert replicas == [f"{name}:8000" for name in services if name.startswith("replica-")]
+    assert services["proxy"]["ports"][0].endswith(f":{environment['LISTEN']}")
+    # A body that the service takes reaches it.
+    (megabytes,) = re.findall(r"client_max_body_size (\d+)m;", template)
+    assert int(megabytes) * 1024**2 > Settings().max_body_bytes
 
 
-def test_redis_takes_its_options_as_words() -> None:
-    command = compose()["services"]["redis"]["command"]
-    assert all(isinstance(word, str) for word in command), "YAML reads a bare no as false"
+def test_locust_is_told_what_it_takes() -> None:
+    (options,) = [json.loads(rest) for rest in of("load", "ENTRYPOINT")]
+    assert options[0] == "locust"
+    assert (ROOT / options[2]).is_file()
+    command = compose()["services"]["locust"]["command"]
+    words = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "locust", "--locustfile", options[2], *words, "--list"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Cold" in done.stdout
+
+
+def test_commands_take_their_options_as_words() -> None:
+    for name, service in compose()["services"].items():
+        assert all(isinstance(word, str) for word in service.get("command", ())), (
+            f"{name}: YAML reads a bare no as false"
+        )
