@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -9,7 +10,6 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,38 +20,18 @@ import pytest
 import yaml
 
 from core.cli import LazyGroup
+from deploy.dockerfile import environment, read_dockerfile
 from service.settings import ENV_PREFIX, Settings, load_settings
 from wikiclip import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Instruction:
-    stage: str
-    name: str
-    rest: str
-
-
-def read_dockerfile() -> list[Instruction]:
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    instructions: list[Instruction] = []
-    stage = ""
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        if not line.strip():
-            continue
-        name, _, rest = line.strip().partition(" ")
-        if name == "FROM":
-            stage = rest.split(" AS ")[1]
-        instructions.append(Instruction(stage=stage, name=name, rest=rest.strip()))
-    return instructions
-
-
 def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-INSTRUCTIONS = read_dockerfile()
+INSTRUCTIONS = read_dockerfile(ROOT / "Dockerfile")
 TARGETS = ("cpu", "gpu")
 
 
@@ -66,7 +46,7 @@ def compose() -> dict[str, Any]:
 
 
 def environment_of(stage: str) -> dict[str, str]:
-    return dict(pair.split("=", 1) for line in of(stage, "ENV") for pair in shlex.split(line))
+    return environment(INSTRUCTIONS, stage)
 
 
 def settings_in(environment: dict[str, str]) -> dict[str, str]:
@@ -300,3 +280,48 @@ def test_commands_take_their_options_as_words() -> None:
         assert all(isinstance(word, str) for word in service.get("command", ())), (
             f"{name}: YAML reads a bare no as false"
         )
+
+
+def shown(program: str) -> list[list[str]]:
+    """The command lines of a program in the documents and in compose's own comment, in fences or between backticks."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "deployment.md", ROOT / "docs" / "service.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    comments = (ROOT / "docker-compose.yml").read_text(encoding="utf-8").replace("#   ", "")
+    lines = re.findall(rf"^{program} .*$", f"{text}\n{comments}", flags=re.MULTILINE)
+    quoted = re.findall(rf"`({program} [^`\n]+)`", text)
+    return [shlex.split(re.sub(r"\s{2,}.*", "", line)) for line in lines + quoted]
+
+
+def test_shown_compose_commands_name_profiles_and_services() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--profile", action="append", default=[])
+    parser.add_argument("verb", choices=["up", "restart"], nargs="?")
+    parser.add_argument("services", nargs="*")
+    services = compose()["services"]
+    commands = shown("docker compose")
+    assert len(commands) > 10
+    profiles_shown = set()
+    for words in commands:
+        given = parser.parse_args(words[2:])
+        profiles_shown.update(given.profile)
+        for name in given.services:
+            assert name in services, words
+            # What is named is in a profile that is named, but for a restart, which takes any.
+            assert given.verb == "restart" or set(services[name].get("profiles", ())) <= set(given.profile), words
+    assert profiles_shown == {profile for profile in PROFILES.values() if profile}
+
+
+def test_shown_builds_name_stages() -> None:
+    stages = {each.stage for each in INSTRUCTIONS}
+    builds = shown("docker build")
+    assert builds
+    for words in builds:
+        target = words[words.index("--target") + 1] if "--target" in words else INSTRUCTIONS[-1].stage
+        assert target in stages
+        assert words[words.index("-t") + 1] == f"wikiclip-serve:{target}"
+
+
+def test_shown_manifests_exist() -> None:
+    applied = [words[words.index("-f") + 1] for words in shown("kubectl") if "-f" in words]
+    assert applied
+    assert [path for path in applied if not (ROOT / path).exists()] == []
