@@ -5,6 +5,9 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
 
+# ONNX Runtime is not to report its use (core/__init__.py says so to what runs without make).
+export ORT_DISABLE_TELEMETRY := 1
+
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
