@@ -32,7 +32,7 @@ def canonical(name: str) -> str:
 
 
 INSTRUCTIONS = read_dockerfile(ROOT / "Dockerfile")
-TARGETS = ("cpu", "gpu")
+TARGETS = ("cpu", "gpu", "milvus")
 
 
 def of(stage: str, name: str) -> list[str]:
@@ -233,7 +233,7 @@ def test_compose_serves_as_the_image_expects(name: str) -> None:
     assert bundle.endswith(f":{environment['WIKICLIP_BUNDLE']}:ro")
     assert cache.endswith(f":{environment['WIKICLIP_BUNDLE_CACHE']}")
     settings = settings_in(environment_in(service))
-    assert set(settings) <= set(Settings.model_fields) | ({"index"} if name == "service-milvus" else set())
+    assert set(settings) <= set(Settings.model_fields)
     assert settings["redis_url"].startswith("redis://redis:")
     assert service["depends_on"]["redis"] == {"condition": "service_healthy"}
     # Prometheus finds each under the name they share.

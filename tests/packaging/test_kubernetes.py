@@ -15,7 +15,7 @@ import wikiclip
 from service.app import create_app
 from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings, load_settings
-from tests.packaging.test_cli_docs import check
+from tests.packaging.test_shown_commands import check
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("1.30", "1.37")
