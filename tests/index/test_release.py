@@ -99,7 +99,8 @@ def flipped(data: bytes) -> bytes:
 
 
 @everywhere
-def test_what_is_pulled_is_what_was_pushed(small_bundle, place, tmp_path):
+def test_what_is_pulled_is_what_was_pushed(small_bundle, place, tmp_path, monkeypatch):
+    monkeypatch.setattr("index.remote.CHUNK_BYTES", 10_000)  # several requests a file
     sent = push(small_bundle, place, verify=True)
     assert (sent.files, sent.kept_files) == (files_of(small_bundle), 0)
     got = pull(place, tmp_path / "pulled")
