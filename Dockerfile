@@ -22,7 +22,7 @@ COPY service service
 COPY benchmarks benchmarks
 COPY model model
 COPY export export
-RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live,s3]'
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live,otel,s3]'
 
 FROM gpu-python AS gpu
 COPY --from=gpu-build /opt/wikiclip /opt/wikiclip

@@ -95,7 +95,7 @@ lock:  ## requirements.lock and requirements-serving.lock anew: the newest versi
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet pip-tools
 	@# Compiled against the lock just written, so that the image runs what the tests ran.
 	rm -f requirements-serving.lock
-	build/lock-venv/bin/pip-compile --quiet --generate-hashes --extra cpu --extra live --extra s3 --constraint requirements.lock --strip-extras \
+	build/lock-venv/bin/pip-compile --quiet --generate-hashes --extra cpu --extra live --extra otel --extra s3 --constraint requirements.lock --strip-extras \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 	  --output-file requirements-serving.lock pyproject.toml
 	rm -rf build/lock-venv

@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from core.cli import LazyGroup
+from deploy import chroot_image
 from deploy.dockerfile import environment, read_dockerfile
 from service.settings import ENV_PREFIX, Settings, load_settings
 from wikiclip import cli
@@ -84,8 +85,27 @@ def test_image_holds_every_module_that_serving_imports() -> None:
     assert {"core", "imaging", "index", "service", "wikiclip.py"} <= copied
 
 
+def test_the_image_without_an_engine_starts_from_what_the_dockerfile_names(tmp_path: Path) -> None:
+    for stage in ("cpu-build", "cpu"):
+        assert [rest.split()[0] for rest in of(stage, "FROM")] == [chroot_image.BASE_IMAGE]
+    # What a COPY and an ENV of the Dockerfile do, on an empty root.
+    stages = {
+        "cpu": chroot_image.Stage(root=tmp_path / "cpu"),
+        "cpu-build": chroot_image.Stage(root=tmp_path / "build"),
+    }
+    (tmp_path / "build" / "opt" / "wikiclip").mkdir(parents=True)
+    (tmp_path / "build" / "opt" / "wikiclip" / "built").write_text("built")
+    for each in INSTRUCTIONS:
+        if each.stage == "cpu" and each.name in ("COPY", "ENV", "USER"):
+            chroot_image.carry_out(each, stages, tmp_path)
+    assert (tmp_path / "cpu" / "opt" / "wikiclip" / "built").read_text() == "built"
+    assert stages["cpu"].environment["PATH"] == f"/opt/wikiclip/bin:{chroot_image.SYSTEM_PATH}"
+    assert stages["cpu"].environment["WIKICLIP_BUNDLE"] == "/bundle"
+    assert stages["cpu"].user == "10001"
+
+
 def test_gpu_image_installs_no_torch() -> None:
-    assert re.findall(r"\[(.+?)\]", " ".join(of("gpu-build", "RUN"))) == ["gpu,live,s3"]
+    assert re.findall(r"\[(.+?)\]", " ".join(of("gpu-build", "RUN"))) == ["gpu,live,otel,s3"]
 
 
 def test_cpu_image_installs_what_is_locked_by_hash_and_nothing_else() -> None:
@@ -105,7 +125,7 @@ def test_serving_lock_pins_what_serving_needs_as_it_was_tested() -> None:
         pins[canonical(found[1])] = found[2]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["cpu"] + extras["live"] + extras["s3"]
+    wanted = project["dependencies"] + extras["cpu"] + extras["live"] + extras["otel"] + extras["s3"]
     assert {canonical(re.split(r"[\[<>=]", each)[0]) for each in wanted} <= set(pins)
     assert "torch" not in pins
     tested = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
