@@ -1,4 +1,4 @@
-# Two images of the service, neither with torch. The last stage is the default.
+# Two images of the service, neither with torch, and one of the load generator. The last stage is the default.
 #   docker build -t wikiclip-serve:cpu .
 #   docker build -t wikiclip-serve:gpu --target gpu .
 # Run with a bundle mounted at /bundle; every setting is an environment variable WIKICLIP_*.
@@ -22,16 +22,19 @@ COPY service service
 COPY benchmarks benchmarks
 COPY model model
 COPY export export
-RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live]'
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live,otel,s3]'
 
 FROM gpu-python AS gpu
 COPY --from=gpu-build /opt/wikiclip /opt/wikiclip
-RUN useradd --system --uid 10001 --no-create-home wikiclip
+# /cache keeps bundles that are given by URI; mount a volume there, since all else is read-only.
+RUN useradd --system --uid 10001 --no-create-home wikiclip \
+    && install -d -o wikiclip /cache
 USER 10001
 ENV PATH=/opt/wikiclip/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     WIKICLIP_BUNDLE=/bundle \
+    WIKICLIP_BUNDLE_CACHE=/cache \
     WIKICLIP_HOST=0.0.0.0 \
     WIKICLIP_PORT=8000 \
     WIKICLIP_DEVICE=cuda
@@ -60,14 +63,55 @@ COPY export export
 RUN /opt/wikiclip/bin/pip install --no-cache-dir --no-deps . \
     && /opt/wikiclip/bin/pip check
 
-FROM python:3.11-slim-bookworm AS cpu
-COPY --from=cpu-build /opt/wikiclip /opt/wikiclip
-RUN useradd --system --uid 10001 --no-create-home wikiclip
+# ---- Locust with this repository's users, to put load on a service; no part of the serving image ----
+FROM cpu-build AS load
+COPY requirements.lock ./
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[load]' \
+    && useradd --system --uid 10001 --no-create-home wikiclip
+USER 10001
+ENV PATH=/opt/wikiclip/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1
+ENTRYPOINT ["locust", "--locustfile", "benchmarks/locustfile.py"]
+CMD ["--help"]
+
+# ---- The CPU image with Milvus's client, which is as large as half the rest ----
+FROM cpu-build AS milvus-build
+COPY requirements.lock ./
+RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[milvus]'
+
+FROM python:3.11-slim-bookworm AS milvus
+COPY --from=milvus-build /opt/wikiclip /opt/wikiclip
+# /cache keeps bundles that are given by URI; mount a volume there, since all else is read-only.
+RUN useradd --system --uid 10001 --no-create-home wikiclip \
+    && install -d -o wikiclip /cache
 USER 10001
 ENV PATH=/opt/wikiclip/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     WIKICLIP_BUNDLE=/bundle \
+    WIKICLIP_BUNDLE_CACHE=/cache \
+    WIKICLIP_HOST=0.0.0.0 \
+    WIKICLIP_PORT=8000 \
+    WIKICLIP_DEVICE=cpu
+EXPOSE 8000
+HEALTHCHECK --interval=10s --timeout=3s --start-period=60s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request; urllib.request.urlopen('http://127.0.0.1:' + os.environ['WIKICLIP_PORT'] + '/readyz', timeout=2)"]
+ENTRYPOINT ["wikiclip"]
+CMD ["serve"]
+
+# ---- CPU, the image itself ----
+FROM python:3.11-slim-bookworm AS cpu
+COPY --from=cpu-build /opt/wikiclip /opt/wikiclip
+# /cache keeps bundles that are given by URI; mount a volume there, since all else is read-only.
+RUN useradd --system --uid 10001 --no-create-home wikiclip \
+    && install -d -o wikiclip /cache
+USER 10001
+ENV PATH=/opt/wikiclip/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    WIKICLIP_BUNDLE=/bundle \
+    WIKICLIP_BUNDLE_CACHE=/cache \
     WIKICLIP_HOST=0.0.0.0 \
     WIKICLIP_PORT=8000 \
     WIKICLIP_DEVICE=cpu

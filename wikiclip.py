@@ -16,6 +16,7 @@ COMMANDS = {
     "recognize": ("service.cli:recognize", "Name the entities in images, without or through a service."),
     "evaluate": ("benchmarks.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
     "inspect": ("index.cli:inspect", "Say what a bundle holds, and whether it is whole."),
+    "bundle": ("index.cli:bundle", "Bring a bundle to a folder or an S3-compatible store, and from there."),
     "bench": ("benchmarks.cli:bench", "Run one benchmark."),
 }
 

@@ -1,1 +1,7 @@
 """What every stage shares: the error tree, JSONL with rejects, durable files. Imports nothing heavy."""
+
+import os
+
+# From 1.32 on ONNX Runtime reports its use to its maker as soon as it is imported, unless it is told not to before.
+# Whoever wants that sets ORT_DISABLE_TELEMETRY=0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
 
 import click
 
@@ -14,22 +15,18 @@ def cli_reference(group: click.Group, name: str) -> str:
     """The Markdown page of `group` and each of its commands, called as `name`: their help, word for word."""
     settings = {**group.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
     parent = click.Context(group, info_name=name, **settings)
-    sections = [
-        f"# Command line\n\nWritten by `make cli-docs` from the commands themselves.\n\n{_block(group, parent)}"
-    ]
+    intro = f"# Command line\n\nWritten by `make cli-docs` from the commands themselves.\n\n{_block(group, parent)}"
+    return "\n".join([intro, *_sections(group, parent)])
+
+
+def _sections(group: click.Group, parent: click.Context) -> Iterator[str]:
     for command_name in group.list_commands(parent):
         command = group.get_command(parent, command_name)
         assert command is not None
         context = click.Context(command, parent=parent, info_name=command_name)
-        sections.append(f"## {name} {command_name}\n\n{_block(command, context)}")
-        if not isinstance(command, click.Group):
-            continue
-        for below in command.list_commands(context):
-            inner = command.get_command(context, below)
-            assert inner is not None
-            told = _block(inner, click.Context(inner, parent=context, info_name=below))
-            sections.append(f"### {name} {command_name} {below}\n\n{told}")
-    return "\n".join(sections)
+        yield f"## {context.command_path}\n\n{_block(command, context)}"
+        if isinstance(command, click.Group):
+            yield from _sections(command, context)
 
 
 def _block(command: click.Command, context: click.Context) -> str:

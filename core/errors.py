@@ -26,6 +26,7 @@
         │   ├── BundleIncomplete
         │   ├── BundleAltered
         │   └── BundleSchemaMismatch
+        ├── TransferError             503           a place of bundles that holds something else or does not answer
         ├── LiveDirError              503           a LIVE_DIR that cannot be used, or that belongs to another bundle
         ├── CatalogError                            a catalog, pairs or queries file that cannot be read at all
         ├── CheckpointError                         a checkpoint that is missing, of another shape, or altered
@@ -166,6 +167,11 @@ class BundleAltered(BundleError):
 
 class BundleSchemaMismatch(BundleError):
     pass
+
+
+class TransferError(UserError):
+    status = 503
+    title = "Bundle cannot be transferred"
 
 
 class LiveDirError(UserError):

@@ -15,6 +15,11 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SQLITE_FULL = {"SQLITE_FULL", "SQLITE_IOERR_WRITE"}
 
 
+def is_uri(source: str | Path) -> bool:
+    """Whether this names a place as `s3://bucket/prefix` or `file:///folder` does, and no path."""
+    return isinstance(source, str) and "://" in source
+
+
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:

@@ -1,1 +1,3 @@
 """Catalog in, bundle out."""
+
+import core  # noqa: F401 - before ONNX Runtime: it says what that may not do

@@ -1,11 +1,15 @@
-"""Commands `index` and `inspect`."""
+"""Commands `index`, `inspect` and `bundle`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from index.release import Transferred
 
 _BUNDLE = click.Path(path_type=Path)
 
@@ -145,3 +149,47 @@ def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
         click.echo(json.dumps(report, ensure_ascii=False))
     else:
         click.echo("\n".join(describe_lines(report)))
+
+
+@click.group(no_args_is_help=False)
+def bundle() -> None:
+    """Bring a bundle to a folder or an S3-compatible store, and from there.
+
+    URI is a folder, file://... or s3://BUCKET/PREFIX (extra `s3`; credentials and endpoint as AWS's tools take them:
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or a profile). `wikiclip serve --bundle URI` serves one.
+    """
+
+
+@bundle.command()
+@click.argument("bundle", type=_BUNDLE)
+@click.argument("uri")
+@click.option("--verify", is_flag=True, help="Read every byte back from URI afterwards, and hash it.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was transferred as one JSON object.")
+def push(bundle: Path, uri: str, verify: bool, as_json: bool) -> None:
+    """Bring BUNDLE to URI, every file checked before; cut off, run it again: only what is missing is sent."""
+    from index.release import push as push_bundle
+
+    _tell_transfer(push_bundle(bundle, uri, verify=verify, progress=True), f"is at {uri}", as_json=as_json)
+
+
+@bundle.command()
+@click.argument("uri")
+@click.argument("folder", type=_BUNDLE)
+@click.option("--json", "as_json", is_flag=True, help="Print what was transferred as one JSON object.")
+def pull(uri: str, folder: Path, as_json: bool) -> None:
+    """Bring the bundle at URI into FOLDER, every byte hashed; cut off, run it again: it goes on where it was."""
+    from index.release import pull as pull_bundle
+
+    _tell_transfer(pull_bundle(uri, folder, progress=True), f"is in {folder}", as_json=as_json)
+
+
+def _tell_transfer(came: Transferred, where: str, *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    if as_json:
+        click.echo(json.dumps(asdict(came)))
+    else:
+        click.echo(
+            f"{came.bundle} {where}: {came.files} file(s) of {came.bytes / 1e6:.1f} MB transferred, "
+            f"{came.kept_files} of {came.kept_bytes / 1e6:.1f} MB were there"
+        )

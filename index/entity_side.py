@@ -57,13 +57,7 @@ class EntitySide:
         folder = bundle / ENTITY_SIDE_FOLDER
         if not (folder / _MANIFEST).is_file():
             return None
-        try:
-            content = json.loads((folder / _MANIFEST).read_bytes())
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"it has format version {content['format_version']}, not {FORMAT_VERSION}")
-            side = cls(**{**content, "files": {name: FileEntry(**entry) for name, entry in content["files"].items()}})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BundleAltered(f"{folder / _MANIFEST} is not as it was written ({error}); {_REMEDY}") from error
+        side = cls.read(bundle)
         if side.checkpoint_sha256 != checkpoint_sha256:
             raise BundleAltered(f"{folder} was made from another checkpoint than the bundle; {_REMEDY}")
         for name, entry in side.files.items():
@@ -72,6 +66,18 @@ class EntitySide:
             if FileEntry.of(folder / name) != entry:
                 raise BundleAltered(f"{folder / name} is altered; {_REMEDY}")
         return side
+
+    @classmethod
+    def read(cls, bundle: Path) -> Self:
+        """The manifest alone, without a look at the files. Raises `BundleAltered`."""
+        path = bundle / ENTITY_SIDE_FOLDER / _MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(f"it has format version {content['format_version']}, not {FORMAT_VERSION}")
+            return cls(**{**content, "files": {name: FileEntry(**entry) for name, entry in content["files"].items()}})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise BundleAltered(f"{path} is not as it was written ({error}); {_REMEDY}") from error
 
     def write(self, bundle: Path) -> None:
         """Write the manifest, when all files are in place."""

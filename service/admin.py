@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -39,7 +38,7 @@ async def change_bundle(request: Request) -> Response:
         raise Unavailable("the bundle is being loaded; try again later")
     wanted = await _wanted(request, recognizer.settings.receive_timeout_s)
     previous = recognizer.label
-    new = await recognizer.swap(Path(wanted.path))
+    new = await recognizer.swap(wanted.path)
     told = {"bundle": new.snapshot().label, "previous": previous, "model": new.model}
     return json_response({**told, "entities": new.snapshot().entities.entity_count})
 

@@ -49,7 +49,7 @@ def answers_from_bundle(
     from service.recognizer import Recognizer
     from service.settings import load_settings
 
-    with Recognizer.open(Path(bundle), load_settings(device=device, cache="off", redis_url=None)) as recognizer:
+    with Recognizer.open(bundle, load_settings(device=device, cache="off", redis_url=None)) as recognizer:
         for start in range(0, len(images), chunk_images):
             chunk = images[start : start + chunk_images]
             contents = [_read(path) for path in chunk]

@@ -59,7 +59,7 @@ def serve(**given: Any) -> None:
 
 @click.command()
 @click.argument("paths", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True, type=click.Path())
-@click.option("--bundle", type=click.Path(), help="The bundle to recognise with, a folder.")
+@click.option("--bundle", type=click.Path(), help="The bundle to recognise with, a folder or a URI.")
 @click.option("--url", help="The service to ask instead, as http://127.0.0.1:8000.")
 @click.option("--api-key-file", type=click.File(), help="File with the API key, where the service at --url wants one.")
 @click.option(

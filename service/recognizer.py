@@ -34,6 +34,7 @@ from core.errors import (
 )
 from imaging import load_region
 from index.bundle import Bundle
+from index.release import local_bundle
 from index.selection import Selection
 from service import tracing
 from service.admission import Admission
@@ -97,9 +98,13 @@ class Recognizer:
         self._tell_bundle()
 
     @classmethod
-    def open(cls, bundle_path: Path, settings: Settings | None = None) -> Self:
-        """Check and load a bundle. Raises `BundleError`, or `UserError` where the device cannot be had."""
-        return cls(Bundle.open(bundle_path), settings or Settings())
+    def open(cls, bundle: Path | str, settings: Settings | None = None) -> Self:
+        """Check and load a bundle, given as a folder or by URI.
+
+        Raises `BundleError`, `TransferError` where a URI does not answer, `UserError` where the device cannot be had.
+        """
+        settings = settings or Settings()
+        return cls(Bundle.open(local_bundle(bundle, settings.bundle_cache)), settings)
 
     def __enter__(self) -> Self:
         return self
@@ -132,8 +137,8 @@ class Recognizer:
                 held.enter_context(generation.hold())
             yield generation.snapshot()
 
-    async def swap(self, bundle_path: Path) -> Generation:
-        """Load another bundle beside the one that answers, check it, and let it answer from now on.
+    async def swap(self, bundle: Path | str) -> Generation:
+        """Load another bundle (a folder or a URI) beside the one that answers, check it, and let it answer from now on.
 
         Requests that have begun are finished by the old one, which is then released. Raises `BundleRefused` where the
         other cannot be served (the old one stays), `Conflict` while another swap is under way. For one event loop.
@@ -142,10 +147,10 @@ class Recognizer:
             raise Conflict("another bundle is being loaded; try again when it is done")
         self._swapping = True
         try:
-            new = await asyncio.to_thread(self._open_generation, bundle_path)
+            new = await asyncio.to_thread(self._open_generation, bundle)
         except (UserError, OSError) as error:
             self.metrics.bundle_swaps.labels("refused").inc()
-            log.warning("%s is refused, %s stays: %s", bundle_path, self._current.snapshot().label, error)
+            log.warning("%s is refused, %s stays: %s", bundle, self._current.snapshot().label, error)
             raise BundleRefused(f"{error}; {self._current.snapshot().label} stays") from error
         finally:
             self._swapping = False
@@ -160,8 +165,9 @@ class Recognizer:
         log.info("%s answers instead of %s", new.snapshot().label, old.snapshot().label)
         return new
 
-    def _open_generation(self, bundle_path: Path) -> Generation:
-        generation = Generation(Bundle.open(bundle_path), self.settings, self.metrics, self._given_encoder)
+    def _open_generation(self, bundle: Path | str) -> Generation:
+        folder = local_bundle(bundle, self.settings.bundle_cache)
+        generation = Generation(Bundle.open(folder), self.settings, self.metrics, self._given_encoder)
         try:
             generation.check()
         except BundleAltered:

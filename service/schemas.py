@@ -115,7 +115,11 @@ class Info(BaseModel):
 
 
 class BundleRequest(BaseModel):
-    path: str = Field(min_length=1, max_length=4096, description="Folder of the bundle, on the service's machine.")
+    path: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="Folder of the bundle, on the service's machine, or a URI as s3://bucket/prefix.",
+    )
 
 
 class BundleChange(BaseModel):

@@ -55,7 +55,7 @@ class _Server(uvicorn.Server):
     """Tells the recogniser when stopping begins, so that it says it is not ready while it finishes, and on SIGHUP to
     load the configured bundle anew."""
 
-    def __init__(self, config: uvicorn.Config, recognizer: Recognizer, bundle: Path) -> None:
+    def __init__(self, config: uvicorn.Config, recognizer: Recognizer, bundle: Path | str) -> None:
         super().__init__(config)
         self._recognizer = recognizer
         self._bundle = bundle

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import UserError
+from core.files import is_uri
 from service.addresses import host_pattern
 from service.keys import hashed
 from service.rate_limit import Rate
@@ -29,7 +30,10 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
-    bundle: Path | None = Field(default=None, description="The bundle to serve, a folder.")
+    bundle: Path | str | None = Field(
+        default=None, description="The bundle to serve: a folder, or a URI as s3://bucket/prefix, pulled first."
+    )
+    bundle_cache: Path | None = Field(default=None, description="Folder that keeps bundles which are given by URI.")
     index: str | None = Field(
         default=None,
         repr=False,
@@ -106,6 +110,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="What is logged on stderr."
     )
+
+    @field_validator("bundle")
+    @classmethod
+    def _a_folder_unless_a_uri(cls, value: Path | str | None) -> Path | str | None:
+        return value if value is None or is_uri(value) else Path(value)
 
     @field_validator("api_keys", "url_allowlist", "cors_origins", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -100,3 +101,16 @@ def test_importing_pulls_in_nothing_heavy(modules: str, banned: set[str]) -> Non
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "module", ["service.encoder", "model.onnx_encoder", "export.onnx_export", "export.entity_side"]
+)
+def test_onnx_runtime_reports_nothing(module: str, tmp_path: Path) -> None:
+    """Its telemetry begins when it is imported, by writing an id of the machine into the user's cache folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": "", "PYTHONPATH": str(ROOT)}
+    probe = f"import {module}, onnxruntime"
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name] == []

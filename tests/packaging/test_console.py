@@ -22,7 +22,8 @@ def options_of(name: str) -> list[click.Option]:
     assert isinstance(cli, LazyGroup)
     command = cli.get_command(click.Context(cli), name)
     assert command is not None
-    params = command.get_params(click.Context(command, info_name=name))
+    commands = list(command.commands.values()) if isinstance(command, click.Group) else [command]
+    params = [param for each in commands for param in each.get_params(click.Context(each, info_name=name))]
     return [param for param in params if isinstance(param, click.Option) and param.name != "help"]
 
 

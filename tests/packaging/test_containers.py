@@ -2,52 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
-from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import click
+import jsonschema
 import pytest
 import yaml
 
 from core.cli import LazyGroup
+from deploy import chroot_image
+from deploy.dockerfile import environment, read_dockerfile
 from service.settings import ENV_PREFIX, Settings, load_settings
 from wikiclip import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Instruction:
-    stage: str
-    name: str
-    rest: str
-
-
-def read_dockerfile() -> list[Instruction]:
-    text = re.sub(r"^\s*#.*\n", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
-    instructions: list[Instruction] = []
-    stage = ""
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        if not line.strip():
-            continue
-        name, _, rest = line.strip().partition(" ")
-        if name == "FROM":
-            stage = rest.split(" AS ")[1]
-        instructions.append(Instruction(stage=stage, name=name, rest=rest.strip()))
-    return instructions
-
-
 def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-INSTRUCTIONS = read_dockerfile()
-TARGETS = ("cpu", "gpu")
+INSTRUCTIONS = read_dockerfile(ROOT / "Dockerfile")
+TARGETS = ("cpu", "gpu", "milvus")
 
 
 def of(stage: str, name: str) -> list[str]:
@@ -61,7 +47,7 @@ def compose() -> dict[str, Any]:
 
 
 def environment_of(stage: str) -> dict[str, str]:
-    return dict(pair.split("=", 1) for line in of(stage, "ENV") for pair in shlex.split(line))
+    return environment(INSTRUCTIONS, stage)
 
 
 def settings_in(environment: dict[str, str]) -> dict[str, str]:
@@ -99,8 +85,27 @@ def test_image_holds_every_module_that_serving_imports() -> None:
     assert {"core", "imaging", "index", "service", "wikiclip.py"} <= copied
 
 
+def test_the_image_without_an_engine_starts_from_what_the_dockerfile_names(tmp_path: Path) -> None:
+    for stage in ("cpu-build", "cpu"):
+        assert [rest.split()[0] for rest in of(stage, "FROM")] == [chroot_image.BASE_IMAGE]
+    # What a COPY and an ENV of the Dockerfile do, on an empty root.
+    stages = {
+        "cpu": chroot_image.Stage(root=tmp_path / "cpu"),
+        "cpu-build": chroot_image.Stage(root=tmp_path / "build"),
+    }
+    (tmp_path / "build" / "opt" / "wikiclip").mkdir(parents=True)
+    (tmp_path / "build" / "opt" / "wikiclip" / "built").write_text("built")
+    for each in INSTRUCTIONS:
+        if each.stage == "cpu" and each.name in ("COPY", "ENV", "USER"):
+            chroot_image.carry_out(each, stages, tmp_path)
+    assert (tmp_path / "cpu" / "opt" / "wikiclip" / "built").read_text() == "built"
+    assert stages["cpu"].environment["PATH"] == f"/opt/wikiclip/bin:{chroot_image.SYSTEM_PATH}"
+    assert stages["cpu"].environment["WIKICLIP_BUNDLE"] == "/bundle"
+    assert stages["cpu"].user == "10001"
+
+
 def test_gpu_image_installs_no_torch() -> None:
-    assert re.findall(r"\[(.+?)\]", " ".join(of("gpu-build", "RUN"))) == ["gpu,live"]
+    assert re.findall(r"\[(.+?)\]", " ".join(of("gpu-build", "RUN"))) == ["gpu,live,otel,s3"]
 
 
 def test_cpu_image_installs_what_is_locked_by_hash_and_nothing_else() -> None:
@@ -120,7 +125,7 @@ def test_serving_lock_pins_what_serving_needs_as_it_was_tested() -> None:
         pins[canonical(found[1])] = found[2]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["cpu"] + extras["live"]
+    wanted = project["dependencies"] + extras["cpu"] + extras["live"] + extras["otel"] + extras["s3"]
     assert {canonical(re.split(r"[\[<>=]", each)[0]) for each in wanted} <= set(pins)
     assert "torch" not in pins
     tested = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE))
@@ -160,39 +165,183 @@ def test_image_command_is_one_the_console_knows(target: str, monkeypatch: pytest
     assert of(target, "EXPOSE") == [environment["WIKICLIP_PORT"]]
 
 
-def test_compose_services() -> None:
+PROFILES = {
+    "service": None,
+    "redis": None,
+    "service-gpu": "gpu",
+    "locust": "load",
+    "prometheus": "observe",
+    "grafana": "observe",
+    "replica-a": "scale",
+    "replica-b": "scale",
+    "proxy": "scale",
+    "service-milvus": "milvus",
+    "milvus": "milvus",
+    "etcd": "milvus",
+    "minio": "milvus",
+}
+SERVING = ("service", "service-gpu", "replica-a", "replica-b", "service-milvus")
+AS_THEIR_MAKERS_RUN_THEM = {"milvus", "etcd", "minio"}
+
+
+def environment_in(service: dict[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in service.get("environment", {}).items()}
+
+
+def test_compose_follows_the_specification() -> None:
+    """The schema of the Compose Specification itself, which check-jsonschema brings."""
+    schema = resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+    content = json.loads(schema.read_text(encoding="utf-8"))
+    validator = jsonschema.validators.validator_for(content)(content)
+    document = compose()
+    assert [error.message for error in validator.iter_errors(document)] == []
+    document["services"]["proxy"]["port"] = ["8080:8080"]
+    assert [error.message for error in validator.iter_errors(document)]
+
+
+def test_compose_services_and_their_profiles() -> None:
     services = compose()["services"]
-    assert set(services) == {"service", "service-gpu", "redis"}
-    assert services["service-gpu"]["profiles"] == ["gpu"]
-    assert "profiles" not in services["service"]
-    assert "profiles" not in services["redis"]
-    for name, service in services.items():
+    assert {name: service.get("profiles") for name, service in services.items()} == {
+        name: None if profile is None else [profile] for name, profile in PROFILES.items()
+    }
+    for name in set(services) - AS_THEIR_MAKERS_RUN_THEM:
+        service = services[name]
         assert service["read_only"] is True, name
-        assert service["tmpfs"], name
         assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
 
 
-@pytest.mark.parametrize(("name", "target"), [("service", "cpu"), ("service-gpu", "gpu")])
-def test_compose_builds_and_publishes_what_the_image_exposes(name: str, target: str) -> None:
+def test_images_are_built_here_or_pinned_to_a_version() -> None:
+    stages = {each.stage for each in INSTRUCTIONS}
+    for name, service in compose()["services"].items():
+        if "build" in service:
+            assert service["build"]["target"] in stages, name
+            assert service["image"] == f"wikiclip-serve:{service['build']['target']}", name
+        else:
+            tag = service["image"].rpartition(":")[2]
+            assert re.match(r"v?\d+\.\d+\.\d+|RELEASE\.\d{4}-\d\d-\d\dT", tag), service["image"]
+
+
+def test_compose_names_only_what_there_is() -> None:
+    document = compose()
+    services = document["services"]
+    for name, service in services.items():
+        assert set(service.get("depends_on", {})) <= set(services), name
+        for needed, how in dict.items(service["depends_on"]) if isinstance(service.get("depends_on"), dict) else ():
+            if how["condition"] == "service_healthy":
+                # Health comes from the image's own check for what is built here.
+                assert "healthcheck" in services[needed] or "build" in services[needed], (name, needed)
+        for volume in service.get("volumes", ()):
+            source = re.sub(r"^\$\{\w+:-([^}]*)\}", r"\1", volume).partition(":")[0]
+            assert (ROOT / source).exists() if source.startswith(".") else source in document["volumes"], volume
+
+
+def test_only_this_machine_reaches_what_is_published() -> None:
+    published = [port for service in compose()["services"].values() for port in service.get("ports", ())]
+    assert len(published) == 6
+    assert all(re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-\d+\}:\d+", port) for port in published)
+    defaults = re.findall(r":-(\d+)\}", " ".join(published))
+    assert len(set(defaults)) == len(defaults)
+
+
+@pytest.mark.parametrize("name", SERVING)
+def test_compose_serves_as_the_image_expects(name: str) -> None:
     service = compose()["services"][name]
-    assert service["build"] == {"context": ".", "target": target}
-    (port,) = service["ports"]
-    assert re.fullmatch(r"127\.0\.0\.1:\$\{\w+:-\d+\}:(\d+)", port)
-    assert port.endswith(f":{environment_of(target)['WIKICLIP_PORT']}")
-    (volume,) = service["volumes"]
-    assert volume.endswith(f":{environment_of(target)['WIKICLIP_BUNDLE']}:ro")
+    environment = environment_of(service["build"]["target"])
+    assert [port.rpartition(":")[2] for port in service.get("ports", ())] in ([environment["WIKICLIP_PORT"]], [])
+    bundle, cache = service["volumes"]
+    assert bundle.endswith(f":{environment['WIKICLIP_BUNDLE']}:ro")
+    assert cache.endswith(f":{environment['WIKICLIP_BUNDLE_CACHE']}")
+    settings = settings_in(environment_in(service))
+    assert set(settings) <= set(Settings.model_fields)
+    assert settings["redis_url"].startswith("redis://redis:")
+    assert service["depends_on"]["redis"] == {"condition": "service_healthy"}
+    # Prometheus finds each under the name they share.
+    assert service["networks"]["default"]["aliases"] == ["wikiclip"]
 
 
-def test_compose_settings_exist_and_reach_redis() -> None:
+def test_redis_is_healthy_when_it_answers() -> None:
+    assert compose()["services"]["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
+
+
+def test_the_proxy_knows_the_replicas() -> None:
     services = compose()["services"]
-    assert services["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
-    for name in ("service", "service-gpu"):
-        settings = settings_in(services[name]["environment"])
-        assert set(settings) <= set(Settings.model_fields)
-        assert settings["redis_url"].startswith("redis://redis:")
-        assert services[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
+    environment = environment_in(services["proxy"])
+    template = (ROOT / "deploy" / "nginx" / "wikiclip.conf.template").read_text(encoding="utf-8")
+    assert set(re.findall(r"^[^#\n]*\$\{(\w+)\}", template, flags=re.MULTILINE)) == set(environment)
+    replicas = [value for name, value in environment.items() if name.startswith("REPLICA_")]
+    assert replicas == [f"{name}:8000" for name in services if name.startswith("replica-")]
+    assert services["proxy"]["ports"][0].endswith(f":{environment['LISTEN']}")
+    # A body that the service takes reaches it.
+    (megabytes,) = re.findall(r"client_max_body_size (\d+)m;", template)
+    assert int(megabytes) * 1024**2 > Settings().max_body_bytes
 
 
-def test_redis_takes_its_options_as_words() -> None:
-    command = compose()["services"]["redis"]["command"]
-    assert all(isinstance(word, str) for word in command), "YAML reads a bare no as false"
+def test_locust_is_told_what_it_takes() -> None:
+    (options,) = [json.loads(rest) for rest in of("load", "ENTRYPOINT")]
+    assert options[0] == "locust"
+    assert (ROOT / options[2]).is_file()
+    command = compose()["services"]["locust"]["command"]
+    words = [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "locust", "--locustfile", options[2], *words, "--list"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Cold" in done.stdout
+
+
+def test_commands_take_their_options_as_words() -> None:
+    for name, service in compose()["services"].items():
+        assert all(isinstance(word, str) for word in service.get("command", ())), (
+            f"{name}: YAML reads a bare no as false"
+        )
+
+
+def shown(program: str) -> list[list[str]]:
+    """The command lines of a program in the documents and in compose's own comment, in fences or between backticks."""
+    pages = [ROOT / "README.md", ROOT / "docs" / "deployment.md", ROOT / "docs" / "service.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    comments = (ROOT / "docker-compose.yml").read_text(encoding="utf-8").replace("#   ", "")
+    lines = re.findall(rf"^{program} .*$", f"{text}\n{comments}", flags=re.MULTILINE)
+    quoted = re.findall(rf"`({program} [^`\n]+)`", text)
+    return [shlex.split(re.sub(r"\s{2,}.*", "", line)) for line in lines + quoted]
+
+
+def test_shown_compose_commands_name_profiles_and_services() -> None:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--profile", action="append", default=[])
+    parser.add_argument("verb", choices=["up", "restart"], nargs="?")
+    parser.add_argument("services", nargs="*")
+    services = compose()["services"]
+    commands = shown("docker compose")
+    assert len(commands) > 10
+    profiles_shown = set()
+    for words in commands:
+        given = parser.parse_args(words[2:])
+        profiles_shown.update(given.profile)
+        for name in given.services:
+            assert name in services, words
+            # What is named is in a profile that is named, but for a restart, which takes any.
+            assert given.verb == "restart" or set(services[name].get("profiles", ())) <= set(given.profile), words
+    assert profiles_shown == {profile for profile in PROFILES.values() if profile}
+
+
+def test_shown_builds_name_stages() -> None:
+    stages = {each.stage for each in INSTRUCTIONS}
+    builds = shown("docker build")
+    assert builds
+    for words in builds:
+        target = words[words.index("--target") + 1] if "--target" in words else INSTRUCTIONS[-1].stage
+        assert target in stages
+        assert words[words.index("-t") + 1] == f"wikiclip-serve:{target}"
+
+
+def test_shown_manifests_exist() -> None:
+    applied = [words[words.index("-f") + 1] for words in shown("kubectl") if "-f" in words]
+    assert applied
+    assert [path for path in applied if not (ROOT / path).exists()] == []

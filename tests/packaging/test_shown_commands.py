@@ -66,8 +66,14 @@ def check(words: list[str], *, whole: bool = True) -> None:
     command = wikiclip.cli.get_command(context, words[1])
     if command is None:
         raise click.UsageError(f"no command {words[1]!r}")
-    own = click.Context(command, parent=context, info_name=words[1])
     arguments = words[2:]
+    if isinstance(command, click.Group) and (whole or arguments):
+        if arguments and STAND_IN.fullmatch(arguments[0]):
+            return
+        command = command.get_command(context, arguments.pop(0) if arguments else "")
+        if command is None:
+            raise click.UsageError(f"no command {' '.join(words[1:3])!r}")
+    own = click.Context(command, parent=context, info_name=words[1])
     options = {name: each for each in command.get_params(own) for name in each.opts}
     if not whole and arguments and (last := options.get(arguments[-1])) is not None:
         # An option named without its value.

@@ -18,6 +18,7 @@ import redis
 import uvicorn
 
 from index.bundle import Bundle
+from index.release import local_bundle
 from service.app import create_app
 from service.recognizer import Recognizer
 from service.server import server_config
@@ -25,10 +26,10 @@ from service.settings import Settings
 
 
 @contextmanager
-def served(bundle: Path, *, encoder=None, fetcher=None, tracing=None, **settings) -> Iterator[httpx.Client]:
+def served(bundle: Path | str, *, encoder=None, fetcher=None, tracing=None, **settings) -> Iterator[httpx.Client]:
     """Serve a bundle under uvicorn in a thread; yields a client of it."""
     configured = Settings(bundle=bundle, threads=1, decode_threads=2, **settings)
-    recognizer = Recognizer(Bundle.open(bundle), configured, encoder)
+    recognizer = Recognizer(Bundle.open(local_bundle(bundle, configured.bundle_cache)), configured, encoder)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         app = create_app(configured, recognizer, fetcher, tracing)
         server = uvicorn.Server(server_config(configured, app))

@@ -1,0 +1,1 @@
+"""Running the service elsewhere: proxy, dashboards, manifests; the image without an engine."""

@@ -1,0 +1,342 @@
+"""Bundles pushed and pulled: a folder, memory, and a real S3 server; cut off by SIGKILL and taken up again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError
+from index.bundle import Bundle
+from index.entity_side import ENTITY_SIDE_FOLDER, EntitySide
+from index.manifest import FileEntry
+from index.release import local_bundle, pull, push
+from index.remote import Remote
+from tests.conftest import write_small_bundle
+
+TIMEOUT_S = 120
+
+
+@pytest.fixture(scope="module")
+def s3_server():
+    """The endpoint of an S3 server on this machine, with one bucket."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """A URI in a bucket, with all that is needed in the environment, as AWS's tools take it."""
+    environment = {
+        "AWS_ENDPOINT_URL": s3_server,
+        "AWS_ACCESS_KEY_ID": "nobody",
+        "AWS_SECRET_ACCESS_KEY": "nothing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    bucket = f"bundles-{os.urandom(4).hex()}"
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
+    filesystem.mkdir(bucket)
+    return f"s3://{bucket}/releases/one"
+
+
+@pytest.fixture
+def place(request, tmp_path):
+    """A URI of each kind."""
+    if request.param == "s3":
+        yield request.getfixturevalue("s3")
+    elif request.param == "memory":
+        yield "memory://bundles/one"
+        fsspec.filesystem("memory").rm("/bundles", recursive=True)
+    else:
+        yield f"file://{tmp_path}/store/one"
+
+
+everywhere = pytest.mark.parametrize("place", ["file", "memory", "s3"], indirect=True)
+durably = pytest.mark.parametrize("place", ["file", "s3"], indirect=True)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file()
+    }
+
+
+def files_of(bundle: Path) -> int:
+    return len(content(bundle)) - 2  # two manifests
+
+
+def other(uri: str):
+    """What lies at a URI, seen by someone else: its filesystem and its root."""
+    return fsspec.core.url_to_fs(uri, skip_instance_cache=True)
+
+
+def spoil(uri: str, name: str, change) -> None:
+    filesystem, root = other(uri)
+    path = f"{root}/{name}"
+    filesystem.pipe_file(path, change(filesystem.cat_file(path)))
+
+
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
+
+
+@everywhere
+def test_what_is_pulled_is_what_was_pushed(small_bundle, place, tmp_path, monkeypatch):
+    monkeypatch.setattr("index.remote.CHUNK_BYTES", 10_000)  # several requests a file
+    sent = push(small_bundle, place, verify=True)
+    assert (sent.files, sent.kept_files) == (files_of(small_bundle), 0)
+    got = pull(place, tmp_path / "pulled")
+    assert (got.files, got.bytes, got.bundle) == (sent.files, sent.bytes, sent.bundle)
+    assert content(tmp_path / "pulled") == content(small_bundle)
+    assert Bundle.open(tmp_path / "pulled", verify="full").unlisted_files() == []
+    # A second time nothing is transferred.
+    assert push(small_bundle, place).bytes == 0
+    assert pull(place, tmp_path / "pulled").bytes == 0
+
+
+# Ends its own process as `kill -9` does, in the middle of the third file of a transfer.
+KILLED = """
+import os, shutil, signal
+from pathlib import Path
+from index import release
+from index.remote import Remote
+
+begun = []
+put, chunks = Remote.put, Remote.chunks
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def put_half(self, name, source):
+    begun.append(name)
+    if len(begun) == 3:
+        def copy_half(source, target):
+            Path(target).write_bytes(Path(source).read_bytes()[: Path(source).stat().st_size // 2])
+            die()
+        shutil.copyfile = copy_half
+        self._filesystem.put_file = lambda *_: die()
+    put(self, name, source)
+
+def half(self, name, start=0):
+    begun.append(name)
+    data = b"".join(chunks(self, name, start))
+    if len(begun) < 3:
+        yield data
+    else:
+        yield data[: len(data) // 2]
+        die()
+
+Remote.put, Remote.chunks = put_half, half
+"""
+
+
+def killed(call: str) -> None:
+    script = f"{KILLED}\n{call}\n"
+    done = subprocess.run([sys.executable, "-c", script], timeout=TIMEOUT_S, check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+@durably
+def test_a_push_that_was_killed_sends_only_what_is_missing(small_bundle, place, tmp_path):
+    killed(f"release.push(Path({str(small_bundle)!r}), {place!r})")
+    filesystem, root = other(place)
+    assert not filesystem.exists(f"{root}/manifest.json")
+    with pytest.raises(BundleIncomplete, match="push` again"):
+        pull(place, tmp_path / "pulled")
+    sent = push(small_bundle, place)
+    assert (sent.kept_files, sent.files) == (2, files_of(small_bundle) - 2)
+    pull(place, tmp_path / "pulled")
+    assert content(tmp_path / "pulled") == content(small_bundle)
+
+
+@durably
+def test_a_pull_that_was_killed_fetches_only_what_is_missing(small_bundle, place, tmp_path):
+    push(small_bundle, place)
+    folder = tmp_path / "pulled"
+    killed(f"release.pull({place!r}, Path({str(folder)!r}))")
+    with pytest.raises(BundleIncomplete):
+        Bundle.open(folder)
+    got = pull(place, folder)
+    assert (got.kept_files, got.files) == (2, files_of(small_bundle) - 2)
+    assert content(folder) == content(small_bundle)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_file_goes_on_where_it_was_cut_off(small_bundle, tmp_path, monkeypatch, damaged):
+    store, folder = str(tmp_path / "store"), tmp_path / "pulled"
+    push(small_bundle, store)
+    killed(f"release.pull({store!r}, Path({str(folder)!r}))")
+    name = "entities.sqlite"
+    data = (small_bundle / name).read_bytes()
+    (folder / name).unlink(missing_ok=True)
+    left = data[: len(data) // 2]
+    (folder / f".{name}.partial").write_bytes(flipped(left) if damaged else left)
+    started: dict[str, list[int]] = {}
+    chunks = Remote.chunks
+
+    def noted(self, name, start=0):
+        started.setdefault(name, []).append(start)
+        return chunks(self, name, start)
+
+    monkeypatch.setattr(Remote, "chunks", noted)
+    pull(store, folder)
+    assert started[name] == ([len(left), 0] if damaged else [len(left)])
+    assert content(folder) == content(small_bundle)
+
+
+@everywhere
+def test_what_is_altered_at_the_uri_is_found(small_bundle, place, tmp_path):
+    push(small_bundle, place)
+    spoil(place, "image_encoder.onnx", flipped)
+    with pytest.raises(BundleAltered, match=r"image_encoder\.onnx is altered"):
+        pull(place, tmp_path / "pulled")
+    assert not (tmp_path / "pulled" / "manifest.json").exists()
+    assert not (tmp_path / "pulled" / "image_encoder.onnx").exists()
+    with pytest.raises(BundleAltered, match=r"image_encoder\.onnx is altered"):
+        push(small_bundle, place, verify=True)
+
+
+@everywhere
+def test_what_is_missing_at_the_uri_is_told(small_bundle, place, tmp_path):
+    with pytest.raises(BundleMissing, match="check the URI"):
+        pull(f"{place}/nowhere", tmp_path / "pulled")
+    push(small_bundle, place)
+    filesystem, root = other(place)
+    filesystem.rm_file(f"{root}/entities.sqlite")
+    with pytest.raises(TransferError, match=r"entities\.sqlite"):
+        pull(place, tmp_path / "pulled")
+    filesystem.rm_file(f"{root}/index/manifest.json")
+    with pytest.raises(BundleIncomplete, match=r"index/manifest\.json is missing"):
+        pull(place, tmp_path / "pulled")
+
+
+@everywhere
+def test_a_place_that_holds_something_else_is_left_as_it_is(small_bundle, place, tmp_path):
+    write_small_bundle(tmp_path / "other", prefix="other:")
+    push(small_bundle, place)
+    with pytest.raises(TransferError, match="another bundle"):
+        push(tmp_path / "other", place)
+    pull(place, tmp_path / "pulled")
+    with pytest.raises(TransferError, match="another bundle"):
+        push_and_pull(tmp_path / "other", f"{place}-other", tmp_path / "pulled")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(TransferError, match="other files"):
+        pull(place, tmp_path / "mine")
+    assert content(tmp_path / "pulled") == content(small_bundle)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def push_and_pull(bundle: Path, uri: str, folder: Path) -> None:
+    push(bundle, uri)
+    pull(uri, folder)
+
+
+def test_a_bundle_that_is_not_whole_is_not_pushed(small_bundle, tmp_path):
+    shutil.copytree(small_bundle, tmp_path / "altered")
+    path = tmp_path / "altered" / "entities.sqlite"
+    path.write_bytes(flipped(path.read_bytes()))
+    with pytest.raises(BundleAltered):
+        push(tmp_path / "altered", f"file://{tmp_path}/store")
+    assert not (tmp_path / "store").exists()
+
+
+def test_an_altered_file_of_a_pulled_bundle_is_brought_anew(small_bundle, tmp_path):
+    push(small_bundle, str(tmp_path / "store"))
+    pull(str(tmp_path / "store"), tmp_path / "pulled")
+    path = tmp_path / "pulled" / "entities.sqlite"
+    path.write_bytes(flipped(path.read_bytes()))
+    assert pull(str(tmp_path / "store"), tmp_path / "pulled").files == 1
+    assert content(tmp_path / "pulled") == content(small_bundle)
+
+
+def test_the_entity_side_goes_along_and_may_come_later(small_bundle, tmp_path):
+    bundle, store, folder = tmp_path / "bundle", str(tmp_path / "store"), tmp_path / "pulled"
+    shutil.copytree(small_bundle, bundle)
+    push(bundle, store)
+    pull(store, folder)
+    (bundle / ENTITY_SIDE_FOLDER).mkdir()
+    (bundle / ENTITY_SIDE_FOLDER / "adaptor.onnx").write_bytes(b"adaptor")
+    EntitySide(
+        format_version=1,
+        checkpoint_sha256=None,  # type: ignore[arg-type]  # the small bundle has none
+        text_encoder="none",
+        patches=1,
+        patch_dim=1,
+        text_dim=1,
+        max_characters=1,
+        parity={},
+        files={"adaptor.onnx": FileEntry.of(bundle / ENTITY_SIDE_FOLDER / "adaptor.onnx")},
+    ).write(bundle)
+    assert push(bundle, store).files == 1
+    assert pull(store, folder).files == 1
+    assert content(folder) == content(bundle)
+
+
+def test_a_manifest_cannot_name_a_file_outside(small_bundle, tmp_path):
+    push(small_bundle, str(tmp_path / "store"))
+    manifest = json.loads((small_bundle / "manifest.json").read_bytes())
+    manifest["files"]["../outside"] = manifest["files"].pop("entities.sqlite")
+    (tmp_path / "store" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "outside").write_bytes((small_bundle / "entities.sqlite").read_bytes())
+    with pytest.raises(BundleAltered, match="outside the bundle"):
+        pull(str(tmp_path / "store"), tmp_path / "deep" / "pulled")
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [("nothing://of/the/kind", "cannot be used"), ("s3://bucket-that-is-not-there/one", "bucket")],
+)
+def test_a_uri_that_cannot_be_used_is_one_line(s3, small_bundle, uri, said):
+    with pytest.raises(TransferError) as refused:
+        push(small_bundle, uri)
+    assert said in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@durably
+def test_what_a_service_is_given_by_uri_is_pulled_once(small_bundle, place, tmp_path, monkeypatch):
+    push(small_bundle, place)
+    folder = local_bundle(place, tmp_path / "cache")
+    assert Bundle.open(folder).fingerprint == folder.name
+    assert local_bundle(place, tmp_path / "cache") == folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert local_bundle(place, None).parent == tmp_path / "home" / "wikiclip" / "bundles"
+    assert local_bundle(str(small_bundle), tmp_path / "cache") == small_bundle
+
+
+def test_services_that_share_a_cache_pull_one_after_the_other(small_bundle, tmp_path):
+    store, cache = f"file://{tmp_path}/store", tmp_path / "cache"
+    push(small_bundle, store)
+    call = f"local_bundle({store!r}, Path({str(cache)!r}))"
+    script = f"from pathlib import Path; from index.release import local_bundle; {call}"
+    started = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
+    assert [process.wait(TIMEOUT_S) for process in started] == [0] * 3
+    (folder,) = (path for path in cache.iterdir() if path.is_dir())
+    assert content(folder) == content(small_bundle)
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting(small_bundle, tmp_path):
+    push(small_bundle, str(tmp_path / "store"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(TransferError, match="WIKICLIP_BUNDLE_CACHE"):
+        local_bundle(f"file://{tmp_path}/store", tmp_path / "file")

@@ -1,0 +1,199 @@
+"""The `scale` profile by hand: two services, Redis, and nginx with the file that compose mounts; replicas killed under
+load."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from benchmarks.photographs import photograph
+from benchmarks.server import free_port, wait_until_ready
+from service.answers import RecognizeOptions
+from service.client import Client
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 120
+WORKERS = 3  # with the client's retries, and as many without any
+REQUESTS = 250  # of each worker
+KILLED_AFTER = 80  # answers of a worker; the one that comes back is killed after twice as many, gracefully
+
+
+def nginx_configuration(folder: Path, listen: int, replicas: list[int]) -> Path:
+    """compose's own template, filled in as nginx's image does, within the least that makes it a configuration."""
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    (mounted,) = services["proxy"]["volumes"]
+    template = (ROOT / mounted.partition(":")[0]).read_text(encoding="utf-8")
+    filled = {
+        "LISTEN": f"127.0.0.1:{listen}",
+        "REPLICA_A": f"127.0.0.1:{replicas[0]}",
+        "REPLICA_B": f"127.0.0.1:{replicas[1]}",
+    }
+    assert set(filled) == set(services["proxy"]["environment"])
+    for name, value in filled.items():
+        template = template.replace(f"${{{name}}}", value)
+    temporary = "\n".join(
+        f"{kind}_temp_path {folder}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    path = folder / "nginx.conf"
+    # As root, nginx's workers would be somebody who may not enter a test's folder.
+    user = "user root;" if os.geteuid() == 0 else ""
+    path.write_text(
+        f"{user} daemon off; pid {folder}/nginx.pid; error_log stderr warn; worker_processes 2;\n"
+        f"events {{}}\nhttp {{\naccess_log off;\n{temporary}\n{template}\n}}\n"
+    )
+    return path
+
+
+@contextmanager
+def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(command)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(TIMEOUT_S)
+
+
+def until(condition, what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)  # between two looks
+
+
+class Replica:
+    """A service that can be killed and started anew at the same address."""
+
+    def __init__(self, bundle: Path, redis_url: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        flags = ["--redis-url", redis_url, "--threads", "1", "--decode-threads", "1", "--log-level", "warning"]
+        self._command = [
+            sys.executable, "-m", "wikiclip", "serve", "--bundle", str(bundle), "--port", str(self.port), *flags,
+            "--deadline-ms", "60000",  # a busy machine is no failure
+        ]  # fmt: skip
+        self.process = subprocess.Popen(self._command)
+
+    def wait_until_ready(self) -> None:
+        wait_until_ready(self.process, self.url)
+
+    def end(self, how: signal.Signals) -> None:
+        self.process.send_signal(how)
+        self.process.wait(TIMEOUT_S)
+
+    def start_again(self) -> None:
+        self.process = subprocess.Popen(self._command)
+        self.wait_until_ready()
+
+    def answered(self) -> float:
+        lines = httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text.splitlines()
+        counted = [line for line in lines if line.startswith('wikiclip_requests_total{route="/recognize"')]
+        return sum(float(line.rpartition(" ")[2]) for line in counted)
+
+
+class Load:
+    """Steady load: workers that ask one question after the other, each a different image, and count what fails."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._photos = [photograph(seed, 160, 120) for seed in range(8)]
+        self._lock = threading.Lock()
+        self.asked = 0
+        self.failed: list[str] = []  # by those who retry nothing
+        self.failed_with_retries: list[str] = []
+
+    def image(self, number: int) -> bytes:
+        return self._photos[number % len(self._photos)] + number.to_bytes(8, "big")  # no cache has it
+
+    def done(self, number: int, failure: str | None, failures: list[str]) -> None:
+        with self._lock:
+            self.asked += 1
+            if failure is not None:
+                failures.append(f"{number}: {failure}")
+
+    def with_retries(self, worker: int) -> None:
+        with Client(self._url, timeout_s=TIMEOUT_S) as client:
+            for number in range(worker * REQUESTS, (worker + 1) * REQUESTS):
+                failure = None
+                try:
+                    client.recognize(self.image(number), RecognizeOptions(top_k=1))
+                except Exception as error:  # whatever it is, it is counted
+                    failure = repr(error)
+                self.done(number, failure, self.failed_with_retries)
+
+    def without(self, worker: int) -> None:
+        with httpx.Client(base_url=self._url, timeout=TIMEOUT_S) as client:
+            for number in range(worker * REQUESTS, (worker + 1) * REQUESTS):
+                failure = None
+                try:
+                    answer = client.post(
+                        "/recognize", content=self.image(number), headers={"Content-Type": "image/jpeg"}
+                    )
+                    failure = None if answer.status_code == 200 else f"{answer.status_code} {answer.text[:200]}"
+                except httpx.HTTPError as error:
+                    failure = repr(error)
+                self.done(number, failure, self.failed)
+
+
+NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_a_replica_may_be_killed_under_load(small_bundle, redis_server, tmp_path):
+    _, redis_url = redis_server()
+    listen = free_port()
+    with ExitStack() as ended:
+        replicas = [Replica(small_bundle, redis_url) for _ in range(2)]
+        for replica in replicas:
+            ended.callback(lambda replica=replica: (replica.process.kill(), replica.process.wait()))
+        for replica in replicas:
+            replica.wait_until_ready()
+        configuration = nginx_configuration(tmp_path, listen, [replica.port for replica in replicas])
+        ended.enter_context(running(NGINX, "-c", str(configuration), "-p", str(tmp_path)))
+        url = f"http://127.0.0.1:{listen}"
+        until(lambda: reachable(f"{url}/readyz"), "nginx does not answer")
+
+        load, pool = Load(url), ended.enter_context(ThreadPoolExecutor(2 * WORKERS))
+        workers = [pool.submit(load.with_retries, number) for number in range(WORKERS)]
+        workers += [pool.submit(load.without, WORKERS + number) for number in range(WORKERS)]
+
+        def after(answers: int) -> None:
+            until(lambda: load.asked >= 2 * WORKERS * answers, f"{load.asked} answers only: {load.failed}")
+
+        first, second = replicas
+        after(KILLED_AFTER)
+        assert first.answered() > 0
+        first.end(signal.SIGKILL)
+        first.start_again()
+        until(lambda: first.answered() > 0, "the replica that came back is asked nothing")
+        after(2 * KILLED_AFTER)
+        assert not all(worker.done() for worker in workers)
+        second.end(signal.SIGTERM)
+        for worker in workers:
+            worker.result(TIMEOUT_S)
+        assert load.asked == 2 * WORKERS * REQUESTS
+        assert load.failed_with_retries == []
+        assert len(load.failed) < 0.001 * WORKERS * REQUESTS, load.failed
+        # Nobody but the replicas themselves tells their metrics, or takes another bundle.
+        assert httpx.get(f"{url}/metrics").status_code == 404
+        assert httpx.post(f"{url}/admin/bundle").status_code == 404
+
+
+def reachable(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
