@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ def test_it_runs(tmp_path: Path) -> None:
     # A process of its own: kernels come with warnings and threads that are none of this project's.
     script = Path(sys.executable).with_name("jupyter-execute")
     command = [script, NOTEBOOK, "--output", tmp_path / "run.ipynb", "--timeout", "300"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    # Folders of its own, too: a kernel that the user has installed would be taken before this environment's.
+    folders = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+    environment = {**os.environ, **{name: str(tmp_path / name.lower()) for name in folders}}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "run.ipynb").read_text(encoding="utf-8"))
     code = [cell for cell in run["cells"] if cell["cell_type"] == "code"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 from service.app import create_app
 from service.metrics import Metrics
@@ -79,6 +81,12 @@ def test_lock_pins_every_dependency_and_names_no_place() -> None:
     }
     missing = {name.lower().replace("_", "-") for name in wanted} - pinned
     assert not missing
+
+
+def test_what_is_locked_takes_the_oldest_python_of_debian_12() -> None:
+    """Its Python is 3.11.2: a package that asks for 3.11.5 cannot be installed there, whatever this Python is."""
+    told = {each.metadata["Name"]: each.metadata.get("Requires-Python") for each in distributions()}
+    assert [name for name, wanted in told.items() if wanted and not SpecifierSet(wanted).contains("3.11.2")] == []
 
 
 def test_readme_tree_names_every_module() -> None:
