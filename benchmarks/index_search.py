@@ -23,7 +23,7 @@ from core.files import write_durably
 from index.bundle import Bundle
 
 BATCH = 64
-DEFAULT = Scale(vectors=200_000)
+DEFAULT = Scale(vectors=100_000, peers_up_to=20_000)
 SMOKE = Scale(vectors=6_000, dim=32, repeats=50)
 WORK = Path("build/bench-index")
 
