@@ -92,7 +92,7 @@ def test_lists_are_found_exactly_while_filling_and_by_their_own_centroids_after(
             index.add(embeddings.at(np.arange(2000)))
     in_half, in_full = (faiss.extract_index_ivf(index) for index in indexes)
     assert isinstance(faiss.downcast_index(in_half.quantizer), faiss.IndexScalarQuantizer)
-    assert isinstance(faiss.downcast_index(in_full.quantizer), faiss.IndexFlatIP)
+    assert isinstance(faiss.downcast_index(in_full.quantizer), faiss.IndexFlat)
     assert in_half.own_fields
     sizes = [[each.invlists.list_size(number) for number in range(32)] for each in (in_half, in_full)]
     assert np.abs(np.subtract(*sizes)).sum() <= 20  # centroids that are rounded part hardly any otherwise
