@@ -27,7 +27,7 @@ from index.manifest import EMBEDDINGS_FOLDER, IndexManifest
 from index.tune import exact_positions, held_out_queries
 
 TARGETS = Targets(budget_ms=4.0, recall=0.98, memory_gb=4.0)
-_SIZES = (100_000, 500_000, 1_000_000, 3_000_000)
+_SIZES = (20_000, 100_000, 500_000, 1_000_000, 3_000_000)
 _QUERIES = 400
 
 
@@ -37,7 +37,7 @@ class Scale:
 
     vectors: int
     dim: int = 512
-    peers_up_to: int = 1_000_000
+    peers_up_to: int = 20_000
     growth: bool = True
     repeats: int = 200
 

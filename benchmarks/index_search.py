@@ -18,11 +18,12 @@ from benchmarks.page import page, section, table
 from benchmarks.plots import Series, line_plot
 from benchmarks.report import describe_run, write_results
 from benchmarks.timing import percentiles_ms
+from core.cli import run
 from core.files import write_durably
 from index.bundle import Bundle
 
 BATCH = 64
-DEFAULT = Scale(vectors=200_000)
+DEFAULT = Scale(vectors=100_000, peers_up_to=20_000)
 SMOKE = Scale(vectors=6_000, dim=32, repeats=50)
 WORK = Path("build/bench-index")
 
@@ -145,13 +146,13 @@ def _growth(sizes: list[dict[str, Any]]) -> str:
 def main(vectors: int, dim: int, peers_up_to: int, growth: bool, bundle: Path, work: Path, results: Path) -> None:
     """Measure the index over made-up embeddings; writes index.json and index.html."""
     scale = Scale(vectors=vectors, dim=dim, peers_up_to=peers_up_to, growth=growth)
-    run = describe_run({"bundle": bundle.name, "smoke": False, "benchmarks": ["index"], **vars(scale)})
+    ran = describe_run({"bundle": bundle.name, "smoke": False, "benchmarks": ["index"], **vars(scale)})
     figures = measure(bundle, smoke=False, scale=scale, work=work)
-    path = write_results(results, "index", {**run, "figures": figures})
+    path = write_results(results, "index", {**ran, "figures": figures})
     write_durably(path.with_suffix(".html"), report(figures).encode())
     click.echo(json.dumps(figures))
     click.echo(f"written to {path}", err=True)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

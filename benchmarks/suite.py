@@ -51,7 +51,7 @@ PARTS = (
     Part(name="load", takes_s=130),
     Part(name="peers", takes_s=120),
     Part(name="service", takes_s=40, smoke_s=10),
-    Part(name="index", takes_s=40),
+    Part(name="index", takes_s=90),
     Part(name="export", takes_s=60),
 )
 _TAKES_OTHERWISE_S = 90.0

@@ -49,6 +49,7 @@ INSERT INTO title_search (title_search) VALUES ('optimize');
 """
 Value = TypeVar("Value")
 _COLUMNS = "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text"
+_RANKED_AT_MOST = 10_000  # titles with the words asked for
 _ROWS_PER_QUERY = 500  # SQLite limits the variables of one statement
 
 
@@ -233,12 +234,22 @@ class EntityStore:
         # A phrase without a letter or digit has no token, and would make the whole match empty.
         words = [word for word in text.split() if any(character.isalnum() for character in word)]
         if words:
-            phrases = " ".join('"' + word.replace('"', '""') + '"' for word in words)
-            yield self._select(
-                "JOIN title_search ON title_search.rowid = entity.row WHERE title_search MATCH ? "
-                "ORDER BY bm25(title_search, 10.0, 1.0), length(entity.title), entity.row LIMIT ?",
-                (phrases + "*", limit),
+            phrases = " ".join('"' + word.replace('"', '""') + '"' for word in words) + "*"
+            yield self._with_words(phrases, limit)
+
+    def _with_words(self, phrases: str, limit: int) -> list[StoredEntity]:
+        """Titles that match, best first; where millions do, the shortest of some: ranking all would take minutes."""
+        some = "SELECT rowid FROM title_search WHERE title_search MATCH ? LIMIT ?"
+        found = self._connection().execute(f"SELECT count(*) FROM ({some})", (phrases, _RANKED_AT_MOST + 1)).fetchone()
+        if found[0] > _RANKED_AT_MOST:
+            return self._select(
+                f"WHERE row IN ({some}) ORDER BY length(title), row LIMIT ?", (phrases, _RANKED_AT_MOST, limit)
             )
+        return self._select(
+            "JOIN title_search ON title_search.rowid = entity.row WHERE title_search MATCH ? "
+            "ORDER BY bm25(title_search, 10.0, 1.0), length(entity.title), entity.row LIMIT ?",
+            (phrases, limit),
+        )
 
     def select(self, types: Sequence[str]) -> Selection:
         """The entities that have one of `types` or more. With millions of entities a matter of a second: keep it."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 
 from core.errors import UserError
 from index.build import build_index
 from index.choose import Targets, candidates, choose, expected_ms, lists
-from index.embeddings import EmbeddingShards, write_shard
-from index.factory import centroids
+from index.embeddings import Embeddings, EmbeddingShards, write_shard
+from index.factory import centroids, exact_lists, factory_index, train
 from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
 from index.search import EntityIndex
 from index.tune import K, exact_positions, held_out_queries
@@ -53,7 +54,7 @@ def test_targets_that_nothing_meets(embeddings: EmbeddingShards) -> None:
     assert "--memory-gb" in str(caught.value)
 
 
-@pytest.mark.parametrize("factory", ["PQ8x4fs", "IVF32_HNSW32,PQ8x4fs", "HNSW16"])
+@pytest.mark.parametrize("factory", ["PQ8x4fs", "IVF32_HNSW32,PQ8x4fs", "IVF32(SQfp16),PQ8x4fs", "HNSW16"])
 def test_parameters_are_tuned_to_the_recall(embeddings: EmbeddingShards, tmp_path: Path, factory: str) -> None:
     manifest = build_index(tmp_path, embeddings, factory=factory, targets=LOOSE)
     assert IndexManifest.read(tmp_path / INDEX_MANIFEST_FILE) == manifest
@@ -75,10 +76,29 @@ def test_time_at_full_size() -> None:
 
 
 def test_lists_and_sizes_at_wikipedias_size() -> None:
-    assert lists(6_063_945) == 8192
+    assert lists(6_063_945) == 4096
     memory_gb = {each.factory(6_063_945): each.bytes(6_063_945) / 1e9 for each in candidates(6_063_945, 512)}
     assert memory_gb["Flat"] == pytest.approx(12.42, abs=0.01)
-    assert memory_gb["IVF8192_HNSW32,PQ128x4fs"] == pytest.approx(0.46, abs=0.01)
+    assert memory_gb["IVF4096(SQfp16),PQ128x4fs"] == pytest.approx(0.441, abs=0.001)
+
+
+def test_lists_are_found_exactly_while_filling_and_by_their_own_centroids_after() -> None:
+    drawn = np.random.default_rng(4).normal(size=(2000, 16)).astype(np.float32)
+    embeddings = Embeddings(16, [drawn.astype(np.float16)], [np.arange(2000)])
+    indexes = [factory_index(16, factory) for factory in ("IVF32(SQfp16),Flat", "IVF32,Flat")]
+    for index in indexes:
+        train(index, embeddings, "IVF")
+        with exact_lists(index):
+            index.add(embeddings.at(np.arange(2000)))
+    in_half, in_full = (faiss.extract_index_ivf(index) for index in indexes)
+    assert isinstance(faiss.downcast_index(in_half.quantizer), faiss.IndexScalarQuantizer)
+    assert isinstance(faiss.downcast_index(in_full.quantizer), faiss.IndexFlat)
+    assert in_half.own_fields
+    sizes = [[each.invlists.list_size(number) for number in range(32)] for each in (in_half, in_full)]
+    assert np.abs(np.subtract(*sizes)).sum() <= 20  # centroids that are rounded part hardly any otherwise
+    parameters = faiss.SearchParametersIVF(nprobe=32)
+    found, wanted = (index.search(drawn[:50], 5, params=parameters)[1] for index in indexes)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_centroids_in_two_levels() -> None:

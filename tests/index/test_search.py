@@ -94,7 +94,8 @@ def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(tmp_path: 
 
 @pytest.mark.parametrize("allowed", [0, 1, 3, 60], ids=lambda count: f"{count} allowed")
 @pytest.mark.parametrize(
-    "factory", ["Flat", "HNSW16", "IVF8_HNSW32,PQ12x4fs", "PQ12x4fs", "PQ12x4fs,RFlat", "PCA16,Flat"]
+    "factory",
+    ["Flat", "HNSW16", "IVF8_HNSW32,PQ12x4fs", "IVF8(SQfp16),PQ12x4fs", "PQ12x4fs", "PQ12x4fs,RFlat", "PCA16,Flat"],
 )
 @pytest.mark.parametrize("scanned_at_most", [0, 10_000], ids=["by the index", "by a scan"])
 def test_a_selection_is_exact_even_when_a_handful_pass(

@@ -138,6 +138,18 @@ def test_title_search_takes_any_text(store: EntityStore, query: str) -> None:
     assert titles(store, "giraffe") == ["Giraffe"]
 
 
+def test_words_of_very_many_titles_give_the_shortest_of_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"Painting {'of ' * (9 - row % 10)}{row}" for row in range(30)]
+    write_store(tmp_path / "s", ((entity(row, title), None) for row, title in enumerate(names)))
+    monkeypatch.setattr("index.store._RANKED_AT_MOST", 20)
+    with EntityStore(tmp_path / "s") as store:
+        found = titles(store, "of painting", 5)
+        assert len(found) == 5
+        assert all("of" in title for title in found)
+        assert len(found[0]) == len("Painting of 8")
+        assert titles(store, "painting 17") == ["Painting of of 17"]
+
+
 def test_title_search_keeps_to_its_limit(store: EntityStore) -> None:
     assert len(titles(store, "flag", 2)) == 2
     assert titles(store, "flag", 0) == []
