@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-TOP_K = 5
+TOP_K = 5  # asked for; a calibrated bundle is searched for as many as its confidence is made of
 MAX_PIXELS = 64_000_000
 
 
@@ -55,6 +55,7 @@ def main() -> None:
 
     from imaging import Preprocessing, load_pixels
     from index.bundle import Bundle
+    from index.calibration import CANDIDATES
     from service.generation import open_encoder
     from service.settings import Settings
 
@@ -65,6 +66,7 @@ def main() -> None:
     encoder = open_encoder(bundle, preprocessing, Settings(device="cpu", threads=job["threads"]))
     index = bundle.index()
     faiss.omp_set_num_threads(job["threads"])
+    top_k = TOP_K if bundle.calibration is None else max(TOP_K, CANDIDATES)
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     sys.stdin.read()
@@ -78,7 +80,7 @@ def main() -> None:
         decoded = time.perf_counter()
         embedding_1D = encoder.encode(pixels_HW3[None])
         encoded = time.perf_counter()
-        index.search(embedding_1D, TOP_K)
+        index.search(embedding_1D, top_k)
         if counts_from <= (searched := time.perf_counter()) < ends:
             taken.append((decoded - started, encoded - decoded, searched - encoded))
         number += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Coroutine, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar
 
 import orjson
@@ -230,7 +230,8 @@ def _box(text: str) -> Box:
 
 
 def _answer(recognition: Recognition) -> dict[str, Any]:
-    content = asdict(recognition)
+    # One level only: orjson writes the dataclasses within by itself, many times as fast as `asdict` copies them.
+    content = {field.name: getattr(recognition, field.name) for field in fields(recognition)}
     content["timings_ms"] = {stage: round(value, 3) for stage, value in recognition.timings_ms.items()}
     return content
 
