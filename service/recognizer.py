@@ -79,7 +79,12 @@ class Recognizer:
     def __init__(self, bundle: Bundle, settings: Settings, encoder: Encoder | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.admission = Admission(settings.queue_limit, self.metrics.images.labels("full").inc)
+        self.admission = Admission(
+            settings.queue_limit,
+            always=max(settings.max_batch, settings.max_batch_images),
+            deadline_s=settings.deadline_ms / 1000,
+            on_refusal=self.metrics.images.labels("full").inc,
+        )
         self._given_encoder = encoder
         self._current = Generation(bundle, settings, self.metrics, encoder)
         self._switch = threading.Lock()  # a generation is not let go between being read here and being held
