@@ -16,6 +16,8 @@ BENCHMARKS = {
     "live": "benchmarks.live_changes",
     "load": "benchmarks.load",
     "peers": "benchmarks.peers.runner",
+    "overload": "benchmarks.overload",
+    "faults": "benchmarks.faults",
 }
 
 

@@ -200,8 +200,6 @@ def get_entity(request: Request, entity_id: str) -> Response:
 
 
 async def _body(request: Request, recognizer: Recognizer) -> bytes:
-    """The body, unless there is no room for what is in it anyway: then it is not kept."""
-    recognizer.admission.refuse_if_full(1)
     with timed("body"):
         return await read_body(request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_s)
 
