@@ -21,6 +21,8 @@ BENCHMARKS = {
     "load": "benchmarks.load",
     "peers": "benchmarks.peers.runner",
     "stages": "benchmarks.stages",
+    "overload": "benchmarks.overload",
+    "faults": "benchmarks.faults",
 }
 # What `--help` says of each.
 TOLD = {
@@ -32,6 +34,8 @@ TOLD = {
     "live": "Live changes against a dict, killed again and again.",
     "load": "Latency against offered load, and the knee.",
     "peers": "LitServe, mosec and BentoML serving the same encoder, beside this service.",
+    "overload": "Ten times the load that it can answer: goodput, refusals, memory, recovery.",
+    "faults": "What goes wrong under load: Redis gone, workers killed, swaps, clients that leave, hostile bodies.",
     "stages": "Decode, encode, search, end to end, the cache, and growth with the catalog.",
 }
 _COMMON = [

@@ -1,62 +1,143 @@
-"""`wikiclip bench service`: what HTTP adds to decode, encode and search, at concurrency 1 and with the cache off.
+"""`wikiclip bench service`: what the service adds to decode, encode and search, and what it loses to them when full.
 
-Both sides run in one process tree on the same images with the same thread counts; the loop calls the same three
-functions that the service calls, with no queue, no threads and no HTTP around them.
+The service (cache off) and a loop that calls the same three functions, with no queue, no threads and no HTTP, take
+turns on the same cores, photographs and threads, so that what else the machine does falls on both. Once one request at
+a time, once as many as the cores can do; with the bundle's own encoder and, without `--smoke`, with a ViT-B/32 in int8.
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import faiss
 import httpx
+import numpy as np
 
+from benchmarks.closed_loop import Job, run_job
+from benchmarks.heavy_bundle import write_heavy_bundle
+from benchmarks.page import page, section, table
 from benchmarks.photographs import photograph
-from benchmarks.server import running_service
-from benchmarks.timing import percentiles_ms
-from imaging import Preprocessing, load_pixels
-from index.bundle import Bundle
-from service.generation import open_encoder
-from service.settings import Settings
+from benchmarks.plain_loop import run_loops
+from benchmarks.plots import Bar, bar_plot
+from benchmarks.server import running_service, split_cores
 
-THREADS = 1
+IMAGES = 16
+ROUNDS, SECONDS, WARM_UP_S = 7, 6.0, 2.0
+SMOKE_ROUNDS, SMOKE_SECONDS, SMOKE_WARM_UP_S = 1, 2.0, 0.5
+CONNECTIONS_A_CORE = 4  # enough that the service never waits for the next image
+# What is aimed at.
+HEAVY_RATIO, TINY_ADDS_MS, SATURATED_SHARE = 1.05, 1.0, 0.95
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
-    """p50, p90 and p99 of the plain loop and of `POST /recognize`, one after the other; the difference of their p50."""
-    repeats = 100 if smoke else 1000
-    images = [photograph(seed) for seed in range(32)]
-    loop = _loop(bundle_path, images, repeats)
-    service = _service(bundle_path, images, repeats)
+    """For each encoder the medians over rounds: p50 of loop and service and their difference and ratio, images a second
+    of both and the service's share, and the time of the processor that an image takes when full."""
+    generator, service = split_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        images = []
+        for number in range(IMAGES):
+            path = work / f"{number}.jpg"
+            path.write_bytes(photograph(number, 1280, 960))
+            images.append(str(path))
+        bundles = {"own": bundle_path}
+        if not smoke:
+            bundles["vit-b32-int8"] = write_heavy_bundle(bundle_path, work)
+        encoders = {
+            name: _compare(bundle, images, work, generator, service, smoke=smoke) for name, bundle in bundles.items()
+        }
     return {
-        "image": "JPEG 640x480",
-        "threads": THREADS,
-        "loop": loop,
-        "service": service,
-        "http_adds_p50_ms": round(service["p50_ms"] - loop["p50_ms"], 3),
-    }
+        "encoders": encoders,
+        "image": "JPEG 1280x960",
+        "threads": len(service),
+        "cores": {"generator": sorted(generator), "service": sorted(service)},
+        "aimed_at": {
+            "heavy_ratio": HEAVY_RATIO, "tiny_adds_ms": TINY_ADDS_MS, "saturated_share": SATURATED_SHARE,
+        },
+    }  # fmt: skip
 
 
-def _loop(bundle_path: Path, images: list[bytes], repeats: int) -> dict[str, float]:
-    bundle = Bundle.open(bundle_path)
-    index = bundle.index()
-    preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
-    encoder = open_encoder(bundle, preprocessing, Settings(device="cpu", threads=THREADS))
-    faiss.omp_set_num_threads(THREADS)
+def _compare(
+    bundle: Path, images: list[str], work: Path, generator: set[int], service: set[int], *, smoke: bool
+) -> dict[str, Any]:
+    seconds, warm_up_s = (SMOKE_SECONDS, SMOKE_WARM_UP_S) if smoke else (SECONDS, WARM_UP_S)
+    threads = str(len(service))
+    flags = ("--cache", "off", "--device", "cpu", "--threads", threads, "--decode-threads", threads)
+    apart = [{core} for core in sorted(service)]
+    rounds: list[dict[str, float]] = []
+    with running_service(bundle, *flags, "--log-level", "warning", cores=service) as url:
 
-    def recognise(i: int) -> object:
-        pixels = load_pixels(images[i % len(images)], preprocessing, max_pixels=64_000_000)
-        return index.search(encoder.encode(pixels[None]), 5)
+        def ask(connections: int) -> dict[str, Any]:
+            job = Job(
+                url=f"{url}/recognize?top_k=5", images=images, field=None, connections=connections,
+                warm_up_s=warm_up_s, seconds=seconds,
+            )  # fmt: skip
+            return run_job(job, work, generator)
 
-    return percentiles_ms(recognise, repeats=repeats, warm_up=20)
+        for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
+            loop = run_loops(bundle, images, work, [service], warm_up_s=warm_up_s, seconds=seconds)
+            alone = ask(1)
+            before = _spent(url)
+            full = ask(CONNECTIONS_A_CORE * len(service))
+            after = _spent(url)
+            loops = loop
+            if len(apart) > 1:  # a loop on each core has them all busy all the time
+                loops = run_loops(bundle, images, work, apart, warm_up_s=warm_up_s, seconds=seconds)
+            rounds.append(
+                {
+                    "loop_p50_ms": loop["p50_ms"],
+                    "service_p50_ms": alone["p50_ms"],
+                    "adds_ms": alone["p50_ms"] - loop["p50_ms"],
+                    "ratio": alone["p50_ms"] / loop["p50_ms"],
+                    "decode_ms": loop["decode_ms"],
+                    "encode_ms": loop["encode_ms"],
+                    "search_ms": loop["search_ms"],
+                    "loop_per_s": loops["per_s"],
+                    "service_per_s": full["per_s"],
+                    "share": full["per_s"] / loops["per_s"],
+                    "loop_cpu_ms": loops["cpu_ms"],
+                    "service_cpu_ms": 1000 * (after[0] - before[0]) / (after[1] - before[1]),
+                    "service_p99_ms": full["p99_ms"],
+                    "failures": sum(full["failures"].values()) + sum(alone["failures"].values()),
+                }
+            )
+    return {key: round(float(np.median([each[key] for each in rounds])), 3) for key in rounds[0]}
 
 
-def _service(bundle_path: Path, images: list[bytes], repeats: int) -> dict[str, float]:
-    flags = ("--cache", "off", "--device", "cpu", "--threads", str(THREADS), "--log-level", "warning")
-    with running_service(bundle_path, *flags) as url, httpx.Client(base_url=url) as client:
+def _spent(url: str) -> tuple[float, float]:
+    """Seconds of the processor that the service has used, and images that it has answered."""
+    told = httpx.get(f"{url}/metrics").raise_for_status().text
+    names = ("process_cpu_seconds_total", 'wikiclip_images_total{outcome="answered"}')
+    values = dict(line.rsplit(" ", 1) for line in told.splitlines() if line.startswith(names))
+    return float(values[names[0]]), float(values.get(names[1], 0))
 
-        def recognise(i: int) -> None:
-            headers = {"Content-Type": "image/jpeg"}
-            client.post("/recognize", content=images[i % len(images)], headers=headers).raise_for_status()
 
-        return percentiles_ms(recognise, repeats=repeats, warm_up=20)
+def report(figures: dict[str, Any]) -> str:
+    """An HTML page: p50 and images a second of loop and service, by encoder."""
+    encoders = figures["encoders"]
+    plots = [
+        bar_plot(
+            [
+                Bar(name=f"{name}, {kind}", value=each[f"{kind}_{key}"])
+                for name, each in encoders.items()
+                for kind in ("loop", "service")
+            ],
+            title=title,
+            x_label=label,
+        )
+        for key, title, label in (
+            ("p50_ms", "One request at a time, less is better", "p50, ms"),
+            ("per_s", "As many as it can do, more is better", "images/s"),
+        )
+    ]
+    keys = list(next(iter(encoders.values())))
+    rows = [[key, *(str(each[key]) for each in encoders.values())] for key in keys]
+    said = (
+        f"<p>{figures['image']}, cache off, {figures['threads']} thread(s). Aimed at: p50 at most {HEAVY_RATIO} times "
+        f"the loop's with the large encoder, at most {TINY_ADDS_MS} ms above it with the tiny one; "
+        f"{SATURATED_SHARE:.0%} of the loop's images a second.</p>"
+    )
+    return page(
+        "The service against its parts", section("Loop and service", said, *plots, table(("", *encoders), rows))
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
 
-from core.errors import Unavailable, UserError
+from core.errors import TooManyRequests, Unavailable, UserError
 from imaging import readable_types
 from service import admin, problems, routes, schemas
 from service.fetch import Fetcher
@@ -28,6 +30,7 @@ from service.redis_link import RedisLink
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 
+_RECOGNITION = frozenset(("/recognize", "/recognize/batch"))
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
 
@@ -87,7 +90,7 @@ def create_app(
     _add_operations(app)
     _add_pages(app)
     # The last one added is the outermost: what goes wrong within still gets its CORS headers.
-    app.add_middleware(RequestContext, metrics_of=lambda: _metrics(app), tracing=tracing)
+    app.add_middleware(RequestContext, metrics_of=lambda: _metrics(app), refuse=partial(_refusal, app), tracing=tracing)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -98,6 +101,18 @@ def create_app(
         )
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
+
+
+def _refusal(app: FastAPI, scope: Scope) -> UserError | None:
+    """Why a request for recognition cannot be answered now, before anything of it is read; None where it may be."""
+    recognizer: Recognizer | None = app.state.recognizer
+    if recognizer is None or scope["method"] != "POST" or scope["path"] not in _RECOGNITION:
+        return None
+    try:
+        recognizer.admission.refuse_if_full(1)
+    except TooManyRequests as refusal:
+        return refusal
+    return None
 
 
 def _limiter(settings: Settings) -> RateLimiter | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from datetime import UTC, datetime
 
 import orjson
@@ -30,3 +31,5 @@ def configure_logging(level: str) -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("wikiclip").setLevel(level.upper())
+    # What Pillow finds odd in somebody's file is nothing to tell the operator of.
+    warnings.filterwarnings("ignore", module="PIL")

@@ -12,8 +12,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from core.errors import UserError
 from service.metrics import Metrics
-from service.problems import unexpected_response
+from service.problems import problem_response, unexpected_response
 from service.tracing import Tracing
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -39,8 +40,16 @@ log = logging.getLogger("wikiclip.service")
 class RequestContext:
     """ASGI middleware; a plain one, since Starlette's base class hides a client's leaving."""
 
-    def __init__(self, app: ASGIApp, metrics_of: Callable[[], Metrics], tracing: Tracing | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics_of: Callable[[], Metrics],
+        refuse: Callable[[Scope], UserError | None] = lambda scope: None,
+        tracing: Tracing | None = None,
+    ) -> None:
+        """What `refuse` gives is answered in place of the app: in a flood, most of the work is in saying no."""
         self._app = app
+        self._refuse = refuse
         self._tracing = tracing
         self._metrics_of = metrics_of
 
@@ -75,7 +84,11 @@ class RequestContext:
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_headers)
+            refusal = self._refuse(scope)
+            if refusal is None:
+                await self._app(scope, receive, send_with_headers)
+            else:
+                await problem_response(refusal, request_id)(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = _CLIENT_GONE
         except Exception:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -57,6 +57,8 @@ _OUTCOMES: dict[type[UserError], str] = {
     DeadlineExceeded: "deadline",
 }
 
+_LOOKUP_THREADS = 2
+
 log = logging.getLogger("wikiclip.recognizer")
 
 
@@ -78,12 +80,19 @@ class Recognizer:
     def __init__(self, bundle: Bundle, settings: Settings, encoder: Encoder | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.admission = Admission(settings.queue_limit, self.metrics.images.labels("full").inc)
+        self.admission = Admission(
+            settings.queue_limit,
+            always=max(settings.max_batch, settings.max_batch_images),
+            deadline_s=settings.deadline_ms / 1000,
+            on_refusal=self.metrics.images.labels("full").inc,
+        )
         self._given_encoder = encoder
         self._current = Generation(bundle, settings, self.metrics, encoder)
         self._switch = threading.Lock()  # a generation is not let go between being read here and being held
         self._swapping = False
         self._decoders = ThreadPoolExecutor(settings.decode_thread_count, thread_name_prefix="decode")
+        # What is short does not wait behind all images that are still to be decoded.
+        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
         self._cache: Cache | None = None
         if settings.cache == "on":
             self._cache = Cache(
@@ -121,6 +130,7 @@ class Recognizer:
         self._closing = True
         if self._current.close(self.settings.deadline_ms / 1000):
             self._decoders.shutdown(cancel_futures=True)
+            self._lookups.shutdown(cancel_futures=True)
 
     async def aclose(self) -> None:
         """`close`, and the connections that belong to the event loop."""
@@ -308,12 +318,23 @@ class Recognizer:
     ) -> tuple[Recognition, Found]:
         timings_ms: dict[str, float] = {}
         engine, joiner = snapshot.generation.engine, snapshot.joiner
-        selection = await self._in_pool(snapshot, joiner.selection, options) if options.types else None
+        selection = None
+        if options.types:
+            selection = await _in_pool(self._lookups, snapshot, joiner.selection, options)
         if embedding_D is None:
-            decoded = await self._in_pool(snapshot, self._decode, snapshot, data, options)
+            # The thread that decodes gives the image to the engine itself: the event loop may be busy with others.
+            decoded, pending = await _in_pool(
+                self._decoders,
+                snapshot,
+                self._decode_and_submit,
+                snapshot,
+                data,
+                selection,
+                options,
+                on_abandoned=lambda done: done[1].cancel(),
+            )
             timings_ms["decode"] = decoded.decode_ms
             tracing.stage("decode", decoded.started_at, decoded.started_at + decoded.decode_ms / 1000)
-            pending = _submit(snapshot, decoded, selection, options)
         else:
             decoded = None
             pending = engine.search(embedding_D, joiner.top_k(options), selection, snapshot.entities)
@@ -324,7 +345,7 @@ class Recognizer:
         if joiner.wants_everything(options):
             everything = await asyncio.wrap_future(_search_everything(snapshot, found, options))
         with tracing.timed("join"):
-            ranking = await self._in_pool(snapshot, _join, snapshot, found, everything, decoded, options)
+            ranking = await _in_pool(self._lookups, snapshot, _join, snapshot, found, everything, decoded, options)
         return _recognition(snapshot, ranking, timings_ms, cached=embedding_D is not None), found
 
     def _recognize_chunk(
@@ -353,13 +374,33 @@ class Recognizer:
             started_at=started_at,
         )
 
-    async def _in_pool(self, snapshot: Snapshot, call: Any, *arguments: Any) -> Any:
-        # A cancelled request leaves at once, what it began in a thread does not: that holds the generation by itself.
-        held = ExitStack()
-        held.enter_context(snapshot.generation.hold())
-        pending = self._decoders.submit(call, *arguments)
-        pending.add_done_callback(lambda _: held.close())
+    def _decode_and_submit(
+        self, snapshot: Snapshot, data: bytes, selection: Selection | None, options: RecognizeOptions
+    ) -> tuple[_Decoded, Future[Found]]:
+        decoded = self._decode(snapshot, data, options)
+        return decoded, _submit(snapshot, decoded, selection, options)
+
+
+async def _in_pool(
+    pool: ThreadPoolExecutor,
+    snapshot: Snapshot,
+    call: Callable[..., Any],
+    *arguments: Any,
+    on_abandoned: Callable[[Any], object] = lambda result: None,
+) -> Any:
+    """What `call` gives in a thread of the pool. `on_abandoned` is told of a result that nobody waits for any more."""
+    # A cancelled request leaves at once, what it began in a thread does not: that holds the generation by itself.
+    held = ExitStack()
+    held.enter_context(snapshot.generation.hold())
+    pending = pool.submit(call, *arguments)
+    pending.add_done_callback(lambda _: held.close())
+    try:
         return await asyncio.wrap_future(pending)
+    except asyncio.CancelledError:
+        pending.add_done_callback(
+            lambda ended: None if ended.cancelled() or ended.exception() else on_abandoned(ended.result())
+        )
+        raise
 
 
 def _submit(
@@ -434,7 +475,8 @@ def _trace_engine(found: Found) -> None:
 
 
 def _write_answer(recognition: Recognition) -> bytes:
-    return orjson.dumps({**asdict(recognition), "cached": True, "timings_ms": {}})
+    content = {field.name: getattr(recognition, field.name) for field in fields(recognition)}
+    return orjson.dumps({**content, "cached": True, "timings_ms": {}})
 
 
 def _read_answer(value: bytes | None) -> Recognition | None:
