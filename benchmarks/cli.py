@@ -21,6 +21,7 @@ BENCHMARKS = {
     "load": "benchmarks.load",
     "peers": "benchmarks.peers.runner",
     "stages": "benchmarks.stages",
+    "export": "benchmarks.export_speed",
 }
 # What `--help` says of each.
 TOLD = {
@@ -32,6 +33,7 @@ TOLD = {
     "live": "Live changes against a dict, killed again and again.",
     "load": "Latency against offered load, and the knee.",
     "peers": "LitServe, mosec and BentoML serving the same encoder, beside this service.",
+    "export": "An export against its models alone; int8 against float32.",
     "stages": "Decode, encode, search, end to end, the cache, and growth with the catalog.",
 }
 _COMMON = [
