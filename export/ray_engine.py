@@ -221,6 +221,7 @@ def _told(error: BaseException | None) -> UserError | None:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         if isinstance(error, UserError) and type(error).__module__ == UserError.__module__:
+            error.args = (str(error).splitlines()[0],)  # Ray puts advice of its own below
             return error
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
     return None
