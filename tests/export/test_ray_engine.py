@@ -42,10 +42,10 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
-    """The catalog with all that is wrong in it, and 200 entities of one text each: 56 shards."""
+    """The catalog with all that is wrong in it, and 80 entities of one text each: 26 shards."""
     folder = tmp_path_factory.mktemp("ray")
     (folder / "images").symlink_to(catalog.path.parent / "images")
-    more = [{"entity_id": f"M{n}", "title": f"More {n}", "text": f"Thing {n}.", "images": []} for n in range(200)]
+    more = [{"entity_id": f"M{n}", "title": f"More {n}", "text": f"Thing {n}.", "images": []} for n in range(80)]
     path = folder / "catalog.jsonl"
     path.write_text(catalog.path.read_text() + "".join(json.dumps(row) + "\n" for row in more))
     return ExportConfig(
@@ -120,7 +120,7 @@ def test_the_bundle_is_the_local_one_though_a_worker_is_killed(
     monkeypatch.setattr(ShardWriter, "write", kill_then_write)
     summary = export_bundle(dataclasses.replace(on_ray, engine="ray"))
     assert len(killed) == 1
-    assert (summary.shards, summary.resumed_shards) == (56, 3)
+    assert (summary.shards, summary.resumed_shards) == (26, 3)
     assert 0 < summary.copied_entities < copied
     Bundle.open(on_ray.out, verify="full")
     expected, found = files(config.out), files(on_ray.out)
