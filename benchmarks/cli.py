@@ -23,6 +23,7 @@ BENCHMARKS = {
     "stages": "benchmarks.stages",
     "overload": "benchmarks.overload",
     "faults": "benchmarks.faults",
+    "export": "benchmarks.export_speed",
 }
 # What `--help` says of each.
 TOLD = {
@@ -36,6 +37,7 @@ TOLD = {
     "peers": "LitServe, mosec and BentoML serving the same encoder, beside this service.",
     "overload": "Ten times the load that it can answer: goodput, refusals, memory, recovery.",
     "faults": "What goes wrong under load: Redis gone, workers killed, swaps, clients that leave, hostile bodies.",
+    "export": "An export against its models alone; int8 against float32.",
     "stages": "Decode, encode, search, end to end, the cache, and growth with the catalog.",
 }
 _COMMON = [

@@ -79,6 +79,13 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--workers", type=click.IntRange(min=1, max=256), help="Processes that decode images.  [default: one a core]"
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: on all machines of a Ray cluster (extra `ray`), the one that RAY_ADDRESS names.",
+)
 @click.option("--trust-remote-code", is_flag=True, help="Let `hf:` encoders run code that comes with their weights.")
 @click.option(
     "--dry-run", is_flag=True, help="Write nothing; say what it will take, from the whole catalog and a timed sample."

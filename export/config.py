@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from catalog.tar_shards import TarImages
 from core.errors import CatalogError, UserError
@@ -41,6 +41,7 @@ class ExportConfig:
     trust_remote_code: bool = False
     base: Path | None = None  # a bundle from which unchanged entities are copied
     workers: int | None = None  # processes that decode images; default: one a core
+    engine: Literal["local", "ray"] = "local"
     progress: bool = False
 
 

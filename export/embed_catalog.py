@@ -63,20 +63,23 @@ def embed_catalog(config: ExportConfig, checkpoint: Checkpoint, spool: Spool, ti
                     yield shard
 
         writer = stack.enter_context(ShardWriter(spool, checkpoint.text_encoder, times))
-        shards = embed_shards(
-            config,
-            checkpoint,
-            unfinished(),
-            times,
-            base=base if base_fits else None,
-            done=lambda row: bar.update(max(0, row + 1 - bar.n)),
-        )
+
+        def advance(row: int) -> None:
+            bar.update(max(0, row + 1 - bar.n))
+
+        if config.engine == "ray":
+            from export.ray_engine import embed_shards_on_ray
+
+            numbers = [shard.number for shard in unfinished()]
+            shards = embed_shards_on_ray(config, checkpoint, numbers, copy_from_base=base_fits, done=advance)
+        else:
+            shards = embed_shards(
+                config, checkpoint, unfinished(), times, base=base if base_fits else None, done=advance
+            )
         for embedded in stack.enter_context(closing(shards)):
             check_image_root(config)  # else a shard would be finished in which every image seems missing
             copied += len(embedded.records.copied)
             writer.write(embedded)
-            ended = embedded.records.shard.first_row + len(embedded.records.entities)
-            bar.update(max(0, ended - bar.n))
     if entities == 0:
         spool.remove()  # nothing was made that could be taken up again
         raise CatalogError(f"{config.catalog} holds no usable entity record; see the interface of catalogs in the docs")

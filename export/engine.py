@@ -19,7 +19,7 @@ from export.base import BaseEntities
 from export.config import ExportConfig
 from export.decode import DecodePool, default_workers
 from export.embed import Embedder, chunk_size
-from export.prepare import Chunk, Preparer, Shard, ShardRecords
+from export.prepare import Preparer, Shard, ShardRecords
 from export.stream import StageTimes, ahead
 from model.checkpoint import Checkpoint
 
@@ -61,7 +61,9 @@ def embed_shards(
             embedded = embedder.embed(chunk)
             if chunk.rows:
                 done(chunk.rows[-1])
-            shard = gathered.add(chunk, embedded.embeddings_BD, embedded.attention)
+            if chunk.ends is not None:
+                done(chunk.ends.shard.first_row + len(chunk.ends.entities) - 1)
+            shard = gathered.add(chunk.rows, chunk.ends, embedded.embeddings_BD, embedded.attention)
             if shard is not None:
                 yield shard
 
@@ -75,18 +77,22 @@ class ShardBuilder:
         self._attention: dict[int, list[npt.NDArray[np.float32]]] = defaultdict(list)
 
     def add(
-        self, chunk: Chunk, embeddings_BD: npt.NDArray[np.float32], attention: Sequence[npt.NDArray[np.float32]]
+        self,
+        rows: Sequence[int],
+        ends: ShardRecords | None,
+        embeddings_BD: npt.NDArray[np.float32],
+        attention: Sequence[npt.NDArray[np.float32]],
     ) -> EmbeddedShard | None:
         """The shard where this chunk is its last, else None. `attention` is empty where no embedder listens."""
-        self._rows += chunk.rows
+        self._rows += rows
         self._embeddings.append(embeddings_BD)
         if attention:
-            for row, weights_T in zip(chunk.rows, attention, strict=True):
+            for row, weights_T in zip(rows, attention, strict=True):
                 self._attention[row].append(weights_T)
-        if chunk.ends is None:
+        if ends is None:
             return None
         shard = EmbeddedShard(
-            records=chunk.ends,
+            records=ends,
             rows=self._rows,
             embeddings_nD=np.concatenate(self._embeddings),
             attention=self._attention,

@@ -50,7 +50,7 @@ def add_int8(
     them from, `EncoderSpecError` where too little is left of the encoder.
     """
     preprocessing = checkpoint.image_encoder.preprocessing
-    images = list(_catalog_images(image_reader(config), preprocessing, sample))
+    images = list(catalog_images(image_reader(config), preprocessing, sample))
     if not images:
         raise UserError("--int8 needs images of the catalog, and none can be used; go on with --resume, without --int8")
     calibration = images[::2]
@@ -59,27 +59,32 @@ def add_int8(
     judged_on, judged = "catalog images", images[1::2] or images
     if config.validation is not None and (queries := _queries(config.validation, preprocessing, store)):
         judged_on, judged = "validation queries", queries
+    cost = measure_cost(source, target, judged, preprocessing, index)
+    if not cost["mean_cosine"] >= MIN_MEAN_COSINE:
+        raise EncoderSpecError(
+            f"the encoder does not bear int8: mean cosine {cost['mean_cosine']:.3f} to its own embeddings, "
+            f"{MIN_MEAN_COSINE} is wanted; go on with --resume, without --int8"
+        )
+    return Int8Entry(
+        file=INT8_ENCODER_FILE, calibrated_on=len(calibration), judged_on=judged_on, images=len(judged), **cost
+    )
+
+
+def measure_cost(
+    source: Path, target: Path, judged: Sequence[Labelled], preprocessing: Preprocessing, index: EntityIndex
+) -> dict[str, float]:
+    """What the file `target` answers against `source`: cosines of embeddings, and the best entities, in percent."""
     own_N = np.array([row for row, _ in judged])
     float_ND, int8_ND = (_encode(file, judged, preprocessing) for file in (source, target))
     cosines_N = (float_ND * int8_ND).sum(axis=1)
     float_N, int8_N = (index.search(embeddings_ND, 1)[0][:, 0] for embeddings_ND in (float_ND, int8_ND))
-    mean_cosine = float(cosines_N.mean())
-    if not mean_cosine >= MIN_MEAN_COSINE:
-        raise EncoderSpecError(
-            f"the encoder does not bear int8: mean cosine {mean_cosine:.3f} to its own embeddings, {MIN_MEAN_COSINE} "
-            "is wanted; go on with --resume, without --int8"
-        )
-    return Int8Entry(
-        file=INT8_ENCODER_FILE,
-        calibrated_on=len(calibration),
-        judged_on=judged_on,
-        images=len(judged),
-        min_cosine=round(float(cosines_N.min()), 6),
-        mean_cosine=round(mean_cosine, 6),
-        same_top_1=_percent(float_N == int8_N),
-        top_1_float=_percent(float_N == own_N),
-        top_1_int8=_percent(int8_N == own_N),
-    )
+    return {
+        "min_cosine": round(float(cosines_N.min()), 6),
+        "mean_cosine": round(float(cosines_N.mean()), 6),
+        "same_top_1": _percent(float_N == int8_N),
+        "top_1_float": _percent(float_N == own_N),
+        "top_1_int8": _percent(int8_N == own_N),
+    }
 
 
 def remove_int8(bundle: Path) -> None:
@@ -88,7 +93,7 @@ def remove_int8(bundle: Path) -> None:
         file.unlink()
 
 
-def _catalog_images(
+def catalog_images(
     reader: ImageReader, preprocessing: Preprocessing, sample: Sequence[CatalogImages]
 ) -> Iterator[Labelled]:
     """The first usable image of each sampled entity. The others were told of when they were to be embedded."""

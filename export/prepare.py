@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,6 @@ from core.text import first_sentence
 from export.base import BaseEntities, BaseEntity
 from export.decode import DecodePool, ImageJob, Pixels, hash_text
 from index.store import StoredEntity
-from model.encoders import TextEncoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +63,24 @@ class _Sample:
     pixels: Pixels | None
 
 
+class Tokenizer(Protocol):
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
 class Preparer:
     """Makes chunks of `chunk_size` samples. `base` holds the entities whose embeddings may be copied."""
 
     def __init__(
         self,
         pool: DecodePool,
-        text_encoder: TextEncoder,
+        tokenizer: Tokenizer,
         *,
         chunk_size: int,
         store_text: bool = False,
         base: BaseEntities | None = None,
     ) -> None:
         self._pool = pool
-        self._text_encoder = text_encoder
+        self._tokenizer = tokenizer
         self._chunk_size = chunk_size
         self._store_text = store_text
         self._base = base
@@ -98,7 +102,7 @@ class Preparer:
         return Chunk(
             rows=[sample.row for sample in samples],
             pixels=[sample.pixels for sample in samples],
-            tokens=self._text_encoder.tokenize(list(texts)),  # images of one entity share theirs
+            tokens=self._tokenizer.tokenize(list(texts)),  # images of one entity share theirs
             text_of=[texts[sample.text] for sample in samples],
             ends=ends,
         )

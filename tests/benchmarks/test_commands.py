@@ -144,7 +144,7 @@ def test_evaluate_reads_ovens_own_files(small_bundle: Path, small_images: dict[s
     assert (figures["queries"], figures["rejected"], figures["seen"]) == (4, 0, 100.0)
 
 
-@pytest.mark.parametrize("name", ["service", "index", "train"])
+@pytest.mark.parametrize("name", ["service", "index", "train", "export"])
 def test_bench_prints_one_object_with_what_it_ran_on(small_bundle: Path, tmp_path: Path, name: str) -> None:
     done = _wikiclip("bench", name, "--smoke", "--json", "--bundle", small_bundle, "--results", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -152,6 +152,14 @@ def test_bench_prints_one_object_with_what_it_ran_on(small_bundle: Path, tmp_pat
     assert outcome.keys() >= {"hardware", "commit", "settings", "figures"}
     if name == "service":
         assert outcome["figures"]["service"]["p50_ms"] > 0
+    elif name == "export":
+        assert (
+            0
+            < outcome["figures"]["throughput"]["share_of_slowest"]
+            <= outcome["figures"]["throughput"]["share_of_all_models"]
+        )
+        assert "make symbols" in outcome["figures"]["int8_symbols"]
+        assert len(list(tmp_path.glob("*/export.html"))) == 1
     elif name == "train":
         assert outcome["figures"]["recomputed_loss"] == pytest.approx(outcome["figures"]["cached_loss"], rel=1e-4)
     else:

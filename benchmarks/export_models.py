@@ -1,0 +1,90 @@
+"""Checkpoints and catalogs to export, made up: what they hold is random, what they cost is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from benchmarks.photographs import photograph
+from imaging import Preprocessing
+from model.adaptor import Adaptor, AdaptorConfig
+from model.checkpoint import save_checkpoint
+from model.encoders import load_image_encoder, load_text_encoder
+from model.tiny import TinyConfig, TinyEncoder, save_tiny
+
+_WORDS = (
+    "river",
+    "stone",
+    "tower",
+    "bird",
+    "market",
+    "north",
+    "island",
+    "castle",
+    "music",
+    "harbour",
+    "forest",
+    "valley",
+)
+_IMAGES = 1000  # different ones; a larger catalog uses them again
+
+
+def make_checkpoint(folder: Path, image_encoder: str, text_encoder: str, *, width: int) -> Path:
+    """A checkpoint with an adaptor of random weights over two encoders, by their specs."""
+    image, text = load_image_encoder(image_encoder), load_text_encoder(text_encoder)
+    config = AdaptorConfig(
+        patch_dim=image.patch_dim, text_dim=text.dim, embedding_dim=image.embedding_dim, width=width, layers=2, heads=2
+    )
+    torch.manual_seed(0)
+    save_checkpoint(
+        folder, adaptor=Adaptor(config), logit_scale=10.0, image_encoder=image, text_encoder=text, training={}
+    )
+    return folder
+
+
+def write_small_encoders(folder: Path) -> tuple[str, str]:
+    """Encoders that cost next to nothing, so that everything else of an export shows: their specs."""
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=32, size_px=32)
+    grey = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing(
+        size_px=32, resize="squash", crop="none", interpolation="bilinear", mean=grey, std=grey
+    )
+    save_tiny(TinyEncoder(config).eval(), preprocessing, folder / "small.safetensors")
+    vocabulary = {word: number for number, word in enumerate(("[UNK]", *_WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    text = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertModel(text).save_pretrained(folder / "text")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder / "text")
+    return f"tiny:{folder / 'small.safetensors'}", f"hf:{folder / 'text'}"
+
+
+def write_catalog(folder: Path, records: int, *, words: int, size_px: int, image_every: int) -> Path:
+    """A catalog of so many entities with a text of `words` words; every `image_every`th has an image of `size_px`."""
+    (folder / "images").mkdir()
+    for number in range(min(_IMAGES, -(-records // image_every))):
+        (folder / "images" / f"{number}.jpg").write_bytes(photograph(number, size_px, size_px))
+    random = np.random.default_rng(0)
+    path = folder / "catalog.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(records):
+            has_image = number % image_every == 0
+            row = {
+                "entity_id": f"Q{number}",
+                "title": f"Thing {number}",
+                "text": f"Thing {number}. " + " ".join(random.choice(_WORDS, words)),
+                "images": [f"images/{number // image_every % _IMAGES}.jpg"] if has_image else [],
+            }
+            file.write(json.dumps(row) + "\n")
+    return path

@@ -1,0 +1,150 @@
+"""An export on a local Ray, one of whose workers is killed midway, gives the bundle of the local engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from catalog.tar_shards import TarShards
+from core.errors import CatalogError, UserError
+from export.config import ExportConfig
+from export.pipeline import export_bundle
+from export.write import ShardWriter
+from index.bundle import Bundle
+
+ray = pytest.importorskip("ray")
+CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning"
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray with room for two workers that embed and two that decode."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(
+        num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
+        object_store_memory=200_000_000, _node_ip_address="127.0.0.1",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
+    """The catalog with all that is wrong in it, and 80 entities of one text each: 26 shards."""
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "images").symlink_to(catalog.path.parent / "images")
+    more = [{"entity_id": f"M{n}", "title": f"More {n}", "text": f"Thing {n}.", "images": []} for n in range(80)]
+    path = folder / "catalog.jsonl"
+    path.write_text(catalog.path.read_text() + "".join(json.dumps(row) + "\n" for row in more))
+    return ExportConfig(
+        catalog=path, checkpoint=checkpoint, out=folder / "local" / "things", shard_size=4, batch_size=3,
+        thumbnail_px=16, store_text=True, device="cpu",
+    )  # fmt: skip
+
+
+def embedding_workers() -> set[int]:
+    """The processes that hold the models, by the title that Ray gives them."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and b"MapWorker(MapBatches(_Embed))" in (entry / "cmdline").read_bytes():
+                found.add(int(entry.name))
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def files(out: Path) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        name = path.relative_to(out).as_posix()
+        if name.endswith("manifest.json"):
+            values = json.loads(path.read_bytes())
+            content[name] = {key: value for key, value in values.items() if key not in ("created_at", "elapsed_s")}
+        else:
+            content[name] = path.read_bytes()
+    return content
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
+def test_the_bundle_is_the_local_one_though_a_worker_is_killed(
+    cluster: None, config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a base to copy from, and begun on this machine alone: what is finished is not done again."""
+    base = dataclasses.replace(config, out=tmp_path / "base", limit=20)
+    export_bundle(base)
+    config = dataclasses.replace(config, base=base.out)
+    copied = export_bundle(config).copied_entities
+    assert 10 < copied < 20  # what cannot be read is tried again
+    on_ray = dataclasses.replace(config, out=tmp_path / "ray" / "things", resume=True)
+    write, written, killed = ShardWriter.write, 0, set[int]()
+
+    def stop(self: ShardWriter, embedded: Any) -> None:
+        nonlocal written
+        if written == 3:
+            raise StoppedError
+        written += 1
+        write(self, embedded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", stop)
+        with pytest.raises(StoppedError):
+            export_bundle(on_ray)
+
+    def kill_then_write(self: ShardWriter, embedded: Any) -> None:
+        if not killed:
+            deadline = time.monotonic() + 120
+            while len(workers := embedding_workers()) < 2:
+                assert time.monotonic() < deadline, "two workers were to embed"
+                time.sleep(0.01)
+            killed.add(min(workers))
+            os.kill(min(workers), signal.SIGKILL)
+        write(self, embedded)
+
+    monkeypatch.setattr(ShardWriter, "write", kill_then_write)
+    summary = export_bundle(dataclasses.replace(on_ray, engine="ray"))
+    assert len(killed) == 1
+    assert (summary.shards, summary.resumed_shards) == (26, 3)
+    assert 0 < summary.copied_entities < copied
+    Bundle.open(on_ray.out, verify="full")
+    expected, found = files(config.out), files(on_ray.out)
+    assert found.keys() == expected.keys()
+    for name, content in expected.items():
+        assert found[name] == content, name
+    assert (on_ray.out.parent / "rejected.jsonl").read_bytes() == (config.out.parent / "rejected.jsonl").read_bytes()
+
+
+def test_what_a_worker_finds_wrong_is_told_in_one_line(cluster: None, config: ExportConfig, tmp_path: Path) -> None:
+    """A tar shard that the index names is gone by the time a worker looks for it."""
+    folder, url = tmp_path / "images", "https://example.org/1.png"
+    with TarShards(folder, shard_bytes=10_000) as shards:
+        shards.add(url, b"no image", "image/png", {})
+    next(folder.glob("*.tar")).unlink()
+    path = tmp_path / "catalog.jsonl"
+    path.write_text(json.dumps({"entity_id": "Q1", "title": "One", "text": "One.", "images": [url]}) + "\n")
+    broken = dataclasses.replace(config, catalog=path, images=folder, out=tmp_path / "out", engine="ray")
+    with pytest.raises(CatalogError, match=r"00000\.tar") as caught:
+        export_bundle(broken)
+    assert "\n" not in str(caught.value)
+
+
+def test_ray_that_is_not_installed(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="--engine ray needs Ray; install it"):
+        export_bundle(dataclasses.replace(config, out=tmp_path / "out", engine="ray"))
