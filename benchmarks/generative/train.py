@@ -212,7 +212,7 @@ def wikiclip_answers(bundle: Path, queries: Path) -> list[Answered]:
 
 
 def run(
-    build: Path, bundle: Path, settings: Settings, *, fresh: bool, most_queries: int | None = None
+    build: Path, bundle: Path, settings: Settings, *, fresh: bool, faithful_queries: int | None = None
 ) -> dict[str, Any]:
     """Train, unless that was done with the same settings, and judge: the figures by system and kind of query."""
     encoder = load_tiny()
@@ -255,10 +255,10 @@ def run(
     figures: dict[str, Any] = {}
     for kind in KINDS:
         path = build / f"queries_test_{kind}.jsonl"
-        queries = [item for item in read_pairs(path) if isinstance(item, Pair)][:most_queries]
+        queries = [item for item in read_pairs(path) if isinstance(item, Pair)]
         systems = {
-            "wikiclip": wikiclip_answers(bundle, path)[:most_queries],
-            "generative, faithful": judge(generative, symbols, queries, faithful=True),
+            "wikiclip": wikiclip_answers(bundle, path),
+            "generative, faithful": judge(generative, symbols, _spread(queries, faithful_queries), faithful=True),
             "generative, optimised": judge(generative, symbols, queries, faithful=False),
             "generative, its retrieval alone": _retrieved(network, symbols, store, queries, prompt_1L, entities_NR),
         }
@@ -275,6 +275,13 @@ def run(
         "last_loss": round(saved["loss"], 4),
         "training_images": sum(map(len, symbols.training_keys)),
     }
+
+
+def _spread(queries: Sequence[Pair], count: int | None) -> list[Pair]:
+    """So many of them, evenly spread; None for all."""
+    if count is None or count >= len(queries):
+        return list(queries)
+    return [queries[place] for place in np.linspace(0, len(queries), count, endpoint=False).astype(int)]
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
@@ -295,12 +302,13 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
 @click.option("--steps", default=Settings.steps, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results"))
 @click.option("--fresh", is_flag=True, help="Train anew even if it was done.")
+@click.option("--faithful", type=click.IntRange(min=1), help="Queries for the slow mode, of each kind.  [default: all]")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1), help="Threads for torch.")
-def main(build: Path, bundle: Path, steps: int, results: Path, fresh: bool, threads: int) -> None:
+def main(build: Path, bundle: Path, steps: int, results: Path, fresh: bool, faithful: int | None, threads: int) -> None:
     """Train the generative baseline on Symbols and compare its accuracy with WikiCLIP's, seen and unseen."""
     torch.set_num_threads(threads)
     settings = Settings(steps=steps)
-    figures = run(build, bundle, settings, fresh=fresh)
+    figures = run(build, bundle, settings, fresh=fresh, faithful_queries=faithful)
     outcome = {**describe_run(asdict(settings)), "figures": figures}
     path = write_results(results, "generative", outcome)
     click.echo(json.dumps(outcome))
