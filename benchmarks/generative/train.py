@@ -53,9 +53,9 @@ KINDS = ("clean", "photo")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    language_steps: int = 300
+    language_steps: int = 1000
     names_per_batch: int = 192
-    steps: int = 600
+    steps: int = 6000
     entities_per_batch: int = 32  # two images each
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
@@ -317,14 +317,27 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
 )
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("demo/bundle"), help="WikiCLIP's side.")
 @click.option("--steps", default=Settings.steps, show_default=True, type=click.IntRange(min=1), help="Training steps.")
+@click.option(
+    "--language-steps", default=Settings.language_steps, show_default=True, type=click.IntRange(min=0),
+    help="Steps on titles alone, before.",
+)  # fmt: skip
 @click.option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results"))
 @click.option("--fresh", is_flag=True, help="Train anew even if it was done.")
 @click.option("--faithful", type=click.IntRange(min=1), help="Queries for the slow mode, of each kind.  [default: all]")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1), help="Threads for torch.")
-def main(build: Path, bundle: Path, steps: int, results: Path, fresh: bool, faithful: int | None, threads: int) -> None:
+def main(
+    build: Path,
+    bundle: Path,
+    steps: int,
+    language_steps: int,
+    results: Path,
+    fresh: bool,
+    faithful: int | None,
+    threads: int,
+) -> None:
     """Train the generative baseline on Symbols and compare its accuracy with WikiCLIP's, seen and unseen."""
     torch.set_num_threads(threads)
-    settings = Settings(steps=steps)
+    settings = Settings(steps=steps, language_steps=language_steps)
     figures = run(build, bundle, settings, fresh=fresh, faithful_queries=faithful)
     outcome = {**describe_run(asdict(settings)), "figures": figures}
     path = write_results(results, "generative", outcome)
