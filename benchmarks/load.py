@@ -2,7 +2,7 @@
 
 Starts a service of its own and lets Locust (`benchmarks/locustfile.py`) offer cold requests, open loop, in growing
 steps until it no longer keeps up; then mixed traffic (cold, hot, batch, hostile) at a quarter of the knee, and a
-spike to four times it.
+spike from half the knee to four times it.
 The load generator has one core and the service the others, where there is more than one.
 """
 

@@ -26,6 +26,7 @@ from core.files import write_durably
 
 MINUTES, SMOKE_MINUTES = 14.0, 0.75
 _GRACE_S = 20  # for a benchmark that is told to end to stop what it started
+_EARLIER = "figures are of an earlier run of this commit"
 _OVERTIME_S = 120  # of a smoke run, whose budget is one of an idle machine
 _SPARE_S = 20  # of the budget, for the report
 
@@ -34,13 +35,15 @@ _SPARE_S = 20  # of the budget, for the report
 class Part:
     """A benchmark of the suite: the seconds that it takes on two cores, and in a smoke run (None: left out of one).
 
-    `budgeted`: it takes `--minutes` and ends by itself.
+    `budgeted`: it takes `--minutes` and ends by itself. `short`: only its smoke run fits, so a whole run of the same
+    commit that is there is shown instead.
     """
 
     name: str
     takes_s: float
     smoke_s: float | None = None
     budgeted: bool = False
+    short: bool = False
     options: Sequence[str] = ()
     smoke_options: Sequence[str] = ()
 
@@ -49,7 +52,7 @@ PARTS = (
     Part(name="stages", takes_s=240, smoke_s=12, budgeted=True),
     Part(name="claim", takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny")),
     Part(name="load", takes_s=130),
-    Part(name="peers", takes_s=120),
+    Part(name="peers", takes_s=100, short=True),
     Part(name="service", takes_s=40, smoke_s=10),
     Part(name="index", takes_s=90),
     Part(name="export", takes_s=60),
@@ -70,6 +73,10 @@ def run_all(
     left_out: dict[str, str] = {}
     took_s: dict[str, float] = {}
     for part in _parts(benchmarks):
+        if part.short and not smoke and (kept := _kept(folder, part.name, bundle, smoke=False)) is not None:
+            figures[part.name] = kept
+            left_out[part.name] = _EARLIER
+            continue
         needed = part.smoke_s if smoke else part.takes_s
         left = ends - time.monotonic()
         if needed is None or (left < needed and not (part.budgeted and left > needed / 2)):
@@ -85,20 +92,26 @@ def run_all(
             left_out[part.name] = outcome
         else:
             figures[part.name] = outcome
-    for name in list(left_out):
-        earlier = folder / f"{name}.json"
-        # Of this commit, so the same code; a file of a smoke run or of another bundle is no such run.
-        if earlier.exists() and (kept := json.loads(earlier.read_bytes()))["settings"].items() >= {
-            "bundle": bundle.name, "smoke": smoke
-        }.items():  # fmt: skip
-            figures[name] = kept["figures"]
-            left_out[name] += "; figures are of an earlier run of this commit"
+    for name in set(left_out) - set(figures):
+        if (kept := _kept(folder, name, bundle, smoke=smoke)) is not None:
+            figures[name] = kept
+            left_out[name] += f"; {_EARLIER}"
     run["settings"] |= {"took_s": took_s, "left_out": left_out}
     run["minutes"] = round((time.monotonic() - began) / 60, 1)
     outcome = {**run, "figures": figures}
     path = write_results(results, "all", outcome)
     write_durably(path.with_suffix(".html"), report(benchmarks, outcome).encode())
     return path, outcome
+
+
+def _kept(folder: Path, name: str, bundle: Path, *, smoke: bool) -> Any:
+    """The figures of a run that is there, of the same bundle and as large; None where there is none."""
+    try:
+        run = json.loads((folder / f"{name}.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    alike = run["settings"].get("bundle") == bundle.name and run["settings"].get("smoke") is smoke
+    return run["figures"] if alike else None
 
 
 def _parts(benchmarks: Mapping[str, str]) -> Iterator[Part]:
@@ -115,7 +128,7 @@ def _run(
     command = [
         sys.executable, "-m", "wikiclip", "bench", part.name, "--json",
         "--bundle", str(bundle), "--results", str(results),
-        *(("--smoke",) if smoke else ()), *(part.smoke_options if smoke else part.options),
+        *(("--smoke",) if smoke or part.short else ()), *(part.smoke_options if smoke else part.options),
         *(("--minutes", f"{seconds / 60:.2f}") if part.budgeted else ()),
     ]  # fmt: skip
     # A session of its own, so that all that it started can be told to end.

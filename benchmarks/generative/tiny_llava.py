@@ -26,8 +26,8 @@ IGNORED = -100  # a label that is no token
 
 def size_for(encoder: ImageEncoder, *, width: int = 160, layers: int = 3) -> Size:
     """A language model of about a million parameters beside its vocabulary, over this encoder's patches."""
-    side = round(encoder.patches**0.5)
-    assert side * side == encoder.patches, "patches lie in a square"
+    side = round(encoder.patches**0.5) // 2
+    assert 4 * side * side == encoder.patches, "patches lie in a square that can be halved"
     size_px = encoder.preprocessing.size_px
     tower = Tower(width=encoder.patch_dim, layers=1, heads=1, size_px=size_px, patch_px=size_px // side)
     return Size(
@@ -36,8 +36,16 @@ def size_for(encoder: ImageEncoder, *, width: int = 160, layers: int = 3) -> Siz
     )  # fmt: skip
 
 
+def pooled(patch_tokens_BPC: torch.Tensor) -> torch.Tensor:
+    """The mean of each two by two patches, `[B, P / 4, C]`: a quarter of the tokens, as LLaVA's successors do it."""
+    batch, patches, channels = patch_tokens_BPC.shape
+    side = round(patches**0.5)
+    grid = patch_tokens_BPC.transpose(1, 2).reshape(batch, channels, side, side)
+    return F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+
+
 class _FrozenTower(nn.Module):
-    """The encoder's patch tokens `[B, P, C]`, where LLaVA looks for hidden states; scaled to a deviation of one."""
+    """The encoder's pooled patch tokens, where LLaVA looks for hidden states; scaled to a deviation of one."""
 
     scale: torch.Tensor
 
@@ -49,7 +57,7 @@ class _FrozenTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        patch_tokens_BPC = self.module(pixel_values)[0] * self.scale
+        patch_tokens_BPC = pooled(self.module(pixel_values)[0]) * self.scale
         return BaseModelOutputWithPooling(last_hidden_state=patch_tokens_BPC, hidden_states=(patch_tokens_BPC,))
 
 
@@ -75,7 +83,7 @@ class TinyLlava(nn.Module):
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
         model: Any = self.model.model
-        projected = model.multi_modal_projector(patch_tokens_BPC * model.vision_tower.scale)
+        projected = model.multi_modal_projector(pooled(patch_tokens_BPC) * model.vision_tower.scale)
         image = BaseModelOutputWithPooling(pooler_output=list(projected))
         states: torch.Tensor = model(
             input_ids=tokens_BL, mm_encoder_outputs={"image": image}, use_cache=False
@@ -86,6 +94,15 @@ class TinyLlava(nn.Module):
         """Retrieval embeddings `[B, R]`, L2-normalised."""
         states = self.states(patch_tokens_BPC, prompt_1L.expand(len(patch_tokens_BPC), -1))
         return F.normalize(self.head(states[:, -1]), dim=1)
+
+    def language_loss(self, names_BT: torch.Tensor, start: int) -> torch.Tensor:
+        """The loss on names alone, behind the token `start`: what a language model brings along."""
+        model: Any = self.model.model
+        inputs_BT = F.pad(names_BT[:, :-1].clamp(min=0), (1, 0), value=start)
+        states = model(input_ids=inputs_BT, use_cache=False).last_hidden_state
+        wanted = names_BT != IGNORED
+        loss: torch.Tensor = F.cross_entropy(self.model.lm_head(states[wanted]).float(), names_BT[wanted])
+        return loss
 
     def losses(
         self, patch_tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor, names_BT: torch.Tensor, logit_scale: float

@@ -45,7 +45,7 @@ def symbols(tmp_path_factory: pytest.TempPathFactory, small_images: dict[str, by
 
 def test_it_learns_the_names_it_is_taught_and_is_judged_beside_wikiclip(symbols: Path, small_bundle: Path) -> None:
     torch.set_num_threads(1)
-    settings = Settings(steps=60, entities_per_batch=5, warmup_steps=5)
+    settings = Settings(language_steps=2, steps=60, entities_per_batch=5, warmup_steps=5)
     figures = run(symbols, small_bundle, settings, fresh=False)
     assert figures["entities"] == 11
     accuracy = figures["accuracy"]
@@ -75,7 +75,7 @@ def test_cached_features_train_what_images_ask(small_images: dict[str, bytes]) -
     pixels = np.stack(
         [load_pixels(d, encoder.preprocessing, max_pixels=10**6) for d in list(small_images.values())[:2]]
     )
-    prompt_1L = prompt(tokenizer, encoder.patches)
+    prompt_1L = prompt(tokenizer, encoder.patches // 4)
     features = encoder.encode(pixels)
     cached = network.retrieve(features.patch_tokens_BPC, prompt_1L)
     from imaging import normalise

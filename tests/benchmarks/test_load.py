@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.load import LOCUSTFILE, report
+from benchmarks.load import LOCUSTFILE, as_csv, report
 from benchmarks.load_steps import MOST_STEPS, Step, kept_up, knee, plan_of, until_behind
 from benchmarks.server import running_service
 
@@ -70,10 +71,14 @@ def test_the_knee_is_the_last_step_that_kept_up() -> None:
 
 
 def test_the_report_shows_every_step() -> None:
-    figures = Step(rate=10, length_s=10)
-    figures.note("cold", 5.0, 12.5, None)
-    (one,) = [figures.figures()]
-    html = report({"knee": one, "ramp": [one], "mixed": [one], "spike": [one]})
+    step = Step(rate=10, length_s=10)
+    step.note("cold", 5.0, 12.5, None)
+    one = step.figures()
+    figures = {"knee": one, "ramp": [one], "mixed": [one], "spike": [one]}
+    lines = as_csv(figures).splitlines()
+    assert [line.split(",")[0] for line in lines] == ["part", "ramp", "mixed", "spike"]
+    assert "12.5" in lines[1].split(",")
+    html = report(figures)
     assert html.count("<table>") == 3
     assert "12.5" in html
     assert "http" not in html.replace("http://www.w3.org", "")
@@ -100,6 +105,18 @@ def test_all_kinds_of_traffic_get_what_they_should(url: str, tmp_path: Path) -> 
     (figures,) = json.loads(steps.read_bytes())
     assert figures["failed_share"] == 0
     assert set(figures["kinds"]) == {"cold", "hot", "batch", "hostile"}
+
+
+def test_it_runs_where_only_locust_is_installed() -> None:
+    """Its own imports: Python's library, Locust and what Locust brings, and the module beside it that is alike."""
+    allowed = {"locust", "gevent", "geventhttpclient", "benchmarks"} | set(sys.stdlib_module_names)
+    for path in (LOCUSTFILE, LOCUSTFILE.with_name("load_steps.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert {alias.name.partition(".")[0] for alias in node.names} <= allowed
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                assert node.module.partition(".")[0] in allowed
+                assert not node.module.startswith("benchmarks") or node.module == "benchmarks.load_steps"
 
 
 def test_a_bound_that_is_passed_fails_the_run(url: str) -> None:

@@ -1,0 +1,84 @@
+"""The claim measured whole, with networks so small that it takes seconds, and the shapes of those that need a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.claim import measure, report
+from benchmarks.compare import metrics_of
+from benchmarks.generative.recognizer import clip_preprocessing
+from benchmarks.generative.retrieval import (
+    ENCODERS,
+    EncoderShape,
+    RetrievalRecognizer,
+    TorchEncoder,
+    TorchIndex,
+    build_tower,
+)
+from benchmarks.generative.sizes import parameter_count
+from benchmarks.photographs import photograph
+from core.errors import UserError
+
+SMALL = EncoderShape(width=64, layers=1, heads=2, mlp_width=64, patch_px=32, embedding_dim=32, size_px=64)
+
+
+def test_both_precisions_are_measured_and_reported(small_bundle: Path, monkeypatch) -> None:
+    monkeypatch.setitem(ENCODERS, "vit-b32", SMALL)
+    figures = measure(small_bundle, smoke=False, size="tiny", entities=10, repeats=2, threads=1)
+    assert set(figures["median_ms"]) == {"wikiclip", "faithful", "optimised"}
+    assert set(figures["ratio"]) == {"faithful", "optimised"}
+    assert set(figures["precisions"]) == {"float32", "int8"}
+    for precision, each in figures["precisions"].items():
+        for mode, times in each["ratio"].items():
+            low, high = each["ratio_interval"][mode]
+            assert low <= times <= high, precision
+            medians = [each["systems"][name]["median_ms"] for name in (mode, "wikiclip")]
+            assert times == pytest.approx(medians[0] / medians[1], abs=0.06)
+        assert each["systems"]["wikiclip"]["images_per_s"].keys() == {"batch 1", "batch 8"}
+    assert figures["knobs"]["names"] == "10 titles of small"
+    assert figures["knobs"]["threads"] == 1
+    # Latency and CPU-seconds of three systems in two precisions can be compared between runs.
+    assert len(dict(metrics_of(figures))) == 12
+    html = report(figures)
+    assert "The paper&#x27;s table" in html
+    assert "AutoVER 13B" in html
+    assert all(line.split(":")[0] in html for line in figures["verdict"])
+
+
+def test_a_gpu_that_is_not_there_is_told(small_bundle: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="sees no GPU"):
+        measure(small_bundle, smoke=True, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "least", "most"), [("vit-b32", 87e6, 89e6), ("vit-l14", 302e6, 305e6), ("eva-clip-8b", 7.4e9, 7.7e9)]
+)
+def test_shapes_and_parameters_of_every_encoder(name: str, least: float, most: float) -> None:
+    shape = ENCODERS[name]
+    tower = build_tower(shape, dtype=torch.float16, device="meta")
+    assert least < parameter_count(tower) < most
+    pixels = torch.empty(2, 3, shape.size_px, shape.size_px, dtype=torch.float16, device="meta")
+    patch_tokens_BPC, embedding_BD = tower(pixels)
+    assert patch_tokens_BPC.shape == (2, (shape.size_px // shape.patch_px) ** 2, shape.width)
+    assert embedding_BD.shape == (2, shape.embedding_dim)
+
+
+def test_the_gpu_path_finds_what_an_obvious_search_finds() -> None:
+    tower = build_tower(SMALL)
+    encoder = TorchEncoder(tower, clip_preprocessing(SMALL.size_px))
+    index = TorchIndex(1000, SMALL.embedding_dim, device="cpu", dtype=torch.float32)
+    torch.testing.assert_close(index._vectors_ND.norm(dim=1), torch.ones(1000))
+    queries = index._vectors_ND[[7, 500, 999]] + 0.01
+    rows_BK, scores_BK = index.search(queries, 5)
+    assert rows_BK[:, 0].tolist() == [7, 500, 999]
+    wanted = np.sort(queries.numpy() @ index._vectors_ND.numpy().T, axis=1)[:, ::-1][:, :5]
+    np.testing.assert_allclose(scores_BK, wanted, rtol=1e-5)
+    found = RetrievalRecognizer(encoder, index).recognize(photograph(0))
+    assert 0 <= found.row < 1000
+    assert set(found.stages_ms) == {"decode image", "encode", "search"}
