@@ -21,12 +21,12 @@ DIM, PATCHES, SIZE_PX = 512, 49, 224
 
 def write_heavy_bundle(base_path: Path, folder: Path) -> Path:
     """Write the bundle below `folder`, with the entities of `base_path`; where it is. Needs the extra `export`."""
-    from benchmarks.generative.retrieval import quantised_file, write_vit_b32
+    from benchmarks.generative.retrieval import quantised_file, write_encoder
 
     base = Bundle.open(base_path)
     bundle = folder / "vit-b32-int8"
     (bundle / EMBEDDINGS_FOLDER).mkdir(parents=True)
-    encoder_file, _ = write_vit_b32(folder)
+    encoder_file, _ = write_encoder("vit-b32", folder)
     shutil.copyfile(quantised_file(encoder_file, folder), bundle / ENCODER_FILE)
     shutil.copyfile(base_path / STORE_FILE, bundle / STORE_FILE)
     rows_N = base.embeddings().rows_N
