@@ -23,7 +23,7 @@ from benchmarks.plots import Bar, bar_plot
 from benchmarks.server import running_service, split_cores
 
 IMAGES = 16
-ROUNDS, SECONDS, WARM_UP_S = 7, 6.0, 2.0
+ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
 SMOKE_ROUNDS, SMOKE_SECONDS, SMOKE_WARM_UP_S = 1, 2.0, 0.5
 CONNECTIONS_A_CORE = 4  # enough that the service never waits for the next image
 # What is aimed at.
