@@ -53,9 +53,11 @@ PARTS = (
     Part(name="claim", takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny")),
     Part(name="load", takes_s=130),
     Part(name="peers", takes_s=100, short=True),
-    Part(name="service", takes_s=40, smoke_s=10),
+    Part(name="service", takes_s=110, smoke_s=14),
     Part(name="index", takes_s=90),
     Part(name="export", takes_s=60),
+    Part(name="overload", takes_s=240),
+    Part(name="faults", takes_s=420),
 )
 _TAKES_OTHERWISE_S = 90.0
 

@@ -31,7 +31,7 @@ from benchmarks.server import free_port, running_service, split_cores
 from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8
-ROUNDS, SECONDS, WARM_UP_S = 3, 10.0, 3.0
+ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
 SMOKE_SECONDS, SMOKE_WARM_UP_S = 3.0, 1.0
 _FINAL = (400, 405, 413, 415, 422)  # asked wrongly: asking again gives the same
 START_TIMEOUT_S, STOP_TIMEOUT_S = 90, 15

@@ -151,7 +151,9 @@ def test_bench_prints_one_object_with_what_it_ran_on(small_bundle: Path, tmp_pat
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome.keys() >= {"hardware", "commit", "settings", "figures"}
     if name == "service":
-        assert outcome["figures"]["service"]["p50_ms"] > 0
+        own = outcome["figures"]["encoders"]["own"]
+        assert min(own[key] for key in ("service_p50_ms", "loop_p50_ms", "service_cpu_ms", "share")) > 0
+        assert own["failures"] == 0
     elif name == "export":
         assert (
             0
