@@ -145,7 +145,7 @@ def _retrieval(name: str, precision: str, entities: int, folder: Path, threads: 
         )
     file, parameters = write_encoder(name, folder)
     if precision == "int8":
-        file = quantised_file(file, folder)
+        file = quantised_file(file, shape.size_px, folder)
     encoder = open_encoder(file, shape, threads=threads)
     return RetrievalRecognizer(encoder, cpu_index(entities, shape.embedding_dim)), parameters
 

@@ -125,7 +125,7 @@ def _speed(root: Path, name: str, *, images: int, repeats: int) -> dict[str, Any
     """Milliseconds an image of both files of a CLIP tower of random weights, on one thread, taking turns."""
     path, _ = write_encoder(name, root / "vit")
     shape = ENCODERS[name]
-    files = {"float32": path, "int8": quantised_file(path, root / "vit", images=images)}
+    files = {"float32": path, "int8": quantised_file(path, shape.size_px, root / "vit", images=images)}
     encoders = {precision: open_encoder(file, shape, threads=1) for precision, file in files.items()}
     return _take_turns(encoders, shape.size_px, repeats)
 

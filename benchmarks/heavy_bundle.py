@@ -27,7 +27,7 @@ def write_heavy_bundle(base_path: Path, folder: Path) -> Path:
     bundle = folder / "vit-b32-int8"
     (bundle / EMBEDDINGS_FOLDER).mkdir(parents=True)
     encoder_file, _ = write_encoder("vit-b32", folder)
-    shutil.copyfile(quantised_file(encoder_file, folder), bundle / ENCODER_FILE)
+    shutil.copyfile(quantised_file(encoder_file, SIZE_PX, folder), bundle / ENCODER_FILE)
     shutil.copyfile(base_path / STORE_FILE, bundle / STORE_FILE)
     rows_N = base.embeddings().rows_N
     vectors_ND = np.random.default_rng(0).standard_normal((len(rows_N), DIM), dtype=np.float32)

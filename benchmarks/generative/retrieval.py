@@ -193,12 +193,12 @@ def write_encoder(name: str, folder: Path) -> tuple[Path, int]:
     return path, parameter_count(module)
 
 
-def quantised_file(path: Path, folder: Path, *, images: int = CALIBRATION_IMAGES) -> Path:
-    """The file in int8, as `wikiclip export --int8` makes it, its ranges taken from made-up photographs of 224 px."""
+def quantised_file(path: Path, size_px: int, folder: Path, *, images: int = CALIBRATION_IMAGES) -> Path:
+    """The file in int8, as `wikiclip export --int8` makes it, its ranges taken from made-up photographs."""
     out = folder / f"{path.stem}.int8.onnx"
     if not out.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        shape = clip_preprocessing(224)
+        shape = clip_preprocessing(size_px)
         pixels = [load_pixels(photograph(number), shape, max_pixels=MAX_PIXELS) for number in range(images)]
         quantise(path, out, np.stack(pixels), shape, input_name=INPUT)
     return out

@@ -118,9 +118,8 @@ def test_serve_until_told_to_stop(small_bundle, small_images):
     )
     assert process.stderr is not None
     try:
-        started = json.loads(process.stderr.readline())
-        url = re.search(r"http://\S+", started["message"])
-        assert url is not None
+        told = (re.search(r"http://\S+", json.loads(line)["message"]) for line in process.stderr)
+        url = next(found for found in told if found is not None)
         with httpx.Client(base_url=url.group(), timeout=TIMEOUT_S, transport=httpx.HTTPTransport(retries=5)) as client:
             answer = client.post("/recognize?top_k=1", files={"image": small_images["Q140"]})
             assert answer.json()["predictions"][0]["entity_id"] == "Q140"
