@@ -256,10 +256,10 @@ def _compare(
         )
     base = latency["wikiclip"].samples
     modes = [name for name in systems if tokens[name]]
-    ratio = {name: round(float(np.median(latency[name].samples) / np.median(base)), 1) for name in modes}
+    ratio = {name: round(float(np.median(latency[name].samples) / np.median(base)), 2) for name in modes}
     intervals = {name: _interval(_medians(latency[name].samples) / _medians(base)) for name in modes}
     cpu_base = cpu_s["wikiclip"].samples
-    cpu_ratio = {name: round(float(np.median(cpu_s[name].samples) / np.median(cpu_base)), 1) for name in modes}
+    cpu_ratio = {name: round(float(np.median(cpu_s[name].samples) / np.median(cpu_base)), 2) for name in modes}
     cpu_intervals = {name: _interval(_medians(cpu_s[name].samples) / _medians(cpu_base)) for name in modes}
     return {
         "images": len(base), "systems": figures, "ratio": ratio, "ratio_interval": intervals,
