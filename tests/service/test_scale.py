@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -25,6 +25,7 @@ from service.answers import RecognizeOptions
 from service.client import Client
 
 ROOT = Path(__file__).resolve().parents[2]
+LOCUSTFILE = ROOT / "benchmarks" / "locustfile.py"
 TIMEOUT_S = 120
 WORKERS = 3  # with the client's retries, and as many without any
 REQUESTS = 250  # of each worker
@@ -74,6 +75,13 @@ def until(condition, what: str) -> None:
         time.sleep(0.01)  # between two looks
 
 
+def offered_by_locust(url: str) -> AbstractContextManager[subprocess.Popen[bytes]]:
+    """Steady load as the `load` profile's; it exits with 1 where a single request fails."""
+    steady = ["--shape", "steady", "--rate", "3", "--minutes", "0.25", "--max-failed", "0"]
+    locust = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--host", url, "--headless", "--only-summary"]
+    return running(*locust, *steady, "Batch")
+
+
 class Replica:
     """A service that can be killed and started anew at the same address."""
 
@@ -98,9 +106,9 @@ class Replica:
         self.process = subprocess.Popen(self._command)
         self.wait_until_ready()
 
-    def answered(self) -> float:
+    def answered(self, route: str = "/recognize") -> float:
         lines = httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text.splitlines()
-        counted = [line for line in lines if line.startswith('wikiclip_requests_total{route="/recognize"')]
+        counted = [line for line in lines if line.startswith(f'wikiclip_requests_total{{route="{route}"')]
         return sum(float(line.rpartition(" ")[2]) for line in counted)
 
 
@@ -190,6 +198,12 @@ def test_a_replica_may_be_killed_under_load(small_bundle, redis_server, tmp_path
         # Nobody but the replicas themselves tells their metrics, or takes another bundle.
         assert httpx.get(f"{url}/metrics").status_code == 404
         assert httpx.post(f"{url}/admin/bundle").status_code == 404
+
+        second.start_again()
+        with offered_by_locust(url) as locust:
+            until(lambda: first.answered("/recognize/batch") > 0, "Locust does not ask the replica to be killed")
+            first.end(signal.SIGKILL)
+            assert locust.wait(TIMEOUT_S) == 0, "a request failed"
 
 
 def reachable(url: str) -> bool:
