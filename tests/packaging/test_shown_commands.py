@@ -201,3 +201,16 @@ def test_shown_curl_routes_exist() -> None:
     shown = [urlsplit(word).path for words in shown_commands("curl") for word in words if word.startswith("http")]
     assert shown
     assert [path for path in shown if not any(route.fullmatch(path) for route in routes)] == []
+
+
+def test_shown_locust_commands_are_taken_by_locust_itself() -> None:
+    commands = list(shown_commands("locust"))
+    assert commands
+    for words in commands:
+        # `--list` reads all there is to read, and then asks nobody anything.
+        listed = subprocess.run(
+            [sys.executable, "-m", *words, "--list"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+        )
+        assert listed.returncode == 0, listed.stderr
+        users = {line.strip() for line in listed.stdout.splitlines()}
+        assert {word for word in words if re.fullmatch(r"[A-Z][a-z]+", word)} <= users
