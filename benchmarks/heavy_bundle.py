@@ -19,6 +19,13 @@ ENCODER_FILE = "image_encoder.onnx"
 DIM, PATCHES, SIZE_PX = 512, 49, 224
 
 
+def bundles_to_measure(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[str, Path]:
+    """Bundles by the name of their encoder: the one that was named, and without `smoke` the heavy one, in `folder`."""
+    if smoke:
+        return {"own": bundle_path}
+    return {"own": bundle_path, "vit-b32-int8": write_heavy_bundle(bundle_path, folder)}
+
+
 def write_heavy_bundle(base_path: Path, folder: Path) -> Path:
     """Write the bundle below `folder`, with the entities of `base_path`; where it is. Needs the extra `export`."""
     from benchmarks.generative.retrieval import quantised_file, write_encoder

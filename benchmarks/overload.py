@@ -18,10 +18,10 @@ import httpx
 import numpy as np
 
 from benchmarks.closed_loop import Job, run_job
-from benchmarks.heavy_bundle import write_heavy_bundle
+from benchmarks.heavy_bundle import bundles_to_measure
 from benchmarks.open_loop import Sent, run_open_loop
 from benchmarks.page import page, section, table
-from benchmarks.photographs import photograph
+from benchmarks.photographs import write_photographs
 from benchmarks.plots import Series, line_plot
 from benchmarks.server import running_service, split_cores
 
@@ -40,14 +40,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     of what was accepted, statuses, memory, and the answers from two seconds after the flood on."""
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        images = []
-        for number in range(IMAGES):
-            path = work / f"{number}.jpg"
-            path.write_bytes(photograph(number, 640, 480))
-            images.append(str(path))
-        bundles = {"own": bundle_path}
-        if not smoke:
-            bundles["vit-b32-int8"] = write_heavy_bundle(bundle_path, work)
+        images = write_photographs(work, IMAGES, 640, 480)
+        bundles = bundles_to_measure(bundle_path, work, smoke=smoke)
         encoders = {name: _flood(bundle, images, work, smoke=smoke) for name, bundle in bundles.items()}
     generator, service = split_cores()
     return {

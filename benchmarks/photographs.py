@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -22,6 +23,14 @@ def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
+
+
+def write_photographs(folder: Path, count: int, width: int, height: int) -> list[str]:
+    """`count` different photographs as files in `folder`; their paths."""
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(photograph(number, width, height))
+    return [str(path) for path in paths]
 
 
 def unlike_any_other(image: bytes, number: int) -> bytes:

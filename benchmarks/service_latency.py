@@ -15,9 +15,9 @@ import httpx
 import numpy as np
 
 from benchmarks.closed_loop import Job, run_job
-from benchmarks.heavy_bundle import write_heavy_bundle
+from benchmarks.heavy_bundle import bundles_to_measure
 from benchmarks.page import page, section, table
-from benchmarks.photographs import photograph
+from benchmarks.photographs import write_photographs
 from benchmarks.plain_loop import run_loops
 from benchmarks.plots import Bar, bar_plot
 from benchmarks.server import running_service, split_cores
@@ -38,14 +38,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     Bundle.open(bundle_path)  # what is wrong with it is said here, not by the service
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        images = []
-        for number in range(IMAGES):
-            path = work / f"{number}.jpg"
-            path.write_bytes(photograph(number, 1280, 960))
-            images.append(str(path))
-        bundles = {"own": bundle_path}
-        if not smoke:
-            bundles["vit-b32-int8"] = write_heavy_bundle(bundle_path, work)
+        images = write_photographs(work, IMAGES, 1280, 960)
+        bundles = bundles_to_measure(bundle_path, work, smoke=smoke)
         encoders = {
             name: _compare(bundle, images, work, generator, service, smoke=smoke) for name, bundle in bundles.items()
         }

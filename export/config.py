@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from catalog.tar_shards import TarImages
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
@@ -43,6 +45,17 @@ class ExportConfig:
     workers: int | None = None  # processes that decode images; default: one a core
     engine: Literal["local", "ray"] = "local"
     progress: bool = False
+
+
+def load_checkpoint(config: ExportConfig, device: torch.device | str) -> Checkpoint:
+    """The checkpoint with the encoders that the config names. Raises as `Checkpoint.load` does."""
+    return Checkpoint.load(
+        config.checkpoint,
+        image_encoder_spec=config.image_encoder,
+        text_encoder_spec=config.text_encoder,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
 
 
 def check_inputs(config: ExportConfig) -> None:

@@ -14,7 +14,14 @@ from typing import Any
 from core.errors import UserError
 from core.files import full_disk_told
 from export.assemble import assemble, rejects_path
-from export.config import ExportConfig, check_inputs, check_output, content_settings, refuse_differences
+from export.config import (
+    ExportConfig,
+    check_inputs,
+    check_output,
+    content_settings,
+    load_checkpoint,
+    refuse_differences,
+)
 from export.embed_catalog import Outcome, embed_catalog
 from export.entity_side import export_entity_side
 from export.onnx_export import export_image_encoder
@@ -57,13 +64,7 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     check_inputs(config)
     check_output(config)
     device = resolve_device(config.device)
-    checkpoint = Checkpoint.load(
-        config.checkpoint,
-        image_encoder_spec=config.image_encoder,
-        text_encoder_spec=config.text_encoder,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    checkpoint = load_checkpoint(config, device)
     settings = content_settings(config, checkpoint, device.type)
     if (config.out / MANIFEST_FILE).exists():
         return _already_complete(config, checkpoint, settings, started)

@@ -18,7 +18,7 @@ from catalog import EntityRecord
 from core.errors import CatalogError
 from core.jsonl import Rejected
 from export.base import BaseEntities
-from export.config import ExportConfig, check_inputs, describe_model
+from export.config import ExportConfig, check_inputs, describe_model, load_checkpoint
 from export.decode import HASH_BYTES
 from export.embed_catalog import read_records
 from export.engine import WAITING, embed_shards
@@ -69,13 +69,7 @@ def plan_export(config: ExportConfig) -> ExportPlan:
     """
     check_inputs(config)
     device = resolve_device(config.device)
-    checkpoint = Checkpoint.load(
-        config.checkpoint,
-        image_encoder_spec=config.image_encoder,
-        text_encoder_spec=config.text_encoder,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    checkpoint = load_checkpoint(config, device)
     sample: Reservoir[EntityRecord] = Reservoir(_SAMPLE)
     rejected = with_image = 0
     for item in tqdm(read_records(config), desc="reading", unit="record", disable=not config.progress):

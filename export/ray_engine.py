@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from core.errors import UserError
 from export.base import BaseEntities
-from export.config import ExportConfig
+from export.config import ExportConfig, load_checkpoint
 from export.decode import DecodePool
 from export.embed import Embedder, chunk_size
 from export.embed_catalog import read_shards
@@ -150,13 +150,7 @@ class _Embed:
         import torch
 
         torch.set_num_threads(threads)  # as in one process: with another number sums may be rounded otherwise
-        checkpoint = Checkpoint.load(
-            config.checkpoint,
-            image_encoder_spec=config.image_encoder,
-            text_encoder_spec=config.text_encoder,
-            device=config.device,
-            trust_remote_code=config.trust_remote_code,
-        )
+        checkpoint = load_checkpoint(config, config.device)
         self._text_encoder = checkpoint.text_encoder
         self._embedder = Embedder(checkpoint, batch_size=config.batch_size, listen=config.store_text)
 

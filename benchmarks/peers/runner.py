@@ -25,7 +25,7 @@ import numpy as np
 from benchmarks.closed_loop import Job, body_of, run_job
 from benchmarks.page import page, section, table
 from benchmarks.peers.environments import FOLDER, ROOT, VERSIONS, NoEnvironment, interpreter
-from benchmarks.photographs import photograph
+from benchmarks.photographs import write_photographs
 from benchmarks.plots import Bar, bar_plot
 from benchmarks.server import free_port, running_service, split_cores
 from index.bundle import Bundle
@@ -147,11 +147,7 @@ class _Setup:
 
     def __init__(self, bundle_path: Path, work: Path, cores: set[int]) -> None:
         self._bundle_path, self._work, self._cores = bundle_path, work, cores
-        self.images = []
-        for number in range(IMAGES):
-            path = work / f"{number}.jpg"
-            path.write_bytes(photograph(number, 1280, 960))
-            self.images.append(str(path))
+        self.images = write_photographs(work, IMAGES, 1280, 960)
         bundle = Bundle.open(bundle_path)
         embeddings = bundle.embeddings()
         np.save(work / "vectors.npy", np.concatenate(list(embeddings)))
