@@ -21,13 +21,15 @@ _EFFORTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 51
 
 
 class Candidates(Protocol):
-    """`exact`: scores are cosines and nothing is missed. `filters`: `allowed_N` is heeded. `limit`: the most it gives.
+    """`exact`: scores are cosines and nothing is missed. `close`: they are, but for rounding to float16. `filters`:
+    `allowed_N` is heeded. `limit`: the most it gives.
 
     `search` gives scores float32 [Q, F] that fall and positions int64 [Q, F], padded by -1. `allowed_N` bool [N] is one
     and the same object for one and the same selection. `effort` multiplies `nprobe` and `efSearch`.
     """
 
     exact: bool
+    close: bool
     filters: bool
     limit: int
 
@@ -52,7 +54,9 @@ class CpuCandidates:
         self._ivf = core if isinstance(core, faiss.IndexIVF) else None
         self._hnsw = isinstance(core, faiss.IndexHNSW)
         self._fast_scan_ivf = core if isinstance(core, faiss.IndexIVFFastScan) else None
-        self.exact = isinstance(core, faiss.IndexFlat) and isinstance(faiss.downcast_index(index), faiss.IndexFlat)
+        whole = faiss.downcast_index(index)
+        self.exact = isinstance(whole, faiss.IndexFlat)
+        self.close = isinstance(whole, faiss.IndexScalarQuantizer) and whole.sq.qtype == faiss.ScalarQuantizer.QT_fp16
         self.filters = not isinstance(core, (faiss.IndexPQ, faiss.IndexFastScan))  # faiss refuses a selector there
         self.limit = int(index.ntotal)
         self._selector: tuple[BoolArray, Any] | None = None

@@ -50,7 +50,7 @@ class GpuCandidates:
     Scores are of float16 and of sums in another order, so `EntityIndex` orders what is found anew, by what is stored.
     """
 
-    exact = False
+    exact = close = False
     filters = False
 
     def __init__(self, index: Any, lists: int | None, resources: Sequence[Any] = ()) -> None:

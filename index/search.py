@@ -63,6 +63,7 @@ class EntityIndex:
         self._rows_N = embeddings.rows_N
         self.entity_count = _entities(self._rows_N)
         self._everything = _Allowed(None, len(self._rows_N), self.entity_count)
+        self._images_each = math.ceil(len(self._rows_N) / max(self.entity_count, 1))
         self._rescorer = faiss.IndexScalarQuantizer(
             embeddings.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT
         )
@@ -135,6 +136,7 @@ class EntityIndex:
         candidates, mask_N = self.candidates, allowed.mask_N
         k_factor = float(settings.get("k_factor", DEFAULT_K_FACTOR))
         fetch = wanted if candidates.exact else math.ceil(k_factor * max(wanted, _FEWEST))
+        fetch = max(fetch, wanted * self._images_each)  # another look costs as much as the first
         scarcity = len(self) / allowed.embeddings
         if candidates.filters:
             effort = math.sqrt(scarcity)  # what is allowed is further off
@@ -174,13 +176,17 @@ class EntityIndex:
         """Candidates to entities: true cosines, each entity at its best image, best first."""
         if self.candidates.exact:
             return self._fold(positions_F, scores_F)
-        self._rescorer.reset()
-        self._rescorer.add_sa_codes(self._embeddings.stored(positions_F).view(np.uint8))
-        scores_1F, places_1F = self._rescorer.search(query_D[None], len(positions_F))
-        rows, _ = self._fold(positions_F[places_1F[0]], scores_1F[0])
+        spare = _FEWEST
+        if not self.candidates.close:
+            spare += wanted
+            self._rescorer.reset()
+            self._rescorer.add_sa_codes(self._embeddings.stored(positions_F).view(np.uint8))
+            scores_1F, places_1F = self._rescorer.search(query_D[None], len(positions_F))
+            positions_F, scores_F = positions_F[places_1F[0]], scores_1F[0]
+        rows, _ = self._fold(positions_F, scores_F)
         # These are cosines but for the rounding of what is stored: a few more entities, and then exactly. An entity's
         # best image need not be among the candidates.
-        rows = rows[: 2 * wanted + _FEWEST]
+        rows = rows[: wanted + spare]
         positions_F = self._all_images(np.sort(rows))
         return self._fold(positions_F, self._embeddings.at(positions_F) @ query_D)
 
@@ -195,7 +201,8 @@ class EntityIndex:
     def _all_images(self, rows_E: Int64Array) -> Int64Array:
         """The positions of all embeddings of some entities, in order: shards are written in row order."""
         starts_E, ends_E = np.searchsorted(self._rows_N, rows_E, "left"), np.searchsorted(self._rows_N, rows_E, "right")
-        return np.concatenate([np.arange(start, end) for start, end in zip(starts_E, ends_E, strict=True)])
+        counts_E = ends_E - starts_E
+        return np.arange(counts_E.sum()) + np.repeat(ends_E - np.cumsum(counts_E), counts_E)
 
     def _allowed_by(self, selection: Selection) -> _Allowed:
         if (known := self._allowed.get(selection)) is not None:

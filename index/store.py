@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -51,6 +51,7 @@ Value = TypeVar("Value")
 _COLUMNS = "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text"
 _RANKED_AT_MOST = 10_000  # titles with the words asked for
 _ROWS_PER_QUERY = 500  # SQLite limits the variables of one statement
+_KEPT, _KEPT_TEXT = 2048, 4096  # entities in memory of a store that never changes, and characters of text of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,8 @@ def _other_titles(entity: StoredEntity) -> str:
 class EntityStore:
     """Read-only access to a store, from any number of threads: each gets a connection of its own.
 
-    A bundle's store never changes (`immutable`); a live one does, and each question sees all that was committed.
+    A bundle's store never changes (`immutable`), and what was asked for by row lately is kept in memory; a live one
+    does, and each question sees all that was committed.
     Raises `BundleIncomplete` where there is no file, `BundleAltered` where it is no store.
     """
 
@@ -159,6 +161,8 @@ class EntityStore:
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
+        self._kept: dict[int, StoredEntity] = {}
+        self._kept_with_thumbnail: dict[int, bool] = {}
         if not path.is_file():
             raise BundleIncomplete(f"{path} is missing; export the bundle again")
         try:
@@ -198,10 +202,12 @@ class EntityStore:
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
         """The entities of those rows, in the order asked for. A row outside the store is an `IndexError`."""
         wanted = [int(row) for row in rows]
-        found: dict[int, StoredEntity] = {}
-        for part in _parts(wanted):
+        found = _known(self._kept, wanted)
+        for part in _parts([row for row in wanted if row not in found]):
             marks = ",".join("?" * len(part))
-            found.update((entity.row, entity) for entity in self._select(f"WHERE row IN ({marks})", part))
+            read = {entity.row: entity for entity in self._select(f"WHERE row IN ({marks})", part)}
+            found |= read
+            self._keep(self._kept, {row: each for row, each in read.items() if len(each.text or "") <= _KEPT_TEXT})
         if missing := set(wanted) - found.keys():
             raise IndexError(f"no entity at row {min(missing)}, the store has {len(self)}")
         return [found[row] for row in wanted]
@@ -219,7 +225,7 @@ class EntityStore:
 
         Case and accents do not matter to words; the last word may be unfinished; titles in other languages count too.
         """
-        return distinct(chain.from_iterable(self.title_matches(query, limit)), limit)
+        return distinct(itertools.chain.from_iterable(self.title_matches(query, limit)), limit)
 
     def title_matches(self, query: str, limit: int) -> Iterator[list[StoredEntity]]:
         """The three kinds of match of `search_titles`, up to `limit` each; an entity may be in several."""
@@ -299,9 +305,23 @@ class EntityStore:
 
     def rows_with_thumbnail(self, rows: Sequence[int]) -> set[int]:
         """Those of a few `rows` that have a thumbnail."""
-        marks = ",".join("?" * len(rows))
-        found = self._connection().execute(f"SELECT row FROM thumbnail WHERE row IN ({marks})", [int(r) for r in rows])
-        return {values["row"] for values in found}
+        wanted = [int(row) for row in rows]
+        found = _known(self._kept_with_thumbnail, wanted)
+        if missing := [row for row in wanted if row not in found]:
+            marks = ",".join("?" * len(missing))
+            read = self._connection().execute(f"SELECT row FROM thumbnail WHERE row IN ({marks})", missing)
+            having = {values["row"] for values in read}
+            asked = {row: row in having for row in missing}
+            found |= asked
+            self._keep(self._kept_with_thumbnail, asked)
+        return {row for row, has in found.items() if has}
+
+    def _keep(self, kept: dict[int, Value], read: Mapping[int, Value]) -> None:
+        """Any thread may: each step is atomic, and what is forgotten is read again."""
+        if self._immutable:
+            if len(kept) + len(read) > _KEPT:
+                kept.clear()
+            kept.update(itertools.islice(read.items(), _KEPT))
 
     def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
         return select_entities(self._connection(), clause, parameters)
@@ -317,6 +337,11 @@ class EntityStore:
             with self._lock:
                 self._connections.append(connection)
         return connection
+
+
+def _known(kept: Mapping[int, Value], rows: Sequence[int]) -> dict[int, Value]:
+    """Those of the rows that are kept."""
+    return {row: value for row in rows if (value := kept.get(row)) is not None}
 
 
 def distinct(entities: Iterable[StoredEntity], limit: int) -> list[StoredEntity]:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -45,18 +45,15 @@ class Index(Protocol):
 class Found:
     """What one job gave: the query embedding, entity rows with cosines (falling), and where the time went.
 
-    `encode_ms` is None for a job that was a search only. `queued_at`, and `searched_at`, when the search began, are by
-    `time.monotonic`.
+    `stages` has when `queue`, `encode` (not of a job that was a search only) and `search` began and ended, by
+    `time.monotonic`. `anyway_scores` are the best cosines of the whole catalog, where they were asked for.
     """
 
     embedding_D: npt.NDArray[np.float32]
     rows: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
-    queue_ms: float
-    encode_ms: float | None
-    search_ms: float
-    queued_at: float = 0.0
-    searched_at: float = 0.0
+    stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    anyway_scores: npt.NDArray[np.float32] | None = None
     patch_tokens_PC: npt.NDArray[np.float32] | None = None  # only where it was submitted with `explain`
 
 
@@ -67,6 +64,7 @@ class _Job:
     top_k: int
     selection: Selection | None
     index: Index
+    anyway: bool = False
     explain: bool = False
     alone: bool = False  # taken before, in a batch that the thread died of: whichever it was, the next dies by itself
     future: Future[Found] = field(default_factory=Future)
@@ -129,11 +127,13 @@ class Engine:
         selection: Selection | None = None,
         index: Index | None = None,
         *,
+        anyway: bool = False,
         explain: bool = False,
     ) -> Future[Found]:
         """Encode, and search among what `selection` allows; `index` is one state of the engine's own, to search that.
 
-        With `explain` the patch tokens are found too, which takes a second pass of the encoder.
+        With `anyway` the best scores without the selection are found, too, and with `explain` the patch tokens, which
+        takes a second pass of the encoder.
 
         Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed.
         """
@@ -145,6 +145,7 @@ class Engine:
                 top_k=top_k,
                 selection=selection,
                 index=index,
+                anyway=anyway,
                 explain=explain,
             )
         )
@@ -155,10 +156,14 @@ class Engine:
         top_k: int,
         selection: Selection | None = None,
         index: Index | None = None,
+        *,
+        anyway: bool = False,
     ) -> Future[Found]:
         """Search only, for an embedding that is known. Raises as `submit` does."""
         index = index or self._index
-        return self._put(_Job(pixels_HW3=None, embedding_D=embedding_D, top_k=top_k, selection=selection, index=index))
+        return self._put(
+            _Job(pixels_HW3=None, embedding_D=embedding_D, top_k=top_k, selection=selection, index=index, anyway=anyway)
+        )
 
     def close(self, timeout_s: float) -> bool:
         """Take no more, finish what was taken, and stop. False if that took longer than `timeout_s`."""
@@ -268,27 +273,33 @@ class Engine:
             )
             patch_tokens = {id(job): tokens_BPC[place] for place, job in enumerate(explained)}
         encoded_at = time.monotonic()
+        queries = embeddings | {id(job): job.embedding_D for job in batch if job.embedding_D is not None}
+        anyway: dict[int, npt.NDArray[np.float32]] = {}
+        for group in _search_groups([job for job in batch if job.anyway], selected=False):
+            _, scores_BK = group[0].index.search(
+                np.stack([queries[id(job)] for job in group]), max(job.top_k for job in group), selection=None
+            )
+            anyway |= {id(job): scores_K[: job.top_k] for job, scores_K in zip(group, scores_BK, strict=True)}
         results: list[tuple[_Job, Found]] = []
         for group in _search_groups(batch):
-            queries_BD = np.stack(
-                [embeddings[id(job)] if job.embedding_D is None else job.embedding_D for job in group]
-            )
-            search_at = time.monotonic()
+            queries_BD = np.stack([queries[id(job)] for job in group])
+            began_at = time.monotonic()
             rows_BK, scores_BK = group[0].index.search(
                 queries_BD, max(job.top_k for job in group), selection=group[0].selection
             )
-            search_ms = 1000 * (time.monotonic() - search_at)
+            search = (began_at, time.monotonic())
             for place, job in enumerate(group):
                 found_K = rows_BK[place, : job.top_k] >= 0
                 found = Found(
                     embedding_D=queries_BD[place],
                     rows=rows_BK[place, : job.top_k][found_K],
                     scores=scores_BK[place, : job.top_k][found_K],
-                    queue_ms=1000 * (started_at - job.queued_at),
-                    encode_ms=1000 * (encoded_at - started_at) if job.embedding_D is None else None,
-                    search_ms=search_ms,
-                    queued_at=job.queued_at,
-                    searched_at=search_at,
+                    stages={
+                        "queue": (job.queued_at, started_at),
+                        **({"encode": (started_at, encoded_at)} if job.embedding_D is None else {}),
+                        "search": search,
+                    },
+                    anyway_scores=anyway.get(id(job)),
                     patch_tokens_PC=patch_tokens.get(id(job)),
                 )
                 results.append((job, found))
@@ -297,13 +308,14 @@ class Engine:
             job.future.set_result(found)
 
 
-def _search_groups(batch: Sequence[_Job]) -> list[list[_Job]]:
-    """Jobs of one state and one selection are searched together, but for those that want many results."""
+def _search_groups(batch: Sequence[_Job], *, selected: bool = True) -> list[list[_Job]]:
+    """Jobs of one state and one selection (whichever, if not `selected`) are searched together, but for those that want
+    many results."""
     together: dict[tuple[int, Selection | None], list[_Job]] = {}
     alone: list[list[_Job]] = []
     for job in batch:
         if job.top_k <= _SEARCHED_TOGETHER:
-            together.setdefault((id(job.index), job.selection), []).append(job)
+            together.setdefault((id(job.index), job.selection if selected else None), []).append(job)
         else:
             alone.append([job])
     return [*together.values(), *alone]

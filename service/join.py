@@ -43,14 +43,13 @@ class Joiner:
         return max(options.top_k, CANDIDATES if self._calibration else 1)
 
     def wants_everything(self, options: RecognizeOptions) -> bool:
-        """Whether `join` needs the best of the whole catalog beside those that the selection allows."""
+        """Whether `join` needs the best scores of the whole catalog beside those that the selection allows."""
         return bool(options.types) and self._calibration is not None
 
-    def join(self, found: Found, options: RecognizeOptions, everything: Found | None = None) -> Ranking:
-        """`everything` is what a search without the selection gave, where one holds: what the query scores anyway."""
-        scores = [float(score) for score in found.scores]
-        anyway = background(scores if everything is None else [float(score) for score in everything.scores])
-        first = self._store.by_rows([int(row) for row in found.rows[: options.top_k]])
+    def join(self, found: Found, options: RecognizeOptions) -> Ranking:
+        scores: list[float] = found.scores.tolist()
+        anyway = background(scores if found.anyway_scores is None else found.anyway_scores.tolist())
+        first = self._store.by_rows(found.rows[: options.top_k].tolist())
         return self._rank(first, scores, anyway, options)
 
     def _rank(

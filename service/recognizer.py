@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,19 +32,16 @@ from core.errors import (
     UndecodableImage,
     UserError,
 )
-from imaging import load_region
 from index.bundle import Bundle
 from index.release import local_bundle
-from index.selection import Selection
 from service import tracing
 from service.admission import Admission
-from service.answers import Box, Prediction, Recognition, RecognizeOptions
+from service.answers import Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
-from service.engine import Encoder, Found
-from service.explain import Evidence, explain
+from service.engine import Encoder
 from service.generation import Generation, Snapshot
-from service.join import Ranking
 from service.metrics import Metrics
+from service.passage import Passage, Passed
 from service.settings import Settings
 
 Edit = TypeVar("Edit")
@@ -60,14 +57,6 @@ _OUTCOMES: dict[type[UserError], str] = {
 _LOOKUP_THREADS = 2
 
 log = logging.getLogger("wikiclip.recognizer")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Decoded:
-    pixels_HW3: npt.NDArray[np.uint8]
-    region: Box
-    decode_ms: float
-    started_at: float
 
 
 class Recognizer:
@@ -102,7 +91,7 @@ class Recognizer:
                 self.metrics.redis_errors.inc,
             )
         self._flights: SingleFlight[Recognition] = SingleFlight()
-        self._encodings: SingleFlight[tuple[RecognizeOptions, Recognition, Found]] = SingleFlight()
+        self._encodings: SingleFlight[tuple[RecognizeOptions, Recognition, Passed]] = SingleFlight()
         self._closing = False
         self._tell_bundle()
 
@@ -243,7 +232,7 @@ class Recognizer:
         try:
             async with asyncio.timeout(self.settings.deadline_ms / 1000):
                 if self._cache is None or options.explain:  # pixels are needed, and the answer is large: not kept
-                    recognition, _ = await self._compute(snapshot, data, options, None)
+                    recognition, _ = await self._compute(snapshot, data, options)
                 else:
                     recognition = await self._through_cache(self._cache, snapshot, data, options)
         except TimeoutError:
@@ -285,10 +274,10 @@ class Recognizer:
             self.metrics.cache_lookups.labels("answer").inc()
             return kept
 
-        async def encode() -> tuple[RecognizeOptions, Recognition, Found]:
-            recognition, found = await self._compute(snapshot, data, options, None)
-            await cache.put(embedding_key, found.embedding_D.astype("<f4").tobytes())
-            return options, recognition, found
+        async def encode() -> tuple[RecognizeOptions, Recognition, Passed]:
+            recognition, passed = await self._compute(snapshot, data, options)
+            await cache.put(embedding_key, passed.embedding_D.astype("<f4").tobytes())
+            return options, recognition, passed
 
         async def work() -> Recognition:
             embedding_D = _read_embedding(
@@ -298,156 +287,63 @@ class Recognizer:
             recognition = None
             if embedding_D is None:
                 # Others may ask the same of the same image, or something else: it is encoded for the first of them.
-                asked, recognition, found = await self._encodings.run(embedding_key + snapshot.label, encode)
-                embedding_D = found.embedding_D
+                asked, recognition, passed = await self._encodings.run(embedding_key + snapshot.label, encode)
+                embedding_D = passed.embedding_D
                 if asked != options:
                     recognition = None
             if recognition is None:
-                recognition, _ = await self._compute(snapshot, data, options, embedding_D)
+                recognition, _ = await self._compute(snapshot, embedding_D, options)
             await cache.put(answer_key, _write_answer(recognition))
             return recognition
 
         return await self._flights.run(answer_key, work)
 
     async def _compute(
-        self,
-        snapshot: Snapshot,
-        data: bytes,
-        options: RecognizeOptions,
-        embedding_D: npt.NDArray[np.float32] | None,
-    ) -> tuple[Recognition, Found]:
-        timings_ms: dict[str, float] = {}
-        engine, joiner = snapshot.generation.engine, snapshot.joiner
-        selection = None
-        if options.types:
-            selection = await _in_pool(self._lookups, snapshot, joiner.selection, options)
-        if embedding_D is None:
-            # The thread that decodes gives the image to the engine itself: the event loop may be busy with others.
-            decoded, pending = await _in_pool(
-                self._decoders,
-                snapshot,
-                self._decode_and_submit,
-                snapshot,
-                data,
-                selection,
-                options,
-                on_abandoned=lambda done: done[1].cancel(),
-            )
-            timings_ms["decode"] = decoded.decode_ms
-            tracing.stage("decode", decoded.started_at, decoded.started_at + decoded.decode_ms / 1000)
-        else:
-            decoded = None
-            pending = engine.search(embedding_D, joiner.top_k(options), selection, snapshot.entities)
-        found = await asyncio.wrap_future(pending)
-        _add_engine_time(timings_ms, found)
-        _trace_engine(found)
-        everything = None
-        if joiner.wants_everything(options):
-            everything = await asyncio.wrap_future(_search_everything(snapshot, found, options))
-        with tracing.timed("join"):
-            ranking = await _in_pool(self._lookups, snapshot, _join, snapshot, found, everything, decoded, options)
-        return _recognition(snapshot, ranking, timings_ms, cached=embedding_D is not None), found
+        self, snapshot: Snapshot, image: bytes | npt.NDArray[np.float32], options: RecognizeOptions
+    ) -> tuple[Recognition, Passed]:
+        """The answer to an image, or to its embedding [D]."""
+        passed = await asyncio.wrap_future(self._begin(snapshot, image, options))
+        for name, (begin, end) in passed.stages.items():
+            tracing.stage(name, begin, end)
+        return _recognition(snapshot, passed, cached=not isinstance(image, bytes)), passed
 
     def _recognize_chunk(
         self, snapshot: Snapshot, images: Sequence[bytes], options: RecognizeOptions
     ) -> list[Recognition | UserError]:
-        decoding = [self._decoders.submit(self._decode, snapshot, data, options) for data in images]
-        selection = snapshot.joiner.selection(options)
-        engaged: list[tuple[Future[Found], _Decoded] | UserError] = []
-        for each in decoding:
+        answers: list[Recognition | UserError] = []
+        for pending in [self._begin(snapshot, data, options) for data in images]:
             try:
-                decoded = each.result()
-                engaged.append((_submit(snapshot, decoded, selection, options), decoded))
+                passed = pending.result()
             except UserError as error:
-                engaged.append(error)
-        return [item if isinstance(item, UserError) else _finish(snapshot, *item, options) for item in engaged]
+                answers.append(error)
+                continue
+            recognition = _recognition(snapshot, passed, cached=False)
+            total_ms = sum(recognition.timings_ms.values())
+            answers.append(replace(recognition, timings_ms={**recognition.timings_ms, "total": total_ms}))
+        return answers
 
-    def _decode(self, snapshot: Snapshot, data: bytes, options: RecognizeOptions) -> _Decoded:
-        started_at = time.monotonic()
-        pixels_HW3, region = load_region(
-            data, snapshot.generation.preprocessing, max_pixels=self.settings.max_pixels, box=options.box
+    def _begin(
+        self, snapshot: Snapshot, image: bytes | npt.NDArray[np.float32], options: RecognizeOptions
+    ) -> Future[Passed]:
+        passage = Passage(
+            snapshot,
+            options,
+            decoders=self._decoders,
+            lookups=self._lookups,
+            max_pixels=self.settings.max_pixels,
         )
-        return _Decoded(
-            pixels_HW3=pixels_HW3,
-            region=region,
-            decode_ms=1000 * (time.monotonic() - started_at),
-            started_at=started_at,
-        )
-
-    def _decode_and_submit(
-        self, snapshot: Snapshot, data: bytes, selection: Selection | None, options: RecognizeOptions
-    ) -> tuple[_Decoded, Future[Found]]:
-        decoded = self._decode(snapshot, data, options)
-        return decoded, _submit(snapshot, decoded, selection, options)
+        return passage.begin(image)
 
 
-async def _in_pool(
-    pool: ThreadPoolExecutor,
-    snapshot: Snapshot,
-    call: Callable[..., Any],
-    *arguments: Any,
-    on_abandoned: Callable[[Any], object] = lambda result: None,
-) -> Any:
-    """What `call` gives in a thread of the pool. `on_abandoned` is told of a result that nobody waits for any more."""
-    # A cancelled request leaves at once, what it began in a thread does not: that holds the generation by itself.
-    held = ExitStack()
-    held.enter_context(snapshot.generation.hold())
-    pending = pool.submit(call, *arguments)
-    pending.add_done_callback(lambda _: held.close())
-    try:
-        return await asyncio.wrap_future(pending)
-    except asyncio.CancelledError:
-        pending.add_done_callback(
-            lambda ended: None if ended.cancelled() or ended.exception() else on_abandoned(ended.result())
-        )
-        raise
-
-
-def _submit(
-    snapshot: Snapshot, decoded: _Decoded, selection: Selection | None, options: RecognizeOptions
-) -> Future[Found]:
-    top_k = snapshot.joiner.top_k(options)
-    return snapshot.generation.engine.submit(
-        decoded.pixels_HW3, top_k, selection, snapshot.entities, explain=options.explain
-    )
-
-
-def _search_everything(snapshot: Snapshot, found: Found, options: RecognizeOptions) -> Future[Found]:
-    top_k = snapshot.joiner.top_k(options)
-    return snapshot.generation.engine.search(found.embedding_D, top_k, None, snapshot.entities)
-
-
-def _join(
-    snapshot: Snapshot, found: Found, everything: Found | None, decoded: _Decoded | None, options: RecognizeOptions
-) -> Ranking:
-    ranking = snapshot.joiner.join(found, options, everything)
-    if found.patch_tokens_PC is None or decoded is None:
-        return ranking
-    evidence = Evidence(embedding_D=found.embedding_D, patch_tokens_PC=found.patch_tokens_PC, region=decoded.region)
-    return explain(snapshot.entities, ranking, evidence)
-
-
-def _finish(snapshot: Snapshot, pending: Future[Found], decoded: _Decoded, options: RecognizeOptions) -> Recognition:
-    found = pending.result()
-    timings_ms = {"decode": decoded.decode_ms}
-    _add_engine_time(timings_ms, found)
-    everything = None
-    if snapshot.joiner.wants_everything(options):
-        everything = _search_everything(snapshot, found, options).result()
-    ranking = _join(snapshot, found, everything, decoded, options)
-    timings_ms["total"] = sum(timings_ms.values())
-    return _recognition(snapshot, ranking, timings_ms, cached=False)
-
-
-def _recognition(snapshot: Snapshot, ranking: Ranking, timings_ms: dict[str, float], *, cached: bool) -> Recognition:
+def _recognition(snapshot: Snapshot, passed: Passed, *, cached: bool) -> Recognition:
     return Recognition(
         model=snapshot.generation.model,
         bundle=snapshot.label,
         cached=cached,
-        known=ranking.known,
-        abstained=ranking.abstained,
-        predictions=ranking.predictions,
-        timings_ms=timings_ms,
+        known=passed.ranking.known,
+        abstained=passed.ranking.abstained,
+        predictions=passed.ranking.predictions,
+        timings_ms=passed.timings_ms,
     )
 
 
@@ -457,21 +353,6 @@ def _read_embedding(value: bytes | None, dim: int) -> npt.NDArray[np.float32] | 
         return None
     embedding_D = np.frombuffer(value, "<f4").astype(np.float32)
     return embedding_D if np.isfinite(embedding_D).all() else None
-
-
-def _add_engine_time(timings_ms: dict[str, float], found: Found) -> None:
-    timings_ms["queue"] = found.queue_ms
-    if found.encode_ms is not None:
-        timings_ms["encode"] = found.encode_ms
-    timings_ms["search"] = found.search_ms
-
-
-def _trace_engine(found: Found) -> None:
-    begun_at = found.queued_at + found.queue_ms / 1000
-    tracing.stage("queue", found.queued_at, begun_at)
-    if found.encode_ms is not None:
-        tracing.stage("encode", begun_at, begun_at + found.encode_ms / 1000)
-    tracing.stage("search", found.searched_at, found.searched_at + found.search_ms / 1000)
 
 
 def _write_answer(recognition: Recognition) -> bytes:

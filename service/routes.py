@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Coroutine, Mapping
 from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar
@@ -13,16 +12,17 @@ from fastapi import APIRouter, Depends, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from core.errors import BadParameter, BadRequest, NotFound, TooManyRequests, Unavailable, WikiclipError
-from imaging import check_box, readable_types
+from core.errors import BadRequest, NotFound, TooManyRequests, Unavailable, WikiclipError
+from imaging import readable_types
 from index.store import StoredEntity
 from service import schemas
-from service.answers import MAX_TOP_K, Box, Recognition, RecognizeOptions
+from service.answers import Recognition
 from service.body import ImageUrl, image_of, images_of, read_body
 from service.fetch import Fetcher
 from service.generation import Snapshot
 from service.keys import require_key
 from service.problems import problem_of
+from service.query import Options, query_parameters
 from service.rate_limit import RateLimiter, client_name
 from service.recognizer import Recognizer
 from service.tracing import timed
@@ -45,54 +45,12 @@ def recognizer_of(request: Request) -> Recognizer:
     return recognizer
 
 
-TopK = Annotated[int, Query(ge=1, le=MAX_TOP_K, description="Predictions, at most.")]
-MinScore = Annotated[
-    float | None, Query(ge=-1, le=1, allow_inf_nan=False, description="Drop predictions with a lower cosine.")
-]
-Types = Annotated[
-    list[str] | None, Query(description="Only entities with any of these types; repeat it or separate by commas.")
-]
-Lang = Annotated[
-    str | None, Query(max_length=35, description="Titles in this language (a code as fr) where there are.")
-]
-Explain = Annotated[
-    bool, Query(description="Say of each prediction where in the image it matches, and by which words.")
-]
-BoxText = Annotated[
-    str | None, Query(alias="box", max_length=200, description="The region meant: x,y,w,h in fractions of the image.")
-]
-
-
-async def options_of(
-    *,
-    top_k: TopK = 5,
-    min_score: MinScore = None,
-    types: Types = None,
-    lang: Lang = None,
-    box: BoxText = None,
-    explain: Explain = False,
-) -> RecognizeOptions:
-    """What a request asks for, from its query parameters. Raises `BadParameter`."""
-    wanted_types = [part.strip() for value in types or () for part in value.split(",")]
-    return RecognizeOptions(
-        top_k=top_k,
-        min_score=min_score,
-        types=tuple(sorted({kind for kind in wanted_types if kind})),
-        lang=lang or None,
-        box=None if not box else _box(box),
-        explain=explain,
-    )
-
-
-Options = Annotated[RecognizeOptions, Depends(options_of)]
-
-
 @router.post(
     "/recognize",
     summary="Which entities are in this image",
     response_model=schemas.RecognizeResponse,
     responses=schemas.problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
-    openapi_extra=schemas.recognize_body(list(readable_types())),
+    openapi_extra={"parameters": query_parameters(), **schemas.recognize_body(list(readable_types()))},
 )
 async def recognize(request: Request, options: Options) -> Response:
     recognizer = recognizer_of(request)
@@ -120,7 +78,7 @@ async def recognize(request: Request, options: Options) -> Response:
     summary="The same for several images at once, in order; one bad image spoils no other",
     response_model=schemas.BatchResponse,
     responses=schemas.problems(400, 401, 408, 413, 415, 422, 429, 503),
-    openapi_extra=schemas.batch_body(),
+    openapi_extra={"parameters": query_parameters(), **schemas.batch_body()},
 )
 async def recognize_batch(request: Request, options: Options) -> Response:
     recognizer = recognizer_of(request)
@@ -214,17 +172,6 @@ async def _count(request: Request, images: int) -> None:
         except TooManyRequests:
             recognizer_of(request).metrics.images.labels("rate").inc(images)
             raise
-
-
-def _box(text: str) -> Box:
-    try:
-        x, y, width, height = (float(part) for part in text.split(","))
-    except ValueError:
-        raise BadParameter(f"box {text[:60]!r} is not four numbers; give x,y,w,h in fractions of the image") from None
-    if not all(math.isfinite(side) for side in (x, y, width, height)):
-        raise BadParameter(f"box {text[:60]!r} is not four numbers; give x,y,w,h in fractions of the image")
-    check_box((x, y, width, height))
-    return x, y, width, height
 
 
 def _answer(recognition: Recognition) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_words_are_told_where_the_text_is_kept(
         view = MergedView(bundle.index(), store)
         joiner = Joiner(view, None)
         rows, scores = view.search(bundle.embeddings().at(np.arange(1)), 12)
-        found = Found(embedding_D=EMBEDDING_D, rows=rows[0], scores=scores[0], queue_ms=0, encode_ms=0, search_ms=0)
+        found = Found(embedding_D=EMBEDDING_D, rows=rows[0], scores=scores[0])
         evidence = Evidence(embedding_D=EMBEDDING_D, patch_tokens_PC=np.ones((4, 16), np.float32), region=(0, 0, 1, 1))
         explained = explain(view, joiner.join(found, RecognizeOptions(top_k=12)), evidence).predictions
     assert len(explained) == 12

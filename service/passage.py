@@ -1,0 +1,152 @@
+"""An image's way to its entities: decoded, encoded and searched, joined with their records.
+
+Each stage has threads of its own and hands on to the next by itself. The event loop, which is busy with others, hears
+of the end only: on few cores a stage that it would have to hand on waits for it.
+
+Shapes: H/W pixels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import Unavailable
+from imaging import load_region
+from index.selection import Selection
+from service.answers import Box, RecognizeOptions
+from service.engine import Found
+from service.explain import Evidence, explain
+from service.generation import Snapshot
+from service.join import Ranking
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passed:
+    """What was found. `stages` has when each began and ended, by `time.monotonic`: `decode`, `queue`, `encode` (both
+    only of an image), `search`, `join`."""
+
+    ranking: Ranking
+    embedding_D: npt.NDArray[np.float32]
+    stages: Mapping[str, tuple[float, float]]
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        """How long each stage took; `join` is in the total only."""
+        return {name: 1000 * (end - begin) for name, (begin, end) in self.stages.items() if name != "join"}
+
+
+class Passage:
+    """One image on its way. `result` gives `Passed`, or raises what a stage did: a `UserError` for a bad image.
+
+    Cancelling `result` drops what has not been begun. The generation is held until nothing of this uses it any more.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, options: RecognizeOptions, *, decoders: Executor, lookups: Executor, max_pixels: int
+    ) -> None:
+        self.result: Future[Passed] = Future()
+        self._snapshot, self._options = snapshot, options
+        self._decoders, self._lookups = decoders, lookups
+        self._max_pixels = max_pixels
+        self._held = ExitStack()
+
+    def begin(self, image: bytes | npt.NDArray[np.float32]) -> Future[Passed]:
+        """Set out with the bytes of an image, or with its embedding [D]."""
+        self._held.enter_context(self._snapshot.generation.hold())
+        if self._options.types:
+            self._do_in(self._lookups, self._select, image)
+        else:
+            self._set_out(image, None)
+        return self.result
+
+    def _select(self, image: bytes | npt.NDArray[np.float32]) -> None:
+        self._set_out(image, self._snapshot.joiner.selection(self._options))
+
+    def _set_out(self, image: bytes | npt.NDArray[np.float32], selection: Selection | None) -> None:
+        if isinstance(image, bytes):
+            self._do_in(self._decoders, self._decode, image, selection)
+            return
+        joiner, entities = self._snapshot.joiner, self._snapshot.entities
+        self._follow(
+            self._snapshot.generation.engine.search(
+                image, joiner.top_k(self._options), selection, entities, anyway=joiner.wants_everything(self._options)
+            ),
+            {},
+        )
+
+    def _decode(self, data: bytes, selection: Selection | None) -> None:
+        began_at = time.monotonic()
+        generation, joiner, options = self._snapshot.generation, self._snapshot.joiner, self._options
+        pixels_HW3, region = load_region(data, generation.preprocessing, max_pixels=self._max_pixels, box=options.box)
+        stages = {"decode": (began_at, time.monotonic())}
+        pending = generation.engine.submit(
+            pixels_HW3,
+            joiner.top_k(options),
+            selection,
+            self._snapshot.entities,
+            anyway=joiner.wants_everything(options),
+            explain=options.explain,
+        )
+        self._follow(pending, stages, region)
+
+    def _follow(
+        self, pending: Future[Found], stages: dict[str, tuple[float, float]], region: Box | None = None
+    ) -> None:
+        self.result.add_done_callback(lambda _: pending.cancel())
+
+        def found(ended: Future[Found]) -> None:
+            if ended.cancelled():
+                self._held.close()
+            else:
+                self._do_in(self._lookups, self._join, ended, stages, region)
+
+        pending.add_done_callback(found)
+
+    def _join(self, ended: Future[Found], stages: dict[str, tuple[float, float]], region: Box | None) -> None:
+        began_at = time.monotonic()
+        found = ended.result()
+        ranking = self._snapshot.joiner.join(found, self._options)
+        if found.patch_tokens_PC is not None and region is not None:
+            evidence = Evidence(embedding_D=found.embedding_D, patch_tokens_PC=found.patch_tokens_PC, region=region)
+            ranking = explain(self._snapshot.entities, ranking, evidence)
+        stages |= {**found.stages, "join": (began_at, time.monotonic())}
+        self._end(
+            partial(self.result.set_result, Passed(ranking=ranking, embedding_D=found.embedding_D, stages=stages))
+        )
+
+    def _do_in(self, pool: Executor, stage: Callable[..., None], *arguments: object) -> None:
+        """Have a thread of the pool do a stage, unless nobody waits for it any more."""
+
+        def do() -> None:
+            if self.result.cancelled():
+                self._held.close()
+                return
+            try:
+                stage(*arguments)
+            except Exception as error:
+                self._end(partial(self.result.set_exception, error))
+
+        def dropped(submitted: Future[None]) -> None:
+            if submitted.cancelled():
+                self._stop()
+
+        try:
+            pool.submit(do).add_done_callback(dropped)
+        except RuntimeError:  # it takes nothing any more
+            self._stop()
+
+    def _stop(self) -> None:
+        self._end(partial(self.result.set_exception, Unavailable("the service is stopping; try again elsewhere")))
+
+    def _end(self, settle: Callable[[], None]) -> None:
+        self._held.close()
+        if self.result.set_running_or_notify_cancel():
+            settle()
