@@ -85,6 +85,7 @@ def create_app(
     app.state.rate_limiter = limiter
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)
+    app.include_router(routes.recognition)
     app.include_router(routes.router)
     app.include_router(admin.router)
     _add_operations(app)

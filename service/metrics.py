@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
@@ -60,9 +63,22 @@ class Metrics:
         self.queue_images = Gauge("wikiclip_queue_images", "Images waiting for the engine.", registry=self.registry)
         self.ready = Gauge("wikiclip_ready", "1 while requests can be answered.", registry=self.registry)
 
-    def observe_stages(self, timings_ms: dict[str, float]) -> None:
+        # Finding the child of some labels takes longer than counting with it. All of them come from small sets.
+        self._stage = cache(self.stage_seconds.labels)
+        self._outcome = cache(self.images.labels)
+        self._requests_of = cache(self.requests.labels)
+        self._seconds_of = cache(self.request_seconds.labels)
+
+    def count_images(self, outcome: str, images: int = 1) -> None:
+        self._outcome(outcome).inc(images)
+
+    def observe_stages(self, timings_ms: Mapping[str, float]) -> None:
         for stage, value_ms in timings_ms.items():
-            self.stage_seconds.labels(stage).observe(value_ms / 1000)
+            self._stage(stage).observe(value_ms / 1000)
+
+    def observe_request(self, route: str, status: int, elapsed_s: float) -> None:
+        self._requests_of(route, str(status)).inc()
+        self._seconds_of(route).observe(elapsed_s)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)

@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -25,13 +25,13 @@ _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_SECURITY_HEADERS = {
-    "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
+_SECURITY_HEADERS = (
+    (b"content-security-policy", _CONTENT_SECURITY_POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+)
 
 access_log = logging.getLogger("wikiclip.access")
 log = logging.getLogger("wikiclip.service")
@@ -77,10 +77,12 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                for name, value in _SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
+                given = {name for name, _ in message["headers"]}
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    *(header for header in _SECURITY_HEADERS if header[0] not in given),
+                ]
             await send(message)
 
         try:
@@ -102,10 +104,10 @@ class RequestContext:
 
     def _note(self, scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
         route = _route(scope)
-        metrics = self._metrics_of()
-        metrics.requests.labels(route, str(status)).inc()
-        metrics.request_seconds.labels(route).observe(elapsed_s)
+        self._metrics_of().observe_request(route, status, elapsed_s)
         client = scope.get("client")
+        if not access_log.isEnabledFor(logging.INFO):
+            return
         access_log.info(
             "%s %s %d",
             scope["method"],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import parse_qsl
 
-from fastapi import Depends, Request
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field, ValidationError
 
@@ -54,17 +54,10 @@ def query_parameters() -> list[dict[str, Any]]:
     ]
 
 
-async def options_of(request: Request) -> RecognizeOptions:
-    """What a request asks for. Raises `BadParameter` or `RequestValidationError`.
-
-    Clients ask the same again and again, and the framework's own way to read six parameters takes longer than all else
-    that it does for a request: a query string is read once.
-    """
+def options_of(request: Request) -> RecognizeOptions:
+    """What a request asks for; a query string is read once. Raises `BadParameter` or `RequestValidationError`."""
     query: bytes = request.scope["query_string"]
     return (_kept if len(query) <= _KEPT_BYTES else _parsed)(query)
-
-
-Options = Annotated[RecognizeOptions, Depends(options_of)]
 
 
 def _parsed(query: bytes) -> RecognizeOptions:

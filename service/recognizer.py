@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -73,7 +74,7 @@ class Recognizer:
             settings.queue_limit,
             always=max(settings.max_batch, settings.max_batch_images),
             deadline_s=settings.deadline_ms / 1000,
-            on_refusal=self.metrics.images.labels("full").inc,
+            on_refusal=partial(self.metrics.count_images, "full"),
         )
         self._given_encoder = encoder
         self._current = Generation(bundle, settings, self.metrics, encoder)
@@ -224,7 +225,7 @@ class Recognizer:
             outcome = _OUTCOMES.get(type(error), "refused")
             raise
         finally:
-            self.metrics.images.labels(outcome).inc()
+            self.metrics.count_images(outcome)
         return recognition
 
     async def _within_deadline(self, data: bytes, options: RecognizeOptions, snapshot: Snapshot) -> Recognition:
@@ -240,7 +241,7 @@ class Recognizer:
                 f"no answer within {self.settings.deadline_ms} ms; try again later or with fewer images at a time"
             ) from None
         total_ms = 1000 * (time.monotonic() - started_at)
-        self.metrics.observe_stages(dict(recognition.timings_ms))
+        self.metrics.observe_stages(recognition.timings_ms)
         return replace(recognition, timings_ms={**recognition.timings_ms, "total": total_ms})
 
     async def edit(self, snapshot: Snapshot, change: Callable[[], Future[Edit]]) -> Edit:

@@ -38,18 +38,13 @@ def recognized(client, image: bytes, **parameters):
 
 
 def embedding_of(client, small_bundle, image: bytes) -> list[float]:
+    from imaging import load_pixels
     from service.recognizer import Recognizer
     from service.settings import Settings
 
     with Recognizer.open(small_bundle, Settings(threads=1)) as recognizer, recognizer.hold() as snapshot:
-        pixels = recognizer._decode(snapshot, image, _options()).pixels_HW3
+        pixels = load_pixels(image, snapshot.generation.preprocessing, max_pixels=recognizer.settings.max_pixels)
         return [float(value) for value in snapshot.generation.engine.submit(pixels, 1).result(WAIT_S).embedding_D]
-
-
-def _options():
-    from service.answers import RecognizeOptions
-
-    return RecognizeOptions()
 
 
 def test_an_entity_that_is_put_is_in_the_next_answer(live, small_bundle, giraffe):
