@@ -83,6 +83,7 @@ def create_app(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
     app.state.rate_limiter = limiter
+    app.state.tracing = tracing
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)
     app.include_router(routes.recognition)
@@ -91,7 +92,7 @@ def create_app(
     _add_operations(app)
     _add_pages(app)
     # The last one added is the outermost: what goes wrong within still gets its CORS headers.
-    app.add_middleware(RequestContext, metrics_of=lambda: _metrics(app), refuse=partial(_refusal, app), tracing=tracing)
+    app.add_middleware(RequestContext, metrics_of=partial(metrics_of, app), tracing=tracing)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -104,10 +105,15 @@ def create_app(
     return app
 
 
-def _refusal(app: FastAPI, scope: Scope) -> UserError | None:
-    """Why a request for recognition cannot be answered now, before anything of it is read; None where it may be."""
+def early_refusal(app: FastAPI, scope: Scope) -> TooManyRequests | None:
+    """Why a request for recognition is refused before the app is asked, None where it is to be asked.
+
+    In a flood most of the work is in saying no. What the app would add to the answer, or a trace of it, it does itself.
+    """
     recognizer: Recognizer | None = app.state.recognizer
     if recognizer is None or scope["method"] != "POST" or scope["path"] not in _RECOGNITION:
+        return None
+    if app.state.tracing is not None or any(name == b"origin" for name, _ in scope["headers"]):
         return None
     try:
         recognizer.admission.refuse_if_full(1)
@@ -125,7 +131,8 @@ def _limiter(settings: Settings) -> RateLimiter | None:
     return RateLimiter(Rate.parse(settings.rate_limit), redis)
 
 
-def _metrics(app: FastAPI) -> Metrics:
+def metrics_of(app: FastAPI) -> Metrics:
+    """What counts the app's requests now."""
     recognizer: Recognizer | None = app.state.recognizer
     metrics: Metrics = app.state.metrics if recognizer is None else recognizer.metrics
     return metrics
@@ -149,7 +156,7 @@ def _add_operations(app: FastAPI) -> None:
     @app.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:
         recognizer: Recognizer | None = request.app.state.recognizer
-        told = _metrics(app)
+        told = metrics_of(app)
         if recognizer is not None:
             told.in_flight_images.set(recognizer.admission.in_flight)
             told.queue_images.set(recognizer.queue_depth)

@@ -6,15 +6,14 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from core.errors import UserError
 from service.metrics import Metrics
-from service.problems import problem_response, unexpected_response
+from service.problems import unexpected_response
 from service.tracing import Tracing
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -44,12 +43,9 @@ class RequestContext:
         self,
         app: ASGIApp,
         metrics_of: Callable[[], Metrics],
-        refuse: Callable[[Scope], UserError | None] = lambda scope: None,
         tracing: Tracing | None = None,
     ) -> None:
-        """What `refuse` gives is answered in place of the app: in a flood, most of the work is in saying no."""
         self._app = app
-        self._refuse = refuse
         self._tracing = tracing
         self._metrics_of = metrics_of
 
@@ -57,8 +53,7 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = request_id_of(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         if self._tracing is None:
             await self._answer(scope, receive, send, request_id)
@@ -77,20 +72,11 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                given = {name for name, _ in message["headers"]}
-                message["headers"] = [
-                    *message["headers"],
-                    (b"x-request-id", request_id.encode()),
-                    *(header for header in _SECURITY_HEADERS if header[0] not in given),
-                ]
+                message["headers"] = with_common_headers(message["headers"], request_id)
             await send(message)
 
         try:
-            refusal = self._refuse(scope)
-            if refusal is None:
-                await self._app(scope, receive, send_with_headers)
-            else:
-                await problem_response(refusal, request_id)(scope, receive, send_with_headers)
+            await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
             status = _CLIENT_GONE
         except Exception:
@@ -99,29 +85,48 @@ class RequestContext:
                 raise  # the answer has begun: all that is left is to break the connection
             await unexpected_response(request_id)(scope, receive, send_with_headers)
         finally:
-            self._note(scope, request_id, status, time.monotonic() - started_at)
+            elapsed_s = time.monotonic() - started_at
+            note_request(self._metrics_of(), scope, _route(scope), request_id, status, elapsed_s)
         return status
 
-    def _note(self, scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
-        route = _route(scope)
-        self._metrics_of().observe_request(route, status, elapsed_s)
-        client = scope.get("client")
-        if not access_log.isEnabledFor(logging.INFO):
-            return
-        access_log.info(
-            "%s %s %d",
-            scope["method"],
-            scope["path"],
-            status,
-            extra={
-                "request_id": request_id,
-                "method": scope["method"],
-                "path": scope["path"],
-                "status": status,
-                "elapsed_ms": round(1000 * elapsed_s, 2),
-                "client": client[0] if client else None,
-            },
-        )
+
+def request_id_of(scope: Scope) -> str:
+    """The id that the client gave, where it is a plain one, else a new one."""
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def with_common_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
+    """The headers of an answer with those that every answer has, but for what it says otherwise itself."""
+    own = list(headers)
+    given = {name for name, _ in own}
+    return [
+        *own,
+        (b"x-request-id", request_id.encode()),
+        *(header for header in _SECURITY_HEADERS if header[0] not in given),
+    ]
+
+
+def note_request(metrics: Metrics, scope: Scope, route: str, request_id: str, status: int, elapsed_s: float) -> None:
+    """Count a request, and write it to the access log."""
+    metrics.observe_request(route, status, elapsed_s)
+    if not access_log.isEnabledFor(logging.INFO):
+        return
+    client = scope.get("client")
+    access_log.info(
+        "%s %s %d",
+        scope["method"],
+        scope["path"],
+        status,
+        extra={
+            "request_id": request_id,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status,
+            "elapsed_ms": round(1000 * elapsed_s, 2),
+            "client": client[0] if client else None,
+        },
+    )
 
 
 def _route(scope: Scope) -> str:

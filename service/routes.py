@@ -74,6 +74,7 @@ def recognizer_of(request: Request) -> Recognizer:
 async def recognize(request: Request) -> Response:
     options = options_of(request)
     recognizer = recognizer_of(request)
+    recognizer.admission.refuse_if_full(1)  # before its body is read
     await _count(request, 1)
     body = await _body(request, recognizer)
     given = image_of(body, request.headers.get("content-type", ""))
@@ -103,6 +104,7 @@ async def recognize(request: Request) -> Response:
 async def recognize_batch(request: Request) -> Response:
     options = options_of(request)
     recognizer = recognizer_of(request)
+    recognizer.admission.refuse_if_full(1)
     body = await _body(request, recognizer)
     images = images_of(body, request.headers.get("content-type", ""))
     if len(images) > recognizer.settings.max_batch_images:

@@ -14,7 +14,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from core.errors import UserError
-from service.app import create_app
+from service.app import create_app, early_refusal, metrics_of
 from service.logs import configure_logging
 from service.protocol import BoundedHttp
 from service.recognizer import Recognizer
@@ -42,7 +42,15 @@ def server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
     finish_ms = settings.deadline_ms + (settings.url_timeout_ms if settings.url_allowlist else 0)
     return uvicorn.Config(
         app,
-        http=cast(type[asyncio.Protocol], partial(BoundedHttp, timeout_s=settings.receive_timeout_s)),
+        http=cast(
+            type[asyncio.Protocol],
+            partial(
+                BoundedHttp,
+                timeout_s=settings.receive_timeout_s,
+                refuse=partial(early_refusal, app),
+                metrics_of=partial(metrics_of, app),
+            ),
+        ),
         log_config=None,
         ws="none",
         access_log=False,  # the app writes its own

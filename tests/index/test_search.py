@@ -120,6 +120,32 @@ def test_a_selection_is_exact_even_when_a_handful_pass(
     assert right >= (0.9 if scanned_at_most == 1 and allowed == 60 else 1) * 6 * min(allowed, 5)
 
 
+@pytest.mark.parametrize("top_k", [1, 7, 10])
+@pytest.mark.parametrize("rows_N", CATALOGS.values(), ids=CATALOGS.keys())
+def test_half_precision_finds_what_exact_search_finds(tmp_path: Path, rows_N: list[int], top_k: int) -> None:
+    for name in ("flat", "half"):
+        (tmp_path / name).mkdir()
+    exact, _ = make(tmp_path / "flat", rows_N)
+    close, _ = make(tmp_path / "half", rows_N, factory="SQfp16")
+    assert close.candidates.close
+    for found, expected in zip(close.search(queries(20), top_k), exact.search(queries(20), top_k), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_one_look_is_enough_where_entities_have_many_images(tmp_path: Path) -> None:
+    index, _ = make(tmp_path, [row for row in range(100) for _ in range(5)], factory="SQfp16")
+    asked: list[int] = []
+    search = index.candidates.search
+
+    def counted(queries_QD: Any, count: int, *rest: Any) -> Any:
+        asked.append(count)
+        return search(queries_QD, count, *rest)
+
+    index.candidates.search = counted  # type: ignore[method-assign]
+    index.search(queries(1), 10)
+    assert asked[0] >= 50
+
+
 def test_a_selection_holds_for_one_call_only(tmp_path: Path) -> None:
     index, _ = make(tmp_path, list(range(300)), factory="IVF8_HNSW32,PQ12x4fs")
     before, _ = index.search(queries(5), 5)

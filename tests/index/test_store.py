@@ -88,6 +88,26 @@ def test_more_rows_than_one_statement_takes(tmp_path: Path) -> None:
         assert [found.row for found in store.by_rows(wanted)] == wanted
 
 
+def test_what_was_asked_for_is_not_read_again(store: EntityStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [3, 0, 2]
+    first, with_thumbnail = store.by_rows(rows), store.rows_with_thumbnail(rows)
+    assert with_thumbnail == set(store.thumbnails(rows))
+    monkeypatch.setattr(store, "_connection", lambda: pytest.fail("the file was asked"))
+    assert store.by_rows(rows) == first
+    assert store.rows_with_thumbnail(rows) == with_thumbnail
+
+
+@pytest.mark.parametrize(("bound", "value", "most"), [("_KEPT", 2, 2), ("_KEPT_TEXT", -1, 0)])
+def test_no_more_is_kept_than_a_bound_and_no_long_text(
+    store: EntityStore, monkeypatch: pytest.MonkeyPatch, bound: str, value: int, most: int
+) -> None:
+    monkeypatch.setattr(f"index.store.{bound}", value)
+    every = store.by_rows(range(len(store)))
+    for row in (0, 1, 2, 3, 2, 1, 0):
+        assert store.by_rows([row]) == [every[row]]
+        assert len(store._kept) <= most
+
+
 @pytest.mark.parametrize(
     ("types", "expected"),
     [

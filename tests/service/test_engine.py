@@ -109,6 +109,24 @@ def test_jobs_of_one_selection_are_searched_together(encoder):
     engine.close(TIMEOUT_S)
 
 
+def test_what_the_query_scores_anyway_comes_along_where_it_is_asked_for(encoder):
+    class BySelection(RangeIndex):
+        def search(self, query_embeddings_BD, top_k, *, selection):
+            rows_BK, scores_BK = super().search(query_embeddings_BD, top_k, selection=selection)
+            return rows_BK, scores_BK if selection is None else scores_BK / 10
+
+    index = BySelection()
+    engine = Engine(encoder, index, max_batch=4, queue_limit=8)
+    some = Selection(("a",), np.ones(1, np.bool_))
+    with_anyway = engine.submit(image(5), 3, some, anyway=True).result(TIMEOUT_S)
+    without = engine.search(np.array([5, 5], np.float32), 3, some).result(TIMEOUT_S)
+    engine.close(TIMEOUT_S)
+    assert with_anyway.anyway_scores.tolist() == [5, 5, 5]
+    assert with_anyway.scores.tolist() == without.scores.tolist() == [0.5, 0.5, 0.5]
+    assert without.anyway_scores is None
+    assert index.selections == [None, some, some]
+
+
 def test_padding_is_cut_off(encoder):
     engine = Engine(encoder, RangeIndex(count=2), max_batch=4, queue_limit=8)
     assert list(engine.submit(image(5), 10).result(TIMEOUT_S).rows) == [0, 1]

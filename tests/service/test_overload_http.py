@@ -133,6 +133,28 @@ def test_a_full_queue_is_a_429_that_says_when(serve, small_bundle, encoder, imag
         assert ask(service, images[3]).status_code == 200
 
 
+def test_a_refusal_before_the_app_says_all_that_one_by_the_app_says(serve, small_bundle, encoder, images, caplog):
+    caplog.set_level("INFO", "wikiclip.access")
+    one_place = {"queue_limit": 1, "max_batch_images": 1, "cors_origins": ("https://a.example",)}
+    with serve(small_bundle, encoder=encoder, **one_place) as service, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(ask, service, images[0])
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        headers = {"Content-Type": "image/png", "X-Request-ID": "mine"}
+        early = service.post("/recognize", content=images[1], headers=headers)
+        # To a page from elsewhere the app itself has to say it: with the headers that let the page read it.
+        late = service.post("/recognize", content=images[1], headers={**headers, "Origin": "https://a.example"})
+        assert early.status_code == late.status_code == 429
+        assert early.json() == late.json()
+        assert early.json()["request_id"] == "mine"
+        assert "access-control-allow-origin" in late.headers
+        assert set(early.headers) == {name for name in late.headers if not name.startswith(("access-control", "vary"))}
+        assert service.get("/livez").status_code == 200  # by the same connection, after the body that nobody read
+        until(service, 'wikiclip_requests_total{route="/recognize",status="429"}', 2.0)
+        encoder.gate.set()
+        assert first.result(TIMEOUT_S).status_code == 200
+    assert [record.getMessage() for record in caplog.records].count("POST /recognize 429") == 2
+
+
 def test_a_client_that_leaves_frees_its_place_and_is_not_computed_for(serve, small_bundle, encoder, images):
     with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, service, images[0])

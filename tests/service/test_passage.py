@@ -1,0 +1,165 @@
+"""An image's way through the threads: handed on, abandoned, stopped; and the generation held for as long as needed."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+
+from core.errors import Unavailable, UndecodableImage
+from service.answers import RecognizeOptions
+from service.passage import Passage
+from service.recognizer import Recognizer
+from service.settings import Settings
+
+TIMEOUT_S = 120  # generous: a busy machine is no failure
+WIDTH = 16
+
+
+class GatedEncoder:
+    """Embeds every image alike, while its gate is open."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Semaphore(0)
+        self.images = 0
+
+    def encode(self, pixels_BHW3):
+        self.images += len(pixels_BHW3)
+        self.entered.release()
+        assert self.gate.wait(TIMEOUT_S)
+        return np.ones((len(pixels_BHW3), WIDTH), np.float32)
+
+
+class Ways:
+    """Begins passages over one recogniser, with pools of its own."""
+
+    def __init__(self, bundle, held: ExitStack) -> None:
+        from index.bundle import Bundle
+
+        self.encoder = GatedEncoder()
+        held.callback(self.encoder.gate.set)
+        self.recognizer = held.enter_context(Recognizer(Bundle.open(bundle), Settings(threads=1), self.encoder))
+        held.callback(self.encoder.gate.set)  # before it is closed
+        self.snapshot = held.enter_context(self.recognizer.hold())
+        self.decoders = held.enter_context(ThreadPoolExecutor(1))
+        self.lookups = held.enter_context(ThreadPoolExecutor(1))
+
+    def begin(self, image, **options):
+        pools = {"decoders": self.decoders, "lookups": self.lookups}
+        passage = Passage(self.snapshot, RecognizeOptions(**options), **pools, max_pixels=10**7)
+        return passage.begin(image)
+
+    @property
+    def holders(self) -> int:
+        return self.snapshot.generation._holders - 1  # but for this one's own
+
+    def settle(self) -> None:
+        """Return when the threads have done all that they were given."""
+        self.decoders.submit(int).result(TIMEOUT_S)
+        self.snapshot.generation.engine.search(np.ones(WIDTH, np.float32), 1).result(TIMEOUT_S)
+        self.lookups.submit(int).result(TIMEOUT_S)
+
+
+@pytest.fixture
+def ways(small_bundle):
+    with ExitStack() as held:
+        yield Ways(small_bundle, held)
+
+
+def test_the_stages_follow_each_other(ways, giraffe):
+    passed = ways.begin(giraffe, top_k=3).result(TIMEOUT_S)
+    assert list(passed.stages) == ["decode", "queue", "encode", "search", "join"]
+    moments = [moment for stage in passed.stages.values() for moment in stage]
+    assert moments == sorted(moments)
+    assert list(passed.timings_ms) == ["decode", "queue", "encode", "search"]
+    assert len(passed.ranking.predictions) == 3
+    assert ways.holders == 0
+
+
+def test_an_embedding_sets_out_at_the_search_and_finds_the_same(ways, giraffe):
+    first = ways.begin(giraffe).result(TIMEOUT_S)
+    again = ways.begin(first.embedding_D).result(TIMEOUT_S)
+    assert list(again.stages) == ["queue", "search", "join"]
+    assert again.ranking == first.ranking
+    assert ways.encoder.images == 1
+
+
+def test_a_selection_is_made_on_the_way(ways, giraffe):
+    everything = ways.begin(giraffe, top_k=100).result(TIMEOUT_S).ranking
+    kind = everything.predictions[-1].types[0]
+    some = ways.begin(giraffe, types=(kind,), top_k=100).result(TIMEOUT_S).ranking
+    assert 0 < len(some.predictions) < len(everything.predictions)
+    assert all(kind in prediction.types for prediction in some.predictions)
+    assert ways.holders == 0
+
+
+def test_a_bad_image_is_its_own_error(ways, giraffe):
+    bad, good = ways.begin(giraffe[:100]), ways.begin(giraffe)
+    with pytest.raises(UndecodableImage):
+        bad.result(TIMEOUT_S)
+    assert good.result(TIMEOUT_S).ranking.predictions
+    assert ways.holders == 0
+
+
+def test_what_is_abandoned_before_it_is_decoded_is_never_decoded(ways, giraffe):
+    gate = threading.Event()
+    ways.decoders.submit(gate.wait, TIMEOUT_S)
+    abandoned = ways.begin(giraffe[:100])  # it would be an error
+    assert abandoned.cancel()
+    assert ways.holders == 1  # its turn in the pool is still to come
+    gate.set()
+    ways.settle()
+    assert ways.holders == 0
+    with pytest.raises(CancelledError):
+        abandoned.result(0)
+
+
+def test_what_is_abandoned_in_the_queue_is_never_encoded(ways, giraffe):
+    ways.encoder.gate.clear()
+    first = ways.begin(giraffe)
+    assert ways.encoder.entered.acquire(timeout=TIMEOUT_S)
+    abandoned = ways.begin(giraffe)
+    ways.decoders.submit(int).result(TIMEOUT_S)  # it has been handed to the engine
+    assert abandoned.cancel()
+    ways.encoder.gate.set()
+    assert first.result(TIMEOUT_S).ranking.predictions
+    ways.settle()
+    assert ways.encoder.images == 1
+    assert ways.holders == 0
+
+
+def test_what_is_abandoned_while_it_is_encoded_lets_go_in_the_end(ways, giraffe):
+    ways.encoder.gate.clear()
+    abandoned = ways.begin(giraffe)
+    assert ways.encoder.entered.acquire(timeout=TIMEOUT_S)
+    assert abandoned.cancel()
+    assert ways.holders == 1  # the engine is still at it
+    ways.encoder.gate.set()
+    ways.settle()
+    assert ways.holders == 0
+
+
+@pytest.mark.parametrize("pool", ["decoders", "lookups"])
+def test_a_pool_that_takes_nothing_any_more_is_said_to_stop(ways, giraffe, pool):
+    getattr(ways, pool).shutdown()
+    with pytest.raises(Unavailable, match="stopping"):
+        ways.begin(giraffe).result(TIMEOUT_S)
+    assert ways.holders == 0
+
+
+def test_what_a_pool_drops_when_it_is_shut_is_told(ways, giraffe):
+    gate = threading.Event()
+    ways.decoders.submit(gate.wait, TIMEOUT_S)
+    waiting = ways.begin(giraffe)
+    ways.decoders.shutdown(wait=False, cancel_futures=True)
+    gate.set()
+    with pytest.raises(Unavailable, match="stopping"):
+        waiting.result(TIMEOUT_S)
+    assert ways.holders == 0
