@@ -39,8 +39,10 @@ _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens
 
 
-def export_entity_side(checkpoint: Checkpoint, bundle: Path) -> EntitySide:
-    """Write `entity_side/` into a bundle made from this checkpoint; its manifest last.
+def export_entity_side(
+    checkpoint: Checkpoint, bundle: Path, *, on_file: Callable[[], object] = lambda: None
+) -> EntitySide:
+    """Write `entity_side/` into a bundle made from this checkpoint; its manifest last. `on_file` is told of each model.
 
     Raises `EncoderSpecError` where the text encoder cannot be exported, or where a file's results are further than a
     cosine of 0.999 from the original's.
@@ -50,10 +52,10 @@ def export_entity_side(checkpoint: Checkpoint, bundle: Path) -> EntitySide:
         raise EncoderSpecError("this text encoder cannot be exported; leave --live out, and send embeddings instead")
     folder = bundle / ENTITY_SIDE_FOLDER
     folder.mkdir(exist_ok=True)
-    parity = {
-        ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE),
-        TEXT_ENCODER_FILE: _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE),
-    }
+    parity = {ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE)}
+    on_file()
+    parity[TEXT_ENCODER_FILE] = _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE)
+    on_file()
     write_durably(folder / TOKENIZER_FILE, text_encoder.tokenizer_json().encode())
     side = EntitySide(
         format_version=FORMAT_VERSION,

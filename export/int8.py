@@ -5,13 +5,14 @@ Shapes: B batch, N images, D embedding width, H = W = size_px.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from tqdm import tqdm
 
 from catalog.images import ImageReader, UnusableImage
 from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
@@ -55,11 +56,14 @@ def add_int8(
         raise UserError("--int8 needs images of the catalog, and none can be used; go on with --resume, without --int8")
     calibration = images[::2]
     source, target = bundle / IMAGE_ENCODER_FILE, bundle / INT8_ENCODER_FILE
-    quantise(source, target, np.stack([pixels for _, pixels in calibration]), preprocessing, input_name=INPUT)
     judged_on, judged = "catalog images", images[1::2] or images
     if config.validation is not None and (queries := _queries(config.validation, preprocessing, store)):
         judged_on, judged = "validation queries", queries
-    cost = measure_cost(source, target, judged, preprocessing, index)
+    total = len(calibration) + 2 * len(judged)  # ranges from these, both files over those
+    with tqdm(desc="int8", unit="image", total=total, disable=not config.progress) as bar:
+        pixels_BHW3 = np.stack([pixels for _, pixels in calibration])
+        quantise(source, target, pixels_BHW3, preprocessing, input_name=INPUT, on_images=bar.update)
+        cost = measure_cost(source, target, judged, preprocessing, index, on_images=bar.update)
     if not cost["mean_cosine"] >= MIN_MEAN_COSINE:
         raise EncoderSpecError(
             f"the encoder does not bear int8: mean cosine {cost['mean_cosine']:.3f} to its own embeddings, "
@@ -71,11 +75,20 @@ def add_int8(
 
 
 def measure_cost(
-    source: Path, target: Path, judged: Sequence[Labelled], preprocessing: Preprocessing, index: EntityIndex
+    source: Path,
+    target: Path,
+    judged: Sequence[Labelled],
+    preprocessing: Preprocessing,
+    index: EntityIndex,
+    *,
+    on_images: Callable[[int], object] = lambda images: None,
 ) -> dict[str, float]:
-    """What the file `target` answers against `source`: cosines of embeddings, and the best entities, in percent."""
+    """What the file `target` answers against `source`: cosines of embeddings, and the best entities, in percent.
+
+    `on_images` is told how many images a file has encoded, batch by batch.
+    """
     own_N = np.array([row for row, _ in judged])
-    float_ND, int8_ND = (_encode(file, judged, preprocessing) for file in (source, target))
+    float_ND, int8_ND = (_encode(file, judged, preprocessing, on_images) for file in (source, target))
     cosines_N = (float_ND * int8_ND).sum(axis=1)
     float_N, int8_N = (index.search(embeddings_ND, 1)[0][:, 0] for embeddings_ND in (float_ND, int8_ND))
     return {
@@ -116,13 +129,16 @@ def _queries(path: Path, preprocessing: Preprocessing, store: EntityStore) -> li
     return [(row_of(query.entity_id, store), query.pixels_HW3) for query in queries]
 
 
-def _encode(path: Path, images: Sequence[Labelled], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+def _encode(
+    path: Path, images: Sequence[Labelled], preprocessing: Preprocessing, on_images: Callable[[int], object]
+) -> npt.NDArray[np.float32]:
     """Embeddings [N, D] as a file gives them, L2-normalised."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     pending, embeddings = iter(images), []
     while batch := list(islice(pending, _BATCH)):
         pixels_BHW3 = np.stack([pixels_HW3 for _, pixels_HW3 in batch])
         embeddings += session.run([OUTPUTS[1]], {INPUT: normalise(pixels_BHW3, preprocessing)})
+        on_images(len(batch))
     all_ND: npt.NDArray[np.float32] = np.concatenate(embeddings)
     all_ND /= np.linalg.norm(all_ND, axis=1, keepdims=True)
     return all_ND

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tqdm import tqdm
+
 from core.errors import UserError
 from core.files import full_disk_told
 from export.assemble import assemble, rejects_path
@@ -76,13 +78,14 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
         if not spool.is_ready_to_publish:
             with full_disk_told(config.out, again="go on with --resume"):
                 if spool.parity() is None:
-                    with times.measure("ONNX files"):
+                    with times.measure("ONNX files"), _files(config, "image encoder", 1) as bar:
                         parity = export_image_encoder(
                             checkpoint.image_encoder,
                             spool.bundle,
                             half=config.half,
                             centre_D=checkpoint.adaptor.centre_D,
                         )
+                        bar.update()
                     spool.finish_image_encoder(parity)
                 outcome = embed_catalog(config, checkpoint, spool, times)
                 with times.measure("store, index, manifest"):
@@ -124,8 +127,13 @@ def _already_complete(
 def _add_entity_side(config: ExportConfig, checkpoint: Checkpoint) -> None:
     """The last step: like the index it is no part of the bundle's identity, so a finished bundle may be given it."""
     if config.live and EntitySide.open(config.out, checkpoint.sha256) is None:
-        with full_disk_told(config.out, again="go on with --resume"):
-            export_entity_side(checkpoint, config.out)
+        again = "go on with --resume"
+        with full_disk_told(config.out, again=again), _files(config, "entity side", 2) as bar:
+            export_entity_side(checkpoint, config.out, on_file=bar.update)
+
+
+def _files(config: ExportConfig, name: str, total: int) -> tqdm[Any]:
+    return tqdm(desc=name, unit="file", total=total, disable=not config.progress)
 
 
 def _summary(

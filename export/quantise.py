@@ -9,7 +9,7 @@ Shapes: B batch, H = W = size_px.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,11 +30,18 @@ _OPERATORS = ["Conv", "MatMul", "Gemm"]
 
 
 def quantise(
-    source: Path, target: Path, pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing, *, input_name: str
+    source: Path,
+    target: Path,
+    pixels_BHW3: npt.NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    *,
+    input_name: str,
+    on_images: Callable[[int], object] = lambda images: None,
 ) -> None:
     """Write `target`, the file `source` in int8, and its data beside it where that is too large for one file.
 
-    The same source and images give the same bytes. `pixels_BHW3` are what ranges are taken from, in batches of 32.
+    The same source and images give the same bytes. `pixels_BHW3` are what ranges are taken from, in batches of 32;
+    `on_images` is told how many of each.
     """
     large = onnx_export.is_large(source)
     with TemporaryDirectory(prefix="quantise.") as folder, _quiet():
@@ -44,7 +51,7 @@ def quantise(
         quantize_static(
             prepared,
             quantised,
-            _Images(pixels_BHW3, preprocessing, input_name),
+            _Images(pixels_BHW3, preprocessing, input_name, on_images),
             op_types_to_quantize=_OPERATORS,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -56,14 +63,24 @@ def quantise(
 
 
 class _Images(CalibrationDataReader):  # type: ignore[misc]
-    def __init__(self, pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing, input_name: str) -> None:
-        starts = range(0, len(pixels_BHW3), CALIBRATION_BATCH)
-        self._batches = (
-            {input_name: normalise(pixels_BHW3[start : start + CALIBRATION_BATCH], preprocessing)} for start in starts
-        )
+    def __init__(
+        self,
+        pixels_BHW3: npt.NDArray[np.uint8],
+        preprocessing: Preprocessing,
+        input_name: str,
+        on_images: Callable[[int], object],
+    ) -> None:
+        self._pixels_BHW3, self._preprocessing = pixels_BHW3, preprocessing
+        self._input_name, self._on_images = input_name, on_images
+        self._starts = iter(range(0, len(pixels_BHW3), CALIBRATION_BATCH))
 
     def get_next(self) -> Any:
-        return next(self._batches, None)
+        start = next(self._starts, None)
+        if start is None:
+            return None
+        batch_BHW3 = self._pixels_BHW3[start : start + CALIBRATION_BATCH]
+        self._on_images(len(batch_BHW3))
+        return {self._input_name: normalise(batch_BHW3, self._preprocessing)}
 
 
 def _save(model: onnx.ModelProto, target: Path, *, large: bool) -> None:

@@ -93,6 +93,32 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             assert not text_only.has_thumbnail
 
 
+def test_what_is_put_where_queries_are_in_int8_is_embedded_in_floats(
+    catalog: CatalogFiles, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is put lies beside embeddings that were made in floats; and an export tells how far it is with each file."""
+    out = tmp_path / "both"
+    config = ExportConfig(
+        catalog=catalog.path, checkpoint=checkpoint, out=out, device="cpu", int8=True, live=True, progress=True
+    )
+    export_bundle(config)
+    told = capsys.readouterr().err
+    assert all(f"{stage}: 100%" in told for stage in ("image encoder", "int8", "entity side"))
+    row = next(row for row in map(json.loads, catalog.path.read_text().splitlines()) if row["entity_id"] == "Q4")
+    settings = Settings(threads=1, live_dir=tmp_path / "live")
+    with Recognizer.open(out, settings) as recognizer:
+        with recognizer.hold() as held:
+            assert held.generation.precision == "int8"
+            editor = held.generation.editor
+            assert editor is not None
+            wanted = EntityRequest(title="Again", text=row["text"])
+            editor.put("again", wanted, catalog.images["Q4"].read_bytes()).result()
+        with recognizer.hold() as held:
+            exported_row, put_row = (held.entities.get(entity_id).row for entity_id in ("Q4", "again"))
+            exported_1D, put_1D = held.entities.images_of(exported_row), held.entities.images_of(put_row)
+    np.testing.assert_allclose(put_1D[0], exported_1D[0], atol=2e-3)  # stored as float16; int8 is a hundredth off
+
+
 def test_what_was_altered_is_refused(live_bundle: Path, tmp_path: Path) -> None:
     altered = tmp_path / "altered"
     shutil.copytree(live_bundle, altered)
