@@ -36,7 +36,7 @@ TOLD = {
     "load": "Latency against offered load, and the knee.",
     "peers": "LitServe, mosec and BentoML serving the same encoder, beside this service.",
     "overload": "Ten times the load that it can answer: goodput, refusals, memory, recovery.",
-    "faults": "What goes wrong under load: Redis killed, bundles swapped, clients that leave, hostile bodies.",
+    "faults": "Under load: Redis and the engine killed, bundles swapped, clients that leave, hostile bodies.",
     "export": "An export against its models alone; int8 against float32.",
     "stages": "Decode, encode, search, end to end, the cache, and growth with the catalog.",
 }

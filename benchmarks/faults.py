@@ -1,15 +1,16 @@
 """`wikiclip bench faults`: what goes wrong in service, under load, and every answer checked.
 
 While a few clients ask for images whose answers are known: Redis is killed and started again, the bundle is swapped to
-and fro, three in ten clients leave before they are answered, and hostile bodies come in between. `wrong` counts answers
-that differ from what was answered before, `failed` requests of those clients that were not answered with 200, `faults`
-answers of 500 and more to hostile bodies. Needs redis-server.
+and fro, the engine thread is killed, three in ten clients leave before they are answered, and hostile bodies come in
+between. `wrong` counts answers that differ from what was answered before, `failed` requests of those clients that were
+not answered with 200, `faults` answers of 500 and more to hostile bodies. Needs redis-server.
 """
 
 from __future__ import annotations
 
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -25,7 +26,7 @@ import httpx
 
 from benchmarks.hostile import hostile_bodies
 from benchmarks.photographs import photograph
-from benchmarks.server import free_port, running_service
+from benchmarks.server import free_port, service_process
 from core.errors import UserError
 
 CLIENTS, IMAGES = 4, 12
@@ -47,7 +48,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         other = Path(folder) / "other"
         shutil.copytree(bundle_path, other)
         flags = ("--redis-url", redis.url, "--admin-token", TOKEN, "--threads", "1", "--log-level", "error")
-        with running_service(bundle_path, *flags) as url:
+        with service_process(bundle_path, *flags, module="benchmarks.mortal_service") as (process, url):
             load = _Load(url, images)
 
             def restart_redis() -> None:
@@ -65,11 +66,17 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                         headers={"Authorization": f"Bearer {TOKEN}"},
                     ).raise_for_status()  # fmt: skip
 
+            def kill_engine() -> None:
+                for killed in range(SMOKE_KILLS if smoke else KILLS):
+                    process.send_signal(signal.SIGUSR1)
+                    _wait_for_deaths(url, killed + 1)
+
             def harm() -> None:
                 parts["hostile bodies"] = _harm(url, SMOKE_BODIES if smoke else BODIES)
 
             parts["redis killed"] = load.during(restart_redis)
             parts["bundle swapped"] = load.during(swap)
+            parts["engine killed"] = load.during(kill_engine)
             parts["clients leave"] = load.during(lambda: time.sleep(3 if smoke else 20), leaving=LEAVING)
             beside = load.during(harm)
             parts["hostile bodies"].update(beside)
@@ -130,6 +137,16 @@ class _Load:
         headers = {"Content-Type": "image/jpeg"}
         answer = client.post("/recognize", params={"top_k": top_k}, content=image, headers=headers).raise_for_status()
         return [each["entity_id"] for each in answer.json()["predictions"]]
+
+
+def _wait_for_deaths(url: str, deaths: int) -> None:
+    """Return when the engine thread has died so many times in all. The batch that it dies of is one of the load's."""
+    until = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < until:
+        if f"wikiclip_engine_deaths_total {deaths:.1f}\n" in httpx.get(f"{url}/metrics", timeout=TIMEOUT_S).text:
+            return
+        time.sleep(0.05)  # between two looks at what only the service knows
+    raise UserError(f"the engine thread did not die within {TIMEOUT_S} s of being told to")
 
 
 def _harm(url: str, count: int) -> dict[str, Any]:

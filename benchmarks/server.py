@@ -25,14 +25,23 @@ def running_service(bundle: Path, *flags: str, cores: set[int] | None = None) ->
     `cores` are the only ones it may use, where they are given. Raises `UserError` if it ends or is not ready within a
     minute.
     """
+    with service_process(bundle, *flags, cores=cores) as (_, url):
+        yield url
+
+
+@contextmanager
+def service_process(
+    bundle: Path, *flags: str, cores: set[int] | None = None, module: str = "wikiclip"
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """As `running_service`, with the process, of `python -m wikiclip` or of another module that takes its arguments."""
     port = free_port()
-    command = [sys.executable, "-m", "wikiclip", "serve", "--bundle", str(bundle), "--port", str(port), *flags]
+    command = [sys.executable, "-m", module, "serve", "--bundle", str(bundle), "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         if cores is not None:
             os.sched_setaffinity(process.pid, cores)
         wait_until_ready(process, url := f"http://127.0.0.1:{port}")
-        yield url
+        yield process, url
     finally:
         process.terminate()
         process.wait(timeout=START_TIMEOUT_S)

@@ -77,8 +77,8 @@ class Engine:
     The thread takes what is there, up to `max_batch`, as soon as it is free: while it works the queue fills, and that
     is the batching. A job whose future was cancelled (the client went, or its deadline passed) is dropped unprocessed.
     If a batch fails its jobs are tried one by one, so one bad item fails alone. The same holds where the thread dies of
-    a batch: another takes its place, and only a job that kills it by itself fails. After three such in a row, none
-    answered between, the engine is given up.
+    a batch: another takes its place and tries each job once more, by itself; only one that kills it again fails. After
+    three such in a row, none answered between, the engine is given up.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class Engine:
         """Settle what the thread that dies leaves behind, and start the next one unless that is of no use."""
         left = [job for job in batch if not job.future.done()]
         with self._wake:
-            if len(left) == 1:
+            if len(left) == 1 and left[0].alone:
                 self._deaths_in_a_row += 1
                 left.pop().future.set_exception(RuntimeError("the engine thread died of this image"))
             for job in reversed(left):

@@ -220,7 +220,17 @@ def test_a_search_that_dies_counts_as_any_other(encoder):
     with pytest.raises(RuntimeError):
         engine.search(np.ones(2, np.float32), 1).result(TIMEOUT_S)
     assert engine.close(TIMEOUT_S)
-    assert len(deaths) == 1
+    assert len(deaths) == 2  # it was tried once more
+
+
+def test_a_death_that_was_no_images_fault_costs_none(engine, encoder):
+    def die_once(pixels_BHW3):
+        del encoder.encode  # the class's own from now on
+        raise SystemExit
+
+    encoder.encode = die_once
+    assert engine.submit(image(5), 1).result(TIMEOUT_S).scores[0] == 5
+    assert engine.alive
 
 
 def test_a_thread_that_cannot_start_leaves_nobody_waiting(encoder):
