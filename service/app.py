@@ -118,7 +118,7 @@ def early_refusal(app: FastAPI, scope: Scope) -> TooManyRequests | None:
     try:
         recognizer.admission.refuse_if_full(1)
     except TooManyRequests as refusal:
-        return refusal
+        return refusal.with_traceback(None)  # it would hold whoever holds it, until the collector comes
     return None
 
 

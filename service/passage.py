@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -44,43 +44,49 @@ class Passed:
 
 
 class Passage:
-    """One image on its way. `result` gives `Passed`, or raises what a stage did: a `UserError` for a bad image.
-
-    Cancelling `result` drops what has not been begun. The generation is held until nothing of this uses it any more.
-    """
+    """One image on its way. The generation is held until nothing of this uses it any more."""
 
     def __init__(
         self, snapshot: Snapshot, options: RecognizeOptions, *, decoders: Executor, lookups: Executor, max_pixels: int
     ) -> None:
-        self.result: Future[Passed] = Future()
+        self._result: Future[Passed] = Future()
         self._snapshot, self._options = snapshot, options
         self._decoders, self._lookups = decoders, lookups
         self._max_pixels = max_pixels
         self._held = ExitStack()
 
     def begin(self, image: bytes | npt.NDArray[np.float32]) -> Future[Passed]:
-        """Set out with the bytes of an image, or with its embedding [D]."""
+        """Set out with the bytes of an image, or with its embedding [D]; once.
+
+        The future raises what a stage did: a `UserError` for a bad image. Cancelling it drops what has not been begun.
+        """
+        result = self._result
         self._held.enter_context(self._snapshot.generation.hold())
         if self._options.types:
             self._do_in(self._lookups, self._select, image)
+        elif isinstance(image, bytes):
+            self._do_in(self._decoders, self._decode, image, None)
         else:
-            self._set_out(image, None)
-        return self.result
+            self._do(self._search, image, None)
+        return result
 
     def _select(self, image: bytes | npt.NDArray[np.float32]) -> None:
-        self._set_out(image, self._snapshot.joiner.selection(self._options))
-
-    def _set_out(self, image: bytes | npt.NDArray[np.float32], selection: Selection | None) -> None:
+        selection = self._snapshot.joiner.selection(self._options)
         if isinstance(image, bytes):
             self._do_in(self._decoders, self._decode, image, selection)
-            return
-        joiner, entities = self._snapshot.joiner, self._snapshot.entities
-        self._follow(
-            self._snapshot.generation.engine.search(
-                image, joiner.top_k(self._options), selection, entities, anyway=joiner.wants_everything(self._options)
-            ),
-            {},
+        else:
+            self._search(image, selection)
+
+    def _search(self, embedding_D: npt.NDArray[np.float32], selection: Selection | None) -> None:
+        engine, joiner, options = self._snapshot.generation.engine, self._snapshot.joiner, self._options
+        pending = engine.search(
+            embedding_D,
+            joiner.top_k(options),
+            selection,
+            self._snapshot.entities,
+            anyway=joiner.wants_everything(options),
         )
+        self._follow(pending, {})
 
     def _decode(self, data: bytes, selection: Selection | None) -> None:
         began_at = time.monotonic()
@@ -100,7 +106,7 @@ class Passage:
     def _follow(
         self, pending: Future[Found], stages: dict[str, tuple[float, float]], region: Box | None = None
     ) -> None:
-        self.result.add_done_callback(lambda _: pending.cancel())
+        self._result.add_done_callback(lambda _: pending.cancel())
 
         def found(ended: Future[Found]) -> None:
             if ended.cancelled():
@@ -118,35 +124,40 @@ class Passage:
             evidence = Evidence(embedding_D=found.embedding_D, patch_tokens_PC=found.patch_tokens_PC, region=region)
             ranking = explain(self._snapshot.entities, ranking, evidence)
         stages |= {**found.stages, "join": (began_at, time.monotonic())}
-        self._end(
-            partial(self.result.set_result, Passed(ranking=ranking, embedding_D=found.embedding_D, stages=stages))
-        )
+        self._end(Passed(ranking=ranking, embedding_D=found.embedding_D, stages=stages))
 
     def _do_in(self, pool: Executor, stage: Callable[..., None], *arguments: object) -> None:
-        """Have a thread of the pool do a stage, unless nobody waits for it any more."""
-
-        def do() -> None:
-            if self.result.cancelled():
-                self._held.close()
-                return
-            try:
-                stage(*arguments)
-            except Exception as error:
-                self._end(partial(self.result.set_exception, error))
+        """Have a thread of the pool do a stage."""
 
         def dropped(submitted: Future[None]) -> None:
             if submitted.cancelled():
-                self._stop()
+                self._end(_stopping())
 
         try:
-            pool.submit(do).add_done_callback(dropped)
+            pool.submit(self._do, stage, *arguments).add_done_callback(dropped)
         except RuntimeError:  # it takes nothing any more
-            self._stop()
+            self._end(_stopping())
 
-    def _stop(self) -> None:
-        self._end(partial(self.result.set_exception, Unavailable("the service is stopping; try again elsewhere")))
+    def _do(self, stage: Callable[..., None], *arguments: Any) -> None:
+        """Do a stage, unless nobody waits for it any more."""
+        if self._result.cancelled():
+            self._held.close()
+            return
+        try:
+            stage(*arguments)
+        except Exception as error:
+            self._end(error)
 
-    def _end(self, settle: Callable[[], None]) -> None:
+    def _end(self, outcome: Passed | Exception) -> None:
         self._held.close()
-        if self.result.set_running_or_notify_cancel():
-            settle()
+        result = self._result
+        del self._result  # which knows of this, too: nothing is left to the collector
+        if result.set_running_or_notify_cancel():
+            if isinstance(outcome, Passed):
+                result.set_result(outcome)
+            else:
+                result.set_exception(outcome)
+
+
+def _stopping() -> Unavailable:
+    return Unavailable("the service is stopping; try again elsewhere")

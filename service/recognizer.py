@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -303,7 +303,7 @@ class Recognizer:
         self, snapshot: Snapshot, image: bytes | npt.NDArray[np.float32], options: RecognizeOptions
     ) -> tuple[Recognition, Passed]:
         """The answer to an image, or to its embedding [D]."""
-        passed = await asyncio.wrap_future(self._begin(snapshot, image, options))
+        passed = await _end_of(self._begin(snapshot, image, options))
         for name, (begin, end) in passed.stages.items():
             tracing.stage(name, begin, end)
         return _recognition(snapshot, passed, cached=not isinstance(image, bytes)), passed
@@ -334,6 +334,32 @@ class Recognizer:
             max_pixels=self.settings.max_pixels,
         )
         return passage.begin(image)
+
+
+async def _end_of(pending: Future[Passed]) -> Passed:
+    """What a future of another thread gives. Cancelling this cancels that.
+
+    asyncio's own way ties the two into a knot that only the collector undoes, one for each request.
+    """
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def tell() -> None:
+        if not ended.done():
+            ended.set_result(None)
+
+    def on_end(_: Future[Passed]) -> None:
+        # A loop that is closed has nobody left who waits.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(tell)
+
+    pending.add_done_callback(on_end)
+    try:
+        await ended
+    except asyncio.CancelledError:
+        pending.cancel()
+        raise
+    return pending.result()
 
 
 def _recognition(snapshot: Snapshot, passed: Passed, *, cached: bool) -> Recognition:
