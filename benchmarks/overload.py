@@ -23,7 +23,7 @@ from benchmarks.open_loop import Sent, run_open_loop
 from benchmarks.page import page, section, table
 from benchmarks.photographs import write_photographs
 from benchmarks.plots import Series, line_plot
-from benchmarks.server import running_service, split_cores
+from benchmarks.server import running_service, split_cores, thread_flags
 
 TIMES = 10
 IMAGES = 16
@@ -56,8 +56,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
 def _flood(bundle: Path, images: list[str], work: Path, *, smoke: bool) -> dict[str, Any]:
     generator, service = split_cores()
     peak_s, flood_s, after_s = (SMOKE_PEAK_S, SMOKE_FLOOD_S, SMOKE_AFTER_S) if smoke else (PEAK_S, FLOOD_S, AFTER_S)
-    threads = str(len(service))
-    flags = ("--threads", threads, "--decode-threads", threads, "--deadline-ms", str(DEADLINE_MS))
+    flags = (*thread_flags(len(service)), "--deadline-ms", str(DEADLINE_MS))
     with running_service(
         bundle, *flags, "--device", "cpu", "--cache", "off", "--log-level", "error", cores=service
     ) as url:

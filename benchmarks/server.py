@@ -53,6 +53,11 @@ def split_cores() -> tuple[set[int], set[int]]:
     return ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores), set(cores))
 
 
+def thread_flags(cores: int) -> tuple[str, ...]:
+    """The threads that a service on so many cores has by itself, said because it sees all cores of the machine."""
+    return ("--threads", str(cores), "--decode-threads", str(2 * cores))
+
+
 def free_port() -> int:
     """A port of this machine that nothing listens on now."""
     with socket.socket() as free:

@@ -20,13 +20,13 @@ from benchmarks.page import page, section, table
 from benchmarks.photographs import write_photographs
 from benchmarks.plain_loop import run_loops
 from benchmarks.plots import Bar, bar_plot
-from benchmarks.server import running_service, split_cores
+from benchmarks.server import running_service, split_cores, thread_flags
 from index.bundle import Bundle
 
 IMAGES = 16
 ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
 SMOKE_ROUNDS, SMOKE_SECONDS, SMOKE_WARM_UP_S = 1, 2.0, 0.5
-CONNECTIONS_A_CORE = 4  # enough that the service never waits for the next image
+CONNECTIONS_A_CORE = 8  # enough that the service never waits for the next image
 # What is aimed at.
 HEAVY_RATIO, TINY_ADDS_MS, SATURATED_SHARE = 1.05, 1.0, 0.95
 
@@ -58,8 +58,7 @@ def _compare(
     bundle: Path, images: list[str], work: Path, generator: set[int], service: set[int], *, smoke: bool
 ) -> dict[str, Any]:
     seconds, warm_up_s = (SMOKE_SECONDS, SMOKE_WARM_UP_S) if smoke else (SECONDS, WARM_UP_S)
-    threads = str(len(service))
-    flags = ("--cache", "off", "--device", "cpu", "--threads", threads, "--decode-threads", threads)
+    flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(service)))
     apart = [{core} for core in sorted(service)]
     rounds: list[dict[str, float]] = []
     with running_service(bundle, *flags, "--log-level", "warning", cores=service) as url:

@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads of the encoder and of the search; 0 is one a core."
     )
-    decode_threads: int = Field(default=0, ge=0, le=1024, description="Threads that decode images; 0 is one a core.")
+    decode_threads: int = Field(default=0, ge=0, le=1024, description="Threads that decode images; 0 is two a core.")
     cache: Literal["on", "off"] = Field(default="on", description="Keep embeddings and answers of images seen before.")
     cache_max_bytes: int = Field(default=64 * 1024**2, ge=1, description="Size in bytes of the cache in the process.")
     redis_url: str | None = Field(
@@ -195,7 +195,8 @@ class Settings(BaseSettings):
 
     @property
     def decode_thread_count(self) -> int:
-        return self.decode_threads or _cores()
+        # With one a core, what is decoded comes to the engine in uneven batches, and the slowest answers wait for two.
+        return self.decode_threads or 2 * _cores()
 
 
 def load_settings(**given: Any) -> Settings:

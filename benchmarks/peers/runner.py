@@ -27,7 +27,7 @@ from benchmarks.page import page, section, table
 from benchmarks.peers.environments import FOLDER, ROOT, VERSIONS, NoEnvironment, interpreter
 from benchmarks.photographs import write_photographs
 from benchmarks.plots import Bar, bar_plot
-from benchmarks.server import free_port, running_service, split_cores
+from benchmarks.server import free_port, running_service, split_cores, thread_flags
 from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8
@@ -168,8 +168,7 @@ class _Setup:
 
     @contextmanager
     def ours(self) -> Iterator[str]:
-        threads = str(len(self._cores))
-        flags = ("--cache", "off", "--device", "cpu", "--threads", threads, "--decode-threads", threads)
+        flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(self._cores)))
         with running_service(self._bundle_path, *flags, "--log-level", "warning", cores=self._cores) as url:
             yield f"{url}/recognize?top_k=5"
 
