@@ -32,6 +32,7 @@ MAX_PIXELS = 200_000_000
 HASH_BYTES = 16
 _ENTITIES_PER_JOB = 8
 _JOBS_AHEAD = 3  # of each worker
+_NICENESS = 19  # of workers: what the models need of the cores comes first, and they wait for each other at each step
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -168,7 +169,7 @@ class DecodePool:
         if self._pool is None:
             # Not forked: this process has threads, and libraries that do not survive it.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_follow_parent)
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_begin_worker)
         try:
             return self._pool.submit(self._decoder.decode_all, jobs)
         except BrokenProcessPool:  # noticed here before at a result
@@ -180,6 +181,11 @@ class DecodePool:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
             self._pool = None
+
+
+def _begin_worker() -> None:
+    os.nice(_NICENESS)
+    _follow_parent()
 
 
 def _follow_parent() -> None:

@@ -111,6 +111,10 @@ class MergedView:
         put = {} if self.delta is None else self.delta.entities
         return [base[row] if row < self._base_count else put[row] for row in rows]
 
+    def keeps(self, rows: Sequence[int]) -> bool:
+        """Whether naming these entities asks no file."""
+        return self.delta is None and self._store.keeps(rows)
+
     def images_of(self, row: int) -> Float32Array:
         """The embeddings [I, D] of an entity's images, by a row that `search` of this view gave."""
         if row < self._base_count or self.delta is None:

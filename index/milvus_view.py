@@ -243,6 +243,10 @@ class MilvusView:
         base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < PUT_FROM])}
         return [base[row] if row < PUT_FROM else self._entities.by_row(int(row)) for row in rows]
 
+    def keeps(self, rows: Sequence[int]) -> bool:
+        """Whether naming these entities asks no file and no server."""
+        return False
+
     def images_of(self, row: int) -> Float32Array:
         """The embeddings [I, D] of an entity's images, by a row that `search` gave."""
         found = self._entities.query(f"row == {int(row)}", ["embedding"])

@@ -212,6 +212,10 @@ class EntityStore:
             raise IndexError(f"no entity at row {min(missing)}, the store has {len(self)}")
         return [found[row] for row in wanted]
 
+    def keeps(self, rows: Sequence[int]) -> bool:
+        """Whether these are in memory: then `by_rows` and `rows_with_thumbnail` ask no file."""
+        return all(row in self._kept and row in self._kept_with_thumbnail for row in rows)
+
     def by_ids(self, entity_ids: Sequence[str]) -> dict[str, StoredEntity]:
         """Those of the entities that are there, by id."""
         found: dict[str, StoredEntity] = {}

@@ -46,6 +46,10 @@ class Joiner:
         """Whether `join` needs the best scores of the whole catalog beside those that the selection allows."""
         return bool(options.types) and self._calibration is not None
 
+    def at_hand(self, found: Found, options: RecognizeOptions) -> bool:
+        """Whether `join` asks no file."""
+        return not options.explain and self._store.keeps(found.rows[: options.top_k].tolist())
+
     def join(self, found: Found, options: RecognizeOptions) -> Ranking:
         scores: list[float] = found.scores.tolist()
         anyway = background(scores if found.anyway_scores is None else found.anyway_scores.tolist())

@@ -1,7 +1,8 @@
 """An image's way to its entities: decoded, encoded and searched, joined with their records.
 
 Each stage has threads of its own and hands on to the next by itself. The event loop, which is busy with others, hears
-of the end only: on few cores a stage that it would have to hand on waits for it.
+of the end only: on few cores a stage that it would have to hand on waits for it. Where the records are in memory there
+is nothing to wait for, and whoever takes the result joins them.
 
 Shapes: H/W pixels, D embedding width.
 """
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,16 +51,17 @@ class Passage:
     def __init__(
         self, snapshot: Snapshot, options: RecognizeOptions, *, decoders: Executor, lookups: Executor, max_pixels: int
     ) -> None:
-        self._result: Future[Passed] = Future()
+        self._result: Future[Callable[[], Passed]] = Future()
         self._snapshot, self._options = snapshot, options
         self._decoders, self._lookups = decoders, lookups
         self._max_pixels = max_pixels
         self._held = ExitStack()
 
-    def begin(self, image: bytes | npt.NDArray[np.float32]) -> Future[Passed]:
-        """Set out with the bytes of an image, or with its embedding [D]; once.
+    def begin(self, image: bytes | npt.NDArray[np.float32]) -> Future[Callable[[], Passed]]:
+        """Set out with the bytes of an image, or with its embedding [D]; once. Call what the future gives.
 
-        The future raises what a stage did: a `UserError` for a bad image. Cancelling it drops what has not been begun.
+        It raises what a stage did: a `UserError` for a bad image. Cancelling it drops what has not been begun. Who
+        calls holds the generation.
         """
         result = self._result
         self._held.enter_context(self._snapshot.generation.hold())
@@ -111,20 +114,25 @@ class Passage:
         def found(ended: Future[Found]) -> None:
             if ended.cancelled():
                 self._held.close()
+            elif ended.exception() is None and self._snapshot.joiner.at_hand(ended.result(), self._options):
+                self._end(partial(self._joined, ended.result(), stages, region))
             else:
                 self._do_in(self._lookups, self._join, ended, stages, region)
 
         pending.add_done_callback(found)
 
     def _join(self, ended: Future[Found], stages: dict[str, tuple[float, float]], region: Box | None) -> None:
+        passed = self._joined(ended.result(), stages, region)
+        self._end(lambda: passed)
+
+    def _joined(self, found: Found, stages: dict[str, tuple[float, float]], region: Box | None) -> Passed:
         began_at = time.monotonic()
-        found = ended.result()
         ranking = self._snapshot.joiner.join(found, self._options)
         if found.patch_tokens_PC is not None and region is not None:
             evidence = Evidence(embedding_D=found.embedding_D, patch_tokens_PC=found.patch_tokens_PC, region=region)
             ranking = explain(self._snapshot.entities, ranking, evidence)
         stages |= {**found.stages, "join": (began_at, time.monotonic())}
-        self._end(Passed(ranking=ranking, embedding_D=found.embedding_D, stages=stages))
+        return Passed(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
 
     def _do_in(self, pool: Executor, stage: Callable[..., None], *arguments: object) -> None:
         """Have a thread of the pool do a stage."""
@@ -148,15 +156,15 @@ class Passage:
         except Exception as error:
             self._end(error)
 
-    def _end(self, outcome: Passed | Exception) -> None:
+    def _end(self, outcome: Callable[[], Passed] | Exception) -> None:
         self._held.close()
         result = self._result
         del self._result  # which knows of this, too: nothing is left to the collector
         if result.set_running_or_notify_cancel():
-            if isinstance(outcome, Passed):
-                result.set_result(outcome)
-            else:
+            if isinstance(outcome, Exception):
                 result.set_exception(outcome)
+            else:
+                result.set_result(outcome)
 
 
 def _stopping() -> Unavailable:

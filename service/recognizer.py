@@ -46,6 +46,7 @@ from service.passage import Passage, Passed
 from service.settings import Settings
 
 Edit = TypeVar("Edit")
+Ended = TypeVar("Ended")
 
 # What became of an image that was not answered, as the metrics name it.
 _OUTCOMES: dict[type[UserError], str] = {
@@ -303,7 +304,7 @@ class Recognizer:
         self, snapshot: Snapshot, image: bytes | npt.NDArray[np.float32], options: RecognizeOptions
     ) -> tuple[Recognition, Passed]:
         """The answer to an image, or to its embedding [D]."""
-        passed = await _end_of(self._begin(snapshot, image, options))
+        passed = (await _end_of(self._begin(snapshot, image, options)))()
         for name, (begin, end) in passed.stages.items():
             tracing.stage(name, begin, end)
         return _recognition(snapshot, passed, cached=not isinstance(image, bytes)), passed
@@ -314,7 +315,7 @@ class Recognizer:
         answers: list[Recognition | UserError] = []
         for pending in [self._begin(snapshot, data, options) for data in images]:
             try:
-                passed = pending.result()
+                passed = pending.result()()
             except UserError as error:
                 answers.append(error)
                 continue
@@ -325,7 +326,7 @@ class Recognizer:
 
     def _begin(
         self, snapshot: Snapshot, image: bytes | npt.NDArray[np.float32], options: RecognizeOptions
-    ) -> Future[Passed]:
+    ) -> Future[Callable[[], Passed]]:
         passage = Passage(
             snapshot,
             options,
@@ -336,7 +337,7 @@ class Recognizer:
         return passage.begin(image)
 
 
-async def _end_of(pending: Future[Passed]) -> Passed:
+async def _end_of(pending: Future[Ended]) -> Ended:
     """What a future of another thread gives. Cancelling this cancels that.
 
     asyncio's own way ties the two into a knot that only the collector undoes, one for each request.
@@ -348,7 +349,7 @@ async def _end_of(pending: Future[Passed]) -> Passed:
         if not ended.done():
             ended.set_result(None)
 
-    def on_end(_: Future[Passed]) -> None:
+    def on_end(_: Future[Ended]) -> None:
         # A loop that is closed has nobody left who waits.
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(tell)
