@@ -136,7 +136,8 @@ class EntityIndex:
         candidates, mask_N = self.candidates, allowed.mask_N
         k_factor = float(settings.get("k_factor", DEFAULT_K_FACTOR))
         fetch = wanted if candidates.exact else math.ceil(k_factor * max(wanted, _FEWEST))
-        fetch = max(fetch, wanted * self._images_each)  # another look costs as much as the first
+        # Another look costs as much as the first. Rounding may change places with what is just out of sight.
+        fetch = max(fetch, wanted * self._images_each + (_FEWEST if candidates.close else 0))
         scarcity = len(self) / allowed.embeddings
         if candidates.filters:
             effort = math.sqrt(scarcity)  # what is allowed is further off
@@ -176,17 +177,15 @@ class EntityIndex:
         """Candidates to entities: true cosines, each entity at its best image, best first."""
         if self.candidates.exact:
             return self._fold(positions_F, scores_F)
-        spare = _FEWEST
-        if not self.candidates.close:
-            spare += wanted
-            self._rescorer.reset()
-            self._rescorer.add_sa_codes(self._embeddings.stored(positions_F).view(np.uint8))
-            scores_1F, places_1F = self._rescorer.search(query_D[None], len(positions_F))
-            positions_F, scores_F = positions_F[places_1F[0]], scores_1F[0]
-        rows, _ = self._fold(positions_F, scores_F)
+        if self.candidates.close:
+            return self._fold(positions_F, self._embeddings.at(positions_F) @ query_D)
+        self._rescorer.reset()
+        self._rescorer.add_sa_codes(self._embeddings.stored(positions_F).view(np.uint8))
+        scores_1F, places_1F = self._rescorer.search(query_D[None], len(positions_F))
+        rows, _ = self._fold(positions_F[places_1F[0]], scores_1F[0])
         # These are cosines but for the rounding of what is stored: a few more entities, and then exactly. An entity's
         # best image need not be among the candidates.
-        rows = rows[: wanted + spare]
+        rows = rows[: 2 * wanted + _FEWEST]
         positions_F = self._all_images(np.sort(rows))
         return self._fold(positions_F, self._embeddings.at(positions_F) @ query_D)
 
