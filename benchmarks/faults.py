@@ -70,6 +70,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                 for killed in range(SMOKE_KILLS if smoke else KILLS):
                     process.send_signal(signal.SIGUSR1)
                     _wait_for_deaths(url, killed + 1)
+                    time.sleep(1)  # what it died of is tried once more: killed at that again, it would be given up
 
             def harm() -> None:
                 parts["hostile bodies"] = _harm(url, SMOKE_BODIES if smoke else BODIES)
