@@ -60,7 +60,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
             throughput = _throughput(root, shards=3, shard_size=32, rounds=1)
             speed = {"ViT-B/32, 2 of 12 layers": _speed(root, "vit-b32-2-layers", images=4, repeats=8)}
         else:
-            throughput = _throughput(root, shards=9, shard_size=48, rounds=3)
+            throughput = _throughput(root, shards=4, shard_size=128, rounds=3)
             vits = {"ViT-B/32": "vit-b32", "ViT-B/16": "vit-b16"}
             speed = {told: _speed(root, name, images=32, repeats=30) for told, name in vits.items()}
         symbols = _symbols(bundle_path, root, queries=200 if smoke else None)

@@ -178,8 +178,9 @@ class Engine:
                 return not thread.is_alive()
 
     def _start_thread(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        thread.start()
+        self._thread = thread  # only now: whoever asks meanwhile whether it is alive asks about the one before
 
     def _put(self, job: _Job) -> Future[Found]:
         with self._wake:

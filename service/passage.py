@@ -67,18 +67,18 @@ class Passage:
         self._held.enter_context(self._snapshot.generation.hold())
         if self._options.types:
             self._do_in(self._lookups, self._select, image)
-        elif isinstance(image, bytes):
-            self._do_in(self._decoders, self._decode, image, None)
-        else:
+        elif isinstance(image, np.ndarray):
             self._do(self._search, image, None)
+        else:
+            self._do_in(self._decoders, self._decode, image, None)
         return result
 
     def _select(self, image: bytes | npt.NDArray[np.float32]) -> None:
         selection = self._snapshot.joiner.selection(self._options)
-        if isinstance(image, bytes):
-            self._do_in(self._decoders, self._decode, image, selection)
-        else:
+        if isinstance(image, np.ndarray):
             self._search(image, selection)
+        else:
+            self._do_in(self._decoders, self._decode, image, selection)
 
     def _search(self, embedding_D: npt.NDArray[np.float32], selection: Selection | None) -> None:
         engine, joiner, options = self._snapshot.generation.engine, self._snapshot.joiner, self._options

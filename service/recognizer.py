@@ -307,7 +307,7 @@ class Recognizer:
         passed = (await _end_of(self._begin(snapshot, image, options)))()
         for name, (begin, end) in passed.stages.items():
             tracing.stage(name, begin, end)
-        return _recognition(snapshot, passed, cached=not isinstance(image, bytes)), passed
+        return _recognition(snapshot, passed, cached=isinstance(image, np.ndarray)), passed
 
     def _recognize_chunk(
         self, snapshot: Snapshot, images: Sequence[bytes], options: RecognizeOptions

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import redis
 import uvicorn
@@ -42,6 +43,30 @@ def served(bundle: Path | str, *, encoder=None, fetcher=None, tracing=None, **se
         finally:
             server.should_exit = True
             thread.join()
+
+
+class GatedEncoder:
+    """Embeds every image alike, and only while its gate is open; it is shut at first."""
+
+    device = "cpu"
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.sizes: list[int] = []
+
+    def encode(self, pixels_BHW3):
+        self.sizes.append(len(pixels_BHW3))
+        self.entered.release()
+        assert self.gate.wait(120), "generous: a busy machine is no failure"
+        return np.ones((len(pixels_BHW3), 16), np.float32)
+
+
+@pytest.fixture
+def gated_encoder():
+    encoder = GatedEncoder()
+    yield encoder
+    encoder.gate.set()
 
 
 @pytest.fixture(scope="session")

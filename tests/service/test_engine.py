@@ -223,14 +223,22 @@ def test_a_search_that_dies_counts_as_any_other(encoder):
     assert len(deaths) == 2  # it was tried once more
 
 
-def test_a_death_that_was_no_images_fault_costs_none(engine, encoder):
+def test_a_death_that_was_no_images_fault_costs_none(engine, encoder, monkeypatch):
     def die_once(pixels_BHW3):
         del encoder.encode  # the class's own from now on
         raise SystemExit
 
+    start, alive = threading.Thread.start, []
+
+    def watched(thread):
+        alive.append(engine.alive)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", watched)
     encoder.encode = die_once
     assert engine.submit(image(5), 1).result(TIMEOUT_S).scores[0] == 5
     assert engine.alive
+    assert alive == [True]  # nobody was told meanwhile that it is dead
 
 
 def test_a_thread_that_cannot_start_leaves_nobody_waiting(encoder):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,28 +14,9 @@ TIMEOUT_S = 120  # generous: a busy machine is no failure
 DEADLINE_MS = 3000  # of tests in which it passes: long enough that a busy machine decodes within it
 
 
-class GatedEncoder:
-    """Embeds every image alike, and only while its gate is open."""
-
-    device = "cpu"
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.entered = threading.Semaphore(0)
-        self.sizes: list[int] = []
-
-    def encode(self, pixels_BHW3):
-        self.sizes.append(len(pixels_BHW3))
-        self.entered.release()
-        assert self.gate.wait(TIMEOUT_S)
-        return np.ones((len(pixels_BHW3), 16), np.float32)
-
-
 @pytest.fixture
-def encoder():
-    encoder = GatedEncoder()
-    yield encoder
-    encoder.gate.set()
+def encoder(gated_encoder):
+    return gated_encoder
 
 
 @pytest.fixture
@@ -188,18 +168,16 @@ def test_a_fault_of_ours_is_a_500_that_tells_nothing(serve, small_bundle, images
         assert service.get("/readyz").status_code == 200
 
 
-class MoodyEncoder(GatedEncoder):
+class MoodyEncoder:
     """Dies in the mood for it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate.set()
-        self.dies = True
+    device = "cpu"
+    dies = True
 
     def encode(self, pixels_BHW3):
         if self.dies:
             raise SystemExit
-        return super().encode(pixels_BHW3)
+        return np.ones((len(pixels_BHW3), 16), np.float32)
 
 
 def test_an_engine_that_dies_is_replaced(serve, small_bundle, images):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import Unavailable, UndecodableImage
+from index.bundle import Bundle
 from service.answers import RecognizeOptions
 from service.passage import Passage
 from service.recognizer import Recognizer
@@ -17,24 +18,6 @@ from service.settings import Settings
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
 WIDTH = 16
-
-
-class GatedEncoder:
-    """Embeds every image alike, while its gate is open."""
-
-    device = "cpu"
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Semaphore(0)
-        self.images = 0
-
-    def encode(self, pixels_BHW3):
-        self.images += len(pixels_BHW3)
-        self.entered.release()
-        assert self.gate.wait(TIMEOUT_S)
-        return np.ones((len(pixels_BHW3), WIDTH), np.float32)
 
 
 class Ending:
@@ -51,13 +34,10 @@ class Ending:
 class Ways:
     """Begins passages over one recogniser, with pools of its own."""
 
-    def __init__(self, bundle, held: ExitStack) -> None:
-        from index.bundle import Bundle
-
-        self.encoder = GatedEncoder()
-        held.callback(self.encoder.gate.set)
+    def __init__(self, bundle, encoder, held: ExitStack) -> None:
+        self.encoder = encoder
         self.recognizer = held.enter_context(Recognizer(Bundle.open(bundle), Settings(threads=1), self.encoder))
-        held.callback(self.encoder.gate.set)  # before it is closed
+        held.callback(encoder.gate.set)  # before it is closed
         self.snapshot = held.enter_context(self.recognizer.hold())
         self.decoders = held.enter_context(ThreadPoolExecutor(1))
         self.lookups = held.enter_context(ThreadPoolExecutor(1))
@@ -79,9 +59,10 @@ class Ways:
 
 
 @pytest.fixture
-def ways(small_bundle):
+def ways(small_bundle, gated_encoder):
+    gated_encoder.gate.set()
     with ExitStack() as held:
-        yield Ways(small_bundle, held)
+        yield Ways(small_bundle, gated_encoder, held)
 
 
 def test_the_stages_follow_each_other(ways, giraffe):
@@ -108,7 +89,7 @@ def test_an_embedding_sets_out_at_the_search_and_finds_the_same(ways, giraffe):
     again = ways.begin(first.embedding_D).result(TIMEOUT_S)
     assert list(again.stages) == ["queue", "search", "join"]
     assert again.ranking == first.ranking
-    assert ways.encoder.images == 1
+    assert sum(ways.encoder.sizes) == 1
 
 
 def test_a_selection_is_made_on_the_way(ways, giraffe):
@@ -151,7 +132,7 @@ def test_what_is_abandoned_in_the_queue_is_never_encoded(ways, giraffe):
     ways.encoder.gate.set()
     assert first.result(TIMEOUT_S).ranking.predictions
     ways.settle()
-    assert ways.encoder.images == 1
+    assert sum(ways.encoder.sizes) == 1
     assert ways.holders == 0
 
 
