@@ -26,7 +26,7 @@ import httpx
 
 from benchmarks.hostile import hostile_bodies
 from benchmarks.photographs import photograph
-from benchmarks.server import free_port, service_process
+from benchmarks.server import ANSWERED, free_port, service_process, told_metrics
 from core.errors import UserError
 
 CLIENTS, IMAGES = 4, 12
@@ -69,8 +69,10 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
             def kill_engine() -> None:
                 for killed in range(SMOKE_KILLS if smoke else KILLS):
                     process.send_signal(signal.SIGUSR1)
-                    _wait_for_deaths(url, killed + 1)
-                    time.sleep(1)  # what it died of is tried once more: killed at that again, it would be given up
+                    _wait_for(url, "wikiclip_engine_deaths_total", killed + 1)
+                    # What it died of is tried once more, and would be given up if it were killed at that again: by the
+                    # time that more are answered than can be on their way, that is over.
+                    _wait_for(url, ANSWERED, told_metrics(url).get(ANSWERED, 0) + 4 * CLIENTS)
 
             def harm() -> None:
                 parts["hostile bodies"] = _harm(url, SMOKE_BODIES if smoke else BODIES)
@@ -140,14 +142,14 @@ class _Load:
         return [each["entity_id"] for each in answer.json()["predictions"]]
 
 
-def _wait_for_deaths(url: str, deaths: int) -> None:
-    """Return when the engine thread has died so many times in all. The batch that it dies of is one of the load's."""
+def _wait_for(url: str, metric: str, value: float) -> None:
+    """Return when a metric of the service has come to `value`. Raises `UserError` if it does not."""
     until = time.monotonic() + TIMEOUT_S
     while time.monotonic() < until:
-        if f"wikiclip_engine_deaths_total {deaths:.1f}\n" in httpx.get(f"{url}/metrics", timeout=TIMEOUT_S).text:
+        if told_metrics(url).get(metric, 0) >= value:
             return
         time.sleep(0.05)  # between two looks at what only the service knows
-    raise UserError(f"the engine thread did not die within {TIMEOUT_S} s of being told to")
+    raise UserError(f"{metric} did not come to {value:g} within {TIMEOUT_S} s")
 
 
 def _harm(url: str, count: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import httpx
 from core.errors import UserError
 
 START_TIMEOUT_S = 60
+ANSWERED = 'wikiclip_images_total{outcome="answered"}'  # in what it tells Prometheus
 
 
 @contextmanager
@@ -51,6 +52,12 @@ def split_cores() -> tuple[set[int], set[int]]:
     """Cores for the load generator and for the service: the last one, and the rest, where there is more than one."""
     cores = sorted(os.sched_getaffinity(0))
     return ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores), set(cores))
+
+
+def told_metrics(url: str) -> dict[str, float]:
+    """What the service at this base URL tells Prometheus, by name and labels as they stand there."""
+    lines = httpx.get(f"{url}/metrics", timeout=START_TIMEOUT_S).raise_for_status().text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
 def thread_flags(cores: int) -> tuple[str, ...]:

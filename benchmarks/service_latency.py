@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
 from benchmarks.closed_loop import Job, run_job
@@ -20,7 +19,7 @@ from benchmarks.page import page, section, table
 from benchmarks.photographs import write_photographs
 from benchmarks.plain_loop import run_loops
 from benchmarks.plots import Bar, bar_plot
-from benchmarks.server import running_service, split_cores, thread_flags
+from benchmarks.server import ANSWERED, running_service, split_cores, thread_flags, told_metrics
 from index.bundle import Bundle
 
 IMAGES = 16
@@ -102,10 +101,8 @@ def _compare(
 
 def _spent(url: str) -> tuple[float, float]:
     """Seconds of the processor that the service has used, and images that it has answered."""
-    told = httpx.get(f"{url}/metrics").raise_for_status().text
-    names = ("process_cpu_seconds_total", 'wikiclip_images_total{outcome="answered"}')
-    values = dict(line.rsplit(" ", 1) for line in told.splitlines() if line.startswith(names))
-    return float(values[names[0]]), float(values.get(names[1], 0))
+    told = told_metrics(url)
+    return told["process_cpu_seconds_total"], told.get(ANSWERED, 0)
 
 
 def report(figures: dict[str, Any]) -> str:

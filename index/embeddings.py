@@ -67,7 +67,7 @@ class Embeddings:
             return np.empty((0, self.dim), np.float16)
         shards_K = np.searchsorted(self._starts, positions_K, side="right") - 1
         offsets_K = positions_K - self._starts[shards_K]
-        if shards_K[0] == shards_K[-1] and (shards_K == shards_K[0]).all():
+        if (shards_K == shards_K[0]).all():
             vectors_KD: Float16Array = self._vectors[shards_K[0]][offsets_K]
             return vectors_KD
         # Few candidates lie over thousands of shards: a view a row is faster than a selection a shard.

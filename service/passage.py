@@ -67,14 +67,14 @@ class Passage:
         self._held.enter_context(self._snapshot.generation.hold())
         if self._options.types:
             self._do_in(self._lookups, self._select, image)
-        elif isinstance(image, np.ndarray):
-            self._do(self._search, image, None)
         else:
-            self._do_in(self._decoders, self._decode, image, None)
+            self._do(self._set_out, image, None)
         return result
 
     def _select(self, image: bytes | npt.NDArray[np.float32]) -> None:
-        selection = self._snapshot.joiner.selection(self._options)
+        self._set_out(image, self._snapshot.joiner.selection(self._options))
+
+    def _set_out(self, image: bytes | npt.NDArray[np.float32], selection: Selection | None) -> None:
         if isinstance(image, np.ndarray):
             self._search(image, selection)
         else:
@@ -114,15 +114,17 @@ class Passage:
         def found(ended: Future[Found]) -> None:
             if ended.cancelled():
                 self._held.close()
-            elif ended.exception() is None and self._snapshot.joiner.at_hand(ended.result(), self._options):
+            elif (error := ended.exception()) is not None:
+                self._end(error)
+            elif self._snapshot.joiner.at_hand(ended.result(), self._options):
                 self._end(partial(self._joined, ended.result(), stages, region))
             else:
-                self._do_in(self._lookups, self._join, ended, stages, region)
+                self._do_in(self._lookups, self._join, ended.result(), stages, region)
 
         pending.add_done_callback(found)
 
-    def _join(self, ended: Future[Found], stages: dict[str, tuple[float, float]], region: Box | None) -> None:
-        passed = self._joined(ended.result(), stages, region)
+    def _join(self, found: Found, stages: dict[str, tuple[float, float]], region: Box | None) -> None:
+        passed = self._joined(found, stages, region)
         self._end(lambda: passed)
 
     def _joined(self, found: Found, stages: dict[str, tuple[float, float]], region: Box | None) -> Passed:
@@ -156,12 +158,12 @@ class Passage:
         except Exception as error:
             self._end(error)
 
-    def _end(self, outcome: Callable[[], Passed] | Exception) -> None:
+    def _end(self, outcome: Callable[[], Passed] | BaseException) -> None:
         self._held.close()
         result = self._result
         del self._result  # which knows of this, too: nothing is left to the collector
         if result.set_running_or_notify_cancel():
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 result.set_exception(outcome)
             else:
                 result.set_result(outcome)
