@@ -33,11 +33,12 @@ _QUERIES = 400
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """`vectors` at most, and the size up to which `peers` are built: their time grows faster than that."""
+    """`vectors` at most, and the sizes up to which peers are built: their time grows faster than that."""
 
     vectors: int
     dim: int = 512
     peers_up_to: int = 20_000
+    usearch_up_to: int = 20_000  # its graph takes three times as long as faiss's
     growth: bool = True
     repeats: int = 200
 
@@ -45,6 +46,14 @@ class Scale:
     def sizes(self) -> list[int]:
         """Rising, the last one all; whole shards but for that."""
         return [*(size for size in _SIZES if self.growth and size < self.vectors), self.vectors]
+
+    def peers(self, size: int) -> list[str]:
+        """The names of those to be built at that size."""
+        return [
+            name
+            for name in index_peers.PEERS
+            if size <= (self.usearch_up_to if name == "usearch" else self.peers_up_to)
+        ]
 
 
 def measure_scale(like: Bundle, scale: Scale, work: Path) -> dict[str, Any]:
@@ -74,12 +83,12 @@ def _at_size(size: int, whole: Path, like: Bundle, scale: Scale, work: Path, thr
     truth_QK = exact_positions(embeddings, queries_QD)
     np.savez(work / "queries.npz", queries=queries_QD, truth=truth_QK)
     found: dict[str, Any] = {"vectors": size, **_described(manifest), **_opened(folder, work / "queries.npz")}
-    if size <= scale.peers_up_to:
+    if peers := scale.peers(size):
         found["peers"] = {
             name: index_peers.measure_peer(
                 name, embeddings, queries_QD, truth_QK, threads=threads, repeats=scale.repeats
             )
-            for name in tqdm(index_peers.PEERS, desc="peers")
+            for name in tqdm(peers, desc="peers")
         }
     if folder != whole:
         shutil.rmtree(folder)

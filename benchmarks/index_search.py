@@ -23,7 +23,7 @@ from core.files import write_durably
 from index.bundle import Bundle
 
 BATCH = 64
-DEFAULT = Scale(vectors=100_000, peers_up_to=20_000)
+DEFAULT = Scale(vectors=100_000)
 SMOKE = Scale(vectors=6_000, dim=32, repeats=50)
 WORK = Path("build/bench-index")
 
@@ -66,11 +66,11 @@ def _of_bundle(bundle: Bundle, *, smoke: bool) -> dict[str, object]:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The page: recall against latency at the largest size that has others beside it and at the largest, and growth."""
+    """The page: growth, and recall against latency at the largest size and at that with most others beside it."""
     made_up = figures["made_up"]
     sizes = made_up["sizes"]
-    with_peers = [each for each in sizes if "peers" in each]
-    shown = [sizes[-1], *with_peers[-1:]] if not sizes[-1].get("peers") else [sizes[-1]]
+    compared = max(sizes, key=lambda each: (len(each.get("peers", ())), each["vectors"]))
+    shown = [sizes[-1]] if compared is sizes[-1] else [sizes[-1], compared]
     rows = [
         [
             f"{each['vectors']:,}",
@@ -134,7 +134,11 @@ def _growth(sizes: list[dict[str, Any]]) -> str:
 @click.option("--dim", default=DEFAULT.dim, show_default=True, help="Their width.")
 @click.option(
     "--peers-up-to", default=DEFAULT.peers_up_to, show_default=True,
-    help="The size up to which flat search, HNSW and usearch are built beside the chosen index.",
+    help="The size up to which flat search and HNSW are built beside the chosen index.",
+)  # fmt: skip
+@click.option(
+    "--usearch-up-to", default=DEFAULT.usearch_up_to, show_default=True,
+    help="The size up to which usearch is, which takes longer.",
 )  # fmt: skip
 @click.option("--growth/--no-growth", default=True, show_default=True, help="Measure the sizes below it too.")
 @click.option("--bundle", default="demo/bundle", show_default=True, type=click.Path(path_type=Path))
@@ -143,9 +147,18 @@ def _growth(sizes: list[dict[str, Any]]) -> str:
     help="Folder for what is made, 1.1 KB an embedding and more; it is emptied first and removed at the end.",
 )  # fmt: skip
 @click.option("--results", default="benchmarks/results", show_default=True, type=click.Path(path_type=Path))
-def main(vectors: int, dim: int, peers_up_to: int, growth: bool, bundle: Path, work: Path, results: Path) -> None:
+def main(
+    vectors: int,
+    dim: int,
+    peers_up_to: int,
+    usearch_up_to: int,
+    growth: bool,
+    bundle: Path,
+    work: Path,
+    results: Path,
+) -> None:
     """Measure the index over made-up embeddings; writes index.json and index.html."""
-    scale = Scale(vectors=vectors, dim=dim, peers_up_to=peers_up_to, growth=growth)
+    scale = Scale(vectors=vectors, dim=dim, peers_up_to=peers_up_to, usearch_up_to=usearch_up_to, growth=growth)
     ran = describe_run({"bundle": bundle.name, "smoke": False, "benchmarks": ["index"], **vars(scale)})
     figures = measure(bundle, smoke=False, scale=scale, work=work)
     path = write_results(results, "index", {**ran, "figures": figures})

@@ -47,13 +47,14 @@ def test_every_size_is_measured_reported_and_removed(
     small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.index_scale._SIZES", (4000,))
-    scale = Scale(vectors=4500, dim=16, peers_up_to=4000, repeats=5)
+    scale = Scale(vectors=4500, dim=16, peers_up_to=4500, usearch_up_to=4000, repeats=5)
     found = measure_scale(Bundle.open(small_bundle), scale, tmp_path / "work")
     assert not (tmp_path / "work").exists()
     small, large = found["sizes"]
     assert (small["vectors"], large["vectors"]) == (4000, 4500)
     assert set(small["peers"]) == {"flat", "HNSW32", "usearch"}
-    assert "peers" not in large
+    assert set(large["peers"]) == {"flat", "HNSW32"}
+    assert scale.peers(4501) == []
     for each in (small, large):
         assert each["recall_at_10"] >= 0.97
         assert each["ready_s"] >= each["checked_s"] > 0
