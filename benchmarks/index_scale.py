@@ -28,7 +28,7 @@ from index.tune import exact_positions, held_out_queries
 
 TARGETS = Targets(budget_ms=4.0, recall=0.98, memory_gb=4.0)
 _SIZES = (20_000, 100_000, 500_000, 1_000_000, 3_000_000)
-_QUERIES = 400
+_QUERIES = 1000
 
 
 @dataclass(frozen=True, kw_only=True)

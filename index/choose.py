@@ -103,8 +103,14 @@ def choose(embeddings: Embeddings, targets: Targets, *, progress: bool = False) 
 
 
 def candidates(count: int, dim: int) -> list[Candidate]:
-    """Exact search, then what is approximate, the smallest first."""
-    found = [Candidate(factory=lambda n: "Flat", bytes=lambda n: 4.0 * dim * n, linear=True)]
+    """Exact search, then what is approximate, the smallest first.
+
+    float16 is what a bundle stores, so nothing is lost in it; float32 is for a CPU that is slow to widen it.
+    """
+    found = [
+        Candidate(factory=lambda n: "SQfp16", bytes=lambda n: 2.0 * dim * n, linear=True),
+        Candidate(factory=lambda n: "Flat", bytes=lambda n: 4.0 * dim * n, linear=True),
+    ]
     # A code of 4 bits for 4 numbers. What the candidates are ordered by in the end is stored with the bundle.
     codes = dim // 4
     if dim % 8 == 0:
@@ -118,7 +124,6 @@ def candidates(count: int, dim: int) -> list[Candidate]:
                 linear=False,
             )
         )
-    found.append(Candidate(factory=lambda n: "SQfp16", bytes=lambda n: 2.0 * dim * n, linear=True))
     found.append(Candidate(factory=lambda n: "HNSW32", bytes=lambda n: (4 * dim + _HNSW_BYTES) * n, linear=False))
     return found
 

@@ -43,7 +43,7 @@ def test_index_repairs_a_missing_index(bundle_copy: Path) -> None:
     shutil.rmtree(bundle_copy / "index")
     done = wikiclip("index", "--bundle", bundle_copy)
     assert done.returncode == 0, done.stderr
-    assert "14 embeddings of width 16 as Flat" in done.stdout
+    assert "14 embeddings of width 16 as SQfp16" in done.stdout
     assert sorted(file.name for file in (bundle_copy / "index").iterdir()) == ["entity.faiss", "manifest.json"]
     Bundle.open(bundle_copy, verify="full")
 

@@ -231,7 +231,7 @@ def test_embeddings_out_of_row_order(tmp_path: Path) -> None:
 
 
 def test_an_exact_index_file_is_the_one_that_faiss_writes(tmp_path: Path) -> None:
-    _, embeddings = make(tmp_path, list(range(250)))
+    _, embeddings = make(tmp_path, list(range(250)), factory="Flat")
     theirs = faiss.index_factory(DIM, "Flat", faiss.METRIC_INNER_PRODUCT)
     theirs.add(np.concatenate(list(embeddings)))
     faiss.write_index(theirs, str(tmp_path / "theirs.faiss"))
