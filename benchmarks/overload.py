@@ -23,7 +23,7 @@ from benchmarks.open_loop import Sent, run_open_loop
 from benchmarks.page import page, section, table
 from benchmarks.photographs import write_photographs
 from benchmarks.plots import Series, line_plot
-from benchmarks.server import running_service, split_cores, thread_flags
+from benchmarks.server import running_service, split_cores, thread_flags, told_metrics
 
 TIMES = 10
 IMAGES = 16
@@ -130,11 +130,9 @@ class _Memory:
         self._thread.join()
 
     def _watch(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60) as client:
-            while not self._over.wait(1.0):
-                text = client.get("/metrics").raise_for_status().text
-                line = next(each for each in text.splitlines() if each.startswith("process_resident_memory_bytes "))
-                self.samples_mib.append(round(float(line.split()[1]) / 1024**2, 1))
+        while not self._over.wait(1.0):
+            resident = told_metrics(self._url)["process_resident_memory_bytes"]
+            self.samples_mib.append(round(resident / 1024**2, 1))
 
 
 def report(figures: dict[str, Any]) -> str:
