@@ -22,7 +22,7 @@ DIM = 24
 
 
 def make(
-    folder: Path, rows_N: list[int], *, factory: str = "auto", seed: int = 0, shard_size: int = 97
+    folder: Path, rows_N: list[int], *, factory: str = "Flat", seed: int = 0, shard_size: int = 97
 ) -> tuple[EntityIndex, EmbeddingShards]:
     rng = np.random.default_rng(seed)
     vectors_ND = rng.normal(size=(len(rows_N), DIM)).astype(np.float32)
@@ -128,6 +128,7 @@ def test_half_precision_finds_what_exact_search_finds(tmp_path: Path, rows_N: li
     exact, _ = make(tmp_path / "flat", rows_N)
     close, _ = make(tmp_path / "half", rows_N, factory="SQfp16")
     assert close.candidates.close
+    assert not exact.candidates.close
     for found, expected in zip(close.search(queries(20), top_k), exact.search(queries(20), top_k), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -231,7 +232,7 @@ def test_embeddings_out_of_row_order(tmp_path: Path) -> None:
 
 
 def test_an_exact_index_file_is_the_one_that_faiss_writes(tmp_path: Path) -> None:
-    _, embeddings = make(tmp_path, list(range(250)), factory="Flat")
+    _, embeddings = make(tmp_path, list(range(250)))
     theirs = faiss.index_factory(DIM, "Flat", faiss.METRIC_INNER_PRODUCT)
     theirs.add(np.concatenate(list(embeddings)))
     faiss.write_index(theirs, str(tmp_path / "theirs.faiss"))
