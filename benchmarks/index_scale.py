@@ -38,7 +38,7 @@ class Scale:
     vectors: int
     dim: int = 512
     peers_up_to: int = 20_000
-    usearch_up_to: int = 20_000  # its graph takes three to five times as long as faiss's
+    usearch_up_to: int = 20_000  # its graph takes two to five times as long as faiss's
     growth: bool = True
     repeats: int = 200
 

@@ -135,7 +135,12 @@ def _run(
     ]  # fmt: skip
     # A session of its own, so that all that it started can be told to end.
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=_heed_interrupts,  # noqa: PLW1509 - the suite has no threads
     )
     try:
         said, complained = process.communicate(timeout=max(most_s, 0.1))
@@ -150,6 +155,11 @@ def _run(
         return lines[-1].removeprefix("error: ")
     figures: dict[str, Any] = json.loads(said.splitlines()[-1])["figures"]
     return figures
+
+
+def _heed_interrupts() -> None:
+    """What a shell starts in the background ignores them, and so would all that this starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -191,10 +191,11 @@ def test_no_queries(tmp_path: Path) -> None:
     assert rows_BK.shape == (0, 5)
 
 
-def test_the_same_embeddings_give_the_same_index(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factory", ["Flat", "auto"])
+def test_the_same_embeddings_give_the_same_index(tmp_path: Path, factory: str) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        make(tmp_path / name, list(range(300)))
+        make(tmp_path / name, list(range(300)), factory=factory)
     assert (tmp_path / "one" / INDEX_FILE).read_bytes() == (tmp_path / "two" / INDEX_FILE).read_bytes()
 
 
