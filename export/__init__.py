@@ -1,3 +1,3 @@
 """Catalog in, bundle out."""
 
-import core  # noqa: F401 - before ONNX Runtime: it says what that may not do
+import core  # noqa: F401 - before ONNX Runtime and faiss: it says what they may and may not do

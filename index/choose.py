@@ -59,8 +59,8 @@ class Choice:
 def choose(embeddings: Embeddings, targets: Targets, *, progress: bool = False) -> Choice:
     """The cheapest index that is expected to meet `targets` over all `embeddings`.
 
-    Exact search where that does; else the smallest that does, so the larger ones are not measured. What is measured on
-    two samples is extended to full size: a line where every embedding is looked at, else a power of the size. Raises
+    Exact search where that does; else the first of the others that does, so the rest are not measured. What is measured
+    on two samples is extended to full size: a line where every embedding is looked at, else a power of the size. Raises
     `UserError` where none meets the targets, saying what each would take.
     """
     count = len(embeddings)
@@ -92,7 +92,7 @@ def choose(embeddings: Embeddings, targets: Targets, *, progress: bool = False) 
         return Choice(
             factory=entry["factory"],
             why=f"auto: of the indexes expected to meet recall {targets.recall}, {targets.budget_ms:g} ms and "
-            f"{targets.memory_gb:g} GB the first of: exact, then by size",
+            f"{targets.memory_gb:g} GB the first of: exact, lists of codes, codes, graph",
             candidates=tuple(seen),
         )
     reasons = "; ".join(f"{each['factory']} {_shortfall(each)}" for each in seen)
@@ -103,34 +103,37 @@ def choose(embeddings: Embeddings, targets: Targets, *, progress: bool = False) 
 
 
 def candidates(count: int, dim: int) -> list[Candidate]:
-    """Exact search, then what is approximate, the smallest first.
+    """Exact search, then codes, in lists and without, then a graph: it holds every embedding and its links.
 
-    float16 is what a bundle stores, so nothing is lost in it; float32 is for a CPU that is slow to widen it.
+    float16 is what a bundle stores, so nothing is lost in it; float32 is for a CPU that is slow to widen it. Lists take
+    a fraction of the time of codes alone and heed a filter.
     """
     found = [
         Candidate(factory=lambda n: "SQfp16", bytes=lambda n: 2.0 * dim * n, linear=True),
         Candidate(factory=lambda n: "Flat", bytes=lambda n: 4.0 * dim * n, linear=True),
     ]
-    # A code of 4 bits for 4 numbers. What the candidates are ordered by in the end is stored with the bundle.
-    codes = dim // 4
-    if dim % 8 == 0:
-        found.append(Candidate(factory=lambda n: f"PQ{codes}x4fs", bytes=lambda n: codes / 2 * n, linear=True))
+    # What the candidates are ordered by in the end is stored with the bundle.
     if dim % 8 == 0 and count >= _LEAST_FOR_LISTS:
         found.append(
             Candidate(
-                # Lists are found by looking at all centroids: of a graph over them (HNSW) a third was reached.
-                factory=lambda n: f"IVF{lists(n)}(SQfp16),PQ{codes}x4fs",
-                bytes=lambda n: (codes / 2 + 8) * n + lists(n) * 2 * dim,
+                # Lists are found by looking at all centroids: of a graph over them (HNSW) a third was reached. A code
+                # is of the residual, the embedding less its centroid, 4 bits for 2 numbers: so good an estimate that
+                # few embeddings are read, each of them from somewhere else.
+                factory=lambda n: f"IVF{lists(n)}(SQfp16),PQ{dim // 2}x4fsr",
+                bytes=lambda n: (dim / 4 + 8) * n + lists(n) * 2 * dim,
                 linear=False,
             )
         )
+    if dim % 8 == 0:
+        # All of them are looked at: 4 bits for 4 numbers.
+        found.append(Candidate(factory=lambda n: f"PQ{dim // 4}x4fs", bytes=lambda n: dim / 8 * n, linear=True))
     found.append(Candidate(factory=lambda n: "HNSW32", bytes=lambda n: (4 * dim + _HNSW_BYTES) * n, linear=False))
     return found
 
 
 def lists(count: int) -> int:
-    """How many lists: twice the root of the embeddings, as a power of two. All centroids are looked at each time."""
-    return int(2 ** round(math.log2(2 * math.sqrt(count))))
+    """How many lists: four times the root of the embeddings, as a power of two. Each query looks at all centroids."""
+    return int(2 ** round(math.log2(4 * math.sqrt(count))))
 
 
 def expected_ms(p50_ms: Mapping[int, float], count: int, linear: bool) -> float:

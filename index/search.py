@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from core.errors import BundleAltered
 from index.candidates import Candidates
-from index.embeddings import Embeddings, EmbeddingShards
+from index.embeddings import Embeddings, EmbeddingShards, normalised
 from index.gpu import placement
 from index.selection import Selection
 
@@ -179,14 +179,19 @@ class EntityIndex:
             return self._fold(positions_F, scores_F)
         if self.candidates.close:
             return self._fold(positions_F, self._embeddings.at(positions_F) @ query_D)
+        stored_FD = self._embeddings.stored(positions_F)
         self._rescorer.reset()
-        self._rescorer.add_sa_codes(self._embeddings.stored(positions_F).view(np.uint8))
+        self._rescorer.add_sa_codes(stored_FD.view(np.uint8))
         scores_1F, places_1F = self._rescorer.search(query_D[None], len(positions_F))
-        rows, _ = self._fold(positions_F[places_1F[0]], scores_1F[0])
-        # These are cosines but for the rounding of what is stored: a few more entities, and then exactly. An entity's
-        # best image need not be among the candidates.
-        rows = rows[: 2 * wanted + _FEWEST]
-        positions_F = self._all_images(np.sort(rows))
+        places_F = places_1F[0]
+        # These are cosines but for the rounding of what is stored: a few more entities, and then exactly.
+        enough = 2 * wanted + _FEWEST
+        if len(self) == self.entity_count:
+            places_F = places_F[:enough]
+            return self._fold(positions_F[places_F], normalised(stored_FD[places_F]) @ query_D)
+        # An entity's best image need not be among the candidates.
+        rows, _ = self._fold(positions_F[places_F], scores_1F[0])
+        positions_F = self._all_images(np.sort(rows[:enough]))
         return self._fold(positions_F, self._embeddings.at(positions_F) @ query_D)
 
     def _fold(self, positions_F: Int64Array, scores_F: Float32Array) -> Found:

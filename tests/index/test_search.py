@@ -75,11 +75,24 @@ def test_exact_search_equals_the_slow_one(tmp_path: Path, rows_N: list[int], top
         assert np.all(rows_K[len(found) :] == -1)
 
 
+@pytest.mark.parametrize("images_each", [1, 2])
 @pytest.mark.parametrize(
-    "factory", ["HNSW16", "IVF8,Flat", "IVF8,PQ8x4fs,RFlat", "SQ8", "PCA16,Flat", "PQ12x4", "OPQ8,IVF4,PQ8x4"]
+    "factory",
+    [
+        "HNSW16",
+        "IVF8,Flat",
+        "IVF8,PQ8x4fs,RFlat",
+        "IVF8(SQfp16),PQ12x4fsr",
+        "SQ8",
+        "PCA16,Flat",
+        "PQ12x4",
+        "OPQ8,IVF4,PQ8x4",
+    ],
 )
-def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(tmp_path: Path, factory: str) -> None:
-    index, embeddings = make(tmp_path, [row for row in range(600) for _ in range(2)], factory=factory)
+def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(
+    tmp_path: Path, factory: str, images_each: int
+) -> None:
+    index, embeddings = make(tmp_path, [row for row in range(600) for _ in range(images_each)], factory=factory)
     queries_BD = queries(20)
     rows_BK, scores_BK = index.search(queries_BD, 10)
     overlap = 0
@@ -95,7 +108,7 @@ def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(tmp_path: 
 @pytest.mark.parametrize("allowed", [0, 1, 3, 60], ids=lambda count: f"{count} allowed")
 @pytest.mark.parametrize(
     "factory",
-    ["Flat", "HNSW16", "IVF8_HNSW32,PQ12x4fs", "IVF8(SQfp16),PQ12x4fs", "PQ12x4fs", "PQ12x4fs,RFlat", "PCA16,Flat"],
+    ["Flat", "HNSW16", "IVF8_HNSW32,PQ12x4fs", "IVF8(SQfp16),PQ12x4fsr", "PQ12x4fs", "PQ12x4fs,RFlat", "PCA16,Flat"],
 )
 @pytest.mark.parametrize("scanned_at_most", [0, 10_000], ids=["by the index", "by a scan"])
 def test_a_selection_is_exact_even_when_a_handful_pass(

@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import faiss
 import pytest
+
+from core.blas import kernels_for
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers"}
@@ -114,3 +117,36 @@ def test_onnx_runtime_reports_nothing(module: str, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "kernels"),
+    [
+        ("sse sse2 ssse3", None),
+        ("avx avx2 fma", "Haswell"),
+        ("avx avx2 fma avx512f avx512cd", "Haswell"),  # Knights Landing
+        ("avx2 fma avx512f avx512bw avx512cd avx512dq avx512vl amx_tile", "SkylakeX"),
+    ],
+)
+def test_kernels_by_what_a_processor_can_do(flags: str, kernels: str | None) -> None:
+    assert kernels_for(set(flags.split())) == kernels
+
+
+@pytest.mark.parametrize("given", [None, "Nehalem"])
+def test_faiss_multiplies_with_the_kernels_that_fit(given: str | None) -> None:
+    folder = Path(faiss.__file__).parent.parent / "faiss_cpu.libs"
+    libraries = sorted(folder.glob("libopenblas*.so"))
+    flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE) if libraries else None
+    wanted = given or (kernels_for(set(flags[1].split())) if flags else None)
+    if wanted is None:
+        pytest.skip("no OpenBLAS in faiss's wheel, or a processor that is left to it")
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    environment |= {"PYTHONPATH": str(ROOT)} | ({"OPENBLAS_CORETYPE": given} if given else {})
+    probe = (
+        "import ctypes, sys, index.search; blas = ctypes.CDLL(sys.argv[1]); "
+        "blas.openblas_get_corename.restype = ctypes.c_char_p; print(blas.openblas_get_corename().decode())"
+    )
+    command = [sys.executable, "-c", probe, str(libraries[0])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == wanted
