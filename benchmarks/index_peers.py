@@ -18,7 +18,8 @@ from usearch.index import Index as UsearchIndex
 from benchmarks.index_probe import overlap
 from benchmarks.timing import percentiles_ms
 from index.embeddings import Embeddings
-from index.tune import K, one_thread
+from index.factory import one_thread
+from index.tune import K
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from core.files import durable, sha256_file
 from index.choose import Targets, choose
 from index.embeddings import EmbeddingShards, Float32Array
-from index.factory import SEED, exact_lists, factory_index, gpu_count, train
+from index.factory import SEED, factory_index, fill, gpu_count, train
 from index.flat_file import is_flat, write_flat
 from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
 from index.search import EntityIndex
@@ -85,9 +85,7 @@ def build_index(
 def _fill(index: Any, embeddings: EmbeddingShards, factory: str, gpus: int, batches: Iterator[Float32Array]) -> None:
     train(index, embeddings, factory, gpus)
     _reserve(index, len(embeddings))
-    with exact_lists(index):
-        for embeddings_nD in batches:
-            index.add(embeddings_nD)
+    fill(index, batches)
 
 
 def _shown(embeddings: EmbeddingShards, progress: bool) -> Iterator[Float32Array]:

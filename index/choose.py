@@ -16,7 +16,7 @@ from tqdm import tqdm
 from core.errors import UserError
 from index.candidates import CpuCandidates
 from index.embeddings import Embeddings
-from index.factory import SEED, factory_index, train
+from index.factory import SEED, factory_index, fill, train
 from index.search import EntityIndex
 from index.tune import QUERIES, K, Point, cheapest, curve, exact_positions, held_out_queries
 
@@ -155,8 +155,7 @@ def _measure(candidate: Candidate, embeddings: Embeddings, size: int, recall: fl
     sample = Embeddings(embeddings.dim, [embeddings.stored(np.sort(drawn[:size]))], [np.arange(size)])
     index = factory_index(sample.dim, candidate.factory(size))
     train(index, sample, candidate.factory(size))
-    for part_SD in sample:
-        index.add(part_SD)
+    fill(index, sample)
     searched = EntityIndex(CpuCandidates(index), sample, {})
     return curve(searched, queries_QD, exact_positions(sample, queries_QD), recall)
 

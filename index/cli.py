@@ -20,8 +20,8 @@ _BUNDLE = click.Path(path_type=Path)
     "--factory",
     default="auto",
     show_default=True,
-    help="A faiss factory string, as Flat, HNSW32 or IVF256,SQ8; auto: the cheapest that meets the three targets, by "
-    "measurement: exact search if that does, else the smallest index.",
+    help="A faiss factory string, as Flat, HNSW32 or IVF256,SQ8; auto: the first that meets the three targets, by "
+    "measurement: exact search, lists of codes, codes alone or a graph.",
 )
 @click.option(
     "--budget-ms",

@@ -5,8 +5,8 @@ Shapes: S vectors to train on, L lists, D the embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import faiss
@@ -61,12 +61,33 @@ def train(index: Any, embeddings: Embeddings, factory: str, gpus: int = 0) -> No
                 raise RuntimeError(f"{lists} lists need as many embeddings")
             core.quantizer.train(sample_SD)
             core.quantizer.add(centroids(sample_SD, lists, gpus=gpus))
-        index.train(sample_SD)
+        # Codebooks of 16 entries are so soon made that threads would wait for each other, minutes on a busy machine.
+        small = isinstance(core, (faiss.IndexFastScan, faiss.IndexIVFFastScan))
+        with one_thread() if small else nullcontext():
+            index.train(sample_SD)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise UserError(
             f"factory {factory!r} cannot be trained on {len(sample_SD)} embeddings ({reason}); take a smaller one"
         ) from error
+
+
+def fill(index: Any, batches: Iterable[Float32Array]) -> None:
+    """Add embeddings [n, D] to a trained index, batch by batch."""
+    with exact_lists(index):
+        for embeddings_nD in batches:
+            index.add(embeddings_nD)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """faiss works on one thread within the block."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 @contextmanager

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import faiss
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from faiss.contrib.exhaustive_search import knn_ground_truth
 
 from index.embeddings import Embeddings
+from index.factory import one_thread
 from index.search import EntityIndex
 
 Float32Array = npt.NDArray[np.float32]
@@ -73,29 +73,18 @@ def curve(index: EntityIndex, queries_QD: Float32Array, truth_QK: Int64Array, re
     Where none gives it, with the least that gives about the most. Times are of one query on one thread.
     """
     points: list[Point] = []
-    with one_thread():
-        for effort in index.candidates.efforts():
-            point = _point(index, queries_QD, truth_QK, effort, recall)
-            points.append(replace(point, p50_ms=_p50_ms(index, queries_QD, point.parameters)))
-            best = cheapest(points, recall)
-            if best is not None and points[-1].p50_ms > _ONLY_COSTS * best.p50_ms:
-                break
+    for effort in index.candidates.efforts():
+        point = _point(index, queries_QD, truth_QK, effort, recall)
+        points.append(replace(point, p50_ms=_p50_ms(index, queries_QD, point.parameters)))
+        best = cheapest(points, recall)
+        if best is not None and points[-1].p50_ms > _ONLY_COSTS * best.p50_ms:
+            break
     return points
 
 
 def cheapest(points: Sequence[Point], recall: float) -> Point | None:
     """The quickest of those that reach a recall, None where none does."""
     return min((point for point in points if point.reaches(recall)), key=lambda point: point.p50_ms, default=None)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
 
 
 def _point(
@@ -131,8 +120,9 @@ def _ranks(positions_F: Int64Array, wanted_K: Int64Array) -> npt.NDArray[np.floa
 
 def _p50_ms(index: EntityIndex, queries_QD: Float32Array, parameters: Mapping[str, float]) -> float:
     taken_s: list[float] = []
-    for query_D in queries_QD[:_TIMED]:
-        started = time.perf_counter()
-        index.search(query_D[None], K, parameters)
-        taken_s.append(time.perf_counter() - started)
+    with one_thread():
+        for query_D in queries_QD[:_TIMED]:
+            started = time.perf_counter()
+            index.search(query_D[None], K, parameters)
+            taken_s.append(time.perf_counter() - started)
     return round(1000 * float(np.median(taken_s)), 3)

@@ -15,11 +15,11 @@ from index import gpu
 from index.build import build_index
 from index.candidates import CpuCandidates
 from index.embeddings import Embeddings, EmbeddingShards, write_shard
+from index.factory import one_thread
 from index.gpu import GpuCandidates, NotOnGpuError, equal_shares, placement, sharded_flat, shares
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
 from index.selection import Selection
-from index.tune import one_thread
 
 DIM = 16
 KEPT = gpu.SCRATCH_BYTES + gpu.RESERVED_BYTES
