@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar
 
@@ -214,21 +214,25 @@ def _server_timing(timings_ms: Mapping[str, float]) -> str:
     return ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings_ms.items())
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
     """Do `work` unless the client goes away first: then it is cancelled, and nothing is computed for nobody."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(request))
+    answering = asyncio.current_task()
+    assert answering is not None, "a request is answered in a task"
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        # The body has been read, so all that can still come is the news that the client has gone.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone = answering.cancel()
+
+    watching = asyncio.ensure_future(watch())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientDisconnect
-        return task.result()
+        return await work
+    except asyncio.CancelledError:
+        if gone and answering.uncancel() == 0:
+            raise ClientDisconnect from None
+        raise
     finally:
-        task.cancel()
-        gone.cancel()
-
-
-async def _disconnected(request: Request) -> None:
-    # The body has been read, so all that can still come is the news that the client has gone.
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+        watching.cancel()
