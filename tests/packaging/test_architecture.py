@@ -133,7 +133,8 @@ def test_kernels_by_what_a_processor_can_do(flags: str, kernels: str | None) -> 
 
 
 @pytest.mark.parametrize("given", [None, "Nehalem"])
-def test_faiss_multiplies_with_the_kernels_that_fit(given: str | None) -> None:
+@pytest.mark.parametrize("module", ["index.search", "model.negatives", "service.generation", "benchmarks.index_search"])
+def test_faiss_multiplies_with_the_kernels_that_fit(module: str, given: str | None) -> None:
     folder = Path(faiss.__file__).parent.parent / "faiss_cpu.libs"
     libraries = sorted(folder.glob("libopenblas*.so"))
     flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE) if libraries else None
@@ -143,7 +144,7 @@ def test_faiss_multiplies_with_the_kernels_that_fit(given: str | None) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
     environment |= {"PYTHONPATH": str(ROOT)} | ({"OPENBLAS_CORETYPE": given} if given else {})
     probe = (
-        "import ctypes, sys, index.search; blas = ctypes.CDLL(sys.argv[1]); "
+        f"import ctypes, sys, {module}; blas = ctypes.CDLL(sys.argv[1]); "
         "blas.openblas_get_corename.restype = ctypes.c_char_p; print(blas.openblas_get_corename().decode())"
     )
     command = [sys.executable, "-c", probe, str(libraries[0])]
