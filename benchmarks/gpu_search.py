@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+
+# isort: split
 import click
 import faiss
 import numpy as np

@@ -17,6 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+
+# isort: split
 import faiss
 import numpy as np
 

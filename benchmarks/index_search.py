@@ -9,6 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+
+# isort: split
 import click
 import faiss
 import numpy as np

@@ -105,5 +105,4 @@ def test_a_peers_server_needs_nothing_of_this_project_but_the_decoder() -> None:
     done = subprocess.run(
         [sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=environments.ROOT
     )
-    # But for `core`, which brings nothing: faiss's BLAS takes the kernels that fit for peers as for the service.
-    assert not {"index", "service", "imaging", "torch", "httpx"} & set(done.stdout.split())
+    assert not {"index", "service", "core", "imaging", "torch", "httpx"} & set(done.stdout.split())
