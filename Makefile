@@ -37,9 +37,9 @@ system:  ## what the tests need of the system: redis-server, chromium, nodejs, n
 
 node: $(NODE_MODULES)
 
-test: system $(ALL)  ## all set-up, then every test (ARGS go to pytest)
+test: system $(ALL)  ## all set-up, then every test, files beside each other on up to four cores (ARGS go to pytest)
 	@$(MAKE) --no-print-directory node
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: $(ALL)  ## what CI runs: ruff, mypy, then make test
 	@$(MAKE) --no-print-directory lint

@@ -65,7 +65,7 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     finally:
-        process.kill()
+        process.terminate()  # killed outright, nginx would leave its workers behind
         process.wait(TIMEOUT_S)
 
 
