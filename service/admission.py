@@ -45,10 +45,11 @@ class Admission:
 
     def refuse_if_full(self, images: int) -> None:
         """Raises `TooManyRequests` where there is no room for `images`."""
-        room = self.room
+        rate = self._rate()
+        room = self._room(rate)
         if self.in_flight + images > room:
             self._on_refusal(images)
-            wait_s = self.retry_after_s(images)
+            wait_s = self._wait_s(images, room, rate)
             raise TooManyRequests(
                 f"{self.in_flight} images are being answered, {room} is the limit now; try again in {wait_s} s",
                 retry_after_s=wait_s,
@@ -57,10 +58,7 @@ class Admission:
     @property
     def room(self) -> int:
         """Images that may be in flight now."""
-        rate = self._rate()
-        if rate is None or not math.isfinite(self._deadline_s):
-            return self._limit
-        return min(self._limit, max(self._always, int(rate * self._deadline_s * _SHARE_OF_DEADLINE)))
+        return self._room(self._rate())
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
@@ -83,10 +81,17 @@ class Admission:
     def retry_after_s(self, images: int) -> int:
         """Whole seconds until there is room for `images`, by the rate at which images left in the last seconds."""
         rate = self._rate()
+        return self._wait_s(images, self._room(rate), rate)
+
+    def _room(self, rate: float | None) -> int:
+        if rate is None or not math.isfinite(self._deadline_s):
+            return self._limit
+        return min(self._limit, max(self._always, int(rate * self._deadline_s * _SHARE_OF_DEADLINE)))
+
+    def _wait_s(self, images: int, room: int, rate: float | None) -> int:
         if rate is None:
             return 1
-        excess = self.in_flight + images - self.room
-        return min(max(math.ceil(excess / rate), 1), _MAX_RETRY_AFTER_S)
+        return min(max(math.ceil((self.in_flight + images - room) / rate), 1), _MAX_RETRY_AFTER_S)
 
     def _rate(self) -> float | None:
         """Images a second while there was something to do, in the last seconds of that; None where that was too short.

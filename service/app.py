@@ -15,7 +15,6 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
 
 from core.errors import TooManyRequests, Unavailable, UserError
 from imaging import readable_types
@@ -24,13 +23,14 @@ from service.fetch import Fetcher
 from service.keys import AdminToken, ApiKeys
 from service.metrics import Metrics
 from service.middleware import RequestContext
+from service.protocol import Head
 from service.rate_limit import Rate, RateLimiter
 from service.recognizer import Recognizer
 from service.redis_link import RedisLink
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 
-_RECOGNITION = frozenset(("/recognize", "/recognize/batch"))
+_RECOGNITION = frozenset((b"/recognize", b"/recognize/batch"))
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
 
@@ -105,15 +105,15 @@ def create_app(
     return app
 
 
-def early_refusal(app: FastAPI, scope: Scope) -> TooManyRequests | None:
+def early_refusal(app: FastAPI, head: Head) -> TooManyRequests | None:
     """Why a request for recognition is refused before the app is asked, None where it is to be asked.
 
     In a flood most of the work is in saying no. What the app would add to the answer, or a trace of it, it does itself.
     """
     recognizer: Recognizer | None = app.state.recognizer
-    if recognizer is None or scope["method"] != "POST" or scope["path"] not in _RECOGNITION:
+    if recognizer is None or head.method != b"POST" or head.target.partition(b"?")[0] not in _RECOGNITION:
         return None
-    if app.state.tracing is not None or any(name == b"origin" for name, _ in scope["headers"]):
+    if app.state.tracing is not None or any(name == b"origin" for name, _ in head.headers):
         return None
     try:
         recognizer.admission.refuse_if_full(1)

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from core.errors import BadRequest, HeadTooLarge, SlowRequest, UserError
+from core.errors import BadRequest, HeadTooLarge, SlowRequest, TooManyRequests, UserError
 from service.metrics import Metrics
-from service.middleware import note_request, request_id_of, with_common_headers
+from service.middleware import new_request_id, note_request, request_id_of, with_common_headers
 from service.problems import problem_response
 
 MAX_HEAD_BYTES = 64 * 1024
+_ANY_ID = "0" * 32  # stands for an id of a request where answers are prepared
+
+
+class Head(NamedTuple):
+    """The head of a request, as far as it decides whether it is refused before there is a request to the app."""
+
+    method: bytes
+    target: bytes  # path and query
+    headers: Sequence[tuple[bytes, bytes]]  # names in lower case
 
 
 class BoundedHttp(HttpToolsProtocol):
@@ -31,7 +40,7 @@ class BoundedHttp(HttpToolsProtocol):
         self,
         *arguments: Any,
         timeout_s: float,
-        refuse: Callable[[Scope], UserError | None],
+        refuse: Callable[[Head], TooManyRequests | None],
         metrics_of: Callable[[], Metrics],
         **named: Any,
     ) -> None:
@@ -43,6 +52,7 @@ class BoundedHttp(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._in_head = True
         self._head_bytes = 0
+        self._refused = False  # the request whose body is coming
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -55,41 +65,66 @@ class BoundedHttp(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
-            self._start_timer()
         super().data_received(data)
-        if self._in_head and self._head_bytes > MAX_HEAD_BYTES:
-            self._refuse(HeadTooLarge(f"the head of the request is over {MAX_HEAD_BYTES} bytes; send less"))
+        if not self._in_head:
+            if self._answered:
+                self._start_timer()  # answered before all of the body had come: the rest has its time, too
+        elif self._head_bytes:
+            self._start_timer()
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(HeadTooLarge(f"the head of the request is over {MAX_HEAD_BYTES} bytes; send less"))
+        elif self._answered and self.timeout_keep_alive_task is None and not self.transport.is_closing():
+            # uvicorn counts the idle time from an answer, and no longer once the rest of a body came after it.
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    @property
+    def _answered(self) -> bool:
+        return self._refused or self.cycle is None or self.cycle.response_complete
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
+        if self.cycle is None or self.cycle.response_complete:
+            refusal = self._refuse_early(Head(self.parser.get_method(), self.url, self.headers))
+            if refusal is not None:
+                self._answer_refused(refusal)
+                return
         super().on_headers_complete()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _answer_refused(self, error: TooManyRequests) -> None:
         started_at = time.monotonic()
-        scope = cast(Scope, cycle.scope)
-        error = self._refuse_early(scope)
-        if error is None:
-            super()._start_asgi_task(cycle, app)
-            return
-        request_id = request_id_of(scope)
-        self._write(error, request_id, keep_alive=cycle.keep_alive)
-        cycle.response_started = cycle.response_complete = True
-        if not cycle.keep_alive:
+        self._refused = True
+        self.server_state.total_requests += 1
+        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
+        request_id = request_id_of(self.headers)
+        if len(request_id) == len(_ANY_ID):
+            around_id = _refusal_around_id(error.detail, error.retry_after_s, keep_alive)
+            self._write(error.status, request_id.encode().join(around_id))
+        else:
+            self._write(error.status, _rendered(error, request_id, keep_alive))
+        if not keep_alive:
             self.transport.close()
-        self.on_response_complete()
+        path = self.url.partition(b"?")[0].decode("ascii")
+        self.scope["method"], self.scope["path"] = "POST", path
         elapsed_s = time.monotonic() - started_at
-        note_request(self._metrics_of(), scope, scope["path"], request_id, error.status, elapsed_s)
+        note_request(self._metrics_of(), cast(Scope, self.scope), path, request_id, error.status, elapsed_s)
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
 
     def on_message_complete(self) -> None:
-        super().on_message_complete()
+        if not self._refused:
+            super().on_message_complete()
         self._stop_timer()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head, self._head_bytes, self._refused = True, 0, False
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if not self._in_head:
-            self._start_timer()  # answered before all of the body had come: the rest has its time, too
+            self._start_timer()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(BadRequest("this is no HTTP request that can be read; check what sends it"))
@@ -113,13 +148,25 @@ class BoundedHttp(HttpToolsProtocol):
     def _refuse(self, error: UserError) -> None:
         """Answer in place of the app and close. Without a word where an answer to an earlier request is under way."""
         if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
-            self._write(error, uuid.uuid4().hex, keep_alive=False)
+            self._write(error.status, _rendered(error, new_request_id(), keep_alive=False))
         self.transport.close()
 
-    def _write(self, error: UserError, request_id: str, *, keep_alive: bool) -> None:
-        response = problem_response(error, request_id)
-        headers = [*self.server_state.default_headers, *with_common_headers(response.raw_headers, request_id)]
-        if not keep_alive and "connection" not in response.headers:
-            headers.append((b"connection", b"close"))
-        lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-        self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + bytes(response.body))
+    def _write(self, status: int, rest: bytes) -> None:
+        default = b"".join(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers)
+        self.transport.write(STATUS_LINE[status] + default + rest)
+
+
+def _rendered(error: UserError, request_id: str, keep_alive: bool) -> bytes:
+    """The answer to an error, but for what comes first: the status and the headers that all answers have."""
+    response = problem_response(error, request_id)
+    headers = with_common_headers(response.raw_headers, request_id)
+    if not keep_alive and "connection" not in response.headers:
+        headers.append((b"connection", b"close"))
+    lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+    return lines + b"\r\n" + bytes(response.body)
+
+
+@lru_cache(maxsize=128)
+def _refusal_around_id(detail: str, retry_after_s: float, keep_alive: bool) -> list[bytes]:
+    """What `_rendered` gives for a refusal, cut where its id stands, which is as long as `_ANY_ID`."""
+    return _rendered(TooManyRequests(detail, retry_after_s=retry_after_s), _ANY_ID, keep_alive).split(_ANY_ID.encode())

@@ -6,6 +6,7 @@ import re
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -113,26 +114,107 @@ def test_a_full_queue_is_a_429_that_says_when(serve, small_bundle, encoder, imag
         assert ask(service, images[3]).status_code == 200
 
 
-def test_a_refusal_before_the_app_says_all_that_one_by_the_app_says(serve, small_bundle, encoder, images, caplog):
+@pytest.mark.parametrize("own_id", [{"X-Request-ID": "mine"}, {"X-Request-ID": "0" * 32}, {}])
+def test_a_refusal_before_the_app_says_all_that_one_by_the_app_says(
+    serve, small_bundle, encoder, images, caplog, own_id
+):
     caplog.set_level("INFO", "wikiclip.access")
     one_place = {"queue_limit": 1, "max_batch_images": 1, "cors_origins": ("https://a.example",)}
     with serve(small_bundle, encoder=encoder, **one_place) as service, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, service, images[0])
         assert encoder.entered.acquire(timeout=TIMEOUT_S)
-        headers = {"Content-Type": "image/png", "X-Request-ID": "mine"}
-        early = service.post("/recognize", content=images[1], headers=headers)
+        headers = {"Content-Type": "image/png", **own_id}
+        early = [service.post("/recognize", content=images[1], headers=headers) for _ in range(2)]
         # To a page from elsewhere the app itself has to say it: with the headers that let the page read it.
         late = service.post("/recognize", content=images[1], headers={**headers, "Origin": "https://a.example"})
-        assert early.status_code == late.status_code == 429
-        assert early.json() == late.json()
-        assert early.json()["request_id"] == "mine"
         assert "access-control-allow-origin" in late.headers
-        assert set(early.headers) == {name for name in late.headers if not name.startswith(("access-control", "vary"))}
+        only_late = {"access-control-allow-origin", "access-control-expose-headers", "vary"}
+        for refused in (*early, late):
+            assert refused.status_code == 429
+            problem = refused.json()
+            request_id = problem.pop("request_id")
+            assert refused.headers["x-request-id"] == request_id == own_id.get("X-Request-ID", request_id)
+            assert problem == {name: value for name, value in late.json().items() if name != "request_id"}
+            assert set(refused.headers) | only_late == set(late.headers) | only_late
+            assert refused.headers["retry-after"] == late.headers["retry-after"]
+        if not own_id:
+            assert len({refused.headers["x-request-id"] for refused in (*early, late)}) == 3
         assert service.get("/livez").status_code == 200  # by the same connection, after the body that nobody read
-        until(service, 'wikiclip_requests_total{route="/recognize",status="429"}', 2.0)
+        until(service, 'wikiclip_requests_total{route="/recognize",status="429"}', 3.0)
         encoder.gate.set()
         assert first.result(TIMEOUT_S).status_code == 200
-    assert [record.getMessage() for record in caplog.records].count("POST /recognize 429") == 2
+    assert [record.getMessage() for record in caplog.records].count("POST /recognize 429") == 3
+
+
+def answer_on(connection: socket.socket) -> bytes:
+    """The next answer that comes: all of it, its head and its body."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        received += (chunk := connection.recv(65536))
+        assert chunk, received
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(re.search(rb"content-length: (\d+)", head.lower()).group(1))
+    while len(body) < length:
+        body += (chunk := connection.recv(65536))
+        assert chunk, received
+    assert len(body) == length
+    return head
+
+
+def test_whatever_comes_after_a_refusal_is_understood(serve, small_bundle, encoder, images):
+    form = b"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
+    sized = form + b"Content-Length: 8\r\n"
+    asks = {
+        "in one piece": [sized + b"\r\n12345678"],
+        "its body apart": [sized + b"\r\n", b"1234", b"5678"],
+        "its head apart": [form[:40], form[40:] + b"Content-Length: 8\r\n\r\n123", b"45678"],
+        "chunked": [form + b"Transfer-Encoding: chunked\r\n\r\n4\r\n", b"1234\r\n", b"0\r\n\r\n"],
+        "by another path": [sized.replace(b"/recognize", b"/r%65cognize") + b"\r\n12345678"],
+        "empty": [form + b"Content-Length: 0\r\n\r\n"],
+    }
+    with (
+        serve(small_bundle, encoder=encoder, queue_limit=1, max_batch_images=1) as service,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(ask, service, images[0])
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        with socket.create_connection((service.base_url.host, service.base_url.port), TIMEOUT_S) as connection:
+            for name, pieces in asks.items():
+                for piece in pieces:
+                    connection.sendall(piece)
+                assert answer_on(connection).startswith(b"HTTP/1.1 429 "), name
+            connection.sendall(sized + b"\r\n12345678" + b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")  # a pipeline
+            received = b""
+            while not received.endswith(b'{"status":"alive"}'):
+                received += (chunk := connection.recv(65536))
+                assert chunk, received
+            assert received.startswith(b"HTTP/1.1 429 ")
+            connection.sendall(sized + b"Connection: close\r\n\r\n12345678")
+            assert b"connection: close" in answer_on(connection)
+            assert connection.recv(1) == b""
+        encoder.gate.set()
+        assert first.result(TIMEOUT_S).status_code == 200
+
+
+def test_who_was_answered_before_all_was_sent_and_then_says_nothing_is_let_go(serve, small_bundle, encoder, images):
+    head = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 8\r\n\r\n"
+    with (
+        serve(small_bundle, encoder=encoder, queue_limit=1, max_batch_images=1) as service,
+        ThreadPoolExecutor(1) as pool,
+        ExitStack() as opened,
+    ):
+        first = pool.submit(ask, service, images[0])
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        address = (service.base_url.host, service.base_url.port)
+        connections = [opened.enter_context(socket.create_connection(address, TIMEOUT_S)) for _ in range(2)]
+        for connection, path, status in zip(connections, (b"/recognize", b"/nowhere"), (b"429", b"404"), strict=True):
+            connection.sendall(head % path)
+            assert answer_on(connection).startswith(b"HTTP/1.1 " + status)
+            connection.sendall(b"12345678")
+        # By uvicorn's keep-alive timeout; what never came would be an error of the socket's own timeout.
+        assert [connection.recv(1) for connection in connections] == [b"", b""]
+        encoder.gate.set()
+        assert first.result(TIMEOUT_S).status_code == 200
 
 
 def test_a_client_that_leaves_frees_its_place_and_is_not_computed_for(serve, small_bundle, encoder, images):
