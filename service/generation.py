@@ -63,7 +63,7 @@ class Generation:
         self.engine = Engine(
             self.encoder,
             self._snapshot.entities,
-            max_batch=settings.max_batch,
+            max_batch=settings.batch_limit(self.encoder.device),
             queue_limit=settings.queue_limit,
             # OpenMP keeps the number of threads for each calling thread.
             on_start=lambda: faiss.omp_set_num_threads(settings.thread_count),
@@ -281,5 +281,5 @@ def _open_file(bundle: Bundle, file: str, preprocessing: Preprocessing, settings
         embedding_dim=bundle.manifest.embedding_dim,
         device=settings.device,
         threads=settings.thread_count,
-        max_batch=settings.max_batch,
+        max_batch=settings.batch_limit("cuda"),  # on a CPU it makes no buckets
     )

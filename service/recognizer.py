@@ -73,7 +73,7 @@ class Recognizer:
         self.metrics = Metrics()
         self.admission = Admission(
             settings.queue_limit,
-            always=max(settings.max_batch, settings.max_batch_images),
+            always=max(settings.batch_limit("cuda"), settings.max_batch_images),
             deadline_s=settings.deadline_ms / 1000,
             on_refusal=partial(self.metrics.count_images, "full"),
         )
@@ -200,8 +200,8 @@ class Recognizer:
         """Recognise images in batches, in order. A bad image gives its error in its place and spoils no other."""
         options = options or RecognizeOptions()
         answers: list[Recognition | UserError] = []
-        chunk = min(2 * self.settings.max_batch, self.settings.queue_limit)
         with self.hold() as snapshot:
+            chunk = min(2 * self.settings.batch_limit(snapshot.generation.encoder.device), self.settings.queue_limit)
             for start in range(0, len(images), chunk):
                 answers += self._recognize_chunk(snapshot, images[start : start + chunk], options)
         return answers

@@ -17,6 +17,7 @@ from service.rate_limit import Rate
 
 ENV_PREFIX = "WIKICLIP_"
 MILVUS = "milvus:"
+_BATCH, _BATCH_A_THREAD = 32, 8  # images encoded at once, at most; the latter on a CPU
 
 _SECRET = frozenset(("admin_token", "api_keys", "index", "redis_url"))  # their values are never told
 
@@ -63,7 +64,10 @@ class Settings(BaseSettings):
     redis_timeout_ms: int = Field(
         default=100, ge=1, description="Milliseconds that Redis may take; then a request goes on without it."
     )
-    max_batch: int = Field(default=32, ge=1, le=1024, description="Images encoded at once, at most.")
+    max_batch: int = Field(
+        default=0, ge=0, le=1024,
+        description="Images encoded at once, at most; 0 is 32 on a GPU, and 8 a thread up to 32 on a CPU.",
+    )  # fmt: skip
     max_batch_images: int = Field(
         default=32, ge=1, le=1024, description="Images in one POST /recognize/batch, at most."
     )
@@ -192,6 +196,11 @@ class Settings(BaseSettings):
     @property
     def thread_count(self) -> int:
         return self.threads or _cores()
+
+    def batch_limit(self, device: str) -> int:
+        """Images encoded at once on `cuda` or `cpu`, at most. On a CPU more than a few a thread gain nothing: what the
+        network computes on the way then falls out of the cache."""
+        return self.max_batch or (_BATCH if device == "cuda" else min(_BATCH, _BATCH_A_THREAD * self.thread_count))
 
     @property
     def decode_thread_count(self) -> int:

@@ -40,7 +40,7 @@ def until(service, name: str, value: float) -> None:
 
 
 def test_requests_that_wait_are_encoded_together(serve, small_bundle, encoder, images):
-    with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(11) as pool:
+    with serve(small_bundle, encoder=encoder, max_batch=32) as service, ThreadPoolExecutor(11) as pool:
         first = pool.submit(ask, service, images[0])
         assert encoder.entered.acquire(timeout=TIMEOUT_S)
         others = [pool.submit(ask, service, image) for image in images[1:]]
@@ -48,6 +48,17 @@ def test_requests_that_wait_are_encoded_together(serve, small_bundle, encoder, i
         encoder.gate.set()
         assert all(each.result(TIMEOUT_S).status_code == 200 for each in (first, *others))
     assert encoder.sizes == [1, len(images) - 1]
+
+
+def test_no_more_than_a_few_a_thread_are_encoded_together_on_a_cpu(serve, small_bundle, encoder, images):
+    with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(11) as pool:
+        asked = [pool.submit(ask, service, images[0])]
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        asked += [pool.submit(ask, service, image) for image in images[1:]]
+        until(service, "wikiclip_queue_images", len(images) - 1.0)
+        encoder.gate.set()
+        assert all(each.result(TIMEOUT_S).status_code == 200 for each in asked)
+    assert encoder.sizes == [1, 8, len(images) - 9]
 
 
 def test_equal_images_at_the_same_time_are_encoded_once(serve, small_bundle, encoder, images):

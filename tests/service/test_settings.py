@@ -28,6 +28,21 @@ def test_lists_are_separated_by_commas(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("given", "device", "limit"),
+    [
+        ({"threads": 1}, "cpu", 8),
+        ({"threads": 3}, "cpu", 24),
+        ({"threads": 64}, "cpu", 32),
+        ({"threads": 1}, "cuda", 32),
+        ({"threads": 1, "max_batch": 100}, "cpu", 100),
+        ({"threads": 1, "max_batch": 4}, "cuda", 4),
+    ],
+)
+def test_how_many_images_are_encoded_at_once(given, device, limit):
+    assert Settings(**given).batch_limit(device) == limit
+
+
+@pytest.mark.parametrize(
     ("name", "value", "said"),
     [
         ("PORT", "high", "port (WIKICLIP_PORT) is 'high'"),
