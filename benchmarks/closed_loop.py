@@ -6,7 +6,6 @@ core it has goes into asking.
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import subprocess
@@ -18,8 +17,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from benchmarks.plain_http import Connection, request_bytes
+
 BOUNDARY = "wikiclip-benchmark-boundary"
 TIMEOUT_S = 60.0
+OK = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +67,13 @@ def body_of(image: bytes, field: str | None) -> tuple[bytes, str]:
 
 class _Loop:
     def __init__(self, job: Job) -> None:
-        self._url = urlsplit(job.url)
-        self._path = self._url.path + (f"?{self._url.query}" if self._url.query else "")
-        self._bodies = [body_of(Path(path).read_bytes(), job.field) for path in job.images]
+        url = urlsplit(job.url)
+        assert url.hostname is not None
+        assert url.port is not None
+        self._address = url.hostname, url.port
+        target = url.path + (f"?{url.query}" if url.query else "")
+        bodies = [body_of(Path(path).read_bytes(), job.field) for path in job.images]
+        self._requests = [request_bytes(target, content_type, body) for body, content_type in bodies]
         self._lock = threading.Lock()
         self._next = 0
         self._counts_from = time.perf_counter() + job.warm_up_s
@@ -76,23 +82,19 @@ class _Loop:
         self.failures: dict[str, int] = {}
 
     def ask_until_over(self) -> None:
-        assert self._url.hostname is not None
-        connection = http.client.HTTPConnection(self._url.hostname, self._url.port, timeout=TIMEOUT_S)
+        connection = Connection(*self._address, TIMEOUT_S)
         while time.perf_counter() < self._ends:
             with self._lock:
-                body, content_type = self._bodies[self._next % len(self._bodies)]
+                request = self._requests[self._next % len(self._requests)]
                 self._next += 1
             started = time.perf_counter()
             failure: str | None = None
             try:
-                connection.request("POST", self._path, body, {"Content-Type": content_type})
-                answer = connection.getresponse()
-                answer.read()
-                if answer.status != http.client.OK:
-                    failure = str(answer.status)
-            except (OSError, http.client.HTTPException) as error:
+                status = connection.ask(request)
+                if status != OK:
+                    failure = str(status)
+            except (OSError, ValueError) as error:
                 failure = type(error).__name__
-                connection.close()
             ended = time.perf_counter()
             if self._counts_from <= ended < self._ends:
                 with self._lock:

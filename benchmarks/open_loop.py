@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.plain_http import HEAD_END, read_head, request_bytes
+
 TIMEOUT_S = 60.0
 MOST_BEHIND_S = 0.2  # of arrivals that are due
 
@@ -70,12 +72,10 @@ class _Connections:
         keep = False
         try:
             writer.write(request)
-            head = (await reader.readuntil(b"\r\n\r\n")).lower()
-            lines = head.split(b"\r\n")
-            length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
-            await reader.readexactly(length)
-            keep = b"connection: close" not in lines
-            return int(head.split(b" ", 2)[1]), any(line.startswith(b"retry-after:") for line in lines)
+            answered = read_head((await reader.readuntil(HEAD_END)).removesuffix(HEAD_END))
+            await reader.readexactly(answered.body_bytes)
+            keep = answered.keeps_open
+            return answered.status, answered.says_when
         finally:
             if keep:
                 self._idle.append((reader, writer))
@@ -99,11 +99,10 @@ async def _run(job: dict[str, Any]) -> list[Sent]:
     async def one() -> None:
         unique = next(number)
         body = images[unique % len(images)] + unique.to_bytes(8, "big")  # a decoder stops before it
-        head = f"POST /{path} HTTP/1.1\r\nHost: a\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n\r\n"
         at = time.perf_counter()
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                status, retry_after = await connections.ask(head.encode() + body)
+                status, retry_after = await connections.ask(request_bytes(f"/{path}", "image/jpeg", body))
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             status, retry_after = 0, False
         sent.append(Sent(at - started, 1000 * (time.perf_counter() - at), status, retry_after))

@@ -20,6 +20,7 @@ from service.middleware import new_request_id, note_request, request_id_of, with
 from service.problems import problem_response
 
 MAX_HEAD_BYTES = 64 * 1024
+_BODY_BYTES = 1024**2  # of a body that are kept before the app is told of them
 _ANY_ID = "0" * 32  # stands for an id of a request where answers are prepared
 
 
@@ -112,8 +113,12 @@ class BoundedHttp(HttpToolsProtocol):
         note_request(self._metrics_of(), cast(Scope, self.scope), path, request_id, error.status, elapsed_s)
 
     def on_body(self, body: bytes) -> None:
-        if not self._refused:
-            super().on_body(body)
+        if self._answered:
+            return
+        self.cycle.body += body
+        if len(self.cycle.body) > _BODY_BYTES:
+            self.flow.pause_reading()
+            self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
         if not self._refused:
