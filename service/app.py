@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +16,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core.errors import TooManyRequests, Unavailable, UserError
 from imaging import readable_types
@@ -30,9 +32,24 @@ from service.redis_link import RedisLink
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 
-_RECOGNITION = frozenset((b"/recognize", b"/recognize/batch"))
+_RECOGNITION = {route.path: route for route in routes.recognition.routes if isinstance(route, routes.DirectRoute)}
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
+
+
+class _App(FastAPI):
+    """FastAPI, around which requests for recognition go: a dozen layers of it do nothing for them, and have to be
+    fetched into the cache anew after each pass of the encoder."""
+
+    direct: Mapping[str, ASGIApp] = MappingProxyType({})  # by path, for POST
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        direct = self.direct.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        if direct is None or _has_origin(scope["headers"]):
+            await super().__call__(scope, receive, send)
+        else:
+            scope["app"] = self
+            await direct(scope, receive, send)
 
 
 def create_app(
@@ -68,7 +85,7 @@ def create_app(
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    app = FastAPI(
+    app = _App(
         title="WikiCLIP Serve",
         summary="Which entity of Wikipedia is in this picture.",
         version=version("wikiclip-serve"),
@@ -93,6 +110,11 @@ def create_app(
     _add_pages(app)
     # The last one added is the outermost: what goes wrong within still gets its CORS headers.
     app.add_middleware(RequestContext, metrics_of=partial(metrics_of, app), tracing=tracing)
+    if tracing is None:
+        app.direct = {
+            path: RequestContext(route.as_app(), metrics_of=partial(metrics_of, app))
+            for path, route in _RECOGNITION.items()
+        }
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -111,15 +133,21 @@ def early_refusal(app: FastAPI, head: Head) -> TooManyRequests | None:
     In a flood most of the work is in saying no. What the app would add to the answer, or a trace of it, it does itself.
     """
     recognizer: Recognizer | None = app.state.recognizer
-    if recognizer is None or head.method != b"POST" or head.target.partition(b"?")[0] not in _RECOGNITION:
+    path = head.target.partition(b"?")[0].decode("latin-1")
+    if recognizer is None or head.method != b"POST" or path not in _RECOGNITION:
         return None
-    if app.state.tracing is not None or any(name == b"origin" for name, _ in head.headers):
+    if app.state.tracing is not None or _has_origin(head.headers):
         return None
     try:
         recognizer.admission.refuse_if_full(1)
     except TooManyRequests as refusal:
         return refusal.with_traceback(None)  # it would hold whoever holds it, until the collector comes
     return None
+
+
+def _has_origin(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    """Whether a page asks: then the app has to say whether it may read the answer."""
+    return any(name == b"origin" for name, _ in headers)
 
 
 def _limiter(settings: Settings) -> RateLimiter | None:

@@ -112,12 +112,12 @@ def unexpected_response(request_id: str) -> Response:
 
 def install(app: FastAPI) -> None:
     """Make `app` answer our own errors, the framework's and failed parameter checks alike."""
-    app.add_exception_handler(WikiclipError, _on_wikiclip_error)
+    app.add_exception_handler(WikiclipError, on_wikiclip_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_parameter)
 
 
-async def _on_wikiclip_error(request: Request, error: Exception) -> Response:
+async def on_wikiclip_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, WikiclipError)
     if error.status >= 500:
         log.warning("%s: %s", type(error).__name__, error, extra={"request_id": request.state.request_id})

@@ -12,11 +12,12 @@ from fastapi import APIRouter, Depends, Query, Request
 from fastapi.routing import APIRoute
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core.errors import BadRequest, NotFound, TooManyRequests, Unavailable, WikiclipError
 from imaging import readable_types
 from index.store import StoredEntity
-from service import schemas
+from service import problems, schemas
 from service.answers import Recognition
 from service.body import ImageUrl, image_of, images_of, read_body
 from service.fetch import Fetcher
@@ -45,6 +46,21 @@ class DirectRoute(APIRoute):
             return response
 
         return answer
+
+    def as_app(self) -> ASGIApp:
+        """The route by itself, as it answers within the framework but for what that wraps around every request."""
+        answer = self.get_route_handler()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            scope["route"] = self
+            request = Request(scope, receive, send)
+            try:
+                response = await answer(request)
+            except WikiclipError as error:
+                response = await problems.on_wikiclip_error(request, error)
+            await response(scope, receive, send)
+
+        return app
 
 
 router = APIRouter(dependencies=[Depends(require_key)])
