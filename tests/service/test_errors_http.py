@@ -88,6 +88,21 @@ def test_a_bad_request_is_refused_and_the_next_is_served(service, giraffe, name)
     assert after.json()["predictions"][0]["entity_id"] == "Q15083"
 
 
+@pytest.mark.parametrize("name", ["nothing wrong", "a text file", "a form that ends early", "top_k of 0", "a URL"])
+def test_who_asks_from_a_page_is_told_what_others_are(service, giraffe, name):
+    """A request with an `Origin` takes the way through the framework, others go around it."""
+    request, status, _ = REFUSED.get(name, (post(giraffe), 200, ""))
+    from_a_page = {**request, "headers": {**request["headers"], "Origin": "https://a.example"}}
+    told = [service.post(**each) for each in (request, from_a_page)]
+    assert [answer.status_code for answer in told] == [status] * 2
+    own = {"request_id", "timings_ms", "cached"}
+    assert len({json.dumps({k: v for k, v in answer.json().items() if k not in own}) for answer in told}) == 1
+    named = [set(answer.headers) for answer in told]
+    assert named[0] == named[1]
+    unlike = {"date", "x-request-id", "server-timing", "content-length"}
+    assert len({json.dumps({k: v for k, v in answer.headers.items() if k not in unlike}) for answer in told}) == 1
+
+
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
