@@ -59,6 +59,8 @@ _MET_BY_REQUESTS: tuple[type[WikiclipError], ...] = (
     DeadlineExceeded,
 )
 
+KNOWN: tuple[type[Exception], ...] = (WikiclipError, HTTPException, RequestValidationError)
+
 log = logging.getLogger("wikiclip.service")
 
 
@@ -112,20 +114,27 @@ def unexpected_response(request_id: str) -> Response:
 
 def install(app: FastAPI) -> None:
     """Make `app` answer our own errors, the framework's and failed parameter checks alike."""
-    app.add_exception_handler(WikiclipError, on_wikiclip_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid_parameter)
+    for kind in KNOWN:
+        app.add_exception_handler(kind, answer_to)
 
 
-async def on_wikiclip_error(request: Request, error: Exception) -> Response:
+async def answer_to(request: Request, error: Exception) -> Response:
+    """The answer to an error of one of the `KNOWN` kinds."""
+    if isinstance(error, HTTPException):
+        return _to_http_error(request, error)
+    if isinstance(error, RequestValidationError):
+        return _to_invalid_parameter(request, error)
     assert isinstance(error, WikiclipError)
+    return _to_wikiclip_error(request, error)
+
+
+def _to_wikiclip_error(request: Request, error: WikiclipError) -> Response:
     if error.status >= 500:
         log.warning("%s: %s", type(error).__name__, error, extra={"request_id": request.state.request_id})
     return problem_response(error, request.state.request_id)
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _to_http_error(request: Request, error: HTTPException) -> Response:
     title = HTTPStatus(error.status_code).phrase
     detail = {404: "no such page here; /docs lists what there is", 405: "this path takes other methods; see Allow"}
     body = {
@@ -138,8 +147,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return _response(body, error.headers)
 
 
-async def _on_invalid_parameter(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+def _to_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
     reasons = (f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors())
     body = {
         "type": "/docs#problem-bad-parameter",

@@ -23,7 +23,6 @@ from service.body import ImageUrl, image_of, images_of, read_body
 from service.fetch import Fetcher
 from service.generation import Snapshot
 from service.keys import require_key
-from service.problems import problem_of
 from service.query import options_of, query_parameters
 from service.rate_limit import RateLimiter, client_name
 from service.recognizer import Recognizer
@@ -56,8 +55,8 @@ class DirectRoute(APIRoute):
             request = Request(scope, receive, send)
             try:
                 response = await answer(request)
-            except WikiclipError as error:
-                response = await problems.on_wikiclip_error(request, error)
+            except problems.KNOWN as error:
+                response = await problems.answer_to(request, error)
             await response(scope, receive, send)
 
         return app
@@ -134,7 +133,7 @@ async def recognize_batch(request: Request) -> Response:
                 raise image
             return {"request_id": request_id, **_answer(await recognizer.recognize(image, options, snapshot))}
         except WikiclipError as error:
-            return problem_of(error, request_id)
+            return problems.problem_of(error, request_id)
 
     async def all_results(snapshot: Snapshot) -> list[dict[str, Any]]:
         return await asyncio.gather(*(result(image, snapshot) for image in images))
