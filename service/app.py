@@ -133,8 +133,7 @@ def early_refusal(app: FastAPI, head: Head) -> TooManyRequests | None:
     In a flood most of the work is in saying no. What the app would add to the answer, or a trace of it, it does itself.
     """
     recognizer: Recognizer | None = app.state.recognizer
-    path = head.target.partition(b"?")[0].decode("latin-1")
-    if recognizer is None or head.method != b"POST" or path not in _RECOGNITION:
+    if recognizer is None or head.method != b"POST" or head.path.decode("latin-1") not in _RECOGNITION:
         return None
     if app.state.tracing is not None or _has_origin(head.headers):
         return None

@@ -31,6 +31,10 @@ class Head(NamedTuple):
     target: bytes  # path and query
     headers: Sequence[tuple[bytes, bytes]]  # names in lower case
 
+    @property
+    def path(self) -> bytes:
+        return self.target.partition(b"?")[0]
+
 
 class BoundedHttp(HttpToolsProtocol):
     """A connection must bring a whole head within `timeout_s` of its first byte, the first head of connecting, or it is
@@ -88,18 +92,21 @@ class BoundedHttp(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         if self.cycle is None or self.cycle.response_complete:
-            refusal = self._refuse_early(Head(self.parser.get_method(), self.url, self.headers))
+            head = Head(self.parser.get_method(), self.url, self.headers)
+            refusal = self._refuse_early(head)
             if refusal is not None:
-                self._answer_refused(refusal)
+                self._answer_refused(head, refusal)
                 return
         super().on_headers_complete()
 
-    def _answer_refused(self, error: TooManyRequests) -> None:
+    def _answer_refused(self, head: Head, error: TooManyRequests) -> None:
         started_at = time.monotonic()
         self._refused = True
         self.server_state.total_requests += 1
-        keep_alive = self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive()
-        request_id = request_id_of(self.headers)
+        # Who waits to be told to send a body may send it or not: what comes next would be anybody's guess.
+        may_go_on = self.parser.get_http_version() != "1.0" and not self.expect_100_continue
+        keep_alive = may_go_on and self.parser.should_keep_alive()
+        request_id = request_id_of(head.headers)
         if len(request_id) == len(_ANY_ID):
             around_id = _refusal_around_id(error.detail, error.retry_after_s, keep_alive)
             self._write(error.status, request_id.encode().join(around_id))
@@ -107,8 +114,8 @@ class BoundedHttp(HttpToolsProtocol):
             self._write(error.status, _rendered(error, request_id, keep_alive))
         if not keep_alive:
             self.transport.close()
-        path = self.url.partition(b"?")[0].decode("ascii")
-        self.scope["method"], self.scope["path"] = "POST", path
+        path = head.path.decode("ascii")
+        self.scope["method"], self.scope["path"] = head.method.decode("ascii"), path
         elapsed_s = time.monotonic() - started_at
         note_request(self._metrics_of(), cast(Scope, self.scope), path, request_id, error.status, elapsed_s)
 

@@ -200,9 +200,18 @@ def test_whatever_comes_after_a_refusal_is_understood(serve, small_bundle, encod
                 received += (chunk := connection.recv(65536))
                 assert chunk, received
             assert received.startswith(b"HTTP/1.1 429 ")
-            connection.sendall(sized + b"Connection: close\r\n\r\n12345678")
-            assert b"connection: close" in answer_on(connection)
-            assert connection.recv(1) == b""
+        last_ones = {
+            "told so": sized + b"Connection: close\r\n\r\n12345678",
+            "of old": sized.replace(b"HTTP/1.1", b"HTTP/1.0") + b"\r\n12345678",
+            "waiting to be asked for its body": sized + b"Expect: 100-continue\r\n\r\n",
+        }
+        for name, last in last_ones.items():
+            with socket.create_connection((service.base_url.host, service.base_url.port), TIMEOUT_S) as connection:
+                connection.sendall(last)
+                head = answer_on(connection)
+                assert head.startswith(b"HTTP/1.1 429 "), name
+                assert b"connection: close" in head, name
+                assert connection.recv(1) == b"", name
         encoder.gate.set()
         assert first.result(TIMEOUT_S).status_code == 200
 
