@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,7 +22,6 @@ from benchmarks.plain_http import Connection, request_bytes
 
 BOUNDARY = "wikiclip-benchmark-boundary"
 TIMEOUT_S = 60.0
-OK = 200
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class _Loop:
             failure: str | None = None
             try:
                 status = connection.ask(request)
-                if status != OK:
+                if status != HTTPStatus.OK:
                     failure = str(status)
             except (OSError, ValueError) as error:
                 failure = type(error).__name__

@@ -32,24 +32,30 @@ from service.redis_link import RedisLink
 from service.settings import Settings
 from service.tracing import Tracing, open_tracing
 
-_RECOGNITION = {route.path: route for route in routes.recognition.routes if isinstance(route, routes.DirectRoute)}
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
 
 
-class _App(FastAPI):
+class App(FastAPI):
     """FastAPI, around which requests for recognition go: a dozen layers of it do nothing for them, and have to be
     fetched into the cache anew after each pass of the encoder."""
 
     direct: Mapping[str, ASGIApp] = MappingProxyType({})  # by path, for POST
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        direct = self.direct.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        if direct is None or _has_origin(scope["headers"]):
+        is_http = scope["type"] == "http"
+        around = self.around(scope["method"], scope["path"], scope["headers"]) if is_http else None
+        if around is None:
             await super().__call__(scope, receive, send)
         else:
             scope["app"] = self
-            await direct(scope, receive, send)
+            await around(scope, receive, send)
+
+    def around(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> ASGIApp | None:
+        """What answers a request by itself, None where the layers are needed, as they are for a page that asks: they
+        say whether it may read the answer. Names of headers are in lower case."""
+        direct = self.direct.get(path) if method == "POST" else None
+        return None if direct is None or any(name == b"origin" for name, _ in headers) else direct
 
 
 def create_app(
@@ -57,7 +63,7 @@ def create_app(
     recognizer: Recognizer | None = None,
     fetcher: Fetcher | None = None,
     tracing: Tracing | None = None,
-) -> FastAPI:
+) -> App:
     """The service. Without a recogniser it opens the bundle of `settings` when it starts; without a fetcher it fetches
     images by URL as `settings` allow, and without tracing it traces as they say.
 
@@ -85,7 +91,7 @@ def create_app(
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    app = _App(
+    app = App(
         title="WikiCLIP Serve",
         summary="Which entity of Wikipedia is in this picture.",
         version=version("wikiclip-serve"),
@@ -100,7 +106,6 @@ def create_app(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
     app.state.rate_limiter = limiter
-    app.state.tracing = tracing
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     problems.install(app)
     app.include_router(routes.recognition)
@@ -112,8 +117,9 @@ def create_app(
     app.add_middleware(RequestContext, metrics_of=partial(metrics_of, app), tracing=tracing)
     if tracing is None:
         app.direct = {
-            path: RequestContext(route.as_app(), metrics_of=partial(metrics_of, app))
-            for path, route in _RECOGNITION.items()
+            route.path: RequestContext(route.as_app(), metrics_of=partial(metrics_of, app))
+            for route in routes.recognition.routes
+            if isinstance(route, routes.DirectRoute)
         }
     if settings.cors_origins:
         app.add_middleware(
@@ -127,26 +133,19 @@ def create_app(
     return app
 
 
-def early_refusal(app: FastAPI, head: Head) -> TooManyRequests | None:
+def early_refusal(app: App, head: Head) -> TooManyRequests | None:
     """Why a request for recognition is refused before the app is asked, None where it is to be asked.
 
     In a flood most of the work is in saying no. What the app would add to the answer, or a trace of it, it does itself.
     """
     recognizer: Recognizer | None = app.state.recognizer
-    if recognizer is None or head.method != b"POST" or head.path.decode("latin-1") not in _RECOGNITION:
-        return None
-    if app.state.tracing is not None or _has_origin(head.headers):
+    if recognizer is None or app.around(head.method.decode("ascii"), head.path.decode("latin-1"), head.headers) is None:
         return None
     try:
         recognizer.admission.refuse_if_full(1)
     except TooManyRequests as refusal:
         return refusal.with_traceback(None)  # it would hold whoever holds it, until the collector comes
     return None
-
-
-def _has_origin(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether a page asks: then the app has to say whether it may read the answer."""
-    return any(name == b"origin" for name, _ in headers)
 
 
 def _limiter(settings: Settings) -> RateLimiter | None:

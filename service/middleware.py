@@ -92,10 +92,8 @@ class RequestContext:
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """The id that the client gave, where it is a plain one, else a new one. Names of headers are in lower case."""
-    for name, value in headers:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return value.decode("ascii")
-    return new_request_id()
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return given.decode("ascii") if _REQUEST_ID.fullmatch(given) else new_request_id()
 
 
 def new_request_id() -> str:

@@ -57,7 +57,6 @@ class BoundedHttp(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._in_head = True
         self._head_bytes = 0
-        self._refused = False  # the request whose body is coming
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -86,12 +85,13 @@ class BoundedHttp(HttpToolsProtocol):
 
     @property
     def _answered(self) -> bool:
-        return self._refused or self.cycle is None or self.cycle.response_complete
+        """Whether nothing is being answered: what was refused early has no cycle of its own."""
+        return self.cycle is None or self.cycle.response_complete
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         self._stop_timer()
-        if self.cycle is None or self.cycle.response_complete:
+        if self._answered:
             head = Head(self.parser.get_method(), self.url, self.headers)
             refusal = self._refuse_early(head)
             if refusal is not None:
@@ -101,7 +101,6 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _answer_refused(self, head: Head, error: TooManyRequests) -> None:
         started_at = time.monotonic()
-        self._refused = True
         self.server_state.total_requests += 1
         # Who waits to be told to send a body may send it or not: what comes next would be anybody's guess.
         may_go_on = self.parser.get_http_version() != "1.0" and not self.expect_100_continue
@@ -128,10 +127,10 @@ class BoundedHttp(HttpToolsProtocol):
             self.cycle.message_event.set()
 
     def on_message_complete(self) -> None:
-        if not self._refused:
+        if not self._answered:
             super().on_message_complete()
         self._stop_timer()
-        self._in_head, self._head_bytes, self._refused = True, 0, False
+        self._in_head, self._head_bytes = True, 0
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -159,7 +158,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _refuse(self, error: UserError) -> None:
         """Answer in place of the app and close. Without a word where an answer to an earlier request is under way."""
-        if not self.transport.is_closing() and (self.cycle is None or self.cycle.response_complete):
+        if not self.transport.is_closing() and self._answered:
             self._write(error.status, _rendered(error, new_request_id(), keep_alive=False))
         self.transport.close()
 

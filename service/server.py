@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import cast
 
 import uvicorn
-from fastapi import FastAPI
 
 from core.errors import UserError
-from service.app import create_app, early_refusal, metrics_of
+from service.app import App, create_app, early_refusal, metrics_of
 from service.logs import configure_logging
 from service.protocol import BoundedHttp
 from service.recognizer import Recognizer
@@ -50,7 +49,7 @@ def _spare_collections() -> None:
     gc.set_threshold(_ALLOCATIONS, 10, 10)
 
 
-def server_config(settings: Settings, app: FastAPI) -> uvicorn.Config:
+def server_config(settings: Settings, app: App) -> uvicorn.Config:
     """How uvicorn is to serve the app."""
     # On SIGTERM what was accepted is answered: it may have an image to fetch first, then a deadline to meet.
     finish_ms = settings.deadline_ms + (settings.url_timeout_ms if settings.url_allowlist else 0)
