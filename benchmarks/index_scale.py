@@ -47,13 +47,10 @@ class Scale:
         """Rising, the last one all; whole shards but for that."""
         return [*(size for size in _SIZES if self.growth and size < self.vectors), self.vectors]
 
-    def peers(self, size: int) -> list[str]:
-        """The names of those to be built at that size."""
-        return [
-            name
-            for name in index_peers.PEERS
-            if size <= (self.usearch_up_to if name == "usearch" else self.peers_up_to)
-        ]
+    def sizes_of(self, peer: str) -> list[int]:
+        """Those at which the peer of that name is measured."""
+        most = self.usearch_up_to if peer == "usearch" else self.peers_up_to
+        return [size for size in self.sizes if size <= most]
 
 
 def measure_scale(like: Bundle, scale: Scale, work: Path) -> dict[str, Any]:
@@ -63,13 +60,27 @@ def measure_scale(like: Bundle, scale: Scale, work: Path) -> dict[str, Any]:
     shutil.rmtree(work, ignore_errors=True)
     try:
         made_bundle.write_embeddings(whole / EMBEDDINGS_FOLDER, scale.vectors, scale.dim, progress=True)
-        sizes = [_at_size(size, whole, like, scale, work, threads) for size in tqdm(scale.sizes, desc="size")]
-        return {"vectors": scale.vectors, "dim": scale.dim, "targets": vars(TARGETS), "sizes": sizes}
+        found = {}
+        asked = {}
+        for size in tqdm(scale.sizes, desc="size"):
+            found[size], asked[size] = _at_size(size, whole, like, scale, work)
+        embeddings = EmbeddingShards(whole / EMBEDDINGS_FOLDER, scale.dim)
+        for name in tqdm(index_peers.PEERS, desc="peer"):
+            sizes = scale.sizes_of(name)
+            stages = [asked[size] for size in sizes]
+            measured = index_peers.measure_growth(name, embeddings, stages, threads=threads, repeats=scale.repeats)
+            for size, figures in zip(sizes, measured, strict=True):
+                found[size].setdefault("peers", {})[name] = figures
+                _tell({"vectors": size, name: figures})
+        return {"vectors": scale.vectors, "dim": scale.dim, "targets": vars(TARGETS), "sizes": [*found.values()]}
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _at_size(size: int, whole: Path, like: Bundle, scale: Scale, work: Path, threads: int) -> dict[str, Any]:
+def _at_size(
+    size: int, whole: Path, like: Bundle, scale: Scale, work: Path
+) -> tuple[dict[str, Any], index_peers.Asked]:
+    """The figures of the chosen index, and what it was asked."""
     folder = whole
     if size != scale.vectors:
         folder = work / f"first-{size}"
@@ -83,17 +94,14 @@ def _at_size(size: int, whole: Path, like: Bundle, scale: Scale, work: Path, thr
     truth_QK = exact_positions(embeddings, queries_QD)
     np.savez(work / "queries.npz", queries=queries_QD, truth=truth_QK)
     found: dict[str, Any] = {"vectors": size, **_described(manifest), **_opened(folder, work / "queries.npz")}
-    if peers := scale.peers(size):
-        found["peers"] = {
-            name: index_peers.measure_peer(
-                name, embeddings, queries_QD, truth_QK, threads=threads, repeats=scale.repeats
-            )
-            for name in tqdm(peers, desc="peers")
-        }
     if folder != whole:
         shutil.rmtree(folder)
-    click.echo(json.dumps(found), err=True)  # a long run that is stopped has not been for nothing
-    return found
+    _tell(found)
+    return found, index_peers.Asked(size, queries_QD, truth_QK)
+
+
+def _tell(figures: dict[str, Any]) -> None:
+    click.echo(json.dumps(figures), err=True)  # a long run that is stopped has not been for nothing
 
 
 def _described(manifest: IndexManifest) -> dict[str, Any]:

@@ -41,6 +41,8 @@ _ERRORS: dict[int, type[UserError]] = {
 }
 _RETRIED_STATUSES = (429, 503)
 _FAILURES = (httpx.TransportError, httpx.InvalidURL)
+# Nobody there, or gone before the answer was whole: asking changes nothing, so it may be asked again.
+_RETRIED_FAILURES = (httpx.NetworkError, httpx.RemoteProtocolError)
 _FIRST_PAUSE_S = 0.2
 _MAX_PAUSE_S = 60.0
 
@@ -50,8 +52,9 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 class Client:
     """Asks a service at `base_url`. Safe for several threads. Close it when done, or use `with`.
 
-    A refusal for want of room (429, 503) and a failed connection are tried again up to `retries` times, after the time
-    that `Retry-After` tells or else after 0.2 s, doubling each time. `api_key` is for a service that wants one.
+    A refusal for want of room (429, 503) and a connection that fails or breaks off, even within an answer, are tried
+    again up to `retries` times, after the time that `Retry-After` tells or else after 0.2 s, doubling each time.
+    `api_key` is for a service that wants one.
     """
 
     def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5, api_key: str | None = None) -> None:
@@ -147,7 +150,7 @@ class _Attempts:
         self.pause_s = self._next_pause_s * random.uniform(0.8, 1.2)
         self._next_pause_s = min(2 * self._next_pause_s, _MAX_PAUSE_S)
         if isinstance(outcome, Exception):
-            if self._left < 0 or not isinstance(outcome, httpx.ConnectError):
+            if self._left < 0 or not isinstance(outcome, _RETRIED_FAILURES):
                 raise Unavailable(f"{self._base_url} cannot be asked ({outcome}); is the service running?") from outcome
             return None
         if outcome.is_success:

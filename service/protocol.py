@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from core.errors import BadRequest, HeadTooLarge, SlowRequest, TooManyRequests, UserError
 from service.metrics import Metrics
@@ -98,6 +98,8 @@ class BoundedHttp(HttpToolsProtocol):
                 self._answer_refused(head, refusal)
                 return
         super().on_headers_complete()
+        if self.scope["method"] != "HEAD":
+            self.cycle.transport = _HeadWithBody(self.cycle)
 
     def _answer_refused(self, head: Head, error: TooManyRequests) -> None:
         started_at = time.monotonic()
@@ -165,6 +167,37 @@ class BoundedHttp(HttpToolsProtocol):
     def _write(self, status: int, rest: bytes) -> None:
         default = b"".join(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers)
         self.transport.write(STATUS_LINE[status] + default + rest)
+
+
+class _HeadWithBody(asyncio.Transport):
+    """What an answer is written to: its head goes out with the first piece of its body, where there is one to come.
+
+    Written by itself it wakes a client who cannot use it yet; and if the process is killed before the body, a proxy
+    that has passed the head on cannot ask elsewhere.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        super().__init__()
+        self._cycle = cycle
+        self._connection = cycle.transport
+        self._head: bytes | None = None
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        if not self._cycle.response_started:
+            self._connection.write(data)  # 100 Continue
+        elif self._head is None:
+            self._head = data
+        elif self._head:
+            self._connection.write(self._head + data)
+            self._head = b""
+        else:
+            self._connection.write(data)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def is_closing(self) -> bool:
+        return self._connection.is_closing()
 
 
 def _rendered(error: UserError, request_id: str, keep_alive: bool) -> bytes:

@@ -46,7 +46,10 @@ def test_a_refusal_is_the_error_it_stands_for(service):
 
 @contextmanager
 def scripted(*answers: tuple[int, dict[str, str], object]) -> Iterator[tuple[str, list[float]]]:
-    """A server that gives these answers in turn; yields its URL and the times at which it was asked."""
+    """A server that gives these answers in turn, none for status 0; yields its URL and the times at which it was asked.
+
+    Each connection ends with its answer.
+    """
     left, asked_at = list(answers), []
 
     class Handler(BaseHTTPRequestHandler):
@@ -54,9 +57,11 @@ def scripted(*answers: tuple[int, dict[str, str], object]) -> Iterator[tuple[str
             self.rfile.read(int(self.headers["Content-Length"]))
             asked_at.append(time.monotonic())
             status, headers, content = left.pop(0)
+            if status == 0:
+                return
             body = json.dumps(content).encode()
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
@@ -125,6 +130,25 @@ def test_what_asking_again_cannot_help_is_not_asked_again(way):
         with pytest.raises(Unprocessable, match="bad"):
             recognize(url, b"x", way)
         assert len(asked_at) == 1
+
+
+BROKEN_OFF = 200, {"Content-Length": "9999"}, ANSWER
+
+
+@both
+@pytest.mark.parametrize("broken", [(0, {}, None), BROKEN_OFF])
+def test_who_is_gone_before_the_answer_is_whole_is_asked_again(way, broken):
+    with scripted(broken, (200, {}, ANSWER)) as (url, asked_at):
+        assert recognize(url, b"x", way).bundle == "b@1"
+    assert len(asked_at) == 2
+
+
+@both
+def test_an_answer_that_is_never_whole_is_an_error(way):
+    with scripted(*[BROKEN_OFF] * 2) as (url, asked_at):
+        with pytest.raises(Unavailable, match="is the service running"):
+            recognize(url, b"x", way, retries=1)
+        assert len(asked_at) == 2
 
 
 @pytest.mark.parametrize("answer", [(200, {}, {"hello": 1}), (404, {}, ["?"])])
