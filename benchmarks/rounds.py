@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.statistics import RESAMPLINGS, percentile_interval
+from benchmarks.statistics import median_interval
 
 _MOST_CALLS = 200  # of one thing in one round
 _REFERENCE_RUNS = 3
@@ -44,8 +44,7 @@ class Metric:
 
     def figures(self) -> dict[str, Any]:
         """Median, its 95 % interval (bootstrap), and every sample: what `wikiclip bench compare` reads."""
-        drawn = np.random.default_rng(0).choice(self.samples, (RESAMPLINGS, len(self.samples)))
-        low, high = percentile_interval(np.median(drawn, axis=1))
+        low, high = median_interval(self.samples)
         return {
             "median": _rounded(float(np.median(self.samples))),
             "interval": [_rounded(low), _rounded(high)],

@@ -3,6 +3,8 @@
 The service (cache off) and a loop that calls the same three functions, with no queue, no threads and no HTTP, take
 turns on the same cores, photographs and threads, so that what else the machine does falls on both. Once one request at
 a time, once as many as the cores can do; with the bundle's own encoder and, without `--smoke`, with a ViT-B/32 in int8.
+Both are started anew for each turn: where a process happens to lie in memory makes more of a difference than what is
+measured.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from benchmarks.photographs import write_photographs
 from benchmarks.plain_loop import run_loops
 from benchmarks.plots import Bar, bar_plot
 from benchmarks.server import ANSWERED, running_service, split_cores, thread_flags, told_metrics
+from benchmarks.statistics import median_interval
 from index.bundle import Bundle
 
 IMAGES = 16
-ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
+ROUNDS, SECONDS, WARM_UP_S = 8, 2.0, 0.5
 SMOKE_ROUNDS, SMOKE_SECONDS, SMOKE_WARM_UP_S = 1, 2.0, 0.5
 CONNECTIONS_A_CORE = 8  # enough that the service never waits for the next image
 # What is aimed at.
@@ -31,8 +34,9 @@ HEAVY_RATIO, TINY_ADDS_MS, SATURATED_SHARE = 1.05, 1.0, 0.95
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
-    """For each encoder the medians over rounds: p50 of loop and service and their difference and ratio, images a second
-    of both and the service's share, and the time of the processor that an image takes when full."""
+    """For each encoder the medians over rounds: p50 of loop and service and their difference and ratio (with 95 %
+    intervals), images a second of both and the service's share, and the time of the processor that an image takes when
+    full."""
     generator, service = split_cores()
     Bundle.open(bundle_path)  # what is wrong with it is said here, not by the service
     with tempfile.TemporaryDirectory() as folder:
@@ -60,43 +64,47 @@ def _compare(
     flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(service)))
     apart = [{core} for core in sorted(service)]
     rounds: list[dict[str, float]] = []
-    with running_service(bundle, *flags, "--log-level", "warning", cores=service) as url:
+    for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
+        loop = run_loops(bundle, images, work, [service], warm_up_s=warm_up_s, seconds=seconds)
+        with running_service(bundle, *flags, "--log-level", "warning", cores=service) as url:
 
-        def ask(connections: int) -> dict[str, Any]:
-            job = Job(
-                url=f"{url}/recognize?top_k=5", images=images, field=None, connections=connections,
-                warm_up_s=warm_up_s, seconds=seconds,
-            )  # fmt: skip
-            return run_job(job, work, generator)
+            def ask(connections: int, url: str = url) -> dict[str, Any]:
+                job = Job(
+                    url=f"{url}/recognize?top_k=5", images=images, field=None, connections=connections,
+                    warm_up_s=warm_up_s, seconds=seconds,
+                )  # fmt: skip
+                return run_job(job, work, generator)
 
-        for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
-            loop = run_loops(bundle, images, work, [service], warm_up_s=warm_up_s, seconds=seconds)
             alone = ask(1)
             before = _spent(url)
             full = ask(CONNECTIONS_A_CORE * len(service))
             after = _spent(url)
-            loops = loop
-            if len(apart) > 1:  # a loop on each core has them all busy all the time
-                loops = run_loops(bundle, images, work, apart, warm_up_s=warm_up_s, seconds=seconds)
-            rounds.append(
-                {
-                    "loop_p50_ms": loop["p50_ms"],
-                    "service_p50_ms": alone["p50_ms"],
-                    "adds_ms": alone["p50_ms"] - loop["p50_ms"],
-                    "ratio": alone["p50_ms"] / loop["p50_ms"],
-                    "decode_ms": loop["decode_ms"],
-                    "encode_ms": loop["encode_ms"],
-                    "search_ms": loop["search_ms"],
-                    "loop_per_s": loops["per_s"],
-                    "service_per_s": full["per_s"],
-                    "share": full["per_s"] / loops["per_s"],
-                    "loop_cpu_ms": loops["cpu_ms"],
-                    "service_cpu_ms": 1000 * (after[0] - before[0]) / (after[1] - before[1]),
-                    "service_p99_ms": full["p99_ms"],
-                    "failures": sum(full["failures"].values()) + sum(alone["failures"].values()),
-                }
-            )
-    return {key: round(float(np.median([each[key] for each in rounds])), 3) for key in rounds[0]}
+        loops = loop
+        if len(apart) > 1:  # a loop on each core has them all busy all the time
+            loops = run_loops(bundle, images, work, apart, warm_up_s=warm_up_s, seconds=seconds)
+        rounds.append(
+            {
+                "loop_p50_ms": loop["p50_ms"],
+                "service_p50_ms": alone["p50_ms"],
+                "adds_ms": alone["p50_ms"] - loop["p50_ms"],
+                "ratio": alone["p50_ms"] / loop["p50_ms"],
+                "decode_ms": loop["decode_ms"],
+                "encode_ms": loop["encode_ms"],
+                "search_ms": loop["search_ms"],
+                "loop_per_s": loops["per_s"],
+                "service_per_s": full["per_s"],
+                "share": full["per_s"] / loops["per_s"],
+                "loop_cpu_ms": loops["cpu_ms"],
+                "service_cpu_ms": 1000 * (after[0] - before[0]) / (after[1] - before[1]),
+                "service_p99_ms": full["p99_ms"],
+                "failures": sum(full["failures"].values()) + sum(alone["failures"].values()),
+            }
+        )
+    samples = {key: [each[key] for each in rounds] for key in rounds[0]}
+    medians = {key: round(float(np.median(values)), 3) for key, values in samples.items()}
+    return medians | {
+        f"{key}_interval": [round(end, 3) for end in median_interval(samples[key])] for key in ("adds_ms", "ratio")
+    }
 
 
 def _spent(url: str) -> tuple[float, float]:

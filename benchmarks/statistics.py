@@ -55,6 +55,12 @@ def percentile_interval(values_R: Floats) -> Interval:
     return float(low), float(high)
 
 
+def median_interval(samples: Sequence[float]) -> Interval:
+    """Of the median of samples, by resampling them."""
+    drawn = np.random.default_rng(0).choice(samples, (RESAMPLINGS, len(samples)))
+    return percentile_interval(np.median(drawn, axis=1))
+
+
 def auroc(positive: Any, negative: Any) -> float:
     """The area under the ROC curve: how often a positive value is above a negative one, a tie being half a win."""
     ordered = np.sort(np.asarray(negative, np.float64))

@@ -53,7 +53,7 @@ PARTS = (
     Part(name="claim", takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny")),
     Part(name="load", takes_s=130),
     Part(name="peers", takes_s=100, short=True),
-    Part(name="service", takes_s=110, smoke_s=14),
+    Part(name="service", takes_s=170, smoke_s=14),
     Part(name="index", takes_s=90),
     Part(name="export", takes_s=60),
     Part(name="overload", takes_s=240),
@@ -145,8 +145,9 @@ def _run(
     try:
         said, complained = process.communicate(timeout=max(most_s, 0.1))
     except subprocess.TimeoutExpired:
-        _end(process)
-        return f"stopped after {most_s:.0f} s, the time that was left"
+        said, complained = _end(process)
+        if process.returncode:  # else it had done all but end
+            return f"stopped after {most_s:.0f} s, the time that was left"
     except BaseException:
         _end(process)
         raise
@@ -162,15 +163,14 @@ def _heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """Have it end; what it said on both its streams."""
     for sign in (signal.SIGINT, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, sign)
-        try:
-            process.communicate(timeout=_GRACE_S)
-        except subprocess.TimeoutExpired:
-            continue
-        return
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=_GRACE_S)
+    raise RuntimeError(f"process {process.pid} does not end, though it was killed")
 
 
 def report(benchmarks: Mapping[str, str], outcome: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import cache
 
 import numpy as np
 from PIL import AvifImagePlugin, ExifTags, Image, JpegImagePlugin, features
@@ -66,6 +67,7 @@ _UPRIGHT = {
 }
 
 
+@cache
 def readable_types() -> tuple[str, ...]:
     """The media types that can be decoded here."""
     missing = {"image/avif": not features.check("avif"), "image/heic": pillow_heif is None}

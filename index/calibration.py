@@ -53,21 +53,22 @@ class Calibration:
 
         `background` is that of `background(...)`, over the whole catalog even where `scores` were filtered.
         """
-        _, total = self._none_and_total(scores, background)
-        return [math.exp(min(self.slope * score - total, 0.0)) for score in scores]
+        return self.judge(scores, background)[0]
 
     def known(self, scores: Sequence[float], background: float) -> float:
         """The probability that the right entity is among the best; 0 without any."""
-        none, total = self._none_and_total(scores, background)
-        return 1.0 - math.exp(none - total)
+        return self.judge(scores, background)[1]
 
     def abstains(self, known: float) -> bool:
         """Whether the entity is probably not in the catalog, by what `known` gave."""
         return known < self.abstain_below
 
-    def _none_and_total(self, scores: Sequence[float], background: float) -> tuple[float, float]:
+    def judge(self, scores: Sequence[float], background: float) -> tuple[list[float], float]:
+        """`confidences` and `known` at once."""
         none = self.none_offset + self.none_slope * background
-        return none, _log_sum_exp([none, *(self.slope * score for score in scores[: self.candidates])])
+        logits = [self.slope * score for score in scores]
+        total = _log_sum_exp([none, *logits[: self.candidates]])
+        return [math.exp(min(logit - total, 0.0)) for logit in logits], 1.0 - math.exp(none - total)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -184,7 +185,7 @@ def _maximum_likelihood(scores_NK: Float64Array, right_NK: BoolArray) -> tuple[f
 
 def _log_sum_exp(values: Sequence[float]) -> float:
     most = max(values)
-    return most + math.log(sum(math.exp(value - most) for value in values))
+    return most + math.log(sum([math.exp(value - most) for value in values]))
 
 
 def _log_sum_exp_rows(values_NC: Float64Array) -> Float64Array:

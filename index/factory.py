@@ -5,6 +5,7 @@ Shapes: S vectors to train on, L lists, D the embedding width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -23,6 +24,7 @@ POINTS_PER_LIST = 40  # as many as faiss asks for
 _ITERATIONS = 10
 _TWO_LEVELS_FROM = 2048  # lists
 _MOST_POINTS = 100_000  # where there are no lists
+_IN_ITS_SOURCE = re.compile(r"^Error in .+? at \S+:\d+: (Error: )?")
 
 
 def factory_index(dim: int, factory: str) -> Any:
@@ -30,10 +32,15 @@ def factory_index(dim: int, factory: str) -> Any:
     try:
         return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
+        reason = faiss_reason(error)
         raise UserError(
             f"faiss cannot make factory {factory!r} for width {dim} ({reason}); see faiss's guide to factory strings"
         ) from error
+
+
+def faiss_reason(error: RuntimeError) -> str:
+    """What faiss says is wrong, without where in its own source it is said."""
+    return _IN_ITS_SOURCE.sub("", str(error).splitlines()[-1])
 
 
 def gpu_count(device: str) -> int:
@@ -66,7 +73,7 @@ def train(index: Any, embeddings: Embeddings, factory: str, gpus: int = 0) -> No
         with one_thread() if small else nullcontext():
             index.train(sample_SD)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1]
+        reason = faiss_reason(error)
         raise UserError(
             f"factory {factory!r} cannot be trained on {len(sample_SD)} embeddings ({reason}); take a smaller one"
         ) from error

@@ -23,6 +23,7 @@ import numpy as np
 from core.errors import UserError
 from index.candidates import BoolArray, Candidates, CpuCandidates, Float32Array, Int64Array, list_efforts
 from index.embeddings import Embeddings
+from index.factory import faiss_reason
 
 SCRATCH_BYTES = 512 * 1024**2  # of each GPU for faiss's intermediate results; by itself it would take up to 1.5 GiB
 RESERVED_BYTES = 2 * 1024**3  # of each GPU for ONNX Runtime, whose arena grows with the batches
@@ -206,7 +207,7 @@ def _failures_told() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise NotOnGpuError(str(error).splitlines()[-1]) from error
+        raise NotOnGpuError(faiss_reason(error)) from error
 
 
 def _resources() -> Any:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from core.errors import BundleAltered
 from index.candidates import Candidates
 from index.embeddings import Embeddings, EmbeddingShards, normalised
+from index.factory import faiss_reason
 from index.gpu import placement
 from index.selection import Selection
 
@@ -80,8 +81,9 @@ class EntityIndex:
             # Mapped where faiss can, so that several processes share one copy.
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise BundleAltered(f"{path} is no index ({reason}); build it again with `wikiclip index`") from error
+            raise BundleAltered(
+                f"{path} is no index ({faiss_reason(error)}); build it again with `wikiclip index`"
+            ) from error
         if index.d != embeddings.dim or index.ntotal != len(embeddings):
             raise BundleAltered(
                 f"the index holds {index.ntotal} embeddings of width {index.d}, the bundle {len(embeddings)} "

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,8 @@ from index.selection import Selection
 _IDLE_BEAT_S = 1.0
 _DEATHS_IN_A_ROW = 3
 _SEARCHED_TOGETHER = 128  # a job that wants more results than this is searched alone: it would slow the others
+
+Scalar = TypeVar("Scalar", bound=np.generic)
 
 log = logging.getLogger("wikiclip.engine")
 
@@ -262,7 +264,7 @@ class Engine:
         embeddings: dict[int, npt.NDArray[np.float32]] = {}
         if to_encode:
             encoded_BD = self._encoder.encode(
-                np.stack([job.pixels_HW3 for job in to_encode if job.pixels_HW3 is not None])
+                _stacked([job.pixels_HW3 for job in to_encode if job.pixels_HW3 is not None])
             )
             embeddings = {id(job): encoded_BD[place] for place, job in enumerate(to_encode)}
             self._on_batch(len(to_encode))
@@ -270,7 +272,7 @@ class Engine:
         patch_tokens: dict[int, npt.NDArray[np.float32]] = {}
         if explained:
             tokens_BPC = self._encoder.patch_tokens(
-                np.stack([job.pixels_HW3 for job in explained if job.pixels_HW3 is not None])
+                _stacked([job.pixels_HW3 for job in explained if job.pixels_HW3 is not None])
             )
             patch_tokens = {id(job): tokens_BPC[place] for place, job in enumerate(explained)}
         encoded_at = time.monotonic()
@@ -278,12 +280,12 @@ class Engine:
         anyway: dict[int, npt.NDArray[np.float32]] = {}
         for group in _search_groups([job for job in batch if job.anyway], selected=False):
             _, scores_BK = group[0].index.search(
-                np.stack([queries[id(job)] for job in group]), max(job.top_k for job in group), selection=None
+                _stacked([queries[id(job)] for job in group]), max(job.top_k for job in group), selection=None
             )
             anyway |= {id(job): scores_K[: job.top_k] for job, scores_K in zip(group, scores_BK, strict=True)}
         results: list[tuple[_Job, Found]] = []
         for group in _search_groups(batch):
-            queries_BD = np.stack([queries[id(job)] for job in group])
+            queries_BD = _stacked([queries[id(job)] for job in group])
             began_at = time.monotonic()
             rows_BK, scores_BK = group[0].index.search(
                 queries_BD, max(job.top_k for job in group), selection=group[0].selection
@@ -307,6 +309,11 @@ class Engine:
         # Only now, when nothing can fail any more: a job has one outcome.
         for job, found in results:
             job.future.set_result(found)
+
+
+def _stacked(arrays: Sequence[npt.NDArray[Scalar]]) -> npt.NDArray[Scalar]:
+    """`np.stack`, without a copy of what is alone."""
+    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
 
 
 def _search_groups(batch: Sequence[_Job], *, selected: bool = True) -> list[list[_Job]]:

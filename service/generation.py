@@ -6,8 +6,6 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -133,17 +131,15 @@ class Generation:
                 f"{self.bundle.path} does not answer for a blank image ({error}); export it again"
             ) from error
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep it open while the block runs. Only for who knows that it is open now."""
+    def hold(self) -> None:
+        """Keep it open until it is let go as often as it was held. Only for who knows that it is open now."""
         with self._free:
             self._holders += 1
-        try:
-            yield
-        finally:
-            with self._free:
-                self._holders -= 1
-                self._free.notify_all()
+
+    def let_go(self) -> None:
+        with self._free:
+            self._holders -= 1
+            self._free.notify_all()
 
     def retire(self, timeout_s: float) -> None:
         """Close it as soon as nobody holds it, without waiting for that. Nobody new may hold it from now on."""

@@ -64,8 +64,8 @@ class Joiner:
         confidences: Sequence[float | None] = [None] * len(scores)
         known: float | None = None
         if self._calibration is not None:
-            confidences = [round(each, 6) for each in self._calibration.confidences(scores, background)]
-            known = round(self._calibration.known(scores, background), 6)
+            sure, probably_known = self._calibration.judge(scores, background)
+            confidences, known = [round(each, 6) for each in sure], round(probably_known, 6)
         shown = [
             (entity, score, confidence)
             for entity, score, confidence in zip(first, scores, confidences, strict=False)  # `first` are fewer

@@ -12,7 +12,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +54,7 @@ class Passage:
         self._snapshot, self._options = snapshot, options
         self._decoders, self._lookups = decoders, lookups
         self._max_pixels = max_pixels
-        self._held = ExitStack()
+        self._holds = False
 
     def begin(self, image: bytes | npt.NDArray[np.float32]) -> Future[Callable[[], Passed]]:
         """Set out with the bytes of an image, or with its embedding [D]; once. Call what the future gives.
@@ -64,7 +63,8 @@ class Passage:
         calls holds the generation.
         """
         result = self._result
-        self._held.enter_context(self._snapshot.generation.hold())
+        self._snapshot.generation.hold()
+        self._holds = True
         if self._options.types:
             self._do_in(self._lookups, self._select, image)
         else:
@@ -113,7 +113,7 @@ class Passage:
 
         def found(ended: Future[Found]) -> None:
             if ended.cancelled():
-                self._held.close()
+                self._let_go()
             elif (error := ended.exception()) is not None:
                 self._end(error)
             elif self._snapshot.joiner.at_hand(ended.result(), self._options):
@@ -151,15 +151,20 @@ class Passage:
     def _do(self, stage: Callable[..., None], *arguments: Any) -> None:
         """Do a stage, unless nobody waits for it any more."""
         if self._result.cancelled():
-            self._held.close()
+            self._let_go()
             return
         try:
             stage(*arguments)
         except Exception as error:
             self._end(error)
 
+    def _let_go(self) -> None:
+        if self._holds:
+            self._holds = False
+            self._snapshot.generation.let_go()
+
     def _end(self, outcome: Callable[[], Passed] | BaseException) -> None:
-        self._held.close()
+        self._let_go()
         result = self._result
         del self._result  # which knows of this, too: nothing is left to the collector
         if result.set_running_or_notify_cancel():

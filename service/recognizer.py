@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -132,11 +132,13 @@ class Recognizer:
     @contextmanager
     def hold(self) -> Iterator[Snapshot]:
         """What answers now, kept open and as it is while the block runs, even if another takes its place."""
-        with ExitStack() as held:
-            with self._switch:
-                generation = self._current
-                held.enter_context(generation.hold())
+        with self._switch:
+            generation = self._current
+            generation.hold()
+        try:
             yield generation.snapshot()
+        finally:
+            generation.let_go()
 
     async def swap(self, bundle: Path | str) -> Generation:
         """Load another bundle (a folder or a URI) beside the one that answers, check it, and let it answer from now on.
@@ -246,14 +248,14 @@ class Recognizer:
         return replace(recognition, timings_ms={**recognition.timings_ms, "total": total_ms})
 
     async def edit(self, snapshot: Snapshot, change: Callable[[], Future[Edit]]) -> Edit:
-        """What a change to the entities gives, within the deadline of a request; `change` gives it to a worker.
+        """What a change to the entities gives, within the deadline of a request; `change` gives it to a worker. The
+        caller holds `snapshot`.
 
         Raises what the change does, or `DeadlineExceeded`: then it may have been made or not.
         """
-        held = ExitStack()
-        held.enter_context(snapshot.generation.hold())
         pending = change()
-        pending.add_done_callback(lambda _: held.close())
+        snapshot.generation.hold()
+        pending.add_done_callback(lambda _: snapshot.generation.let_go())
         try:
             async with asyncio.timeout(self.settings.deadline_ms / 1000):
                 return await asyncio.wrap_future(pending)

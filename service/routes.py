@@ -30,6 +30,8 @@ from service.tracing import timed
 
 T = TypeVar("T")
 
+_FIELDS = [field.name for field in fields(Recognition)]
+
 
 class DirectRoute(APIRoute):
     """A route whose function takes the request and reads from it what it needs, behind the same key as the others.
@@ -214,7 +216,7 @@ async def _count(request: Request, images: int) -> None:
 
 def _answer(recognition: Recognition) -> dict[str, Any]:
     # One level only: orjson writes the dataclasses within by itself, many times as fast as `asdict` copies them.
-    content = {field.name: getattr(recognition, field.name) for field in fields(recognition)}
+    content = {name: getattr(recognition, name) for name in _FIELDS}
     content["timings_ms"] = {stage: round(value, 3) for stage, value in recognition.timings_ms.items()}
     return content
 
