@@ -127,9 +127,8 @@ def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[t
     """Base, then delta, in row order, each with its thumbnail."""
     for start in range(0, len(store), _ROWS_AT_A_TIME):
         rows = np.setdiff1d(np.arange(start, min(start + _ROWS_AT_A_TIME, len(store))), delta.hidden_H).tolist()
-        pictured = store.rows_with_thumbnail(rows)
         for entity in store.by_rows(rows):
-            yield entity, store.thumbnail(entity.entity_id) if entity.row in pictured else None
+            yield entity, store.thumbnail(entity.entity_id) if entity.has_thumbnail else None
     for row in delta.rows_M[delta.alive_M].tolist():
         yield delta.entities[row], live.thumbnail(row)
 

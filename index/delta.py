@@ -8,7 +8,7 @@ Shapes: M entities put so far (each has one embedding), D embedding width, H row
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,6 @@ class Delta:
     hidden_H: Int64Array
     alive_count: int
     entities: Mapping[int, StoredEntity]
-    with_thumbnail: Set[int]
     latest: Mapping[str, int | None]
 
     def with_types(self, types: Sequence[str]) -> npt.NDArray[np.bool_]:
@@ -78,12 +77,9 @@ class DeltaBuilder:
         self._place_of: dict[str, int] = {}
         self._hidden: set[int] = set()
         self._entities: dict[int, StoredEntity] = {}
-        self._with_thumbnail: set[int] = set()
         self._latest: dict[str, int | None] = {}
 
-    def put(
-        self, entity: StoredEntity, embedding_D: Float32Array, *, has_thumbnail: bool, base_row: int | None
-    ) -> None:
+    def put(self, entity: StoredEntity, embedding_D: Float32Array, *, base_row: int | None) -> None:
         """Take in an entity at a row higher than any before; `base_row` is where the base has it, None if nowhere."""
         self._drop(entity.entity_id, base_row)
         if self._count == len(self._rows):
@@ -92,8 +88,6 @@ class DeltaBuilder:
         self._embeddings[self._count] = embedding_D
         self._rows[self._count] = entity.row
         self._entities[entity.row] = entity
-        if has_thumbnail:
-            self._with_thumbnail.add(entity.row)
         self._place_of[entity.entity_id] = self._count
         self._latest[entity.entity_id] = entity.row
         self._count += 1
@@ -117,7 +111,6 @@ class DeltaBuilder:
             hidden_H=np.array(sorted(self._hidden), np.int64),
             alive_count=self._count - len(self._dead),
             entities=self._entities,
-            with_thumbnail=self._with_thumbnail,
             latest=self._latest,
         )
 
@@ -134,7 +127,6 @@ class DeltaBuilder:
         rows = self._rows.tolist()
         self._place_of = {self._entities[row].entity_id: place for place, row in enumerate(rows)}
         self._entities = {row: self._entities[row] for row in rows}
-        self._with_thumbnail = self._with_thumbnail & self._entities.keys()
         self._latest = dict(self._latest)  # it names rows of the new table from now on
         self._count = len(rows)
         self._dead = set()

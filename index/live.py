@@ -160,7 +160,6 @@ class LiveSegment:
             put = select_entities(self._reader, "WHERE row > ?", (last,))
             after = (last,)
             vectors = dict(self._reader.execute("SELECT row, vector FROM embedding WHERE row > ?", after).fetchall())
-            pictured = {row for (row,) in self._reader.execute("SELECT row FROM thumbnail WHERE row > ?", after)}
             tombstones = self._reader.execute(
                 "SELECT generation, entity_id FROM tombstone WHERE generation > ?", after
             ).fetchall()
@@ -176,7 +175,6 @@ class LiveSegment:
             self._builder.put(
                 replace(change, row=self._base_count + number),
                 normalised(vector_D[None])[0],
-                has_thumbnail=number in pictured,
                 base_row=self._base_row(change.entity_id),
             )
         self._delta = self._builder.delta(generation)

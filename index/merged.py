@@ -107,13 +107,15 @@ class MergedView:
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
         """The entities at rows that `search` of this view gave, in the order asked for."""
+        if self.delta is None:
+            return self._store.by_rows(rows)
         base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < self._base_count])}
-        put = {} if self.delta is None else self.delta.entities
+        put = self.delta.entities
         return [base[row] if row < self._base_count else put[row] for row in rows]
 
-    def keeps(self, rows: Sequence[int]) -> bool:
-        """Whether naming these entities asks no file."""
-        return self.delta is None and self._store.keeps(rows)
+    def kept(self, rows: Sequence[int]) -> list[StoredEntity] | None:
+        """What `by_rows` gives where that asks no file, else None."""
+        return self._store.kept(rows) if self.delta is None else None
 
     def images_of(self, row: int) -> Float32Array:
         """The embeddings [I, D] of an entity's images, by a row that `search` of this view gave."""
@@ -125,11 +127,6 @@ class MergedView:
     def heard(self, row: int) -> tuple[tuple[int, int, float], ...]:
         """As `EntityStore.heard`; nothing is kept of what was put while serving."""
         return self._store.heard(row) if row < self._base_count else ()
-
-    def rows_with_thumbnail(self, rows: Sequence[int]) -> set[int]:
-        """Those of a few `rows` that have a thumbnail."""
-        found = self._store.rows_with_thumbnail([row for row in rows if row < self._base_count])
-        return found if self.delta is None else found | {row for row in rows if row in self.delta.with_thumbnail}
 
     def get(self, entity_id: str) -> StoredEntity:
         """The entity of that id. Raises `UnknownEntity`."""

@@ -150,7 +150,9 @@ def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str) -> 
     """
     key = hashed(entity.entity_id)
     row = PUT_FROM + key // 2
-    record = json.dumps({**asdict(entity), "row": row, "types": list(entity.types), "heard": []}, ensure_ascii=False)
+    thumbnail = thumbnail if len(thumbnail) <= RECORD_BYTES else ""
+    changed = {"row": row, "types": list(entity.types), "heard": [], "has_thumbnail": bool(thumbnail)}
+    record = json.dumps({**asdict(entity), **changed}, ensure_ascii=False)
     if len(record.encode()) > RECORD_BYTES:
         raise UserError(f"the record has {len(record.encode())} bytes, Milvus takes {RECORD_BYTES}; shorten its text")
     titles = {word for title in (entity.title, *entity.titles.values()) for word in words(title)}
@@ -162,7 +164,7 @@ def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str) -> 
         "types": [hashed(kind) for kind in entity.types],
         "words": sorted(hashed(each) for each in beginnings)[:4096],
         "record": record,
-        "thumbnail": thumbnail if len(thumbnail) <= RECORD_BYTES else "",
+        "thumbnail": thumbnail,
         "embedding": embedding_D,
     }
 

@@ -243,9 +243,9 @@ class MilvusView:
         base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < PUT_FROM])}
         return [base[row] if row < PUT_FROM else self._entities.by_row(int(row)) for row in rows]
 
-    def keeps(self, rows: Sequence[int]) -> bool:
-        """Whether naming these entities asks no file and no server."""
-        return False
+    def kept(self, rows: Sequence[int]) -> list[StoredEntity] | None:
+        """What `by_rows` gives where that asks no file and no server: never."""
+        return None
 
     def images_of(self, row: int) -> Float32Array:
         """The embeddings [I, D] of an entity's images, by a row that `search` gave."""
@@ -255,15 +255,6 @@ class MilvusView:
     def heard(self, row: int) -> tuple[tuple[int, int, float], ...]:
         """As `EntityStore.heard`; nothing is kept of what was put while serving."""
         return self._store.heard(row) if row < PUT_FROM else ()
-
-    def rows_with_thumbnail(self, rows: Sequence[int]) -> set[int]:
-        """Those of a few `rows` that have a thumbnail."""
-        found = self._store.rows_with_thumbnail([row for row in rows if row < PUT_FROM])
-        put = [int(row) for row in rows if row >= PUT_FROM]
-        if put:
-            condition = f'pk in {json.dumps(put)} and thumbnail != ""'
-            found = found | {int(each["row"]) for each in self._entities.query(condition, ["row"])}
-        return found
 
     def get(self, entity_id: str) -> StoredEntity:
         """The entity of that id. Raises `UnknownEntity`."""

@@ -48,7 +48,10 @@ _OPTIMIZE = """
 INSERT INTO title_search (title_search) VALUES ('optimize');
 """
 Value = TypeVar("Value")
-_COLUMNS = "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text"
+_COLUMNS = (
+    "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text, "
+    "EXISTS (SELECT 1 FROM thumbnail WHERE thumbnail.row = entity.row) AS has_thumbnail"
+)
 _RANKED_AT_MOST = 10_000  # titles with the words asked for
 _ROWS_PER_QUERY = 500  # SQLite limits the variables of one statement
 _KEPT, _KEPT_TEXT = 2048, 4096  # entities in memory of a store that never changes, and characters of text of one
@@ -59,7 +62,7 @@ class StoredEntity:
     """An entity as a bundle holds it: `titles` by language, `text` only where the bundle was told to keep it.
 
     `heard` are the words of the text that the adaptor listened to most, as (start, end, weight). They go into a store
-    with the entity, and come out by `heard` alone.
+    with the entity, and come out by `heard` alone. `has_thumbnail` is said by the store that an entity comes out of.
     """
 
     row: int
@@ -74,6 +77,7 @@ class StoredEntity:
     has_text: bool
     text: str | None = None
     heard: tuple[tuple[int, int, float], ...] = ()
+    has_thumbnail: bool = False
 
 
 def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]]) -> None:
@@ -162,7 +166,6 @@ class EntityStore:
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         self._kept: dict[int, StoredEntity] = {}
-        self._kept_with_thumbnail: dict[int, bool] = {}
         if not path.is_file():
             raise BundleIncomplete(f"{path} is missing; export the bundle again")
         try:
@@ -201,20 +204,23 @@ class EntityStore:
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
         """The entities of those rows, in the order asked for. A row outside the store is an `IndexError`."""
+        if (kept := self.kept(rows)) is not None:
+            return kept
         wanted = [int(row) for row in rows]
-        found = _known(self._kept, wanted)
+        found = {row: entity for row in wanted if (entity := self._kept.get(row)) is not None}
         for part in _parts([row for row in wanted if row not in found]):
             marks = ",".join("?" * len(part))
             read = {entity.row: entity for entity in self._select(f"WHERE row IN ({marks})", part)}
             found |= read
-            self._keep(self._kept, {row: each for row, each in read.items() if len(each.text or "") <= _KEPT_TEXT})
+            self._keep({row: each for row, each in read.items() if len(each.text or "") <= _KEPT_TEXT})
         if missing := set(wanted) - found.keys():
             raise IndexError(f"no entity at row {min(missing)}, the store has {len(self)}")
         return [found[row] for row in wanted]
 
-    def keeps(self, rows: Sequence[int]) -> bool:
-        """Whether these are in memory: then `by_rows` and `rows_with_thumbnail` ask no file."""
-        return all(row in self._kept and row in self._kept_with_thumbnail for row in rows)
+    def kept(self, rows: Sequence[int]) -> list[StoredEntity] | None:
+        """What `by_rows` gives where all of it is in memory; None where a file would have to be asked."""
+        found = [entity for row in rows if (entity := self._kept.get(row)) is not None]
+        return found if len(found) == len(rows) else None
 
     def by_ids(self, entity_ids: Sequence[str]) -> dict[str, StoredEntity]:
         """Those of the entities that are there, by id."""
@@ -307,25 +313,12 @@ class EntityStore:
             found.update((values["row"], bytes(values["webp"])) for values in self._connection().execute(query, part))
         return found
 
-    def rows_with_thumbnail(self, rows: Sequence[int]) -> set[int]:
-        """Those of a few `rows` that have a thumbnail."""
-        wanted = [int(row) for row in rows]
-        found = _known(self._kept_with_thumbnail, wanted)
-        if missing := [row for row in wanted if row not in found]:
-            marks = ",".join("?" * len(missing))
-            read = self._connection().execute(f"SELECT row FROM thumbnail WHERE row IN ({marks})", missing)
-            having = {values["row"] for values in read}
-            asked = {row: row in having for row in missing}
-            found |= asked
-            self._keep(self._kept_with_thumbnail, asked)
-        return {row for row, has in found.items() if has}
-
-    def _keep(self, kept: dict[int, Value], read: Mapping[int, Value]) -> None:
+    def _keep(self, read: Mapping[int, StoredEntity]) -> None:
         """Any thread may: each step is atomic, and what is forgotten is read again."""
         if self._immutable:
-            if len(kept) + len(read) > _KEPT:
-                kept.clear()
-            kept.update(itertools.islice(read.items(), _KEPT))
+            if len(self._kept) + len(read) > _KEPT:
+                self._kept.clear()
+            self._kept.update(itertools.islice(read.items(), _KEPT))
 
     def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
         return select_entities(self._connection(), clause, parameters)
@@ -341,11 +334,6 @@ class EntityStore:
             with self._lock:
                 self._connections.append(connection)
         return connection
-
-
-def _known(kept: Mapping[int, Value], rows: Sequence[int]) -> dict[int, Value]:
-    """Those of the rows that are kept."""
-    return {row: value for row in rows if (value := kept.get(row)) is not None}
 
 
 def distinct(entities: Iterable[StoredEntity], limit: int) -> list[StoredEntity]:
@@ -371,6 +359,7 @@ def _entity(values: sqlite3.Row) -> StoredEntity:
         image_count=values["image_count"],
         has_text=bool(values["has_text"]),
         text=values["text"],
+        has_thumbnail=bool(values["has_thumbnail"]),
     )
 
 

@@ -65,7 +65,7 @@ async def put_entity(request: Request, entity_id: str) -> Response:
         fetcher: Fetcher = request.app.state.fetcher
         image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
         edited = await recognizer.edit(snapshot, lambda: editor.put(entity_id, wanted, image))
-    told = {**entity_json(edited.entity, edited.has_thumbnail), "bundle": snapshot.label_at(edited.generation)}
+    told = {**entity_json(edited.entity), "bundle": snapshot.label_at(edited.generation)}
     return json_response(told, status=HTTPStatus.CREATED if edited.created else HTTPStatus.OK)
 
 

@@ -28,7 +28,6 @@ class Edited:
     """An entity as it was put, and the generation of that change; `created` if it is new."""
 
     entity: StoredEntity
-    has_thumbnail: bool
     created: bool
     generation: int
 
@@ -89,11 +88,11 @@ class Editor:
             image_count=int(image is not None),
             has_text=bool(wanted.text.strip()),
             text=wanted.text if self._store_text else None,
+            has_thumbnail=thumbnail is not None,
         )
         put = self.live.put(entity, embedding_D, thumbnail)
         return Edited(
             entity=entity,
-            has_thumbnail=thumbnail is not None,
             created=put.created,
             generation=put.delta.generation,
         )

@@ -46,14 +46,16 @@ class Joiner:
         """Whether `join` needs the best scores of the whole catalog beside those that the selection allows."""
         return bool(options.types) and self._calibration is not None
 
-    def at_hand(self, found: Found, options: RecognizeOptions) -> bool:
-        """Whether `join` asks no file."""
-        return not options.explain and self._store.keeps(found.rows[: options.top_k].tolist())
+    def at_hand(self, found: Found, options: RecognizeOptions) -> list[StoredEntity] | None:
+        """The first entities of an answer where naming and explaining them asks no file, else None."""
+        return None if options.explain else self._store.kept(found.rows[: options.top_k].tolist())
 
-    def join(self, found: Found, options: RecognizeOptions) -> Ranking:
+    def join(self, found: Found, options: RecognizeOptions, first: Sequence[StoredEntity] | None = None) -> Ranking:
+        """The answer; `first` are its entities where they are at hand."""
         scores: list[float] = found.scores.tolist()
         anyway = background(scores if found.anyway_scores is None else found.anyway_scores.tolist())
-        first = self._store.by_rows(found.rows[: options.top_k].tolist())
+        if first is None:
+            first = self._store.by_rows(found.rows[: options.top_k].tolist())
         return self._rank(first, scores, anyway, options)
 
     def _rank(
@@ -71,9 +73,7 @@ class Joiner:
             for entity, score, confidence in zip(first, scores, confidences, strict=False)  # `first` are fewer
             if options.min_score is None or score >= options.min_score
         ]
-        rows = tuple(entity.row for entity, _, _ in shown)
-        with_thumbnail = self._store.rows_with_thumbnail(rows)
-        predictions = tuple(
+        predictions = [
             Prediction(
                 rank=rank,
                 entity_id=entity.entity_id,
@@ -84,12 +84,13 @@ class Joiner:
                 url=entity.url,
                 symbol=entity.symbol,
                 types=entity.types,
-                has_thumbnail=entity.row in with_thumbnail,
+                has_thumbnail=entity.has_thumbnail,
             )
             for rank, (entity, score, confidence) in enumerate(shown, start=1)
-        )
+        ]
         abstained = None if known is None or self._calibration is None else self._calibration.abstains(known)
-        return Ranking(predictions=predictions, rows=rows, known=known, abstained=abstained)
+        rows = tuple([entity.row for entity, _, _ in shown])
+        return Ranking(predictions=tuple(predictions), rows=rows, known=known, abstained=abstained)
 
 
 def title_in(entity: StoredEntity, lang: str | None) -> str:

@@ -10,7 +10,7 @@ Shapes: H/W pixels, D embedding width.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ import numpy.typing as npt
 from core.errors import Unavailable
 from imaging import load_region
 from index.selection import Selection
+from index.store import StoredEntity
 from service.answers import Box, RecognizeOptions
 from service.engine import Found
 from service.explain import Evidence, explain
@@ -116,8 +117,8 @@ class Passage:
                 self._let_go()
             elif (error := ended.exception()) is not None:
                 self._end(error)
-            elif self._snapshot.joiner.at_hand(ended.result(), self._options):
-                self._end(partial(self._joined, ended.result(), stages, region))
+            elif (first := self._snapshot.joiner.at_hand(ended.result(), self._options)) is not None:
+                self._end(partial(self._joined, ended.result(), stages, region, first))
             else:
                 self._do_in(self._lookups, self._join, ended.result(), stages, region)
 
@@ -127,9 +128,15 @@ class Passage:
         passed = self._joined(found, stages, region)
         self._end(lambda: passed)
 
-    def _joined(self, found: Found, stages: dict[str, tuple[float, float]], region: Box | None) -> Passed:
+    def _joined(
+        self,
+        found: Found,
+        stages: dict[str, tuple[float, float]],
+        region: Box | None,
+        first: Sequence[StoredEntity] | None = None,
+    ) -> Passed:
         began_at = time.monotonic()
-        ranking = self._snapshot.joiner.join(found, self._options)
+        ranking = self._snapshot.joiner.join(found, self._options, first)
         if found.patch_tokens_PC is not None and region is not None:
             evidence = Evidence(embedding_D=found.embedding_D, patch_tokens_PC=found.patch_tokens_PC, region=region)
             ranking = explain(self._snapshot.entities, ranking, evidence)

@@ -162,8 +162,7 @@ def search_entities(
 ) -> Response:
     with recognizer_of(request).hold() as snapshot:
         found = snapshot.entities.search_titles(query, limit)
-        with_thumbnail = snapshot.entities.rows_with_thumbnail([entity.row for entity in found])
-    return json_response({"entities": [entity_json(entity, entity.row in with_thumbnail) for entity in found]})
+    return json_response({"entities": [entity_json(entity) for entity in found]})
 
 
 @router.get(
@@ -193,8 +192,7 @@ def get_thumbnail(request: Request, entity_id: str) -> Response:
 def get_entity(request: Request, entity_id: str) -> Response:
     with recognizer_of(request).hold() as snapshot:
         entity = snapshot.entities.get(entity_id)
-        has_thumbnail = bool(snapshot.entities.rows_with_thumbnail([entity.row]))
-    return json_response(entity_json(entity, has_thumbnail))
+    return json_response(entity_json(entity))
 
 
 async def _body(request: Request, recognizer: Recognizer) -> bytes:
@@ -221,10 +219,10 @@ def _answer(recognition: Recognition) -> dict[str, Any]:
     return content
 
 
-def entity_json(entity: StoredEntity, has_thumbnail: bool) -> dict[str, Any]:
+def entity_json(entity: StoredEntity) -> dict[str, Any]:
     record = asdict(entity)
     del record["row"], record["heard"]  # the bundle's business
-    return {**record, "has_thumbnail": has_thumbnail}
+    return record
 
 
 def _server_timing(timings_ms: Mapping[str, float]) -> str:

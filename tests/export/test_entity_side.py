@@ -85,12 +85,13 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             wanted = EntityRequest(title="Seen anew", text="Thing number 4 is a thing.")
             edited = editor.put("new", wanted, image).result()
         assert edited.created
-        assert edited.has_thumbnail
+        assert edited.entity.has_thumbnail
         with recognizer.hold() as held:
             assert held.entities.thumbnail("new") is not None
             assert held.entities.get("new").title == "Seen anew"
+            assert held.entities.get("new").has_thumbnail
             text_only = held.generation.editor.put("words", wanted, None).result()  # type: ignore[union-attr]
-            assert not text_only.has_thumbnail
+            assert not text_only.entity.has_thumbnail
 
 
 def test_what_is_put_where_queries_are_in_int8_is_embedded_in_floats(

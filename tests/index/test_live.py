@@ -99,10 +99,10 @@ def test_what_is_put_is_found_named_and_searched_by_title(edited: Opened) -> Non
     assert view.entity_count == 13
     assert view.version == "+2"
     assert found_ids(view, vector(1), 1) == ["Q15083"]
-    assert view.get("Q15083") == replace(giraffe, row=view.get("Q15083").row)
+    assert view.get("Q15083") == replace(giraffe, row=view.get("Q15083").row, has_thumbnail=True)
+    assert not view.get("new").has_thumbnail
     assert view.thumbnail("Q15083") == b"webp"
     assert view.thumbnail("new") is None
-    assert view.rows_with_thumbnail([view.get("Q15083").row, view.get("new").row]) == {view.get("Q15083").row}
     assert [found.title for found in view.search_titles("lion")] == ["Lion", "Lion statue", "Lion of Lucerne"]
     assert [found.title for found in view.search_titles("lion", 2)] == ["Lion", "Lion statue"]
     assert [found.title for found in view.search_titles("waldgir")] == ["Okapi"]
@@ -142,10 +142,10 @@ def test_a_view_stays_as_it_was(edited: Opened) -> None:
 def test_memory_of_what_was_replaced_is_given_back_and_earlier_deltas_stay() -> None:
     builder = DeltaBuilder(embedding_dim=16)
     for row in range(1, 40):
-        builder.put(entity(f"kept {row}", row=row), vector(row), has_thumbnail=True, base_row=None)
+        builder.put(entity(f"kept {row}", row=row), vector(row), base_row=None)
     earlier = builder.delta(39)
     for row in range(40, 4000):
-        builder.put(entity("changing", f"Version {row}", row=row), vector(row), has_thumbnail=True, base_row=7)
+        builder.put(entity("changing", f"Version {row}", row=row), vector(row), base_row=7)
         latest = builder.delta(row)
     assert len(latest.rows_M) < 2000
     assert latest.alive_count == latest.alive_M.sum() == 40

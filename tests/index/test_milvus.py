@@ -178,9 +178,8 @@ class TestChanges:
         assert (rows_BK >= 0).tolist() == [[True, False, False]]
         assert scores_BK[0, 0] == pytest.approx(1, abs=1e-5)
         (found,) = view.by_rows(rows_BK[0, :1].tolist())
-        assert found == replace(okapi, row=found.row) == view.get("Q15083")
-        assert view.rows_with_thumbnail([found.row, 0, view.get("new").row]) >= {found.row}
-        assert view.get("new").row not in view.rows_with_thumbnail([view.get("new").row])
+        assert found == replace(okapi, row=found.row, has_thumbnail=True) == view.get("Q15083")
+        assert not view.get("new").has_thumbnail
         assert (view.thumbnail("Q15083"), view.thumbnail("new")) == (b"webp", None)
         assert view.heard(found.row) == ()
         assert [each.title for each in view.search_titles("waldgir")] == ["Okapi"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,11 +60,11 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     write_store(tmp_path / "s.sqlite", [(first, b"webp bytes"), (second, None)])
     with EntityStore(tmp_path / "s.sqlite") as store:
         assert len(store) == 2
-        assert store.get("Q35517") == first
-        assert store.by_rows([1, 0, 1]) == [second, first, second]
+        pictured = replace(first, has_thumbnail=True)
+        assert store.get("Q35517") == pictured
+        assert store.by_rows([1, 0, 1]) == [second, pictured, second]
         assert store.thumbnail("Q35517") == b"webp bytes"
         assert store.thumbnail("Q1") is None
-        assert store.rows_with_thumbnail([0, 1]) == {0}
 
 
 def test_what_is_not_there(store: EntityStore) -> None:
@@ -90,11 +91,12 @@ def test_more_rows_than_one_statement_takes(tmp_path: Path) -> None:
 
 def test_what_was_asked_for_is_not_read_again(store: EntityStore, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [3, 0, 2]
-    first, with_thumbnail = store.by_rows(rows), store.rows_with_thumbnail(rows)
-    assert with_thumbnail == set(store.thumbnails(rows))
+    assert store.kept(rows) is None
+    first = store.by_rows(rows)
+    assert {found.row for found in first if found.has_thumbnail} == set(store.thumbnails(rows))
     monkeypatch.setattr(store, "_connection", lambda: pytest.fail("the file was asked"))
     assert store.by_rows(rows) == first
-    assert store.rows_with_thumbnail(rows) == with_thumbnail
+    assert store.kept(rows[:2]) == first[:2]
 
 
 @pytest.mark.parametrize(("bound", "value", "most"), [("_KEPT", 2, 2), ("_KEPT_TEXT", -1, 0)])
