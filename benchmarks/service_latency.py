@@ -64,20 +64,20 @@ def _compare(
     flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(service)))
     apart = [{core} for core in sorted(service)]
     rounds: list[dict[str, float]] = []
+
+    def ask(url: str, connections: int) -> dict[str, Any]:
+        job = Job(
+            url=f"{url}/recognize?top_k=5", images=images, field=None, connections=connections,
+            warm_up_s=warm_up_s, seconds=seconds,
+        )  # fmt: skip
+        return run_job(job, work, generator)
+
     for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
         loop = run_loops(bundle, images, work, [service], warm_up_s=warm_up_s, seconds=seconds)
         with running_service(bundle, *flags, "--log-level", "warning", cores=service) as url:
-
-            def ask(connections: int, url: str = url) -> dict[str, Any]:
-                job = Job(
-                    url=f"{url}/recognize?top_k=5", images=images, field=None, connections=connections,
-                    warm_up_s=warm_up_s, seconds=seconds,
-                )  # fmt: skip
-                return run_job(job, work, generator)
-
-            alone = ask(1)
+            alone = ask(url, 1)
             before = _spent(url)
-            full = ask(CONNECTIONS_A_CORE * len(service))
+            full = ask(url, CONNECTIONS_A_CORE * len(service))
             after = _spent(url)
         loops = loop
         if len(apart) > 1:  # a loop on each core has them all busy all the time

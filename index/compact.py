@@ -127,8 +127,9 @@ def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[t
     """Base, then delta, in row order, each with its thumbnail."""
     for start in range(0, len(store), _ROWS_AT_A_TIME):
         rows = np.setdiff1d(np.arange(start, min(start + _ROWS_AT_A_TIME, len(store))), delta.hidden_H).tolist()
+        thumbnails = store.thumbnails(rows)
         for entity in store.by_rows(rows):
-            yield entity, store.thumbnail(entity.entity_id) if entity.has_thumbnail else None
+            yield entity, thumbnails.get(entity.row)
     for row in delta.rows_M[delta.alive_M].tolist():
         yield delta.entities[row], live.thumbnail(row)
 
