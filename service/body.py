@@ -12,7 +12,7 @@ import orjson
 import python_multipart
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from core.errors import BadRequest, SlowRequest, TooLarge, UnsupportedMediaType, UserError
 from imaging import canonical_type, readable_types
@@ -33,7 +33,12 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
     size_bytes = 0
     try:
         async with asyncio.timeout(timeout_s):
-            async for chunk in request.stream():
+            more = True
+            while more:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientDisconnect
+                chunk, more = message.get("body", b""), message.get("more_body", False)
                 size_bytes += len(chunk)
                 too_large = too_large or size_bytes > max_body_bytes
                 if not too_large:

@@ -72,9 +72,12 @@ class Metrics:
     def count_images(self, outcome: str, images: int = 1) -> None:
         self._outcome(outcome).inc(images)
 
-    def observe_stages(self, timings_ms: Mapping[str, float]) -> None:
+    def note_image(self, outcome: str, timings_ms: Mapping[str, float]) -> None:
+        """What became of an image, and how long its stages took (`total` is none)."""
+        self.count_images(outcome)
         for stage, value_ms in timings_ms.items():
-            self._stage(stage).observe(value_ms / 1000)
+            if stage != "total":
+                self._stage(stage).observe(value_ms / 1000)
 
     def observe_request(self, route: str, status: int, elapsed_s: float) -> None:
         self._requests_of(route, str(status)).inc()

@@ -104,12 +104,9 @@ def new_request_id() -> str:
 def with_common_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
     """The headers of an answer with those that every answer has, but for what it says otherwise itself."""
     own = list(headers)
-    given = {name for name, _ in own}
-    return [
-        *own,
-        (b"x-request-id", request_id.encode()),
-        *(header for header in _SECURITY_HEADERS if header[0] not in given),
-    ]
+    given = [name for name, _ in own]
+    security = [header for header in _SECURITY_HEADERS if header[0] not in given]
+    return [*own, (b"x-request-id", request_id.encode()), *security]
 
 
 def note_request(metrics: Metrics, scope: Scope, route: str, request_id: str, status: int, elapsed_s: float) -> None:

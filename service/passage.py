@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from service.engine import Found
 from service.explain import Evidence, explain
 from service.generation import Snapshot
 from service.join import Ranking
+from service.workers import Workers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Passage:
     """One image on its way. The generation is held until nothing of this uses it any more."""
 
     def __init__(
-        self, snapshot: Snapshot, options: RecognizeOptions, *, decoders: Executor, lookups: Executor, max_pixels: int
+        self, snapshot: Snapshot, options: RecognizeOptions, *, decoders: Workers, lookups: Workers, max_pixels: int
     ) -> None:
         self._result: Future[Callable[[], Passed]] = Future()
         self._snapshot, self._options = snapshot, options
@@ -143,17 +144,12 @@ class Passage:
         stages |= {**found.stages, "join": (began_at, time.monotonic())}
         return Passed(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
 
-    def _do_in(self, pool: Executor, stage: Callable[..., None], *arguments: object) -> None:
-        """Have a thread of the pool do a stage."""
+    def _do_in(self, workers: Workers, stage: Callable[..., None], *arguments: object) -> None:
+        """Have one of the workers do a stage."""
+        workers.put(partial(self._do, stage, *arguments), self._drop)
 
-        def dropped(submitted: Future[None]) -> None:
-            if submitted.cancelled():
-                self._end(_stopping())
-
-        try:
-            pool.submit(self._do, stage, *arguments).add_done_callback(dropped)
-        except RuntimeError:  # it takes nothing any more
-            self._end(_stopping())
+    def _drop(self) -> None:
+        self._end(Unavailable("the service is stopping; try again elsewhere"))
 
     def _do(self, stage: Callable[..., None], *arguments: Any) -> None:
         """Do a stage, unless nobody waits for it any more."""
@@ -179,7 +175,3 @@ class Passage:
                 result.set_exception(outcome)
             else:
                 result.set_result(outcome)
-
-
-def _stopping() -> Unavailable:
-    return Unavailable("the service is stopping; try again elsewhere")

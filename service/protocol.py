@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 from starlette.types import Scope
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from core.errors import BadRequest, HeadTooLarge, SlowRequest, TooManyRequests, UserError
@@ -101,6 +102,10 @@ class BoundedHttp(HttpToolsProtocol):
         if self.scope["method"] != "HEAD":
             self.cycle.transport = _HeadWithBody(self.cycle)
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        # A turn later: what the client has sent of the body by now is read first, and the app need not wait for it.
+        self.loop.call_soon(self.loop.call_soon, super()._start_asgi_task, cycle, app)
+
     def _answer_refused(self, head: Head, error: TooManyRequests) -> None:
         started_at = time.monotonic()
         self.server_state.total_requests += 1
@@ -123,8 +128,12 @@ class BoundedHttp(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         if self._answered:
             return
-        self.cycle.body += body
-        if len(self.cycle.body) > _BODY_BYTES:
+        pieces: bytearray | _Pieces = self.cycle.body
+        if not isinstance(pieces, _Pieces):  # the first, or the app has taken what there was
+            pieces = _Pieces()
+            self.cycle.body = cast(bytearray, pieces)  # of which uvicorn makes `bytes`, and no more
+        pieces.append(body)
+        if pieces.size_bytes > _BODY_BYTES:
             self.flow.pause_reading()
             self.cycle.message_event.set()
 
@@ -167,6 +176,21 @@ class BoundedHttp(HttpToolsProtocol):
     def _write(self, status: int, rest: bytes) -> None:
         default = b"".join(name + b": " + value + b"\r\n" for name, value in self.server_state.default_headers)
         self.transport.write(STATUS_LINE[status] + default + rest)
+
+
+class _Pieces:
+    """The body of a request as it came, where uvicorn keeps a bytearray: joined once, when the app takes it."""
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+        self._pieces: list[bytes] = []
+
+    def append(self, piece: bytes) -> None:
+        self._pieces.append(piece)
+        self.size_bytes += len(piece)
+
+    def __bytes__(self) -> bytes:
+        return b"".join(self._pieces)
 
 
 class _HeadWithBody(asyncio.Transport):

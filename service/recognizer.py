@@ -10,8 +10,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
@@ -44,6 +44,7 @@ from service.generation import Generation, Snapshot
 from service.metrics import Metrics
 from service.passage import Passage, Passed
 from service.settings import Settings
+from service.workers import Workers
 
 Edit = TypeVar("Edit")
 Ended = TypeVar("Ended")
@@ -81,9 +82,9 @@ class Recognizer:
         self._current = Generation(bundle, settings, self.metrics, encoder)
         self._switch = threading.Lock()  # a generation is not let go between being read here and being held
         self._swapping = False
-        self._decoders = ThreadPoolExecutor(settings.decode_thread_count, thread_name_prefix="decode")
+        self._decoders = Workers(settings.decode_thread_count, name="decode")
         # What is short does not wait behind all images that are still to be decoded.
-        self._lookups = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
+        self._lookups = Workers(_LOOKUP_THREADS, name="lookup")
         self._cache: Cache | None = None
         if settings.cache == "on":
             self._cache = Cache(
@@ -120,8 +121,8 @@ class Recognizer:
         """Finish what was accepted, within the deadline of a request, and let go of everything. Idempotent."""
         self._closing = True
         if self._current.close(self.settings.deadline_ms / 1000):
-            self._decoders.shutdown(cancel_futures=True)
-            self._lookups.shutdown(cancel_futures=True)
+            self._decoders.close()
+            self._lookups.close()
 
     async def aclose(self) -> None:
         """`close`, and the connections that belong to the event loop."""
@@ -218,9 +219,10 @@ class Recognizer:
             with self.hold() as current:
                 return await self.recognize(data, options, current)
         outcome = "failed"
+        timings_ms: Mapping[str, float] = {}
         try:
             recognition = await self._within_deadline(data, options, snapshot)
-            outcome = "answered"
+            outcome, timings_ms = "answered", recognition.timings_ms
         except asyncio.CancelledError:
             outcome = "abandoned"
             raise
@@ -228,7 +230,8 @@ class Recognizer:
             outcome = _OUTCOMES.get(type(error), "refused")
             raise
         finally:
-            self.metrics.count_images(outcome)
+            # In the loop's next turn, when who waits has the answer.
+            asyncio.get_running_loop().call_soon(self.metrics.note_image, outcome, timings_ms)
         return recognition
 
     async def _within_deadline(self, data: bytes, options: RecognizeOptions, snapshot: Snapshot) -> Recognition:
@@ -244,7 +247,6 @@ class Recognizer:
                 f"no answer within {self.settings.deadline_ms} ms; try again later or with fewer images at a time"
             ) from None
         total_ms = 1000 * (time.monotonic() - started_at)
-        self.metrics.observe_stages(recognition.timings_ms)
         return replace(recognition, timings_ms={**recognition.timings_ms, "total": total_ms})
 
     async def edit(self, snapshot: Snapshot, change: Callable[[], Future[Edit]]) -> Edit:
@@ -307,8 +309,7 @@ class Recognizer:
     ) -> tuple[Recognition, Passed]:
         """The answer to an image, or to its embedding [D]."""
         passed = (await _end_of(self._begin(snapshot, image, options)))()
-        for name, (begin, end) in passed.stages.items():
-            tracing.stage(name, begin, end)
+        tracing.stages(passed.stages)
         return _recognition(snapshot, passed, cached=isinstance(image, np.ndarray)), passed
 
     def _recognize_chunk(

@@ -226,7 +226,7 @@ def entity_json(entity: StoredEntity) -> dict[str, Any]:
 
 
 def _server_timing(timings_ms: Mapping[str, float]) -> str:
-    return ", ".join(f"{stage};dur={value:.3f}" for stage, value in timings_ms.items())
+    return ", ".join([f"{stage};dur={value:.3f}" for stage, value in timings_ms.items()])
 
 
 async def _while_connected(request: Request, work: Awaitable[T]) -> T:
@@ -242,7 +242,7 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
             pass
         gone = answering.cancel()
 
-    watching = asyncio.ensure_future(watch())
+    watching = asyncio.get_running_loop().create_task(watch())
     try:
         return await work
     except asyncio.CancelledError:

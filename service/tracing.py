@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import version
@@ -54,21 +54,25 @@ class RequestTrace:
 _current: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)
 
 
-def stage(name: str, started_at: float, ended_at: float) -> None:
-    """A stage of the request that is being answered, by `time.monotonic`; nothing where no traces are kept."""
+def stages(began_and_ended_at: Mapping[str, tuple[float, float]]) -> None:
+    """Stages of the request that is being answered, by `time.monotonic`; nothing where no traces are kept."""
     trace = _current.get()
     if trace is not None:
-        trace.stage(name, started_at, ended_at)
+        for name, (started_at, ended_at) in began_and_ended_at.items():
+            trace.stage(name, started_at, ended_at)
 
 
-@contextmanager
-def timed(name: str) -> Iterator[None]:
+class timed:  # noqa: N801 - used as a function
     """The block as a stage of the request that is being answered, however it ends."""
-    started_at = time.monotonic()
-    try:
-        yield
-    finally:
-        stage(name, started_at, time.monotonic())
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._started_at = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        stages({self._name: (self._started_at, time.monotonic())})
 
 
 class Tracing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
 
 import numpy as np
@@ -15,6 +15,7 @@ from service.answers import RecognizeOptions
 from service.passage import Passage
 from service.recognizer import Recognizer
 from service.settings import Settings
+from service.workers import Workers
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
 WIDTH = 16
@@ -39,8 +40,9 @@ class Ways:
         self.recognizer = held.enter_context(Recognizer(Bundle.open(bundle), Settings(threads=1), self.encoder))
         held.callback(encoder.gate.set)  # before it is closed
         self.snapshot = held.enter_context(self.recognizer.hold())
-        self.decoders = held.enter_context(ThreadPoolExecutor(1))
-        self.lookups = held.enter_context(ThreadPoolExecutor(1))
+        self.decoders, self.lookups = Workers(1, name="decode"), Workers(1, name="lookup")
+        held.callback(self.decoders.close)
+        held.callback(self.lookups.close)
 
     def begin(self, image, **options):
         pools = {"decoders": self.decoders, "lookups": self.lookups}
@@ -53,9 +55,23 @@ class Ways:
 
     def settle(self) -> None:
         """Return when the threads have done all that they were given."""
-        self.decoders.submit(int).result(TIMEOUT_S)
+        await_turn(self.decoders)
         self.snapshot.generation.engine.search(np.ones(WIDTH, np.float32), 1).result(TIMEOUT_S)
-        self.lookups.submit(int).result(TIMEOUT_S)
+        await_turn(self.lookups)
+
+
+def await_turn(workers: Workers) -> None:
+    """Return when all that was put before has been done."""
+    reached = threading.Event()
+    workers.put(reached.set, reached.set)
+    assert reached.wait(TIMEOUT_S)
+
+
+def keep_busy(workers: Workers) -> threading.Event:
+    """Have one thread wait for the event that is returned."""
+    gate = threading.Event()
+    workers.put(lambda: gate.wait(TIMEOUT_S), gate.set)
+    return gate
 
 
 @pytest.fixture
@@ -77,7 +93,7 @@ def test_the_stages_follow_each_other(ways, giraffe):
 
 def test_records_in_memory_are_joined_by_who_takes_the_result(ways, giraffe):
     first = ways.begin(giraffe).result(TIMEOUT_S)
-    ways.lookups.shutdown()
+    ways.lookups.close()
     again = ways.begin(giraffe).result(TIMEOUT_S)
     assert again.ranking == first.ranking
     with pytest.raises(Unavailable):  # reading what an explanation needs takes a thread
@@ -110,8 +126,7 @@ def test_a_bad_image_is_its_own_error(ways, giraffe):
 
 
 def test_what_is_abandoned_before_it_is_decoded_is_never_decoded(ways, giraffe):
-    gate = threading.Event()
-    ways.decoders.submit(gate.wait, TIMEOUT_S)
+    gate = keep_busy(ways.decoders)
     abandoned = ways.begin(giraffe[:100])  # it would be an error
     assert abandoned.cancel()
     assert ways.holders == 1  # its turn in the pool is still to come
@@ -127,7 +142,7 @@ def test_what_is_abandoned_in_the_queue_is_never_encoded(ways, giraffe):
     first = ways.begin(giraffe)
     assert ways.encoder.entered.acquire(timeout=TIMEOUT_S)
     abandoned = ways.begin(giraffe)
-    ways.decoders.submit(int).result(TIMEOUT_S)  # it has been handed to the engine
+    await_turn(ways.decoders)  # it has been handed to the engine
     assert abandoned.cancel()
     ways.encoder.gate.set()
     assert first.result(TIMEOUT_S).ranking.predictions
@@ -149,18 +164,20 @@ def test_what_is_abandoned_while_it_is_encoded_lets_go_in_the_end(ways, giraffe)
 
 @pytest.mark.parametrize("pool", ["decoders", "lookups"])
 def test_a_pool_that_takes_nothing_any_more_is_said_to_stop(ways, giraffe, pool):
-    getattr(ways, pool).shutdown()
+    getattr(ways, pool).close()
     with pytest.raises(Unavailable, match="stopping"):
         ways.begin(giraffe).result(TIMEOUT_S)
     assert ways.holders == 0
 
 
 def test_what_a_pool_drops_when_it_is_shut_is_told(ways, giraffe):
-    gate = threading.Event()
-    ways.decoders.submit(gate.wait, TIMEOUT_S)
+    gate = keep_busy(ways.decoders)
     waiting = ways.begin(giraffe)
-    ways.decoders.shutdown(wait=False, cancel_futures=True)
-    gate.set()
+    closing = threading.Thread(target=ways.decoders.close)
+    closing.start()
     with pytest.raises(Unavailable, match="stopping"):
         waiting.result(TIMEOUT_S)
+    gate.set()
+    closing.join(TIMEOUT_S)
+    assert not closing.is_alive()
     assert ways.holders == 0
