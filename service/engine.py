@@ -69,7 +69,7 @@ class _Job:
     anyway: bool = False
     explain: bool = False
     alone: bool = False  # taken before, in a batch that the thread died of: whichever it was, the next dies by itself
-    future: Future[Found] = field(default_factory=Future)
+    future: Future[Found]
     queued_at: float = field(default_factory=time.monotonic)
 
 
@@ -131,11 +131,13 @@ class Engine:
         *,
         anyway: bool = False,
         explain: bool = False,
+        future: Future[Found] | None = None,
     ) -> Future[Found]:
         """Encode, and search among what `selection` allows; `index` is one state of the engine's own, to search that.
 
         With `anyway` the best scores without the selection are found, too, and with `explain` the patch tokens, which
-        takes a second pass of the encoder.
+        takes a second pass of the encoder. A `future` that is given is the one returned: so it may be cancelled before
+        this returns.
 
         Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed.
         """
@@ -149,6 +151,7 @@ class Engine:
                 index=index,
                 anyway=anyway,
                 explain=explain,
+                future=future or Future(),
             )
         )
 
@@ -160,11 +163,19 @@ class Engine:
         index: Index | None = None,
         *,
         anyway: bool = False,
+        future: Future[Found] | None = None,
     ) -> Future[Found]:
-        """Search only, for an embedding that is known. Raises as `submit` does."""
-        index = index or self._index
+        """Search only, for an embedding that is known. `future` and what it raises are as with `submit`."""
         return self._put(
-            _Job(pixels_HW3=None, embedding_D=embedding_D, top_k=top_k, selection=selection, index=index, anyway=anyway)
+            _Job(
+                pixels_HW3=None,
+                embedding_D=embedding_D,
+                top_k=top_k,
+                selection=selection,
+                index=index or self._index,
+                anyway=anyway,
+                future=future or Future(),
+            )
         )
 
     def close(self, timeout_s: float) -> bool:

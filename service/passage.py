@@ -84,33 +84,33 @@ class Passage:
 
     def _search(self, embedding_D: npt.NDArray[np.float32], selection: Selection | None) -> None:
         engine, joiner, options = self._snapshot.generation.engine, self._snapshot.joiner, self._options
-        pending = engine.search(
+        engine.search(
             embedding_D,
             joiner.top_k(options),
             selection,
             self._snapshot.entities,
             anyway=joiner.wants_everything(options),
+            future=self._follow({}),
         )
-        self._follow(pending, {})
 
     def _decode(self, data: bytes, selection: Selection | None) -> None:
         began_at = time.monotonic()
         generation, joiner, options = self._snapshot.generation, self._snapshot.joiner, self._options
         pixels_HW3, region = load_region(data, generation.preprocessing, max_pixels=self._max_pixels, box=options.box)
         stages = {"decode": (began_at, time.monotonic())}
-        pending = generation.engine.submit(
+        generation.engine.submit(
             pixels_HW3,
             joiner.top_k(options),
             selection,
             self._snapshot.entities,
             anyway=joiner.wants_everything(options),
             explain=options.explain,
+            future=self._follow(stages, region),
         )
-        self._follow(pending, stages, region)
 
-    def _follow(
-        self, pending: Future[Found], stages: dict[str, tuple[float, float]], region: Box | None = None
-    ) -> None:
+    def _follow(self, stages: dict[str, tuple[float, float]], region: Box | None = None) -> Future[Found]:
+        """What the engine is to fulfil: it ends this, and is cancelled with it, whenever that happens."""
+        pending: Future[Found] = Future()
         self._result.add_done_callback(lambda _: pending.cancel())
 
         def found(ended: Future[Found]) -> None:
@@ -124,6 +124,7 @@ class Passage:
                 self._do_in(self._lookups, self._join, ended.result(), stages, region)
 
         pending.add_done_callback(found)
+        return pending
 
     def _join(self, found: Found, stages: dict[str, tuple[float, float]], region: Box | None) -> None:
         passed = self._joined(found, stages, region)

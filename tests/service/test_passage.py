@@ -151,6 +151,29 @@ def test_what_is_abandoned_in_the_queue_is_never_encoded(ways, giraffe):
     assert ways.holders == 0
 
 
+def test_what_is_abandoned_while_it_is_handed_to_the_engine_is_never_encoded(ways, giraffe, monkeypatch):
+    ways.encoder.gate.clear()
+    first = ways.begin(giraffe)
+    assert ways.encoder.entered.acquire(timeout=TIMEOUT_S)
+    engine, begun, abandoned = ways.snapshot.generation.engine, threading.Event(), []
+
+    def submit(*arguments, _submit=engine.submit, **named):
+        future = _submit(*arguments, **named)
+        assert begun.wait(TIMEOUT_S)
+        assert abandoned[0].cancel()
+        ways.encoder.gate.set()
+        engine.search(np.ones(WIDTH, np.float32), 1).result(TIMEOUT_S)  # the queue is empty before this returns
+        return future
+
+    monkeypatch.setattr(engine, "submit", submit)
+    abandoned.append(ways.begin(giraffe))
+    begun.set()
+    assert first.result(TIMEOUT_S).ranking.predictions
+    ways.settle()
+    assert sum(ways.encoder.sizes) == 1
+    assert ways.holders == 0
+
+
 def test_what_is_abandoned_while_it_is_encoded_lets_go_in_the_end(ways, giraffe):
     ways.encoder.gate.clear()
     abandoned = ways.begin(giraffe)

@@ -1,8 +1,12 @@
-"""In how many pieces an answer is written: it is all there for a client, or for a proxy, or nothing of it is."""
+"""In how many pieces an answer is written: it is all there for a client, or for a proxy, or nothing of it is. And in
+how many a body is told to the app."""
 
 from __future__ import annotations
 
 import asyncio
+import json
+from hashlib import sha256
+from random import Random
 
 import pytest
 import uvicorn
@@ -12,6 +16,7 @@ from service.metrics import Metrics
 from service.protocol import BoundedHttp
 
 PIECES = [b"one", b"two", b"three"]
+randbytes = Random(0).randbytes
 
 
 class Transport(asyncio.Transport):
@@ -40,6 +45,9 @@ class Transport(asyncio.Transport):
 
 async def app(scope, receive, send):
     path = scope["path"]
+    if path == "/told":
+        await tell_body(receive, send)
+        return
     if path == "/upload":
         await receive()
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"11")]})
@@ -52,8 +60,22 @@ async def app(scope, receive, send):
         await send({"type": "http.response.body", "body": b"".join(PIECES)})
 
 
-def written(request: bytes) -> list[bytes]:
-    """What is written in answer to a request that says that it is the last of its connection."""
+async def tell_body(receive, send):
+    """Answer with the size of each message that the body came in, and its SHA-256."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message["body"])
+        more = message["more_body"]
+    told = json.dumps({"sizes": [len(part) for part in parts], "sha256": sha256(b"".join(parts)).hexdigest()}).encode()
+    headers = [(b"content-length", str(len(told)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": told})
+
+
+def written(*pieces: bytes, late: bytes = b"") -> list[bytes]:
+    """What is written in answer to a request that says that it is the last of its connection. It comes in pieces right
+    after each other, and what is `late` when the app has had its turn."""
 
     async def ask() -> list[bytes]:
         config = uvicorn.Config(app, lifespan="off", log_config=None)
@@ -61,7 +83,13 @@ def written(request: bytes) -> list[bytes]:
         protocol = BoundedHttp(config, ServerState(), {}, timeout_s=60.0, refuse=lambda head: None, metrics_of=Metrics)
         transport = Transport()
         protocol.connection_made(transport)
-        protocol.data_received(request)
+        for piece in pieces:
+            protocol.data_received(piece)
+        if late:
+            while not protocol.tasks:  # the app is started
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)  # and waits for the rest
+            protocol.data_received(late)
         await asyncio.wait_for(transport.closed.wait(), 60)
         protocol.connection_lost(None)
         return transport.written
@@ -95,6 +123,32 @@ def test_who_waits_to_send_a_body_is_told_at_once():
     )
     assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
     assert answer.endswith(b"onetwothree")
+
+
+def told_of(body: bytes, *pieces: bytes, late: bytes = b"") -> list[int]:
+    """The sizes that the app is told a body in, which is sent in these pieces."""
+    head = f"POST /told HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    (answer,) = written(head + pieces[0], *pieces[1:], late=late)
+    told = json.loads(answer.partition(b"\r\n\r\n")[2])
+    assert told["sha256"] == sha256(body).hexdigest()
+    return told["sizes"]
+
+
+def test_a_body_that_is_there_is_told_at_once():
+    body = randbytes(300_000)
+    assert told_of(body, body) == [300_000]
+    assert told_of(body, body[:1000], body[1000:250_000], body[250_000:]) == [300_000]
+    assert told_of(body, b"", body) == [300_000]
+
+
+def test_what_comes_later_is_told_when_all_of_it_is_there():
+    body = randbytes(300_000)
+    assert told_of(body, body[:1000], late=body[1000:]) == [300_000]
+
+
+def test_of_a_large_body_the_app_is_told_before_all_of_it_has_come():
+    body = randbytes(2_500_000)
+    assert told_of(body, body[:1_500_000], late=body[1_500_000:]) == [1_500_000, 1_000_000]
 
 
 def test_nothing_is_told_of_an_answer_that_fails_after_its_head():
