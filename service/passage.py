@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -70,7 +70,7 @@ class Passage:
         if self._options.types:
             self._do_in(self._lookups, self._select, image)
         else:
-            self._do(self._set_out, image, None)
+            self._set_out(image, None)
         return result
 
     def _select(self, image: bytes | npt.NDArray[np.float32]) -> None:
@@ -78,7 +78,7 @@ class Passage:
 
     def _set_out(self, image: bytes | npt.NDArray[np.float32], selection: Selection | None) -> None:
         if isinstance(image, np.ndarray):
-            self._search(image, selection)
+            self._do(self._search, image, selection)
         else:
             self._do_in(self._decoders, self._decode, image, selection)
 
@@ -113,17 +113,21 @@ class Passage:
         pending: Future[Found] = Future()
         self._result.add_done_callback(lambda _: pending.cancel())
 
-        def found(ended: Future[Found]) -> None:
-            if ended.cancelled():
+        def go_on(ended: Future[Found]) -> None:
+            try:
+                found = ended.result()
+            except CancelledError:
                 self._let_go()
-            elif (error := ended.exception()) is not None:
+            except Exception as error:
                 self._end(error)
-            elif (first := self._snapshot.joiner.at_hand(ended.result(), self._options)) is not None:
-                self._end(partial(self._joined, ended.result(), stages, region, first))
             else:
-                self._do_in(self._lookups, self._join, ended.result(), stages, region)
+                first = self._snapshot.joiner.at_hand(found, self._options)
+                if first is not None:
+                    self._end(partial(self._joined, found, stages, region, first))
+                else:
+                    self._do_in(self._lookups, self._join, found, stages, region)
 
-        pending.add_done_callback(found)
+        pending.add_done_callback(go_on)
         return pending
 
     def _join(self, found: Found, stages: dict[str, tuple[float, float]], region: Box | None) -> None:

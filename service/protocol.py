@@ -104,7 +104,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         # A turn later: what the client has sent of the body by now is read first, and the app need not wait for it.
-        self.loop.call_soon(self.loop.call_soon, super()._start_asgi_task, cycle, app)
+        self.loop.call_soon(super()._start_asgi_task, cycle, app)
 
     def _answer_refused(self, head: Head, error: TooManyRequests) -> None:
         started_at = time.monotonic()
