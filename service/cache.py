@@ -118,6 +118,7 @@ class SingleFlight(Generic[T]):
                 # A newcomer must start anew and not join work that is being cancelled.
                 self._land(key, task)
                 task.cancel()
+            del task  # it knows of an error, which knows of this frame
 
     def _land(self, key: str, task: asyncio.Task[T]) -> None:
         if key in self._flights and self._flights[key][0] is task:

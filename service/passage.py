@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,13 +114,12 @@ class Passage:
         self._result.add_done_callback(lambda _: pending.cancel())
 
         def go_on(ended: Future[Found]) -> None:
-            try:
-                found = ended.result()
-            except CancelledError:
+            if ended.cancelled():
                 self._let_go()
-            except Exception as error:
+            elif (error := ended.exception()) is not None:
                 self._end(error)
             else:
+                found = ended.result()
                 first = self._snapshot.joiner.at_hand(found, self._options)
                 if first is not None:
                     self._end(partial(self._joined, found, stages, region, first))

@@ -22,6 +22,7 @@ from service.problems import problem_response
 
 MAX_HEAD_BYTES = 64 * 1024
 _BODY_BYTES = 1024**2  # of a body that are kept before the app is told of them
+_GO_ON = b"HTTP/1.1 100 "  # before a body, not an answer
 _ANY_ID = "0" * 32  # stands for an id of a request where answers are prepared
 
 
@@ -100,7 +101,7 @@ class BoundedHttp(HttpToolsProtocol):
                 return
         super().on_headers_complete()
         if self.scope["method"] != "HEAD":
-            self.cycle.transport = _HeadWithBody(self.cycle)
+            self.cycle.transport = _HeadWithBody(self.transport)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         # A turn later: what the client has sent of the body by now is read first, and the app need not wait for it.
@@ -198,19 +199,22 @@ class _HeadWithBody(asyncio.Transport):
 
     Written by itself it wakes a client who cannot use it yet; and if the process is killed before the body, a proxy
     that has passed the head on cannot ask elsewhere.
+
+    It does not know of the cycle, which knows of it: only the collector would undo that, and the body of the request
+    would stay until it comes.
     """
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, connection: asyncio.Transport) -> None:
         super().__init__()
-        self._cycle = cycle
-        self._connection = cycle.transport
+        self._connection = connection
         self._head: bytes | None = None
 
     def write(self, data: bytes) -> None:  # type: ignore[override]
-        if not self._cycle.response_started:
-            self._connection.write(data)  # 100 Continue
-        elif self._head is None:
-            self._head = data
+        if self._head is None:
+            if data.startswith(_GO_ON):
+                self._connection.write(data)
+            else:
+                self._head = data
         elif self._head:
             self._connection.write(self._head + data)
             self._head = b""

@@ -290,14 +290,12 @@ class Recognizer:
                 await cache.get(embedding_key), snapshot.generation.bundle.manifest.embedding_dim
             )
             self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
-            recognition = None
             if embedding_D is None:
                 # Others may ask the same of the same image, or something else: it is encoded for the first of them.
                 asked, recognition, passed = await self._encodings.run(embedding_key + snapshot.label, encode)
-                embedding_D = passed.embedding_D
                 if asked != options:
-                    recognition = None
-            if recognition is None:
+                    recognition, _ = await self._compute(snapshot, passed.embedding_D, options)
+            else:
                 recognition, _ = await self._compute(snapshot, embedding_D, options)
             await cache.put(answer_key, _write_answer(recognition))
             return recognition
@@ -320,7 +318,7 @@ class Recognizer:
             try:
                 passed = pending.result()()
             except UserError as error:
-                answers.append(error)
+                answers.append(error.with_traceback(None))  # which knows of this list
                 continue
             recognition = _recognition(snapshot, passed, cached=False)
             total_ms = sum(recognition.timings_ms.values())
@@ -364,7 +362,10 @@ async def _end_of(pending: Future[Ended]) -> Ended:
     except asyncio.CancelledError:
         pending.cancel()
         raise
-    return pending.result()
+    try:
+        return pending.result()
+    finally:
+        del pending  # an error knows of this frame, and the future of the error
 
 
 def _recognition(snapshot: Snapshot, passed: Passed, *, cached: bool) -> Recognition:

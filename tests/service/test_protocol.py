@@ -50,12 +50,15 @@ async def app(scope, receive, send):
         return
     if path == "/upload":
         await receive()
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"11")]})
+    length = b"12" if path == "/quotes" else b"11"
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
     if path == "/fails":
         raise RuntimeError("after the head")
     if path == "/pieces":
         for piece in PIECES:
             await send({"type": "http.response.body", "body": piece, "more_body": piece is not PIECES[-1]})
+    elif path == "/quotes":
+        await send({"type": "http.response.body", "body": b"HTTP/1.1 100"})
     else:
         await send({"type": "http.response.body", "body": b"".join(PIECES)})
 
@@ -103,6 +106,12 @@ def test_an_answer_is_written_at_once(method):
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 OK")
     assert body == b"onetwothree"
+
+
+def test_a_body_that_looks_like_a_head_comes_after_its_own():
+    (answer,) = written(b"GET /quotes HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert answer.endswith(b"\r\n\r\nHTTP/1.1 100")
 
 
 def test_what_comes_in_pieces_has_its_head_with_the_first():
