@@ -44,6 +44,7 @@ class Admission:
         self._busy_since = 0.0
 
     def has_room(self, images: int) -> bool:
+        """Whether `refuse_if_full` would refuse nobody."""
         return self.in_flight + images <= self.room
 
     def refuse_if_full(self, images: int) -> None:

@@ -22,6 +22,7 @@ from service.problems import problem_response
 
 MAX_HEAD_BYTES = 64 * 1024
 _BODY_BYTES = 1024**2  # of a body that are kept before the app is told of them
+_SMALL_BYTES = 4096  # of a piece of a body
 _GO_ON = b"HTTP/1.1 100 "  # before a body, not an answer
 _ANY_ID = "0" * 32  # stands for an id of a request where answers are prepared
 
@@ -180,15 +181,23 @@ class BoundedHttp(HttpToolsProtocol):
 
 
 class _Pieces:
-    """The body of a request as it came, where uvicorn keeps a bytearray: joined once, when the app takes it."""
+    """The body of a request as it came, where uvicorn keeps a bytearray: joined once, when the app takes it.
+
+    Small pieces are joined at once, so that a body takes little more memory than it has bytes, however it comes.
+    """
 
     def __init__(self) -> None:
         self.size_bytes = 0
-        self._pieces: list[bytes] = []
+        self._pieces: list[bytes | bytearray] = []
 
     def append(self, piece: bytes) -> None:
-        self._pieces.append(piece)
         self.size_bytes += len(piece)
+        if len(piece) >= _SMALL_BYTES:
+            self._pieces.append(piece)
+        elif self._pieces and isinstance(self._pieces[-1], bytearray):
+            self._pieces[-1] += piece
+        else:
+            self._pieces.append(bytearray(piece))
 
     def __bytes__(self) -> bytes:
         return b"".join(self._pieces)

@@ -62,17 +62,14 @@ def stages(began_and_ended_at: Mapping[str, tuple[float, float]]) -> None:
             trace.stage(name, started_at, ended_at)
 
 
-class timed:  # noqa: N801 - used as a function
+@contextmanager
+def timed(name: str) -> Iterator[None]:
     """The block as a stage of the request that is being answered, however it ends."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __enter__(self) -> None:
-        self._started_at = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        stages({self._name: (self._started_at, time.monotonic())})
+    started_at = time.monotonic()
+    try:
+        yield
+    finally:
+        stages({name: (started_at, time.monotonic())})
 
 
 class Tracing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tracemalloc
 from hashlib import sha256
 from random import Random
 
@@ -76,16 +77,21 @@ async def tell_body(receive, send):
     await send({"type": "http.response.body", "body": told})
 
 
+def connected() -> tuple[BoundedHttp, Transport]:
+    config = uvicorn.Config(app, lifespan="off", log_config=None)
+    config.load()
+    protocol = BoundedHttp(config, ServerState(), {}, timeout_s=60.0, refuse=lambda head: None, metrics_of=Metrics)
+    transport = Transport()
+    protocol.connection_made(transport)
+    return protocol, transport
+
+
 def written(*pieces: bytes, late: bytes = b"") -> list[bytes]:
     """What is written in answer to a request that says that it is the last of its connection. It comes in pieces right
     after each other, and what is `late` when the app has had its turn."""
 
     async def ask() -> list[bytes]:
-        config = uvicorn.Config(app, lifespan="off", log_config=None)
-        config.load()
-        protocol = BoundedHttp(config, ServerState(), {}, timeout_s=60.0, refuse=lambda head: None, metrics_of=Metrics)
-        transport = Transport()
-        protocol.connection_made(transport)
+        protocol, transport = connected()
         for piece in pieces:
             protocol.data_received(piece)
         if late:
@@ -158,6 +164,28 @@ def test_what_comes_later_is_told_when_all_of_it_is_there():
 def test_of_a_large_body_the_app_is_told_before_all_of_it_has_come():
     body = randbytes(2_500_000)
     assert told_of(body, body[:1_500_000], late=body[1_500_000:]) == [1_500_000, 1_000_000]
+
+
+@pytest.mark.parametrize("size_bytes", [1, 2, 4095, 4096, 10_000])
+def test_however_small_the_pieces_are_a_body_takes_the_memory_of_its_bytes(size_bytes):
+    body = randbytes(600_000)
+    head = b"POST /told HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    pieces = [body[start : start + size_bytes] for start in range(0, len(body), size_bytes)]
+    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+
+    async def receive() -> tuple[int, bytes]:
+        protocol, _ = connected()
+        tracemalloc.start()
+        try:
+            protocol.data_received(head + chunks)
+            held_bytes, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        return held_bytes, bytes(protocol.cycle.body)
+
+    held_bytes, received = asyncio.run(receive())
+    assert received == body
+    assert held_bytes < 1.5 * len(body)
 
 
 def test_nothing_is_told_of_an_answer_that_fails_after_its_head():
