@@ -43,10 +43,6 @@ class Admission:
         self._done_images, self._done_busy_s = 0, 0.0  # the sums of these
         self._busy_since = 0.0
 
-    def has_room(self, images: int) -> bool:
-        """Whether `refuse_if_full` would refuse nobody."""
-        return self.in_flight + images <= self.room
-
     def refuse_if_full(self, images: int) -> None:
         """Raises `TooManyRequests` where there is no room for `images`."""
         rate = self._rate()

@@ -139,9 +139,7 @@ def early_refusal(app: App, head: Head) -> TooManyRequests | None:
     In a flood most of the work is in saying no. What the app would add to the answer, or a trace of it, it does itself.
     """
     recognizer: Recognizer | None = app.state.recognizer
-    if recognizer is None or recognizer.admission.has_room(1):  # the common case first
-        return None
-    if app.around(head.method.decode("ascii"), head.path.decode("latin-1"), head.headers) is None:
+    if recognizer is None or app.around(head.method.decode("ascii"), head.path.decode("latin-1"), head.headers) is None:
         return None
     try:
         recognizer.admission.refuse_if_full(1)

@@ -34,7 +34,7 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
     try:
         async with asyncio.timeout(timeout_s):
             more = True
-            while more:
+            while more:  # not `request.stream()`: a generator that the event loop has to know of, 0.02 ms a request
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
                     raise ClientDisconnect

@@ -70,7 +70,7 @@ class Passage:
         if self._options.types:
             self._do_in(self._lookups, self._select, image)
         else:
-            self._set_out(image, None)
+            self._do(self._set_out, image, None)
         return result
 
     def _select(self, image: bytes | npt.NDArray[np.float32]) -> None:
@@ -78,7 +78,7 @@ class Passage:
 
     def _set_out(self, image: bytes | npt.NDArray[np.float32], selection: Selection | None) -> None:
         if isinstance(image, np.ndarray):
-            self._do(self._search, image, selection)
+            self._search(image, selection)
         else:
             self._do_in(self._decoders, self._decode, image, selection)
 

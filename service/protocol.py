@@ -9,16 +9,18 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from starlette.types import Scope
-from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from core.errors import BadRequest, HeadTooLarge, SlowRequest, TooManyRequests, UserError
 from service.metrics import Metrics
 from service.middleware import new_request_id, note_request, request_id_of, with_common_headers
 from service.problems import problem_response
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGI3Application
 
 MAX_HEAD_BYTES = 64 * 1024
 _BODY_BYTES = 1024**2  # of a body that are kept before the app is told of them

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -351,10 +351,9 @@ async def _end_of(pending: Future[Ended]) -> Ended:
             ended.set_result(None)
 
     def on_end(_: Future[Ended]) -> None:
-        try:
+        # A loop that is closed has nobody left who waits.
+        with suppress(RuntimeError):
             loop.call_soon_threadsafe(tell)
-        except RuntimeError:  # a loop that is closed has nobody left who waits
-            log.debug("an image was answered when the event loop was gone")
 
     pending.add_done_callback(on_end)
     try:

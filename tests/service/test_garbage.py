@@ -11,7 +11,12 @@ from contextlib import contextmanager
 
 import pytest
 
+from core.errors import UndecodableImage
+from service.recognizer import Recognizer
+from service.settings import Settings
+
 REQUESTS = 20
+OURS = ("core", "service", "uvicorn")
 
 
 @contextmanager
@@ -25,16 +30,11 @@ def collected() -> Iterator[Counter[str]]:
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         kinds = (type(each) for each in gc.garbage)
-        found.update(kind.__qualname__ for kind in kinds if kind.__module__.split(".")[0] in ("service", "uvicorn"))
+        found.update(kind.__qualname__ for kind in kinds if kind.__module__.split(".")[0] in OURS)
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-
-
-def form(*images: bytes) -> bytes:
-    head = b'--b\r\nContent-Disposition: form-data; name="image"; filename="i"\r\nContent-Type: image/png\r\n\r\n'
-    return b"".join(head + image + b"\r\n" for image in images) + b"--b--\r\n"
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,9 @@ def form(*images: bytes) -> bytes:
     ],
 )
 def test_nothing_is_left_to_the_collector(service, giraffe, target, name, status):
-    bodies = {"whole": giraffe, "cut": giraffe[:100], "both": form(giraffe, giraffe[:100])}
-    content_type = "multipart/form-data; boundary=b" if name == "both" else "image/png"
+    form = service.build_request("POST", target, files=[("image", image) for image in (giraffe, giraffe[:100])])
+    bodies = {"whole": giraffe, "cut": giraffe[:100], "both": form.read()}
+    content_type = form.headers["content-type"] if name == "both" else "image/png"
     connection = http.client.HTTPConnection(service.base_url.host, service.base_url.port, timeout=120)
 
     def ask() -> None:
@@ -68,3 +69,13 @@ def test_nothing_is_left_to_the_collector(service, giraffe, target, name, status
     connection.close()
     # The last request may not have ended entirely.
     assert {kind: count for kind, count in found.items() if count >= REQUESTS // 2} == {}
+
+
+def test_nor_is_anything_of_images_without_http(small_bundle, giraffe):
+    with Recognizer.open(small_bundle, Settings(threads=1)) as recognizer:
+        recognizer.recognize_many([giraffe])
+        with collected() as found:
+            answers = recognizer.recognize_many([giraffe, giraffe[:100]] * REQUESTS)
+            assert sum(isinstance(answer, UndecodableImage) for answer in answers) == REQUESTS
+            del answers
+    assert found == {}
