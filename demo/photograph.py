@@ -11,23 +11,30 @@ from __future__ import annotations
 
 import io
 import math
+from functools import cache
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch.nn import functional as F
 
 
 class Photographer:
-    """Draws every random number from one generator: the same seed gives the same photographs."""
+    """Draws every random number from one generator: the same seed gives the same photographs on the same `device`,
+    where drawings and strengths have to be, too."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
 
     # ---- random numbers
 
     def _uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> torch.Tensor:
-        return torch.rand(*shape, generator=self.generator) * (high - low) + low
+        return torch.rand(*shape, generator=self.generator, device=self.device) * (high - low) + low
+
+    def _normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device)
 
     def _chance(self, probability: torch.Tensor | float, count: int) -> torch.Tensor:
         """`[B, 1, 1, 1]` of zeros and ones."""
@@ -36,7 +43,8 @@ class Photographer:
     # ---- drawings
 
     def restyle(self, drawings_B4HW: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
-        """What another artist might have done: other colours, another pose, bent lines, an outline."""
+        """What another artist might have done: other colours, another pose, bent, thicker or thinner lines, shading, an
+        outline."""
         count, _, height, width = drawings_B4HW.shape
         strength = strength_B[:, None, None, None]
         alpha = drawings_B4HW[:, 3:]
@@ -50,16 +58,27 @@ class Photographer:
         is_black = (drawings_B4HW[:, :3].amax((1, 2, 3)) < 0.2).float()[:, None, None, None]
         recolour = is_black * self._chance(0.6, count)
         colour = colour * (1 - recolour) + recolour * self._uniform(count, 3, 1, 1, low=0.0, high=0.85)
+        colour = self._lines(colour, alpha, strength_B)
+        shading = F.interpolate(self._normal(count, 1, 3, 3), (height, width), mode="bicubic", align_corners=True)
+        colour = colour * (1 + self._chance(0.5, count) * strength * 0.2 * shading)
         swollen = F.max_pool2d(alpha, 3, 1, 1)
         outline = self._chance(0.15 * strength_B, count) * (swollen - alpha).clamp(min=0)
         colour = colour * (1 - outline) + outline * self._uniform(count, 1, 1, 1, high=0.3)
         alpha = torch.maximum(alpha, outline)
-        bend = torch.randn(count, 2, 4, 4, generator=self.generator) * strength * 0.03
+        bend = self._normal(count, 2, 4, 4) * strength * 0.03
         bend = F.interpolate(bend, (height, width), mode="bicubic", align_corners=True)
         turn = F.affine_grid(self._turned(strength_B), [count, 1, height, width], align_corners=False)
         grid = turn + bend.permute(0, 2, 3, 1)
         premultiplied = torch.cat([colour.clamp(0, 1) * alpha, alpha], 1)
         return F.grid_sample(premultiplied, grid, align_corners=False)
+
+    def _lines(self, colour: torch.Tensor, alpha: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
+        """Some drawings with their dark lines thicker, as many with them thinner; what is outside takes no part."""
+        thick = -F.max_pool2d(-(colour * alpha + 1 - alpha), 3, 1, 1)
+        thin = F.max_pool2d(colour * alpha, 3, 1, 1)
+        share, count = strength_B[:, None, None, None] * self._uniform(len(colour), 1, 1, 1), len(colour)
+        other = torch.where(self._chance(0.5, count) > 0, thick, thin)
+        return colour + self._chance(0.5, count) * share * (other - colour)
 
     def _mixing(self, strength_B: torch.Tensor) -> torch.Tensor:
         """Colour matrices `[B, 3, 3]`: hues turned a little, or, in some drawings beyond slight strength, at will."""
@@ -69,16 +88,16 @@ class Photographer:
         angle = torch.where(anywhere, self._uniform(count, low=-math.pi, high=math.pi), angle)
         cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
         # Rodrigues' formula around the axis of greys.
-        across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
-        turned = cos * torch.eye(3) + (1 - cos) / 3 + sin * across
-        return turned + strength_B[:, None, None] * torch.randn(count, 3, 3, generator=self.generator) * 0.05
+        across = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]], device=self.device) / math.sqrt(3)
+        turned = cos * torch.eye(3, device=self.device) + (1 - cos) / 3 + sin * across
+        return turned + strength_B[:, None, None] * self._normal(count, 3, 3) * 0.05
 
     def _turned(self, strength_B: torch.Tensor) -> torch.Tensor:
         """Affine maps `[B, 2, 3]`: tilted by up to 20 degrees, some mirrored."""
         count = len(strength_B)
         angle = strength_B * self._uniform(count, low=-1) * math.radians(20)
         mirrored = 1 - 2 * (self._uniform(count) < 0.5 * (strength_B - 0.35).clamp(min=0)).float()
-        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros(count)
+        cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
         return torch.stack([mirrored * cos, -mirrored * sin, zero, sin, cos, zero], 1).reshape(count, 2, 3)
 
     def photograph(self, drawings_B4HW: torch.Tensor, size_px: int, strength_B: torch.Tensor) -> torch.Tensor:
@@ -92,7 +111,7 @@ class Photographer:
         photo = self._occlude(photo, strength_B)
         photo = self._light(photo, strength)
         photo = self._blur(photo, strength_B)
-        noise = torch.randn(photo.shape, generator=self.generator) * strength * self._uniform(count, 1, 1, 1, high=0.06)
+        noise = self._normal(*photo.shape) * strength * self._uniform(count, 1, 1, 1, high=0.06)
         return (photo + noise).clamp(0, 1)
 
     # ---- the scene
@@ -108,16 +127,18 @@ class Photographer:
         """What lies behind: plain and light, or textured at several scales, some with another drawing out of focus."""
         count = len(styled)
         strength = strength_B[:, None, None, None]
-        texture = torch.zeros(count, 3, 32, 32)
+        texture = torch.zeros(count, 3, 32, 32, device=self.device)
         for cells, weight in ((2, 0.5), (5, 0.35), (12, 0.25), (32, 0.15)):
-            coarse = torch.randn(count, 3, cells, cells, generator=self.generator)
+            coarse = self._normal(count, 3, cells, cells)
             grey = coarse.mean(1, keepdim=True) * 1.5
             coarse = grey + (coarse - grey) * self._uniform(count, 1, 1, 1)
             texture += weight * self._uniform(count, 1, 1, 1) * _resized(coarse, 32)
         scene = self._uniform(count, 3, 1, 1) + texture * 0.6
-        clutter = _resized(F.adaptive_avg_pool2d(styled[torch.randperm(count, generator=self.generator)], 16), 48)
-        x, y = torch.randint(0, 17, (2,), generator=self.generator).tolist()
-        clutter = clutter[..., y : y + 32, x : x + 32]
+        others = torch.randperm(count, generator=self.generator, device=self.device)
+        clutter = _resized(F.adaptive_avg_pool2d(styled[others], 16), 48)
+        x, y = torch.randint(0, 17, (2,), generator=self.generator, device=self.device)
+        window = torch.arange(32, device=self.device)  # cut out by tensors: a GPU is not waited for
+        clutter = clutter[..., (y + window)[:, None], x + window]
         scene = scene + self._chance(0.25, count) * 0.8 * (clutter[:, :3] - scene * clutter[:, 3:])
         plain = 1 - self._uniform(count, 3, 1, 1, high=0.15) * self._chance(0.5, count)
         busy = self._chance(strength_B * 1.5, count)
@@ -148,7 +169,7 @@ class Photographer:
         shift = self._uniform(count, 2, low=-1) * room[:, None]
         tilt = self._uniform(count, 2, low=-1) * s[:, None] * 0.25
         cos, sin = angle.cos(), angle.sin()
-        one = torch.ones(count)
+        one = torch.ones_like(scale)
         to_drawing = torch.stack(
             [
                 cos / (scale * aspect), sin / (scale * aspect), -shift[:, 0] / scale,
@@ -157,7 +178,7 @@ class Photographer:
             ],
             1,
         ).reshape(count, 3, 3)  # fmt: skip
-        axis = (torch.arange(size_px) + 0.5) / size_px * 2 - 1
+        axis = (torch.arange(size_px, device=self.device) + 0.5) / size_px * 2 - 1
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         points = torch.stack([x, y, torch.ones_like(x)], -1).reshape(1, -1, 3)
         mapped = points @ to_drawing.transpose(1, 2)
@@ -168,7 +189,7 @@ class Photographer:
 
     def _occlude(self, photo: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
         count, _, size_px, _ = photo.shape
-        axis = torch.linspace(0, 1, size_px)
+        axis = torch.linspace(0, 1, size_px, device=self.device)
         x, y = axis[None, None, None, :], axis[None, None, :, None]
         centre = self._uniform(count, 2)
         extent = self._uniform(count, 2, low=0.05, high=0.2)
@@ -194,7 +215,7 @@ class Photographer:
         count, channels, size_px, _ = photo.shape
         most = 0.013 * size_px
         reach = math.ceil(2 * most)
-        offsets = torch.arange(-reach, reach + 1).float()
+        offsets = torch.arange(-reach, reach + 1, device=self.device).float()
         kernels = []
         for _ in range(2):
             sigma = (strength_B * self._uniform(count) * most).clamp(min=0.05)
@@ -211,13 +232,57 @@ class Photographer:
         return flat.reshape(photo.shape)
 
     def compress(self, photo: torch.Tensor, strength_B: torch.Tensor, probability: float = 0.3) -> torch.Tensor:
-        """Pass some photographs through a real JPEG encoder at quality 95 down to 30."""
-        chosen = (self._uniform(len(photo)) < probability * (strength_B > 0.05)).nonzero().flatten().tolist()
-        quality = (95 - 65 * strength_B * self._uniform(len(photo))).int().tolist()
-        photo = photo.clone()
-        for i in chosen:
-            photo[i] = to_tensor(Image.open(io.BytesIO(to_jpeg(photo[i], quality[i]))))
-        return photo
+        """Some photographs as JPEG at quality 95 down to 30 leaves them."""
+        chosen = self._chance(probability * (strength_B > 0.05), len(photo)) > 0
+        quality_B = (95 - 65 * strength_B * self._uniform(len(photo))).long()
+        return torch.where(chosen, through_jpeg(photo, quality_B), photo)
+
+
+_JPEG_QUALITIES = range(1, 101)
+
+
+@cache
+def _quantisation(device: torch.device) -> torch.Tensor:
+    """The encoder's own tables `[100, 2, 8, 8]`, by quality, 1 first: for brightness, and for colours."""
+    tables = []
+    for quality in _JPEG_QUALITIES:
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(buffer, "JPEG", quality=quality)
+        buffer.seek(0)
+        of_quality = JpegImageFile(buffer).quantization
+        tables.append([of_quality[0], of_quality[1]])
+    return torch.tensor(tables, dtype=torch.float32, device=device).reshape(-1, 2, 8, 8)
+
+
+def through_jpeg(photos_B3SS: torch.Tensor, quality_B: torch.Tensor) -> torch.Tensor:
+    """What an image is after JPEG with colours at half size, as ITU-T T.81 has it; sides of whole 16 pixels.
+
+    All that loses anything, in batched torch on the photographs' device; the coding that follows loses nothing.
+    """
+    device, side = photos_B3SS.device, photos_B3SS.shape[-1]
+    red, green, blue = (255 * photos_B3SS).round().unbind(1)
+    brightness = 0.299 * red + 0.587 * green + 0.114 * blue
+    colours = torch.stack([(blue - brightness) / 1.772, (red - brightness) / 1.402], 1)
+    tables_B288 = _quantisation(device)[quality_B - 1]
+    brightness = _quantised((brightness - 128)[:, None], tables_B288[:, :1]) + 128
+    colours = _quantised(F.avg_pool2d(colours, 2), tables_B288[:, 1:])
+    to_blue, to_red = _resized(colours, side).chunk(2, 1)
+    red, blue = brightness + 1.402 * to_red, brightness + 1.772 * to_blue
+    green = (brightness - 0.299 * red - 0.114 * blue) / 0.587
+    return (torch.cat([red, green, blue], 1).round() / 255).clamp(0, 1)
+
+
+def _quantised(planes_BCHW: torch.Tensor, tables_B188: torch.Tensor) -> torch.Tensor:
+    """Each block of 8 x 8 to cosines, those rounded to multiples of the table's, and back."""
+    count, channels, height, width = planes_BCHW.shape
+    steps = torch.arange(8, device=planes_BCHW.device)
+    cosines = torch.cos((2 * steps + 1) * steps[:, None] * math.pi / 16) / 2
+    cosines[0] /= math.sqrt(2)
+    blocks = planes_BCHW.reshape(count, channels, height // 8, 8, width // 8, 8).permute(0, 1, 2, 4, 3, 5)
+    tables = tables_B188[:, :, None, None]
+    coefficients = ((cosines @ blocks @ cosines.T) / tables).round() * tables
+    restored = cosines.T @ coefficients @ cosines
+    return restored.permute(0, 1, 2, 4, 3, 5).reshape(planes_BCHW.shape)
 
 
 def _resized(images: torch.Tensor, size_px: int) -> torch.Tensor:

@@ -9,14 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from demo.build import Drawing
-from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate
-from model.tiny import read_tiny
+from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate, train
+from model.tiny import TinyConfig, read_tiny
 
 SCRIPT = """
 import sys, torch
@@ -91,6 +92,21 @@ def test_a_killed_run_resumes_to_the_same_weights(build: Path, tmp_path: Path) -
     assert notes["training_drawings"] == 12
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_a_run_with_other_settings_is_not_taken_up(build: Path, tmp_path: Path) -> None:
+    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
+    out, snapshot = tmp_path / "out.safetensors", build / "snapshot.pt"
+
+    def run(steps: int) -> None:
+        settings = Settings(steps=steps, small_px=16, entities_per_batch=3, snapshot_every=1)
+        train(build, out, settings, config, torch.device("cpu"), snapshot)
+
+    run(1)
+    kept = snapshot.read_bytes()
+    with pytest.raises(click.ClickException, match="other settings; start over with --fresh"):
+        run(2)
+    assert snapshot.read_bytes() == kept
 
 
 def test_batches_pair_two_artists_and_visit_every_entity() -> None:
