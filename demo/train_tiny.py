@@ -201,7 +201,8 @@ class Validation:
         self.catalog = load_rgba(catalog, build, size_px).to(device)
         self.queries: dict[str, tuple[torch.Tensor, list[str], list[bool]]] = {}
         for how in ("clean", "photo"):
-            rows = [json.loads(line) for line in (build / f"queries_val_{how}.jsonl").open(encoding="utf-8")]
+            lines = (build / f"queries_val_{how}.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
             images = torch.stack([_query_pixels(build / row["image"], size_px) for row in rows])
             unseen = [row["data_split"].endswith("unseen") for row in rows]
             self.queries[how] = (images, [row["entity_id"] for row in rows], unseen)
