@@ -1,4 +1,4 @@
-"""A module as an ONNX file that computes in float16, which GPUs do several times as fast; float32 in and out."""
+"""A module as an ONNX file that computes in float16, for GPUs; float32 goes in and comes out."""
 
 from __future__ import annotations
 
