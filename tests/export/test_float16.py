@@ -30,6 +30,8 @@ from index.manifest import FLOAT16_ENCODER_FILE
 from index.report import describe, describe_lines
 from model.encoders import ImageEncoder, load_image_encoder
 from model.torch_encoder import TorchImageEncoder
+from service.generation import open_encoder
+from service.settings import Settings
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
 
@@ -184,3 +186,15 @@ def test_an_onnx_encoder_is_refused(image_encoder: ImageEncoder, tmp_path: Path)
     path.with_suffix(".json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
     with pytest.raises(EncoderSpecError, match=r"--float16 needs an image encoder in torch.* convert the file by hand"):
         add_float16(load_image_encoder(f"onnx:{path}"), tmp_path)
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA")
+def test_a_gpu_takes_it_and_embeds_as_a_cpu_does_in_floats(config: ExportConfig) -> None:
+    bundle = Bundle.open(config.out)
+    preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+    on_gpu = open_encoder(bundle, preprocessing, Settings(device="cuda", max_batch=8))
+    on_cpu = open_encoder(bundle, preprocessing, Settings(device="cpu", threads=1, precision="float"))
+    assert (on_gpu.device, on_gpu.file) == ("cuda", FLOAT16_ENCODER_FILE)
+    size_px = preprocessing.size_px
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (11, size_px, size_px, 3), dtype=np.uint8)
+    assert np.sum(on_gpu.encode(pixels_BHW3) * on_cpu.encode(pixels_BHW3), axis=1).min() > 0.999
