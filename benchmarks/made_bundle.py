@@ -110,7 +110,7 @@ def write_bundle(folder: Path, like: Bundle, *, count: int, progress: bool = Fal
         like.manifest,
         name="made",
         embedding_dim=dim,
-        image_encoder=replace(like.manifest.image_encoder, int8=None),
+        image_encoder=replace(like.manifest.image_encoder, int8=None, float16=None),
         counts=Counts(entities=count, embeddings=count, without_image=0, without_text=0, rejected=0),
         files=list_files(folder),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

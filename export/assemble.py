@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from core.jsonl import RejectLog
 from export.config import ExportConfig, describe_model
-from export.int8 import add_int8, remove_int8
+from export.int8 import add_int8
 from export.onnx_export import INPUT, OUTPUTS
 from export.sample import CatalogImages
 from export.spool import Spool
@@ -24,10 +24,12 @@ from index.embeddings import EmbeddingShards
 from index.manifest import (
     IMAGE_ENCODER_FILE,
     INDEX_FILE,
+    INT8_ENCODER_FILE,
     MANIFEST_FILE,
     SCHEMA_VERSION,
     STORE_FILE,
     Counts,
+    Float16Entry,
     ImageEncoderEntry,
     Int8Entry,
     Manifest,
@@ -44,8 +46,12 @@ def assemble(
     settings: Mapping[str, Any],
     started: float,
     sample: Sequence[CatalogImages],
+    float16: Float16Entry | None,
 ) -> None:
-    """Write what needs all shards: store, index, calibration, the int8 encoder, reject log; the manifest last."""
+    """Write what needs all shards: store, index, calibration, the int8 encoder, reject log; the manifest last.
+
+    `float16` is what the manifest says of the encoder in float16, which is there already.
+    """
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     parity = spool.parity()
     assert parity is not None, "the image encoder comes before the shards"
@@ -60,7 +66,7 @@ def assemble(
     counts = _count_and_log(spool, log, len(embeddings))
     calibration: Calibration | None = None
     int8: Int8Entry | None = None
-    remove_int8(spool.bundle)
+    spool.take_back(INT8_ENCODER_FILE)
     if config.validation is not None or config.int8:
         index = EntityIndex.read(spool.bundle / INDEX_FILE, embeddings, index_manifest.parameters)
         with EntityStore(spool.bundle / STORE_FILE) as store:
@@ -87,6 +93,7 @@ def assemble(
             outputs=OUTPUTS,
             parity={"max_abs_diff": parity.max_abs_diff, "min_cosine": parity.min_cosine},
             int8=int8,
+            float16=float16,
         ),
         export=settings,
         files=list_files(spool.bundle),

@@ -54,6 +54,7 @@ _PATH = click.Path(path_type=Path)
     is_flag=True,
     help="Add the image encoder in int8, for queries on a CPU, and measure what that costs.",
 )
+@click.option("--float16", is_flag=True, help="Add the image encoder computing in float16, for queries on a GPU.")
 @click.option(
     "--live", is_flag=True, help="Add what embeds entities that are put while serving; with --resume to a whole bundle."
 )
@@ -100,7 +101,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
 
     from export.config import ExportConfig
     from export.pipeline import export_bundle
-    from index.report import int8_line
+    from index.report import int8_line, parity_line
 
     config = ExportConfig(**options, progress=True)
     if dry_run:
@@ -123,6 +124,8 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     )
     if summary.int8 is not None:
         click.echo(f"int8: {int8_line(asdict(summary.int8))}")
+    if summary.float16 is not None:
+        click.echo(f"float16: {parity_line(asdict(summary.float16))}")
     if options["base"] is not None:
         why = "" if summary.base_fits else ": other models or thumbnails made it, or it keeps no texts"
         click.echo(f"{summary.copied_entities} entities copied from {options['base']}{why}")

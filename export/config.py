@@ -12,6 +12,7 @@ import torch
 from catalog.tar_shards import TarImages
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
+from export.float16 import torch_module
 from export.spool import foreign_files, is_unfinished
 from index.manifest import MANIFEST_FILE
 from model.checkpoint import Checkpoint
@@ -34,6 +35,7 @@ class ExportConfig:
     store_text: bool = False
     half: bool = True  # weights of the ONNX file in float16 where that moves no embedding
     int8: bool = False  # also a quantised file, for queries on a CPU
+    float16: bool = False  # also a file that computes in float16, for queries on a GPU
     live: bool = False  # with what embeds entities that are put while serving
     image_root: Path | None = None
     images: Path | None = None  # tar shards that images named by URL are read from
@@ -48,14 +50,18 @@ class ExportConfig:
 
 
 def load_checkpoint(config: ExportConfig, device: torch.device | str) -> Checkpoint:
-    """The checkpoint with the encoders that the config names. Raises as `Checkpoint.load` does."""
-    return Checkpoint.load(
+    """The checkpoint with the encoders that the config names. Raises as `Checkpoint.load` does, and `EncoderSpecError`
+    where the image encoder cannot be exported as the config says."""
+    checkpoint = Checkpoint.load(
         config.checkpoint,
         image_encoder_spec=config.image_encoder,
         text_encoder_spec=config.text_encoder,
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.float16:
+        torch_module(checkpoint.image_encoder)
+    return checkpoint
 
 
 def check_inputs(config: ExportConfig) -> None:
@@ -104,6 +110,7 @@ def content_settings(config: ExportConfig, checkpoint: Checkpoint, device: str) 
         "store_text": config.store_text,
         "half": config.half,
         "int8": config.int8,
+        **({"float16": True} if config.float16 else {}),  # a bundle without keeps the fingerprint it always had
         "device": device,
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
     }
@@ -113,7 +120,7 @@ def refuse_differences(
     out: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> None:
     """Raise `UserError` where an export that was begun is not the one wanted now."""
-    begun = {"int8": False, **begun}  # of exports from before there was one
+    begun, wanted = ({"int8": False, "float16": False, **settings} for settings in (begun, wanted))
     differing = [key for key in wanted if key not in ignored and begun.get(key) != wanted[key]]
     if differing:
         names = ", ".join(key.removesuffix("_sha256").replace("_", " ") for key in differing)

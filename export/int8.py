@@ -100,12 +100,6 @@ def measure_cost(
     }
 
 
-def remove_int8(bundle: Path) -> None:
-    """Take away what an export that was begun with int8 and is ended without it has left."""
-    for file in bundle.glob(f"{INT8_ENCODER_FILE}*"):
-        file.unlink()
-
-
 def catalog_images(
     reader: ImageReader, preprocessing: Preprocessing, sample: Sequence[CatalogImages]
 ) -> Iterator[Labelled]:

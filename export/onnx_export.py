@@ -8,9 +8,10 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -40,12 +41,27 @@ _BATCHES = (1, 2, 5)
 EXTERNAL_FROM_BYTES = 1_500_000_000  # of weights, which then lie in a file of their own: protobuf ends at 2 GB
 
 
+# Pixel values [B, 3, H, W] to patch tokens [B, P, C] and image embeddings [B, D].
+Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parity:
     """How far the exported encoder is from the original: over patch tokens and embeddings of a few batches."""
 
     max_abs_diff: float
     min_cosine: float  # of image embeddings
+
+    def holds(self, min_cosine: float) -> bool:
+        """Whether no embedding is further than that, and nothing is infinite or no number."""
+        return math.isfinite(self.max_abs_diff) and self.min_cosine >= min_cosine
+
+    def with_worst_of(self, other: Parity) -> Parity:
+        """The greater difference and the lesser cosine of the two."""
+        return Parity(
+            max_abs_diff=float(np.maximum(self.max_abs_diff, other.max_abs_diff)),
+            min_cosine=float(np.minimum(self.min_cosine, other.min_cosine)),
+        )
 
 
 def export_image_encoder(
@@ -68,13 +84,15 @@ def export_image_encoder(
             raise EncoderSpecError(
                 f"image encoder {encoder.spec} has neither a torch module nor an ONNX file to export"
             )
-        _export(module, encoder, path)
+        # A copy, since the encoder itself may be on a GPU or in half precision and is used on.
+        copied = copy.deepcopy(module).to("cpu", torch.float32)
+        export_normalised(Normalised(copied), encoder.preprocessing.size_px, path)
         if half:
             _halve_weights(encoder, path)
     if centre_D is not None:
-        _fold_centre(path, centre_D)
+        fold_centre(path, centre_D)
     parity = measure_parity(encoder, path, centre_D)
-    if parity.min_cosine < MIN_COSINE:
+    if not parity.holds(MIN_COSINE):
         raise EncoderSpecError(
             f"the ONNX file of {encoder.spec} differs from the original: least cosine {parity.min_cosine:.6f}, "
             f"{MIN_COSINE} is wanted; export it by hand and name it as onnx:PATH"
@@ -85,27 +103,33 @@ def export_image_encoder(
 def measure_parity(encoder: ImageEncoder, path: Path, centre_D: torch.Tensor | None = None) -> Parity:
     """Compare an ONNX file with the encoder it was made from, on made-up images in batches of 1, 2 and 5."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    max_abs_diff, min_cosine = 0.0, 1.0
+
+    def run(pixels_B3HW: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
+        outputs: Sequence[npt.NDArray[np.float32]] = session.run(list(OUTPUTS), {INPUT: pixels_B3HW})
+        return outputs
+
+    return compare(encoder, run, centre_D)
+
+
+def compare(encoder: ImageEncoder, run: Run, centre_D: torch.Tensor | None = None) -> Parity:
+    """Compare what `run` gives with the encoder, as `measure_parity` does. What is no number is the worst there is."""
+    parity = Parity(max_abs_diff=0.0, min_cosine=1.0)
     for batch in _BATCHES:
         pixels_BHW3 = _sample_pixels(batch, encoder.preprocessing.size_px)
         expected: ImageFeatures = encoder.encode(pixels_BHW3)
-        patch_tokens_BPC, embedding_BD = session.run(
-            list(OUTPUTS), {INPUT: normalise(pixels_BHW3, encoder.preprocessing)}
-        )
-        embedding_BD = F.normalize(torch.from_numpy(embedding_BD).double(), dim=1)
+        patch_tokens_BPC, embedding_BD = map(torch.from_numpy, run(normalise(pixels_BHW3, encoder.preprocessing)))
+        embedding_BD = F.normalize(embedding_BD.double(), dim=1)
         expected_BD = expected.image_embedding_BD.cpu()
         if centre_D is not None:
             expected_BD = F.normalize(expected_BD - centre_D.cpu(), dim=1)
-        for found, wanted in (
-            (torch.from_numpy(patch_tokens_BPC), expected.patch_tokens_BPC.cpu()),
-            (embedding_BD, expected_BD),
-        ):
-            max_abs_diff = max(max_abs_diff, float((found.double() - wanted.double()).abs().max()))
-        min_cosine = min(min_cosine, float((embedding_BD * F.normalize(expected_BD.double(), dim=1)).sum(1).min()))
-    return Parity(max_abs_diff=float(f"{max_abs_diff:.2g}"), min_cosine=round(min_cosine, 6))
+        min_cosine = float((embedding_BD * F.normalize(expected_BD.double(), dim=1)).sum(1).min())
+        for found, wanted in ((patch_tokens_BPC, expected.patch_tokens_BPC.cpu()), (embedding_BD, expected_BD)):
+            max_abs_diff = float((found.double() - wanted.double()).abs().max())
+            parity = parity.with_worst_of(Parity(max_abs_diff=max_abs_diff, min_cosine=min_cosine))
+    return Parity(max_abs_diff=float(f"{parity.max_abs_diff:.2g}"), min_cosine=round(parity.min_cosine, 6))
 
 
-class _ForExport(nn.Module):
+class Normalised(nn.Module):
     """What goes into the file: float32 out, the embedding L2-normalised, whatever the encoder's own module returns."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -117,14 +141,12 @@ class _ForExport(nn.Module):
         return patch_tokens_BPC.float(), F.normalize(image_embedding_BD.float(), dim=1)
 
 
-def _export(module: nn.Module, encoder: ImageEncoder, path: Path) -> None:
-    size_px = encoder.preprocessing.size_px
-    # A copy, since the encoder itself may be on a GPU or in half precision and is used on.
-    wrapped = _ForExport(copy.deepcopy(module).to("cpu", torch.float32)).eval()
+def export_normalised(module: Normalised, size_px: int, path: Path) -> None:
+    """Write an image encoder's file from a module on the CPU that takes and gives what such a file does."""
     # Two images: a batch of one would be taken for a fixed size.
     example = torch.zeros(2, 3, size_px, size_px)
     export_module(
-        wrapped,
+        module.eval(),
         (example,),
         path,
         inputs=(INPUT,),
@@ -140,7 +162,7 @@ def export_module(
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    dynamic_shapes: tuple[Mapping[int, Any], ...],
+    dynamic_shapes: tuple[Mapping[int, Any] | tuple[Mapping[int, Any], ...], ...],
 ) -> None:
     """Write a module in evaluation mode, on the CPU, as one ONNX file, and its data beside it where it is too large."""
     with _quiet(), torch.no_grad():
@@ -201,13 +223,13 @@ def _halve_weights(encoder: ImageEncoder, path: Path) -> None:
     halved = path.with_name(f".{path.name}.half")
     try:
         halved.write_bytes(model.SerializeToString(deterministic=True))
-        if measure_parity(encoder, halved).min_cosine >= HALF_MIN_COSINE:
+        if measure_parity(encoder, halved).holds(HALF_MIN_COSINE):
             write_durably(path, halved.read_bytes())
     finally:
         halved.unlink(missing_ok=True)
 
 
-def _fold_centre(path: Path, centre_D: torch.Tensor) -> None:
+def fold_centre(path: Path, centre_D: torch.Tensor) -> None:
     """Put three nodes behind the embedding, of operators that all opsets have: length 1, less centre, length 1."""
     model = onnx.load(path, load_external_data=False)
     embedding = OUTPUTS[1]

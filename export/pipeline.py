@@ -26,12 +26,13 @@ from export.config import (
 )
 from export.embed_catalog import Outcome, embed_catalog
 from export.entity_side import export_entity_side
+from export.float16 import add_float16
 from export.onnx_export import export_image_encoder
 from export.spool import Spool, is_unfinished
 from export.stream import StageTimes
 from index.bundle import Bundle
 from index.entity_side import EntitySide
-from index.manifest import MANIFEST_FILE, Counts, Int8Entry
+from index.manifest import FLOAT16_ENCODER_FILE, MANIFEST_FILE, Counts, Float16Entry, Int8Entry
 from model.checkpoint import Checkpoint
 from model.encoders import resolve_device
 
@@ -48,6 +49,7 @@ class ExportSummary:
     already_complete: bool
     calibrated: bool
     int8: Int8Entry | None
+    float16: Float16Entry | None
     rejects: str
     elapsed_s: float
     copied_entities: int = 0  # from the base
@@ -87,9 +89,15 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
                         )
                         bar.update()
                     spool.finish_image_encoder(parity)
+                spool.take_back(FLOAT16_ENCODER_FILE)
+                float16 = None
+                if config.float16:  # before the shards: an encoder that does not bear it is told of soon
+                    with times.measure("ONNX files"), _files(config, "float16", 1) as bar:
+                        float16 = add_float16(checkpoint.image_encoder, spool.bundle, checkpoint.adaptor.centre_D)
+                        bar.update()
                 outcome = embed_catalog(config, checkpoint, spool, times)
                 with times.measure("store, index, manifest"):
-                    assemble(config, checkpoint, spool, settings, started, outcome.sample)
+                    assemble(config, checkpoint, spool, settings, started, outcome.sample, float16)
         spool.publish()
     _add_entity_side(config, checkpoint)
     return _summary(config, started, outcome, times)
@@ -105,8 +113,8 @@ def _check_settings(config: ExportConfig, spool: Spool, settings: Mapping[str, A
     if begun is None:
         spool.begin(wanted)
         return
-    # They come after the shards: they may be given, changed or left out when an export is taken up again.
-    refuse_differences(config.out, begun, wanted, ignored={"validation_sha256", "int8"})
+    # No shard depends on them: they may be given, changed or left out when an export is taken up again.
+    refuse_differences(config.out, begun, wanted, ignored={"validation_sha256", "int8", "float16"})
 
 
 def _already_complete(
@@ -152,6 +160,7 @@ def _summary(
         already_complete=already_complete,
         calibrated=bundle.calibration is not None,
         int8=bundle.manifest.image_encoder.int8,
+        float16=bundle.manifest.image_encoder.float16,
         rejects=str(rejects) if rejects.exists() else "",
         elapsed_s=round(time.perf_counter() - started, 3),
         copied_entities=0 if outcome is None else outcome.copied_entities,

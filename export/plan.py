@@ -98,7 +98,11 @@ def plan_export(config: ExportConfig) -> ExportPlan:
             "index": embeddings * 4 * dim,
             "store": round(entities * measured.store_bytes_per_entity),
             "image encoder": encoder_bytes,
-            **({"int8 encoder": stored_bytes(checkpoint.image_encoder, half=False) // 4} if config.int8 else {}),
+            **{
+                f"{precision} encoder": stored_bytes(checkpoint.image_encoder, half=False) // shrunk
+                for precision, shrunk, asked_for in (("int8", 4, config.int8), ("float16", 2, config.float16))
+                if asked_for
+            },
         },
         work_bytes=round(entities * measured.work_bytes_per_entity),
         seconds=seconds,

@@ -84,6 +84,11 @@ class Spool:
     def finish_image_encoder(self, parity: Parity) -> None:
         write_durably(self._work / "image_encoder.json", json.dumps(asdict(parity)).encode())
 
+    def take_back(self, file: str) -> None:
+        """Take away an ONNX file with its data, which an export that goes on without it has left."""
+        for each in self.bundle.glob(f"{file}*"):
+            each.unlink()
+
     def has_shard(self, number: int) -> bool:
         return self._shard_path(number).exists()
 

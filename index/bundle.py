@@ -118,8 +118,7 @@ def open_manifest(path: Path, verify: Verify = "quick") -> Manifest:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BundleAltered(f"{path / MANIFEST_FILE} names {name}, outside the bundle; export the bundle again")
         _check_file(path / name, entry, "copy or export the bundle again", hashed=name in hashed)
-    int8 = manifest.image_encoder.int8
-    wanted = {STORE_FILE, manifest.image_encoder.file, *(() if int8 is None else (int8.file,))}
+    wanted = {STORE_FILE, *manifest.image_encoder.files.values()}
     if missing := wanted - manifest.files.keys():
         raise BundleAltered(f"{path / MANIFEST_FILE} does not list {min(missing)}; export the bundle again")
     return manifest

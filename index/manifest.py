@@ -20,6 +20,7 @@ STORE_FILE = "entities.sqlite"
 EMBEDDINGS_FOLDER = "embeddings"
 IMAGE_ENCODER_FILE = "image_encoder.onnx"
 INT8_ENCODER_FILE = "image_encoder.int8.onnx"
+FLOAT16_ENCODER_FILE = "image_encoder.float16.onnx"
 
 # What may differ between two makings of the same thing, so it is no part of its identity: times, and what was timed.
 _TIMES = ("created_at", "elapsed_s", "choice")
@@ -70,10 +71,19 @@ class Int8Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Float16Entry:
+    """The image encoder computing in float16, for queries on a GPU, and how far it is from the original."""
+
+    file: str
+    max_abs_diff: float
+    min_cosine: float  # of image embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageEncoderEntry:
     """The exported image encoder: its file in the bundle, its tensor names, how far it is from the original.
 
-    `int8` is None of a bundle without a quantised file.
+    `int8` and `float16` are None of a bundle without such a file.
     """
 
     file: str
@@ -81,6 +91,16 @@ class ImageEncoderEntry:
     outputs: tuple[str, str]  # patch tokens, image embedding
     parity: Mapping[str, float]  # max_abs_diff, min_cosine
     int8: Int8Entry | None = None
+    float16: Float16Entry | None = None
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Its files by precision: `float`, and of `int8` and `float16` what there is."""
+        others = {"int8": self.int8, "float16": self.float16}
+        return {"float": self.file, **{name: entry.file for name, entry in others.items() if entry is not None}}
+
+
+_OTHER_PRECISIONS = {"int8": Int8Entry, "float16": Float16Entry}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +123,9 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         content = asdict(self)
-        if self.image_encoder.int8 is None:  # bundles without one keep the fingerprint that they always had
-            del content["image_encoder"]["int8"]
+        for precision in _OTHER_PRECISIONS:
+            if content["image_encoder"][precision] is None:  # a bundle without keeps the fingerprint it always had
+                del content["image_encoder"][precision]
         return content
 
     @classmethod
@@ -119,14 +140,12 @@ class Manifest:
         _check_fields(cls, content, path)
         try:
             encoder = dict(content["image_encoder"])
-            int8 = Int8Entry(**encoder.pop("int8")) if "int8" in encoder else None
+            others = {name: kind(**encoder[name]) for name, kind in _OTHER_PRECISIONS.items() if name in encoder}
             return cls(
                 **{
                     **content,
                     "counts": Counts(**content["counts"]),
-                    "image_encoder": ImageEncoderEntry(
-                        **{**encoder, "outputs": tuple(encoder["outputs"]), "int8": int8}
-                    ),
+                    "image_encoder": ImageEncoderEntry(**{**encoder, "outputs": tuple(encoder["outputs"]), **others}),
                     "files": {name: FileEntry(**entry) for name, entry in content["files"].items()},
                 }
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,9 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         f"embeddings   {counts['embeddings']} of width {report['embedding_dim']}, float16",
         f"encoders     image {report['model'].get('image_encoder')}, text {report['model'].get('text_encoder')}",
         f"images       {preprocessing.get('size_px')} px, {report['patches']} patches",
-        f"ONNX parity  least cosine {parity['min_cosine']:.6f}, greatest difference {parity['max_abs_diff']:.2g}",
+        f"ONNX parity  {parity_line(parity)}",
         *([f"int8         {int8_line(int8)}"] if (int8 := report["image_encoder"]["int8"]) else []),
+        *([f"float16      {parity_line(half)}"] if (half := report["image_encoder"]["float16"]) else []),
         f"index        {index['factory']}, {index['bytes'] / 1e6:.1f} MB ({index['why']})",
         "entity side  none: entities are put with their embedding"
         if report["entity_side"] is None
@@ -79,3 +81,8 @@ def int8_line(int8: dict[str, Any]) -> str:
         f"{int8['judged_on']} {int8['same_top_1']:.1f} % the same top-1, right {int8['top_1_int8']:.1f} % "
         f"(float {int8['top_1_float']:.1f} %)"
     )
+
+
+def parity_line(parity: Mapping[str, Any]) -> str:
+    """How far an encoder's file is from the original, from its manifest's `parity` or its `float16`."""
+    return f"least cosine {parity['min_cosine']:.6f}, greatest difference {parity['max_abs_diff']:.2g}"

@@ -31,6 +31,8 @@ from service.join import SELECTIONS_KEPT, Joiner
 from service.metrics import Metrics
 from service.settings import MILVUS, Settings
 
+_PRECISIONS = {"cpu": "int8", "cuda": "float16"}  # what each is fastest in
+
 log = logging.getLogger("wikiclip.generation")
 
 
@@ -51,7 +53,7 @@ class Generation:
             encoder = open_encoder(bundle, self.preprocessing, settings)
             file = encoder.file
         self.encoder = encoder
-        self.precision = "float" if file == bundle.manifest.image_encoder.file else "int8"
+        self.precision = next(name for name, each in bundle.manifest.image_encoder.files.items() if each == file)
         self.encoder_hash = encoder_hash(bundle, file)
         self._store = bundle.store()
         self._source = _open_source(bundle, self._store, settings)
@@ -109,8 +111,8 @@ class Generation:
             return None
         try:
             encoder = self.encoder
-            if self.precision == "int8" and (self.bundle.path / ENTITY_SIDE_FOLDER).is_dir():
-                # int8 is for queries: what is put lies beside embeddings that were made in floats.
+            if self.precision != "float" and (self.bundle.path / ENTITY_SIDE_FOLDER).is_dir():
+                # int8 and float16 are for queries: what is put lies beside embeddings that were made in floats.
                 as_float = settings.model_copy(update={"precision": "float"})
                 encoder = open_encoder(self.bundle, self.preprocessing, as_float)
             return Editor(self.bundle, live, encoder, max_pixels=settings.max_pixels)
@@ -238,8 +240,7 @@ def encoder_hash(bundle: Bundle, file: str) -> str:
     manifest = bundle.manifest
     entry = manifest.image_encoder
     others = [STORE_FILE, f"{EMBEDDINGS_FOLDER}/"]
-    if entry.int8 is not None and file != entry.int8.file:
-        others.append(entry.int8.file)
+    others += [each for each in entry.files.values() if each not in (file, entry.file)]
     files = {name: each.sha256 for name, each in manifest.files.items() if not name.startswith(tuple(others))}
     content = [files, dict(manifest.preprocessing), file, entry.input, list(entry.outputs)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -252,7 +253,7 @@ def model_name(bundle: Bundle) -> str:
 
 
 def open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
-    """The bundle's image encoder as `settings` want it run: on a CPU in int8, where the bundle has that."""
+    """The bundle's image encoder as `settings` want it run: in what the device does fastest, if the bundle has it."""
     encoder = _open_file(bundle, _file_for(bundle, settings, wanted_device(settings.device)), preprocessing, settings)
     if encoder.file != (file := _file_for(bundle, settings, encoder.device)):  # CUDA was wanted and not got
         encoder = _open_file(bundle, file, preprocessing, settings)
@@ -260,10 +261,9 @@ def open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Setting
 
 
 def _file_for(bundle: Bundle, settings: Settings, device: str) -> str:
-    entry = bundle.manifest.image_encoder
-    if entry.int8 is None or device != "cpu" or settings.precision == "float":
-        return entry.file
-    return entry.int8.file
+    files = bundle.manifest.image_encoder.files
+    precision = _PRECISIONS[device] if settings.precision == "auto" else "float"
+    return files.get(precision, files["float"])
 
 
 def _open_file(bundle: Bundle, file: str, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:

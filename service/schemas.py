@@ -105,7 +105,7 @@ class Info(BaseModel):
     embeddings: int
     embedding_dim: int
     device: str
-    precision: str = Field(description="int8 or float: which of the bundle's encoders runs.")
+    precision: str = Field(description="float, int8 or float16: which of the bundle's encoders runs.")
     index: str = Field(description="faiss's factory string.")
     search_device: str
     search_device_why: str = Field(description="Why the search runs there.")

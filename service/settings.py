@@ -47,7 +47,8 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
     device: Device = Field(default="auto", description="Where the image encoder runs; auto takes CUDA where it works.")
     precision: Literal["auto", "float"] = Field(
-        default="auto", description="Which encoder of the bundle runs; auto takes int8 on a CPU where there is one."
+        default="auto",
+        description="Which encoder of the bundle runs; auto takes int8 on a CPU, float16 on a GPU where there is one.",
     )
     search_device: Literal["same", "auto", "cpu", "cuda"] = Field(
         default="same", description="Where the search runs: same is where the image encoder is to run."

@@ -25,9 +25,11 @@ def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 def test_export_ends_by_saying_what_it_left_out(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("export", "--catalog", catalog.path, "--checkpoint", checkpoint, "--out", tmp_path / "b")
+    arguments = (*arguments, "--float16")
     done = wikiclip(*arguments)
     assert done.returncode == 0, done.stderr
     assert "23 entities" in done.stdout
+    assert "float16: least cosine " in done.stdout
     assert f"4 record(s) rejected, {catalog.images_failed} image(s) not used" in done.stdout
     assert Bundle.open(tmp_path / "b", verify="full").name == "b"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from imaging import load_pixels
 from index.bundle import Bundle
 from index.entity_side import ENTITY_SIDE_FOLDER
 from model.checkpoint import Checkpoint
+from service import generation
 from service.entity_side import EntityEmbedder
 from service.recognizer import Recognizer
 from service.schemas import EntityRequest
@@ -94,17 +96,28 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             assert not text_only.entity.has_thumbnail
 
 
-def test_what_is_put_where_queries_are_in_int8_is_embedded_in_floats(
-    catalog: CatalogFiles, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
+    catalog: CatalogFiles,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is put lies beside embeddings that were made in floats; and an export tells how far it is with each file."""
     out = tmp_path / "both"
     config = ExportConfig(
-        catalog=catalog.path, checkpoint=checkpoint, out=out, device="cpu", int8=True, live=True, progress=True
+        catalog=catalog.path,
+        checkpoint=checkpoint,
+        out=out,
+        device="cpu",
+        int8=True,
+        float16=True,
+        live=True,
+        progress=True,
     )
     export_bundle(config)
     told = capsys.readouterr().err
-    assert all(f"{stage}: 100%" in told for stage in ("image encoder", "int8", "entity side"))
+    assert all(f"{stage}: 100%" in told for stage in ("image encoder", "float16", "int8", "entity side"))
     row = next(row for row in map(json.loads, catalog.path.read_text().splitlines()) if row["entity_id"] == "Q4")
     settings = Settings(threads=1, live_dir=tmp_path / "live")
     with Recognizer.open(out, settings) as recognizer:
@@ -118,6 +131,21 @@ def test_what_is_put_where_queries_are_in_int8_is_embedded_in_floats(
             exported_row, put_row = (held.entities.get(entity_id).row for entity_id in ("Q4", "again"))
             exported_1D, put_1D = held.entities.images_of(exported_row), held.entities.images_of(put_row)
     np.testing.assert_allclose(put_1D[0], exported_1D[0], atol=2e-3)  # stored as float16; int8 is a hundredth off
+
+    opened: list[str] = []
+
+    class OnGpu(generation.OnnxEncoder):
+        def __init__(self, path: Path, *given: Any, **options: Any) -> None:
+            super().__init__(path, *given, **{**options, "device": "cpu"})
+            opened.append(path.name)
+            self.device = "cuda"
+
+    monkeypatch.setattr(generation, "wanted_device", lambda asked_for: "cuda")
+    monkeypatch.setattr(generation, "OnnxEncoder", OnGpu)
+    settings = settings.model_copy(update={"search_device": "cpu"})
+    with Recognizer.open(out, settings) as recognizer, recognizer.hold() as held:
+        assert held.generation.precision == "float16"
+    assert opened == ["image_encoder.float16.onnx", "image_encoder.onnx"]  # queries, what is put
 
 
 def test_what_was_altered_is_refused(live_bundle: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,8 +13,9 @@ import pytest
 
 from core.errors import BundleAltered
 from index.bundle import Bundle, list_files
-from index.manifest import INT8_ENCODER_FILE, Int8Entry
-from service.generation import encoder_hash
+from index.manifest import FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
+from service import generation
+from service.generation import encoder_hash, open_encoder
 from service.recognizer import Recognizer
 from service.settings import Settings
 
@@ -69,6 +71,81 @@ def test_answers_in_a_shared_cache_are_told_apart(serve, with_int8, small_images
         assert [service.get("/info").json()["precision"] for service in (quantised, exact)] == ["int8", "float"]
     assert [answer["cached"] for answer in answers] == [False, False, True]
     assert [answer["predictions"][0]["entity_id"] == "Q15083" for answer in answers] == [False, True, True]
+
+
+@pytest.fixture
+def with_both(with_int8: Bundle) -> Bundle:
+    """The bundle with int8 and with a third file, a copy of the float one."""
+    shutil.copy(with_int8.image_encoder_path, with_int8.path / FLOAT16_ENCODER_FILE)
+    manifest = with_int8.manifest
+    float16 = Float16Entry(file=FLOAT16_ENCODER_FILE, max_abs_diff=0.0, min_cosine=1.0)
+    encoder = dataclasses.replace(manifest.image_encoder, float16=float16)
+    files = list_files(with_int8.path)
+    dataclasses.replace(manifest, image_encoder=encoder, files=files).write(with_int8.path / "manifest.json")
+    return Bundle.open(with_int8.path, verify="full")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "file"),
+    [
+        ("cuda", "auto", FLOAT16_ENCODER_FILE),
+        ("cuda", "float", "image_encoder.onnx"),
+        ("cpu", "auto", INT8_ENCODER_FILE),
+        ("cpu", "float", "image_encoder.onnx"),
+    ],
+)
+def test_each_device_has_its_own_file(
+    with_both: Bundle, small_bundle: Path, monkeypatch: pytest.MonkeyPatch, device: str, precision: str, file: str
+) -> None:
+    """On a GPU float16, where it is asked for and got: here by an encoder that says so."""
+
+    class OnDevice(generation.OnnxEncoder):
+        def __init__(self, path: Path, *given: Any, **settings: Any) -> None:
+            super().__init__(path, *given, **{**settings, "device": "cpu"})
+            self.device = device
+
+    monkeypatch.setattr(generation, "wanted_device", lambda asked_for: device)
+    monkeypatch.setattr(generation, "OnnxEncoder", OnDevice)
+    settings = Settings(threads=1, precision=precision, search_device="cpu")
+    with Recognizer(with_both, settings) as recognizer, recognizer.hold() as held:
+        assert held.generation.encoder.file == file
+        assert file == with_both.manifest.image_encoder.files[held.generation.precision]
+        plain = open_encoder(Bundle.open(small_bundle), held.generation.preprocessing, settings)
+    assert plain.file == "image_encoder.onnx"
+
+
+def test_where_cuda_was_wanted_and_not_got_the_file_is_a_cpus(
+    with_both: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    class Noted(generation.OnnxEncoder):
+        def __init__(self, path: Path, *given: Any, **settings: Any) -> None:
+            opened.append(path.name)
+            super().__init__(path, *given, **{**settings, "device": "cpu"})
+
+    monkeypatch.setattr(generation, "wanted_device", lambda asked_for: "cuda")
+    monkeypatch.setattr(generation, "OnnxEncoder", Noted)
+    with Recognizer(with_both, Settings(threads=1)) as recognizer, recognizer.hold() as held:
+        assert held.generation.precision == "int8"
+    assert opened == [FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE]
+
+
+def test_each_file_has_its_own_place_in_the_cache(with_both: Bundle, with_int8: Bundle, small_bundle: Path) -> None:
+    files = with_both.manifest.image_encoder.files
+    assert set(files) == {"float", "int8", "float16"}
+    hashes = {precision: encoder_hash(with_both, file) for precision, file in files.items()}
+    assert len(set(hashes.values())) == 3
+    # Nothing changes for a file because others lie beside it.
+    assert hashes["float"] == encoder_hash(Bundle.open(small_bundle), "image_encoder.onnx")
+    assert hashes["int8"] == encoder_hash(with_int8, INT8_ENCODER_FILE)
+
+
+def test_a_file_in_float16_that_is_not_listed_is_refused(with_both: Bundle) -> None:
+    files = {name: entry for name, entry in with_both.manifest.files.items() if name != FLOAT16_ENCODER_FILE}
+    dataclasses.replace(with_both.manifest, files=files).write(with_both.path / "manifest.json")
+    with pytest.raises(BundleAltered, match=r"does not list image_encoder\.float16\.onnx"):
+        Bundle.open(with_both.path)
 
 
 def test_a_quantised_file_that_is_not_listed_is_refused(with_int8: Bundle) -> None:

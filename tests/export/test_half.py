@@ -1,0 +1,106 @@
+"""A module as an ONNX file that computes in float16: any batch, float32 in and out, and how large weights lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from export import onnx_export
+from export.half import InFloat16, export_float16
+from model.encoders import ImageEncoder
+from model.huggingface import ClipTower
+
+SIZE_PX = 32
+
+
+@pytest.fixture(scope="module", params=["tiny", "clip"])
+def module(request: pytest.FixtureRequest, image_encoder: ImageEncoder) -> nn.Module:
+    if request.param == "tiny":
+        tiny: nn.Module = image_encoder.module  # type: ignore[attr-defined]
+        return tiny
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, image_size=SIZE_PX,
+        patch_size=8, projection_dim=20,
+    )  # fmt: skip
+    tower = CLIPVisionModelWithProjection(config)
+    return ClipTower(tower.vision_model, tower.visual_projection).eval().requires_grad_(False)
+
+
+def export(module: nn.Module, path: Path) -> None:
+    example = torch.zeros(2, 3, SIZE_PX, SIZE_PX)
+    batch = {0: torch.export.Dim("batch")}
+    names = {"inputs": (onnx_export.INPUT,), "outputs": onnx_export.OUTPUTS}
+    export_float16(module, (example,), path, dynamic_shapes=(batch,), **names)  # type: ignore[arg-type]
+
+
+def test_it_computes_in_float16_what_the_module_does(module: nn.Module, tmp_path: Path) -> None:
+    export(module, path := tmp_path / "half.onnx")
+    export(module, again := tmp_path / "again.onnx")
+    assert path.read_bytes() == again.read_bytes()
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    graph = onnx.load(path).graph
+    assert {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    assert onnx.TensorProto.FLOAT not in {tensor.data_type for tensor in graph.initializer}
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+    assert len(casts) == 3  # one input and two outputs, nothing between
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    half = InFloat16(module)
+    for count in (1, 2, 5):
+        pixels_B3HW = torch.randn(count, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(count))
+        found = session.run(list(onnx_export.OUTPUTS), {onnx_export.INPUT: pixels_B3HW.numpy()})
+        with torch.no_grad():
+            wanted, halved = module(pixels_B3HW), half(pixels_B3HW)
+        for of_file, of_half, of_module in zip(found, halved, wanted, strict=True):
+            assert of_file.dtype == np.float32
+            assert of_half.dtype == torch.float32
+            np.testing.assert_allclose(of_file, of_module, atol=0.02)
+            np.testing.assert_allclose(of_half, of_module, atol=0.02)
+
+
+def test_weights_too_large_for_one_file_lie_beside_it(
+    module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(module, whole := tmp_path / "whole.onnx")
+    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM_BYTES", 1000)
+    export(module, path := tmp_path / "half.onnx")
+    data = tmp_path / "half.onnx.data"
+    weights_bytes = sum(2 * parameter.numel() for parameter in module.parameters())
+    assert weights_bytes * 0.9 < data.stat().st_size < weights_bytes * 1.2 + 10_000  # half of float32
+    pixels_B3HW = np.random.default_rng(0).normal(size=(3, 3, SIZE_PX, SIZE_PX)).astype(np.float32)
+    found, wanted = (
+        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(
+            None, {onnx_export.INPUT: pixels_B3HW}
+        )
+        for file in (path, whole)
+    )
+    for one, other in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_single_output_a_shared_weight_and_ids(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens = nn.Embedding(10, 8)
+            self.out = nn.Linear(8, 10, bias=False)
+            self.out.weight = self.tokens.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            logits: torch.Tensor = self.out(self.tokens(ids))
+            return logits
+
+    ids, batch = torch.tensor([[1, 2, 3], [4, 5, 6]]), {0: torch.export.Dim("batch")}
+    tied = Tied().eval()
+    export_float16(tied, (ids,), tmp_path / "tied.onnx", inputs=("ids",), outputs=("logits",), dynamic_shapes=(batch,))
+    (found,) = onnxruntime.InferenceSession(tmp_path / "tied.onnx").run(None, {"ids": ids.numpy()[:1]})
+    np.testing.assert_allclose(found, tied(ids[:1]).detach(), atol=0.02)
+    copied = InFloat16(tied).module
+    assert copied.out.weight is copied.tokens.weight
