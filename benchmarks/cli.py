@@ -75,6 +75,13 @@ OPTIONS: dict[str, Sequence[click.Option]] = {
         click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one a core]"),
         click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where both run.  [default: cpu]"),
     ],
+    "export": [
+        click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where the models run.  [default: cpu]"),
+        click.Option(
+            ["--folder"], type=click.Path(path_type=Path, file_okay=False),
+            help="Keep what is exported there, for the next run.  [default: made anew]",
+        ),
+    ],
 }  # fmt: skip
 
 
