@@ -1,4 +1,4 @@
-"""A module as ONNX that computes in float16: what a GPU runs about twice as fast. What goes in and comes out is float32."""
+"""A module as ONNX that computes in float16, which a GPU does faster. What goes in and comes out is float32."""
 
 from __future__ import annotations
 
