@@ -3,8 +3,8 @@
 #   docker build -t wikiclip-serve:gpu --target gpu .
 # Run with a bundle mounted at /bundle; every setting is an environment variable WIKICLIP_*.
 
-# ---- GPU: onnxruntime-gpu and faiss-gpu wheels for CUDA 12 with cuDNN 9 ----
-FROM nvidia/cuda:12.6.3-cudnn-runtime-ubuntu24.04 AS gpu-python
+# ---- GPU: the extra brings CUDA 12's libraries and cuDNN 9, so the base needs no more than what finds the driver ----
+FROM nvidia/cuda:12.6.3-base-ubuntu24.04 AS gpu-python
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*

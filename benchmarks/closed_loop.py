@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -28,7 +30,8 @@ TIMEOUT_S = 60.0
 class Job:
     """POST the files in `images` to `url` in turn over `connections`, uncounted for `warm_up_s`, then for `seconds`.
 
-    `field` is the part of a form that the image is sent as; None sends the image itself as the body.
+    `field` is the part of a form that the image is sent as; None sends the image itself as the body. With `tells_each`
+    the figures have the time of every answer, as `taken_ms`.
     """
 
     url: str
@@ -37,23 +40,32 @@ class Job:
     connections: int
     warm_up_s: float
     seconds: float
+    tells_each: bool = False
 
 
 def run_job(job: Job, work: Path, cores: set[int]) -> dict[str, Any]:
     """Run a job in a process on these cores; answers a second, latency percentiles in ms, and what failed."""
-    path = work / "job.json"
-    path.write_text(json.dumps(asdict(job)), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.closed_loop", str(path)],
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).parents[1],
-    )
-    os.sched_setaffinity(process.pid, cores)
-    said, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(f"the load generator ended with exit code {process.returncode}; see its message above")
-    figures: dict[str, Any] = json.loads(said)
-    return figures
+    return run_jobs([job], work, [cores])[0]
+
+
+def run_jobs(jobs: Sequence[Job], work: Path, cores: Sequence[set[int]]) -> list[dict[str, Any]]:
+    """Run jobs side by side, each in a process on the cores of its own; the figures of each."""
+    with ExitStack() as stack:
+        processes = []
+        for number, (job, own) in enumerate(zip(jobs, cores, strict=True)):
+            path = work / f"job{number}.json"
+            path.write_text(json.dumps(asdict(job)), encoding="utf-8")
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.closed_loop", str(path)],
+                stdout=subprocess.PIPE,
+                cwd=Path(__file__).parents[1],
+            )
+            processes.append(stack.enter_context(process))
+            os.sched_setaffinity(process.pid, own)
+        said = [process.communicate()[0] for process in processes]
+    if failed := [process.returncode for process in processes if process.returncode]:
+        raise RuntimeError(f"the load generator ended with exit code {failed[0]}; see its message above")
+    return [json.loads(each) for each in said]
 
 
 def body_of(image: bytes, field: str | None) -> tuple[bytes, str]:
@@ -127,6 +139,7 @@ def main() -> None:
         "answers": len(taken),
         "failures": loop.failures,
         "generator_busy": round((time.process_time() - cpu_started) / (job.warm_up_s + job.seconds), 2),
+        **({"taken_ms": [round(each, 2) for each in taken]} if job.tells_each else {}),
     }
     sys.stdout.write(json.dumps(figures))
 

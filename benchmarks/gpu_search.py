@@ -7,7 +7,6 @@ not run yet: where it was written there is no GPU.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
 
@@ -38,9 +37,13 @@ class MadeUp(Embeddings):
     def __len__(self) -> int:
         return self._count
 
-    def __iter__(self) -> Iterator[Float32Array]:
-        for start in range(0, self._count, _AT_A_TIME):
-            yield self.population.draw(min(_AT_A_TIME, self._count - start), np.random.default_rng((1, start)))
+    @property
+    def parts(self) -> int:
+        return -(-self._count // _AT_A_TIME)
+
+    def part(self, number: int) -> Float32Array:
+        start = number * _AT_A_TIME
+        return self.population.draw(min(_AT_A_TIME, self._count - start), np.random.default_rng((1, start)))
 
 
 @click.command()

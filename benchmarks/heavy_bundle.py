@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,10 +14,10 @@ from export.onnx_export import INPUT, OUTPUTS
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.embeddings import EmbeddingShards, write_shard
-from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE, ImageEncoderEntry
+from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE, ImageEncoderEntry
 
-ENCODER_FILE = "image_encoder.onnx"
-DIM, PATCHES, SIZE_PX = 512, 49, 224
+if TYPE_CHECKING:
+    from benchmarks.generative.retrieval import EncoderShape
 
 
 def bundles_to_measure(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[str, Path]:
@@ -28,30 +29,38 @@ def bundles_to_measure(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[
 
 def write_heavy_bundle(base_path: Path, folder: Path) -> Path:
     """Write the bundle below `folder`, with the entities of `base_path`; where it is. Needs the extra `export`."""
-    from benchmarks.generative.retrieval import quantised_file, write_encoder
+    from benchmarks.generative.retrieval import ENCODERS, quantised_file, write_encoder
 
+    shape = ENCODERS["vit-b32"]
     base = Bundle.open(base_path)
     bundle = folder / "vit-b32-int8"
     (bundle / EMBEDDINGS_FOLDER).mkdir(parents=True)
     encoder_file, _ = write_encoder("vit-b32", folder)
-    shutil.copyfile(quantised_file(encoder_file, SIZE_PX, folder), bundle / ENCODER_FILE)
+    shutil.copyfile(quantised_file(encoder_file, shape.size_px, folder), bundle / IMAGE_ENCODER_FILE)
     shutil.copyfile(base_path / STORE_FILE, bundle / STORE_FILE)
     rows_N = base.embeddings().rows_N
-    vectors_ND = np.random.default_rng(0).standard_normal((len(rows_N), DIM), dtype=np.float32)
+    vectors_ND = np.random.default_rng(0).standard_normal((len(rows_N), shape.embedding_dim), dtype=np.float32)
     vectors_ND /= np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     write_shard(bundle / EMBEDDINGS_FOLDER, 0, rows_N, vectors_ND)
-    build_index(bundle, EmbeddingShards(bundle / EMBEDDINGS_FOLDER, DIM), factory=base.index_manifest.factory)
+    embeddings = EmbeddingShards(bundle / EMBEDDINGS_FOLDER, shape.embedding_dim)
+    build_index(bundle, embeddings, factory=base.index_manifest.factory)
     replace(
         base.manifest,
         name=bundle.name,
         model={**base.manifest.model, "name": "vit-b32-int8"},
-        preprocessing={
-            "size_px": SIZE_PX, "resize": "shortest", "crop": "center", "interpolation": "bicubic",
-            "mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711],
-        },
-        embedding_dim=DIM,
-        patches=PATCHES,
-        image_encoder=ImageEncoderEntry(file=ENCODER_FILE, input=INPUT, outputs=OUTPUTS, parity={}),
         files=list_files(bundle),
-    ).write(bundle / "manifest.json")  # fmt: skip
+        **encoder_fields(shape),
+    ).write(bundle / MANIFEST_FILE)
     return bundle
+
+
+def encoder_fields(shape: EncoderShape) -> dict[str, Any]:
+    """What a manifest says of an image encoder of that shape."""
+    from benchmarks.generative.recognizer import clip_preprocessing
+
+    return {
+        "preprocessing": clip_preprocessing(shape.size_px).to_dict(),
+        "embedding_dim": shape.embedding_dim,
+        "patches": (shape.size_px // shape.patch_px) ** 2,
+        "image_encoder": ImageEncoderEntry(file=IMAGE_ENCODER_FILE, input=INPUT, outputs=OUTPUTS, parity={}),
+    }

@@ -20,19 +20,25 @@ ANSWERED = 'wikiclip_images_total{outcome="answered"}'  # in what it tells Prome
 
 
 @contextmanager
-def running_service(bundle: Path, *flags: str, cores: set[int] | None = None) -> Iterator[str]:
+def running_service(
+    bundle: Path, *flags: str, cores: set[int] | None = None, start_timeout_s: float = START_TIMEOUT_S
+) -> Iterator[str]:
     """Run `wikiclip serve` on a free port of this machine and yield its base URL once `/readyz` says 200.
 
-    `cores` are the only ones it may use, where they are given. Raises `UserError` if it ends or is not ready within a
-    minute.
+    `cores` are the only ones it may use, where they are given. Raises `UserError` if it ends or is not ready within
+    `start_timeout_s`.
     """
-    with service_process(bundle, *flags, cores=cores) as (_, url):
+    with service_process(bundle, *flags, cores=cores, start_timeout_s=start_timeout_s) as (_, url):
         yield url
 
 
 @contextmanager
 def service_process(
-    bundle: Path, *flags: str, cores: set[int] | None = None, module: str = "wikiclip"
+    bundle: Path,
+    *flags: str,
+    cores: set[int] | None = None,
+    module: str = "wikiclip",
+    start_timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """As `running_service`, with the process, of `python -m wikiclip` or of another module that takes its arguments."""
     port = free_port()
@@ -41,7 +47,7 @@ def service_process(
     try:
         if cores is not None:
             os.sched_setaffinity(process.pid, cores)
-        wait_until_ready(process, url := f"http://127.0.0.1:{port}")
+        wait_until_ready(process, url := f"http://127.0.0.1:{port}", start_timeout_s)
         yield process, url
     finally:
         process.terminate()
@@ -73,9 +79,9 @@ def free_port() -> int:
     return port
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
-    """Return once `/readyz` says 200. Raises `UserError` if the process ends or a minute passes before."""
-    deadline = time.monotonic() + START_TIMEOUT_S
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Return once `/readyz` says 200. Raises `UserError` if the process ends or `timeout_s` pass before."""
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise UserError(
@@ -86,4 +92,4 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
                 return
         except httpx.TransportError:
             time.sleep(0.05)  # between two looks at a port that does not listen yet
-    raise UserError(f"the service was not ready within {START_TIMEOUT_S} s")
+    raise UserError(f"the service was not ready within {timeout_s:g} s")

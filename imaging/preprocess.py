@@ -152,9 +152,12 @@ def normalise(pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing) 
     """Subtract the mean and divide by the deviation: uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`."""
     batch, height, width, _ = pixels_BHW3.shape
     normalised = np.empty((batch, 3, height, width), np.float32)
-    for channel, table in enumerate(_tables(preprocessing)):
-        # A byte never is out of range; mode="clip" lets numpy write to `out` without a buffer in between.
-        np.take(table, pixels_BHW3[..., channel], out=normalised[:, channel], mode="clip")
+    tables = _tables(preprocessing)
+    for pixels_HW3, normalised_3HW in zip(pixels_BHW3, normalised, strict=True):
+        for channel, table in enumerate(tables):
+            # mode="clip" changes nothing, since a byte never is out of range, and lets numpy write to `out` without a
+            # buffer in between where that lies in one piece: a channel of an image does, one of a whole batch does not.
+            np.take(table, pixels_HW3[..., channel], out=normalised_3HW[channel], mode="clip")
     return normalised
 
 

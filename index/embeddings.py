@@ -54,8 +54,16 @@ class Embeddings:
 
     def __iter__(self) -> Iterator[Float32Array]:
         """Yield the embeddings [n, D] of each part, L2-normalised again after rounding to float16."""
-        for vectors_nD in self._vectors:
-            yield normalised(vectors_nD)
+        return (self.part(number) for number in range(self.parts))
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return len(self._vectors)
+
+    def part(self, number: int) -> Float32Array:
+        """The embeddings [n, D] of one part, as iterating gives them. Any thread may ask."""
+        return normalised(self._vectors[number])
 
     def at(self, positions_K: Int64Array) -> Float32Array:
         """The L2-normalised embeddings [K, D] at positions of 0 to N - 1."""
@@ -101,11 +109,10 @@ class EmbeddingShards(Embeddings):
         if np.any(np.diff(self.rows_N) < 0):
             raise BundleAltered(f"{folder} does not hold its embeddings in row order; export the bundle again")
 
-    def __iter__(self) -> Iterator[Float32Array]:
-        """Yield the embeddings [n, D] of each shard, L2-normalised again after rounding to float16."""
-        for path in self._paths:
-            # Read and not mapped: pages of a map that were touched once stay in memory, of all shards together.
-            yield normalised(np.load(path, allow_pickle=False))
+    def part(self, number: int) -> Float32Array:
+        """The embeddings [n, D] of one shard."""
+        # Read and not mapped: pages of a map that were touched once stay in memory, of all shards together.
+        return normalised(np.load(self._paths[number], allow_pickle=False))
 
 
 def normalised(vectors_nD: Float16Array | Float32Array) -> Float32Array:

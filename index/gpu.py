@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +31,7 @@ from index.factory import faiss_reason
 SCRATCH_BYTES = 512 * 1024**2  # of each GPU for faiss's intermediate results; by itself it would take up to 1.5 GiB
 RESERVED_BYTES = 2 * 1024**3  # of each GPU for ONNX Runtime, whose arena grows with the batches
 _BLOCK_BYTES = 4 * 1024**3  # in main memory at a time, float32, while the GPUs are filled
+_FILLING_THREADS = 8  # at most
 _MOST = 2048  # results, and lists looked at, of one query: more a GPU does not give
 _MODE_IDS_MODULO = 1  # faiss's `shard_type`: each GPU gets every n-th vector of each list
 
@@ -155,7 +159,7 @@ def sharded_flat(
 def _blocks(embeddings: Embeddings, sizes: Sequence[int]) -> Iterator[Float32Array]:
     """All embeddings in order, in blocks [n, D] of those sizes; each is gone when the next is asked for."""
     buffer_nD = np.empty((max(sizes, default=0), embeddings.dim), np.float32)
-    parts = iter(embeddings)
+    parts = _parts_ahead(embeddings)
     rest_nD = buffer_nD[:0]
     for size in sizes:
         filled = 0
@@ -166,6 +170,20 @@ def _blocks(embeddings: Embeddings, sizes: Sequence[int]) -> Iterator[Float32Arr
             buffer_nD[filled : filled + len(taken_nD)] = taken_nD
             filled, rest_nD = filled + len(taken_nD), rest_nD[len(taken_nD) :]
         yield buffer_nD[:size]
+
+
+def _parts_ahead(embeddings: Embeddings) -> Iterator[Float32Array]:
+    """The parts of embeddings in order. Threads read and normalise the next ones meanwhile, which for one alone takes
+    longer than all else about filling a GPU."""
+    waiting: deque[Future[Float32Array]] = deque()
+    threads = min(_FILLING_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    with ThreadPoolExecutor(threads) as pool:
+        for number in range(embeddings.parts):
+            waiting.append(pool.submit(embeddings.part, number))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _placed_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:

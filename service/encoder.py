@@ -5,7 +5,10 @@ Shapes: B batch, H/W pixels, D embedding width.
 
 from __future__ import annotations
 
+import io
 import logging
+from contextlib import redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -98,12 +101,14 @@ def open_session(path: Path, device: Device, threads: int) -> onnxruntime.Infere
     options.log_severity_level = 3
     # Spinning threads burn the cores that the decoders need while there is nothing to encode.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    missing = ""
     providers: list[str | tuple[str, dict[str, str]]] = [_CPU]
     if wanted_device(device) == "cuda":
         # The default search for algorithms runs anew for each batch size, for seconds.
         providers.insert(0, (_CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}))
-    if device == "cuda" and _CUDA not in onnxruntime.get_available_providers():
-        raise UserError("device cuda: this onnxruntime has no CUDA; install the `gpu` extra, or use --device cpu")
+        if _CUDA not in onnxruntime.get_available_providers():
+            raise UserError("device cuda: this onnxruntime has no CUDA; install the `gpu` extra, or use --device cpu")
+        missing = load_cuda_libraries()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
@@ -112,9 +117,20 @@ def open_session(path: Path, device: Device, threads: int) -> onnxruntime.Infere
         raise BundleAltered(f"{path} cannot be loaded ({reason}); export the bundle again") from error
     # What was asked for and what was got can differ: a CUDA library that does not load leaves the CPU, silently.
     if len(providers) == 2 and _CUDA not in session.get_providers():
+        why = f" ({missing})" if missing else ""
         if device == "cuda":
             raise UserError(
-                "device cuda: CUDA was not got, its libraries or driver do not load; fix that or use --device cpu"
+                f"device cuda: CUDA was not got, its libraries or driver do not load{why}; fix that or use --device cpu"
             )
-        log.warning("CUDA is compiled in but does not load: the encoder runs on the CPU")
+        log.warning("CUDA is compiled in but does not load%s: the encoder runs on the CPU", why)
     return session
+
+
+@cache
+def load_cuda_libraries() -> str:
+    """Load CUDA and cuDNN, once in a process, from pip's `nvidia-*` wheels where they are installed: those lie where no
+    linker looks, and ONNX Runtime goes by the linker. What could not be loaded, as it says it, empty if nothing."""
+    said = io.StringIO()
+    with redirect_stdout(said):  # stdout is for answers
+        onnxruntime.preload_dlls()
+    return said.getvalue().partition("\n")[0].strip()

@@ -142,6 +142,7 @@ def test_kernels_by_what_a_processor_can_do(flags: str, kernels: str | None) -> 
         "benchmarks.index_search",
         "benchmarks.index_probe",
         "benchmarks.gpu_search",
+        "benchmarks.gpu_service",
     ],
 )
 def test_faiss_multiplies_with_the_kernels_that_fit(module: str, given: str | None) -> None:

@@ -157,6 +157,13 @@ def test_shown_python_programs_know_their_options() -> None:
         program = words[1:3] if words[1] == "-m" else words[1:2]
         assert (ROOT / program[-1]).is_file() or (ROOT / f"{program[-1].replace('.', '/')}.py").is_file(), words
         flags = [word for word in words if word.startswith("--")]
+        after = words[len(program) + 1 :][:1]
+        if (
+            after
+            and re.search(rf"^  {re.escape(after[0])} ", help_of(*program), re.MULTILINE)
+            and after[0] not in flags
+        ):
+            program = [*program, *after]  # a subcommand, which has a help of its own
         unknown = [flag for flag in flags if not re.search(rf"{flag}\b", help_of(*program))]
         assert not unknown, words
         programs += 1

@@ -9,6 +9,7 @@ import pytest
 from core.errors import UserError
 from index.bundle import Bundle
 from service.buckets import BucketedRuns, bucket_of, bucket_sizes
+from service.encoder import load_cuda_libraries
 from service.generation import open_encoder
 from service.settings import Settings
 from tests.conftest import PREPROCESSING, SIZE_PX
@@ -66,6 +67,22 @@ def test_an_answer_is_not_overwritten_by_the_next_run(session):
 def test_asking_for_cuda_without_it_is_refused(small_bundle):
     with pytest.raises(UserError, match="device cuda"):
         open_encoder(Bundle.open(small_bundle), PREPROCESSING, Settings(device="cuda"))
+
+
+@pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")
+def test_libraries_of_pips_wheels_are_loaded_and_what_is_missing_is_told(small_bundle, monkeypatch, capsys):
+    """As on a machine whose ONNX Runtime has CUDA and where cuDNN is missing."""
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print("Failed to load libcudnn.so.9: no such file\nSee"))  # noqa: T201
+    load_cuda_libraries.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"\(Failed to load libcudnn\.so\.9: no such file\); fix that"):
+            open_encoder(Bundle.open(small_bundle), PREPROCESSING, Settings(device="cuda"))
+        assert open_encoder(Bundle.open(small_bundle), PREPROCESSING, Settings(device="auto")).device == "cpu"
+    finally:
+        load_cuda_libraries.cache_clear()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(not HAS_CUDA, reason="this onnxruntime has no CUDA")

@@ -1,0 +1,161 @@
+"""The benchmark of a service on a GPU, as far as it needs none: its bundle, its rule, and one small run on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import onnxruntime
+import pytest
+
+from benchmarks import made_bundle
+from benchmarks.gpu_bundle import STAND_IN, write_stand_in_index
+from benchmarks.gpu_load import Look, busy, dealt, gpu_told, timings_of
+from benchmarks.gpu_service import gpu_ms_per_image, limited_by, shared_out
+from index.embeddings import EmbeddingShards, vectors_file
+from index.gpu import clonable
+from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
+from index.search import EntityIndex
+from index.store import EntityStore
+from tests.conftest import EMBEDDING_DIM
+
+
+def test_several_processes_draw_the_embeddings_that_one_draws(tmp_path: Path) -> None:
+    made_bundle.write_embeddings(tmp_path / "one", 9000, 8)
+    made_bundle.write_embeddings(tmp_path / "several", 9000, 8, processes=2)
+    assert len(list((tmp_path / "several").iterdir())) == 6
+    for shard in range(3):
+        one, several = (np.load(tmp_path / folder / vectors_file(shard)) for folder in ("one", "several"))
+        assert np.abs(one.astype(np.float32) - several).max() < 1e-3
+
+
+def test_the_plain_store_has_the_entities_of_the_whole_one(tmp_path: Path) -> None:
+    made_bundle.write_plain_store(tmp_path / "plain.sqlite", 100)
+    with EntityStore(tmp_path / "plain.sqlite") as store:
+        assert len(store) == 100
+        assert store.by_rows([0, 99]) == [made_bundle._entity(0), made_bundle._entity(99)]
+
+
+def test_the_index_in_name_opens_and_has_no_list_that_would_go_to_a_gpu(tmp_path: Path) -> None:
+    made_bundle.write_embeddings(tmp_path / "embeddings", 5000, EMBEDDING_DIM)
+    write_stand_in_index(tmp_path, EMBEDDING_DIM, 5000)
+    manifest = IndexManifest.read(tmp_path / INDEX_MANIFEST_FILE)
+    assert (manifest.factory, manifest.count) == (STAND_IN, 5000)
+    EntityIndex.read(tmp_path / INDEX_FILE, EmbeddingShards(tmp_path / "embeddings", EMBEDDING_DIM), {})
+    assert clonable(faiss.read_index(str(tmp_path / INDEX_FILE))) is None
+
+
+def test_cores_are_shared_out() -> None:
+    assert shared_out(list(range(16)), 4) == ([12, 13, 14, 15], list(range(12)))
+    assert shared_out([3, 5], 4) == ([5], [3])
+    assert shared_out([7], 4) == ([7], [7])
+    assert dealt(range(12), 4) == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}, {9, 10, 11}]
+    assert dealt([1], 2) == [{1}, {1}]
+
+
+FULL = {
+    "generator_busy": 0.3, "gpu_work_share": 0.5, "cores_busy": 0.4, "http_thread_busy": 0.2, "engine_busy": 0.95,
+    "batch_images": 9.0, "gpu": {"utilisation": 0.97},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("differs", "said"),
+    [
+        ({"generator_busy": 0.99, "gpu_work_share": 0.95}, "the load generator (0.99)"),
+        ({"gpu_work_share": 0.95}, "the GPU (0.95)"),
+        ({"cores_busy": 0.93}, "the services' cores (0.93)"),
+        ({"http_thread_busy": 0.91}, "the thread that answers HTTP (0.91)"),
+        ({}, "the GPU, in batches of 9.0 images (0.95)"),
+        ({"gpu": {"utilisation": 0.6}}, "the engine's thread, with its work on the CPU between the GPU's (0.95)"),
+        ({"gpu": None}, "the engine's thread, with its work on the CPU between the GPU's (0.95)"),
+        (
+            {"engine_busy": 0.7},
+            "nothing that is measured is full; the fullest is the GPU, in batches of 9.0 images (0.70)",
+        ),
+    ],
+)
+def test_what_limits_it_is_the_first_that_is_full(differs, said) -> None:
+    assert limited_by(FULL | differs) == said
+
+
+def test_work_of_the_gpu_for_an_image_is_encoding_and_searching_in_full_batches() -> None:
+    batches = {"8": {"bound_per_s": 100.0}, "32": {"bound_per_s": 500.0}, "64": {"bound_per_s": 600.0}}
+    search = {"1": {"candidates_ms": {"p50": 4.0}}, "32": {"candidates_ms": {"p50": 16.0}}}
+    figures = {"encoder_alone": {"batches": batches}, "search_alone": {"batches": search}}
+    assert gpu_ms_per_image(figures) == pytest.approx(2.0 + 0.5)
+    assert gpu_ms_per_image(figures | {"encoder_alone": {"error": "no GPU"}}) is None
+    assert gpu_ms_per_image({}) is None
+
+
+def test_what_services_did_between_two_looks() -> None:
+    def metrics(times: int) -> dict[str, float]:
+        stages = {"decode": 0.3, "queue": 0.1, "encode": 0.4, "search": 0.1}
+        return {
+            "process_cpu_seconds_total": 1.0 * times,
+            'wikiclip_images_total{outcome="answered"}': 10.0 * times,
+            "wikiclip_batch_images_sum": 10.0 * times,
+            "wikiclip_batch_images_count": 2.0 * times,
+            **{f'wikiclip_stage_seconds_sum{{stage="{name}"}}': each * times for name, each in stages.items()},
+            **{f'wikiclip_stage_seconds_count{{stage="{name}"}}': 10.0 * times for name in stages},
+        }
+
+    before = Look(at_s=5.0, metrics=metrics(1), main_thread_s=1.0, other_threads_s={7: 1.0})
+    after = Look(at_s=7.0, metrics=metrics(2), main_thread_s=1.5, other_threads_s={7: 1.0, 8: 0.6})
+    found = busy([before, before], [after, after], cores=4)
+    assert found["cpu_ms_per_image"] == 100.0
+    assert found["cores_busy"] == 0.25  # a second of the processor in two, for each of two services with two cores
+    assert found["http_thread_busy"] == 0.25
+    assert found["busiest_other_thread"] == 0.3
+    assert found["batch_images"] == 5.0
+    assert found["stages_ms"] == {"decode": 30.0, "queue": 10.0, "encode": 40.0, "search": 10.0}
+    assert found["engine_busy"] == 0.05  # two batches of 50 ms in two seconds
+
+
+def test_reading_what_others_tell() -> None:
+    assert gpu_told("98, 1000, 500.5\n[N/A], 1, 2\n100, 1200, 510.5\n97, 11") == {
+        "utilisation": 0.99, "memory_mib": 1200.0, "power_w": 505.5, "samples": 2,
+    }  # fmt: skip
+    assert gpu_told("") is None
+    assert timings_of("decode;dur=1.250, total;dur=3.000") == {"decode": 1.25, "total": 3.0}
+
+
+def test_one_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "benchmarks.gpu_service", "measure", "--folder", str(small_bundle), "--device", "cpu",
+        "--seconds", "0.5", "--processes", "1", "--largest-batch", "8", "--connections", "4",
+        "--out", str(tmp_path / "out.json"),
+    ]  # fmt: skip
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert json.loads((tmp_path / "out.json").read_bytes()) == told
+    figures = told["figures"]
+    assert figures["encoder_alone"]["batches"]["8"]["plain_per_s"] > 0
+    assert figures["encoder_alone"]["buckets_and_plain_agree_to"] > 0.999
+    assert figures["search_alone"]["nearest_is_first"] > 0.5
+    for size in ("640x480", "1280x960"):
+        full = figures["services_1"][size]["full"]
+        assert full["per_s"] > 0
+        assert full["failures"] == {}
+        assert full["limited_by"]
+        assert figures["services_1"][size]["one_at_a_time"]["stages_ms"]["encode"] > 0
+
+
+def test_a_phase_that_fails_leaves_the_others_and_exit_code_1(small_bundle: Path) -> None:
+    command = [
+        sys.executable, "-m", "benchmarks.gpu_service", "measure", "--folder", str(small_bundle), "--device", "cuda",
+        "--seconds", "0.2", "--processes", "1", "--largest-batch", "1",
+    ]  # fmt: skip
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    figures = json.loads(ended.stdout)["figures"]
+    assert "device cuda" in figures["encoder_alone"]["error"]
+    assert "device cuda" in figures["search_alone"]["error"]
+    assert "before it was ready" in figures["services_1"]["error"]
