@@ -38,7 +38,12 @@ def make_checkpoint(folder: Path, image_encoder: str, text_encoder: str, *, widt
     """A checkpoint with an adaptor of random weights over two encoders, by their specs."""
     image, text = load_image_encoder(image_encoder), load_text_encoder(text_encoder)
     config = AdaptorConfig(
-        patch_dim=image.patch_dim, text_dim=text.dim, embedding_dim=image.embedding_dim, width=width, layers=2, heads=heads
+        patch_dim=image.patch_dim,
+        text_dim=text.dim,
+        embedding_dim=image.embedding_dim,
+        width=width,
+        layers=2,
+        heads=heads,
     )
     torch.manual_seed(0)
     save_checkpoint(
@@ -68,8 +73,13 @@ def write_small_encoders(folder: Path) -> tuple[str, str]:
     return f"tiny:{folder / 'small.safetensors'}", f"hf:{folder / 'text'}"
 
 
-def write_large_encoders(folder: Path) -> tuple[str, str]:
-    """Encoders of the shapes of CLIP ViT-L/14 and Llama 3.2 1B, of random weights in 16 bits: their specs."""
+def large_encoders(folder: Path) -> tuple[str, str]:
+    """The specs of what `write_large_encoders` writes there."""
+    return f"hf:{folder / 'image'}", f"hf:{folder / 'text'}"
+
+
+def write_large_encoders(folder: Path) -> None:
+    """Encoders of the shapes of CLIP ViT-L/14 and Llama 3.2 1B, of random weights in 16 bits."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, LlamaConfig, LlamaModel
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.utils import IMAGE_PROCESSOR_NAME, logging
@@ -95,7 +105,6 @@ def write_large_encoders(folder: Path) -> tuple[str, str]:
     (folder / "image" / IMAGE_PROCESSOR_NAME).write_text(json.dumps(processor), encoding="utf-8")
     LlamaModel(text).bfloat16().save_pretrained(folder / "text")
     _save_tokenizer(folder / "text")
-    return f"hf:{folder / 'image'}", f"hf:{folder / 'text'}"
 
 
 def _save_tokenizer(folder: Path) -> None:

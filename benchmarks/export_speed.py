@@ -5,8 +5,8 @@ each model stage alone in a loop on chunks that are ready. The stages share the 
 three after each other are the most that any order of work can reach there; the slowest alone is what a machine has to
 reach whose models run elsewhere. `python -m benchmarks.catalog_scale` exports a large catalog.
 
-On a GPU (`--device cuda`) that, with models of the shapes of CLIP ViT-L/14 and Llama 3.2 1B in 16 bits, and what it makes
-of Wikipedia's six million entities; no int8, which is for CPUs.
+On a GPU (`--device cuda`) that, with models of the shapes of CLIP ViT-L/14 and Llama 3.2 1B in 16 bits, and what it
+makes of Wikipedia's six million entities; no int8, which is for CPUs.
 
 int8: the file that `wikiclip export --int8` writes against the float one, one image on one thread, taking turns.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.export_models import make_checkpoint, write_catalog, write_large_encoders
+from benchmarks.export_models import large_encoders, make_checkpoint, write_catalog, write_large_encoders
 from benchmarks.generative.retrieval import ENCODERS, open_encoder, quantised_file, write_encoder
 from benchmarks.gpu_load import GpuWatch
 from benchmarks.page import page, section, table
@@ -34,7 +34,7 @@ from benchmarks.statistics import RESAMPLINGS, percentile_interval
 from catalog import EntityRecord, read_catalog
 from catalog.images import LocalImages
 from demo.build import BUILD
-from export.config import ExportConfig
+from export.config import ExportConfig, load_checkpoint
 from export.embed import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder
 from export.embed_catalog import SAMPLED_ENTITIES, read_shards
 from export.engine import decode_pool, embed_shards, preparer_of
@@ -77,20 +77,23 @@ class _Setup:
         if self.device == "cpu":
             make_checkpoint(self.checkpoint, "tiny", "minilm", width=128)
         else:
-            make_checkpoint(self.checkpoint, *write_large_encoders(self.folder), width=768, heads=12)
+            write_large_encoders(self.folder)
+            make_checkpoint(self.checkpoint, *large_encoders(self.folder), width=768, heads=12)
+
+    def config(self, out: Path) -> ExportConfig:
+        # Where an encoder of one's own lies, a checkpoint does not say.
+        image_encoder, text_encoder = (None, None) if self.device == "cpu" else large_encoders(self.folder)
+        return ExportConfig(
+            catalog=self.folder / "catalog.jsonl", checkpoint=self.checkpoint, out=out, shard_size=self.shard_size,
+            device=self.device, image_encoder=image_encoder, text_encoder=text_encoder,
+        )  # fmt: skip
 
     @property
     def checkpoint(self) -> Path:
         return self.folder / "checkpoint"
 
-    @property
-    def catalog(self) -> Path:
-        return self.folder / "catalog.jsonl"
 
-
-def measure(
-    bundle_path: Path, *, smoke: bool, device: str = "cpu", folder: Path | None = None
-) -> dict[str, object]:
+def measure(bundle_path: Path, *, smoke: bool, device: str = "cpu", folder: Path | None = None) -> dict[str, object]:
     """Throughput, and int8 by encoder; `symbols` only where the demo's data were built.
 
     `folder` keeps what is exported for the next run. Raises `UserError` where there is no such device.
@@ -121,11 +124,8 @@ def measure(
 
 def _throughput(setup: _Setup, root: Path) -> dict[str, Any]:
     setup.write()
-    config = ExportConfig(
-        catalog=setup.catalog, checkpoint=setup.checkpoint, out=root / "out", shard_size=setup.shard_size,
-        device=setup.device,
-    )  # fmt: skip
-    checkpoint = Checkpoint.load(setup.checkpoint, device=setup.device)
+    config = setup.config(root / "out")
+    checkpoint = load_checkpoint(config, setup.device)
     counted = [*read_shards(config)][WARM_UP_SHARDS:]
     with decode_pool(config, checkpoint) as pool:
         chunks = list(preparer_of(config, checkpoint, pool, None).chunks(counted))
