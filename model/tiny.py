@@ -30,11 +30,11 @@ class TinyConfig:
 
     widths: tuple[int, int, int, int] = (24, 48, 128, 256)
     blocks: tuple[int, int] = (1, 2)
-    attention_layers: int = 4
+    attention_layers: int = 3
     heads: int = 4
     mlp_ratio: float = 2.0
     embedding_dim: int = 128
-    size_px: int = 112
+    size_px: int = 96
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TinyConfig:
