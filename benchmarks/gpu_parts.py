@@ -26,7 +26,6 @@ from core.errors import UserError
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
 from index.search import DEFAULT_K_FACTOR, Float32Array
-from service.buckets import BucketedRuns
 from service.encoder import open_session
 from service.generation import open_encoder
 from service.settings import Settings
@@ -61,10 +60,8 @@ def run_part(
 
 def encoder_alone(bundle: Bundle, device: str, seconds: float, largest_batch: int) -> dict[str, Any]:
     """Images a second of the encoder as the service runs it (`encode`), and of its steps: pixels to floats, which is
-    done on the CPU (`normalise`); batches padded to buckets and bound to buffers (`bound`); and the session that is
-    just run (`plain`), to see what the buffers are good for, for each size alone and for all up to 32 in turn.
-
-    Each is measured for a quarter of `seconds` or, where it is a step, an eighth.
+    done on the CPU (`normalise`), and the session that is run on what is ready (`session`); for each size alone, and of
+    the session for all up to 32 in turn. Each is measured for a quarter of `seconds`.
     """
     used = [batch for batch in BATCHES if batch <= largest_batch]
     started = time.perf_counter()
@@ -74,10 +71,8 @@ def encoder_alone(bundle: Bundle, device: str, seconds: float, largest_batch: in
     encoder = open_encoder(bundle, preprocessing, settings)
     opened_s = time.perf_counter() - started
     session = open_session(bundle.image_encoder_path, settings.device, settings.thread_count)
-    shape_3HW = (3, preprocessing.size_px, preprocessing.size_px)
-    bound = BucketedRuns(session, entry.input, shape_3HW, max_batch=used[-1], device=encoder.device)
-    bound.warm_up(entry.outputs[1])
-    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (used[-1], *shape_3HW[1:], 3), dtype=np.uint8)
+    shape_HW3 = (preprocessing.size_px, preprocessing.size_px, 3)
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (used[-1], *shape_HW3), dtype=np.uint8)
     floats_B3HW = normalise(pixels_BHW3, preprocessing)
 
     def encode(count: int) -> Any:
@@ -86,38 +81,28 @@ def encoder_alone(bundle: Bundle, device: str, seconds: float, largest_batch: in
     def to_floats(count: int) -> Any:
         return normalise(pixels_BHW3[:count], preprocessing)
 
-    def run_plain(count: int) -> Any:
+    def run_session(count: int) -> Any:
         return session.run([entry.outputs[1]], {entry.input: floats_B3HW[:count]})
-
-    def run_bound(count: int) -> Any:
-        return bound.run(entry.outputs[1], floats_B3HW[:count])
 
     batches = {
         str(batch): {
             "encode_per_s": _rate(encode, [batch], seconds / 4),
-            "normalise_per_s": _rate(to_floats, [batch], seconds / 8),
-            "bound_per_s": _rate(run_bound, [batch], seconds / 8),
-            "plain_per_s": _rate(run_plain, [batch], seconds / 8),
+            "normalise_per_s": _rate(to_floats, [batch], seconds / 4),
+            "session_per_s": _rate(run_session, [batch], seconds / 4),
         }
         for batch in used
     }
     sizes = np.random.default_rng(1).permutation(np.arange(1, min(SERVED, used[-1]) + 1)).tolist()
-    mixed = {}
-    for name, run in (("bound", run_bound), ("plain", run_plain)):
-        started = time.perf_counter()
-        for size in sizes:
-            run(size)
-        first_s = time.perf_counter() - started
-        mixed[f"{name}_first_pass_s"] = round(first_s, 3)
-        mixed[f"{name}_per_s"] = _rate(run, sizes, seconds / 8)
-    few = min(3, used[-1])
-    cosines = (encode(few) * run_plain(few)[0]).sum(axis=1)
+    started = time.perf_counter()
+    for size in sizes:
+        run_session(size)
+    mixed = {"first_pass_s": round(time.perf_counter() - started, 3)}
+    mixed["session_per_s"] = _rate(run_session, sizes, seconds / 4)
     return {
         "device": encoder.device,
         "opened_s": round(opened_s, 2),
         "batches": batches,
         f"sizes_1_to_{len(sizes)}_in_turn": mixed,
-        "buckets_and_plain_agree_to": round(float(cosines.min()), 6),
     }
 
 

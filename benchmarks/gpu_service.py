@@ -178,7 +178,7 @@ def gpu_ms_per_image(figures: Figures) -> float | None:
     if search is None or "batches" not in figures.get("encoder_alone", {}):
         return None
     batch, largest = list(search.items())[-1]
-    return float(1000 / _best_batch(figures)["bound_per_s"] + largest["candidates_ms"]["p50"] / int(batch))
+    return float(1000 / _best_batch(figures)["session_per_s"] + largest["candidates_ms"]["p50"] / int(batch))
 
 
 def _best_batch(figures: Figures) -> Mapping[str, float]:

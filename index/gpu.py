@@ -1,9 +1,7 @@
 """What may be nearest to a query, by faiss on one GPU or several.
 
-Exact search over float16 where the vectors fit, and that for any index, since it needs none: it takes about as long as
-reading them. An IVF index that faiss has on GPUs is taken as it is. Each GPU holds a share.
-
-None of this has run on a GPU where it was written; what is decided before one is touched is tested without.
+Exact search over float16 where the vectors fit, and that for any index, since it needs none. An IVF index that faiss
+has on GPUs is taken as it is. Each GPU holds a share. What is decided before a GPU is touched is tested without one.
 
 Shapes: Q queries, F candidates, N embeddings, n those of a block, D the embedding width.
 """
@@ -28,10 +26,13 @@ from index.candidates import BoolArray, Candidates, CpuCandidates, Float32Array,
 from index.embeddings import Embeddings
 from index.factory import faiss_reason
 
-SCRATCH_BYTES = 512 * 1024**2  # of each GPU for faiss's intermediate results; by itself it would take up to 1.5 GiB
+SCRATCH_BYTES = 2 * 1024**3  # of each GPU for faiss's intermediate results
 RESERVED_BYTES = 2 * 1024**3  # of each GPU for ONNX Runtime, whose arena grows with the batches
 _BLOCK_BYTES = 4 * 1024**3  # in main memory at a time, float32, while the GPUs are filled
 _FILLING_THREADS = 8  # at most
+# Blocks of a GPU, at least, and the vectors that make another one worth it. faiss has one thread block choose the best
+# of a query's scores: a single block of vectors leaves most of a GPU idle.
+_BLOCKS, _LEAST_IN_BLOCK = 8, 50_000
 _MOST = 2048  # results, and lists looked at, of one query: more a GPU does not give
 _MODE_IDS_MODULO = 1  # faiss's `shard_type`: each GPU gets every n-th vector of each list
 
@@ -139,14 +140,13 @@ def sharded_flat(
     """An exact index whose first `held[0]` vectors lie on the first GPU, and so on; `new_block(gpu)` is an empty one.
 
     On a GPU they lie in blocks, each filled at once: faiss makes room for what is added in one call, and copies all it
-    has for what comes later. The GPUs are searched side by side, the blocks of one after another.
+    has for what comes later. All are searched side by side, each by a thread of its own.
     """
     whole = faiss.IndexShards(embeddings.dim, len(held) > 1, True)
-    most = max(1, block_bytes // (4 * embeddings.dim))
-    sizes = [[min(most, count - start) for start in range(0, count, most)] for count in held]
+    sizes = [_block_sizes(count, embeddings.dim, block_bytes) for count in held]
     blocks = _blocks(embeddings, [size for each in sizes for size in each])
     for gpu, each in enumerate(sizes):
-        of_gpu = faiss.IndexShards(embeddings.dim, False, True)
+        of_gpu = faiss.IndexShards(embeddings.dim, True, True)
         for _ in each:
             block = new_block(gpu)
             block.add(next(blocks))
@@ -154,6 +154,14 @@ def sharded_flat(
         if each:
             whole.add_shard(of_gpu)
     return whole
+
+
+def _block_sizes(count: int, dim: int, block_bytes: int = _BLOCK_BYTES) -> list[int]:
+    """How the `count` vectors of a GPU are shared out into blocks of at most `block_bytes` as float32."""
+    most = max(1, block_bytes // (4 * dim))
+    blocks = max(math.ceil(count / most), min(_BLOCKS, count // _LEAST_IN_BLOCK), 1)
+    size = min(most, math.ceil(count / blocks))
+    return [min(size, count - start) for start in range(0, count, size)] if count else []
 
 
 def _blocks(embeddings: Embeddings, sizes: Sequence[int]) -> Iterator[Float32Array]:
@@ -189,12 +197,15 @@ def _parts_ahead(embeddings: Embeddings) -> Iterator[Float32Array]:
 def _placed_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:
     # float16 and, as faiss keeps it, a vector's norm.
     held = shares(free_bytes, len(embeddings), 2 * embeddings.dim + 4)
-    resources = [_resources() for _ in held]
+    scratch_bytes = [SCRATCH_BYTES // max(1, len(_block_sizes(count, embeddings.dim))) for count in held]
+    resources = []
 
     def new_block(gpu: int) -> Any:
+        # Of its own, since a thread of its own searches it: a stream of work, and a share of the scratch.
+        resources.append(_resources(scratch_bytes[gpu]))
         config = faiss.GpuIndexFlatConfig()
         config.device, config.useFloat16 = gpu, True
-        return faiss.GpuIndexFlatIP(resources[gpu], embeddings.dim, config)
+        return faiss.GpuIndexFlatIP(resources[-1], embeddings.dim, config)
 
     with _failures_told():
         index = sharded_flat(embeddings, held, new_block)
@@ -205,7 +216,7 @@ def _placed_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement
 def _placed_ivf(index: Any, free_bytes: Sequence[int]) -> Placement:
     # A vector's code and id, and a quarter more: lists grow in steps. Each GPU has all centroids.
     gpus = equal_shares(free_bytes, index.ntotal, math.ceil(1.25 * (index.code_size + 8)), 4 * index.d * index.nlist)
-    resources = [_resources() for _ in gpus]
+    resources = [_resources(SCRATCH_BYTES) for _ in gpus]
     options = faiss.GpuMultipleClonerOptions()
     options.shard, options.shard_type = True, _MODE_IDS_MODULO
     options.useFloat16 = True
@@ -228,9 +239,9 @@ def _failures_told() -> Iterator[None]:
         raise NotOnGpuError(faiss_reason(error)) from error
 
 
-def _resources() -> Any:
+def _resources(scratch_bytes: int) -> Any:
     resources = faiss.StandardGpuResources()
-    resources.setTempMemory(SCRATCH_BYTES)
+    resources.setTempMemory(scratch_bytes)
     return resources
 
 

@@ -17,7 +17,6 @@ import onnxruntime
 
 from core.errors import BundleAltered, UserError
 from imaging import Preprocessing, normalise
-from service.buckets import BucketedRuns
 from service.settings import Device
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -28,8 +27,8 @@ log = logging.getLogger("wikiclip.encoder")
 class OnnxEncoder:
     """Pixels to query embeddings. One thread is to own it.
 
-    On a GPU batches are padded to one of a few sizes, the largest `max_batch`; all of them are run once before this
-    is ready. Raises `UserError` if CUDA is asked for and does not work, `BundleAltered` if the file is no such encoder.
+    On a GPU a batch of `max_batch` is run once before this is ready: memory is taken then, for all that come. Raises
+    `UserError` if CUDA is asked for and does not work, `BundleAltered` if the file is no such encoder.
     """
 
     def __init__(
@@ -57,14 +56,11 @@ class OnnxEncoder:
             raise BundleAltered(
                 f"{path} has no {input_name!r} in or no {patches_name!r} and {embedding_name!r} out; export it again"
             )
-        self._buckets: BucketedRuns | None = None
-        if self.device == "cuda":
-            shape_3HW = (3, preprocessing.size_px, preprocessing.size_px)
-            self._buckets = BucketedRuns(self._session, input_name, shape_3HW, max_batch=max_batch, device=self.device)
-            self._buckets.warm_up(embedding_name)
         # The first pass allocates and is slow: it is not to be some user's.
-        blank = np.zeros((1, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
-        shape = self.encode(blank).shape
+        blank_BHW3 = np.zeros((max_batch, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
+        if self.device == "cuda":
+            self.encode(blank_BHW3)
+        shape = self.encode(blank_BHW3[:1]).shape
         if shape != (1, embedding_dim):
             raise BundleAltered(
                 f"{path} gives embeddings {shape}, the manifest says width {embedding_dim}; export again"
@@ -80,8 +76,6 @@ class OnnxEncoder:
 
     def _run(self, output_name: str, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         pixels_B3HW = normalise(pixels_BHW3, self.preprocessing)
-        if self._buckets is not None:
-            return self._buckets.run(output_name, pixels_B3HW)
         (output,) = self._session.run([output_name], {self._input_name: pixels_B3HW})
         return np.asarray(output, np.float32)
 

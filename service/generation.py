@@ -277,5 +277,5 @@ def _open_file(bundle: Bundle, file: str, preprocessing: Preprocessing, settings
         embedding_dim=bundle.manifest.embedding_dim,
         device=settings.device,
         threads=settings.thread_count,
-        max_batch=settings.batch_limit("cuda"),  # on a CPU it makes no buckets
+        max_batch=settings.batch_limit("cuda"),  # which only a GPU is told of
     )

@@ -94,6 +94,26 @@ def test_vectors_shared_out_in_blocks_are_found_as_by_one_index(held: list[int])
     assert [placed.count(on) for on in range(len(held))] == [-(-count // 17) for count in held]
 
 
+@pytest.mark.parametrize(
+    ("count", "blocks"), [(0, 0), (1, 1), (99_999, 1), (100_000, 2), (350_001, 7), (6_063_945, 8), (60_000_000, 43)]
+)
+def test_a_gpus_vectors_lie_in_several_blocks_where_there_are_many(count: int, blocks: int) -> None:
+    sizes = gpu._block_sizes(count, 768)
+    assert (len(sizes), sum(sizes)) == (blocks, count)
+    assert all(4 * 768 * size <= gpu._BLOCK_BYTES for size in sizes)
+
+
+def test_blocks_are_searched_by_threads_of_their_own() -> None:
+    embeddings = made(150_000, parts=7)
+    one = faiss.IndexFlatIP(DIM)
+    one.add(np.concatenate(list(embeddings)))
+    index = sharded_flat(embeddings, [150_000], lambda _: faiss.IndexFlatIP(DIM))
+    blocks = faiss.downcast_index(index.at(0))
+    assert (blocks.count(), index.ntotal) == (3, 150_000)
+    found, wanted = GpuCandidates(index, None).search(queries(5), 50, {}, None, 1), one.search(queries(5), 50)
+    np.testing.assert_array_equal(found[1], wanted[1])
+
+
 def test_candidates_of_shares_give_what_the_cpu_gives(bundle: EmbeddingShards) -> None:
     flat = faiss.IndexFlatIP(DIM)
     flat.add(np.concatenate(list(bundle)))
