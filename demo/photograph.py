@@ -43,7 +43,8 @@ class Photographer:
     # ---- drawings
 
     def restyle(self, drawings_B4HW: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
-        """What another artist might have done: other colours, another pose, bent lines, an outline."""
+        """What another artist might have done: other colours, another pose, bent, thicker or thinner lines, shading, an
+        outline."""
         count, _, height, width = drawings_B4HW.shape
         strength = strength_B[:, None, None, None]
         alpha = drawings_B4HW[:, 3:]
@@ -57,6 +58,9 @@ class Photographer:
         is_black = (drawings_B4HW[:, :3].amax((1, 2, 3)) < 0.2).float()[:, None, None, None]
         recolour = is_black * self._chance(0.6, count)
         colour = colour * (1 - recolour) + recolour * self._uniform(count, 3, 1, 1, low=0.0, high=0.85)
+        colour = self._lines(colour, alpha, strength_B)
+        shading = F.interpolate(self._normal(count, 1, 3, 3), (height, width), mode="bicubic", align_corners=True)
+        colour = colour * (1 + self._chance(0.5, count) * strength * 0.2 * shading)
         swollen = F.max_pool2d(alpha, 3, 1, 1)
         outline = self._chance(0.15 * strength_B, count) * (swollen - alpha).clamp(min=0)
         colour = colour * (1 - outline) + outline * self._uniform(count, 1, 1, 1, high=0.3)
@@ -67,6 +71,14 @@ class Photographer:
         grid = turn + bend.permute(0, 2, 3, 1)
         premultiplied = torch.cat([colour.clamp(0, 1) * alpha, alpha], 1)
         return F.grid_sample(premultiplied, grid, align_corners=False)
+
+    def _lines(self, colour: torch.Tensor, alpha: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
+        """Some drawings with their dark lines thicker, as many with them thinner; what is outside takes no part."""
+        thick = -F.max_pool2d(-(colour * alpha + 1 - alpha), 3, 1, 1)
+        thin = F.max_pool2d(colour * alpha, 3, 1, 1)
+        share, count = strength_B[:, None, None, None] * self._uniform(len(colour), 1, 1, 1), len(colour)
+        other = torch.where(self._chance(0.5, count) > 0, thick, thin)
+        return colour + self._chance(0.5, count) * share * (other - colour)
 
     def _mixing(self, strength_B: torch.Tensor) -> torch.Tensor:
         """Colour matrices `[B, 3, 3]`: hues turned a little, or, in some drawings beyond slight strength, at will."""
