@@ -2,7 +2,7 @@
 
 `python -m benchmarks.gpu_service prepare --folder F` makes a bundle of 6,063,945 made-up entities with a ViT-L that
 computes in float16, on a machine with or without a GPU; `python -m benchmarks.gpu_service measure --folder F` measures
-on one with. It has not run yet: where it was written there is no GPU.
+on one with.
 """
 
 from __future__ import annotations
