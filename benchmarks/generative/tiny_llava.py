@@ -26,8 +26,9 @@ IGNORED = -100  # a label that is no token
 
 def size_for(encoder: ImageEncoder, *, width: int = 160, layers: int = 3) -> Size:
     """A language model of about a million parameters beside its vocabulary, over this encoder's patches."""
-    side = round(encoder.patches**0.5) // 2
-    assert 4 * side * side == encoder.patches, "patches lie in a square that can be halved"
+    grid = round(encoder.patches**0.5)
+    assert grid * grid == encoder.patches, "patches lie in a square"
+    side = -(-grid // 2)
     size_px = encoder.preprocessing.size_px
     tower = Tower(width=encoder.patch_dim, layers=1, heads=1, size_px=size_px, patch_px=size_px // side)
     return Size(
@@ -37,11 +38,14 @@ def size_for(encoder: ImageEncoder, *, width: int = 160, layers: int = 3) -> Siz
 
 
 def pooled(patch_tokens_BPC: torch.Tensor) -> torch.Tensor:
-    """The mean of each two by two patches, `[B, P / 4, C]`: a quarter of the tokens, as LLaVA's successors do it."""
+    """The mean of each two by two patches, about `[B, P / 4, C]`: a quarter of the tokens, as LLaVA's successors do it.
+
+    Of an odd number of rows the last is halved along itself only, and so are columns.
+    """
     batch, patches, channels = patch_tokens_BPC.shape
     side = round(patches**0.5)
     grid = patch_tokens_BPC.transpose(1, 2).reshape(batch, channels, side, side)
-    return F.avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+    return F.avg_pool2d(grid, 2, ceil_mode=True).flatten(2).transpose(1, 2)
 
 
 class _FrozenTower(nn.Module):

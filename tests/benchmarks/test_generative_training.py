@@ -75,7 +75,7 @@ def test_cached_features_train_what_images_ask(small_images: dict[str, bytes]) -
     pixels = np.stack(
         [load_pixels(d, encoder.preprocessing, max_pixels=10**6) for d in list(small_images.values())[:2]]
     )
-    prompt_1L = prompt(tokenizer, encoder.patches // 4)
+    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length)
     features = encoder.encode(pixels)
     cached = network.retrieve(features.patch_tokens_BPC, prompt_1L)
     from imaging import normalise
