@@ -8,7 +8,6 @@ CPU, bfloat16 against float16 on a GPU. Nothing sleeps and nothing is handicappe
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -49,6 +48,7 @@ from benchmarks.generative.sizes import SIZES, VOCABULARY, build_model, paramete
 from benchmarks.photographs import photograph
 from benchmarks.rounds import Metric, Reference
 from benchmarks.statistics import RESAMPLINGS, percentile_interval
+from core.cores import usable_cores
 from core.errors import UserError
 from demo.build import BUILD
 from imaging import load_pixels
@@ -92,7 +92,7 @@ def measure(
     repeats = repeats or (SMOKE_REPEATS if smoke else REPEATS)
     minutes = minutes or (SMOKE_MINUTES if smoke else None)
     ends = None if minutes is None else time.monotonic() + 60 * minutes
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or usable_cores()
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     names = collect_names(bundle_path, entities, BUILD / "sources", download=not smoke)

@@ -80,23 +80,18 @@ def large_encoders(folder: Path) -> tuple[str, str]:
 
 def write_large_encoders(folder: Path) -> None:
     """Encoders of the shapes of CLIP ViT-L/14 and Llama 3.2 1B, of random weights in 16 bits."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, LlamaConfig, LlamaModel
+    from transformers import CLIPVisionModelWithProjection, LlamaConfig, LlamaModel
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
     logging.disable_progress_bar()
     shape = ENCODERS["vit-l14"]
-    vision = CLIPVisionConfig(
-        hidden_size=shape.width, intermediate_size=shape.mlp_width, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, image_size=shape.size_px, patch_size=shape.patch_px,
-        projection_dim=shape.embedding_dim,
-    )  # fmt: skip
     text = LlamaConfig(
         vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8,
     )  # fmt: skip
     torch.manual_seed(0)
-    CLIPVisionModelWithProjection(vision).half().save_pretrained(folder / "image")
+    CLIPVisionModelWithProjection(shape.config()).half().save_pretrained(folder / "image")
     processor = {
         "do_resize": True, "size": {"shortest_edge": shape.size_px}, "resample": 3, "do_center_crop": True,
         "crop_size": {"height": shape.size_px, "width": shape.size_px}, "do_rescale": True, "rescale_factor": 1 / 255,

@@ -7,8 +7,7 @@ searched on a GPU has no index but in name.
 
 from __future__ import annotations
 
-import os
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,10 +20,11 @@ import faiss
 
 from benchmarks.heavy_bundle import encoder_fields
 from benchmarks.made_bundle import write_embeddings, write_plain_store
+from core.cores import usable_cores
 from core.errors import UserError
 from core.files import sha256_file
-from export.onnx_export import INPUT, OUTPUTS
 from index.build import build_index
+from index.bundle import list_files
 from index.embeddings import EmbeddingShards
 from index.manifest import (
     EMBEDDINGS_FOLDER,
@@ -35,7 +35,6 @@ from index.manifest import (
     SCHEMA_VERSION,
     STORE_FILE,
     Counts,
-    FileEntry,
     IndexManifest,
     Manifest,
 )
@@ -59,7 +58,7 @@ def write_gpu_bundle(bundle: Path, encoder: str, entities: int, *, searched_on: 
             pool.submit(write_half_encoder, encoder, bundle / IMAGE_ENCODER_FILE),
             pool.submit(write_plain_store, bundle / STORE_FILE, entities),
         ]
-        processes = max(1, len(os.sched_getaffinity(0)) - 1)
+        processes = max(1, usable_cores() - 1)
         write_embeddings(folder, entities, shape.embedding_dim, progress=progress, processes=processes)
         for each in beside:
             each.result()
@@ -74,7 +73,7 @@ def write_gpu_bundle(bundle: Path, encoder: str, entities: int, *, searched_on: 
         counts=Counts(entities=entities, embeddings=entities, without_image=0, without_text=0, rejected=0),
         calibration=None,
         export={"made_up": True, "searched_on": searched_on},
-        files=_files(bundle),
+        files=list_files(bundle),
         created_at=_now(),
         elapsed_s=0.0,
         **encoder_fields(shape),
@@ -95,14 +94,12 @@ def write_half_encoder(encoder: str, path: Path) -> None:
     import torch
 
     from benchmarks.generative.retrieval import build_tower
-    from export.half import export_float16
+    from export.float16 import InFloat16
+    from export.onnx_export import Normalised, export_normalised
 
     torch.manual_seed(0)
     shape = shape_of(encoder)
-    export_float16(
-        build_tower(shape), (torch.zeros(2, 3, shape.size_px, shape.size_px),), path, inputs=(INPUT,), outputs=OUTPUTS,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-    )  # fmt: skip
+    export_normalised(Normalised(InFloat16(build_tower(shape))), shape.size_px, path)
 
 
 def write_stand_in_index(bundle: Path, dim: int, count: int) -> None:
@@ -126,17 +123,6 @@ def write_stand_in_index(bundle: Path, dim: int, count: int) -> None:
         created_at=_now(),
         elapsed_s=0.0,
     ).write(bundle / INDEX_MANIFEST_FILE)
-
-
-def _files(bundle: Path) -> dict[str, FileEntry]:
-    """As `index.bundle.list_files` tells them, hashed by as many threads as there are cores."""
-    names = [IMAGE_ENCODER_FILE, STORE_FILE, *(f"{EMBEDDINGS_FOLDER}/{name}" for name in _shards(bundle))]
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(FileEntry.of, (bundle / name for name in names)), strict=True))
-
-
-def _shards(bundle: Path) -> list[str]:
-    return sorted(path.name for path in (bundle / EMBEDDINGS_FOLDER).iterdir())
 
 
 def _now() -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import http.client
 import os
 import subprocess
-import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -56,34 +56,20 @@ class Service:
 def services(load: Load, count: int) -> Iterator[list[Service]]:
     """So many services, started side by side, each on cores of its own as far as there are enough."""
     shares = dealt(load.service_cores, count)
-    started: list[Service] = []
+    contexts = [
+        service_process(
+            load.bundle, "--cache", "off", "--device", load.device, "--max-batch", str(load.max_batch),
+            *thread_flags(len(cores)), "--log-level", "warning", cores=cores, start_timeout_s=load.start_timeout_s,
+        )
+        for cores in shares
+    ]  # fmt: skip
     with ExitStack() as stack:
-        failures: list[Exception] = []
-        lock = threading.Lock()
-
-        def start(cores: set[int]) -> None:
-            context = service_process(
-                load.bundle, "--cache", "off", "--device", load.device, "--max-batch", str(load.max_batch),
-                *thread_flags(len(cores)), "--log-level", "warning",
-                cores=cores, start_timeout_s=load.start_timeout_s,
-            )  # fmt: skip
-            try:
-                process, url = context.__enter__()
-            except Exception as error:
-                failures.append(error)
-                return
-            with lock:
-                stack.push(context.__exit__)
-                started.append(Service(url=url, pid=process.pid, cores=len(cores)))
-
-        threads = [threading.Thread(target=start, args=(cores,)) for cores in shares]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
-        yield started
+        with ThreadPoolExecutor(count) as pool:
+            started = list(pool.map(stack.enter_context, contexts))
+        yield [
+            Service(url=url, pid=process.pid, cores=len(cores))
+            for (process, url), cores in zip(started, shares, strict=True)
+        ]
 
 
 def dealt(cores: Sequence[int], parts: int) -> list[set[int]]:
@@ -114,16 +100,15 @@ def saturate(load: Load, asked: Sequence[Service], images: list[str]) -> dict[st
         after = [_looked_at(service) for service in asked]
         told = asking.result()
     taken_ms = np.concatenate([each["taken_ms"] for each in told])
-    failures: dict[str, int] = {}
+    failures: Counter[str] = Counter()
     for each in told:
-        for name, count in each["failures"].items():
-            failures[name] = failures.get(name, 0) + count
+        failures.update(each["failures"])
     p50, p99 = np.percentile(taken_ms, (50, 99)).round(2).tolist() if len(taken_ms) else (None, None)
     return {
         "per_s": round(sum(each["per_s"] for each in told), 1),
         "p50_ms": p50,
         "p99_ms": p99,
-        "failures": failures,
+        "failures": dict(failures),
         "connections": sum(job.connections for job in jobs),
         "generator_busy": max(each["generator_busy"] for each in told),
         **busy(before, after, sum(service.cores for service in asked)),
@@ -201,7 +186,7 @@ def _thread_seconds(pid: int) -> dict[int, float]:
 
 
 class GpuWatch:
-    """What nvidia-smi says while the block runs, of the first GPU, four times a second."""
+    """What nvidia-smi says while the block runs, again and again if it does, of the first GPU, four times a second."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -216,7 +201,7 @@ class GpuWatch:
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._said = self._process.communicate()[0]
+            self._said += self._process.communicate()[0]
 
     def told(self) -> dict[str, float] | None:
         """Median utilisation (the share of time in which anything ran), the most memory, median power; None without."""

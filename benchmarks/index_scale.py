@@ -6,7 +6,6 @@ Everything is made up, written to a folder, measured and removed. The sizes are 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import index_peers, made_bundle
 from benchmarks.index_probe import probing, told
+from core.cores import usable_cores
 from index.build import build_index
 from index.bundle import Bundle
 from index.choose import Targets
@@ -55,7 +55,7 @@ class Scale:
 
 def measure_scale(like: Bundle, scale: Scale, work: Path) -> dict[str, Any]:
     """Build and measure at every size below the folder `work`, which is made and removed."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = usable_cores()
     whole = work / "whole"
     shutil.rmtree(work, ignore_errors=True)
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from core.cores import usable_cores
 from core.files import write_durably
 
 BEFORE = ".before.json"
@@ -46,7 +46,7 @@ def results_folder(folder: Path, run: dict[str, Any]) -> Path:
 
 
 def _hardware() -> dict[str, Any]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     model = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():

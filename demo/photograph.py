@@ -238,14 +238,11 @@ class Photographer:
         return torch.where(chosen, through_jpeg(photo, quality_B), photo)
 
 
-_JPEG_QUALITIES = range(1, 101)
-
-
 @cache
 def _quantisation(device: torch.device) -> torch.Tensor:
     """The encoder's own tables `[100, 2, 8, 8]`, by quality, 1 first: for brightness, and for colours."""
     tables = []
-    for quality in _JPEG_QUALITIES:
+    for quality in range(1, 101):
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8)).save(buffer, "JPEG", quality=quality)
         buffer.seek(0)

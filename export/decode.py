@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog.images import ImageReader, UnusableImage
+from core.cores import usable_cores
 from core.errors import TooLarge, UndecodableImage
 from imaging import Preprocessing, load_pixels, make_thumbnail
 
@@ -68,7 +69,7 @@ def hash_text(text: str) -> bytes:
 
 def default_workers() -> int:
     """One for each core that this process may use, up to 16."""
-    return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(16, usable_cores())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,11 @@ Shapes: B batch, P patches, C patch channels, D embedding width, H = W = size_px
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,6 @@ import torch
 from torch import nn
 
 from core.errors import EncoderSpecError
-from export.half import InFloat16
 from export.onnx_export import (
     MIN_COSINE,
     Normalised,
@@ -26,6 +27,28 @@ from export.onnx_export import (
 )
 from index.manifest import FLOAT16_ENCODER_FILE, Float16Entry
 from model.encoders import ImageEncoder
+
+
+class InFloat16(nn.Module):
+    """A copy of a module on the CPU, in evaluation mode and in float16, that takes and gives float32.
+
+    Tensors of any shape and number; those that are no floats (ids, masks) go in and come out as they are.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        # Its tensors are put in place of the originals while it is copied: a copy in float32 may take up 30 GB.
+        halves: dict[int, Any] = {
+            id(parameter): nn.Parameter(_half(parameter), requires_grad=False) for parameter in module.parameters()
+        }
+        halves.update({id(buffer): _half(buffer) for buffer in module.buffers()})
+        self.module = copy.deepcopy(module, halves).eval()
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        outputs = self.module(*(_cast(tensor, torch.float16) for tensor in inputs))
+        if isinstance(outputs, torch.Tensor):
+            return _cast(outputs, torch.float32)
+        return tuple(_cast(tensor, torch.float32) for tensor in outputs)
 
 
 def add_float16(encoder: ImageEncoder, bundle: Path, centre_D: torch.Tensor | None = None) -> Float16Entry:
@@ -68,3 +91,11 @@ def torch_module(encoder: ImageEncoder) -> nn.Module:
             "convert the file by hand, with float32 in and out, and train and export with that"
         )
     return module
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return _cast(tensor.detach().to("cpu"), torch.float16)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

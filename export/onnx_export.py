@@ -162,7 +162,7 @@ def export_module(
     *,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    dynamic_shapes: tuple[Mapping[int, Any] | tuple[Mapping[int, Any], ...], ...],
+    dynamic_shapes: tuple[Mapping[int, Any], ...],
 ) -> None:
     """Write a module in evaluation mode, on the CPU, as one ONNX file, and its data beside it where it is too large."""
     with _quiet(), torch.no_grad():

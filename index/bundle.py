@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
@@ -138,7 +139,9 @@ def open_embeddings(path: Path, manifest: Manifest) -> EmbeddingShards:
 def list_files(folder: Path) -> Mapping[str, FileEntry]:
     """The manifest's `files` of a bundle being made: everything in `folder` but the manifest, the index and
     the entity side."""
-    return {name: FileEntry.of(folder / name) for name in sorted(_content_files(folder))}
+    names = sorted(_content_files(folder))
+    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+        return dict(zip(names, pool.map(FileEntry.of, (folder / name for name in names)), strict=True))
 
 
 def _content_files(folder: Path) -> Iterator[str]:

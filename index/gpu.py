@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any
 import faiss
 import numpy as np
 
+from core.cores import usable_cores
 from core.errors import UserError
 from index.candidates import BoolArray, Candidates, CpuCandidates, Float32Array, Int64Array, list_efforts
 from index.embeddings import Embeddings
@@ -184,7 +184,7 @@ def _parts_ahead(embeddings: Embeddings) -> Iterator[Float32Array]:
     """The parts of embeddings in order. Threads read and normalise the next ones meanwhile, which for one alone takes
     longer than all else about filling a GPU."""
     waiting: deque[Future[Float32Array]] = deque()
-    threads = min(_FILLING_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    threads = min(_FILLING_THREADS, usable_cores())
     with ThreadPoolExecutor(threads) as pool:
         for number in range(embeddings.parts):
             waiting.append(pool.submit(embeddings.part, number))

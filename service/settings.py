@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from core.cores import usable_cores
 from core.errors import UserError
 from core.files import is_uri
 from service.addresses import host_pattern
@@ -196,7 +197,7 @@ class Settings(BaseSettings):
 
     @property
     def thread_count(self) -> int:
-        return self.threads or _cores()
+        return self.threads or usable_cores()
 
     def batch_limit(self, device: str) -> int:
         """Images encoded at once on `cuda` or `cpu`, at most. On a CPU more than a few a thread gain nothing: what the
@@ -206,7 +207,7 @@ class Settings(BaseSettings):
     @property
     def decode_thread_count(self) -> int:
         # With one a core, what is decoded comes to the engine in uneven batches, and the slowest answers wait for two.
-        return self.decode_threads or 2 * _cores()
+        return self.decode_threads or 2 * usable_cores()
 
 
 def load_settings(**given: Any) -> Settings:
@@ -237,7 +238,3 @@ def _one_line(problem: Any) -> str:
     if name in _SECRET:
         return f"setting {name} (WIKICLIP_{name.upper()}): {message}"
     return f"setting {name} (WIKICLIP_{name.upper()}) is {problem['input']!r}: {message}"
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

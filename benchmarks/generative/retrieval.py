@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import faiss
 import numpy as np
@@ -31,6 +31,9 @@ from index.embeddings import Embeddings
 from index.search import EntityIndex
 from service.encoder import OnnxEncoder
 
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig
+
 MAX_PIXELS = 64_000_000
 TOP = 5
 CALIBRATION_IMAGES = 32
@@ -49,6 +52,15 @@ class EncoderShape:
     embedding_dim: int
     size_px: int = 224
 
+    def config(self) -> CLIPVisionConfig:
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig(
+            hidden_size=self.width, intermediate_size=self.mlp_width, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, image_size=self.size_px, patch_size=self.patch_px,
+            projection_dim=self.embedding_dim,
+        )  # fmt: skip
+
 
 ENCODERS = {
     "vit-b32": EncoderShape(width=768, layers=12, heads=12, mlp_width=3072, patch_px=32, embedding_dim=512),
@@ -64,15 +76,10 @@ class ImageTower(nn.Module):
     """A CLIP image tower with random weights: patch tokens `[B, P, width]` and the embedding `[B, D]`, of length 1."""
 
     def __init__(self, shape: EncoderShape) -> None:
-        from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+        from transformers import CLIPVisionModelWithProjection
 
         super().__init__()
-        config = CLIPVisionConfig(
-            hidden_size=shape.width, intermediate_size=shape.mlp_width, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, image_size=shape.size_px, patch_size=shape.patch_px,
-            projection_dim=shape.embedding_dim,
-        )  # fmt: skip
-        self.tower = CLIPVisionModelWithProjection(config)
+        self.tower = CLIPVisionModelWithProjection(shape.config())
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.tower(pixel_values=pixel_values)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from export import onnx_export
-from export.half import InFloat16, export_float16
+from export.float16 import InFloat16
 from model.encoders import ImageEncoder
 from model.huggingface import ClipTower
 
@@ -38,7 +38,8 @@ def export(module: nn.Module, path: Path) -> None:
     example = torch.zeros(2, 3, SIZE_PX, SIZE_PX)
     batch = {0: torch.export.Dim("batch")}
     names = {"inputs": (onnx_export.INPUT,), "outputs": onnx_export.OUTPUTS}
-    export_float16(module, (example,), path, dynamic_shapes=(batch,), **names)  # type: ignore[arg-type]
+    # The inputs of `InFloat16` are one argument to the exporter, a tuple.
+    onnx_export.export_module(InFloat16(module), (example,), path, dynamic_shapes=((batch,),), **names)  # type: ignore[arg-type]
 
 
 def test_it_computes_in_float16_what_the_module_does(module: nn.Module, tmp_path: Path) -> None:
@@ -99,7 +100,10 @@ def test_a_single_output_a_shared_weight_and_ids(tmp_path: Path) -> None:
 
     ids, batch = torch.tensor([[1, 2, 3], [4, 5, 6]]), {0: torch.export.Dim("batch")}
     tied = Tied().eval()
-    export_float16(tied, (ids,), tmp_path / "tied.onnx", inputs=("ids",), outputs=("logits",), dynamic_shapes=(batch,))
+    onnx_export.export_module(
+        InFloat16(tied), (ids,), tmp_path / "tied.onnx", inputs=("ids",), outputs=("logits",),
+        dynamic_shapes=((batch,),),  # type: ignore[arg-type]
+    )  # fmt: skip
     (found,) = onnxruntime.InferenceSession(tmp_path / "tied.onnx").run(None, {"ids": ids.numpy()[:1]})
     np.testing.assert_allclose(found, tied(ids[:1]).detach(), atol=0.02)
     copied = InFloat16(tied).module
