@@ -4,6 +4,7 @@ with an answer would be counted as the service's time."""
 from __future__ import annotations
 
 import socket
+import time
 from typing import NamedTuple
 
 HEAD_END = b"\r\n\r\n"
@@ -39,11 +40,16 @@ def read_head(head: bytes) -> Answered:
 
 
 class Connection:
-    """A connection that is opened when it is needed, and kept."""
+    """A connection that is opened when it is needed, and kept.
 
-    def __init__(self, host: str, port: int, timeout_s: float) -> None:
+    One that `polls` never sleeps while it waits: a virtual core that does is woken a tenth of a millisecond late, which
+    would be counted as the service's time.
+    """
+
+    def __init__(self, host: str, port: int, timeout_s: float, *, polls: bool = False) -> None:
         self._address = host, port
         self._timeout_s = timeout_s
+        self._polls = polls
         self._socket: socket.socket | None = None
 
     def ask(self, request: bytes) -> int:
@@ -79,7 +85,20 @@ class Connection:
 
     def _receive(self) -> bytes:
         assert self._socket is not None
-        received = self._socket.recv(_RECEIVE_BYTES)
+        received = self._poll(self._socket) if self._polls else self._socket.recv(_RECEIVE_BYTES)
         if not received:
             raise ConnectionResetError("closed before all of the answer had come")
         return received
+
+    def _poll(self, connected: socket.socket) -> bytes:
+        until = time.monotonic() + self._timeout_s
+        connected.setblocking(False)
+        try:
+            while time.monotonic() < until:
+                try:
+                    return connected.recv(_RECEIVE_BYTES)
+                except BlockingIOError:
+                    continue
+        finally:
+            connected.settimeout(self._timeout_s)
+        raise TimeoutError("no answer in time")

@@ -62,10 +62,10 @@ def test_the_closed_loop_counts_answers_and_failures(
     image.write_bytes(small_images["Q15083"])
     broken.write_bytes(b"no image")
     with running_service(small_bundle, "--log-level", "warning", "--threads", "1") as url:
-        for field in ("image", None):
+        for field, polls in (("image", False), (None, False), (None, True)):
             job = Job(
                 url=f"{url}/recognize", images=[str(image), str(broken)], field=field, connections=2, warm_up_s=0.0,
-                seconds=2.0,
+                seconds=2.0, polls=polls,
             )  # fmt: skip
             figures = run_job(job, tmp_path, os.sched_getaffinity(0))
             assert figures["answers"] > 0
