@@ -65,6 +65,7 @@ symbols: $(ALL)  ## build the demo's data, Symbols, from the registries
 
 tiny: symbols  ## train the tiny image encoder on Symbols
 	$(BIN)/python -m demo.train_tiny $(ARGS)
+	$(BIN)/python -m demo.train_tiny --with-icons $(ARGS)
 
 demo-bundle: symbols  ## train the demo's adaptor and write demo/checkpoint and demo/bundle
 	$(BIN)/python -m demo.bundle $(ARGS)

@@ -118,7 +118,7 @@ def _render_all(drawings: list[Drawing], build: Path) -> list[Drawing]:
     for drawing in tqdm(drawings, desc="drawings", unit="drawing"):
         path = build / drawing.image
         if not path.exists():
-            icons = sets.setdefault(drawing.artist, IconSet(build / "sources" / drawing.artist))
+            icons = sets.setdefault(drawing.artist, IconSet(build / "sources" / drawing.artist / "icons.json"))
             path.parent.mkdir(parents=True, exist_ok=True)
             with durable(path) as temporary:
                 render(icons.svg(drawing.icon)).save(temporary, "PNG")

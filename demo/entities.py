@@ -104,7 +104,7 @@ def slug(text: str) -> str:
 def build_symbols(sources: Path) -> list[Symbol]:
     """Every entity with at least one drawing, in a fixed order: flags, emoji, brands."""
     facts = Facts.load(sources)
-    sets = {name: IconSet(sources / name) for name in ARTISTS}
+    sets = {name: IconSet(sources / name / "icons.json") for name in ARTISTS}
     flags, emoji = _flags(facts), _emoji(facts)
     by_code = {hexcode(e["hexcode"]): e for e in facts.emoji}
     _assign_emoji_drawings(sets, emoji, flags, by_code)

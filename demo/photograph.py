@@ -43,10 +43,11 @@ class Photographer:
     # ---- drawings
 
     def restyle(self, drawings_B4HW: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
-        """What another artist might have done: other colours, another pose, bent, thicker or thinner lines, shading, an
-        outline."""
+        """What another artist might have done: other colours or none, another pose, bent, thicker or thinner lines,
+        shading, an outline; of a drawing in one dark colour (a brand's mark cut in black) a plate."""
         count, _, height, width = drawings_B4HW.shape
         strength = strength_B[:, None, None, None]
+        drawings_B4HW = self._on_plates(drawings_B4HW)
         alpha = drawings_B4HW[:, 3:]
         colour = drawings_B4HW[:, :3] / alpha.clamp(min=1e-3)
         mean = colour.mean(1, keepdim=True)
@@ -54,9 +55,8 @@ class Photographer:
         mixing = self._mixing(strength_B)
         colour = torch.bmm(mixing, (mean + (colour - mean) * saturation).flatten(2)).reshape(colour.shape)
         colour = colour * (1 + strength * self._uniform(count, 3, 1, 1, low=-0.15, high=0.15))
-        # A drawing in one dark colour (a brand's mark cut in black) may come in any colour.
-        is_black = (drawings_B4HW[:, :3].amax((1, 2, 3)) < 0.2).float()[:, None, None, None]
-        recolour = is_black * self._chance(0.6, count)
+        colour = torch.where(self._chance(0.08, count) > 0, colour.mean(1, keepdim=True), colour)
+        recolour = _is_black(drawings_B4HW) * self._chance(0.6, count)
         colour = colour * (1 - recolour) + recolour * self._uniform(count, 3, 1, 1, low=0.0, high=0.85)
         colour = self._lines(colour, alpha, strength_B)
         shading = F.interpolate(self._normal(count, 1, 3, 3), (height, width), mode="bicubic", align_corners=True)
@@ -71,6 +71,22 @@ class Photographer:
         grid = turn + bend.permute(0, 2, 3, 1)
         premultiplied = torch.cat([colour.clamp(0, 1) * alpha, alpha], 1)
         return F.grid_sample(premultiplied, grid, align_corners=False)
+
+    def _on_plates(self, drawings_B4HW: torch.Tensor) -> torch.Tensor:
+        """Some black drawings smaller, in a light or a dark ink on a round or a square plate of any colour."""
+        count, _, height, width = drawings_B4HW.shape
+        smaller = torch.eye(2, 3, device=self.device) * self._uniform(count, 1, 1, low=1.3, high=1.8)
+        grid = F.affine_grid(smaller, [count, 1, height, width], align_corners=False)
+        mark = F.grid_sample(drawings_B4HW[:, 3:], grid, align_corners=False)
+        roundness = 2 + 4 * self._chance(0.5, count)
+        y = torch.linspace(-1, 1, height, device=self.device).abs()[None, None, :, None]
+        x = torch.linspace(-1, 1, width, device=self.device).abs()[None, None, None, :]
+        plate = ((0.95 - x**roundness - y**roundness) * 20).clamp(0, 1)
+        ground = self._uniform(count, 3, 1, 1)
+        is_dark = (ground.mean(1, keepdim=True) < 0.55).float()
+        ink = is_dark * self._uniform(count, 1, 1, 1, low=0.85)
+        plated = torch.cat([(ground * (1 - mark) + ink * mark) * plate, plate], 1)
+        return torch.where(_is_black(drawings_B4HW) * self._chance(0.3, count) > 0, plated, drawings_B4HW)
 
     def _lines(self, colour: torch.Tensor, alpha: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
         """Some drawings with their dark lines thicker, as many with them thinner; what is outside takes no part."""
@@ -236,6 +252,11 @@ class Photographer:
         chosen = self._chance(probability * (strength_B > 0.05), len(photo)) > 0
         quality_B = (95 - 65 * strength_B * self._uniform(len(photo))).long()
         return torch.where(chosen, through_jpeg(photo, quality_B), photo)
+
+
+def _is_black(drawings_B4HW: torch.Tensor) -> torch.Tensor:
+    """`[B, 1, 1, 1]`: 1 for a drawing in one dark colour."""
+    return (drawings_B4HW[:, :3].amax((1, 2, 3)) < 0.2).float()[:, None, None, None]
 
 
 @cache

@@ -60,7 +60,7 @@ def fetch_package(package: str, version: str, folder: Path) -> None:
     target = folder / package.removeprefix("@iconify-json/")
     if target.is_dir():
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -79,13 +79,13 @@ def fetch_package(package: str, version: str, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class IconSet:
-    """One artist's drawings: an Iconify JSON package."""
+    """One artist's drawings, as an Iconify JSON file has them."""
 
-    folder: Path
+    file: Path
 
     @cached_property
     def _data(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads((self.folder / "icons.json").read_bytes())
+        data: dict[str, Any] = json.loads(self.file.read_bytes())
         return data
 
     @cached_property
@@ -103,7 +103,7 @@ class IconSet:
     @cached_property
     def code_points(self) -> dict[str, str]:
         """Icon name by code points as the set gives them (`1f992`); empty where it gives none."""
-        chars: dict[str, str] = json.loads((self.folder / "chars.json").read_bytes())
+        chars: dict[str, str] = json.loads(self.file.with_name("chars.json").read_bytes())
         return chars
 
     def svg(self, name: str) -> str:

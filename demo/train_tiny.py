@@ -1,14 +1,17 @@
-"""Trains the built-in image encoder on Symbols from nothing: `python -m demo.train_tiny`, or `make tiny`.
+"""Trains the built-in image encoder: on Symbols from nothing, `python -m demo.train_tiny`, and from there with icons by
+many more artists, `python -m demo.train_tiny --with-icons`. `make tiny` does both.
 
 As CLIP is trained, on two signals. Image with image: two artists' drawings of one entity, each photographed anew, are
 each other's positive. Image with text: each image against the knowledge texts of all training entities, seen through
-the frozen text encoder. A table of one prototype per training entity, dropped afterwards, contrasts each image with
-every entity instead of only those of its batch. Photographs get harder as training goes on; images grow from 64 px to
-their full size.
+the frozen text encoder; things that only icons show have no text. A table of one prototype per training entity and
+thing, dropped afterwards, contrasts each image with all of them instead of only those of its batch. Photographs get
+harder as training goes on, and images larger.
 
-Only drawings with role `train` are read: seen entities, artists that are not held out. Resumes from its last snapshot.
+Of Symbols only drawings with role `train` are read: seen entities, artists that are not held out; `demo/icons.py` says
+which icons are. Resumes from its last snapshot.
 
-Shapes: E entities a batch (two images each), N training entities, D embedding width.
+Shapes: E entities a batch and I things of icons (two images each), N training entities, L those and all things of
+icons, D embedding width.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,10 +38,12 @@ from tqdm import tqdm
 
 from core.files import durable
 from demo.build import BUILD, CATALOG_ROLES, Drawing
+from demo.icons import ROLE as ICON_ROLE
+from demo.icons import fetch_icons, plan_icons, render_icons
 from demo.photograph import Photographer
 from imaging.preprocess import Preprocessing
 from model.encoders import load_text_encoder
-from model.tiny import BUILT_IN, TinyConfig, TinyEncoder, save_tiny
+from model.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, save_tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,8 @@ class Settings:
     small_share: float = 0.65  # of the steps, at `small_px`; the rest at the network's full size
     small_px: int = 64
     entities_per_batch: int = 64
+    things_per_batch: int = 0  # that only icons show
+    icon_share: float = 0.4  # of the second images of an entity that has icons
     learning_rate: float = 1.2e-3
     weight_decay: float = 0.05
     warmup_steps: int = 150
@@ -65,6 +72,11 @@ ON_GPU = Settings(
     snapshot_every=783,
 )  # fmt: skip
 CONFIG_ON_GPU = TinyConfig(attention_layers=4, size_px=112)
+# From a trained encoder on, with icons: an hour of two cores.
+WITH_ICONS = Settings(
+    steps=1200, small_share=0.417, small_px=80, entities_per_batch=96, things_per_batch=64, learning_rate=7e-4,
+    warmup_steps=40, hardest_from=0.0, average_decay=0.995, snapshot_every=300,
+)  # fmt: skip
 _LOG_EVERY = 50  # steps
 
 
@@ -73,13 +85,18 @@ def read_drawings(build: Path) -> list[Drawing]:
         return [Drawing(**json.loads(line)) for line in file]
 
 
-def drawings_digest(drawings: list[Drawing]) -> str:
+def drawings_digest(drawings: Sequence[Drawing]) -> str:
     """A hash over who drew which entity: kept with the weights, it says exactly what they were trained on."""
     rows = sorted(f"{d.artist} {d.entity_id} {d.icon}" for d in drawings)
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def load_rgba(drawings: list[Drawing], build: Path, size_px: int) -> torch.Tensor:
+def _digest_of(start: TinyConfig | Path) -> str | None:
+    """The SHA-256 of the encoder that training begins from, None for a new one."""
+    return hashlib.sha256(start.read_bytes()).hexdigest() if isinstance(start, Path) else None
+
+
+def load_rgba(drawings: Sequence[Drawing], build: Path, size_px: int) -> torch.Tensor:
     """uint8 `[n, 4, size_px, size_px]`, colours premultiplied."""
 
     def pixels_of(drawing: Drawing) -> npt.NDArray[np.uint8]:
@@ -91,66 +108,118 @@ def load_rgba(drawings: list[Drawing], build: Path, size_px: int) -> torch.Tenso
     return tensor
 
 
-class EntityBatches:
-    """Yields `(drawing indices [2E], entity indices [2E])`: each epoch every entity once, by two artists if it can."""
+def read_icons(build: Path) -> list[Drawing]:
+    """The icons to train with, fetched and rendered where they are not there yet."""
+    icons = fetch_icons(build / "sources")
+    with (build / "catalog.jsonl").open(encoding="utf-8") as file:
+        titles = {record["entity_id"]: record["title"] for record in map(json.loads, file)}
+    planned = plan_icons(icons, read_drawings(build), titles)
+    render_icons(planned, icons, build)
+    return planned
 
-    def __init__(self, drawings: list[Drawing], entities: list[str], size: int, generator: torch.Generator) -> None:
+
+class EntityBatches:
+    """Yields `(drawing indices [2E], entity indices [2E])`: each epoch every entity once, by two artists if it can.
+
+    Where an entity has both drawings and icons the first image is a drawing, and `icon_share` of the second are icons.
+    """
+
+    def __init__(
+        self,
+        drawings: list[Drawing],
+        entities: list[str],
+        size: int,
+        generator: torch.Generator,
+        *,
+        icon_share: float = 0.0,
+    ) -> None:
         position = {entity: i for i, entity in enumerate(entities)}
-        self._of_entity: list[list[int]] = [[] for _ in entities]
+        drawn: list[list[int]] = [[] for _ in entities]
+        icons: list[list[int]] = [[] for _ in entities]
         for index, drawing in enumerate(drawings):
-            self._of_entity[position[drawing.entity_id]].append(index)
+            if drawing.entity_id in position:
+                mine = icons if drawing.role == ICON_ROLE else drawn
+                mine[position[drawing.entity_id]].append(index)
+        self._of_entity = [own or others for own, others in zip(drawn, icons, strict=True)]
+        self._icons = [others if own else [] for own, others in zip(drawn, icons, strict=True)]
         self._size = size
         self._generator = generator
-        self._waiting: list[int] = []
+        self._icon_share = icon_share
+        self.waiting: list[int] = []
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
-            if len(self._waiting) < self._size:
-                self._waiting = torch.randperm(len(self._of_entity), generator=self._generator).tolist()
-            chosen, self._waiting = self._waiting[: self._size], self._waiting[self._size :]
+            if len(self.waiting) < self._size:
+                self.waiting = torch.randperm(len(self._of_entity), generator=self._generator).tolist()
+            chosen, self.waiting = self.waiting[: self._size], self.waiting[self._size :]
             first, second = [], []
             for entity in chosen:
-                mine = self._of_entity[entity]
+                mine, icons = self._of_entity[entity], self._icons[entity]
                 order = torch.randperm(len(mine), generator=self._generator).tolist()
                 first.append(mine[order[0]])
-                second.append(mine[order[1 % len(mine)]])
+                if icons and torch.rand((), generator=self._generator).item() < self._icon_share:
+                    second.append(icons[int(torch.randint(len(icons), (), generator=self._generator))])
+                else:
+                    second.append(mine[order[1 % len(mine)]])
             yield torch.tensor(first + second), torch.tensor(chosen + chosen)
+
+
+def side_by_side(
+    entities: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    things: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    entity_count: int,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of both: first images, then second ones, of entities before things, whose numbers go on after those."""
+    for (drawn, entity), (icons, thing) in zip(entities, things, strict=False):  # neither ends
+        indices = zip(drawn.chunk(2), icons.chunk(2), strict=True)
+        labels = zip(entity.chunk(2), (thing + entity_count).chunk(2), strict=True)
+        yield (
+            torch.cat([each for half in indices for each in half]),
+            torch.cat([each for half in labels for each in half]),
+        )
 
 
 class Objective(nn.Module):
     """The three contrasts. Everything in here is thrown away after training but for the encoder it shapes."""
 
-    def __init__(self, text_NC: torch.Tensor, embedding_dim: int, settings: Settings) -> None:
+    def __init__(self, text_NC: torch.Tensor, embedding_dim: int, settings: Settings, things: int = 0) -> None:
         super().__init__()
         self.settings = settings
         self.text_NC: torch.Tensor
         self.register_buffer("text_NC", text_NC, persistent=False)
         width = text_NC.shape[1]
         self.text_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, embedding_dim))
-        self.prototypes = nn.Parameter(F.normalize(torch.randn(len(text_NC), embedding_dim), dim=1))
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(len(text_NC) + things, embedding_dim), dim=1))
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0), math.log(10.0), math.log(16.0)]))
 
-    def forward(self, embedding: torch.Tensor, entity: torch.Tensor) -> dict[str, torch.Tensor]:
+    def warm(self, prototypes_LD: torch.Tensor) -> None:
+        """Start from an encoder that is trained: with prototypes, normalised, and as sure as it is."""
+        self.prototypes.data.copy_(prototypes_LD)
+        self.logit_scale.data.copy_(torch.tensor([14.0, 14.0, 20.0]).log())
+
+    def forward(self, embedding: torch.Tensor, label: torch.Tensor, entities: int) -> dict[str, torch.Tensor]:
+        """The contrasts of a batch as `side_by_side` gives it; `entities` of each half have a text."""
         image_scale, text_scale, prototype_scale = self.logit_scale.clamp(max=math.log(50.0)).exp()
         count = len(embedding)
         similarity = embedding @ embedding.T * image_scale
         similarity = similarity.masked_fill(torch.eye(count, dtype=torch.bool, device=embedding.device), -1e4)
         partner = (torch.arange(count, device=embedding.device) + count // 2) % count
         text_ND = F.normalize(self.text_head(self.text_NC), dim=1)
-        image_to_text = embedding @ text_ND.T * text_scale
-        text_to_image = text_ND[entity[: count // 2]] @ embedding.T * text_scale
-        own = torch.arange(count // 2, device=embedding.device)
+        own = torch.arange(entities, device=embedding.device)
+        with_text = torch.cat([own, own + count // 2])
+        image_to_text = embedding[with_text] @ text_ND.T * text_scale
+        text_to_image = text_ND[label[:entities]] @ embedding.T * text_scale
         # Either of an entity's two images answers its text.
-        text_loss = F.cross_entropy(image_to_text, entity) + 0.5 * (
+        text_loss = F.cross_entropy(image_to_text, label[with_text]) + 0.5 * (
             F.cross_entropy(_without(text_to_image, own + count // 2), own)
             + F.cross_entropy(_without(text_to_image, own), own + count // 2)
         )
         to_prototypes = embedding @ F.normalize(self.prototypes, dim=1).T
-        margin = F.one_hot(entity, len(self.prototypes)) * 0.1
+        margin = F.one_hot(label, len(self.prototypes)) * 0.1
         return {
             "image": F.cross_entropy(similarity, partner),
             "text": text_loss * self.settings.text_weight,
-            "prototype": F.cross_entropy((to_prototypes - margin) * prototype_scale, entity)
+            "prototype": F.cross_entropy((to_prototypes - margin) * prototype_scale, label)
             * self.settings.prototype_weight,
         }
 
@@ -191,6 +260,26 @@ def embed(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device)
 def _normalised(pixels_B3HW: torch.Tensor) -> torch.Tensor:
     """What the encoder takes, of pixels in 0 to 1."""
     return ((pixels_B3HW - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
+
+
+def prototypes(
+    encoder: TinyEncoder, drawings: Sequence[Drawing], labels: list[str], build: Path, device: torch.device
+) -> torch.Tensor:
+    """What each label looks like to an encoder so far, `[L, D]`: the mean of the first two of its drawings, clean."""
+    position = {label: place for place, label in enumerate(labels)}
+    of_label: list[list[Drawing]] = [[] for _ in labels]
+    for drawing in drawings:
+        mine = of_label[position[drawing.entity_id]]
+        if len(mine) < 2:
+            mine.append(drawing)
+    chosen = [drawing for mine in of_label for drawing in mine]
+    encoder.eval()
+    pool = load_rgba(chosen, build, encoder.config.size_px)
+    embeddings = torch.cat([embed(encoder, on_white(pool[i : i + 512]), device) for i in range(0, len(pool), 512)])
+    encoder.train()
+    places = torch.tensor([position[drawing.entity_id] for drawing in chosen], device=device)
+    sums = torch.zeros(len(labels), embeddings.shape[1], device=device).index_add_(0, places, embeddings)
+    return F.normalize(sums, dim=1)
 
 
 class Validation:
@@ -252,7 +341,7 @@ class State:
     objective: Objective
     optimizer: torch.optim.Optimizer
     photographer: Photographer
-    batches: EntityBatches
+    batches: list[EntityBatches]  # of entities, and of things that only icons show where there are any
     generator: torch.Generator
     begun_with: str  # settings and sizes
     step: int = 0
@@ -267,7 +356,7 @@ class State:
             "optimizer": self.optimizer.state_dict(),
             "photographer": self.photographer.generator.get_state(),
             "generator": self.generator.get_state(),
-            "waiting": self.batches._waiting,
+            "waiting": [batches.waiting for batches in self.batches],
         }
         with durable(path) as temporary:
             torch.save(snapshot, temporary)
@@ -282,21 +371,41 @@ class State:
             getattr(self, name).load_state_dict(snapshot[name])
         self.photographer.generator.set_state(snapshot["photographer"])
         self.generator.set_state(snapshot["generator"])
-        self.batches._waiting = snapshot["waiting"]
+        for batches, waiting in zip(self.batches, snapshot["waiting"], strict=True):
+            batches.waiting = waiting
 
 
-def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device: torch.device, snapshot: Path) -> None:
-    """Train, validating and saving a snapshot every so often, and write the averaged weights to `out`."""
+def train(
+    build: Path,
+    out: Path,
+    settings: Settings,
+    start: TinyConfig | Path,
+    device: torch.device,
+    snapshot: Path,
+    icons: Sequence[Drawing] = (),
+) -> None:
+    """Train a new encoder, or the one in a file further, validating and saving a snapshot every so often, and write the
+    averaged weights to `out`. `icons` have been rendered."""
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.benchmark = True  # batches have two shapes in all
     drawings = read_drawings(build)
     training = [d for d in drawings if d.role == "train"]
     entities = sorted({d.entity_id for d in training})
-    kind_of = {"flag": 0.35, "emoji": 1.0, "brand": 1.0}  # a flag's colours are what it is: restyled less
-    restyling = torch.tensor([kind_of[d.kind] for d in training], device=device)
+    both = [*training, *(icon for icon in icons if (build / icon.image).exists())]  # a blank one has no file
+    things = sorted({d.entity_id for d in both} - set(entities))
+    # A flag's colours are what it is: restyled less.
+    restyling = torch.tensor([0.35 if d.kind == "flag" else 1.0 for d in both], device=device)
     generator = torch.Generator().manual_seed(settings.seed)
-    encoder = TinyEncoder(config).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    objective = Objective(text_embeddings(build, entities), config.embedding_dim, settings).to(device)
+    encoder = TinyEncoder(start) if isinstance(start, TinyConfig) else read_tiny(start)[0].train()
+    encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    config = encoder.config
+    text_NC = text_embeddings(build, entities)
+    objective = Objective(text_NC, config.embedding_dim, settings, len(things)).to(device)
+    batches = [EntityBatches(both, entities, settings.entities_per_batch, generator, icon_share=settings.icon_share)]
+    if things:
+        batches.append(EntityBatches(both, things, settings.things_per_batch, generator))
+    if isinstance(start, Path):
+        objective.warm(prototypes(encoder, both, [*entities, *things], build, device))
     optimizer = torch.optim.AdamW(
         _parameter_groups(encoder, objective, settings), lr=settings.learning_rate, betas=(0.9, 0.98)
     )
@@ -306,9 +415,11 @@ def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device
         objective=objective,
         optimizer=optimizer,
         photographer=Photographer(settings.seed, device),
-        batches=EntityBatches(training, entities, settings.entities_per_batch, generator),
+        batches=batches,
         generator=generator,
-        begun_with=json.dumps([asdict(settings), config.to_dict(), device.type]),
+        begun_with=json.dumps(
+            [asdict(settings), config.to_dict(), device.type, drawings_digest(both), _digest_of(start)]
+        ),
     )
     if snapshot.exists():
         state.load(snapshot)
@@ -319,21 +430,23 @@ def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device
     log = snapshot.with_suffix(".jsonl").open("a", encoding="utf-8")
     started, first = time.monotonic(), state.step
     progress = tqdm(total=settings.steps, initial=state.step, desc="training", unit="step", mininterval=5)
-    for indices, entity in state.batches:
+    in_turn = side_by_side(state.batches[0], state.batches[1], len(entities)) if things else iter(state.batches[0])
+    for indices, label in in_turn:
         if state.step >= settings.steps:
             break
         wanted_px = settings.small_px if state.step < switch else config.size_px
         if pool is None or size_px != wanted_px:
             size_px = wanted_px
-            pool = load_rgba(training, build, size_px).to(device)
-        ramp = min(1.0, 0.1 + 0.9 * state.step / (settings.steps * settings.hardest_from))
+            pool = load_rgba(both, build, size_px).to(device)
+        hardest_from = settings.steps * settings.hardest_from
+        ramp = min(1.0, 0.1 + 0.9 * state.step / hardest_from) if hardest_from else 1.0
         chosen = indices.to(device)
         pixels = _photographs(state, pool[chosen], restyling[chosen], size_px, ramp, settings)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step, settings)
         with torch.autocast(device.type, torch.bfloat16):
             _, embedding = encoder(_normalised(pixels))
-        losses = objective(embedding.float(), entity.to(device))
+        losses = objective(embedding.float(), label.to(device), settings.entities_per_batch)
         loss = sum(losses.values(), torch.zeros((), device=device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -364,10 +477,13 @@ def train(build: Path, out: Path, settings: Settings, config: TinyConfig, device
         mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
     )  # fmt: skip
     notes = {
-        "command": "python -m demo.train_tiny",
+        "command": "python -m demo.train_tiny" + (" --with-icons" if icons else ""),
         "settings": asdict(settings),
         "training_drawings": len(training),
         "training_drawings_sha256": drawings_digest(training),
+        "icons": len(icons),
+        "icons_sha256": drawings_digest(icons),
+        "begun_from_sha256": _digest_of(start),
         "torch": torch.__version__,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -412,32 +528,48 @@ def _average(state: State, settings: Settings) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), default=BUILT_IN, help="The safetensors file to write."
 )
-@click.option("--steps", type=int, help=f"Training steps.  [default: {Settings.steps}; {ON_GPU.steps} on a GPU]")
+@click.option("--with-icons", is_flag=True, help="Train the encoder in that file further, with icons by many artists.")
+@click.option(
+    "--steps",
+    type=int,
+    help=f"Training steps.  [default: {Settings.steps}; {ON_GPU.steps} on a GPU; {WITH_ICONS.steps} with icons]",
+)
 @click.option(
     "--entities-per-batch",
     type=int,
-    help=f"Two images each.  [default: {Settings.entities_per_batch}; {ON_GPU.entities_per_batch} on a GPU]",
+    help=f"Two images each.  [default: {Settings.entities_per_batch}; {ON_GPU.entities_per_batch} on a GPU; "
+    f"{WITH_ICONS.entities_per_batch} with icons]",
 )
 @click.option("--seed", default=Settings.seed, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming from the last snapshot.")
 def main(
-    build: Path, out: Path, steps: int | None, entities_per_batch: int | None, seed: int, device: str, fresh: bool
+    build: Path,
+    out: Path,
+    with_icons: bool,
+    steps: int | None,
+    entities_per_batch: int | None,
+    seed: int,
+    device: str,
+    fresh: bool,
 ) -> None:
-    """Train the tiny image encoder on Symbols."""
-    snapshot = build / "tiny_training.pt"
+    """Train the tiny image encoder on Symbols, from nothing or, with icons, further."""
+    snapshot = build / ("tiny_with_icons.pt" if with_icons else "tiny_training.pt")
     if fresh:
         snapshot.unlink(missing_ok=True)
         snapshot.with_suffix(".jsonl").unlink(missing_ok=True)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     settings, config = (ON_GPU, CONFIG_ON_GPU) if chosen == "cuda" else (Settings(), TinyConfig())
+    if with_icons:
+        settings = WITH_ICONS
     settings = replace(
         settings,
         steps=steps or settings.steps,
         entities_per_batch=entities_per_batch or settings.entities_per_batch,
         seed=seed,
     )
-    train(build, out, settings, config, torch.device(chosen), snapshot)
+    icons = read_icons(build) if with_icons else []
+    train(build, out, settings, out if with_icons else config, torch.device(chosen), snapshot, icons)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_it_recognises_drawings_of_artists_that_it_never_saw(sources: Path, draw
     images = []
     for query in queries:
         buffer = io.BytesIO()
-        render(IconSet(sources / query.artist).svg(query.icon)).save(buffer, "PNG")
+        render(IconSet(sources / query.artist / "icons.json").svg(query.icon)).save(buffer, "PNG")
         images.append(buffer.getvalue())
     with Recognizer.open(DEMO / "bundle", Settings(cache="off")) as recognizer:
         answers = recognizer.recognize_many(images, RecognizeOptions(top_k=5))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -16,7 +18,8 @@ import torch
 from PIL import Image
 
 from demo.build import Drawing
-from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate, train
+from demo.icons import ROLE as ICON_ROLE
+from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate, side_by_side, train
 from model.tiny import TinyConfig, read_tiny
 
 SCRIPT = """
@@ -109,6 +112,34 @@ def test_a_run_with_other_settings_is_not_taken_up(build: Path, tmp_path: Path) 
     assert snapshot.read_bytes() == kept
 
 
+def test_an_encoder_is_trained_further_with_icons(build: Path, tmp_path: Path) -> None:
+    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
+    first, further = tmp_path / "first.safetensors", tmp_path / "further.safetensors"
+    settings = Settings(steps=2, small_px=16, entities_per_batch=3, things_per_batch=2, snapshot_every=2)
+    train(build, first, settings, config, torch.device("cpu"), build / "first.pt")
+    icons = [_drawing(entity, artist, ICON_ROLE) for entity in (0, 7, 8, 9) for artist in ("a", "b")]
+    for icon in icons[:-1]:  # the last shows nothing, so that it has no file
+        Image.fromarray(np.full((32, 32, 4), 99, np.uint8)).save(build / icon.image)
+
+    def go_on(steps: int) -> None:
+        more = replace(settings, steps=steps, hardest_from=0.0)
+        train(build, further, more, first, torch.device("cpu"), build / "further.pt", icons)
+
+    go_on(2)
+    before, _, _ = read_tiny(first)
+    after, _, notes = read_tiny(further)
+    assert notes["icons"] == 8
+    assert notes["begun_from_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
+    assert any(not torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True))
+    further.unlink()
+    go_on(2)  # taken up where it had ended
+    again, _, _ = read_tiny(further)
+    assert all(torch.equal(old, new) for old, new in zip(after.parameters(), again.parameters(), strict=True))
+    first.write_bytes(further.read_bytes())
+    with pytest.raises(click.ClickException, match="other settings; start over with --fresh"):
+        go_on(2)
+
+
 def test_batches_pair_two_artists_and_visit_every_entity() -> None:
     drawings = [_drawing(entity, artist) for entity in range(6) for artist in ("a", "b")]
     entities = [f"emoji:{entity}" for entity in range(6)]
@@ -123,13 +154,46 @@ def test_batches_pair_two_artists_and_visit_every_entity() -> None:
     assert sorted(seen) == list(range(6))
 
 
+def test_an_entitys_second_image_may_be_an_icon_and_things_go_beside_it() -> None:
+    drawings = [_drawing(entity, artist) for entity in range(4) for artist in ("a", "b")]
+    drawings += [_drawing(entity, artist, ICON_ROLE) for entity in (0, 7, 8) for artist in ("x", "y")]
+    generator = torch.Generator().manual_seed(0)
+    entities, things = [f"emoji:{entity}" for entity in range(4)], ["emoji:7", "emoji:8"]
+    of_entities = EntityBatches(drawings, entities, 4, generator, icon_share=1.0)
+    of_things = EntityBatches(drawings, things, 2, generator)
+    indices, label = next(side_by_side(of_entities, of_things, 4))
+    assert [drawings[i].entity_id for i in indices] == [[*entities, *things][each] for each in label]
+    assert label[:6].tolist() == label[6:].tolist()
+    assert sorted(label[:4].tolist()) == [0, 1, 2, 3]
+    for place, each in enumerate(label[:6].tolist()):
+        first, second = drawings[indices[place]], drawings[indices[place + 6]]
+        assert first.artist != second.artist
+        assert (first.role == ICON_ROLE) == (each >= 4)
+        assert (second.role == ICON_ROLE) == (each in (0, 4, 5))
+
+
 def test_the_objective_is_lowest_where_pairs_and_texts_agree() -> None:
     torch.manual_seed(0)
     objective = Objective(torch.eye(4), 4, Settings())
     entity = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
     together = torch.eye(4)[entity]
     apart = torch.eye(4)[torch.tensor([0, 1, 2, 3, 1, 2, 3, 0])]
-    assert objective(together, entity)["image"] < objective(apart, entity)["image"]
+    assert objective(together, entity, 4)["image"] < objective(apart, entity, 4)["image"]
+
+
+def test_what_has_no_text_is_left_out_of_the_contrast_with_texts() -> None:
+    torch.manual_seed(0)
+    objective = Objective(torch.eye(4), 4, Settings(), things=2)
+    label = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
+    embedding = torch.nn.functional.normalize(torch.randn(12, 4), dim=1)
+    entities = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9])
+    both, alone = objective(embedding, label, 4), objective(embedding[entities], label[entities], 4)
+    others = embedding.clone()
+    others[[4, 5, 10, 11]] *= -1
+    assert objective(others, label, 4)["text"] != both["text"]  # they are wrong answers to the texts
+    assert both["text"] > alone["text"]
+    objective.warm(torch.eye(6, 4))
+    assert torch.equal(objective.prototypes, torch.eye(6, 4))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -1,0 +1,158 @@
+"""Icons of some hundred artists: from them the image encoder learns that one thing may be drawn in many ways.
+
+All sets of Iconify whose licence lets anybody use and change them, but those that Symbols is made of, and any by an
+artist who is held out. What icons of several artists are called alike is taken to be the same thing. Where that is the
+name of a seen entity of Symbols its icons are more drawings of that entity, to train with only: they stand in no
+catalog. What is called as an unseen entity is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from demo.build import Drawing
+from demo.render import is_blank, render
+from demo.sources import ICON_SETS, IconSet, fetch_package
+
+PACKAGE, VERSION = "@iconify/json", "2.2.535"
+ROLE = "icon"
+
+LICENCES = ("MIT", "ISC", "BSD-3-Clause", "Apache-2.0", "MPL-2.0", "OFL-1.1", "CC-BY-4.0", "CC0-1.0", "Unlicense")
+# Sets of artists whose drawings are queries or only the adaptor's, and sets that move.
+_LEFT_OUT = re.compile(
+    r"(emojione|devicon|flagpack|streamline-emojis|material-icon-theme).*|cif|line-md|svg-spinners|meteocons"
+)
+_FAMILIES, _OF_FAMILY, _OF_NAME = 3, 3, 10  # so many artists at least; drawings by each, and in all, at most
+_SVG_CHARS = 20_150  # more is a picture, not an icon
+_SEED = 5
+
+# Words at the end of a name that say how something is drawn, and before it, what sort of thing it is.
+_HOW = {
+    "outline", "outlined", "line", "lined", "linear", "fill", "filled", "solid", "bold", "duotone", "thin",
+    "light", "regular", "broken", "twotone", "rounded", "round", "sharp", "flat", "color", "colored", "mono",
+    "icon", "black", "duo", "two", "tone", "logo", "brand", "glyph", "remix", "bulk", "16", "20", "24", "32",
+    "48", "12", "28", "96", "1", "dark", "wordmark", "original", "plain", "variants", "static", "16px", "24px",
+    "48px", "semibold", "medium", "baseline", "o", "alt", "zz",
+}  # fmt: skip
+_SORT = {
+    "logo", "brand", "outline", "baseline", "twotone", "round", "sharp", "fill", "solid", "emoji", "animal",
+    "food", "fruit", "icon",
+}  # fmt: skip
+
+
+def fetch_icons(sources: Path) -> Path:
+    """Download and unpack the icons, 104 MB, if they are not there. Raises as `fetch_package` does."""
+    fetch_package(PACKAGE, VERSION, sources)
+    return sources / PACKAGE
+
+
+def thing(name: str) -> str:
+    """What an icon's name says that it shows: `logo-github-fill` and `github-16` are both `github`."""
+    words = re.split(r"[-_:]", name.lower())
+    while len(words) > 1 and words[-1] in _HOW:
+        words.pop()
+    while len(words) > 1 and words[0] in _SORT:
+        words.pop(0)
+    return "-".join(words)
+
+
+def plan_icons(icons: Path, drawings: Iterable[Drawing], titles: Mapping[str, str]) -> list[Drawing]:
+    """The icons to train with, `entity_id` being that of an entity of Symbols or `icon:NAME`.
+
+    `drawings` are those of Symbols, `titles` the titles of its entities. Always the same for the same package.
+    """
+    seen: dict[str, set[str]] = {}
+    unseen: set[str] = set()
+    names = {entity_id: thing(_words(title)) for entity_id, title in titles.items()}
+    for drawing in drawings:
+        for name in {thing(drawing.icon), names.get(drawing.entity_id, "")} - {""}:
+            if drawing.split.endswith("unseen"):
+                unseen.add(name)
+            else:
+                seen.setdefault(name, set()).add(drawing.entity_id)
+    chance = random.Random(_SEED)
+    planned: dict[str, list[Drawing]] = {}  # an entity that several names fit has the icons of the last
+    for name, found in _by_thing(icons).items():
+        entities = seen.get(name, set())
+        families = {family for family, *_ in found}
+        too_few = len(families) < (1 if entities else _FAMILIES)
+        if name in unseen or len(name) < 2 or name.isdigit() or len(entities) > 1 or too_few:
+            continue
+        entity_id = next(iter(entities), f"icon:{name}")
+        planned[entity_id] = [_drawing(entity_id, artist, icon) for artist, icon in _chosen(found, chance)]
+    return [drawing for mine in planned.values() for drawing in mine]
+
+
+def _words(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
+
+
+def _by_thing(icons: Path) -> dict[str, list[tuple[str, str, str, bool]]]:
+    """What is drawn: by which family of sets, in which set, under which name, and whether in colours."""
+    collections: dict[str, dict[str, Any]] = json.loads((icons / "collections.json").read_bytes())
+    things: dict[str, list[tuple[str, str, str, bool]]] = {}
+    for artist, about in collections.items():
+        free = about["license"].get("spdx") in LICENCES
+        if free and artist not in ICON_SETS and not _LEFT_OUT.fullmatch(artist):
+            icon_set = IconSet(icons / "json" / f"{artist}.json")
+            family, in_colour = artist.partition("-")[0], bool(about.get("palette"))
+            for name in icon_set.names:
+                if len(icon_set.svg(name)) <= _SVG_CHARS:
+                    things.setdefault(thing(name), []).append((family, artist, name, in_colour))
+    return things
+
+
+def _chosen(found: list[tuple[str, str, str, bool]], chance: random.Random) -> list[tuple[str, str]]:
+    """Set and name of some drawings of a thing: one of each family, then a second, those in colours before others."""
+    chance.shuffle(found)
+    by_family: dict[str, list[tuple[str, str]]] = {}
+    for family, artist, name, _ in sorted(found, key=lambda each: not each[3]):
+        by_family.setdefault(family, []).append((artist, name))
+    in_turn = [mine[place] for place in range(_OF_FAMILY) for mine in by_family.values() if place < len(mine)]
+    return in_turn[:_OF_NAME]
+
+
+def _drawing(entity_id: str, artist: str, icon: str) -> Drawing:
+    return Drawing(
+        entity_id=entity_id, kind="icon", artist=artist, icon=icon, image=f"icons/{artist}/{icon}.png", split="train",
+        role=ROLE,
+    )  # fmt: skip
+
+
+def render_icons(planned: list[Drawing], icons: Path, build: Path) -> None:
+    """Render what is not there yet, on all cores. What shows nothing has no file."""
+    by_artist = {
+        artist: [drawing.icon for drawing in mine]
+        for artist, mine in groupby(sorted(planned, key=lambda each: each.artist), key=lambda each: each.artist)
+    }
+    missing = {artist: names for artist, names in by_artist.items() if not (build / "icons" / artist).is_dir()}
+    with ProcessPoolExecutor() as pool:
+        done = [
+            pool.submit(_render_set, icons / "json" / f"{artist}.json", names, build / "icons" / artist)
+            for artist, names in missing.items()
+        ]
+        for each in tqdm(done, desc="icons", unit="set"):
+            each.result()
+
+
+def _render_set(file: Path, names: list[str], folder: Path) -> None:
+    icon_set = IconSet(file)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name in names:
+        image = render(icon_set.svg(name))
+        if not is_blank(np.asarray(image)):
+            image.save(partial / f"{name}.png")
+    partial.rename(folder)
