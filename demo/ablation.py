@@ -24,8 +24,7 @@ from core.files import write_durably
 from core.jsonl import RejectLog
 from demo.ablation_reasons import reasons
 from demo.ablation_table import ARMS, Arm, fill_in, table
-from demo.build import BUILD
-from demo.train_tiny import read_drawings
+from demo.build import BUILD, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
 from model.data import Pair, known_pairs, load_entities, load_pairs
 from model.encoders import load_image_encoder, load_text_encoder

@@ -59,6 +59,11 @@ class Drawing:
     role: str
 
 
+def read_drawings(build: Path) -> list[Drawing]:
+    with (build / "drawings.jsonl").open(encoding="utf-8") as file:
+        return [Drawing(**json.loads(line)) for line in file]
+
+
 def split_entities(symbols: Iterable[Symbol]) -> dict[str, str]:
     """`{entity_id: val_seen | val_unseen | test_seen | test_unseen}`, each kind split alike, fixed by `SPLIT_SEED`."""
     by_kind: dict[str, list[str]] = {}

@@ -4,6 +4,8 @@ All sets of Iconify whose licence lets anybody use and change them, but those th
 artist who is held out. What icons of several artists are called alike is taken to be the same thing. Where that is the
 name of a seen entity of Symbols its icons are more drawings of that entity, to train with only: they stand in no
 catalog. What is called as an unseen entity is left out.
+
+`python -m demo.icons` writes whose icons they are, with licences, to `demo/icon_sets.md`.
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ import json
 import random
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from tqdm import tqdm
 
-from demo.build import Drawing
+from core.files import write_durably
+from demo.build import BUILD, Drawing, read_drawings
 from demo.render import is_blank, render
 from demo.sources import ICON_SETS, IconSet, fetch_package
 
@@ -49,6 +54,9 @@ _SORT = {
     "logo", "brand", "outline", "baseline", "twotone", "round", "sharp", "fill", "solid", "emoji", "animal",
     "food", "fruit", "icon",
 }  # fmt: skip
+
+
+TABLE = Path(__file__).parent / "icon_sets.md"
 
 
 def fetch_icons(sources: Path) -> Path:
@@ -156,3 +164,45 @@ def _render_set(file: Path, names: list[str], folder: Path) -> None:
         if not is_blank(np.asarray(image)):
             image.save(partial / f"{name}.png")
     partial.rename(folder)
+
+
+def whose(planned: Iterable[Drawing], icons: Path) -> str:
+    """A Markdown page: every set with its author, licence and how many of its icons are planned."""
+    collections: dict[str, dict[str, Any]] = json.loads((icons / "collections.json").read_bytes())
+    counts = Counter(drawing.artist for drawing in planned)
+    rows = []
+    for artist, count in sorted(counts.items()):
+        name, author, licence = (collections[artist][what] for what in ("name", "author", "license"))
+        rows.append(f"| `{artist}` | {name}, by {author['name']} | {licence['spdx']} | {count:,} |")
+    head = [
+        "# Whose icons the image encoder was trained with",
+        "",
+        f"{counts.total():,} icons of {len(counts)} sets, from `{PACKAGE}` {VERSION} on npm. None is in this",
+        "repository, nor in the bundle: they were looked at in training, restyled and photographed by a program.",
+        "Written by `python -m demo.icons`.",
+        "",
+        "| set | name and author | licence | icons |",
+        "| --- | --- | --- | --- |",
+    ]
+    return "\n".join([*head, *rows]) + "\n"
+
+
+def plan_from(build: Path, icons: Path) -> list[Drawing]:
+    """`plan_icons` for Symbols as it was built in `build`."""
+    with (build / "catalog.jsonl").open(encoding="utf-8") as file:
+        titles = {record["entity_id"]: record["title"] for record in map(json.loads, file)}
+    return plan_icons(icons, read_drawings(build), titles)
+
+
+@click.command()
+@click.option(
+    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
+)
+def main(build: Path) -> None:
+    """Write whose icons the image encoder is trained with."""
+    icons = fetch_icons(build / "sources")
+    write_durably(TABLE, whose(plan_from(build, icons), icons).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -20,8 +20,7 @@ from tqdm import tqdm
 from benchmarks.evaluation import RECALL_AT, Answered, as_table, summarise
 from core.jsonl import Rejected
 from core.metrics import rank_of
-from demo.build import BUILD, CATALOG_ROLES
-from demo.train_tiny import read_drawings
+from demo.build import BUILD, CATALOG_ROLES, read_drawings
 from imaging import load_pixels
 from model.data import read_pairs
 from model.encoders import ImageEncoder, load_image_encoder

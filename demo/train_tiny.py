@@ -37,9 +37,9 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from core.files import durable
-from demo.build import BUILD, CATALOG_ROLES, Drawing
+from demo.build import BUILD, CATALOG_ROLES, Drawing, read_drawings
 from demo.icons import ROLE as ICON_ROLE
-from demo.icons import fetch_icons, plan_icons, render_icons
+from demo.icons import fetch_icons, plan_from, render_icons
 from demo.photograph import Photographer
 from imaging.preprocess import Preprocessing
 from model.encoders import load_text_encoder
@@ -62,6 +62,7 @@ class Settings:
     text_weight: float = 0.5
     prototype_weight: float = 1.0
     average_decay: float = 0.998
+    start_share: float = 0.0  # of the encoder that training began from in the weights that are written
     snapshot_every: int = 400  # steps
     seed: int = 7
 
@@ -75,14 +76,10 @@ CONFIG_ON_GPU = TinyConfig(attention_layers=4, size_px=112)
 # From a trained encoder on, with icons: an hour of two cores.
 WITH_ICONS = Settings(
     steps=1200, small_share=0.417, small_px=80, entities_per_batch=96, things_per_batch=64, learning_rate=7e-4,
-    warmup_steps=40, hardest_from=0.0, average_decay=0.995, snapshot_every=300,
+    warmup_steps=40, hardest_from=0.0, average_decay=0.995, start_share=0.5,
+    snapshot_every=300,
 )  # fmt: skip
 _LOG_EVERY = 50  # steps
-
-
-def read_drawings(build: Path) -> list[Drawing]:
-    with (build / "drawings.jsonl").open(encoding="utf-8") as file:
-        return [Drawing(**json.loads(line)) for line in file]
 
 
 def drawings_digest(drawings: Sequence[Drawing]) -> str:
@@ -111,9 +108,7 @@ def load_rgba(drawings: Sequence[Drawing], build: Path, size_px: int) -> torch.T
 def read_icons(build: Path) -> list[Drawing]:
     """The icons to train with, fetched and rendered where they are not there yet."""
     icons = fetch_icons(build / "sources")
-    with (build / "catalog.jsonl").open(encoding="utf-8") as file:
-        titles = {record["entity_id"]: record["title"] for record in map(json.loads, file)}
-    planned = plan_icons(icons, read_drawings(build), titles)
+    planned = plan_from(build, icons)
     render_icons(planned, icons, build)
     return planned
 
@@ -486,6 +481,8 @@ def train(
         "begun_from_sha256": _digest_of(start),
         "torch": torch.__version__,
     }
+    if isinstance(start, Path):
+        mix(state.average.cpu(), read_tiny(start)[0], settings.start_share)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_tiny(state.average.cpu(), preprocessing, out, notes=notes)
 
@@ -508,6 +505,14 @@ def _photographs(
     style = style * restyling * ramp
     photos = photographer.photograph(photographer.restyle(rgba.float() / 255, style), size_px, strength)
     return photographer.compress(photos, strength)
+
+
+@torch.no_grad()
+def mix(encoder: TinyEncoder, start: TinyEncoder, share: float) -> None:
+    """Put `share` of the weights that training began from into those it ended with (WiSE-FT, Wortsman et al., 2022)."""
+    for mine, other in zip(encoder.state_dict().values(), start.state_dict().values(), strict=True):
+        if mine.is_floating_point():
+            mine.lerp_(other, share)
 
 
 @torch.no_grad()

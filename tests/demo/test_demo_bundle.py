@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import demo
-from demo.build import CATALOG_ROLES, Drawing
+from demo.build import ADAPTOR_ARTISTS, CATALOG_ROLES, HELD_OUT_ARTISTS, Drawing
 from demo.bundle import accuracy_table
 from demo.entities import Symbol
+from demo.icons import fetch_icons, plan_icons, whose
 from demo.render import render
 from demo.sources import IconSet
 from demo.train_tiny import drawings_digest
@@ -37,6 +38,23 @@ def test_the_image_encoder_was_trained_on_the_training_drawings_and_no_other(dra
     _, _, notes = read_tiny(DEMO / "checkpoint" / "image_encoder.safetensors")
     assert notes["training_drawings"] == len(training)
     assert notes["training_drawings_sha256"] == drawings_digest(training)
+
+
+def test_and_on_the_icons_that_are_planned(
+    sources: Path, symbols: list[Symbol], drawings: list[Drawing], bundle: Bundle
+) -> None:
+    package = fetch_icons(sources)
+    with bundle.store() as store:
+        titles = {symbol.entity_id: symbol.title for symbol in symbols if store.get(symbol.entity_id) is not None}
+    planned = plan_icons(package, drawings, titles)
+    _, _, notes = read_tiny(DEMO / "checkpoint" / "image_encoder.safetensors")
+    assert notes["icons"] == len(planned)
+    assert notes["icons_sha256"] == drawings_digest(planned)
+    unseen = {drawing.entity_id for drawing in drawings if drawing.split.endswith("unseen")}
+    assert unseen
+    assert not unseen & {icon.entity_id for icon in planned}
+    assert not {*HELD_OUT_ARTISTS, *ADAPTOR_ARTISTS} & {icon.artist for icon in planned}
+    assert (DEMO / "icon_sets.md").read_text(encoding="utf-8") == whose(planned, package)
 
 
 def test_the_adaptor_was_trained_on_them_clean_and_photographed(drawings: list[Drawing]) -> None:

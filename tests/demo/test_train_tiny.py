@@ -19,8 +19,8 @@ from PIL import Image
 
 from demo.build import Drawing
 from demo.icons import ROLE as ICON_ROLE
-from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate, side_by_side, train
-from model.tiny import TinyConfig, read_tiny
+from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate, mix, side_by_side, train
+from model.tiny import TinyConfig, TinyEncoder, read_tiny
 
 SCRIPT = """
 import sys, torch
@@ -201,3 +201,11 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert learning_rate(0, settings) == pytest.approx(0.1)
     assert learning_rate(10, settings) == pytest.approx(1.0)
     assert learning_rate(99, settings) < 0.01
+
+
+def test_a_share_of_the_weights_begun_from_is_kept() -> None:
+    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
+    encoder, start = TinyEncoder(config), TinyEncoder(config)
+    before = encoder.projection.weight.clone()
+    mix(encoder, start, 0.25)
+    torch.testing.assert_close(encoder.projection.weight.data, 0.75 * before + 0.25 * start.projection.weight)
