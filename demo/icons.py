@@ -13,11 +13,9 @@ from __future__ import annotations
 import json
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -138,32 +136,29 @@ def _drawing(entity_id: str, artist: str, icon: str) -> Drawing:
     )  # fmt: skip
 
 
-def render_icons(planned: list[Drawing], icons: Path, build: Path) -> None:
+def render_icons(planned: Iterable[Drawing], icons: Path, build: Path) -> None:
     """Render what is not there yet, on all cores. What shows nothing has no file."""
-    by_artist = {
-        artist: [drawing.icon for drawing in mine]
-        for artist, mine in groupby(sorted(planned, key=lambda each: each.artist), key=lambda each: each.artist)
-    }
-    missing = {artist: names for artist, names in by_artist.items() if not (build / "icons" / artist).is_dir()}
+    missing: dict[str, list[Drawing]] = {}
+    for drawing in planned:
+        if not (build / drawing.image).exists():
+            missing.setdefault(drawing.artist, []).append(drawing)
     with ProcessPoolExecutor() as pool:
         done = [
-            pool.submit(_render_set, icons / "json" / f"{artist}.json", names, build / "icons" / artist)
-            for artist, names in missing.items()
+            pool.submit(_render_set, icons / "json" / f"{artist}.json", mine, build) for artist, mine in missing.items()
         ]
         for each in tqdm(done, desc="icons", unit="set"):
             each.result()
 
 
-def _render_set(file: Path, names: list[str], folder: Path) -> None:
+def _render_set(file: Path, drawings: list[Drawing], build: Path) -> None:
     icon_set = IconSet(file)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name in names:
-        image = render(icon_set.svg(name))
+    for drawing in drawings:
+        image, path = render(icon_set.svg(drawing.icon)), build / drawing.image
+        path.parent.mkdir(parents=True, exist_ok=True)
         if not is_blank(np.asarray(image)):
-            image.save(partial / f"{name}.png")
-    partial.rename(folder)
+            partial = path.with_suffix(".partial")
+            image.save(partial, "PNG")
+            partial.rename(path)
 
 
 def whose(planned: Iterable[Drawing], icons: Path) -> str:

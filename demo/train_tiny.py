@@ -29,7 +29,6 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import nn
@@ -96,13 +95,18 @@ def _digest_of(start: TinyConfig | Path) -> str | None:
 def load_rgba(drawings: Sequence[Drawing], build: Path, size_px: int) -> torch.Tensor:
     """uint8 `[n, 4, size_px, size_px]`, colours premultiplied."""
 
-    def pixels_of(drawing: Drawing) -> npt.NDArray[np.uint8]:
-        return np.asarray(Image.open(build / drawing.image).resize((size_px, size_px), Image.Resampling.BOX))
+    pixels = torch.empty(len(drawings), 4, size_px, size_px, dtype=torch.uint8)
+
+    def read(place: int) -> None:
+        image = Image.open(build / drawings[place].image).resize((size_px, size_px), Image.Resampling.BOX)
+        rgba = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        rgba[:3] = (rgba[:3].short() * rgba[3:].short() // 255).byte()
+        pixels[place] = rgba
 
     with ThreadPoolExecutor() as pool:
-        tensor = torch.from_numpy(np.stack(list(pool.map(pixels_of, drawings)))).permute(0, 3, 1, 2).contiguous()
-    tensor[:, :3] = (tensor[:, :3].short() * tensor[:, 3:].short() // 255).byte()
-    return tensor
+        for _ in pool.map(read, range(len(drawings))):
+            pass  # but raise what it raised
+    return pixels
 
 
 def read_icons(build: Path) -> list[Drawing]:
@@ -441,7 +445,7 @@ def train(
             group["lr"] = learning_rate(state.step, settings)
         with torch.autocast(device.type, torch.bfloat16):
             _, embedding = encoder(_normalised(pixels))
-        losses = objective(embedding.float(), label.to(device), settings.entities_per_batch)
+        losses = objective(embedding.float(), label.to(device), min(settings.entities_per_batch, len(entities)))
         loss = sum(losses.values(), torch.zeros((), device=device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

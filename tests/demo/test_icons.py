@@ -79,7 +79,7 @@ def test_of_what_many_draw_some_are_taken_and_always_the_same(tmp_path: Path) ->
     assert planned == _planned(tmp_path / "two", sets)
 
 
-def test_icons_are_rendered_once_and_blank_ones_have_no_file(tmp_path: Path) -> None:
+def test_what_is_missing_is_rendered_and_blank_icons_have_no_file(tmp_path: Path) -> None:
     package = _package(tmp_path / "package", {name: ["bed", "blank"] for name in "abc"}, {})
     planned = plan_icons(package, [], {})
     render_icons(planned, package, tmp_path)
@@ -89,5 +89,8 @@ def test_icons_are_rendered_once_and_blank_ones_have_no_file(tmp_path: Path) -> 
     image = np.asarray(Image.open(tmp_path / "icons" / "a" / "bed.png"))
     assert image.shape == (128, 128, 4)
     assert image[64, 64].tolist() == [0, 0, 0, 255]
-    (package / "json" / "a.json").unlink()
-    render_icons(planned, package, tmp_path)  # nothing is left to do
+    (tmp_path / "icons" / "a" / "bed.png").write_bytes(b"kept")
+    (tmp_path / "icons" / "b" / "bed.png").unlink()
+    render_icons(planned, package, tmp_path)
+    assert (tmp_path / "icons" / "a" / "bed.png").read_bytes() == b"kept"
+    assert (tmp_path / "icons" / "b" / "bed.png").exists()
