@@ -14,7 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md", "demo/README.md": "demo.md"}
+PAGES = {"README.md": "index.md", "demo/README.md": "demo.md", "demo/icon_sets.md": "icon-sets.md"}
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 
 

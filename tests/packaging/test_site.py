@@ -67,4 +67,6 @@ def test_a_broken_link_fails_the_build(tmp_path: Path, link: str) -> None:
 def test_the_menu_has_every_page_once() -> None:
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     named = re.findall(r"'([\w-]+\.md)'", repr(nav))
-    assert sorted(named) == sorted([*(path.name for path in (ROOT / "docs").glob("*.md")), "index.md", "demo.md"])
+    assert sorted(named) == sorted(
+        [*(path.name for path in (ROOT / "docs").glob("*.md")), "index.md", "demo.md", "icon-sets.md"]
+    )
