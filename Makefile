@@ -63,7 +63,7 @@ load: $(ALL)  ## latency against offered load, on a service that it starts itsel
 symbols: $(ALL)  ## build the demo's data, Symbols, from the registries
 	$(BIN)/python -m demo.build $(ARGS)
 
-tiny: symbols  ## train the tiny image encoder on Symbols
+tiny: symbols  ## train the tiny image encoder on Symbols, then further with icons
 	$(BIN)/python -m demo.train_tiny $(ARGS)
 	$(BIN)/python -m demo.train_tiny --with-icons $(ARGS)
 

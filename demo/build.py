@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -47,7 +49,8 @@ class Drawing:
     """One artist's drawing of one entity.
 
     `role` is `train` (in the catalog too), `catalog` (an unseen entity: never trained on), `adapt` (a seen entity by an
-    artist that only the adaptor's queries are by: the image encoder never trains on it) or `query` (held-out artist).
+    artist that only the adaptor's queries are by: the image encoder never trains on it) or `query` (held-out artist);
+    or `icon`, which is not of Symbols (`demo/icons.py`).
     """
 
     entity_id: str
@@ -116,20 +119,32 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
     write_durably(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def _render_all(drawings: list[Drawing], build: Path) -> list[Drawing]:
-    """Render what is not there yet; returns the drawings that show something."""
-    sets: dict[str, IconSet] = {}
-    visible = []
-    for drawing in tqdm(drawings, desc="drawings", unit="drawing"):
-        path = build / drawing.image
-        if not path.exists():
-            icons = sets.setdefault(drawing.artist, IconSet(build / "sources" / drawing.artist / "icons.json"))
+def render_missing(drawings: Iterable[Drawing], set_of: Callable[[str], Path], build: Path) -> None:
+    """Render what is not there yet, on all cores; `set_of` says where the icon set of an artist lies. What shows
+    nothing gets no file."""
+    missing: dict[str, list[Drawing]] = {}
+    for drawing in drawings:
+        if not (build / drawing.image).exists():
+            missing.setdefault(drawing.artist, []).append(drawing)
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        sets = [pool.submit(_render_set, set_of(artist), mine, build) for artist, mine in missing.items()]
+        for each in tqdm(sets, desc="drawings", unit="set"):
+            each.result()
+
+
+def _render_set(file: Path, drawings: list[Drawing], build: Path) -> None:
+    icons = IconSet(file)
+    for drawing in drawings:
+        image, path = render(icons.svg(drawing.icon)), build / drawing.image
+        if not is_blank(np.asarray(image)):
             path.parent.mkdir(parents=True, exist_ok=True)
             with durable(path) as temporary:
-                render(icons.svg(drawing.icon)).save(temporary, "PNG")
-        if not is_blank(np.asarray(Image.open(path))):
-            visible.append(drawing)
-    return visible
+                image.save(temporary, "PNG")
+
+
+def visible(drawings: Iterable[Drawing], build: Path) -> list[Drawing]:
+    """The drawings that show something, once what was missing is rendered."""
+    return [drawing for drawing in drawings if (build / drawing.image).exists()]
 
 
 def _photograph_all(drawn: list[Drawing], build: Path, seed: int) -> None:
@@ -171,7 +186,9 @@ def build_symbols_files(build: Path) -> None:
     fetch(build / "sources")
     symbols = {symbol.entity_id: symbol for symbol in build_symbols(build / "sources")}
     splits = split_entities(symbols.values())
-    drawings = _render_all(plan_drawings(symbols.values(), splits), build)
+    planned = plan_drawings(symbols.values(), splits)
+    render_missing(planned, lambda artist: build / "sources" / artist / "icons.json", build)
+    drawings = visible(planned, build)
     _write_jsonl(build / "drawings.jsonl", map(asdict, drawings))
 
     catalog: dict[str, list[Drawing]] = {}

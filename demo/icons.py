@@ -15,21 +15,19 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-from tqdm import tqdm
 
 from core.files import write_durably
-from demo.build import BUILD, Drawing, read_drawings
-from demo.render import is_blank, render
+from demo.build import BUILD, Drawing, read_drawings, render_missing
+from demo.entities import slug
 from demo.sources import ICON_SETS, IconSet, fetch_package
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
 ROLE = "icon"
+TABLE = Path(__file__).parent / "icon_sets.md"
 
 LICENCES = ("MIT", "ISC", "BSD-3-Clause", "Apache-2.0", "MPL-2.0", "OFL-1.1", "CC-BY-4.0", "CC0-1.0", "Unlicense")
 # Sets of artists whose drawings are queries or only the adaptor's, and sets that move.
@@ -52,9 +50,6 @@ _SORT = {
     "logo", "brand", "outline", "baseline", "twotone", "round", "sharp", "fill", "solid", "emoji", "animal",
     "food", "fruit", "icon",
 }  # fmt: skip
-
-
-TABLE = Path(__file__).parent / "icon_sets.md"
 
 
 def fetch_icons(sources: Path) -> Path:
@@ -80,7 +75,7 @@ def plan_icons(icons: Path, drawings: Iterable[Drawing], titles: Mapping[str, st
     """
     seen: dict[str, set[str]] = {}
     unseen: set[str] = set()
-    names = {entity_id: thing(_words(title)) for entity_id, title in titles.items()}
+    names = {entity_id: thing(slug(title)) for entity_id, title in titles.items()}
     for drawing in drawings:
         for name in {thing(drawing.icon), names.get(drawing.entity_id, "")} - {""}:
             if drawing.split.endswith("unseen"):
@@ -98,10 +93,6 @@ def plan_icons(icons: Path, drawings: Iterable[Drawing], titles: Mapping[str, st
         entity_id = next(iter(entities), f"icon:{name}")
         planned[entity_id] = [_drawing(entity_id, artist, icon) for artist, icon in _chosen(found, chance)]
     return [drawing for mine in planned.values() for drawing in mine]
-
-
-def _words(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 def _by_thing(icons: Path) -> dict[str, list[tuple[str, str, str, bool]]]:
@@ -137,28 +128,8 @@ def _drawing(entity_id: str, artist: str, icon: str) -> Drawing:
 
 
 def render_icons(planned: Iterable[Drawing], icons: Path, build: Path) -> None:
-    """Render what is not there yet, on all cores. What shows nothing has no file."""
-    missing: dict[str, list[Drawing]] = {}
-    for drawing in planned:
-        if not (build / drawing.image).exists():
-            missing.setdefault(drawing.artist, []).append(drawing)
-    with ProcessPoolExecutor() as pool:
-        done = [
-            pool.submit(_render_set, icons / "json" / f"{artist}.json", mine, build) for artist, mine in missing.items()
-        ]
-        for each in tqdm(done, desc="icons", unit="set"):
-            each.result()
-
-
-def _render_set(file: Path, drawings: list[Drawing], build: Path) -> None:
-    icon_set = IconSet(file)
-    for drawing in drawings:
-        image, path = render(icon_set.svg(drawing.icon)), build / drawing.image
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not is_blank(np.asarray(image)):
-            partial = path.with_suffix(".partial")
-            image.save(partial, "PNG")
-            partial.rename(path)
+    """Render what is not there yet. What shows nothing gets no file."""
+    render_missing(planned, lambda artist: icons / "json" / f"{artist}.json", build)
 
 
 def whose(planned: Iterable[Drawing], icons: Path) -> str:

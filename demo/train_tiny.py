@@ -35,8 +35,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.files import durable
-from demo.build import BUILD, CATALOG_ROLES, Drawing, read_drawings
+from core.files import durable, sha256_file
+from demo.build import BUILD, CATALOG_ROLES, Drawing, read_drawings, visible
 from demo.icons import ROLE as ICON_ROLE
 from demo.icons import fetch_icons, plan_from, render_icons
 from demo.photograph import Photographer
@@ -87,14 +87,8 @@ def drawings_digest(drawings: Sequence[Drawing]) -> str:
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
 
 
-def _digest_of(start: TinyConfig | Path) -> str | None:
-    """The SHA-256 of the encoder that training begins from, None for a new one."""
-    return hashlib.sha256(start.read_bytes()).hexdigest() if isinstance(start, Path) else None
-
-
 def load_rgba(drawings: Sequence[Drawing], build: Path, size_px: int) -> torch.Tensor:
     """uint8 `[n, 4, size_px, size_px]`, colours premultiplied."""
-
     pixels = torch.empty(len(drawings), 4, size_px, size_px, dtype=torch.uint8)
 
     def read(place: int) -> None:
@@ -121,6 +115,7 @@ class EntityBatches:
     """Yields `(drawing indices [2E], entity indices [2E])`: each epoch every entity once, by two artists if it can.
 
     Where an entity has both drawings and icons the first image is a drawing, and `icon_share` of the second are icons.
+    Entities are numbered from `first_label`.
     """
 
     def __init__(
@@ -131,6 +126,7 @@ class EntityBatches:
         generator: torch.Generator,
         *,
         icon_share: float = 0.0,
+        first_label: int = 0,
     ) -> None:
         position = {entity: i for i, entity in enumerate(entities)}
         drawn: list[list[int]] = [[] for _ in entities]
@@ -144,6 +140,7 @@ class EntityBatches:
         self._size = size
         self._generator = generator
         self._icon_share = icon_share
+        self._first_label = first_label
         self.waiting: list[int] = []
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -160,22 +157,19 @@ class EntityBatches:
                     second.append(icons[int(torch.randint(len(icons), (), generator=self._generator))])
                 else:
                     second.append(mine[order[1 % len(mine)]])
-            yield torch.tensor(first + second), torch.tensor(chosen + chosen)
+            yield torch.tensor(first + second), torch.tensor(chosen + chosen) + self._first_label
 
 
-def side_by_side(
-    entities: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    things: Iterable[tuple[torch.Tensor, torch.Tensor]],
-    entity_count: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of both: first images, then second ones, of entities before things, whose numbers go on after those."""
-    for (drawn, entity), (icons, thing) in zip(entities, things, strict=False):  # neither ends
-        indices = zip(drawn.chunk(2), icons.chunk(2), strict=True)
-        labels = zip(entity.chunk(2), (thing + entity_count).chunk(2), strict=True)
-        yield (
-            torch.cat([each for half in indices for each in half]),
-            torch.cat([each for half in labels for each in half]),
-        )
+def side_by_side(batches: Sequence[EntityBatches]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """One batch of a batch of each: the first images of all, then the second ones, and their labels alike."""
+    for each in zip(*batches, strict=False):  # none ends
+        indices, labels = zip(*each, strict=True)
+        yield _halves_joined(indices), _halves_joined(labels)
+
+
+def _halves_joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    first, second = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
+    return torch.cat([*first, *second])
 
 
 class Objective(nn.Module):
@@ -261,6 +255,11 @@ def _normalised(pixels_B3HW: torch.Tensor) -> torch.Tensor:
     return ((pixels_B3HW - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
 
 
+def embed_drawings(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Embeddings of drawings as `load_rgba` gives them, on white, `[n, D]`."""
+    return torch.cat([embed(encoder, on_white(rgba[i : i + 512]), device) for i in range(0, len(rgba), 512)])
+
+
 def prototypes(
     encoder: TinyEncoder, drawings: Sequence[Drawing], labels: list[str], build: Path, device: torch.device
 ) -> torch.Tensor:
@@ -273,8 +272,7 @@ def prototypes(
             mine.append(drawing)
     chosen = [drawing for mine in of_label for drawing in mine]
     encoder.eval()
-    pool = load_rgba(chosen, build, encoder.config.size_px)
-    embeddings = torch.cat([embed(encoder, on_white(pool[i : i + 512]), device) for i in range(0, len(pool), 512)])
+    embeddings = embed_drawings(encoder, load_rgba(chosen, build, encoder.config.size_px), device)
     encoder.train()
     places = torch.tensor([position[drawing.entity_id] for drawing in chosen], device=device)
     sums = torch.zeros(len(labels), embeddings.shape[1], device=device).index_add_(0, places, embeddings)
@@ -298,8 +296,7 @@ class Validation:
 
     def run(self, encoder: TinyEncoder, device: torch.device) -> dict[str, float]:
         encoder.eval()
-        pieces = [on_white(self.catalog[i : i + 512]) for i in range(0, len(self.catalog), 512)]
-        catalog = torch.cat([embed(encoder, piece, device) for piece in pieces])
+        catalog = embed_drawings(encoder, self.catalog, device)
         figures = {}
         for how, (images, entity_ids, unseen) in self.queries.items():
             nearest = (embed(encoder, images, device) @ catalog.T).argmax(1).tolist()
@@ -390,7 +387,7 @@ def train(
     drawings = read_drawings(build)
     training = [d for d in drawings if d.role == "train"]
     entities = sorted({d.entity_id for d in training})
-    both = [*training, *(icon for icon in icons if (build / icon.image).exists())]  # a blank one has no file
+    both = [*training, *visible(icons, build)]
     things = sorted({d.entity_id for d in both} - set(entities))
     # A flag's colours are what it is: restyled less.
     restyling = torch.tensor([0.35 if d.kind == "flag" else 1.0 for d in both], device=device)
@@ -402,9 +399,8 @@ def train(
     objective = Objective(text_NC, config.embedding_dim, settings, len(things)).to(device)
     batches = [EntityBatches(both, entities, settings.entities_per_batch, generator, icon_share=settings.icon_share)]
     if things:
-        batches.append(EntityBatches(both, things, settings.things_per_batch, generator))
-    if isinstance(start, Path):
-        objective.warm(prototypes(encoder, both, [*entities, *things], build, device))
+        batches.append(EntityBatches(both, things, settings.things_per_batch, generator, first_label=len(entities)))
+    begun_from = sha256_file(start) if isinstance(start, Path) else None
     optimizer = torch.optim.AdamW(
         _parameter_groups(encoder, objective, settings), lr=settings.learning_rate, betas=(0.9, 0.98)
     )
@@ -416,28 +412,28 @@ def train(
         photographer=Photographer(settings.seed, device),
         batches=batches,
         generator=generator,
-        begun_with=json.dumps(
-            [asdict(settings), config.to_dict(), device.type, drawings_digest(both), _digest_of(start)]
-        ),
+        begun_with=json.dumps([asdict(settings), config.to_dict(), device.type, drawings_digest(both), begun_from]),
     )
     if snapshot.exists():
         state.load(snapshot)
+    elif isinstance(start, Path):
+        objective.warm(prototypes(encoder, both, [*entities, *things], build, device))
     validation = Validation(build, drawings, config.size_px, device)
     switch = int(settings.steps * settings.small_share)
+    hardest_from = settings.steps * settings.hardest_from
+    entities_a_batch = min(settings.entities_per_batch, len(entities))
     pool: torch.Tensor | None = None
     size_px = 0
     log = snapshot.with_suffix(".jsonl").open("a", encoding="utf-8")
     started, first = time.monotonic(), state.step
     progress = tqdm(total=settings.steps, initial=state.step, desc="training", unit="step", mininterval=5)
-    in_turn = side_by_side(state.batches[0], state.batches[1], len(entities)) if things else iter(state.batches[0])
-    for indices, label in in_turn:
+    for indices, label in side_by_side(state.batches):
         if state.step >= settings.steps:
             break
         wanted_px = settings.small_px if state.step < switch else config.size_px
         if pool is None or size_px != wanted_px:
             size_px = wanted_px
             pool = load_rgba(both, build, size_px).to(device)
-        hardest_from = settings.steps * settings.hardest_from
         ramp = min(1.0, 0.1 + 0.9 * state.step / hardest_from) if hardest_from else 1.0
         chosen = indices.to(device)
         pixels = _photographs(state, pool[chosen], restyling[chosen], size_px, ramp, settings)
@@ -445,7 +441,7 @@ def train(
             group["lr"] = learning_rate(state.step, settings)
         with torch.autocast(device.type, torch.bfloat16):
             _, embedding = encoder(_normalised(pixels))
-        losses = objective(embedding.float(), label.to(device), min(settings.entities_per_batch, len(entities)))
+        losses = objective(embedding.float(), label.to(device), entities_a_batch)
         loss = sum(losses.values(), torch.zeros((), device=device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -482,13 +478,14 @@ def train(
         "training_drawings_sha256": drawings_digest(training),
         "icons": len(icons),
         "icons_sha256": drawings_digest(icons),
-        "begun_from_sha256": _digest_of(start),
+        "begun_from_sha256": begun_from,
         "torch": torch.__version__,
     }
-    if isinstance(start, Path):
-        mix(state.average.cpu(), read_tiny(start)[0], settings.start_share)
+    average = state.average.cpu()
+    if isinstance(start, Path):  # WiSE-FT, Wortsman et al., 2022
+        mix(average, read_tiny(start)[0], settings.start_share)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_tiny(state.average.cpu(), preprocessing, out, notes=notes)
+    save_tiny(average, preprocessing, out, notes=notes)
 
 
 def _parameter_groups(encoder: nn.Module, objective: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -512,22 +509,19 @@ def _photographs(
 
 
 @torch.no_grad()
-def mix(encoder: TinyEncoder, start: TinyEncoder, share: float) -> None:
-    """Put `share` of the weights that training began from into those it ended with (WiSE-FT, Wortsman et al., 2022)."""
-    for mine, other in zip(encoder.state_dict().values(), start.state_dict().values(), strict=True):
+def mix(encoder: TinyEncoder, other: TinyEncoder, share: float) -> None:
+    """Put `share` of another's weights into an encoder's; what is only counted becomes the other's."""
+    for mine, theirs in zip(encoder.state_dict().values(), other.state_dict().values(), strict=True):
         if mine.is_floating_point():
-            mine.lerp_(other, share)
+            mine.lerp_(theirs, share)
+        else:
+            mine.copy_(theirs)
 
 
-@torch.no_grad()
 def _average(state: State, settings: Settings) -> None:
     """Exponential moving average of the weights, quicker while there is little to average."""
     decay = min(settings.average_decay, (1 + state.step) / (10 + state.step))
-    for mean, now in zip(state.average.state_dict().values(), state.encoder.state_dict().values(), strict=True):
-        if mean.is_floating_point():
-            mean.lerp_(now, 1 - decay)
-        else:
-            mean.copy_(now)
+    mix(state.average, state.encoder, 1 - decay)
 
 
 @click.command()
@@ -568,9 +562,11 @@ def main(
         snapshot.unlink(missing_ok=True)
         snapshot.with_suffix(".jsonl").unlink(missing_ok=True)
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    settings, config = (ON_GPU, CONFIG_ON_GPU) if chosen == "cuda" else (Settings(), TinyConfig())
+    start: TinyConfig | Path
     if with_icons:
-        settings = WITH_ICONS
+        settings, start = WITH_ICONS, out
+    else:
+        settings, start = (ON_GPU, CONFIG_ON_GPU) if chosen == "cuda" else (Settings(), TinyConfig())
     settings = replace(
         settings,
         steps=steps or settings.steps,
@@ -578,7 +574,7 @@ def main(
         seed=seed,
     )
     icons = read_icons(build) if with_icons else []
-    train(build, out, settings, out if with_icons else config, torch.device(chosen), snapshot, icons)
+    train(build, out, settings, start, torch.device(chosen), snapshot, icons)
 
 
 if __name__ == "__main__":

@@ -160,8 +160,8 @@ def test_an_entitys_second_image_may_be_an_icon_and_things_go_beside_it() -> Non
     generator = torch.Generator().manual_seed(0)
     entities, things = [f"emoji:{entity}" for entity in range(4)], ["emoji:7", "emoji:8"]
     of_entities = EntityBatches(drawings, entities, 4, generator, icon_share=1.0)
-    of_things = EntityBatches(drawings, things, 2, generator)
-    indices, label = next(side_by_side(of_entities, of_things, 4))
+    of_things = EntityBatches(drawings, things, 2, generator, first_label=4)
+    indices, label = next(side_by_side([of_entities, of_things]))
     assert [drawings[i].entity_id for i in indices] == [[*entities, *things][each] for each in label]
     assert label[:6].tolist() == label[6:].tolist()
     assert sorted(label[:4].tolist()) == [0, 1, 2, 3]
