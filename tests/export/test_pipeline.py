@@ -204,6 +204,9 @@ def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path:
     assert calibration.queries == 24
     assert 5 <= calibration.correct <= 12
     assert calibration.unknown == 12
+    assert calibration.familiarity is not None
+    mean_D = np.concatenate(list(bundle.embeddings())).mean(axis=0)
+    assert calibration.familiarity.centre == pytest.approx(tuple(mean_D.tolist()), abs=1e-6)
     answered: dict[bool, list[bool]] = {True: [], False: []}
     session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
     preprocessing = Checkpoint.load(config.checkpoint).image_encoder.preprocessing
@@ -213,7 +216,8 @@ def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path:
             pixels_HW3 = load_pixels(data, preprocessing, max_pixels=10_000)
             _, query_BD = session.run(None, {"pixel_values": normalise(pixels_HW3[None], preprocessing)})
             scores = index.search(query_BD, 10)[1][0].tolist()
-            answered[is_known].append(not calibration.abstains(calibration.known(scores, background(scores))))
+            probability = calibration.known(scores, background(scores), query_BD[0])
+            answered[is_known].append(not calibration.abstains(probability))
     assert answered[True].count(True) + answered[False].count(False) > 16
     reasons = (config.out.parent / "rejected.jsonl").read_text()
     assert reasons.count("queries.jsonl: ") == 3

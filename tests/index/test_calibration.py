@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from core.errors import UserError
-from index.calibration import CANDIDATES, Calibration, background, fit_calibration
+from index.calibration import CANDIDATES, Calibration, Familiarity, background, fit_calibration
 
 MADE_BY = Calibration(
     slope=12.0, none_offset=2.0, none_slope=9.0, abstain_below=0.5, queries=1, correct=1, unknown=0
 )  # fmt: skip
+NOTHING = np.zeros(2, np.float32)
+FAMILIAR = replace(
+    MADE_BY, familiarity=Familiarity(offset=-1.0, best=8.0, background=-4.0, average=10.0, centre=(0.1, 0.2))
+)
 
 
 def _made(count: int, made_by: Calibration = MADE_BY) -> tuple[Any, Any]:
@@ -28,11 +33,14 @@ def _made(count: int, made_by: Calibration = MADE_BY) -> tuple[Any, Any]:
 
 
 def _fit(scores_NK: Any, right_NK: Any, known_N: Any = None) -> Calibration:
-    without_NK = np.where(right_NK, np.nan, scores_NK)
-    without_NK = -np.sort(-without_NK, axis=1)  # numpy sorts NaN last
-    return fit_calibration(
-        scores_NK, right_NK, np.ones(len(scores_NK), bool) if known_N is None else known_N, without_NK
-    )
+    """Fit where a query's embedding says nothing."""
+    known_N = np.ones(len(scores_NK), bool) if known_N is None else known_N
+    embeddings_ND = np.zeros((len(scores_NK), 2), np.float32)
+    return fit_calibration(scores_NK, right_NK, known_N, _without(scores_NK, right_NK), embeddings_ND, NOTHING)
+
+
+def _without(scores_NK: Any, right_NK: Any) -> Any:
+    return -np.sort(-np.where(right_NK, np.nan, scores_NK), axis=1)  # numpy sorts NaN last
 
 
 def test_the_parameters_that_made_the_data_are_found() -> None:
@@ -55,11 +63,11 @@ def test_it_is_the_best_fit_of_all_around_it() -> None:
     fitted = _fit(scores_NK, right_NK)
 
     def loss(**changed: float) -> float:
-        other = Calibration(**{**fitted.to_dict(), **changed})
+        other = replace(fitted, **changed)
         total = 0.0
         for row, right in zip(scores_NK.tolist(), right_NK, strict=True):
             confidences = other.confidences(row, background(row))
-            total -= np.log(confidences[int(right.argmax())] if right.any() else 1 - other.known(row, background(row)))
+            total -= np.log(confidences[int(right.argmax())] if right.any() else 1 - sum(confidences))
         return total
 
     for name in ("slope", "none_offset", "none_slope"):
@@ -71,9 +79,9 @@ def test_the_threshold_is_the_best_of_all_by_trying_each() -> None:
     scores_NK, right_NK = _made(300)
     known_N = right_NK.any(axis=1)
     fitted = _fit(scores_NK, right_NK, known_N)
-    without_NK = -np.sort(-np.where(right_NK, np.nan, scores_NK), axis=1)[known_N]
+    without_NK = _without(scores_NK, right_NK)[known_N]
     asked = [*scores_NK.tolist(), *([s for s in row if not np.isnan(s)] for row in without_NK.tolist())]
-    values = np.array([fitted.known(row, background(row)) for row in asked])
+    values = np.array([fitted.known(row, background(row), NOTHING) for row in asked])
     known = np.concatenate([known_N, np.zeros(len(without_NK), bool)])
 
     def youden(answered: Any) -> float:
@@ -95,11 +103,11 @@ def test_perfectly_parted_scores_stay_finite() -> None:
 
 
 def test_confidences_fall_with_the_score_and_never_overflow() -> None:
-    steep = Calibration(**{**MADE_BY.to_dict(), "slope": 1e6})
+    steep = replace(MADE_BY, slope=1e6)
     assert steep.confidences([1.0, 0.5, -1.0], 0.5) == [1.0, 0.0, 0.0]
     confidences = MADE_BY.confidences([0.9, 0.7, 0.7, 0.1], 0.5)
     assert confidences == sorted(confidences, reverse=True)
-    assert sum(confidences) == pytest.approx(MADE_BY.known([0.9, 0.7, 0.7, 0.1], 0.5))
+    assert sum(confidences) == pytest.approx(MADE_BY.known([0.9, 0.7, 0.7, 0.1], 0.5, NOTHING))
     assert sum(MADE_BY.confidences([0.9] * 40, 0.9)[:CANDIDATES]) < 1
 
 
@@ -111,18 +119,82 @@ def test_a_near_twin_and_a_high_background_lower_the_confidence() -> None:
 
 def test_without_a_prediction_nothing_is_known() -> None:
     assert MADE_BY.confidences([], background([])) == []
-    assert MADE_BY.known([], background([])) == 0.0
+    for calibration in (MADE_BY, FAMILIAR):
+        assert calibration.known([], background([]), NOTHING) == 0.0
 
 
 def test_it_survives_json() -> None:
-    assert Calibration.from_dict(json.loads(json.dumps(MADE_BY.to_dict()))) == MADE_BY
+    for calibration in (MADE_BY, FAMILIAR):
+        assert Calibration.from_dict(json.loads(json.dumps(calibration.to_dict()))) == calibration
+
+
+def test_an_older_form_is_still_read() -> None:
+    """It had nothing of its own for what is known."""
+    content = FAMILIAR.to_dict()
+    del content["familiarity"]
+    assert Calibration.from_dict(content) == MADE_BY
+
+
+def test_known_is_a_sigmoid_of_three_figures() -> None:
+    logit = -1.0 + 8.0 * 0.7 - 4.0 * 0.3 + 10.0 * (0.6 * 0.1 + 0.8 * 0.2)
+    known = FAMILIAR.known([0.7, 0.4], 0.3, np.array([0.6, 0.8], np.float32))
+    assert known == pytest.approx(1 / (1 + np.exp(-logit)))
+    assert FAMILIAR.confidences([0.7, 0.4], 0.3) == MADE_BY.confidences([0.7, 0.4], 0.3)
+    assert FAMILIAR.known([1e6], 0.0, NOTHING) == 1.0
+    assert FAMILIAR.known([-1e6], 0.0, NOTHING) == 0.0
+
+
+def test_the_weights_of_known_are_the_best_of_all_around_them() -> None:
+    """Half the queries lie near the centre, where the known and the unknown score less."""
+    rng = np.random.default_rng(1)
+    count = 2000
+    average_N = rng.uniform(0, 0.4, count)
+    scores_NK = np.tile(np.linspace(0.3, 0.2, CANDIDATES), (count, 1))
+    scores_NK[:, 0] = 0.8 - average_N + rng.normal(0, 0.05, count)
+    right_NK = np.zeros(scores_NK.shape, bool)
+    right_NK[:, 0] = rng.uniform(size=count) < 0.8
+    without_NK = scores_NK.copy()
+    without_NK[:, 0] = 0.65 - average_N + rng.normal(0, 0.05, count)
+    known_N = np.arange(count) >= 100  # a hundred are given that the catalog does not have
+    embeddings_ND = np.stack([average_N, np.zeros(count)], axis=1).astype(np.float32)
+    centre_D = np.array([0.5, 0.1], np.float32)
+    fitted = fit_calibration(scores_NK, right_NK, known_N, without_NK, embeddings_ND, centre_D)
+    familiarity = fitted.familiarity
+    assert familiarity is not None
+    assert familiarity.centre == pytest.approx((0.5, 0.1))
+    scores = np.concatenate([scores_NK, without_NK[known_N]])
+    embeddings = np.concatenate([embeddings_ND, embeddings_ND[known_N]])
+    known = np.concatenate([known_N, np.zeros(known_N.sum(), bool)])
+
+    def loss(**changed: float) -> float:
+        """Either kind weighs the same."""
+        other = replace(fitted, familiarity=replace(familiarity, **changed))
+        values = np.array(
+            [other.known(row, background(row), e) for row, e in zip(scores.tolist(), embeddings, strict=True)]
+        )
+        return float(-np.log(values[known]).mean() - np.log1p(-values[~known]).mean())
+
+    for name in ("offset", "best", "background", "average"):
+        change = 0.05 * abs(getattr(familiarity, name)) + 0.05
+        assert all(loss(**{name: getattr(familiarity, name) + sign * change}) > loss() for sign in (-1, 1)), name
+    assert familiarity.average == pytest.approx(2 * familiarity.best, rel=0.1)  # of a product that is half the average
+
+
+def test_a_catalog_of_one_entity_has_nothing_to_tell_it_from() -> None:
+    scores_NK = np.full((20, CANDIDATES), np.nan)
+    scores_NK[:, 0] = np.linspace(0.5, 0.9, 20)
+    right_NK = np.zeros(scores_NK.shape, bool)
+    right_NK[:, 0] = True
+    fitted = _fit(scores_NK, right_NK)
+    assert fitted.familiarity is None
+    assert not fitted.abstains(fitted.known([0.8], background([0.8]), NOTHING))
 
 
 def test_the_first_form_is_still_read() -> None:
     old = {"a": 10.0, "b": -5.0, "abstain_below": 0.6, "queries": 20, "correct": 10}
     calibration = Calibration.from_dict(old)
     sigmoid = pytest.approx(1 / (1 + np.exp(-(10 * 0.7 - 5))))
-    assert calibration.known([0.7, 0.69], 0.2) == sigmoid
+    assert calibration.known([0.7, 0.69], 0.2, NOTHING) == sigmoid
     assert calibration.confidences([0.7, 0.69], 0.2)[0] == sigmoid
     assert (calibration.abstain_below, calibration.unknown) == (0.6, 0)
 
@@ -152,11 +224,11 @@ def test_where_hardly_one_is_wrong_those_left_out_show_how_wrong_ones_score(wron
     scores_NK[:wrong, 0] = 0.35
     fitted = _fit(scores_NK, right_NK)
     assert (fitted.queries, fitted.correct, fitted.unknown) == (20, 20 - wrong, 20)
-    known = [fitted.known(row, background(row)) for row in scores_NK.tolist()]
+    known = [fitted.known(row, background(row), NOTHING) for row in scores_NK.tolist()]
     assert min(known[wrong:]) > 0.9
     stranger = scores_NK[-1, 1:].tolist()
-    assert fitted.known(stranger, background(stranger)) < 0.1
-    assert fitted.abstains(fitted.known(stranger, background(stranger)))
+    assert fitted.known(stranger, background(stranger), NOTHING) < 0.1
+    assert fitted.abstains(fitted.known(stranger, background(stranger), NOTHING))
     assert not any(map(fitted.abstains, known[wrong:]))
 
 
