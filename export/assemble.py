@@ -72,7 +72,7 @@ def assemble(
         with EntityStore(spool.bundle / STORE_FILE) as store:
             if config.validation is not None:
                 calibration, unusable = calibrate(
-                    config.validation, checkpoint, index, store, embeddings, batch_size=config.batch_size
+                    config.validation, checkpoint, index, store, batch_size=config.batch_size
                 )
                 for rejected in unusable:
                     log.add(rejected)

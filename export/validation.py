@@ -20,7 +20,6 @@ from core.jsonl import Rejected, read_jsonl
 from export.decode import MAX_PIXELS
 from imaging import Preprocessing, load_pixels
 from index.calibration import CANDIDATES, Calibration, fit_calibration
-from index.embeddings import Embeddings
 from index.search import EntityIndex
 from index.store import EntityStore
 from model.checkpoint import Checkpoint
@@ -39,7 +38,6 @@ def calibrate(
     checkpoint: Checkpoint,
     index: EntityIndex,
     store: EntityStore,
-    embeddings: Embeddings,
     *,
     batch_size: int,
 ) -> tuple[Calibration, list[Rejected]]:
@@ -73,8 +71,7 @@ def calibrate(
         right_NF[:, :CANDIDATES],
         own_N >= 0,
         _without(scores_NF, right_NF),
-        np.array(query_embeddings, np.float32).reshape(-1, embeddings.dim),
-        embeddings.mean(),
+        np.array(query_embeddings, np.float32).reshape(len(own_N), checkpoint.image_encoder.embedding_dim),
     )
     return calibration, rejected
 

@@ -6,13 +6,12 @@ Confidences are a softmax that knows "none of these":
 more choice, which wins where no score stands out from what the query scores anyway. So a near twin of the best entity
 and a query that is like everything both lower the confidence, and those of an answer never add up to more than 1.
 
-Whether the entity is in the catalog is another question, since a prediction may be wrong beside it: a logistic
-regression on the best score, the mean of those after it, and the query's mean cosine over the whole catalog. The last
-is what test normalisation (Auckenthaler et al., Digital Signal Processing 2000) takes off the score of a speaker: there
-are queries that everything is like, and such a one has to score more.
+Whether the entity is in the catalog is another question, since a prediction may be wrong beside it: a ridge logistic
+regression on the best score, the mean of those after it, and the query's embedding. The last tells how much such a
+query scores: of a blurred photograph or a strange style an encoder makes little, and then even the right entity is far.
 
 Shapes: N queries, K the best entities of each, falling; NaN pads where there are fewer. D embedding width, C choices,
-F features.
+F features, M = N * C.
 """
 
 from __future__ import annotations
@@ -33,7 +32,9 @@ CANDIDATES = 10  # K
 _MIN_OF_EACH_KIND = 5  # right and wrong
 _MAX_NEWTON_STEPS = 100
 _RIDGE = 1e-4  # keeps the optimum finite where right and wrong separate perfectly; no weight against real data
-_KNOWN_RIDGE = 1.0  # of features with mean 0 and deviation 1: a few queries must not settle four parameters
+# Of features with mean 0 and deviation 1: few queries settle little. That of embeddings is times their width.
+_SCORES_RIDGE, _EMBEDDING_RIDGE = 1.0, 0.1
+_MOST_FITTED = 20_000  # queries, to settle some hundred weights
 _HOW_TO_GO_ON = "give more validation queries or leave --validation out"
 
 Float32Array = npt.NDArray[np.float32]
@@ -44,24 +45,21 @@ BoolArray = npt.NDArray[np.bool_]
 @dataclass(frozen=True, kw_only=True)
 class Familiarity:
     """The probability that the catalog has the entity, where as many images show one that it has as one that it lacks:
-    `sigmoid(offset + best * s_1 + background * mean(s_2..K) + average * (query . centre))`.
-
-    `centre` is the mean of all entity embeddings, so its product with a query is the query's mean cosine.
+    `sigmoid(offset + best * s_1 + background * mean(s_2..K) + direction . query)`.
     """
 
     offset: float
     best: float
     background: float
-    average: float
-    centre: tuple[float, ...]
+    direction: tuple[float, ...]
 
     def known(self, best: float, background: float, embedding_D: Float32Array) -> float:
-        average = float(embedding_D @ self._centre)
-        return _sigmoid(self.offset + self.best * best + self.background * background + self.average * average)
+        of_query = float(embedding_D @ self._weights)
+        return _sigmoid(self.offset + self.best * best + self.background * background + of_query)
 
     @cached_property
-    def _centre(self) -> Float32Array:
-        return np.array(self.centre, np.float32)
+    def _weights(self) -> Float32Array:
+        return np.array(self.direction, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +121,7 @@ class Calibration:
             return cls(slope=content["a"], none_offset=-content["b"], none_slope=0.0, unknown=0, candidates=1, **rest)
         familiarity = content.get("familiarity")
         if familiarity is not None:
-            familiarity = Familiarity(**{**familiarity, "centre": tuple(familiarity["centre"])})
+            familiarity = Familiarity(**{**familiarity, "direction": tuple(familiarity["direction"])})
         return cls(**{**content, "familiarity": familiarity})
 
 
@@ -139,16 +137,15 @@ def fit_calibration(
     known_N: BoolArray,
     without_NK: Float64Array,
     embeddings_ND: Float32Array,
-    centre_D: Float32Array,
 ) -> Calibration:
     """Fit to validation queries: their best scores, which of those is the right entity's, whether the catalog has it.
 
-    `without_NK` are the best scores with the right entity left out of the catalog, `centre_D` is the mean of all entity
-    embeddings. The confidences are fitted to the queries as they are, by maximum likelihood. Where hardly a query is
-    answered wrong, as in a small catalog of things that are unlike each other, those made by leaving out are fitted to
-    as well, and counted as unknown: how wrong answers score must be seen somewhere, and confidences then err on the
-    careful side. `known` is fitted to the known queries and to the unknown ones, given and made by leaving out, either
-    kind weighing the same; the threshold parts them as well as can be (Youden's J).
+    `without_NK` are the best scores with the right entity left out of the catalog. The confidences are fitted to the
+    queries as they are, by maximum likelihood. Where hardly a query is answered wrong, as in a small catalog of things
+    that are unlike each other, those made by leaving out are fitted to as well, and counted as unknown: how wrong
+    answers score must be seen somewhere, and confidences then err on the careful side. `known` is fitted to the known
+    queries and to the unknown ones, given and made by leaving out, either kind weighing the same; the threshold parts
+    them as well as can be (Youden's J).
 
     Raises `UserError` where too few are right, or where right ones do not score higher.
     """
@@ -184,7 +181,7 @@ def fit_calibration(
         queries=len(scores_NK),
         correct=right,
         unknown=unknown,
-        familiarity=_fit_familiarity(asked_NK, asked_ND, is_known_N, centre_D),
+        familiarity=_fit_familiarity(asked_NK, asked_ND, is_known_N),
     )
     as_known_N = np.array(
         [
@@ -215,41 +212,42 @@ def _fit_softmax(scores_NK: Float64Array, right_NK: BoolArray) -> tuple[float, f
     features_NC3[:, -1, 2] = _backgrounds(scores_NK)
     absent_NC = np.concatenate([np.where(there_NK, 0.0, -np.inf), np.zeros((queries, 1))], axis=1)
     chosen_NC = np.concatenate([right_NK, ~right_NK.any(axis=1, keepdims=True)], axis=1).astype(np.float64)
-    slope, none_offset, none_slope = _maximum_likelihood(features_NC3, absent_NC, chosen_NC, _RIDGE).tolist()
+    slope, none_offset, none_slope = _maximum_likelihood(
+        features_NC3, absent_NC, chosen_NC, np.full(3, _RIDGE)
+    ).tolist()
     return slope, none_offset, none_slope
 
 
-def _fit_familiarity(
-    scores_NK: Float64Array, embeddings_ND: Float32Array, known_N: BoolArray, centre_D: Float32Array
-) -> Familiarity | None:
+def _fit_familiarity(scores_NK: Float64Array, embeddings_ND: Float32Array, known_N: BoolArray) -> Familiarity | None:
     """None where a kind is missing: a catalog of one entity has nothing left without it."""
-    there_N = ~np.isnan(scores_NK[:, 0])
-    scores_NK, known_N = scores_NK[there_N], known_N[there_N]
+    there_N = np.flatnonzero(~np.isnan(scores_NK[:, 0]))
+    there_N = there_N[:: -(-len(there_N) // _MOST_FITTED)]
+    scores_NK, known_N, embeddings_ND = scores_NK[there_N], known_N[there_N], embeddings_ND[there_N]
     if known_N.all() or not known_N.any():
         return None
-    average_N = embeddings_ND[there_N].astype(np.float64) @ centre_D
-    features_N3 = np.stack([scores_NK[:, 0], _backgrounds(scores_NK), average_N], axis=1)
-    mean_3, deviation_3 = features_N3.mean(axis=0), np.maximum(features_N3.std(axis=0), 1e-6)
-    features_NC4 = np.zeros((len(known_N), 2, 4))  # known, and not: the second choice has no features
-    features_NC4[:, 0, 0] = 1.0
-    features_NC4[:, 0, 1:] = (features_N3 - mean_3) / deviation_3
+    features_NF = np.column_stack([scores_NK[:, 0], _backgrounds(scores_NK), embeddings_ND.astype(np.float64)])
+    mean_F, deviation_F = features_NF.mean(axis=0), np.maximum(features_NF.std(axis=0), 1e-6)
+    features_NCF = np.zeros((len(known_N), 2, 1 + features_NF.shape[1]))  # the second choice, unknown, has none
+    features_NCF[:, 0, 0] = 1.0
+    features_NCF[:, 0, 1:] = (features_NF - mean_F) / deviation_F
     # Either kind counts half of all.
     weight_N = np.where(known_N, 0.5 / known_N.mean(), 0.5 / (~known_N).mean())
     chosen_NC = np.stack([known_N, ~known_N], axis=1) * weight_N[:, None]
-    offset, *weights = _maximum_likelihood(features_NC4, np.zeros(chosen_NC.shape), chosen_NC, _KNOWN_RIDGE).tolist()
-    weights_3 = np.array(weights) / deviation_3
-    best, of_background, average = weights_3.tolist()
+    width = embeddings_ND.shape[1]
+    ridge_F = np.concatenate([[_RIDGE, _SCORES_RIDGE, _SCORES_RIDGE], np.full(width, _EMBEDDING_RIDGE * width)])
+    weights_F = _maximum_likelihood(features_NCF, np.zeros(chosen_NC.shape), chosen_NC, ridge_F)
+    of_features_F = weights_F[1:] / deviation_F
+    best, of_background, *direction = of_features_F.tolist()
     return Familiarity(
-        offset=offset - float(weights_3 @ mean_3),
+        offset=float(weights_F[0] - of_features_F @ mean_F),
         best=best,
         background=of_background,
-        average=average,
-        centre=tuple(round(float(value), 6) for value in centre_D),
+        direction=tuple(round(each, 4) for each in direction),
     )
 
 
 def _maximum_likelihood(
-    features_NCF: Float64Array, absent_NC: Float64Array, chosen_NC: Float64Array, ridge: float
+    features_NCF: Float64Array, absent_NC: Float64Array, chosen_NC: Float64Array, ridge_F: Float64Array
 ) -> Float64Array:
     """The weights `[F]` of a conditional logit model, by Newton's method on its convex loss.
 
@@ -257,23 +255,24 @@ def _maximum_likelihood(
     `chosen_NC` has a query's weight at what was chosen, else zero.
     """
     weight_N = chosen_NC.sum(axis=1)
+    features_MF = features_NCF.reshape(-1, len(ridge_F))  # of all queries and choices, for fast products
 
     def loss(weights_F: Float64Array) -> float:
         logits_NC = features_NCF @ weights_F + absent_NC
         of_chosen_N = (chosen_NC * np.where(chosen_NC > 0, logits_NC, 0.0)).sum(axis=1)
         total_N = weight_N * _log_sum_exp_rows(logits_NC)
-        return float((total_N - of_chosen_N).sum() + 0.5 * ridge * weights_F @ weights_F)
+        return float((total_N - of_chosen_N).sum() + 0.5 * (ridge_F * weights_F) @ weights_F)
 
-    weights_F = np.zeros(features_NCF.shape[2])
+    weights_F = np.zeros(len(ridge_F))
     before = loss(weights_F)
     for _ in range(_MAX_NEWTON_STEPS):
         logits_NC = features_NCF @ weights_F + absent_NC
         probability_NC = np.exp(logits_NC - _log_sum_exp_rows(logits_NC)[:, None]) * weight_N[:, None]
-        gradient_F = np.einsum("nc,ncf->f", probability_NC - chosen_NC, features_NCF) + ridge * weights_F
-        mean_NF = np.einsum("nc,ncf->nf", probability_NC, features_NCF)
-        spread_FF = np.einsum("nc,ncf,ncg->fg", probability_NC, features_NCF, features_NCF)
+        gradient_F = (probability_NC - chosen_NC).ravel() @ features_MF + ridge_F * weights_F
+        mean_NF = (probability_NC[:, None] @ features_NCF)[:, 0]
+        spread_FF = (features_MF * probability_NC.reshape(-1, 1)).T @ features_MF
         spread_FF -= (mean_NF / weight_N[:, None]).T @ mean_NF
-        step_F = np.linalg.solve(spread_FF + ridge * np.eye(len(weights_F)), gradient_F)
+        step_F = np.linalg.solve(spread_FF + np.diag(ridge_F), gradient_F)
         size = 1.0
         while size > 1e-6 and loss(weights_F - size * step_F) > before:
             size /= 2  # far from the optimum a full step can overshoot

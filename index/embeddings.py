@@ -65,13 +65,6 @@ class Embeddings:
         """The embeddings [n, D] of one part, as iterating gives them. Any thread may ask."""
         return normalised(self._vectors[number])
 
-    def mean(self) -> Float32Array:
-        """The mean [D] of all embeddings; of none, zeros."""
-        total_D = np.zeros(self.dim)
-        for embeddings_nD in self:
-            total_D += embeddings_nD.sum(axis=0, dtype=np.float64)
-        return (total_D / max(len(self), 1)).astype(np.float32)
-
     def at(self, positions_K: Int64Array) -> Float32Array:
         """The L2-normalised embeddings [K, D] at positions of 0 to N - 1."""
         return normalised(self.stored(positions_K))

@@ -16,9 +16,7 @@ MADE_BY = Calibration(
     slope=12.0, none_offset=2.0, none_slope=9.0, abstain_below=0.5, queries=1, correct=1, unknown=0
 )  # fmt: skip
 NOTHING = np.zeros(2, np.float32)
-FAMILIAR = replace(
-    MADE_BY, familiarity=Familiarity(offset=-1.0, best=8.0, background=-4.0, average=10.0, centre=(0.1, 0.2))
-)
+FAMILIAR = replace(MADE_BY, familiarity=Familiarity(offset=-1.0, best=8.0, background=-4.0, direction=(1.0, 2.0)))
 
 
 def _made(count: int, made_by: Calibration = MADE_BY) -> tuple[Any, Any]:
@@ -36,7 +34,7 @@ def _fit(scores_NK: Any, right_NK: Any, known_N: Any = None) -> Calibration:
     """Fit where a query's embedding says nothing."""
     known_N = np.ones(len(scores_NK), bool) if known_N is None else known_N
     embeddings_ND = np.zeros((len(scores_NK), 2), np.float32)
-    return fit_calibration(scores_NK, right_NK, known_N, _without(scores_NK, right_NK), embeddings_ND, NOTHING)
+    return fit_calibration(scores_NK, right_NK, known_N, _without(scores_NK, right_NK), embeddings_ND)
 
 
 def _without(scores_NK: Any, right_NK: Any) -> Any:
@@ -135,8 +133,8 @@ def test_an_older_form_is_still_read() -> None:
     assert Calibration.from_dict(content) == MADE_BY
 
 
-def test_known_is_a_sigmoid_of_three_figures() -> None:
-    logit = -1.0 + 8.0 * 0.7 - 4.0 * 0.3 + 10.0 * (0.6 * 0.1 + 0.8 * 0.2)
+def test_known_is_a_sigmoid_of_scores_and_embedding() -> None:
+    logit = -1.0 + 8.0 * 0.7 - 4.0 * 0.3 + (0.6 * 1.0 + 0.8 * 2.0)
     known = FAMILIAR.known([0.7, 0.4], 0.3, np.array([0.6, 0.8], np.float32))
     assert known == pytest.approx(1 / (1 + np.exp(-logit)))
     assert FAMILIAR.confidences([0.7, 0.4], 0.3) == MADE_BY.confidences([0.7, 0.4], 0.3)
@@ -144,40 +142,64 @@ def test_known_is_a_sigmoid_of_three_figures() -> None:
     assert FAMILIAR.known([-1e6], 0.0, NOTHING) == 0.0
 
 
-def test_the_weights_of_known_are_the_best_of_all_around_them() -> None:
-    """Half the queries lie near the centre, where the known and the unknown score less."""
-    rng = np.random.default_rng(1)
-    count = 2000
-    average_N = rng.uniform(0, 0.4, count)
+def _with_hard_ones(count: int, seed: int) -> tuple[Any, Any, Any, Any]:
+    """Scores, which is right, scores without it, embeddings: the further along the first dimension, the less a query
+    scores, known or not."""
+    rng = np.random.default_rng(seed)
+    hard_N = rng.uniform(0, 0.4, count)
     scores_NK = np.tile(np.linspace(0.3, 0.2, CANDIDATES), (count, 1))
-    scores_NK[:, 0] = 0.8 - average_N + rng.normal(0, 0.05, count)
+    scores_NK[:, 0] = 0.8 - hard_N + rng.normal(0, 0.05, count)
     right_NK = np.zeros(scores_NK.shape, bool)
     right_NK[:, 0] = rng.uniform(size=count) < 0.8
     without_NK = scores_NK.copy()
-    without_NK[:, 0] = 0.65 - average_N + rng.normal(0, 0.05, count)
-    known_N = np.arange(count) >= 100  # a hundred are given that the catalog does not have
-    embeddings_ND = np.stack([average_N, np.zeros(count)], axis=1).astype(np.float32)
-    centre_D = np.array([0.5, 0.1], np.float32)
-    fitted = fit_calibration(scores_NK, right_NK, known_N, without_NK, embeddings_ND, centre_D)
+    without_NK[:, 0] = 0.65 - hard_N + rng.normal(0, 0.05, count)
+    embeddings_ND = np.stack([hard_N, rng.normal(0, 0.2, count)], axis=1).astype(np.float32)
+    return scores_NK, right_NK, without_NK, embeddings_ND
+
+
+def test_known_learns_which_queries_score_less() -> None:
+    scores_NK, right_NK, without_NK, embeddings_ND = _with_hard_ones(2000, seed=1)
+    known_N = np.arange(2000) >= 100  # a hundred are given that the catalog does not have
+    scores_NK[~known_N], right_NK[~known_N] = without_NK[~known_N], False
+    fitted = fit_calibration(scores_NK, right_NK, known_N, without_NK, embeddings_ND)
     familiarity = fitted.familiarity
     assert familiarity is not None
-    assert familiarity.centre == pytest.approx((0.5, 0.1))
-    scores = np.concatenate([scores_NK, without_NK[known_N]])
-    embeddings = np.concatenate([embeddings_ND, embeddings_ND[known_N]])
-    known = np.concatenate([known_N, np.zeros(known_N.sum(), bool)])
+    hard, other = familiarity.direction
+    assert hard == pytest.approx(familiarity.best, rel=0.15)  # what it costs in score is given back
+    assert abs(other) < 0.1 * hard
+    scores_NK, _, without_NK, embeddings_ND = _with_hard_ones(500, seed=2)
+    wrong = 0
+    for scores, without, embedding in zip(scores_NK.tolist(), without_NK.tolist(), embeddings_ND, strict=True):
+        wrong += fitted.abstains(fitted.known(scores, background(scores), embedding))
+        wrong += not fitted.abstains(fitted.known(without, background(without), embedding))
+    assert wrong / 1000 < 0.12  # 0.067 by the deviations; by the best score alone one in three
 
-    def loss(**changed: float) -> float:
-        """Either kind weighs the same."""
-        other = replace(fitted, familiarity=replace(familiarity, **changed))
-        values = np.array(
-            [other.known(row, background(row), e) for row, e in zip(scores.tolist(), embeddings, strict=True)]
-        )
-        return float(-np.log(values[known]).mean() - np.log1p(-values[~known]).mean())
 
-    for name in ("offset", "best", "background", "average"):
-        change = 0.05 * abs(getattr(familiarity, name)) + 0.05
-        assert all(loss(**{name: getattr(familiarity, name) + sign * change}) > loss() for sign in (-1, 1)), name
-    assert familiarity.average == pytest.approx(2 * familiarity.best, rel=0.1)  # of a product that is half the average
+def test_the_weights_of_known_are_the_best_of_all_around_them() -> None:
+    scores_NK, right_NK, without_NK, embeddings_ND = _with_hard_ones(400, seed=3)
+    fitted = fit_calibration(scores_NK, right_NK, np.ones(400, bool), without_NK, embeddings_ND)
+    familiarity = fitted.familiarity
+    assert familiarity is not None
+    asked = np.concatenate([scores_NK, without_NK])
+    features_NF = np.column_stack([asked[:, 0], asked[:, 1:].mean(axis=1), np.tile(embeddings_ND, (2, 1))])
+    deviation_F = features_NF.std(axis=0)
+    known_N = np.arange(800) < 400
+
+    def loss(offset: float, weights_F: Any) -> float:
+        logit_N = offset + features_NF @ weights_F
+        ridge = weights_F * deviation_F
+        fit = np.log1p(np.exp(np.where(known_N, -logit_N, logit_N))).sum()
+        return float(fit + 0.5 * (ridge[:2] @ ridge[:2] + 0.2 * ridge[2:] @ ridge[2:]))
+
+    weights_F = np.array([familiarity.best, familiarity.background, *familiarity.direction])
+    least = loss(familiarity.offset, weights_F)
+    for place in (0, 2, 3):  # all backgrounds are alike
+        change_F = np.zeros(4)
+        change_F[place] = 0.05
+        for sign in (-1, 1):
+            offset = familiarity.offset - sign * change_F @ features_NF.mean(axis=0)
+            assert loss(offset, weights_F + sign * change_F) > least
+    assert all(loss(familiarity.offset + change, weights_F) > least for change in (-0.05, 0.05))
 
 
 def test_a_catalog_of_one_entity_has_nothing_to_tell_it_from() -> None:

@@ -73,10 +73,10 @@ def test_without_calibration_there_is_no_confidence(small_bundle, small_images, 
 
 def test_known_is_judged_by_the_embedding_too(small_bundle, small_images):
     bundle = Bundle.open(small_bundle)
-    centre_D = np.random.default_rng(0).normal(size=bundle.manifest.embedding_dim)
+    direction_D = np.random.default_rng(0).normal(size=bundle.manifest.embedding_dim)
     calibration = replace(
         bundle.calibration,
-        familiarity=Familiarity(offset=-1.0, best=2.0, background=-1.0, average=3.0, centre=tuple(centre_D.tolist())),
+        familiarity=Familiarity(offset=-1.0, best=2.0, background=-1.0, direction=tuple(direction_D.tolist())),
     )
     session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
     judging = replace(bundle, manifest=replace(bundle.manifest, calibration=calibration.to_dict()))
