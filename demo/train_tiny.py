@@ -74,7 +74,7 @@ ON_GPU = Settings(
     snapshot_every=783,
 )  # fmt: skip
 CONFIG_ON_GPU = TinyConfig(attention_layers=4, size_px=112)
-# From a trained encoder on, with icons: an hour and a half of two cores.
+# From a trained encoder on, with icons: under two hours of two cores.
 WITH_ICONS = Settings(
     steps=1800, small_share=0.45, small_px=80, entities_per_batch=96, things_per_batch=64, learning_rate=7e-4,
     warmup_steps=40, hardest_from=0.0, average_decay=0.995, start_share=0.5,
@@ -537,8 +537,8 @@ def keep_length(encoder: TinyEncoder, pooled_nD: torch.Tensor, share: float) -> 
 
     Every mean patch token (`pooled_nD` are those of drawings) gets the same vector added, `share` of their median
     length, in the direction in which embeddings differ least. What lies there after normalising is the more, the
-    shorter the rest was; cosines hardly change. Whether a query is known is judged by its product with the mean of all
-    entities, and that is where this shows (`index/calibration.py`).
+    shorter the rest was; cosines hardly change. Whether a query is known is judged by its embedding, too, and that is
+    where this shows (`index/calibration.py`).
     """
     directions_DD = torch.linalg.eigh(torch.cov(F.normalize(pooled_nD, dim=1).T)).eigenvectors
     added_D = share * pooled_nD.norm(dim=1).median() * directions_DD[:, 0]

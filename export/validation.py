@@ -34,12 +34,7 @@ class Query:
 
 
 def calibrate(
-    queries: Path,
-    checkpoint: Checkpoint,
-    index: EntityIndex,
-    store: EntityStore,
-    *,
-    batch_size: int,
+    queries: Path, checkpoint: Checkpoint, index: EntityIndex, store: EntityStore, *, batch_size: int
 ) -> tuple[Calibration, list[Rejected]]:
     """Answer the queries and fit a calibration to their best scores.
 
