@@ -208,12 +208,6 @@ def build_symbols_files(build: Path) -> None:
     for part in ("val", "test"):
         for how in ("clean", "photo"):
             _write_jsonl(build / f"queries_{part}_{how}.jsonl", _queries(queries, part, how))
-    # Artists that the image encoder never saw: confidences are fitted to all of their drawings but the test's.
-    unfamiliar = [d for d in queries if d.split.startswith("val")] + [d for d in training if d.role == "adapt"]
-    _write_jsonl(
-        build / "queries_calibration.jsonl",
-        (_labelled(drawing, how, f"{drawing.kind}_{how}") for drawing in unfamiliar for how in ("clean", "photo")),
-    )
     click.echo(f"{len(catalog)} entities, {len(drawings)} drawings, {len(queries)} queries in {build.name}/")
 
 

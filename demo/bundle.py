@@ -83,7 +83,7 @@ def main(build: Path, image_encoder: Path) -> None:
     )  # fmt: skip
     _wikiclip(
         "export", "--catalog", build / "catalog.jsonl", "--checkpoint", checkpoint, "--out", bundle,
-        "--validation", build / "queries_calibration.jsonl", "--name", "symbols",
+        "--validation", build / "queries_val_photo.jsonl", "--name", "symbols",
     )  # fmt: skip
     _wikiclip("index", "--bundle", bundle, "--factory", FACTORY, "--device", "cpu")
     accuracy = {how: _evaluate(build, bundle, how) for how in ("clean", "photo")}

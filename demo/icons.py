@@ -27,7 +27,6 @@ from demo.sources import ICON_SETS, IconSet, fetch_package
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
 ROLE = "icon"
-PREFIX = "icon:"  # of what only icons show
 TABLE = Path(__file__).parent / "icon_sets.md"
 
 LICENCES = ("MIT", "ISC", "BSD-3-Clause", "Apache-2.0", "MPL-2.0", "OFL-1.1", "CC-BY-4.0", "CC0-1.0", "Unlicense")
@@ -35,7 +34,7 @@ LICENCES = ("MIT", "ISC", "BSD-3-Clause", "Apache-2.0", "MPL-2.0", "OFL-1.1", "C
 _LEFT_OUT = re.compile(
     r"(emojione|devicon|flagpack|streamline-emojis|material-icon-theme).*|cif|line-md|svg-spinners|meteocons"
 )
-_FAMILIES, _OF_FAMILY, _OF_NAME = 2, 3, 16  # so many artists at least; drawings by each, and in all, at most
+_FAMILIES, _OF_FAMILY, _OF_NAME = 3, 3, 10  # so many artists at least; drawings by each, and in all, at most
 _SVG_CHARS = 20_150  # more is a picture, not an icon
 _SEED = 5
 
@@ -70,7 +69,7 @@ def thing(name: str) -> str:
 
 
 def plan_icons(icons: Path, drawings: Iterable[Drawing], titles: Mapping[str, str]) -> list[Drawing]:
-    """The icons to train with, `entity_id` being that of an entity of Symbols or `PREFIX` with a name.
+    """The icons to train with, `entity_id` being that of an entity of Symbols or `icon:NAME`.
 
     `drawings` are those of Symbols, `titles` the titles of its entities. Always the same for the same package.
     """
@@ -91,7 +90,7 @@ def plan_icons(icons: Path, drawings: Iterable[Drawing], titles: Mapping[str, st
         too_few = len(families) < (1 if entities else _FAMILIES)
         if name in unseen or len(name) < 2 or name.isdigit() or len(entities) > 1 or too_few:
             continue
-        entity_id = next(iter(entities), PREFIX + name)
+        entity_id = next(iter(entities), f"icon:{name}")
         planned[entity_id] = [_drawing(entity_id, artist, icon) for artist, icon in _chosen(found, chance)]
     return [drawing for mine in planned.values() for drawing in mine]
 

@@ -3,15 +3,15 @@ many more artists, `python -m demo.train_tiny --with-icons`. `make tiny` does bo
 
 As CLIP is trained, on two signals. Image with image: two artists' drawings of one entity, each photographed anew, are
 each other's positive. Image with text: each image against the knowledge texts of all training entities, seen through
-the frozen text encoder; the text of what only icons show is its name. A table of one prototype per training entity and
+the frozen text encoder; things that only icons show have no text. A table of one prototype per training entity and
 thing, dropped afterwards, contrasts each image with all of them instead of only those of its batch. Photographs get
 harder as training goes on, and images larger.
 
 Of Symbols only drawings with role `train` are read: seen entities, artists that are not held out; `demo/icons.py` says
 which icons are. Resumes from its last snapshot.
 
-Shapes: E entities a batch and I things of icons (two images each), L training entities and all things of icons, C width
-of the text encoder, D embedding width.
+Shapes: E entities a batch and I things of icons (two images each), N training entities, L those and all things of
+icons, D embedding width.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from core.files import durable, sha256_file
 from demo.build import BUILD, CATALOG_ROLES, Drawing, read_drawings, visible
-from demo.icons import PREFIX as ICON_PREFIX
 from demo.icons import ROLE as ICON_ROLE
 from demo.icons import fetch_icons, plan_from, render_icons
 from demo.photograph import Photographer
@@ -63,7 +62,6 @@ class Settings:
     prototype_weight: float = 1.0
     average_decay: float = 0.998
     start_share: float = 0.0  # of the encoder that training began from in the weights that are written
-    length_share: float = 0.0  # of an embedding's length that `keep_length` adds at the end
     snapshot_every: int = 400  # steps
     seed: int = 7
 
@@ -74,11 +72,11 @@ ON_GPU = Settings(
     snapshot_every=783,
 )  # fmt: skip
 CONFIG_ON_GPU = TinyConfig(attention_layers=4, size_px=112)
-# From a trained encoder on, with icons: under two hours of two cores.
+# From a trained encoder on, with icons: an hour of two cores.
 WITH_ICONS = Settings(
-    steps=1800, small_share=0.45, small_px=80, entities_per_batch=96, things_per_batch=64, learning_rate=7e-4,
+    steps=1200, small_share=0.417, small_px=80, entities_per_batch=96, things_per_batch=64, learning_rate=7e-4,
     warmup_steps=40, hardest_from=0.0, average_decay=0.995, start_share=0.5,
-    length_share=0.2, snapshot_every=300,
+    snapshot_every=300,
 )  # fmt: skip
 _LOG_EVERY = 50  # steps
 
@@ -177,14 +175,14 @@ def _halves_joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 class Objective(nn.Module):
     """The three contrasts. Everything in here is thrown away after training but for the encoder it shapes."""
 
-    def __init__(self, text_LC: torch.Tensor, embedding_dim: int, settings: Settings) -> None:
+    def __init__(self, text_NC: torch.Tensor, embedding_dim: int, settings: Settings, things: int = 0) -> None:
         super().__init__()
         self.settings = settings
-        self.text_LC: torch.Tensor
-        self.register_buffer("text_LC", text_LC, persistent=False)
-        width = text_LC.shape[1]
+        self.text_NC: torch.Tensor
+        self.register_buffer("text_NC", text_NC, persistent=False)
+        width = text_NC.shape[1]
         self.text_head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, embedding_dim))
-        self.prototypes = nn.Parameter(F.normalize(torch.randn(len(text_LC), embedding_dim), dim=1))
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(len(text_NC) + things, embedding_dim), dim=1))
         self.logit_scale = nn.Parameter(torch.tensor([math.log(10.0), math.log(10.0), math.log(16.0)]))
 
     def warm(self, prototypes_LD: torch.Tensor) -> None:
@@ -192,18 +190,20 @@ class Objective(nn.Module):
         self.prototypes.data.copy_(prototypes_LD)
         self.logit_scale.data.copy_(torch.tensor([14.0, 14.0, 20.0]).log())
 
-    def forward(self, embedding: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The contrasts of a batch as `side_by_side` gives it."""
+    def forward(self, embedding: torch.Tensor, label: torch.Tensor, entities: int) -> dict[str, torch.Tensor]:
+        """The contrasts of a batch as `side_by_side` gives it; `entities` of each half have a text."""
         image_scale, text_scale, prototype_scale = self.logit_scale.clamp(max=math.log(50.0)).exp()
         count = len(embedding)
         similarity = embedding @ embedding.T * image_scale
         similarity = similarity.masked_fill(torch.eye(count, dtype=torch.bool, device=embedding.device), -1e4)
         partner = (torch.arange(count, device=embedding.device) + count // 2) % count
-        text_LD = F.normalize(self.text_head(self.text_LC), dim=1)
-        own = torch.arange(count // 2, device=embedding.device)
-        text_to_image = text_LD[label[: count // 2]] @ embedding.T * text_scale
+        text_ND = F.normalize(self.text_head(self.text_NC), dim=1)
+        own = torch.arange(entities, device=embedding.device)
+        with_text = torch.cat([own, own + count // 2])
+        image_to_text = embedding[with_text] @ text_ND.T * text_scale
+        text_to_image = text_ND[label[:entities]] @ embedding.T * text_scale
         # Either of an entity's two images answers its text.
-        text_loss = F.cross_entropy(embedding @ text_LD.T * text_scale, label) + 0.5 * (
+        text_loss = F.cross_entropy(image_to_text, label[with_text]) + 0.5 * (
             F.cross_entropy(_without(text_to_image, own + count // 2), own)
             + F.cross_entropy(_without(text_to_image, own), own + count // 2)
         )
@@ -221,18 +221,19 @@ def _without(logits: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
     return logits.scatter(1, column[:, None], -1e4)
 
 
-def text_embeddings(build: Path, labels: list[str]) -> torch.Tensor:
-    """Mean token state of each entity's knowledge text, or of the name of what only icons show, `[L, C]`."""
-    texts = {label: label.removeprefix(ICON_PREFIX).replace("-", " ").capitalize() for label in labels}
+def text_embeddings(build: Path, entities: list[str]) -> torch.Tensor:
+    """Mean token state of each entity's knowledge text, `[N, C]`."""
+    wanted = set(entities)
+    texts = {}
     with (build / "catalog.jsonl").open(encoding="utf-8") as file:
         for line in file:
             record = json.loads(line)
-            if record["entity_id"] in texts:
+            if record["entity_id"] in wanted:
                 texts[record["entity_id"]] = record["text"]
     encoder = load_text_encoder("minilm")
     rows = []
-    for start in tqdm(range(0, len(labels), 64), desc="texts", unit="batch"):
-        features = encoder.encode([texts[label] for label in labels[start : start + 64]])
+    for start in tqdm(range(0, len(entities), 64), desc="texts", unit="batch"):
+        features = encoder.encode([texts[entity] for entity in entities[start : start + 64]])
         mask = features.mask_BT[..., None].float()
         rows.append((features.text_tokens_BTC.float() * mask).sum(1) / mask.sum(1))
     return F.normalize(torch.cat(rows), dim=1)
@@ -240,18 +241,12 @@ def text_embeddings(build: Path, labels: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def embed(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Embeddings of float images in 0 to 1, `[B, D]`, L2-normalised."""
-    return F.normalize(_pooled(encoder, pixels_B3HW, device), dim=1)
-
-
-@torch.no_grad()
-def _pooled(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The mean patch token of float images in 0 to 1, `[B, D]`: the embedding before it is normalised."""
+    """Embeddings of float images in 0 to 1, `[B, D]`."""
     out = []
     for start in range(0, len(pixels_B3HW), 256):
         batch = _normalised(pixels_B3HW[start : start + 256].to(device))
         with torch.autocast(device.type, torch.bfloat16):
-            out.append(encoder(batch)[0].float().mean(1))
+            out.append(encoder(batch)[1].float())
     return torch.cat(out)
 
 
@@ -260,14 +255,9 @@ def _normalised(pixels_B3HW: torch.Tensor) -> torch.Tensor:
     return ((pixels_B3HW - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
 
 
-def mean_patch_tokens(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What embeddings of drawings are before they are normalised, `[n, D]`; drawings as `load_rgba` gives them."""
-    return torch.cat([_pooled(encoder, on_white(rgba[i : i + 512]), device) for i in range(0, len(rgba), 512)])
-
-
 def embed_drawings(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Embeddings of drawings, on white, `[n, D]`, L2-normalised."""
-    return F.normalize(mean_patch_tokens(encoder, rgba, device), dim=1)
+    """Embeddings of drawings as `load_rgba` gives them, on white, `[n, D]`."""
+    return torch.cat([embed(encoder, on_white(rgba[i : i + 512]), device) for i in range(0, len(rgba), 512)])
 
 
 def prototypes(
@@ -405,8 +395,8 @@ def train(
     encoder = TinyEncoder(start) if isinstance(start, TinyConfig) else read_tiny(start)[0].train()
     encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = encoder.config
-    labels = [*entities, *things]
-    objective = Objective(text_embeddings(build, labels), config.embedding_dim, settings).to(device)
+    text_NC = text_embeddings(build, entities)
+    objective = Objective(text_NC, config.embedding_dim, settings, len(things)).to(device)
     batches = [EntityBatches(both, entities, settings.entities_per_batch, generator, icon_share=settings.icon_share)]
     if things:
         batches.append(EntityBatches(both, things, settings.things_per_batch, generator, first_label=len(entities)))
@@ -427,10 +417,11 @@ def train(
     if snapshot.exists():
         state.load(snapshot)
     elif isinstance(start, Path):
-        objective.warm(prototypes(encoder, both, labels, build, device))
+        objective.warm(prototypes(encoder, both, [*entities, *things], build, device))
     validation = Validation(build, drawings, config.size_px, device)
     switch = int(settings.steps * settings.small_share)
     hardest_from = settings.steps * settings.hardest_from
+    entities_a_batch = min(settings.entities_per_batch, len(entities))
     pool: torch.Tensor | None = None
     size_px = 0
     log = snapshot.with_suffix(".jsonl").open("a", encoding="utf-8")
@@ -450,7 +441,7 @@ def train(
             group["lr"] = learning_rate(state.step, settings)
         with torch.autocast(device.type, torch.bfloat16):
             _, embedding = encoder(_normalised(pixels))
-        losses = objective(embedding.float(), label.to(device))
+        losses = objective(embedding.float(), label.to(device), entities_a_batch)
         loss = sum(losses.values(), torch.zeros((), device=device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -490,14 +481,11 @@ def train(
         "begun_from_sha256": begun_from,
         "torch": torch.__version__,
     }
-    average = state.average
+    average = state.average.cpu()
     if isinstance(start, Path):  # WiSE-FT, Wortsman et al., 2022
-        mix(average, read_tiny(start)[0].to(device), settings.start_share)
-    if settings.length_share:
-        drawn = load_rgba(training, build, config.size_px)
-        keep_length(average, mean_patch_tokens(average, drawn, device), settings.length_share)
+        mix(average, read_tiny(start)[0], settings.start_share)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_tiny(average.cpu(), preprocessing, out, notes=notes)
+    save_tiny(average, preprocessing, out, notes=notes)
 
 
 def _parameter_groups(encoder: nn.Module, objective: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -528,22 +516,6 @@ def mix(encoder: TinyEncoder, other: TinyEncoder, share: float) -> None:
             mine.lerp_(theirs, share)
         else:
             mine.copy_(theirs)
-
-
-@torch.no_grad()
-def keep_length(encoder: TinyEncoder, pooled_nD: torch.Tensor, share: float) -> None:
-    """Let an embedding tell, once it is normalised, how long it was: the surer of an image, the longer (as in MagFace,
-    Meng et al., CVPR 2021).
-
-    Every mean patch token (`pooled_nD` are those of drawings) gets the same vector added, `share` of their median
-    length, in the direction in which embeddings differ least. What lies there after normalising is the more, the
-    shorter the rest was; cosines hardly change. Whether a query is known is judged by its embedding, too, and that is
-    where this shows (`index/calibration.py`).
-    """
-    directions_DD = torch.linalg.eigh(torch.cov(F.normalize(pooled_nD, dim=1).T)).eigenvectors
-    added_D = share * pooled_nD.norm(dim=1).median() * directions_DD[:, 0]
-    # Before the projection, which has no bias; saliency is a softmax over patches, which have all the same added.
-    encoder.norm.bias.add_(torch.linalg.pinv(encoder.projection.weight) @ added_D)
 
 
 def _average(state: State, settings: Settings) -> None:

@@ -46,27 +46,20 @@ def calibrate(
     own_rows: list[int] = []  # -1: the store does not hold that entity
     rows: list[npt.NDArray[np.int64]] = []
     scores: list[npt.NDArray[np.float32]] = []
-    query_embeddings: list[npt.NDArray[np.float32]] = []
     pending = read_queries(queries, checkpoint.image_encoder.preprocessing, rejected)
     while batch := list(islice(pending, batch_size)):
         pixels_BHW3 = np.stack([query.pixels_HW3 for query in batch])
-        queries_BD = checkpoint.embed_queries(pixels_BHW3)
-        rows_BF, scores_BF = index.search(queries_BD, CANDIDATES + 1)
+        rows_BF, scores_BF = index.search(checkpoint.embed_queries(pixels_BHW3), CANDIDATES + 1)
         own_rows += [row_of(query.entity_id, store) for query in batch]
         rows += list(rows_BF)
         scores += list(scores_BF)
-        query_embeddings += list(queries_BD)
     rows_NF = np.array(rows, np.int64).reshape(-1, CANDIDATES + 1)
     scores_NF = np.array(scores, np.float64).reshape(-1, CANDIDATES + 1)
     scores_NF[rows_NF < 0] = np.nan
     own_N = np.array(own_rows, np.int64)
     right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
     calibration = fit_calibration(
-        scores_NF[:, :CANDIDATES],
-        right_NF[:, :CANDIDATES],
-        own_N >= 0,
-        _without(scores_NF, right_NF),
-        np.array(query_embeddings, np.float32).reshape(len(own_N), checkpoint.image_encoder.embedding_dim),
+        scores_NF[:, :CANDIDATES], right_NF[:, :CANDIDATES], own_N >= 0, _without(scores_NF, right_NF)
     )
     return calibration, rejected
 

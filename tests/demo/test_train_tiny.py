@@ -19,19 +19,7 @@ from PIL import Image
 
 from demo.build import Drawing
 from demo.icons import ROLE as ICON_ROLE
-from demo.train_tiny import (
-    EntityBatches,
-    Objective,
-    Settings,
-    embed_drawings,
-    keep_length,
-    learning_rate,
-    mean_patch_tokens,
-    mix,
-    side_by_side,
-    text_embeddings,
-    train,
-)
+from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate, mix, side_by_side, train
 from model.tiny import TinyConfig, TinyEncoder, read_tiny
 
 SCRIPT = """
@@ -190,42 +178,22 @@ def test_the_objective_is_lowest_where_pairs_and_texts_agree() -> None:
     entity = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
     together = torch.eye(4)[entity]
     apart = torch.eye(4)[torch.tensor([0, 1, 2, 3, 1, 2, 3, 0])]
-    assert objective(together, entity)["image"] < objective(apart, entity)["image"]
+    assert objective(together, entity, 4)["image"] < objective(apart, entity, 4)["image"]
 
 
-def test_prototypes_begin_where_they_are_told() -> None:
-    objective = Objective(torch.eye(6), 4, Settings())
-    objective.warm(torch.eye(6, 4))
-    label = torch.tensor([0, 1, 2, 0, 1, 2])
-    embedding = torch.eye(6, 4)[label]
-    before = objective(embedding, label)["prototype"]
-    assert before < objective(embedding.roll(1, 0), label)["prototype"]
-
-
-def test_a_text_is_that_of_the_entity_or_the_name_of_what_an_icon_shows(build: Path) -> None:
-    texts_LC = text_embeddings(build, ["emoji:3", "icon:thing-number-3", "icon:shopping-cart"])
-    torch.testing.assert_close(texts_LC.norm(dim=1), torch.ones(3))
-    alike, other = texts_LC[0] @ texts_LC[1], texts_LC[0] @ texts_LC[2]
-    assert alike > 0.95 > other
-
-
-def test_a_normalised_embedding_tells_how_long_it_was() -> None:
+def test_what_has_no_text_is_left_out_of_the_contrast_with_texts() -> None:
     torch.manual_seed(0)
-    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
-    encoder = TinyEncoder(config).eval()
-    with torch.no_grad():
-        encoder.projection.weight[7] *= 0.01  # so that one direction is all but unused
-    drawings = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8)
-    drawings[:, 3] = 255
-    before_nD = mean_patch_tokens(encoder, drawings, torch.device("cpu"))
-    length_n = before_nD.norm(dim=1)
-    keep_length(encoder, before_nD, 0.2)
-    after_nD = mean_patch_tokens(encoder, drawings, torch.device("cpu"))
-    added_nD = after_nD - before_nD
-    torch.testing.assert_close(added_nD, added_nD[:1].expand_as(added_nD), atol=0.05 * float(length_n.median()), rtol=0)
-    direction_D = added_nD.mean(0) / added_nD.mean(0).norm()
-    kept_n = embed_drawings(encoder, drawings, torch.device("cpu")) @ direction_D
-    assert torch.corrcoef(torch.stack([kept_n, 1 / length_n]))[0, 1] > 0.9
+    objective = Objective(torch.eye(4), 4, Settings(), things=2)
+    label = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
+    embedding = torch.nn.functional.normalize(torch.randn(12, 4), dim=1)
+    entities = torch.tensor([0, 1, 2, 3, 6, 7, 8, 9])
+    both, alone = objective(embedding, label, 4), objective(embedding[entities], label[entities], 4)
+    others = embedding.clone()
+    others[[4, 5, 10, 11]] *= -1
+    assert objective(others, label, 4)["text"] != both["text"]  # they are wrong answers to the texts
+    assert both["text"] > alone["text"]
+    objective.warm(torch.eye(6, 4))
+    assert torch.equal(objective.prototypes, torch.eye(6, 4))
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

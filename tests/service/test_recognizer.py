@@ -5,19 +5,14 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
-import numpy as np
-import onnxruntime
 import pytest
 
 from core.errors import BundleAltered, BundleMissing, TooLarge, UndecodableImage, UserError
 from index.bundle import Bundle
-from index.calibration import Familiarity, background
 from service.answers import Recognition, RecognizeOptions
 from service.recognizer import Recognizer
 from service.settings import Settings
-from tests.conftest import embed
 
 
 @pytest.fixture(scope="module")
@@ -63,34 +58,14 @@ def test_the_pixel_limit_holds(recognizer, tmp_path):
 
 
 def test_without_calibration_there_is_no_confidence(small_bundle, small_images, tmp_path):
+    from dataclasses import replace
+
     bundle = Bundle.open(small_bundle)
     plain = replace(bundle, manifest=replace(bundle.manifest, calibration=None))
     with Recognizer(plain, Settings(threads=1)) as recognizer:
         (answer,) = recognizer.recognize_many([small_images["Q140"]])
     assert (answer.known, answer.abstained) == (None, None)
     assert {each.confidence for each in answer.predictions} == {None}
-
-
-def test_known_is_judged_by_the_embedding_too(small_bundle, small_images):
-    bundle = Bundle.open(small_bundle)
-    direction_D = np.random.default_rng(0).normal(size=bundle.manifest.embedding_dim)
-    calibration = replace(
-        bundle.calibration,
-        familiarity=Familiarity(offset=-1.0, best=2.0, background=-1.0, direction=tuple(direction_D.tolist())),
-    )
-    session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
-    judging = replace(bundle, manifest=replace(bundle.manifest, calibration=calibration.to_dict()))
-    with Recognizer(judging, Settings(device="cpu", threads=1)) as recognizer:
-        for image in list(small_images.values())[:3]:
-            answers = [
-                recognizer.recognize_many([image], RecognizeOptions(top_k=12, types=t))[0] for t in ((), ("monument",))
-            ]
-            scores = [each.score for each in answers[0].predictions]
-            for answer in answers:  # what a filter leaves is judged beside the background of the whole catalog
-                best = [each.score for each in answer.predictions]
-                known = calibration.known(best, background(scores), embed(session, image))
-                assert answer.known == pytest.approx(known, abs=1e-4)
-                assert answer.abstained == (known < 0.5)
 
 
 def test_a_missing_and_an_altered_bundle_are_refused(small_bundle, tmp_path):
