@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from index.bundle import Bundle, list_files
 from index.embeddings import rows_file, vectors_file, write_shard
-from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE, STORE_FILE, Counts
+from index.manifest import EMBEDDINGS_FOLDER, FAMILIARITY_FILE, MANIFEST_FILE, STORE_FILE, Counts
 from index.store import INDEXES, SCHEMA, StoredEntity, write_store
 
 Float32Array = npt.NDArray[np.float32]
@@ -145,7 +145,8 @@ def write_bundle(folder: Path, like: Bundle, *, count: int, progress: bool = Fal
             yield _entity(row), None
 
     write_store(folder / STORE_FILE, entities())
-    shutil.copyfile(like.image_encoder_path, folder / like.manifest.image_encoder.file)
+    for file in {like.manifest.image_encoder.file, FAMILIARITY_FILE} & like.manifest.files.keys():
+        shutil.copyfile(like.path / file, folder / file)
     dim = np.load(folder / EMBEDDINGS_FOLDER / vectors_file(0), mmap_mode="r").shape[1]
     manifest = replace(
         like.manifest,

@@ -42,6 +42,7 @@ VALIDATION_SHARE = 0.25
 SPLIT_SEED = 20260310
 PHOTO_SEED = 9921
 PHOTO_PX = 256
+CALIBRATION_PHOTOS = 5  # of a drawing that confidences are fitted to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,22 +148,22 @@ def visible(drawings: Iterable[Drawing], build: Path) -> list[Drawing]:
     return [drawing for drawing in drawings if (build / drawing.image).exists()]
 
 
-def _photograph_all(drawn: list[Drawing], build: Path, seed: int) -> None:
+def _photograph_all(drawn: list[Drawing], build: Path, seed: int, number: int = 1) -> None:
     (build / "photos").mkdir(exist_ok=True)
     for start in tqdm(range(0, len(drawn), 32), desc="photos", unit="batch"):
         batch = drawn[start : start + 32]
-        if all((build / _photo(drawing)).exists() for drawing in batch):
+        if all((build / _photo(drawing, number)).exists() for drawing in batch):
             continue
         photographer = Photographer(seed + start)
         drawings = premultiply(torch.stack([to_tensor(Image.open(build / d.image)) for d in batch]))
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
         photos = photographer.photograph(drawings, PHOTO_PX, strength)
         for drawing, photo, quality in zip(batch, photos, (95 - 60 * strength).int().tolist(), strict=True):
-            write_durably(build / _photo(drawing), to_jpeg(photo, quality))
+            write_durably(build / _photo(drawing, number), to_jpeg(photo, quality))
 
 
-def _photo(drawing: Drawing) -> str:
-    return f"photos/{drawing.artist}_{Path(drawing.image).stem}.jpg"
+def _photo(drawing: Drawing, number: int = 1) -> str:
+    return f"photos/{drawing.artist}_{Path(drawing.image).stem}{f'_{number}' if number > 1 else ''}.jpg"
 
 
 def _queries(queries: list[Drawing], part: str, how: str) -> Iterable[dict[str, object]]:
@@ -171,11 +172,11 @@ def _queries(queries: list[Drawing], part: str, how: str) -> Iterable[dict[str, 
             yield _labelled(drawing, how, f"{drawing.kind}_{how}_{drawing.split.removeprefix(part + '_')}")
 
 
-def _labelled(drawing: Drawing, how: str, data_split: str) -> dict[str, object]:
-    """A row of a pairs or queries file: the drawing itself (`clean`) or its photograph (`photo`)."""
+def _labelled(drawing: Drawing, how: str, data_split: str, number: int = 1) -> dict[str, object]:
+    """A row of a pairs or queries file: the drawing itself (`clean`) or one of its photographs (`photo`)."""
     return {
-        "data_id": f"{how}:{drawing.artist}:{drawing.entity_id}",
-        "image": drawing.image if how == "clean" else _photo(drawing),
+        "data_id": f"{how}{number if number > 1 else ''}:{drawing.artist}:{drawing.entity_id}",
+        "image": drawing.image if how == "clean" else _photo(drawing, number),
         "entity_id": drawing.entity_id,
         "data_split": data_split,
     }
@@ -208,17 +209,27 @@ def build_symbols_files(build: Path) -> None:
     for part in ("val", "test"):
         for how in ("clean", "photo"):
             _write_jsonl(build / f"queries_{part}_{how}.jsonl", _queries(queries, part, how))
+    # By artists that the image encoder never saw: confidences are fitted to all of their drawings but the test's.
+    unfamiliar = [d for d in queries if d.split.startswith("val")] + [d for d in training if d.role == "adapt"]
+    views = [("clean", 1), *(("photo", number) for number in range(1, CALIBRATION_PHOTOS + 1))]
+    for number in range(2, CALIBRATION_PHOTOS + 1):
+        _photograph_all(unfamiliar, build, PHOTO_SEED + number * 10**6, number)
+    _write_jsonl(
+        build / "queries_calibration.jsonl",
+        (_labelled(d, how, f"{d.kind}_{how}", number) for d in unfamiliar for how, number in views),
+    )
     click.echo(f"{len(catalog)} entities, {len(drawings)} drawings, {len(queries)} queries in {build.name}/")
 
 
 def _record(symbol: Symbol, drawn: list[Drawing], build: Path) -> dict[str, object]:
-    colours = main_colours(np.concatenate([np.asarray(Image.open(build / d.image)) for d in drawn]))
+    pixels = [np.asarray(Image.open(build / d.image)) for d in drawn]
+    colours = main_colours(np.concatenate(pixels))
     text = symbol.knowledge + (f" It is drawn mainly in {', '.join(colours)}." if colours else "")
     return {
         "entity_id": symbol.entity_id,
         "title": symbol.title,
         "text": text,
-        "images": [d.image for d in drawn],
+        "images": [d.image for d, each in zip(drawn, pixels, strict=True) if not is_blank(each, on_white=True)],
         "url": symbol.url,
         "types": symbol.types,
         "titles": symbol.titles,

@@ -1,8 +1,8 @@
 """Makes the committed demo: `python -m demo.bundle`, or `make demo-bundle`.
 
-Runs the commands a user would: `wikiclip train` on Symbols with the tiny image encoder, `wikiclip export`, and
-`wikiclip evaluate` on the held-out artists' drawings. Writes `demo/checkpoint/`, `demo/bundle/` and
-`demo/accuracy.json`.
+Runs the commands a user would: `wikiclip train` on Symbols with the tiny image encoder, `wikiclip export`,
+`wikiclip evaluate` on the held-out artists' drawings, and `wikiclip recognize` on images that show nothing. Writes
+`demo/checkpoint/`, `demo/bundle/` and `demo/accuracy.json`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+from PIL import Image
 
 from core.files import write_durably
 from demo.build import BUILD
+from export.outliers import outlier_images
 from model.tiny import BUILT_IN
 
 DEMO = Path(__file__).parent
 LEFT_OUT = "0.2"  # share of the entities that are unknown when unknowns are told from the rest
 TRAINING = "--epochs 1 --width 128 --batch-size 256 --lr 1e-5 --modality-dropout 0.15 --dropout 0.2 --seed 0"
+NOTHINGS = 400
 FACTORY = "SQfp16"  # exact, since embeddings are float16, and half the size of Flat
 
 
@@ -41,6 +44,18 @@ def _evaluate(build: Path, bundle: Path, how: str, *options: str) -> dict[str, o
         )
     )  # fmt: skip
     return figures
+
+
+def _of_nothing(bundle: Path) -> dict[str, object]:
+    """How many images that show nothing, others than the bundle was fitted to, it abstains from."""
+    folder, answers = bundle.parent / "nothing", bundle.parent / "answers_nothing.jsonl"
+    folder.mkdir(exist_ok=True)
+    for number, pixels_SS3 in enumerate(outlier_images(NOTHINGS, 256, seed=1)):
+        Image.fromarray(pixels_SS3).save(folder / f"{number:03}.png")
+    answers.unlink(missing_ok=True)
+    _wikiclip("recognize", folder, "--bundle", bundle, "--out", answers)
+    abstained = [json.loads(line)["abstained"] for line in answers.read_text(encoding="utf-8").splitlines()]
+    return {"images": len(abstained), "abstained": sum(abstained)}
 
 
 def accuracy_table(accuracy: dict[str, Any]) -> str:
@@ -83,13 +98,14 @@ def main(build: Path, image_encoder: Path) -> None:
     )  # fmt: skip
     _wikiclip(
         "export", "--catalog", build / "catalog.jsonl", "--checkpoint", checkpoint, "--out", bundle,
-        "--validation", build / "queries_val_photo.jsonl", "--name", "symbols",
+        "--validation", build / "queries_calibration.jsonl", "--name", "symbols",
     )  # fmt: skip
     _wikiclip("index", "--bundle", bundle, "--factory", FACTORY, "--device", "cpu")
     accuracy = {how: _evaluate(build, bundle, how) for how in ("clean", "photo")}
     accuracy |= {
         f"{how}_left_out": _evaluate(build, bundle, how, "--leave-out", LEFT_OUT) for how in ("clean", "photo")
     }
+    accuracy["nothing"] = _of_nothing(bundle)
     for made, kept in ((checkpoint, DEMO / "checkpoint"), (bundle, DEMO / "bundle")):
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(made, kept)

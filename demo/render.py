@@ -46,9 +46,13 @@ def render(svg: str) -> Image.Image:
     return square
 
 
-def is_blank(rgba: npt.NDArray[np.uint8]) -> bool:
-    """True if nothing can be seen: a drawing whose features the renderer does not know comes out empty."""
-    return bool((rgba[..., 3] > 16).mean() < 0.005)
+def is_blank(rgba: npt.NDArray[np.uint8], *, on_white: bool = False) -> bool:
+    """True if nothing can be seen: a drawing whose features the renderer does not know comes out empty. `on_white` it
+    takes a mark in white for nothing, too."""
+    visible = rgba[..., 3] > 16
+    if on_white:
+        visible &= (rgba[..., :3] < 240).any(axis=-1)
+    return bool(visible.mean() < 0.005)
 
 
 def main_colours(rgba: npt.NDArray[np.uint8], *, most: int = 3, least_share: float = 0.1) -> list[str]:

@@ -62,6 +62,7 @@ class Settings:
     prototype_weight: float = 1.0
     average_decay: float = 0.998
     start_share: float = 0.0  # of the encoder that training began from in the weights that are written
+    length_share: float = 0.0  # of an embedding's length that `keep_length` adds at the end
     snapshot_every: int = 400  # steps
     seed: int = 7
 
@@ -75,7 +76,7 @@ CONFIG_ON_GPU = TinyConfig(attention_layers=4, size_px=112)
 # From a trained encoder on, with icons: an hour of two cores.
 WITH_ICONS = Settings(
     steps=1200, small_share=0.417, small_px=80, entities_per_batch=96, things_per_batch=64, learning_rate=7e-4,
-    warmup_steps=40, hardest_from=0.0, average_decay=0.995, start_share=0.5,
+    warmup_steps=40, hardest_from=0.0, average_decay=0.995, start_share=0.5, length_share=0.2,
     snapshot_every=300,
 )  # fmt: skip
 _LOG_EVERY = 50  # steps
@@ -241,12 +242,18 @@ def text_embeddings(build: Path, entities: list[str]) -> torch.Tensor:
 
 @torch.no_grad()
 def embed(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Embeddings of float images in 0 to 1, `[B, D]`."""
+    """Embeddings of float images in 0 to 1, `[B, D]`, L2-normalised."""
+    return F.normalize(_pooled(encoder, pixels_B3HW, device), dim=1)
+
+
+@torch.no_grad()
+def _pooled(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The mean patch token of float images in 0 to 1, `[B, D]`: the embedding before it is normalised."""
     out = []
     for start in range(0, len(pixels_B3HW), 256):
         batch = _normalised(pixels_B3HW[start : start + 256].to(device))
         with torch.autocast(device.type, torch.bfloat16):
-            out.append(encoder(batch)[1].float())
+            out.append(encoder(batch)[0].float().mean(1))
     return torch.cat(out)
 
 
@@ -255,9 +262,14 @@ def _normalised(pixels_B3HW: torch.Tensor) -> torch.Tensor:
     return ((pixels_B3HW - 0.5) / 0.5).contiguous(memory_format=torch.channels_last)
 
 
+def mean_patch_tokens(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What embeddings of drawings are before they are normalised, `[n, D]`; drawings as `load_rgba` gives them."""
+    return torch.cat([_pooled(encoder, on_white(rgba[i : i + 512]), device) for i in range(0, len(rgba), 512)])
+
+
 def embed_drawings(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Embeddings of drawings as `load_rgba` gives them, on white, `[n, D]`."""
-    return torch.cat([embed(encoder, on_white(rgba[i : i + 512]), device) for i in range(0, len(rgba), 512)])
+    """Embeddings of drawings, on white, `[n, D]`, L2-normalised."""
+    return F.normalize(mean_patch_tokens(encoder, rgba, device), dim=1)
 
 
 def prototypes(
@@ -481,11 +493,14 @@ def train(
         "begun_from_sha256": begun_from,
         "torch": torch.__version__,
     }
-    average = state.average.cpu()
+    average = state.average
     if isinstance(start, Path):  # WiSE-FT, Wortsman et al., 2022
-        mix(average, read_tiny(start)[0], settings.start_share)
+        mix(average, read_tiny(start)[0].to(device), settings.start_share)
+    if settings.length_share:
+        drawn = load_rgba(training, build, config.size_px)
+        keep_length(average, mean_patch_tokens(average, drawn, device), settings.length_share)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_tiny(average, preprocessing, out, notes=notes)
+    save_tiny(average.cpu(), preprocessing, out, notes=notes)
 
 
 def _parameter_groups(encoder: nn.Module, objective: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -516,6 +531,22 @@ def mix(encoder: TinyEncoder, other: TinyEncoder, share: float) -> None:
             mine.lerp_(theirs, share)
         else:
             mine.copy_(theirs)
+
+
+@torch.no_grad()
+def keep_length(encoder: TinyEncoder, pooled_nD: torch.Tensor, share: float) -> None:
+    """Let an embedding tell, once it is normalised, how long it was: the surer of an image, the longer (as in MagFace,
+    Meng et al., CVPR 2021).
+
+    Every mean patch token (`pooled_nD` are those of drawings) gets the same vector added, `share` of their median
+    length, in the direction in which embeddings differ least. What lies there after normalising is the more, the
+    shorter the rest was; cosines hardly change. Whether a query is known is judged by its embedding, too, and that is
+    where this shows (`index/familiarity.py`).
+    """
+    directions_DD = torch.linalg.eigh(torch.cov(F.normalize(pooled_nD, dim=1).T)).eigenvectors
+    added_D = share * pooled_nD.norm(dim=1).median() * directions_DD[:, 0]
+    # Before the projection, which has no bias; saliency is a softmax over patches, which have all the same added.
+    encoder.norm.bias.add_(torch.linalg.pinv(encoder.projection.weight) @ added_D)
 
 
 def _average(state: State, settings: Settings) -> None:

@@ -22,6 +22,7 @@ from index.bundle import list_files
 from index.calibration import Calibration
 from index.embeddings import EmbeddingShards
 from index.manifest import (
+    FAMILIARITY_FILE,
     IMAGE_ENCODER_FILE,
     INDEX_FILE,
     INT8_ENCODER_FILE,
@@ -67,6 +68,7 @@ def assemble(
     calibration: Calibration | None = None
     int8: Int8Entry | None = None
     spool.take_back(INT8_ENCODER_FILE)
+    spool.take_back(FAMILIARITY_FILE)
     if config.validation is not None or config.int8:
         index = EntityIndex.read(spool.bundle / INDEX_FILE, embeddings, index_manifest.parameters)
         with EntityStore(spool.bundle / STORE_FILE) as store:
@@ -74,6 +76,8 @@ def assemble(
                 calibration, unusable = calibrate(
                     config.validation, checkpoint, index, store, batch_size=config.batch_size
                 )
+                if calibration.familiarity is not None:
+                    calibration.familiarity.write(spool.bundle / FAMILIARITY_FILE)
                 for rejected in unusable:
                     log.add(rejected)
             if config.int8:

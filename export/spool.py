@@ -85,7 +85,7 @@ class Spool:
         write_durably(self._work / "image_encoder.json", json.dumps(asdict(parity)).encode())
 
     def take_back(self, file: str) -> None:
-        """Take away an ONNX file with its data, which an export that goes on without it has left."""
+        """Take away a file, of ONNX with its data, which an export that goes on without it has left."""
         for each in self.bundle.glob(f"{file}*"):
             each.unlink()
 

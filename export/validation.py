@@ -6,7 +6,7 @@ Shapes: B batch, H = W = size_px, D embedding width, N queries, K best entities,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -18,11 +18,15 @@ from catalog.images import LocalImages, UnusableImage
 from core.errors import TooLarge, UndecodableImage, UnknownEntity
 from core.jsonl import Rejected, read_jsonl
 from export.decode import MAX_PIXELS
+from export.outliers import outlier_images
 from imaging import Preprocessing, load_pixels
-from index.calibration import CANDIDATES, Calibration, fit_calibration
+from index.calibration import CANDIDATES, Asked, Calibration, fit_calibration, with_familiarity
 from index.search import EntityIndex
 from index.store import EntityStore
 from model.checkpoint import Checkpoint
+
+# Images that show nothing, to fit to: one for so many queries, within bounds.
+_QUERIES_AN_OUTLIER, _LEAST_OUTLIERS, _MOST_OUTLIERS = 10, 64, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,32 +40,54 @@ class Query:
 def calibrate(
     queries: Path, checkpoint: Checkpoint, index: EntityIndex, store: EntityStore, *, batch_size: int
 ) -> tuple[Calibration, list[Rejected]]:
-    """Answer the queries and fit a calibration to their best scores.
+    """Answer the queries, and images that show nothing, and fit a calibration to their best scores and embeddings.
 
     Queries for entities that the store does not hold take part as what they are: unknown, never right. Returns the
     queries that could not be used, too. Raises `CatalogError` if the file cannot be read, `UserError` if nothing can
     be fitted.
     """
     rejected: list[Rejected] = []
-    own_rows: list[int] = []  # -1: the store does not hold that entity
-    rows: list[npt.NDArray[np.int64]] = []
-    scores: list[npt.NDArray[np.float32]] = []
-    pending = read_queries(queries, checkpoint.image_encoder.preprocessing, rejected)
-    while batch := list(islice(pending, batch_size)):
-        pixels_BHW3 = np.stack([query.pixels_HW3 for query in batch])
-        rows_BF, scores_BF = index.search(checkpoint.embed_queries(pixels_BHW3), CANDIDATES + 1)
-        own_rows += [row_of(query.entity_id, store) for query in batch]
-        rows += list(rows_BF)
-        scores += list(scores_BF)
-    rows_NF = np.array(rows, np.int64).reshape(-1, CANDIDATES + 1)
-    scores_NF = np.array(scores, np.float64).reshape(-1, CANDIDATES + 1)
-    scores_NF[rows_NF < 0] = np.nan
-    own_N = np.array(own_rows, np.int64)
+    entity_ids: list[str] = []
+    preprocessing = checkpoint.image_encoder.preprocessing
+
+    def decoded() -> Iterator[npt.NDArray[np.uint8]]:
+        for query in read_queries(queries, preprocessing, rejected):
+            entity_ids.append(query.entity_id)
+            yield query.pixels_HW3
+
+    rows_NF, asked = _ask(decoded(), checkpoint, index, batch_size)
+    own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)  # -1: not in the store
     right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
-    calibration = fit_calibration(
-        scores_NF[:, :CANDIDATES], right_NF[:, :CANDIDATES], own_N >= 0, _without(scores_NF, right_NF)
+    without_NK = _without(asked.scores_NK, right_NF)
+    best = replace(asked, scores_NK=asked.scores_NK[:, :CANDIDATES])
+    calibration = fit_calibration(best.scores_NK, right_NF[:, :CANDIDATES], own_N >= 0, without_NK)
+    count = min(max(len(own_N) // _QUERIES_AN_OUTLIER, _LEAST_OUTLIERS), _MOST_OUTLIERS)
+    _, outliers = _ask(iter(outlier_images(count, preprocessing.size_px)), checkpoint, index, batch_size)
+    calibration = with_familiarity(
+        calibration,
+        best,
+        own_N >= 0,
+        without_NK,
+        group_N=np.unique(entity_ids, return_inverse=True)[1],
+        outliers=replace(outliers, scores_NK=outliers.scores_NK[:, :CANDIDATES]),
     )
     return calibration, rejected
+
+
+def _ask(
+    images: Iterator[npt.NDArray[np.uint8]], checkpoint: Checkpoint, index: EntityIndex, batch_size: int
+) -> tuple[npt.NDArray[np.int64], Asked]:
+    """The best rows `[N, F]`, one more than a calibration looks at, and their scores with the queries' embeddings."""
+    rows = [np.zeros((0, CANDIDATES + 1), np.int64)]
+    scores = [np.zeros((0, CANDIDATES + 1))]
+    embeddings = [np.zeros((0, checkpoint.image_encoder.embedding_dim), np.float32)]
+    while batch := list(islice(images, batch_size)):
+        queries_BD = checkpoint.embed_queries(np.stack(batch))
+        rows_BF, scores_BF = index.search(queries_BD, CANDIDATES + 1)
+        rows.append(rows_BF)
+        scores.append(np.where(rows_BF < 0, np.nan, scores_BF.astype(np.float64)))
+        embeddings.append(queries_BD)
+    return np.concatenate(rows), Asked(scores_NK=np.concatenate(scores), embeddings_ND=np.concatenate(embeddings))
 
 
 def _without(scores_NF: npt.NDArray[np.float64], right_NF: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:

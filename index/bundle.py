@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -14,8 +15,10 @@ from core.files import sha256_file
 from index.calibration import Calibration
 from index.embeddings import EmbeddingShards
 from index.entity_side import ENTITY_SIDE_FOLDER, EntitySide
+from index.familiarity import Familiarity
 from index.manifest import (
     EMBEDDINGS_FOLDER,
+    FAMILIARITY_FILE,
     INDEX_FILE,
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
@@ -74,11 +77,14 @@ class Bundle:
     def image_encoder_path(self) -> Path:
         return self.path / self.manifest.image_encoder.file
 
-    @property
+    @cached_property
     def calibration(self) -> Calibration | None:
         """None where the bundle was exported without validation queries."""
-        content = self.manifest.calibration
-        return None if content is None else Calibration.from_dict(content)
+        if self.manifest.calibration is None:
+            return None
+        has_familiarity = FAMILIARITY_FILE in self.manifest.files
+        familiarity = Familiarity.read(self.path / FAMILIARITY_FILE) if has_familiarity else None
+        return Calibration.from_dict(self.manifest.calibration, familiarity)
 
     def store(self) -> EntityStore:
         return EntityStore(self.path / STORE_FILE)

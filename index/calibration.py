@@ -5,20 +5,23 @@
 more choice, which wins where no score stands out from what the query scores anyway. So a near twin of the best entity
 and a query that is like everything both lower the confidence, and those of an answer never add up to more than 1.
 
-Shapes: N queries, K the best entities of each, falling; NaN pads where there are fewer.
+Whether the catalog has the entity at all is another question, which `index.familiarity` answers.
+
+Shapes: N queries, K the best entities of each, falling; NaN pads where there are fewer. D embedding width.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
+from index.familiarity import Examples, Familiarity, fit_familiarity
 
 CANDIDATES = 10  # K
 
@@ -27,8 +30,10 @@ _MAX_NEWTON_STEPS = 100
 _RIDGE = 1e-4  # keeps the optimum finite where right and wrong separate perfectly; no weight against real data
 _HOW_TO_GO_ON = "give more validation queries or leave --validation out"
 
+Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,8 @@ class Calibration:
     """The parameters of the softmax, and the probability of being in the catalog below which an answer abstains.
 
     `queries`, `correct` and `unknown` (queries for entities outside the catalog, those made by leaving out among them
-    where they were fitted to) say what it was fitted on.
+    where the softmax was fitted to them) say what it was fitted on. Without a `familiarity`, as older bundles are and
+    those of a catalog of one entity, what "none of these" leaves is taken for the probability of being in the catalog.
     """
 
     slope: float
@@ -47,39 +53,48 @@ class Calibration:
     correct: int
     unknown: int
     candidates: int = CANDIDATES
+    familiarity: Familiarity | None = None
 
     def confidences(self, scores: Sequence[float], background: float) -> list[float]:
         """The probability of being right of each prediction, whose cosines are given best first.
 
         `background` is that of `background(...)`, over the whole catalog even where `scores` were filtered.
         """
-        return self.judge(scores, background)[0]
+        return self._softmax(scores, background)[0]
 
-    def known(self, scores: Sequence[float], background: float) -> float:
-        """The probability that the right entity is among the best; 0 without any."""
-        return self.judge(scores, background)[1]
+    def known(self, scores: Sequence[float], background: float, embedding_D: Float32Array) -> float:
+        """The probability that the catalog has the entity that the query shows; 0 without any prediction."""
+        return self.judge(scores, background, embedding_D)[1]
 
     def abstains(self, known: float) -> bool:
         """Whether the entity is probably not in the catalog, by what `known` gave."""
         return known < self.abstain_below
 
-    def judge(self, scores: Sequence[float], background: float) -> tuple[list[float], float]:
+    def judge(self, scores: Sequence[float], background: float, embedding_D: Float32Array) -> tuple[list[float], float]:
         """`confidences` and `known` at once."""
+        confidences, among_them = self._softmax(scores, background)
+        if self.familiarity is None or not scores:
+            return confidences, among_them
+        return confidences, self.familiarity.known(scores[0], background, embedding_D)
+
+    def _softmax(self, scores: Sequence[float], background: float) -> tuple[list[float], float]:
+        """The confidences, and the probability that one of the best is right."""
         none = self.none_offset + self.none_slope * background
         logits = [self.slope * score for score in scores]
         total = _log_sum_exp([none, *logits[: self.candidates]])
         return [math.exp(min(logit - total, 0.0)) for logit in logits], 1.0 - math.exp(none - total)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Everything but `familiarity`, which has a file of its own."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "familiarity"}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+    def from_dict(cls, content: Mapping[str, Any], familiarity: Familiarity | None = None) -> Self:
         """What `to_dict` gave. A first form of it had a sigmoid of the best score only: `a`, `b`."""
         if "a" in content:
             rest = {key: value for key, value in content.items() if key not in ("a", "b")}
             return cls(slope=content["a"], none_offset=-content["b"], none_slope=0.0, unknown=0, candidates=1, **rest)
-        return cls(**content)
+        return cls(**content, familiarity=familiarity)
 
 
 def background(scores: Sequence[float]) -> float:
@@ -131,29 +146,74 @@ def fit_calibration(
         correct=right,
         unknown=unknown,
     )
-    as_known_N = np.array([_known(fitted, scores_K) for scores_K in scores_NK])
-    left_out_N = np.array([_known(fitted, scores_K) for scores_K in without_NK[known_N]])
-    known = np.concatenate([known_N, np.zeros(len(left_out_N), bool)])
-    threshold = _balanced_threshold(np.concatenate([as_known_N, left_out_N]), known)
-    return Calibration(**{**fitted.to_dict(), "abstain_below": threshold})
+    asked_NK = np.concatenate([scores_NK, without_NK[known_N]])
+    is_known_N = np.concatenate([known_N, np.zeros(len(asked_NK) - len(known_N), bool)])
+    among_them_N = np.array([fitted._softmax(scores, background(scores))[1] for scores in map(_there, asked_NK)])
+    return replace(fitted, abstain_below=_balanced_threshold(among_them_N, is_known_N))
 
 
-def _known(calibration: Calibration, scores_K: Float64Array) -> float:
-    scores = scores_K[~np.isnan(scores_K)].tolist()
-    return calibration.known(scores, background(scores))
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What queries gave: their best scores and their embeddings."""
+
+    scores_NK: Float64Array
+    embeddings_ND: Float32Array
+
+
+def with_familiarity(
+    calibration: Calibration,
+    queries: Asked,
+    known_N: BoolArray,
+    without_NK: Float64Array,
+    group_N: IntArray,
+    outliers: Asked,
+) -> Calibration:
+    """The calibration with a `familiarity` fitted to the same queries, and to images that show no entity.
+
+    Unknown are the queries that are given as such, the known ones without the right entity (`without_NK`), both with
+    nine tenths of the weight of all known ones, and `outliers` with the rest. `group_N` numbers the queries' entities.
+    The threshold is taken anew: it parts known queries from unknown ones, by what fits without them say of them. Where
+    nothing is left without the right entity, in a catalog of one, the calibration is returned as it was.
+    """
+    left_out_N = np.flatnonzero(known_N & ~np.isnan(without_NK[:, 0]))
+    if not len(left_out_N):
+        return calibration
+    scores_MK = np.concatenate([queries.scores_NK, without_NK[left_out_N], outliers.scores_NK])
+    embeddings_ND = queries.embeddings_ND
+    outliers_count, of_queries = len(outliers.scores_NK), len(known_N) + len(left_out_N)
+    is_known_M = np.concatenate([known_N, np.zeros(len(left_out_N) + outliers_count, bool)])
+    weight_M = np.where(is_known_M, 1.0, 0.9 * known_N.sum() / (of_queries - known_N.sum()))
+    weight_M[of_queries:] = 0.1 * known_N.sum() / max(outliers_count, 1)
+    scores_of_all = [_there(scores_K) for scores_K in scores_MK]
+    familiarity, probability_M = fit_familiarity(
+        Examples(
+            best_N=scores_MK[:, 0],
+            background_N=np.array([background(scores) for scores in scores_of_all]),
+            embeddings_ND=np.concatenate([embeddings_ND, embeddings_ND[left_out_N], outliers.embeddings_ND]),
+            known_N=is_known_M,
+            group_N=np.concatenate([group_N, group_N[left_out_N], group_N.max() + 1 + np.arange(outliers_count)]),
+            weight_N=weight_M,
+        )
+    )
+    judged_N = np.flatnonzero(~np.isnan(probability_M[:of_queries]))
+    threshold = _balanced_threshold(probability_M[judged_N], is_known_M[judged_N])
+    return replace(calibration, familiarity=familiarity, abstain_below=threshold)
+
+
+def _there(scores_K: Float64Array) -> list[float]:
+    """The scores of a query without what pads them."""
+    scores: list[float] = scores_K[~np.isnan(scores_K)].tolist()
+    return scores
 
 
 def _maximum_likelihood(scores_NK: Float64Array, right_NK: BoolArray) -> tuple[float, float, float]:
     """Newton's method on a convex loss: `slope`, `none_offset` and `none_slope` as weights of three features."""
     there_NK = ~np.isnan(scores_NK)
-    background_N = np.array(
-        [background(scores_K[there_K]) for scores_K, there_K in zip(scores_NK, there_NK, strict=True)]
-    )
     queries, candidates = scores_NK.shape
     features_NC3 = np.zeros((queries, candidates + 1, 3))
     features_NC3[:, :-1, 0] = np.where(there_NK, scores_NK, 0.0)
     features_NC3[:, -1, 1] = 1.0
-    features_NC3[:, -1, 2] = background_N
+    features_NC3[:, -1, 2] = [background(scores) for scores in map(_there, scores_NK)]
     absent_NC = np.concatenate([np.where(there_NK, 0.0, -np.inf), np.zeros((queries, 1))], axis=1)
     target_NC = np.concatenate([right_NK, ~right_NK.any(axis=1, keepdims=True)], axis=1).astype(np.float64)
 

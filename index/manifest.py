@@ -18,6 +18,7 @@ INDEX_FILE = "index/entity.faiss"
 INDEX_MANIFEST_FILE = "index/manifest.json"
 STORE_FILE = "entities.sqlite"
 EMBEDDINGS_FOLDER = "embeddings"
+FAMILIARITY_FILE = "familiarity.npz"  # of a calibrated bundle
 IMAGE_ENCODER_FILE = "image_encoder.onnx"
 INT8_ENCODER_FILE = "image_encoder.int8.onnx"
 FLOAT16_ENCODER_FILE = "image_encoder.float16.onnx"

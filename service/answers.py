@@ -70,8 +70,8 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class Recognition:
-    """Predictions, best first. `known` is the probability that the right entity is in the catalog and among the best,
-    `abstained` says that it is probably not in there; both None without calibration.
+    """Predictions, best first. `known` is the probability that the entity is in the catalog, `abstained` says that
+    it is probably not; both None without calibration.
 
     `cached` says that the image was not encoded for this answer. `timings_ms` has the stages that took place
     (`decode`, `queue`, `encode`, `search`) and `total`.

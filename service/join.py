@@ -1,10 +1,16 @@
-"""From entity rows and cosines to predictions: selections, records, confidence."""
+"""From entity rows and cosines to predictions: selections, records, confidence.
+
+Shapes: D embedding width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
 
 from index.calibration import CANDIDATES, Calibration, background
 from index.selection import Selection
@@ -56,17 +62,22 @@ class Joiner:
         anyway = background(scores if found.anyway_scores is None else found.anyway_scores.tolist())
         if first is None:
             first = self._store.by_rows(found.rows[: options.top_k].tolist())
-        return self._rank(first, scores, anyway, options)
+        return self._rank(first, scores, anyway, found.embedding_D, options)
 
     def _rank(
-        self, first: Sequence[StoredEntity], scores: Sequence[float], background: float, options: RecognizeOptions
+        self,
+        first: Sequence[StoredEntity],
+        scores: Sequence[float],
+        background: float,
+        embedding_D: npt.NDArray[np.float32],
+        options: RecognizeOptions,
     ) -> Ranking:
         """`first` of the entities that were allowed, and the `scores` of all of those. Whether to trust the answer is
         said of all, before `min_score` drops any."""
         confidences: Sequence[float | None] = [None] * len(scores)
         known: float | None = None
         if self._calibration is not None:
-            sure, probably_known = self._calibration.judge(scores, background)
+            sure, probably_known = self._calibration.judge(scores, background, embedding_D)
             confidences, known = [round(each, 6) for each in sure], round(probably_known, 6)
         shown = [
             (entity, score, confidence)

@@ -46,7 +46,7 @@ class RecognizeResponse(BaseModel):
     model: str
     bundle: str = Field(description="name@fingerprint of the bundle that answered.")
     cached: bool = Field(description="The image was not encoded for this answer.")
-    known: float | None = Field(description="Probability that the right entity is in the catalog and among the best.")
+    known: float | None = Field(description="Probability that the entity is in the catalog; null without calibration.")
     abstained: bool | None = Field(description="It is probably not in the catalog; null without calibration.")
     predictions: list[PredictionSchema]
     timings_ms: dict[str, float] = Field(

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from demo.build import ADAPTOR_ARTISTS, HELD_OUT_ARTISTS, Drawing, split_entities
+from demo.build import ADAPTOR_ARTISTS, HELD_OUT_ARTISTS, Drawing, _labelled, split_entities
 from demo.entities import Symbol, hexcode, slug
+from demo.render import is_blank
 from demo.wordnet import WordNet
 
 
@@ -52,6 +53,22 @@ def test_a_set_that_names_no_code_points_is_matched_by_its_own_way_of_naming(sym
     bear = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F43B")
     assert bear.drawings["noto-v1"] == "bear"
     assert "cib" in next(symbol for symbol in symbols if symbol.entity_id == "brand:github").drawings
+
+
+def test_white_on_white_is_blank_where_it_is_seen_on_white() -> None:
+    mark = np.zeros((64, 64, 4), np.uint8)
+    assert is_blank(mark)
+    mark[16:48, 16:48] = 255
+    assert not is_blank(mark)
+    assert is_blank(mark, on_white=True)
+    mark[20:28, 20:28, 0] = 0
+    assert not is_blank(mark, on_white=True)
+
+
+def test_a_row_of_queries_names_one_photograph_of_a_drawing(drawings: list[Drawing]) -> None:
+    rows = [_labelled(drawings[0], how, "split", number) for how, number in [("clean", 1), ("photo", 1), ("photo", 2)]]
+    assert len({row["data_id"] for row in rows}) == len({row["image"] for row in rows}) == 3
+    assert rows[1] == _labelled(drawings[0], "photo", "split")
 
 
 def test_every_entity_has_a_title_a_text_and_types(symbols: list[Symbol]) -> None:

@@ -19,7 +19,18 @@ from PIL import Image
 
 from demo.build import Drawing
 from demo.icons import ROLE as ICON_ROLE
-from demo.train_tiny import EntityBatches, Objective, Settings, learning_rate, mix, side_by_side, train
+from demo.train_tiny import (
+    EntityBatches,
+    Objective,
+    Settings,
+    embed_drawings,
+    keep_length,
+    learning_rate,
+    mean_patch_tokens,
+    mix,
+    side_by_side,
+    train,
+)
 from model.tiny import TinyConfig, TinyEncoder, read_tiny
 
 SCRIPT = """
@@ -194,6 +205,25 @@ def test_what_has_no_text_is_left_out_of_the_contrast_with_texts() -> None:
     assert both["text"] > alone["text"]
     objective.warm(torch.eye(6, 4))
     assert torch.equal(objective.prototypes, torch.eye(6, 4))
+
+
+def test_a_normalised_embedding_tells_how_long_it_was() -> None:
+    torch.manual_seed(0)
+    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
+    encoder = TinyEncoder(config).eval()
+    with torch.no_grad():
+        encoder.projection.weight[7] *= 0.01  # so that one direction is all but unused
+    drawings = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8)
+    drawings[:, 3] = 255
+    before_nD = mean_patch_tokens(encoder, drawings, torch.device("cpu"))
+    length_n = before_nD.norm(dim=1)
+    keep_length(encoder, before_nD, 0.2)
+    after_nD = mean_patch_tokens(encoder, drawings, torch.device("cpu"))
+    added_nD = after_nD - before_nD
+    torch.testing.assert_close(added_nD, added_nD[:1].expand_as(added_nD), atol=0.05 * float(length_n.median()), rtol=0)
+    direction_D = added_nD.mean(0) / added_nD.mean(0).norm()
+    kept_n = embed_drawings(encoder, drawings, torch.device("cpu")) @ direction_D
+    assert torch.corrcoef(torch.stack([kept_n, 1 / length_n]))[0, 1] > 0.9
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

@@ -19,6 +19,7 @@ from export.pipeline import export_bundle
 from export.sample import Reservoir
 from imaging import load_pixels
 from index.bundle import Bundle
+from index.calibration import Calibration
 from index.manifest import INT8_ENCODER_FILE
 from service.generation import open_encoder
 from service.settings import Settings
@@ -102,7 +103,10 @@ def test_validation_queries_are_what_it_is_judged_on(
     ]
     validation = tmp_path / "queries.jsonl"
     validation.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{no json\n")
-    monkeypatch.setattr("export.assemble.calibrate", lambda *_, **__: (None, []))
+    calibration = Calibration(
+        slope=20.0, none_offset=10.0, none_slope=0.0, abstain_below=0.5, queries=1, correct=1, unknown=0
+    )
+    monkeypatch.setattr("export.assemble.calibrate", lambda *_, **__: (calibration, []))
     summary = export_bundle(dataclasses.replace(config, out=tmp_path / "b", validation=validation))
     assert summary.int8 is not None
     assert summary.int8.judged_on == "validation queries"

@@ -5,14 +5,20 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
+import onnxruntime
 import pytest
 
-from core.errors import BundleAltered, BundleMissing, TooLarge, UndecodableImage, UserError
-from index.bundle import Bundle
+from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TooLarge, UndecodableImage, UserError
+from index.bundle import Bundle, list_files
+from index.calibration import background
+from index.familiarity import Familiarity
 from service.answers import Recognition, RecognizeOptions
 from service.recognizer import Recognizer
 from service.settings import Settings
+from tests.conftest import embed
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +64,42 @@ def test_the_pixel_limit_holds(recognizer, tmp_path):
 
 
 def test_without_calibration_there_is_no_confidence(small_bundle, small_images, tmp_path):
-    from dataclasses import replace
-
     bundle = Bundle.open(small_bundle)
     plain = replace(bundle, manifest=replace(bundle.manifest, calibration=None))
     with Recognizer(plain, Settings(threads=1)) as recognizer:
         (answer,) = recognizer.recognize_many([small_images["Q140"]])
     assert (answer.known, answer.abstained) == (None, None)
     assert {each.confidence for each in answer.predictions} == {None}
+
+
+def test_known_is_judged_by_the_embedding_too(small_bundle, small_images, tmp_path):
+    folder = tmp_path / "familiar"
+    shutil.copytree(small_bundle, folder)
+    plain = Bundle.open(folder)
+    rng = np.random.default_rng(0)
+    landmarks_LD = rng.normal(size=(5, plain.manifest.embedding_dim)).astype(np.float16).astype(np.float32)
+    Familiarity(
+        offset=-1.0, best=2.0, background=-1.0, width=1.0,
+        landmarks_LD=landmarks_LD, level_L=rng.normal(size=5), slope_L=rng.normal(size=5),
+    ).write(folder / "familiarity.npz")  # fmt: skip
+    replace(plain.manifest, files=list_files(folder)).write(folder / "manifest.json")
+    bundle = Bundle.open(folder)
+    assert bundle.fingerprint != plain.fingerprint
+    session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
+    with Recognizer(bundle, Settings(device="cpu", threads=1)) as recognizer:
+        for image in list(small_images.values())[:3]:
+            answers = [
+                recognizer.recognize_many([image], RecognizeOptions(top_k=12, types=t))[0] for t in ((), ("monument",))
+            ]
+            scores = [each.score for each in answers[0].predictions]
+            for answer in answers:  # what a filter leaves is judged beside the background of the whole catalog
+                best = [each.score for each in answer.predictions]
+                known = bundle.calibration.known(best, background(scores), embed(session, image))
+                assert answer.known == pytest.approx(known, abs=1e-4)
+                assert answer.abstained == (known < 0.5)
+    (folder / "familiarity.npz").unlink()
+    with pytest.raises(BundleIncomplete, match=r"familiarity\.npz"):
+        Bundle.open(folder)
 
 
 def test_a_missing_and_an_altered_bundle_are_refused(small_bundle, tmp_path):
