@@ -74,7 +74,12 @@ def assemble(
         with EntityStore(spool.bundle / STORE_FILE) as store:
             if config.validation is not None:
                 calibration, unusable = calibrate(
-                    config.validation, checkpoint, index, store, batch_size=config.batch_size
+                    config.validation,
+                    checkpoint,
+                    index,
+                    store,
+                    batch_size=config.batch_size,
+                    progress=config.progress,
                 )
                 if calibration.familiarity is not None:
                     calibration.familiarity.write(spool.bundle / FAMILIARITY_FILE)

@@ -1,11 +1,12 @@
 """Images that show nothing, or no thing in particular: what must not be taken for an entity.
 
-A confidence fitted to queries for entities alone would judge them by extrapolation. Shapes: B images, S = size_px.
+A confidence fitted to queries for entities alone would judge them by extrapolation. Shapes: S = size_px.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 
 import numpy as np
 import numpy.typing as npt
@@ -14,11 +15,11 @@ from PIL import Image
 FloatArray = npt.NDArray[np.float64]
 
 
-def outlier_images(count: int, size_px: int, *, seed: int = 0) -> npt.NDArray[np.uint8]:
-    """`[B, S, S, 3]`: plain colours, gradients, blobs, noise, stripes, textures, a few regions and boxes, in turn."""
+def outlier_images(count: int, size_px: int, *, seed: int = 0) -> Iterator[npt.NDArray[np.uint8]]:
+    """Yields `[S, S, 3]`: plain colours, gradients, blobs, noise, stripes, textures, regions and boxes, in turn."""
     rng = np.random.default_rng(seed)
-    images = [_KINDS[place % len(_KINDS)](rng, size_px) for place in range(count)]
-    return np.clip(np.array(images).reshape(-1, size_px, size_px, 3), 0, 255).astype(np.uint8)
+    for kind in islice(cycle(_KINDS), count):
+        yield np.clip(kind(rng, size_px), 0, 255).astype(np.uint8)
 
 
 def _colour(rng: np.random.Generator) -> FloatArray:

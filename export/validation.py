@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from catalog import is_url
 from catalog.images import LocalImages, UnusableImage
@@ -38,7 +39,13 @@ class Query:
 
 
 def calibrate(
-    queries: Path, checkpoint: Checkpoint, index: EntityIndex, store: EntityStore, *, batch_size: int
+    queries: Path,
+    checkpoint: Checkpoint,
+    index: EntityIndex,
+    store: EntityStore,
+    *,
+    batch_size: int,
+    progress: bool = False,
 ) -> tuple[Calibration, list[Rejected]]:
     """Answer the queries, and images that show nothing, and fit a calibration to their best scores and embeddings.
 
@@ -55,14 +62,15 @@ def calibrate(
             entity_ids.append(query.entity_id)
             yield query.pixels_HW3
 
-    rows_NF, asked = _ask(decoded(), checkpoint, index, batch_size)
+    asking = tqdm(decoded(), desc="validation", unit="query", disable=not progress)
+    rows_NF, asked = _ask(iter(asking), checkpoint, index, batch_size)
     own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)  # -1: not in the store
     right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
     without_NK = _without(asked.scores_NK, right_NF)
     best = replace(asked, scores_NK=asked.scores_NK[:, :CANDIDATES])
     calibration = fit_calibration(best.scores_NK, right_NF[:, :CANDIDATES], own_N >= 0, without_NK)
     count = min(max(len(own_N) // _QUERIES_AN_OUTLIER, _LEAST_OUTLIERS), _MOST_OUTLIERS)
-    _, outliers = _ask(iter(outlier_images(count, preprocessing.size_px)), checkpoint, index, batch_size)
+    _, outliers = _ask(outlier_images(count, preprocessing.size_px), checkpoint, index, batch_size)
     calibration = with_familiarity(
         calibration,
         best,
@@ -70,6 +78,7 @@ def calibrate(
         without_NK,
         group_N=np.unique(entity_ids, return_inverse=True)[1],
         outliers=replace(outliers, scores_NK=outliers.scores_NK[:, :CANDIDATES]),
+        progress=progress,
     )
     return calibration, rejected
 

@@ -167,6 +167,8 @@ def with_familiarity(
     without_NK: Float64Array,
     group_N: IntArray,
     outliers: Asked,
+    *,
+    progress: bool = False,
 ) -> Calibration:
     """The calibration with a `familiarity` fitted to the same queries, and to images that show no entity.
 
@@ -193,7 +195,8 @@ def with_familiarity(
             known_N=is_known_M,
             group_N=np.concatenate([group_N, group_N[left_out_N], group_N.max() + 1 + np.arange(outliers_count)]),
             weight_N=weight_M,
-        )
+        ),
+        progress=progress,
     )
     judged_N = np.flatnonzero(~np.isnan(probability_M[:of_queries]))
     threshold = _balanced_threshold(probability_M[judged_N], is_known_M[judged_N])

@@ -24,6 +24,9 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
+
+from core.files import durable
 
 _LANDMARKS = 768
 _MOST_EXAMPLES = 24_000
@@ -53,14 +56,7 @@ class Examples:
     weight_N: Float64Array
 
     def take(self, chosen_N: IntArray | BoolArray) -> Examples:
-        return Examples(
-            best_N=self.best_N[chosen_N],
-            background_N=self.background_N[chosen_N],
-            embeddings_ND=self.embeddings_ND[chosen_N],
-            known_N=self.known_N[chosen_N],
-            group_N=self.group_N[chosen_N],
-            weight_N=self.weight_N[chosen_N],
-        )
+        return Examples(**{name: values[chosen_N] for name, values in vars(self).items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -83,12 +79,9 @@ class Familiarity:
     def write(self, path: Path) -> None:
         """Write as numpy's `.npz`: the same bytes for the same content."""
         scalars = np.array([self.offset, self.best, self.background, self.width])
-        np.savez(
-            path,
-            scalars=scalars,
-            landmarks=self.landmarks_LD.astype(np.float16),
-            weights=np.stack([self.level_L, self.slope_L]),
-        )
+        weights_2L = np.stack([self.level_L, self.slope_L])
+        with durable(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, scalars=scalars, landmarks=self.landmarks_LD.astype(np.float16), weights=weights_2L)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -106,7 +99,7 @@ class Familiarity:
             )
 
 
-def fit_familiarity(examples: Examples) -> tuple[Familiarity, Float64Array]:
+def fit_familiarity(examples: Examples, *, progress: bool = False) -> tuple[Familiarity, Float64Array]:
     """Fit by penalised maximum likelihood, the penalty of embeddings chosen by cross-validation over the groups.
 
     Returns the probabilities `[N]` of being known, too, that each example was given by a fit without its group: what a
@@ -122,7 +115,8 @@ def fit_familiarity(examples: Examples) -> tuple[Familiarity, Float64Array]:
     fold_N = rng.permutation(len(group_G))[place_N] % _FOLDS
     learnable = len(examples.known_N) >= _LEAST_EXAMPLES and len(group_G) >= _FOLDS
     best_loss, ridge, held_out_N = math.inf, math.inf, np.zeros(0)
-    for candidate in _EMBEDDING_RIDGES if learnable else _EMBEDDING_RIDGES[-1:]:
+    candidates = _EMBEDDING_RIDGES if learnable else _EMBEDDING_RIDGES[-1:]
+    for candidate in tqdm(candidates, desc="known", unit="fit", disable=not progress):
         ridge_F = features.ridge(candidate)
         logit_N = np.empty(len(fold_N))
         for fold in range(_FOLDS):
