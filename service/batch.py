@@ -145,7 +145,7 @@ def _lines(path: Path, answer: Recognition) -> Iterator[str]:
     if not answer.predictions:
         yield "   no entity passes"
     for each in answer.predictions:
-        sure = "" if each.confidence is None else f"  {100 * each.confidence:3.0f} %"
+        sure = "" if each.confidence is None or answer.abstained else f"  {100 * each.confidence:3.0f} %"
         yield f"  {each.rank:3d}  {each.score:.3f}{sure}  {each.symbol or ' '} {each.title}  [{each.entity_id}]"
         if each.explanation is not None:
             yield from _why(each.explanation)

@@ -22,7 +22,8 @@ function sentence(line) {
   return /[.!?]$/.test(upper) ? upper : `${upper}.`;
 }
 
-function scoreBar(prediction) {
+/** How sure, too, unless the answer is that the entity is probably none of these. */
+function scoreBar(prediction, abstained) {
   const row = element("div", "score");
   const track = element("span", "track");
   const fill = element("span", "fill");
@@ -33,7 +34,7 @@ function scoreBar(prediction) {
   figure.title = "Score: the cosine between image and entity";
   figure.prepend(element("span", "sr-only", "score "));
   row.append(track, figure);
-  if (prediction.confidence !== null && prediction.confidence !== undefined) {
+  if (!abstained && prediction.confidence !== null && prediction.confidence !== undefined) {
     row.append(element("span", "confidence", `${percent(prediction.confidence)} sure`));
   }
   return row;
@@ -45,7 +46,7 @@ function pointOut(item, prediction, onExplain) {
   onExplain(prediction.explanation);
 }
 
-function predictionItem(prediction, onType, onExplain) {
+function predictionItem(prediction, abstained, onType, onExplain) {
   const item = element("li", "prediction");
   item.dataset.entityId = prediction.entity_id;
   const rank = element("span", "rank", String(prediction.rank));
@@ -57,7 +58,7 @@ function predictionItem(prediction, onType, onExplain) {
   if (prediction.description) text.append(element("p", "description", prediction.description));
   const words = prediction.explanation?.words;
   if (words) text.append(element("p", "description", `Its text, by what weighed most: ${words.slice(0, 6).map(({ word }) => word).join(", ")}`));
-  text.append(scoreBar(prediction));
+  text.append(scoreBar(prediction, abstained));
   item.append(rank, entityTile(prediction), text);
   if (prediction.explanation?.heat_map) {
     item.tabIndex = 0;
@@ -100,7 +101,8 @@ export function showAnswer(answer, roundTripMs, { onType, onExplain }) {
   $("problem").hidden = true;
   $("abstained").hidden = !answer.abstained;
   const list = $("predictions");
-  list.replaceChildren(...answer.predictions.map((prediction) => predictionItem(prediction, onType, onExplain)));
+  const item = (prediction) => predictionItem(prediction, answer.abstained, onType, onExplain);
+  list.replaceChildren(...answer.predictions.map(item));
   list.hidden = answer.predictions.length === 0;
   $("answers-empty").hidden = answer.predictions.length > 0;
   if (answer.predictions.length === 0) {

@@ -144,6 +144,13 @@ const SCENARIOS = {
     return { shown: await shown(page) };
   },
 
+  async abstained(page) {
+    const { body } = await pick(page, "giraffe.png");
+    await page.route("**/recognize?*", (route) => route.fulfill({ json: { ...body, abstained: true } }));
+    await pick(page, "apple.png");
+    return { shown: await shown(page) };
+  },
+
   async drawn(page) {
     await page.click("#mode-draw");
     await page.click('[aria-label="red"]');

@@ -76,6 +76,13 @@ def test_the_heat_map_lies_over_the_image(browsed: dict[str, dict[str, Any]]) ->
     assert seen["off"]["hidden"] is True
 
 
+def test_how_sure_is_not_said_where_the_entity_is_probably_not_there(browsed: dict[str, dict[str, Any]]) -> None:
+    shown = see(browsed, "abstained")["shown"]
+    assert shown["abstained"] is True
+    assert titles(shown["predictions"])[0] == "Giraffe"
+    assert {line["confidence"] for line in shown["predictions"]} == {None}
+
+
 def test_pasted_image_shows_its_entity(browsed: dict[str, dict[str, Any]]) -> None:
     assert titles(see(browsed, "pasted")["shown"]["predictions"])[0] == "Giraffe"
 
