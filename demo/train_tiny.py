@@ -248,12 +248,16 @@ def embed(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device)
 
 @torch.no_grad()
 def _pooled(encoder: TinyEncoder, pixels_B3HW: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The mean patch token of float images in 0 to 1, `[B, D]`: the embedding before it is normalised."""
+    """The mean patch token of float images in 0 to 1, `[B, D]`: the embedding before it is normalised. As when serving,
+    whether the encoder is being trained or not: batch normalisation neither takes from these images nor learns."""
+    training = encoder.training
+    encoder.eval()
     out = []
     for start in range(0, len(pixels_B3HW), 256):
         batch = _normalised(pixels_B3HW[start : start + 256].to(device))
         with torch.autocast(device.type, torch.bfloat16):
             out.append(encoder(batch)[0].float().mean(1))
+    encoder.train(training)
     return torch.cat(out)
 
 
@@ -283,9 +287,7 @@ def prototypes(
         if len(mine) < 2:
             mine.append(drawing)
     chosen = [drawing for mine in of_label for drawing in mine]
-    encoder.eval()
     embeddings = embed_drawings(encoder, load_rgba(chosen, build, encoder.config.size_px), device)
-    encoder.train()
     places = torch.tensor([position[drawing.entity_id] for drawing in chosen], device=device)
     sums = torch.zeros(len(labels), embeddings.shape[1], device=device).index_add_(0, places, embeddings)
     return F.normalize(sums, dim=1)
@@ -307,7 +309,6 @@ class Validation:
             self.queries[how] = (images, [row["entity_id"] for row in rows], unseen)
 
     def run(self, encoder: TinyEncoder, device: torch.device) -> dict[str, float]:
-        encoder.eval()
         catalog = embed_drawings(encoder, self.catalog, device)
         figures = {}
         for how, (images, entity_ids, unseen) in self.queries.items():
@@ -316,7 +317,6 @@ class Validation:
             for part, wanted in (("seen", False), ("unseen", True)):
                 mine = [r for r, u in zip(right, unseen, strict=True) if u == wanted]
                 figures[f"{how}_{part}"] = round(100 * sum(mine) / len(mine), 1)
-        encoder.train()
         return figures
 
 

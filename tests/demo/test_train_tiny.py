@@ -226,6 +226,19 @@ def test_a_normalised_embedding_tells_how_long_it_was() -> None:
     assert torch.corrcoef(torch.stack([kept_n, 1 / length_n]))[0, 1] > 0.9
 
 
+def test_to_embed_teaches_an_encoder_nothing_that_is_being_trained() -> None:
+    torch.manual_seed(0)
+    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
+    encoder = TinyEncoder(config)
+    drawings = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    embeddings_nD = embed_drawings(encoder.train(), drawings, torch.device("cpu"))
+    assert encoder.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
+    assert torch.equal(embeddings_nD, embed_drawings(encoder.eval(), drawings, torch.device("cpu")))
+    assert not encoder.training
+
+
 def test_the_learning_rate_rises_and_falls() -> None:
     settings = Settings(steps=100, warmup_steps=10, learning_rate=1.0)
     assert learning_rate(0, settings) == pytest.approx(0.1)
