@@ -25,7 +25,7 @@ from model.tiny import BUILT_IN
 DEMO = Path(__file__).parent
 LEFT_OUT = "0.2"  # share of the entities that are unknown when unknowns are told from the rest
 TRAINING = "--epochs 1 --width 128 --batch-size 256 --lr 1e-5 --modality-dropout 0.15 --dropout 0.2 --seed 0"
-NOTHINGS = 400
+NOTHINGS = 400  # images that show nothing
 FACTORY = "SQfp16"  # exact, since embeddings are float16, and half the size of Flat
 
 

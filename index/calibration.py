@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from core.errors import UserError
 from index.familiarity import Examples, Familiarity, fit_familiarity
+from index.newton import minimise
 
 CANDIDATES = 10  # K
 
 _MIN_OF_EACH_KIND = 5  # right and wrong
-_MAX_NEWTON_STEPS = 100
 _RIDGE = 1e-4  # keeps the optimum finite where right and wrong separate perfectly; no weight against real data
 _HOW_TO_GO_ON = "give more validation queries or leave --validation out"
 
@@ -186,11 +186,10 @@ def with_familiarity(
     is_known_M = np.concatenate([known_N, np.zeros(len(left_out_N) + outliers_count, bool)])
     weight_M = np.where(is_known_M, 1.0, 0.9 * known_N.sum() / (of_queries - known_N.sum()))
     weight_M[of_queries:] = 0.1 * known_N.sum() / max(outliers_count, 1)
-    scores_of_all = [_there(scores_K) for scores_K in scores_MK]
     familiarity, probability_M = fit_familiarity(
         Examples(
             best_N=scores_MK[:, 0],
-            background_N=np.array([background(scores) for scores in scores_of_all]),
+            background_N=np.array([background(scores) for scores in map(_there, scores_MK)]),
             embeddings_ND=np.concatenate([embeddings_ND, embeddings_ND[left_out_N], outliers.embeddings_ND]),
             known_N=is_known_M,
             group_N=np.concatenate([group_N, group_N[left_out_N], group_N.max() + 1 + np.arange(outliers_count)]),
@@ -210,7 +209,7 @@ def _there(scores_K: Float64Array) -> list[float]:
 
 
 def _maximum_likelihood(scores_NK: Float64Array, right_NK: BoolArray) -> tuple[float, float, float]:
-    """Newton's method on a convex loss: `slope`, `none_offset` and `none_slope` as weights of three features."""
+    """`slope`, `none_offset` and `none_slope`: weights of three features."""
     there_NK = ~np.isnan(scores_NK)
     queries, candidates = scores_NK.shape
     features_NC3 = np.zeros((queries, candidates + 1, 3))
@@ -225,24 +224,15 @@ def _maximum_likelihood(scores_NK: Float64Array, right_NK: BoolArray) -> tuple[f
         chosen_N = (np.where(target_NC > 0, logits_NC, 0.0)).sum(axis=1)
         return float((_log_sum_exp_rows(logits_NC) - chosen_N).sum() + 0.5 * _RIDGE * weights_3 @ weights_3)
 
-    weights_3 = np.zeros(3)
-    before = loss(weights_3)
-    for _ in range(_MAX_NEWTON_STEPS):
+    def derivatives(weights_3: Float64Array) -> tuple[Float64Array, Float64Array]:
         logits_NC = features_NC3 @ weights_3 + absent_NC
         probability_NC = np.exp(logits_NC - _log_sum_exp_rows(logits_NC)[:, None])
         gradient_3 = np.einsum("nc,ncf->f", probability_NC - target_NC, features_NC3) + _RIDGE * weights_3
         mean_N3 = np.einsum("nc,ncf->nf", probability_NC, features_NC3)
         spread_33 = np.einsum("nc,ncf,ncg->fg", probability_NC, features_NC3, features_NC3) - mean_N3.T @ mean_N3
-        step_3 = np.linalg.solve(spread_33 + _RIDGE * np.eye(3), gradient_3)
-        size = 1.0
-        while size > 1e-6 and loss(weights_3 - size * step_3) > before:
-            size /= 2  # far from the optimum a full step can overshoot
-        weights_3 = weights_3 - size * step_3
-        after = loss(weights_3)
-        if before - after < 1e-10 * max(1.0, before):
-            break
-        before = after
-    slope, none_offset, none_slope = (float(weight) for weight in weights_3)
+        return gradient_3, spread_33 + _RIDGE * np.eye(3)
+
+    slope, none_offset, none_slope = minimise(loss, derivatives, 3, tolerance=1e-10).tolist()
     return slope, none_offset, none_slope
 
 

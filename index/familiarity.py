@@ -27,6 +27,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from core.files import durable
+from index.newton import minimise
 
 _LANDMARKS = 768
 _MOST_EXAMPLES = 24_000
@@ -35,7 +36,6 @@ _FOLDS = 3
 _SCORES_RIDGE = 1.0  # of features with mean 0 and deviation 1
 _EMBEDDING_RIDGES = (0.1, 1.0, 10.0, 100.0)  # of a kernel with 1 on its diagonal
 _LEAST_EIGENVALUE = 1e-4  # of the largest
-_MAX_NEWTON_STEPS = 50
 _SEED = 7
 
 Float32Array = npt.NDArray[np.float32]
@@ -54,6 +54,11 @@ class Examples:
     known_N: BoolArray
     group_N: IntArray
     weight_N: Float64Array
+
+    @property
+    def scores(self) -> Float64Array:
+        """Both figures of them, `[N, 2]`."""
+        return np.column_stack([self.best_N, self.background_N])
 
     def take(self, chosen_N: IntArray | BoolArray) -> Examples:
         return Examples(**{name: values[chosen_N] for name, values in vars(self).items()})
@@ -110,10 +115,10 @@ def fit_familiarity(examples: Examples, *, progress: bool = False) -> tuple[Fami
     fitted_N = np.sort(rng.permutation(of_all)[:_MOST_EXAMPLES])
     examples = examples.take(fitted_N)
     features = _Features.of(examples, rng)
-    features_NF = features(examples)
+    features_NF, known_N, weight_N = features(examples), examples.known_N, examples.weight_N
     group_G, place_N = np.unique(examples.group_N, return_inverse=True)
     fold_N = rng.permutation(len(group_G))[place_N] % _FOLDS
-    learnable = len(examples.known_N) >= _LEAST_EXAMPLES and len(group_G) >= _FOLDS
+    learnable = len(known_N) >= _LEAST_EXAMPLES and len(group_G) >= _FOLDS
     best_loss, ridge, held_out_N = math.inf, math.inf, np.zeros(0)
     candidates = _EMBEDDING_RIDGES if learnable else _EMBEDDING_RIDGES[-1:]
     for candidate in tqdm(candidates, desc="known", unit="fit", disable=not progress):
@@ -121,14 +126,14 @@ def fit_familiarity(examples: Examples, *, progress: bool = False) -> tuple[Fami
         logit_N = np.empty(len(fold_N))
         for fold in range(_FOLDS):
             out_N = fold_N == fold
-            rest = examples.take(~out_N)
-            logit_N[out_N] = features_NF[out_N] @ _logistic(features_NF[~out_N], rest.known_N, rest.weight_N, ridge_F)
-        loss = float(examples.weight_N @ np.logaddexp(0.0, np.where(examples.known_N, -logit_N, logit_N)))
+            weights_F = _logistic(features_NF[~out_N], known_N[~out_N], weight_N[~out_N], ridge_F)
+            logit_N[out_N] = features_NF[out_N] @ weights_F
+        loss = _log_loss(logit_N, known_N, weight_N)
         if loss < best_loss:
             best_loss, ridge, held_out_N = loss, candidate, logit_N
-    weights_F = _logistic(features_NF, examples.known_N, examples.weight_N, features.ridge(ridge))
+    weights_F = _logistic(features_NF, known_N, weight_N, features.ridge(ridge))
     probability_N = np.full(of_all, np.nan)
-    probability_N[fitted_N] = 1.0 / (1.0 + np.exp(-held_out_N))
+    probability_N[fitted_N] = _probability(held_out_N)
     return features.folded(weights_F), probability_N
 
 
@@ -151,7 +156,7 @@ class _Features:
         width = 1.5 * max(float((1.0 - cosine_LL).mean()), 1e-3)
         values_L, vectors_LL = np.linalg.eigh(np.exp((cosine_LL - 1.0) / width))
         kept_L = values_L > _LEAST_EIGENVALUE * values_L.max()
-        scores_N2 = np.column_stack([examples.best_N, examples.background_N])
+        scores_N2 = examples.scores
         return cls(
             landmarks_LD=landmarks_LD,
             width=width,
@@ -161,8 +166,7 @@ class _Features:
         )
 
     def __call__(self, examples: Examples) -> Float64Array:
-        scores_N2 = np.column_stack([examples.best_N, examples.background_N])
-        standard_N2 = (scores_N2 - self.mean_2) / self.deviation_2
+        standard_N2 = (examples.scores - self.mean_2) / self.deviation_2
         cosine_NL = (examples.embeddings_ND @ self.landmarks_LD.T).astype(np.float64)
         near_NB = np.exp((cosine_NL - 1.0) / self.width) @ self.basis_LB
         one_N1 = np.ones((len(near_NB), 1))
@@ -191,30 +195,27 @@ class _Features:
 def _logistic(
     features_NF: Float64Array, positive_N: BoolArray, weight_N: Float64Array, ridge_F: Float64Array
 ) -> Float64Array:
-    """The weights `[F]` of a logistic regression with a ridge, by Newton's method on its convex loss."""
+    """The weights `[F]` of a logistic regression with a ridge."""
 
     def loss(weights_F: Float64Array) -> float:
-        logit_N = features_NF @ weights_F
-        fit = weight_N @ np.logaddexp(0.0, np.where(positive_N, -logit_N, logit_N))
+        fit = _log_loss(features_NF @ weights_F, positive_N, weight_N)
         return float(fit + 0.5 * (ridge_F * weights_F) @ weights_F)
 
-    weights_F = np.zeros(len(ridge_F))
-    before = loss(weights_F)
-    for _ in range(_MAX_NEWTON_STEPS):
-        probability_N = 1.0 / (1.0 + np.exp(-np.clip(features_NF @ weights_F, -500, 500)))
+    def derivatives(weights_F: Float64Array) -> tuple[Float64Array, Float64Array]:
+        probability_N = _probability(features_NF @ weights_F)
         gradient_F = (weight_N * (probability_N - positive_N)) @ features_NF + ridge_F * weights_F
         curvature_N = weight_N * probability_N * (1.0 - probability_N)
-        hessian_FF = (features_NF * curvature_N[:, None]).T @ features_NF + np.diag(ridge_F)
-        step_F = np.linalg.solve(hessian_FF, gradient_F)
-        size = 1.0
-        while size > 1e-6 and loss(weights_F - size * step_F) > before:
-            size /= 2  # far from the optimum a full step can overshoot
-        weights_F = weights_F - size * step_F
-        after = loss(weights_F)
-        if before - after < 1e-7 * max(1.0, before):
-            break
-        before = after
-    return weights_F
+        return gradient_F, (features_NF * curvature_N[:, None]).T @ features_NF + np.diag(ridge_F)
+
+    return minimise(loss, derivatives, len(ridge_F), tolerance=1e-7)
+
+
+def _log_loss(logit_N: Float64Array, positive_N: BoolArray, weight_N: Float64Array) -> float:
+    return float(weight_N @ np.logaddexp(0.0, np.where(positive_N, -logit_N, logit_N)))
+
+
+def _probability(logit_N: Float64Array) -> Float64Array:
+    return 1.0 / (1.0 + np.exp(-np.clip(logit_N, -500, 500)))  # beyond, nothing changes but that exp overflows
 
 
 def _sigmoid(logit: float) -> float:
