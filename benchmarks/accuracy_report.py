@@ -14,7 +14,7 @@ from benchmarks.plots import Bar, Series, bar_plot, line_plot
 from benchmarks.statistics import Bootstrap, reliability
 from catalog import EntityRecord, is_url, read_catalog
 from core.errors import TooLarge, UndecodableImage
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from core.metrics import recall_at_k
 from imaging import decode
 from index.store import StoredEntity
@@ -66,7 +66,7 @@ def write_report(
     shown = confusions(answered)[:CONFUSIONS]
     wanted = {each.truth.entity_id for each in shown} | {each.answer.entity_id for each in shown}
     images = {} if catalog is None else _catalog_images(catalog, wanted)
-    with recognizer.hold() as snapshot:
+    with recognizer.acquire() as snapshot:
         for entity_id in wanted - images.keys():
             if webp := snapshot.entities.thumbnail(entity_id):
                 images[entity_id] = data_uri(webp, "image/webp")
@@ -77,7 +77,7 @@ def write_report(
     if confidences:
         parts.append(_reliability(confidences, correct, evaluation))
     parts.append(_confusion_cards(shown, images))
-    write_durably(path, page(f"Accuracy of {recognizer.label}", "\n".join(parts)).encode())
+    atomic_write_bytes(path, page(f"Accuracy of {recognizer.label}", "\n".join(parts)).encode())
 
 
 def _summary(evaluation: Evaluation, searched: int, left_out: int) -> str:

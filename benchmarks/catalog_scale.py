@@ -25,7 +25,7 @@ from benchmarks.export_models import make_checkpoint, write_catalog, write_small
 from benchmarks.page import page, section, table
 from benchmarks.plots import STYLE, Series, line_plot
 from benchmarks.report import describe_run, write_results
-from core.files import sha256_file, write_durably
+from core.files import atomic_write_bytes, sha256_file
 
 KILLS = 3
 _SHARD, _LOOK_EVERY_S = 4096, 1.0
@@ -176,7 +176,7 @@ def main(records: int, work: Path | None, results: Path) -> None:
     with TemporaryDirectory(prefix="scale.", dir=work) as folder:
         figures = measure(records, Path(folder))
     path = write_results(results, f"export-{records}", {**run, "figures": figures})
-    write_durably(path.with_suffix(".html"), report(figures).encode())
+    atomic_write_bytes(path.with_suffix(".html"), report(figures).encode())
     click.echo(json.dumps({key: value for key, value in figures.items() if key != "curves"}, indent=1))
     click.echo(f"written to {path}", err=True)
 

@@ -1,7 +1,7 @@
 """`wikiclip bench claim`: retrieval against generation, both on this machine, interleaved, on the same images.
 
 Retrieval is what the service does for an image, in a loop: decode, encoder, exact search; no HTTP, no queue.
-Generation is AutoVER's inference on transformers with random weights (`benchmarks.generative`), once `faithful` and
+LoadedBundle is AutoVER's inference on transformers with random weights (`benchmarks.generative`), once `faithful` and
 once `optimised`. Batch 1, the same threads, matching precisions: float32 against float32 and int8 against int8 on a
 CPU, bfloat16 against float16 on a GPU. Nothing sleeps and nothing is handicapped; every knob is in the figures.
 """
@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -48,8 +47,8 @@ from benchmarks.generative.sizes import SIZES, VOCABULARY, build_model, paramete
 from benchmarks.photographs import photograph
 from benchmarks.rounds import Metric, Reference
 from benchmarks.statistics import RESAMPLINGS, percentile_interval
-from core.cores import usable_cores
 from core.errors import UserError
+from core.runtime import faiss, usable_cores
 from demo.build import BUILD
 from imaging import load_pixels
 

@@ -202,7 +202,7 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     import json
 
     from benchmarks.report import describe_run, write_results
-    from core.files import write_durably
+    from core.files import atomic_write_bytes
 
     given = {option: value for option, value in given.items() if value is not None}
     if name == "all":
@@ -217,7 +217,7 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
         path = write_results(results, name, outcome)
         for kind in ("html", "csv"):
             if make := getattr(module, {"html": "report", "csv": "as_csv"}[kind], None):
-                write_durably(path.with_suffix(f".{kind}"), make(figures).encode())
+                atomic_write_bytes(path.with_suffix(f".{kind}"), make(figures).encode())
         if not as_json:
             click.echo("\n".join(f"{key}: {json.dumps(value)}" for key, value in _without_samples(figures).items()))
     click.echo(f"written to {path}", err=True)

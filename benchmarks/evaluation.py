@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from benchmarks.statistics import Bootstrap, Interval, auroc, calibration_error, reliability
 from core.errors import BadRequest, CatalogError, UnknownEntity, UserError
-from core.files import durable
+from core.files import atomic_write
 from core.jsonl import Rejected, RejectLog
 from core.metrics import harmonic_mean, rank_of, recall_at_k
 from index.store import StoredEntity
@@ -86,7 +86,7 @@ def answer_queries(
     """
     rejects = RejectLog(predictions_path.with_name("rejected.jsonl"))
     answered: list[Answered] = []
-    with durable(predictions_path) as temporary, temporary.open("w", encoding="utf-8") as out:
+    with atomic_write(predictions_path) as temporary, temporary.open("w", encoding="utf-8") as out:
         for path in query_files:
             before = len(answered)
             pairs = iter(tqdm(_queries(path, image_root, ovenid2impath, rejects), desc=path.name, unit="query"))
@@ -119,7 +119,7 @@ def _answered(
 
 def _stored(recognizer: Recognizer, entity_id: str) -> StoredEntity | None:
     try:
-        with recognizer.hold() as snapshot:
+        with recognizer.acquire() as snapshot:
             return snapshot.entities.get(entity_id)
     except UnknownEntity:
         return None

@@ -43,7 +43,7 @@ from export.onnx_export import INPUT, OUTPUTS
 from export.prepare import Chunk
 from export.quantise import quantise
 from export.sample import CatalogImages, Reservoir
-from export.spool import Spool
+from export.staging import StagingDir
 from export.stream import StageTimes
 from export.validation import read_queries, row_of
 from export.write import ShardWriter
@@ -159,7 +159,7 @@ def _throughput(setup: _Setup, root: Path) -> dict[str, Any]:
 
 def _export_s(config: ExportConfig, checkpoint: Checkpoint, out: Path) -> float:
     """Seconds from the end of the shards that warm up to the last shard on disk."""
-    times, spool = StageTimes(), Spool(out)
+    times, spool = StageTimes(), StagingDir(out)
     spool.begin({})
     started = 0.0
     shards = embed_shards(replace(config, out=out), checkpoint, read_shards(config), times)

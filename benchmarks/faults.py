@@ -26,7 +26,7 @@ import httpx
 
 from benchmarks.hostile import hostile_bodies
 from benchmarks.photographs import photograph
-from benchmarks.server import ANSWERED, free_port, service_process, told_metrics
+from benchmarks.server import ANSWERED, free_port, scrape_metrics, service_process
 from core.errors import UserError
 
 CLIENTS, IMAGES = 4, 12
@@ -72,7 +72,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                     _wait_for(url, "wikiclip_engine_deaths_total", killed + 1)
                     # What it died of is tried once more, and would be given up if it were killed at that again: by the
                     # time that more are answered than can be on their way, that is over.
-                    _wait_for(url, ANSWERED, told_metrics(url).get(ANSWERED, 0) + 4 * CLIENTS)
+                    _wait_for(url, ANSWERED, scrape_metrics(url).get(ANSWERED, 0) + 4 * CLIENTS)
 
             def harm() -> None:
                 parts["hostile bodies"] = _harm(url, SMOKE_BODIES if smoke else BODIES)
@@ -146,7 +146,7 @@ def _wait_for(url: str, metric: str, value: float) -> None:
     """Return when a metric of the service has come to `value`. Raises `UserError` if it does not."""
     until = time.monotonic() + TIMEOUT_S
     while time.monotonic() < until:
-        if told_metrics(url).get(metric, 0) >= value:
+        if scrape_metrics(url).get(metric, 0) >= value:
             return
         time.sleep(0.05)  # between two looks at what only the service knows
     raise UserError(f"{metric} did not come to {value:g} within {TIMEOUT_S} s")

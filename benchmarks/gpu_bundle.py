@@ -13,16 +13,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+from core.runtime import faiss
 
 # isort: split
-import faiss
 
 from benchmarks.heavy_bundle import encoder_fields
 from benchmarks.made_bundle import write_embeddings, write_plain_store
-from core.cores import usable_cores
 from core.errors import UserError
 from core.files import sha256_file
+from core.runtime import usable_cores
 from index.build import build_index
 from index.bundle import list_files
 from index.embeddings import EmbeddingShards

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from benchmarks.closed_loop import Job, run_jobs
-from benchmarks.server import ANSWERED, service_process, thread_flags, told_metrics
+from benchmarks.server import ANSWERED, scrape_metrics, service_process, thread_flags
 
 TARGET = "/recognize?top_k=5"
 WARM_UP_S = 2.0
@@ -167,7 +167,7 @@ def _looked_at(service: Service) -> Look:
     threads = _thread_seconds(service.pid)
     return Look(
         at_s=time.monotonic(),
-        metrics=told_metrics(service.url),
+        metrics=scrape_metrics(service.url),
         main_thread_s=threads.pop(service.pid, 0.0),
         other_threads_s=threads,
     )

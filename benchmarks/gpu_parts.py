@@ -16,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+from core.runtime import faiss
 
 # isort: split
-import faiss
 import numpy as np
 
 from core.errors import UserError
@@ -27,7 +26,7 @@ from imaging import Preprocessing, normalise
 from index.bundle import Bundle
 from index.search import DEFAULT_K_FACTOR, Float32Array
 from service.encoder import open_session
-from service.generation import open_encoder
+from service.loaded_bundle import open_encoder
 from service.settings import Settings
 
 BATCHES = (1, 8, 32, 64)

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 
-import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+from core.runtime import faiss
 
 # isort: split
 import click
-import faiss
 import numpy as np
 
 from benchmarks.made_bundle import Float32Array, Population

@@ -26,7 +26,7 @@ from benchmarks.photographs import write_photographs
 from benchmarks.report import describe_run
 from core.cli import run
 from core.errors import UserError
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from index.bundle import Bundle
 from index.manifest import MANIFEST_FILE
 
@@ -147,7 +147,7 @@ class _Report:
         self.figures[name]["phase_s"] = round(time.perf_counter() - started, 1)
         click.echo(json.dumps({name: self.figures[name]}), err=True)
         if self._out is not None:
-            write_durably(self._out, json.dumps(self.content, indent=1).encode())
+            atomic_write_bytes(self._out, json.dumps(self.content, indent=1).encode())
 
 
 def _services(

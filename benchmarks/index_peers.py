@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 from usearch.index import Index as UsearchIndex
 
 from benchmarks.index_probe import overlap
 from benchmarks.timing import percentiles_ms
+from core.runtime import faiss
 from index.embeddings import Embeddings
 from index.factory import one_thread
 from index.tune import K

@@ -17,10 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+from core.runtime import faiss
 
 # isort: split
-import faiss
 import numpy as np
 
 from benchmarks.timing import percentiles_ms

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from benchmarks import index_peers, made_bundle
 from benchmarks.index_probe import probing, told
-from core.cores import usable_cores
+from core.runtime import usable_cores
 from index.build import build_index
 from index.bundle import Bundle
 from index.choose import Targets

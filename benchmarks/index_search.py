@@ -9,11 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import core  # noqa: F401 - before faiss: it says which kernels its BLAS takes
+from core.runtime import faiss
 
 # isort: split
 import click
-import faiss
 import numpy as np
 
 from benchmarks.index_scale import Scale, measure_scale
@@ -22,7 +21,7 @@ from benchmarks.plots import Series, line_plot
 from benchmarks.report import describe_run, write_results
 from benchmarks.timing import percentiles_ms
 from core.cli import run
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from index.bundle import Bundle
 
 BATCH = 64
@@ -165,7 +164,7 @@ def main(
     ran = describe_run({"bundle": bundle.name, "smoke": False, "benchmarks": ["index"], **vars(scale)})
     figures = measure(bundle, smoke=False, scale=scale, work=work)
     path = write_results(results, "index", {**ran, "figures": figures})
-    write_durably(path.with_suffix(".html"), report(figures).encode())
+    atomic_write_bytes(path.with_suffix(".html"), report(figures).encode())
     click.echo(json.dumps(figures))
     click.echo(f"written to {path}", err=True)
 

@@ -25,7 +25,7 @@ from PIL import Image
 from benchmarks.server import free_port, wait_until_ready
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
-from service.generation import open_encoder
+from service.loaded_bundle import open_encoder
 from service.settings import Settings
 
 OPERATIONS, SMOKE_OPERATIONS = 10_000, 120

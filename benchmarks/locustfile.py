@@ -42,7 +42,7 @@ _pending = Group()  # requests that are out; one group, so that a user may go wh
 _number = itertools.count(random.SystemRandom().getrandbits(40))
 
 
-def unlike_any_other() -> bytes:
+def bust_cache() -> bytes:
     """The picture in bytes that no cache has seen: a decoder stops before what follows a JPEG's end."""
     return PHOTOGRAPH + next(_number).to_bytes(8, "big")
 
@@ -88,7 +88,7 @@ class Cold(Arrivals):
     kind, weight = "cold", 10
 
     def ask(self) -> None:
-        self.send("/recognize", data=unlike_any_other(), headers={"Content-Type": "image/jpeg"})
+        self.send("/recognize", data=bust_cache(), headers={"Content-Type": "image/jpeg"})
 
 
 class Hot(Arrivals):
@@ -109,7 +109,7 @@ class Batch(Arrivals):
         boundary = f"--------{next(_number):x}"
         parts = b"".join(
             b'--%b\r\nContent-Disposition: form-data; name="image"; filename="i.jpg"\r\n' % boundary.encode()
-            + b"Content-Type: image/jpeg\r\n\r\n%b\r\n" % unlike_any_other()
+            + b"Content-Type: image/jpeg\r\n\r\n%b\r\n" % bust_cache()
             for _ in range(BATCH_IMAGES)
         )
         self.send(

@@ -9,7 +9,7 @@ import signal
 import threading
 from typing import Any
 
-import service.generation
+import service.loaded_bundle
 import wikiclip
 
 _condemned = threading.Event()
@@ -33,8 +33,8 @@ class _Mortal:
 
 def main() -> None:
     """What the process does."""
-    open_encoder = service.generation.open_encoder
-    service.generation.open_encoder = lambda *arguments: _Mortal(open_encoder(*arguments))  # type: ignore[assignment]
+    open_encoder = service.loaded_bundle.open_encoder
+    service.loaded_bundle.open_encoder = lambda *arguments: _Mortal(open_encoder(*arguments))  # type: ignore[assignment]
     signal.signal(signal.SIGUSR1, lambda *_: _condemned.set())
     wikiclip.cli()
 

@@ -23,7 +23,7 @@ from benchmarks.open_loop import Sent, run_open_loop
 from benchmarks.page import page, section, table
 from benchmarks.photographs import write_photographs
 from benchmarks.plots import Series, line_plot
-from benchmarks.server import running_service, split_cores, thread_flags, told_metrics
+from benchmarks.server import running_service, scrape_metrics, split_cores, thread_flags
 
 TIMES = 10
 IMAGES = 16
@@ -131,7 +131,7 @@ class _Memory:
 
     def _watch(self) -> None:
         while not self._over.wait(1.0):
-            resident = told_metrics(self._url)["process_resident_memory_bytes"]
+            resident = scrape_metrics(self._url)["process_resident_memory_bytes"]
             self.samples_mib.append(round(resident / 1024**2, 1))
 
 

@@ -33,6 +33,6 @@ def write_photographs(folder: Path, count: int, width: int, height: int) -> list
     return [str(path) for path in paths]
 
 
-def unlike_any_other(image: bytes, number: int) -> bytes:
+def bust_cache(image: bytes, number: int) -> bytes:
     """The same picture in bytes that no cache has seen: a decoder stops before what follows a JPEG's end."""
     return image + number.to_bytes(8, "big")

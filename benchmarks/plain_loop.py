@@ -51,12 +51,11 @@ def run_loops(
 
 def main() -> None:
     """What the process does."""
-    import faiss
-
+    from core.runtime import faiss
     from imaging import Preprocessing, load_pixels
     from index.bundle import Bundle
     from index.calibration import CANDIDATES
-    from service.generation import open_encoder
+    from service.loaded_bundle import open_encoder
     from service.settings import Settings
 
     job: dict[str, Any] = json.loads(Path(sys.argv[1]).read_bytes())

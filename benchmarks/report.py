@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from core.cores import usable_cores
-from core.files import write_durably
+from core.files import atomic_write_bytes
+from core.runtime import usable_cores
 
 BEFORE = ".before.json"
 
@@ -35,7 +35,7 @@ def write_results(folder: Path, name: str, outcome: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         path.replace(path.with_name(f"{name}{BEFORE}"))
-    write_durably(path, json.dumps(outcome, indent=1).encode())
+    atomic_write_bytes(path, json.dumps(outcome, indent=1).encode())
     return path
 
 

@@ -60,7 +60,7 @@ def split_cores() -> tuple[set[int], set[int]]:
     return ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores), set(cores))
 
 
-def told_metrics(url: str) -> dict[str, float]:
+def scrape_metrics(url: str) -> dict[str, float]:
     """What the service at this base URL tells Prometheus, by name and labels as they stand there."""
     lines = httpx.get(f"{url}/metrics", timeout=START_TIMEOUT_S).raise_for_status().text.splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}

@@ -22,7 +22,7 @@ from benchmarks.page import page, section, table
 from benchmarks.photographs import write_photographs
 from benchmarks.plain_loop import run_loops
 from benchmarks.plots import Bar, bar_plot
-from benchmarks.server import ANSWERED, running_service, split_cores, thread_flags, told_metrics
+from benchmarks.server import ANSWERED, running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.statistics import median_interval
 from index.bundle import Bundle
 
@@ -112,7 +112,7 @@ def _compare(
 
 def _spent(url: str) -> tuple[float, float]:
     """Seconds of the processor that the service has used, and images that it has answered."""
-    told = told_metrics(url)
+    told = scrape_metrics(url)
     return told["process_cpu_seconds_total"], told.get(ANSWERED, 0)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 
 from core.cli import run
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from index.choose import candidates
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -189,7 +189,7 @@ def main(utilisation: float, bandwidth: float, price: float | None, write: bool)
         file, name = place.split(": ")
         if write:
             page = (DOCS / file).read_text(encoding="utf-8")
-            write_durably(DOCS / file, put_in(page, name, content).encode())
+            atomic_write_bytes(DOCS / file, put_in(page, name, content).encode())
         else:
             click.echo(f"{place}\n\n{content}")
 

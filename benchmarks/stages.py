@@ -16,21 +16,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faiss
 import httpx
 import numpy as np
 import numpy.typing as npt
 
 from benchmarks.page import page, section, table
-from benchmarks.photographs import photograph, unlike_any_other
+from benchmarks.photographs import bust_cache, photograph
 from benchmarks.plots import Bar, Series, bar_plot, line_plot
 from benchmarks.rounds import Probe, nested, sample
 from benchmarks.server import running_service
+from core.runtime import faiss
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from index.candidates import CpuCandidates
 from index.factory import factory_index
-from service.generation import open_encoder
+from service.loaded_bundle import open_encoder
 from service.settings import Settings
 
 Float32Array = npt.NDArray[np.float32]
@@ -117,7 +117,7 @@ def _over_http(bundle_path: Path, stack: ExitStack) -> Iterator[Probe]:
         client.post("/recognize", content=data, headers={"Content-Type": "image/jpeg"}).raise_for_status()
 
     yield Probe(
-        name="end to end/over HTTP, not cached", call=lambda i: ask(unlike_any_other(images[i % BATCH], next(number)))
+        name="end to end/over HTTP, not cached", call=lambda i: ask(bust_cache(images[i % BATCH], next(number)))
     )
     yield Probe(name="end to end/over HTTP, cached", call=lambda _: ask(images[0]))
 

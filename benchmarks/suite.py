@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.page import body_of, page, section, table
 from benchmarks.report import describe_run, results_folder, write_results
-from core.files import write_durably
+from core.files import atomic_write_bytes
 
 MINUTES, SMOKE_MINUTES = 14.0, 0.75
 _GRACE_S = 20  # for a benchmark that is told to end to stop what it started
@@ -102,7 +102,7 @@ def run_all(
     run["minutes"] = round((time.monotonic() - began) / 60, 1)
     outcome = {**run, "figures": figures}
     path = write_results(results, "all", outcome)
-    write_durably(path.with_suffix(".html"), report(benchmarks, outcome).encode())
+    atomic_write_bytes(path.with_suffix(".html"), report(benchmarks, outcome).encode())
     return path, outcome
 
 

@@ -27,7 +27,7 @@ from catalog.records import BadRecord, EntityRecord
 from catalog.wikidata import may_be_class, number_of, parse_item
 from catalog.writer import catalog_writer, check_catalog_name, to_native
 from core.errors import CatalogError, UserError
-from core.files import full_disk_told, write_durably
+from core.files import atomic_write_bytes, report_disk_full
 from core.jsonl import Rejected, RejectLog
 
 COMMONS = "https://commons.wikimedia.org"
@@ -92,7 +92,7 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
     settings = _settings(config, content)
     if config.out.exists() and not work.exists():
         return _finished(config.out, report_path, settings)
-    with full_disk_told(config.out), Joins(work, settings) as joins:
+    with report_disk_full(config.out), Joins(work, settings) as joins:
         if config.base is not None:
             _read_base(joins, config.base)
         for path in content:
@@ -103,7 +103,7 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
             _read_wikidata(joins, config.wikidata, config)
         report = _write(joins, config, {path.name for path in content})
         report = replace(report, elapsed_s=round(time.perf_counter() - started, 3))
-        write_durably(report_path, json.dumps({**asdict(report), "settings": settings}, indent=2).encode())
+        atomic_write_bytes(report_path, json.dumps({**asdict(report), "settings": settings}, indent=2).encode())
         joins.remove()
     return report
 

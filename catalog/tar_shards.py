@@ -24,7 +24,7 @@ from typing import Any
 from catalog.images import LocalImages, UnusableImage
 from catalog.records import is_url
 from core.errors import CatalogError, UserError
-from core.files import durable
+from core.files import atomic_write
 from core.jsonl import Rejected
 
 INDEX_FILE = "images.sqlite"
@@ -140,7 +140,7 @@ class TarShards:
             return
         places = []
         with (
-            durable(shard_path(self._folder, self._number)) as temporary,
+            atomic_write(shard_path(self._folder, self._number)) as temporary,
             tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar,
         ):
             for url, (data, described) in self._pending.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 from catalog.records import EntityRecord
 from core.errors import UserError
-from core.files import durable
+from core.files import atomic_write
 
 _PARQUET_BATCH_ROWS = 1024
 
@@ -44,7 +44,7 @@ def catalog_writer(path: Path) -> Iterator[Callable[[EntityRecord], None]]:
     Raises `UserError` for a name of no known format.
     """
     check_catalog_name(path)
-    with durable(path) as temporary:
+    with atomic_write(path) as temporary:
         if path.name.endswith(".parquet"):
             with _parquet_writer(temporary) as write:
                 yield write

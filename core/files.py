@@ -27,7 +27,7 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def durable(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`; on success it is flushed to disk and renamed to `path`.
 
     A crash at any moment leaves either the old file or the new one. The temporary file is removed on an error.
@@ -42,9 +42,9 @@ def durable(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_durably(path: Path, data: bytes) -> None:
+def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` so that a crash leaves the old file or the new one, never a part."""
-    with durable(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
@@ -58,7 +58,7 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def full_disk_told(out: Path, *, again: str = "run it again") -> Iterator[None]:
+def report_disk_full(out: Path, *, again: str = "run it again") -> Iterator[None]:
     """Raise `UserError` where a file or an SQLite database finds that the disk of `out` takes no more.
 
     `again` says how the user goes on from what is finished.

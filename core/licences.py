@@ -16,7 +16,7 @@ import click
 
 from core.cli import run
 from core.errors import UserError
-from core.files import write_durably
+from core.files import atomic_write_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements-serving.lock"
@@ -80,7 +80,7 @@ def table(lock: Path = LOCK) -> str:
 def main() -> None:
     """Write the table of docs/licences.md anew."""
     page = PAGE.read_text(encoding="utf-8")
-    write_durably(PAGE, MARKERS.sub(lambda _: table(), page).encode())
+    atomic_write_bytes(PAGE, MARKERS.sub(lambda _: table(), page).encode())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks.report import describe_run
 from core.errors import UserError
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from core.jsonl import RejectLog
 from demo.ablation_reasons import reasons
 from demo.ablation_table import ARMS, Arm, fill_in, table
@@ -178,7 +178,7 @@ def run_all(
             finished[key] = run(arm, symbols, own, width)
             line = json.dumps({"run": key, "arm": arm.name, "seed": seed, "accuracy": finished[key]})
             earlier = done.read_bytes() if done.exists() else b""
-            write_durably(done, earlier + line.encode() + b"\n")
+            atomic_write_bytes(done, earlier + line.encode() + b"\n")
         results.setdefault(arm.name, []).append(finished[key])
     return results
 
@@ -238,8 +238,8 @@ def main(
     )  # fmt: skip
     why = reasons(symbols.store, symbols.entities, symbols.drawings, symbols.unfamiliar_drawings, symbols.queries[0])
     figures = {**described, "arms": results, "reasons": why}
-    write_durably(out, (json.dumps(figures, indent=1) + "\n").encode())
-    write_durably(page, fill_in(page.read_text(encoding="utf-8"), table(figures)).encode())
+    atomic_write_bytes(out, (json.dumps(figures, indent=1) + "\n").encode())
+    atomic_write_bytes(page, fill_in(page.read_text(encoding="utf-8"), table(figures)).encode())
     click.echo(table(figures))
 
 

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from core.files import durable, write_durably
+from core.files import atomic_write, atomic_write_bytes
 from demo.entities import Symbol, build_symbols
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 from demo.render import is_blank, main_colours, render
@@ -117,7 +117,7 @@ def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Dra
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    write_durably(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    atomic_write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
 def render_missing(drawings: Iterable[Drawing], set_of: Callable[[str], Path], build: Path) -> None:
@@ -139,7 +139,7 @@ def _render_set(file: Path, drawings: list[Drawing], build: Path) -> None:
         image, path = render(icons.svg(drawing.icon)), build / drawing.image
         if not is_blank(np.asarray(image)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with durable(path) as temporary:
+            with atomic_write(path) as temporary:
                 image.save(temporary, "PNG")
 
 
@@ -159,7 +159,7 @@ def _photograph_all(drawn: list[Drawing], build: Path, seed: int, number: int = 
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
         photos = photographer.photograph(drawings, PHOTO_PX, strength)
         for drawing, photo, quality in zip(batch, photos, (95 - 60 * strength).int().tolist(), strict=True):
-            write_durably(build / _photo(drawing, number), to_jpeg(photo, quality))
+            atomic_write_bytes(build / _photo(drawing, number), to_jpeg(photo, quality))
 
 
 def _photo(drawing: Drawing, number: int = 1) -> str:

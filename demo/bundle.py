@@ -17,7 +17,7 @@ from typing import Any
 import click
 from PIL import Image
 
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from demo.build import BUILD
 from export.outliers import outlier_images
 from model.tiny import BUILT_IN
@@ -109,7 +109,7 @@ def main(build: Path, image_encoder: Path) -> None:
     for made, kept in ((checkpoint, DEMO / "checkpoint"), (bundle, DEMO / "bundle")):
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(made, kept)
-    write_durably(DEMO / "accuracy.json", json.dumps(accuracy, indent=1).encode())
+    atomic_write_bytes(DEMO / "accuracy.json", json.dumps(accuracy, indent=1).encode())
     click.echo(accuracy_table(accuracy))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import click
 
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from demo.build import BUILD, Drawing, read_drawings, render_missing
 from demo.entities import slug
 from demo.sources import ICON_SETS, IconSet, fetch_package
@@ -167,7 +167,7 @@ def plan_from(build: Path, icons: Path) -> list[Drawing]:
 def main(build: Path) -> None:
     """Write whose icons the image encoder is trained with."""
     icons = fetch_icons(build / "sources")
-    write_durably(TABLE, whose(plan_from(build, icons), icons).encode())
+    atomic_write_bytes(TABLE, whose(plan_from(build, icons), icons).encode())
 
 
 if __name__ == "__main__":

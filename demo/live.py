@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from demo.bundle import DEMO
-from export.entity_side import export_entity_side
+from export.entity_encoder import export_entity_encoder
 from index.bundle import Bundle
 from model.checkpoint import Checkpoint
 
@@ -17,7 +17,7 @@ from model.checkpoint import Checkpoint
 def main() -> None:
     """Add `entity_side/` to demo/bundle, unless it is there."""
     bundle = Bundle.open(DEMO / "bundle")
-    side = bundle.entity_side() or export_entity_side(Checkpoint.load(DEMO / "checkpoint"), bundle.path)
+    side = bundle.entity_encoder() or export_entity_encoder(Checkpoint.load(DEMO / "checkpoint"), bundle.path)
     click.echo(f"demo/bundle has its entity side: {sum(entry.bytes for entry in side.files.values()) / 1e6:.1f} MB")
 
 

@@ -35,7 +35,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.files import durable, sha256_file
+from core.files import atomic_write, sha256_file
 from demo.build import BUILD, CATALOG_ROLES, Drawing, read_drawings, visible
 from demo.icons import ROLE as ICON_ROLE
 from demo.icons import fetch_icons, plan_from, render_icons
@@ -366,7 +366,7 @@ class State:
             "generator": self.generator.get_state(),
             "waiting": [batches.waiting for batches in self.batches],
         }
-        with durable(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(snapshot, temporary)
 
     def load(self, path: Path) -> None:

@@ -24,7 +24,7 @@ import click
 
 from core.cli import run
 from core.errors import CatalogError, UserError
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from imaging import decode
 
 MAX_PIXELS = 64_000_000  # as the service's default
@@ -188,7 +188,7 @@ def main(pictures: Path, table: Path | None, out: Path, train: int, validation: 
     for name, rows in {"catalog": catalog, **lines}.items():
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            write_durably(out / f"{name}.jsonl", text.encode())
+            atomic_write_bytes(out / f"{name}.jsonl", text.encode())
     told = ", ".join(f"{len(rows)} {name}" for name, rows in lines.items() if wanted[name])
     images_kept = sum(len(line["images"]) for line in catalog)
     click.echo(

@@ -1,3 +1,1 @@
 """Catalog in, bundle out."""
-
-import core  # noqa: F401 - before ONNX Runtime and faiss: it says what they may and may not do

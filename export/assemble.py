@@ -15,7 +15,7 @@ from export.config import ExportConfig, describe_model
 from export.int8 import add_int8
 from export.onnx_export import INPUT, OUTPUTS
 from export.sample import CatalogImages
-from export.spool import Spool
+from export.staging import StagingDir
 from export.validation import calibrate
 from index.build import build_index
 from index.bundle import list_files
@@ -43,7 +43,7 @@ from model.checkpoint import Checkpoint
 def assemble(
     config: ExportConfig,
     checkpoint: Checkpoint,
-    spool: Spool,
+    spool: StagingDir,
     settings: Mapping[str, Any],
     started: float,
     sample: Sequence[CatalogImages],
@@ -67,8 +67,8 @@ def assemble(
     counts = _count_and_log(spool, log, len(embeddings))
     calibration: Calibration | None = None
     int8: Int8Entry | None = None
-    spool.take_back(INT8_ENCODER_FILE)
-    spool.take_back(FAMILIARITY_FILE)
+    spool.discard(INT8_ENCODER_FILE)
+    spool.discard(FAMILIARITY_FILE)
     if config.validation is not None or config.int8:
         index = EntityIndex.read(spool.bundle / INDEX_FILE, embeddings, index_manifest.parameters)
         with EntityStore(spool.bundle / STORE_FILE) as store:
@@ -111,7 +111,7 @@ def assemble(
     ).write(spool.bundle / MANIFEST_FILE)
 
 
-def _count_and_log(spool: Spool, log: RejectLog, embeddings: int) -> Counts:
+def _count_and_log(spool: StagingDir, log: RejectLog, embeddings: int) -> Counts:
     entities = without_image = without_text = rejected = images_failed = 0
     for shard in spool.shards():
         entities += len(shard.entities)

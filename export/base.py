@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
-from core.files import durable
+from core.files import atomic_write
 from export.decode import HASH_BYTES
 from index.bundle import Bundle
 from index.manifest import EMBEDDINGS_FOLDER
@@ -96,7 +96,7 @@ def write_hashes(folder: Path, shard: int, content_hashes: Sequence[bytes]) -> N
     hashes_n16 = np.frombuffer(
         b"".join(content_hash or bytes(HASH_BYTES) for content_hash in content_hashes), np.uint8
     ).reshape(-1, HASH_BYTES)
-    with durable(folder / hashes_file(shard)) as temporary, temporary.open("wb") as file:
+    with atomic_write(folder / hashes_file(shard)) as temporary, temporary.open("wb") as file:
         np.save(file, hashes_n16, allow_pickle=False)
 
 

@@ -13,7 +13,7 @@ from catalog.tar_shards import TarImages
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
 from export.float16 import torch_module
-from export.spool import foreign_files, is_unfinished
+from export.staging import foreign_files, is_unfinished
 from index.manifest import MANIFEST_FILE
 from model.checkpoint import Checkpoint
 

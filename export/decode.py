@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog.images import ImageReader, UnusableImage
-from core.cores import usable_cores
 from core.errors import TooLarge, UndecodableImage
+from core.runtime import usable_cores
 from imaging import Preprocessing, load_pixels, make_thumbnail
 
 # A catalog is its operator's own: this only keeps one absurd file from taking all memory.

@@ -14,7 +14,7 @@ import torch
 
 from export.prepare import Chunk
 from export.stream import StageTimes
-from model.attention import embed_listening
+from model.attention import embed_with_attention
 from model.checkpoint import Checkpoint
 
 _CHUNK_BYTES = 512 * 1024 * 1024  # of features, whatever the models' widths
@@ -88,7 +88,7 @@ class Embedder:
                 )
                 batch_BD: torch.Tensor
                 if self._listen:
-                    batch_BD, weights_BT = embed_listening(self._checkpoint.adaptor, *inputs)
+                    batch_BD, weights_BT = embed_with_attention(self._checkpoint.adaptor, *inputs)
                     for sample, weights_T in zip(batch, weights_BT.float().cpu().numpy(), strict=True):
                         attention[sample] = weights_T[: lengths[sample]].copy()
                 else:

@@ -17,7 +17,7 @@ from export.config import ExportConfig, check_image_root, describe_model
 from export.engine import embed_shards
 from export.prepare import Shard
 from export.sample import CatalogImages, Reservoir
-from export.spool import Spool
+from export.staging import StagingDir
 from export.stream import StageTimes
 from export.write import ShardWriter
 from model.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ class Outcome:
     sample: Sequence[CatalogImages]
 
 
-def embed_catalog(config: ExportConfig, checkpoint: Checkpoint, spool: Spool, times: StageTimes) -> Outcome:
+def embed_catalog(config: ExportConfig, checkpoint: Checkpoint, spool: StagingDir, times: StageTimes) -> Outcome:
     """Finish every shard that is not finished yet. Raises `CatalogError`."""
     entities = resumed = copied = 0
     sample: Reservoir[CatalogImages] = Reservoir(SAMPLED_ENTITIES)

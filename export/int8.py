@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from tqdm import tqdm
 
 from catalog.images import ImageReader, UnusableImage
 from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
 from core.jsonl import read_jsonl
+from core.runtime import onnxruntime
 from export.config import ExportConfig
 from export.decode import MAX_PIXELS
 from export.engine import image_reader

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from core.errors import EncoderSpecError
-from core.files import durable, sync, write_durably
+from core.files import atomic_write, atomic_write_bytes, sync
+from core.runtime import onnxruntime
 from imaging import normalise
 from index.manifest import IMAGE_ENCODER_FILE
 from model.encoders import ImageEncoder, ImageFeatures
@@ -181,7 +181,7 @@ def export_module(
         for file in (path.with_name(f"{path.name}.data"), path):
             sync(file)
     else:
-        with durable(path) as temporary:
+        with atomic_write(path) as temporary:
             program.save(str(temporary), external_data=False)
 
 
@@ -224,7 +224,7 @@ def _halve_weights(encoder: ImageEncoder, path: Path) -> None:
     try:
         halved.write_bytes(model.SerializeToString(deterministic=True))
         if measure_parity(encoder, halved).holds(HALF_MIN_COSINE):
-            write_durably(path, halved.read_bytes())
+            atomic_write_bytes(path, halved.read_bytes())
     finally:
         halved.unlink(missing_ok=True)
 
@@ -245,7 +245,7 @@ def fold_centre(path: Path, centre_D: torch.Tensor) -> None:
             onnx.helper.make_node("LpNormalization", [shifted], [embedding], axis=1, p=2),
         ]
     )
-    write_durably(path, model.SerializeToString(deterministic=True))
+    atomic_write_bytes(path, model.SerializeToString(deterministic=True))
 
 
 def _strip(model: Any) -> None:
@@ -293,7 +293,7 @@ def _copy(source: Path, path: Path) -> None:
 
 
 def _copy_durably(source: Path, path: Path) -> None:
-    with durable(path) as temporary:
+    with atomic_write(path) as temporary:
         shutil.copyfile(source, temporary)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from core.errors import UserError
-from core.files import full_disk_told
+from core.files import report_disk_full
 from export.assemble import assemble, rejects_path
 from export.config import (
     ExportConfig,
@@ -25,13 +25,13 @@ from export.config import (
     refuse_differences,
 )
 from export.embed_catalog import Outcome, embed_catalog
-from export.entity_side import export_entity_side
+from export.entity_encoder import export_entity_encoder
 from export.float16 import add_float16
 from export.onnx_export import export_image_encoder
-from export.spool import Spool, is_unfinished
+from export.staging import StagingDir, is_unfinished
 from export.stream import StageTimes
 from index.bundle import Bundle
-from index.entity_side import EntitySide
+from index.entity_encoder import EntityEncoder
 from index.manifest import FLOAT16_ENCODER_FILE, MANIFEST_FILE, Counts, Float16Entry, Int8Entry
 from model.checkpoint import Checkpoint
 from model.encoders import resolve_device
@@ -72,13 +72,13 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     settings = content_settings(config, checkpoint, device.type)
     if (config.out / MANIFEST_FILE).exists():
         return _already_complete(config, checkpoint, settings, started)
-    spool = Spool(config.out)
+    spool = StagingDir(config.out)
     with spool.held():
         _check_settings(config, spool, settings)
         outcome = None
         times = StageTimes()
         if not spool.is_ready_to_publish:
-            with full_disk_told(config.out, again="go on with --resume"):
+            with report_disk_full(config.out, again="go on with --resume"):
                 if spool.parity() is None:
                     with times.measure("ONNX files"), _files(config, "image encoder", 1) as bar:
                         parity = export_image_encoder(
@@ -89,7 +89,7 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
                         )
                         bar.update()
                     spool.finish_image_encoder(parity)
-                spool.take_back(FLOAT16_ENCODER_FILE)
+                spool.discard(FLOAT16_ENCODER_FILE)
                 float16 = None
                 if config.float16:  # before the shards: an encoder that does not bear it is told of soon
                     with times.measure("ONNX files"), _files(config, "float16", 1) as bar:
@@ -99,11 +99,11 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
                 with times.measure("store, index, manifest"):
                     assemble(config, checkpoint, spool, settings, started, outcome.sample, float16)
         spool.publish()
-    _add_entity_side(config, checkpoint)
+    _add_entity_encoder(config, checkpoint)
     return _summary(config, started, outcome, times)
 
 
-def _check_settings(config: ExportConfig, spool: Spool, settings: Mapping[str, Any]) -> None:
+def _check_settings(config: ExportConfig, spool: StagingDir, settings: Mapping[str, Any]) -> None:
     """Begin, or make sure that what was begun is the same export."""
     image_root = None if config.image_root is None else str(config.image_root.resolve())
     base = None if config.base is None else Bundle.open(config.base).fingerprint
@@ -125,19 +125,19 @@ def _already_complete(
     if config.name is not None and config.name != bundle.name:
         raise UserError(f"{config.out} holds a bundle named {bundle.name}; leave --name out, or choose another --out")
     if is_unfinished(config.out):  # killed after the manifest was in place: only the clearing up is left
-        spool = Spool(config.out)
+        spool = StagingDir(config.out)
         with spool.held():
             spool.remove()
-    _add_entity_side(config, checkpoint)
+    _add_entity_encoder(config, checkpoint)
     return _summary(config, started, None, StageTimes(), already_complete=True)
 
 
-def _add_entity_side(config: ExportConfig, checkpoint: Checkpoint) -> None:
+def _add_entity_encoder(config: ExportConfig, checkpoint: Checkpoint) -> None:
     """The last step: like the index it is no part of the bundle's identity, so a finished bundle may be given it."""
-    if config.live and EntitySide.open(config.out, checkpoint.sha256) is None:
+    if config.live and EntityEncoder.open(config.out, checkpoint.sha256) is None:
         again = "go on with --resume"
-        with full_disk_told(config.out, again=again), _files(config, "entity side", 2) as bar:
-            export_entity_side(checkpoint, config.out, on_file=bar.update)
+        with report_disk_full(config.out, again=again), _files(config, "entity side", 2) as bar:
+            export_entity_encoder(checkpoint, config.out, on_file=bar.update)
 
 
 def _files(config: ExportConfig, name: str, total: int) -> tqdm[Any]:

@@ -25,7 +25,7 @@ from export.engine import WAITING, embed_shards
 from export.onnx_export import stored_bytes
 from export.prepare import Shard
 from export.sample import Reservoir
-from export.spool import Spool
+from export.staging import StagingDir
 from export.stream import StageTimes
 from export.write import WRITING, ShardWriter
 from index.manifest import STORE_FILE
@@ -128,7 +128,7 @@ def _measure(config: ExportConfig, checkpoint: Checkpoint, records: list[EntityR
     times = StageTimes()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="plan.")))
-        spool = Spool(folder)
+        spool = StagingDir(folder)
         spool.begin({})
         base = None if config.base is None else stack.enter_context(BaseEntities(config.base))
         fits = base is not None and base.fits(

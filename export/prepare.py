@@ -15,10 +15,9 @@ import numpy.typing as npt
 
 from catalog import EntityRecord
 from core.jsonl import Rejected
-from core.text import first_sentence
 from export.base import BaseEntities, BaseEntity
 from export.decode import DecodePool, ImageJob, Pixels, hash_text
-from index.store import StoredEntity
+from index.store import StoredEntity, first_sentence
 
 
 @dataclass(frozen=True, kw_only=True)

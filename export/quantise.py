@@ -18,10 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from core.files import durable, sync
+from core.files import atomic_write, sync
 from export import onnx_export
 from imaging import Preprocessing, normalise
 
@@ -43,6 +41,9 @@ def quantise(
     The same source and images give the same bytes. `pixels_BHW3` are what ranges are taken from, in batches of 32;
     `on_images` is told how many of each.
     """
+    from onnxruntime.quantization import QuantType, quantize_static  # export.onnx_export has loaded and configured it
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
     large = onnx_export.is_large(source)
     with TemporaryDirectory(prefix="quantise.") as folder, _quiet():
         prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
@@ -62,7 +63,9 @@ def quantise(
         _save(onnx.load(quantised), target, large=large)
 
 
-class _Images(CalibrationDataReader):  # type: ignore[misc]
+class _Images:
+    """Batches of normalised images, as `onnxruntime.quantization.CalibrationDataReader` gives them."""
+
     def __init__(
         self,
         pixels_BHW3: npt.NDArray[np.uint8],
@@ -92,7 +95,7 @@ def _save(model: onnx.ModelProto, target: Path, *, large: bool) -> None:
         onnx.external_data_helper.convert_model_to_external_data(model, location=data.name, size_threshold=1024)
         onnx.external_data_helper.write_external_data_tensors(model, str(target.parent))
         sync(data)
-    with durable(target) as temporary:
+    with atomic_write(target) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 

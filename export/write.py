@@ -14,7 +14,7 @@ import numpy as np
 
 from export.base import write_hashes
 from export.engine import Attention, EmbeddedShard
-from export.spool import Spool, SpooledShard
+from export.staging import StagedShard, StagingDir
 from export.stream import StageTimes
 from export.words import heard_words
 from index.embeddings import write_shard
@@ -27,7 +27,7 @@ WRITING = "waiting for the disk"
 class ShardWriter:
     """Writes finished shards, one while the models work on the next."""
 
-    def __init__(self, spool: Spool, text_encoder: TextEncoder, times: StageTimes) -> None:
+    def __init__(self, spool: StagingDir, text_encoder: TextEncoder, times: StageTimes) -> None:
         self._spool = spool
         self._text_encoder = text_encoder
         self._times = times
@@ -61,7 +61,7 @@ class ShardWriter:
         write_hashes(self._spool.embeddings, number, records.content_hashes)
         self._spool.finish_shard(
             number,
-            SpooledShard(
+            StagedShard(
                 entities=[(self._with_words(entity, embedded.attention), webp) for entity, webp in records.entities],
                 rejected=records.shard.rejected,
                 images_failed=records.images_failed,

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from catalog import EntityRecord, is_url, read_catalog
 from catalog.tar_shards import TarShards
 from core.errors import CatalogError, UserError
-from core.files import full_disk_told
+from core.files import report_disk_full
 from core.jsonl import Rejected, RejectLog
 from core.network import PublicNetwork
 from fetch.download import Downloader, DownloadLimits, NotFetched
@@ -94,7 +94,7 @@ def fetch_images(config: FetchConfig) -> FetchReport:
     if not config.catalog.is_file():
         raise CatalogError(f"{config.catalog} does not exist; check --catalog")
     counts = _Counts()
-    with full_disk_told(config.out), TarShards(config.out, shard_bytes=config.shard_bytes) as shards:
+    with report_disk_full(config.out), TarShards(config.out, shard_bytes=config.shard_bytes) as shards:
         if config.retry_failed:
             shards.forget_failures()
         log = RejectLog(config.out / "rejected.jsonl")

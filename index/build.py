@@ -9,11 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from tqdm import tqdm
 
-from core.files import durable, sha256_file
+from core.files import atomic_write, sha256_file
+from core.runtime import faiss
 from index.choose import Targets, choose
 from index.embeddings import EmbeddingShards, Float32Array
 from index.factory import SEED, factory_index, fill, gpu_count, train
@@ -53,7 +53,7 @@ def build_index(
     parameters: Mapping[str, Any] = _untuned(index)
     path = bundle / INDEX_FILE
     path.parent.mkdir(exist_ok=True)
-    with durable(path) as temporary:
+    with atomic_write(path) as temporary:
         batches = _shown(embeddings, progress)
         if is_flat(index):  # nothing to train or to compute, so memory for all of them is not wanted
             write_flat(temporary, index, embeddings, batches)

@@ -14,7 +14,7 @@ from core.errors import BundleAltered, BundleIncomplete, BundleMissing
 from core.files import sha256_file
 from index.calibration import Calibration
 from index.embeddings import EmbeddingShards
-from index.entity_side import ENTITY_SIDE_FOLDER, EntitySide
+from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
 from index.familiarity import Familiarity
 from index.manifest import (
     EMBEDDINGS_FOLDER,
@@ -96,15 +96,15 @@ class Bundle:
         """The index, mapped, or on GPUs where `device` (`auto`, `cpu`, `cuda`) says so. Raises as its `read` does."""
         return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
 
-    def entity_side(self) -> EntitySide | None:
+    def entity_encoder(self) -> EntityEncoder | None:
         """What embeds entities that are put while serving, every byte checked; None where there is none."""
-        return EntitySide.open(self.path, self.manifest.model.get("checkpoint_sha256"))
+        return EntityEncoder.open(self.path, self.manifest.model.get("checkpoint_sha256"))
 
     def unlisted_files(self) -> list[str]:
         """Files in the bundle's folder that are no part of it, as relative paths in order."""
         listed = {MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE, *self.manifest.files}
         present = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
-        names = {file.as_posix() for file in present if file.parts[0] != ENTITY_SIDE_FOLDER}
+        names = {file.as_posix() for file in present if file.parts[0] != ENTITY_ENCODER_FOLDER}
         return sorted(names - listed)
 
 
@@ -153,7 +153,7 @@ def list_files(folder: Path) -> Mapping[str, FileEntry]:
 def _content_files(folder: Path) -> Iterator[str]:
     for file in folder.rglob("*"):
         name = file.relative_to(folder).as_posix()
-        apart = name in (MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE) or name.startswith(f"{ENTITY_SIDE_FOLDER}/")
+        apart = name in (MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE) or name.startswith(f"{ENTITY_ENCODER_FOLDER}/")
         if file.is_file() and not apart:
             yield name
 

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import faiss
 import numpy as np
 import numpy.typing as npt
+
+from core.runtime import faiss
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]

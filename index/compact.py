@@ -24,7 +24,7 @@ from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.delta import Delta
 from index.embeddings import EmbeddingShards, write_shard
-from index.entity_side import ENTITY_SIDE_FOLDER
+from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import (
     EMBEDDINGS_FOLDER,
@@ -115,8 +115,8 @@ def _write(
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         elapsed_s=round(time.perf_counter() - started, 3),
     )
-    if (bundle.path / ENTITY_SIDE_FOLDER).is_dir():
-        shutil.copytree(bundle.path / ENTITY_SIDE_FOLDER, folder / ENTITY_SIDE_FOLDER)
+    if (bundle.path / ENTITY_ENCODER_FOLDER).is_dir():
+        shutil.copytree(bundle.path / ENTITY_ENCODER_FOLDER, folder / ENTITY_ENCODER_FOLDER)
     for file in (*folder.rglob("*"), folder):
         sync(file)
     manifest.write(folder / MANIFEST_FILE)

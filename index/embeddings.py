@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import BundleAltered, BundleIncomplete
-from core.files import durable
+from core.files import atomic_write
 
 Float16Array = npt.NDArray[np.float16]
 Float32Array = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Flo
     """Write one shard durably; `rows_n` holds the entity row of each L2-normalised embedding, in rising order."""
     assert len(rows_n) == len(embeddings_nD), "each embedding has one row"
     for name, array in ((rows_file(shard), rows_n), (vectors_file(shard), embeddings_nD.astype(np.float16))):
-        with durable(folder / name) as temporary, temporary.open("wb") as file:
+        with atomic_write(folder / name) as temporary, temporary.open("wb") as file:
             np.save(file, array, allow_pickle=False)
 
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
+from core.runtime import faiss
 from index.embeddings import Embeddings
 
 Float32Array = npt.NDArray[np.float32]

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from core.files import durable
+from core.files import atomic_write
 from index.newton import minimise
 
 _LANDMARKS = 768
@@ -85,7 +85,7 @@ class Familiarity:
         """Write as numpy's `.npz`: the same bytes for the same content."""
         scalars = np.array([self.offset, self.best, self.background, self.width])
         weights_2L = np.stack([self.level_L, self.slope_L])
-        with durable(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, scalars=scalars, landmarks=self.landmarks_LD.astype(np.float16), weights=weights_2L)
 
     @classmethod

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import faiss
-
+from core.runtime import faiss
 from index.embeddings import EmbeddingShards, Float32Array
 
 _HEADER_BYTES = 45  # its bytes 8 to 16 count the vectors, its last 8 their components

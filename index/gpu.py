@@ -17,11 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import faiss
 import numpy as np
 
-from core.cores import usable_cores
 from core.errors import UserError
+from core.runtime import faiss, usable_cores
 from index.candidates import BoolArray, Candidates, CpuCandidates, Float32Array, Int64Array, list_efforts
 from index.embeddings import Embeddings
 from index.factory import faiss_reason

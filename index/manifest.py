@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from core.errors import BundleAltered, BundleSchemaMismatch
-from core.files import sha256_file, write_durably
+from core.files import atomic_write_bytes, sha256_file
 
 SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -154,7 +154,7 @@ class Manifest:
             raise _malformed(path, str(error)) from error
 
     def write(self, path: Path) -> None:
-        write_durably(path, _pretty(self.to_dict()))
+        atomic_write_bytes(path, _pretty(self.to_dict()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +185,7 @@ class IndexManifest:
         return cls(**content)
 
     def write(self, path: Path) -> None:
-        write_durably(path, _pretty(asdict(self)))
+        atomic_write_bytes(path, _pretty(asdict(self)))
 
 
 def fingerprint(manifest: Manifest, index_manifest: IndexManifest) -> str:

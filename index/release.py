@@ -23,9 +23,9 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError
-from core.files import full_disk_told, is_uri, sha256_file, sync, write_durably
+from core.files import atomic_write_bytes, is_uri, report_disk_full, sha256_file, sync
 from index.bundle import Bundle
-from index.entity_side import ENTITY_SIDE_FOLDER, EntitySide
+from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
 from index.manifest import (
     INDEX_FILE,
     INDEX_MANIFEST_FILE,
@@ -37,7 +37,7 @@ from index.manifest import (
 )
 from index.remote import Remote
 
-ENTITY_SIDE_MANIFEST_FILE = f"{ENTITY_SIDE_FOLDER}/manifest.json"
+ENTITY_ENCODER_MANIFEST_FILE = f"{ENTITY_ENCODER_FOLDER}/manifest.json"
 MARKER_FILE = ".transfer"
 
 _READ_BYTES = 8 * 1024**2
@@ -86,7 +86,7 @@ def push(bundle_path: Path, uri: str, *, verify: bool = False, progress: bool = 
     bundle that is not whole, `TransferError` where the URI holds something else or does not answer.
     """
     bundle = Bundle.open(bundle_path, verify="full")
-    bundle.entity_side()
+    bundle.entity_encoder()
     release = _local_release(bundle)
     remote = Remote.open(uri)
     there = remote.sizes()
@@ -151,7 +151,7 @@ def remote_release(uri: str) -> Release:
     remote = Remote.open(uri)
     manifests = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (ENTITY_SIDE_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE):
+        for name in (ENTITY_ENCODER_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE):
             content = remote.read(name)
             if content is not None:
                 manifests[name] = content
@@ -165,13 +165,13 @@ def remote_release(uri: str) -> Release:
             raise BundleIncomplete(f"{uri}/{INDEX_MANIFEST_FILE} is missing; push the bundle again")
         manifest = Manifest.read(Path(scratch) / MANIFEST_FILE)
         index_manifest = IndexManifest.read(Path(scratch) / INDEX_MANIFEST_FILE)
-        side_files = EntitySide.read(Path(scratch)).files if ENTITY_SIDE_MANIFEST_FILE in manifests else {}
+        side_files = EntityEncoder.read(Path(scratch)).files if ENTITY_ENCODER_MANIFEST_FILE in manifests else {}
     return _release(manifest, index_manifest, side_files, manifests)
 
 
 def _local_release(bundle: Bundle) -> Release:
-    side = bundle.entity_side()
-    names = (ENTITY_SIDE_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE)
+    side = bundle.entity_encoder()
+    names = (ENTITY_ENCODER_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE)
     manifests = {name: (bundle.path / name).read_bytes() for name in names if (bundle.path / name).is_file()}
     return _release(bundle.manifest, bundle.index_manifest, {} if side is None else side.files, manifests)
 
@@ -185,7 +185,7 @@ def _release(
     files = {
         **manifest.files,
         INDEX_FILE: FileEntry(bytes=index_manifest.bytes, sha256=index_manifest.sha256),
-        **{f"{ENTITY_SIDE_FOLDER}/{name}": entry for name, entry in side_files.items()},
+        **{f"{ENTITY_ENCODER_FOLDER}/{name}": entry for name, entry in side_files.items()},
     }
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -201,10 +201,10 @@ def _pull(remote: Remote, release: Release, folder: Path, *, hash_whole: bool, p
     # What an attempt that was cut off has left is hashed; a whole bundle is checked when it is opened, too.
     whole = MANIFEST_FILE in there
     trusted = whole and not hash_whole
-    with full_disk_told(folder):
+    with report_disk_full(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if not whole:
-            write_durably(folder / MARKER_FILE, release.marker)
+            atomic_write_bytes(folder / MARKER_FILE, release.marker)
         received: dict[str, FileEntry] = {}
         with _bar(release, "pull", progress) as bar:
             for name, entry in release.files.items():
@@ -215,7 +215,7 @@ def _pull(remote: Remote, release: Release, folder: Path, *, hash_whole: bool, p
         for name, content in release.manifests.items():
             if name not in there:
                 (folder / name).parent.mkdir(exist_ok=True)
-                write_durably(folder / name, content)
+                atomic_write_bytes(folder / name, content)
         (folder / MARKER_FILE).unlink(missing_ok=True)
     return _transferred(release, received)
 

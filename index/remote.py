@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from core.errors import TransferError, UserError
-from core.files import durable
+from core.files import atomic_write
 
 CHUNK_BYTES = 16 * 1024**2  # one request to an object store
 _EXTRAS = {"s3": "s3", "s3a": "s3"}
@@ -72,7 +72,7 @@ class Remote:
     def write(self, name: str, content: bytes) -> None:
         with self._told():
             if self._on_disk:
-                with durable(self._folder_of(name)) as temporary:
+                with atomic_write(self._folder_of(name)) as temporary:
                     temporary.write_bytes(content)
             else:
                 self._filesystem.pipe_file(self._path(name), content)
@@ -80,7 +80,7 @@ class Remote:
     def put(self, name: str, source: Path) -> None:
         with self._told():
             if self._on_disk:
-                with durable(self._folder_of(name)) as temporary:
+                with atomic_write(self._folder_of(name)) as temporary:
                     shutil.copyfile(source, temporary)
             else:
                 self._filesystem.put_file(str(source), self._path(name))

@@ -14,7 +14,7 @@ def describe(path: Path, verify: Verify) -> dict[str, Any]:
     """Check a bundle with its parts opened, and describe it. Raises `BundleError` as `Bundle.open` does."""
     bundle = Bundle.open(path, verify)
     bundle.index()
-    side = bundle.entity_side()
+    side = bundle.entity_encoder()
     with bundle.store() as store:
         stored_entities = len(store)
     manifest = bundle.manifest

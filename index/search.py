@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from core.errors import BundleAltered
+from core.runtime import faiss
 from index.candidates import Candidates
 from index.embeddings import Embeddings, EmbeddingShards, normalised
 from index.factory import faiss_reason

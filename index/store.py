@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Self, TypeVar
 import numpy as np
 
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
-from core.files import durable
+from core.files import atomic_write
 from index.selection import Selection
 
 SCHEMA = """
@@ -47,6 +48,8 @@ CREATE INDEX entity_by_types ON entity (types);
 _OPTIMIZE = """
 INSERT INTO title_search (title_search) VALUES ('optimize');
 """
+_MAX_DESCRIPTION = 200  # characters
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
 Value = TypeVar("Value")
 _COLUMNS = (
     "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text, "
@@ -85,7 +88,7 @@ def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]
 
     One pass, one transaction for all rows and a VACUUM: the same entities give the same bytes.
     """
-    with durable(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.unlink(missing_ok=True)
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:
@@ -375,3 +378,14 @@ def _parts(values: Sequence[Value]) -> Iterator[Sequence[Value]]:
 def _storable(text: str) -> str:
     """A user's text may hold lone surrogates, which SQLite refuses; no stored text has one, so `?` finds as little."""
     return text.encode("utf-8", "replace").decode()
+
+
+def first_sentence(text: str) -> str | None:
+    """Return the first sentence of a text, cut at 200 characters, or None if the text is blank."""
+    stripped = text.strip()
+    if not stripped:
+        return None
+    sentence = _SENTENCE_END.split(stripped, maxsplit=1)[0].strip()
+    if len(sentence) <= _MAX_DESCRIPTION:
+        return sentence
+    return sentence[: _MAX_DESCRIPTION - 1].rsplit(" ", 1)[0].rstrip(",;: ") + "…"

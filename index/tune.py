@@ -10,11 +10,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import faiss
 import numpy as np
 import numpy.typing as npt
-from faiss.contrib.exhaustive_search import knn_ground_truth
 
+from core.runtime import faiss
 from index.embeddings import Embeddings
 from index.factory import one_thread
 from index.search import EntityIndex
@@ -63,6 +62,8 @@ def held_out_queries(embeddings: Embeddings, positions_Q: Int64Array, seed: int)
 def exact_positions(embeddings: Embeddings, queries_QD: Float32Array) -> Int64Array:
     """The positions [Q, K] of the embeddings nearest to each query, in one pass over them all."""
     k = min(K, len(embeddings))
+    from faiss.contrib.exhaustive_search import knn_ground_truth
+
     positions_QK: Int64Array = knn_ground_truth(queries_QD, iter(embeddings), k, faiss.METRIC_INNER_PRODUCT, ngpu=0)[1]
     return positions_QK
 

@@ -13,7 +13,7 @@ from model.adaptor import Adaptor, Attention, DecoderLayer
 
 
 @torch.no_grad()
-def embed_listening(
+def embed_with_attention(
     adaptor: Adaptor,
     patch_tokens_BPC: torch.Tensor,
     image_mask_B: torch.Tensor,

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from core.errors import CheckpointError, UserError
-from core.files import durable, sha256_file
+from core.files import atomic_write, sha256_file
 from model.adaptor import Adaptor, AdaptorConfig
 from model.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
 
@@ -137,15 +137,15 @@ def save_checkpoint(
     }
     files = {}
     with ExitStack() as stack:
-        json_file = stack.enter_context(durable(path / _JSON))  # entered first, so put in place last
-        adaptor_file = stack.enter_context(durable(path / _ADAPTOR))
+        json_file = stack.enter_context(atomic_write(path / _JSON))  # entered first, so put in place last
+        adaptor_file = stack.enter_context(atomic_write(path / _ADAPTOR))
         adaptor_file.write_bytes(save(state))  # `save_file` makes files that only their owner may read
         files[_ADAPTOR] = sha256_file(adaptor_file)
         if image["spec"] == "tiny":
             from model.tiny import BUILT_IN
 
             source = Path(image_encoder.spec.partition(":")[2] or BUILT_IN)
-            tiny_file = stack.enter_context(durable(path / _IMAGE_ENCODER))
+            tiny_file = stack.enter_context(atomic_write(path / _IMAGE_ENCODER))
             tiny_file.write_bytes(source.read_bytes())  # may be the very file that it replaces
             files[_IMAGE_ENCODER] = sha256_file(tiny_file)
         values = {

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import UserError
-from core.files import durable
+from core.files import atomic_write
 
 Array = npt.NDArray[np.generic]
 _KEYS = "keys"
@@ -87,7 +87,7 @@ class Segments:
         self._open(segment)
 
     def _write(self, segment: str, name: str, array: Array) -> None:
-        with durable(self.folder / f"{segment}.{name}.npy") as temporary, temporary.open("wb") as file:
+        with atomic_write(self.folder / f"{segment}.{name}.npy") as temporary, temporary.open("wb") as file:
             np.save(file, array)
 
     def _open(self, segment: str) -> None:

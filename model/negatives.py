@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from core.runtime import faiss
 
 Ints = npt.NDArray[np.int64]
 NO_DONOR = -1

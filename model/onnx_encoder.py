@@ -100,7 +100,7 @@ def external_data(path: Path) -> list[Path]:
 
 
 def _open_session(spec: str, path: Path, device: torch.device) -> Any:
-    import onnxruntime
+    from core.runtime import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()

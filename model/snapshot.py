@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from core.errors import CheckpointError
-from core.files import durable
+from core.files import atomic_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Snapshots:
 
     def save(self, values: Mapping[str, Any]) -> None:
         """Plain values and tensors; whenever the process dies, the file is the old snapshot or the new one."""
-        with durable(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             torch.save({"run": self.run, **values}, temporary)
 
     def load(self) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from core.errors import EncoderSpecError
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from imaging.preprocess import Preprocessing
 from model.torch_encoder import TorchImageEncoder
 
@@ -133,7 +133,7 @@ def save_tiny(
         "preprocessing": json.dumps(preprocessing.to_dict()),
         "notes": json.dumps(notes or {}, sort_keys=True),
     }
-    write_durably(path, safetensors.torch.save(weights, metadata))
+    atomic_write_bytes(path, safetensors.torch.save(weights, metadata))
 
 
 def _halved(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from core.files import write_durably
+from core.files import atomic_write_bytes
 
 
 class _Writer(Protocol):
@@ -58,7 +58,7 @@ def open_log(path: Path, tensorboard: Path, *, after_step: int) -> Iterator[Trai
             if row["step"] > after_step or (row["step"] == after_step and "mean_loss" in row):
                 break
             kept.append(line + "\n")
-    write_durably(path, "".join(kept).encode())
+    atomic_write_bytes(path, "".join(kept).encode())
     log = TrainLog(path, _tensorboard_writer(tensorboard, after_step))
     try:
         yield log

@@ -1,3 +1,1 @@
 """The HTTP service and the recogniser behind it. Never imports torch."""
-
-import core  # noqa: F401 - before ONNX Runtime and faiss: it says what they may and may not do

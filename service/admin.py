@@ -14,8 +14,8 @@ from service import schemas
 from service.body import ImageUrl, read_body, record_of
 from service.editing import Editor
 from service.fetch import Fetcher
-from service.generation import Snapshot
 from service.keys import require_admin
+from service.loaded_bundle import Snapshot
 from service.recognizer import Recognizer
 from service.routes import entity_json, json_response, recognizer_of
 
@@ -60,7 +60,7 @@ async def put_entity(request: Request, entity_id: str) -> Response:
     body = await read_body(request, settings.max_body_bytes, settings.receive_timeout_s)
     record, given = record_of(body, request.headers.get("content-type", ""))
     wanted = _entity(record)
-    with recognizer.admission.admit(1), recognizer.hold() as snapshot:
+    with recognizer.admission.admit(1), recognizer.acquire() as snapshot:
         editor = _editor(snapshot)
         fetcher: Fetcher = request.app.state.fetcher
         image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
@@ -78,7 +78,7 @@ async def put_entity(request: Request, entity_id: str) -> Response:
 )
 async def delete_entity(request: Request, entity_id: str) -> Response:
     recognizer = recognizer_of(request)
-    with recognizer.admission.admit(1), recognizer.hold() as snapshot:
+    with recognizer.admission.admit(1), recognizer.acquire() as snapshot:
         editor = _editor(snapshot)
         await recognizer.edit(snapshot, lambda: editor.delete(entity_id))
     return Response(status_code=HTTPStatus.NO_CONTENT)

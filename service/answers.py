@@ -27,7 +27,7 @@ class RecognizeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeardWord:
+class AttendedWord:
     """A word of an entity's text: where it stands, in characters, and its share of the adaptor's attention (0 to 1)."""
 
     word: str
@@ -47,7 +47,7 @@ class Explanation:
 
     heat_map: tuple[tuple[float, ...], ...] | None
     region: Box
-    words: tuple[HeardWord, ...] | None
+    words: tuple[AttendedWord, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -186,7 +186,7 @@ def _add_operations(app: FastAPI) -> None:
         if recognizer is not None:
             told.in_flight_images.set(recognizer.admission.in_flight)
             told.queue_images.set(recognizer.queue_depth)
-        told.ready.set(recognizer is not None and recognizer.not_ready_because is None)
+        told.ready.set(recognizer is not None and recognizer.unready_reason is None)
         return Response(told.exposition(), headers={"Content-Type": told.content_type})
 
     @app.get(
@@ -200,7 +200,7 @@ def _add_operations(app: FastAPI) -> None:
 
 def _info(recognizer: Recognizer) -> dict[str, Any]:
     settings = recognizer.settings
-    with recognizer.hold() as snapshot:
+    with recognizer.acquire() as snapshot:
         generation = snapshot.generation
         bundle = generation.bundle
     return {

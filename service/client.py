@@ -23,7 +23,7 @@ from core.errors import (
     UnsupportedMediaType,
     UserError,
 )
-from service.answers import Explanation, HeardWord, Prediction, Recognition, RecognizeOptions
+from service.answers import AttendedWord, Explanation, Prediction, Recognition, RecognizeOptions
 
 _ERRORS: dict[int, type[UserError]] = {
     kind.status: kind
@@ -216,7 +216,7 @@ def _prediction(content: dict[str, Any]) -> Prediction:
         why = Explanation(
             heat_map=None if rows is None else tuple(tuple(row) for row in rows),
             region=tuple(why["region"]),
-            words=None if words is None else tuple(HeardWord(**word) for word in words),
+            words=None if words is None else tuple(AttendedWord(**word) for word in words),
         )
     return Prediction(**{**fields, "types": tuple(fields["types"]), "explanation": why})
 

@@ -12,12 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable
-from core.text import first_sentence
 from imaging import Preprocessing, load_pixels, make_thumbnail
 from index.bundle import Bundle
-from index.store import StoredEntity
+from index.store import StoredEntity, first_sentence
 from index.view import LiveChanges, LiveState
-from service.entity_side import EntityEmbedder, PatchEncoder
+from service.entity_encoder import EntityEmbedder, PatchEncoder
 from service.schemas import EntityRequest
 
 log = logging.getLogger("wikiclip.editing")
@@ -46,7 +45,7 @@ class Editor:
         self._preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
         self._thumbnail_px = int(bundle.manifest.export.get("thumbnail_px", 0))
         self._store_text = bool(bundle.manifest.export.get("store_text", False))
-        side = bundle.entity_side()
+        side = bundle.entity_encoder()
         self._embedder = None if side is None else EntityEmbedder(bundle, side, encoder)
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="edit")
         self._closing = threading.Event()

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from core.errors import BundleAltered, UserError
+from core.runtime import onnxruntime
 from imaging import Preprocessing, normalise
 from service.settings import Device
 

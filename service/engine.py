@@ -48,14 +48,14 @@ class Found:
     """What one job gave: the query embedding, entity rows with cosines (falling), and where the time went.
 
     `stages` has when `queue`, `encode` (not of a job that was a search only) and `search` began and ended, by
-    `time.monotonic`. `anyway_scores` are the best cosines of the whole catalog, where they were asked for.
+    `time.monotonic`. `unfiltered_scores` are the best cosines of the whole catalog, where they were asked for.
     """
 
     embedding_D: npt.NDArray[np.float32]
     rows: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    anyway_scores: npt.NDArray[np.float32] | None = None
+    unfiltered_scores: npt.NDArray[np.float32] | None = None
     patch_tokens_PC: npt.NDArray[np.float32] | None = None  # only where it was submitted with `explain`
 
 
@@ -66,7 +66,7 @@ class _Job:
     top_k: int
     selection: Selection | None
     index: Index
-    anyway: bool = False
+    unfiltered: bool = False
     explain: bool = False
     alone: bool = False  # taken before, in a batch that the thread died of: whichever it was, the next dies by itself
     future: Future[Found]
@@ -129,15 +129,15 @@ class Engine:
         selection: Selection | None = None,
         index: Index | None = None,
         *,
-        anyway: bool = False,
+        unfiltered: bool = False,
         explain: bool = False,
         future: Future[Found] | None = None,
     ) -> Future[Found]:
         """Encode, and search among what `selection` allows; `index` is one state of the engine's own, to search that.
 
-        With `anyway` the best scores without the selection are found, too, and with `explain` the patch tokens, which
-        takes a second pass of the encoder. A `future` that is given is the one returned: so it may be cancelled before
-        this returns.
+        With `unfiltered`, also find the best scores without the selection. With `explain`, also compute the patch
+        tokens, which takes a second pass of the encoder. A given `future` is the one returned, so the caller can cancel
+        it before this method returns.
 
         Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed.
         """
@@ -149,7 +149,7 @@ class Engine:
                 top_k=top_k,
                 selection=selection,
                 index=index,
-                anyway=anyway,
+                unfiltered=unfiltered,
                 explain=explain,
                 future=future or Future(),
             )
@@ -162,7 +162,7 @@ class Engine:
         selection: Selection | None = None,
         index: Index | None = None,
         *,
-        anyway: bool = False,
+        unfiltered: bool = False,
         future: Future[Found] | None = None,
     ) -> Future[Found]:
         """Search only, for an embedding that is known. `future` and what it raises are as with `submit`."""
@@ -173,7 +173,7 @@ class Engine:
                 top_k=top_k,
                 selection=selection,
                 index=index or self._index,
-                anyway=anyway,
+                unfiltered=unfiltered,
                 future=future or Future(),
             )
         )
@@ -288,12 +288,12 @@ class Engine:
             patch_tokens = {id(job): tokens_BPC[place] for place, job in enumerate(explained)}
         encoded_at = time.monotonic()
         queries = embeddings | {id(job): job.embedding_D for job in batch if job.embedding_D is not None}
-        anyway: dict[int, npt.NDArray[np.float32]] = {}
-        for group in _search_groups([job for job in batch if job.anyway], selected=False):
+        unfiltered: dict[int, npt.NDArray[np.float32]] = {}
+        for group in _search_groups([job for job in batch if job.unfiltered], selected=False):
             _, scores_BK = group[0].index.search(
                 _stacked([queries[id(job)] for job in group]), max(job.top_k for job in group), selection=None
             )
-            anyway |= {id(job): scores_K[: job.top_k] for job, scores_K in zip(group, scores_BK, strict=True)}
+            unfiltered |= {id(job): scores_K[: job.top_k] for job, scores_K in zip(group, scores_BK, strict=True)}
         results: list[tuple[_Job, Found]] = []
         for group in _search_groups(batch):
             queries_BD = _stacked([queries[id(job)] for job in group])
@@ -313,7 +313,7 @@ class Engine:
                         **({"encode": (started_at, encoded_at)} if job.embedding_D is None else {}),
                         "search": search,
                     },
-                    anyway_scores=anyway.get(id(job)),
+                    unfiltered_scores=unfiltered.get(id(job)),
                     patch_tokens_PC=patch_tokens.get(id(job)),
                 )
                 results.append((job, found))

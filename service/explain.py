@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from index.store import StoredEntity
 from index.view import EntityView
-from service.answers import Box, Explanation, HeardWord
+from service.answers import AttendedWord, Box, Explanation
 from service.join import Ranking
 
 Float32Array = npt.NDArray[np.float32]
@@ -44,12 +44,12 @@ def _explanation(entities: EntityView, entity: StoredEntity, evidence: Evidence)
     return Explanation(heat_map=heat_map, region=evidence.region, words=_words(entities, entity))
 
 
-def _words(entities: EntityView, entity: StoredEntity) -> tuple[HeardWord, ...] | None:
+def _words(entities: EntityView, entity: StoredEntity) -> tuple[AttendedWord, ...] | None:
     heard = entities.heard(entity.row)
     if entity.text is None or not heard:
         return None
     return tuple(
-        HeardWord(word=entity.text[start:end], start=start, end=end, weight=weight) for start, end, weight in heard
+        AttendedWord(word=entity.text[start:end], start=start, end=end, weight=weight) for start, end, weight in heard
     )
 
 

@@ -48,7 +48,7 @@ class Joiner:
         """How many entities to search for: as many as are asked for, or as many as the confidence is made of."""
         return max(options.top_k, CANDIDATES if self._calibration else 1)
 
-    def wants_everything(self, options: RecognizeOptions) -> bool:
+    def needs_unfiltered_scores(self, options: RecognizeOptions) -> bool:
         """Whether `join` needs the best scores of the whole catalog beside those that the selection allows."""
         return bool(options.types) and self._calibration is not None
 
@@ -59,10 +59,10 @@ class Joiner:
     def join(self, found: Found, options: RecognizeOptions, first: Sequence[StoredEntity] | None = None) -> Ranking:
         """The answer; `first` are its entities where they are at hand."""
         scores: list[float] = found.scores.tolist()
-        anyway = background(scores if found.anyway_scores is None else found.anyway_scores.tolist())
+        background_score = background(scores if found.unfiltered_scores is None else found.unfiltered_scores.tolist())
         if first is None:
             first = self._store.by_rows(found.rows[: options.top_k].tolist())
-        return self._rank(first, scores, anyway, found.embedding_D, options)
+        return self._rank(first, scores, background_score, found.embedding_D, options)
 
     def _rank(
         self,

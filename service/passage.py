@@ -26,8 +26,8 @@ from index.store import StoredEntity
 from service.answers import Box, RecognizeOptions
 from service.engine import Found
 from service.explain import Evidence, explain
-from service.generation import Snapshot
 from service.join import Ranking
+from service.loaded_bundle import Snapshot
 from service.workers import Workers
 
 
@@ -65,7 +65,7 @@ class Passage:
         calls holds the generation.
         """
         result = self._result
-        self._snapshot.generation.hold()
+        self._snapshot.generation.acquire()
         self._holds = True
         if self._options.types:
             self._do_in(self._lookups, self._select, image)
@@ -89,7 +89,7 @@ class Passage:
             joiner.top_k(options),
             selection,
             self._snapshot.entities,
-            anyway=joiner.wants_everything(options),
+            unfiltered=joiner.needs_unfiltered_scores(options),
             future=self._follow({}),
         )
 
@@ -103,7 +103,7 @@ class Passage:
             joiner.top_k(options),
             selection,
             self._snapshot.entities,
-            anyway=joiner.wants_everything(options),
+            unfiltered=joiner.needs_unfiltered_scores(options),
             explain=options.explain,
             future=self._follow(stages, region),
         )
@@ -168,7 +168,7 @@ class Passage:
     def _let_go(self) -> None:
         if self._holds:
             self._holds = False
-            self._snapshot.generation.let_go()
+            self._snapshot.generation.release()
 
     def _end(self, outcome: Callable[[], Passed] | BaseException) -> None:
         self._let_go()

@@ -40,7 +40,7 @@ from service.admission import Admission
 from service.answers import Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
-from service.generation import Generation, Snapshot
+from service.loaded_bundle import LoadedBundle, Snapshot
 from service.metrics import Metrics
 from service.passage import Passage, Passed
 from service.settings import Settings
@@ -79,7 +79,7 @@ class Recognizer:
             on_refusal=partial(self.metrics.count_images, "full"),
         )
         self._given_encoder = encoder
-        self._current = Generation(bundle, settings, self.metrics, encoder)
+        self._current = LoadedBundle(bundle, settings, self.metrics, encoder)
         self._switch = threading.Lock()  # a generation is not let go between being read here and being held
         self._swapping = False
         self._decoders = Workers(settings.decode_thread_count, name="decode")
@@ -131,17 +131,17 @@ class Recognizer:
         await asyncio.to_thread(self.close)
 
     @contextmanager
-    def hold(self) -> Iterator[Snapshot]:
+    def acquire(self) -> Iterator[Snapshot]:
         """What answers now, kept open and as it is while the block runs, even if another takes its place."""
         with self._switch:
             generation = self._current
-            generation.hold()
+            generation.acquire()
         try:
             yield generation.snapshot()
         finally:
-            generation.let_go()
+            generation.release()
 
-    async def swap(self, bundle: Path | str) -> Generation:
+    async def swap(self, bundle: Path | str) -> LoadedBundle:
         """Load another bundle (a folder or a URI) beside the one that answers, check it, and let it answer from now on.
 
         Requests that have begun are finished by the old one, which is then released. Raises `BundleRefused` where the
@@ -169,9 +169,9 @@ class Recognizer:
         log.info("%s answers instead of %s", new.snapshot().label, old.snapshot().label)
         return new
 
-    def _open_generation(self, bundle: Path | str) -> Generation:
+    def _open_generation(self, bundle: Path | str) -> LoadedBundle:
         folder = local_bundle(bundle, self.settings.bundle_cache)
-        generation = Generation(Bundle.open(folder), self.settings, self.metrics, self._given_encoder)
+        generation = LoadedBundle(Bundle.open(folder), self.settings, self.metrics, self._given_encoder)
         try:
             generation.check()
         except BundleAltered:
@@ -189,9 +189,9 @@ class Recognizer:
         return self._current.snapshot().label
 
     @property
-    def not_ready_because(self) -> str | None:
+    def unready_reason(self) -> str | None:
         """Why requests cannot be answered now, None when they can."""
-        return "the service is stopping" if self._closing else self._current.not_ready_because
+        return "the service is stopping" if self._closing else self._current.unready_reason
 
     @property
     def queue_depth(self) -> int:
@@ -203,7 +203,7 @@ class Recognizer:
         """Recognise images in batches, in order. A bad image gives its error in its place and spoils no other."""
         options = options or RecognizeOptions()
         answers: list[Recognition | UserError] = []
-        with self.hold() as snapshot:
+        with self.acquire() as snapshot:
             chunk = min(2 * self.settings.batch_limit(snapshot.generation.encoder.device), self.settings.queue_limit)
             for start in range(0, len(images), chunk):
                 answers += self._recognize_chunk(snapshot, images[start : start + chunk], options)
@@ -216,7 +216,7 @@ class Recognizer:
         the work, unless someone else waits for the same.
         """
         if snapshot is None:
-            with self.hold() as current:
+            with self.acquire() as current:
                 return await self.recognize(data, options, current)
         outcome = "failed"
         timings_ms: Mapping[str, float] = {}
@@ -256,8 +256,8 @@ class Recognizer:
         Raises what the change does, or `DeadlineExceeded`: then it may have been made or not.
         """
         pending = change()
-        snapshot.generation.hold()
-        pending.add_done_callback(lambda _: snapshot.generation.let_go())
+        snapshot.generation.acquire()
+        pending.add_done_callback(lambda _: snapshot.generation.release())
         try:
             async with asyncio.timeout(self.settings.deadline_ms / 1000):
                 return await asyncio.wrap_future(pending)

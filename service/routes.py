@@ -21,8 +21,8 @@ from service import problems, schemas
 from service.answers import Recognition
 from service.body import ImageUrl, image_of, images_of, read_body
 from service.fetch import Fetcher
-from service.generation import Snapshot
 from service.keys import require_key
+from service.loaded_bundle import Snapshot
 from service.query import options_of, query_parameters
 from service.rate_limit import RateLimiter, client_name
 from service.recognizer import Recognizer
@@ -75,7 +75,7 @@ def json_response(content: Any, headers: Mapping[str, str] | None = None, status
 def recognizer_of(request: Request) -> Recognizer:
     """The recogniser behind the app. Raises `Unavailable` while there is none that can answer."""
     recognizer: Recognizer | None = request.app.state.recognizer
-    reason = "the bundle is being loaded" if recognizer is None else recognizer.not_ready_because
+    reason = "the bundle is being loaded" if recognizer is None else recognizer.unready_reason
     if recognizer is None or reason is not None:
         raise Unavailable(f"{reason}; try again later or elsewhere")
     return recognizer
@@ -141,7 +141,7 @@ async def recognize_batch(request: Request) -> Response:
         return await asyncio.gather(*(result(image, snapshot) for image in images))
 
     # One state for all of them: a bundle swapped meanwhile is for the next request.
-    with recognizer.admission.admit(len(images)), recognizer.hold() as snapshot:
+    with recognizer.admission.admit(len(images)), recognizer.acquire() as snapshot:
         results = await _while_connected(request, all_results(snapshot))
         told = {"request_id": request_id, "model": snapshot.generation.model, "bundle": snapshot.label}
     return json_response({**told, "results": results})
@@ -160,7 +160,7 @@ def search_entities(
     ],
     limit: Annotated[int, Query(ge=1, le=100, description="Entities, at most.")] = 20,
 ) -> Response:
-    with recognizer_of(request).hold() as snapshot:
+    with recognizer_of(request).acquire() as snapshot:
         found = snapshot.entities.search_titles(query, limit)
     return json_response({"entities": [entity_json(entity) for entity in found]})
 
@@ -173,7 +173,7 @@ def search_entities(
     responses={200: {"content": {"image/webp": {}}}, **schemas.problems(401, 404, 503)},
 )
 def get_thumbnail(request: Request, entity_id: str) -> Response:
-    with recognizer_of(request).hold() as snapshot:
+    with recognizer_of(request).acquire() as snapshot:
         thumbnail = snapshot.entities.thumbnail(entity_id)
     if thumbnail is None:
         raise NotFound("the bundle has no thumbnail of this entity; show its symbol or title")
@@ -190,7 +190,7 @@ def get_thumbnail(request: Request, entity_id: str) -> Response:
     responses=schemas.problems(401, 404, 503),
 )
 def get_entity(request: Request, entity_id: str) -> Response:
-    with recognizer_of(request).hold() as snapshot:
+    with recognizer_of(request).acquire() as snapshot:
         entity = snapshot.entities.get(entity_id)
     return json_response(entity_json(entity))
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from core.cores import usable_cores
 from core.errors import UserError
 from core.files import is_uri
+from core.runtime import usable_cores
 from service.addresses import host_pattern
 from service.keys import hashed
 from service.rate_limit import Rate

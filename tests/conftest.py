@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
+from core.runtime import onnxruntime
 from imaging import Preprocessing, load_pixels, normalise
 from index.build import build_index
 from index.bundle import list_files

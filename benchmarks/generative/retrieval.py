@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from benchmarks.generative.recognizer import clip_preprocessing
 from benchmarks.generative.sizes import parameter_count
 from benchmarks.photographs import photograph
+from core.runtime import faiss
 from export.onnx_export import INPUT, OUTPUTS, export_module
 from export.quantise import quantise
 from imaging import Preprocessing, load_pixels, normalise

@@ -34,7 +34,7 @@ from benchmarks.generative.tiny_llava import IGNORED, TinyLlava
 from benchmarks.report import describe_run, write_results
 from catalog import EntityRecord, read_catalog
 from core.errors import UserError
-from core.files import durable
+from core.files import atomic_write
 from core.jsonl import Rejected
 from demo.build import BUILD
 from imaging import load_pixels
@@ -255,7 +255,7 @@ def run(
             "identity": identity, "weights": network.state_dict(), "loss": loss,
             "minutes": round((time.perf_counter() - started) / 60, 1),
         }  # fmt: skip
-        with durable(kept) as temporary:
+        with atomic_write(kept) as temporary:
             torch.save(saved, temporary)
     network.load_state_dict(saved["weights"])
     network.eval()

@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 from PIL import Image
+
+from core.runtime import faiss, onnxruntime
 
 TOP_K = 5
 MAX_BATCH = 32

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from core.errors import CatalogError, UserError
-from core.files import full_disk_told
+from core.files import report_disk_full
 from export.config import ExportConfig
 from export.pipeline import export_bundle
 
@@ -25,7 +25,7 @@ CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
 
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    told = partial(full_disk_told, Path("out"), again="go on with --resume")
+    told = partial(report_disk_full, Path("out"), again="go on with --resume")
     with pytest.raises(UserError, match=r"the disk of out is full; make room and go on with --resume"), told():
         Path("/dev/full").write_bytes(b"x")
     with closing(sqlite3.connect(tmp_path / "small.sqlite")) as connection:

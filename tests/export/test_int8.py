@@ -21,7 +21,7 @@ from imaging import load_pixels
 from index.bundle import Bundle
 from index.calibration import Calibration
 from index.manifest import INT8_ENCODER_FILE
-from service.generation import open_encoder
+from service.loaded_bundle import open_encoder
 from service.settings import Settings
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
@@ -82,7 +82,7 @@ def test_a_resume_may_take_it_in_or_leave_it_out(
             export_bundle(again)
     assert (again.out / ".partial" / "bundle" / INT8_ENCODER_FILE).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Spool, "publish", fail)
+        patch.setattr(pipeline.StagingDir, "publish", fail)
         with pytest.raises(RuntimeError, match="killed"):
             export_bundle(dataclasses.replace(again, int8=False))
     assert not (again.out / ".partial" / "bundle" / INT8_ENCODER_FILE).exists()

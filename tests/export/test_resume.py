@@ -20,7 +20,7 @@ import pytest
 from core.errors import UserError
 from export.config import ExportConfig
 from export.pipeline import export_bundle
-from export.spool import Spool
+from export.staging import StagingDir
 from index.bundle import Bundle
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
@@ -160,7 +160,7 @@ def test_killed_while_the_finished_bundle_is_moved_into_place(
     out = tmp_path / "things"
     shutil.copytree(undisturbed.out, out)
     shutil.copy(undisturbed.out.parent / "rejected.jsonl", tmp_path)
-    spool = Spool(out)
+    spool = StagingDir(out)
     spool.bundle.mkdir(parents=True)
     settings = json.loads((out / "manifest.json").read_text())["export"]
     (out / ".partial" / "settings.json").write_text(json.dumps({**settings, "image_root": None}))

@@ -16,7 +16,7 @@ import pytest
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError
 from index.bundle import Bundle
-from index.entity_side import ENTITY_SIDE_FOLDER, EntitySide
+from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
 from index.manifest import FileEntry
 from index.release import local_bundle, pull, push
 from index.remote import Remote
@@ -273,9 +273,9 @@ def test_the_entity_side_goes_along_and_may_come_later(small_bundle, tmp_path):
     shutil.copytree(small_bundle, bundle)
     push(bundle, store)
     pull(store, folder)
-    (bundle / ENTITY_SIDE_FOLDER).mkdir()
-    (bundle / ENTITY_SIDE_FOLDER / "adaptor.onnx").write_bytes(b"adaptor")
-    EntitySide(
+    (bundle / ENTITY_ENCODER_FOLDER).mkdir()
+    (bundle / ENTITY_ENCODER_FOLDER / "adaptor.onnx").write_bytes(b"adaptor")
+    EntityEncoder(
         format_version=1,
         checkpoint_sha256=None,  # type: ignore[arg-type]  # the small bundle has none
         text_encoder="none",
@@ -284,7 +284,7 @@ def test_the_entity_side_goes_along_and_may_come_later(small_bundle, tmp_path):
         text_dim=1,
         max_characters=1,
         parity={},
-        files={"adaptor.onnx": FileEntry.of(bundle / ENTITY_SIDE_FOLDER / "adaptor.onnx")},
+        files={"adaptor.onnx": FileEntry.of(bundle / ENTITY_ENCODER_FOLDER / "adaptor.onnx")},
     ).write(bundle)
     assert push(bundle, store).files == 1
     assert pull(store, folder).files == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.adaptor import Adaptor, AdaptorConfig, Attention
-from model.attention import attention_weights, embed_listening
+from model.attention import attention_weights, embed_with_attention
 
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -26,7 +26,7 @@ def test_listening_changes_no_embedding(norm: str, self_attention: bool) -> None
         patch_dim=8, text_dim=6, embedding_dim=8, width=16, heads=4, norm=norm, self_attention=self_attention
     )
     adaptor = Adaptor(config).eval()
-    embeddings, weights = embed_listening(adaptor, *_inputs())
+    embeddings, weights = embed_with_attention(adaptor, *_inputs())
     assert torch.equal(embeddings, adaptor(*_inputs()))
     assert not adaptor.layers[0].text_attention._forward_pre_hooks
     assert weights.sum(dim=1).tolist() == pytest.approx([1, 1, 0], abs=1e-5)
@@ -49,9 +49,9 @@ def test_the_mean_is_over_the_queries_that_take_part() -> None:
     torch.manual_seed(0)
     adaptor = Adaptor(AdaptorConfig(patch_dim=8, text_dim=6, embedding_dim=8, width=16, heads=4)).eval()
     patches, image_mask, texts, text_mask = _inputs()
-    _, first = embed_listening(adaptor, patches, image_mask, texts, text_mask)
-    _, other = embed_listening(adaptor, patches + 7 * ~image_mask[:, None, None], image_mask, texts, text_mask)
+    _, first = embed_with_attention(adaptor, patches, image_mask, texts, text_mask)
+    _, other = embed_with_attention(adaptor, patches + 7 * ~image_mask[:, None, None], image_mask, texts, text_mask)
     assert torch.allclose(first, other)
-    _, without = embed_listening(adaptor, patches, torch.zeros(3, dtype=torch.bool), texts, text_mask)
+    _, without = embed_with_attention(adaptor, patches, torch.zeros(3, dtype=torch.bool), texts, text_mask)
     assert torch.allclose(first[1], without[1], atol=1e-6)
     assert not torch.allclose(first[0], without[0], atol=1e-6)

@@ -13,7 +13,7 @@ from pathlib import Path
 import faiss
 import pytest
 
-from core.blas import kernels_for
+from core.runtime import blas_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers"}
@@ -106,14 +106,28 @@ def test_importing_pulls_in_nothing_heavy(modules: str, banned: set[str]) -> Non
     assert done.stdout.strip() == ""
 
 
-@pytest.mark.parametrize(
-    "module", ["service.encoder", "model.onnx_encoder", "export.onnx_export", "export.entity_side"]
-)
-def test_onnx_runtime_reports_nothing(module: str, tmp_path: Path) -> None:
-    """Its telemetry begins when it is imported, by writing an id of the machine into the user's cache folder."""
+NATIVE = {"faiss", "onnxruntime"}
+
+
+@pytest.mark.parametrize("package", sorted(TABLE))
+def test_native_libraries_are_imported_through_core_runtime(package: str) -> None:
+    """At module level nobody else imports them, so they are configured whatever is imported first."""
+    wrong = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in source_files(package)
+        if path != ROOT / "core" / "runtime.py"
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Import | ast.ImportFrom) and imported_roots(ast.unparse(node)) & NATIVE
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", ["service.recognizer", "service.app", "export.onnx_export"])
+def test_onnx_runtime_sends_no_telemetry(module: str, tmp_path: Path) -> None:
+    """With telemetry on, importing it would write an id of the machine into the user's cache folder."""
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     environment |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": "", "PYTHONPATH": str(ROOT)}
-    probe = f"import {module}, onnxruntime"
+    probe = f"import sys, {module}; assert 'onnxruntime' in sys.modules"
     done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name] == []
@@ -129,29 +143,21 @@ def test_onnx_runtime_reports_nothing(module: str, tmp_path: Path) -> None:
     ],
 )
 def test_kernels_by_what_a_processor_can_do(flags: str, kernels: str | None) -> None:
-    assert kernels_for(set(flags.split())) == kernels
+    assert blas_kernels(set(flags.split())) == kernels
 
 
 @pytest.mark.parametrize("given", [None, "Nehalem"])
 @pytest.mark.parametrize(
     "module",
-    [
-        "index.search",
-        "model.negatives",
-        "service.generation",
-        "benchmarks.index_search",
-        "benchmarks.index_probe",
-        "benchmarks.gpu_search",
-        "benchmarks.gpu_service",
-    ],
+    ["index.search", "model.negatives", "service.recognizer", "service.app"],
 )
-def test_faiss_multiplies_with_the_kernels_that_fit(module: str, given: str | None) -> None:
+def test_faiss_uses_the_processors_best_kernels(module: str, given: str | None) -> None:
     folder = Path(faiss.__file__).parent.parent / "faiss_cpu.libs"
     libraries = sorted(folder.glob("libopenblas*.so"))
     if not libraries:
         pytest.skip("this faiss brings no OpenBLAS: that of GPUs, and that of macOS")
     flags = re.search(r"^flags\s*:(.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    wanted = given or (kernels_for(set(flags[1].split())) if flags else None)
+    wanted = given or (blas_kernels(set(flags[1].split())) if flags else None)
     if wanted is None:
         pytest.skip("a processor without AVX2: OpenBLAS finds out by itself")
     environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}

@@ -9,7 +9,7 @@ import pytest
 from core.errors import UserError
 from index.bundle import Bundle
 from service.encoder import load_cuda_libraries
-from service.generation import open_encoder
+from service.loaded_bundle import open_encoder
 from service.settings import Settings
 from tests.conftest import PREPROCESSING, SIZE_PX
 

@@ -118,12 +118,12 @@ def test_what_the_query_scores_anyway_comes_along_where_it_is_asked_for(encoder)
     index = BySelection()
     engine = Engine(encoder, index, max_batch=4, queue_limit=8)
     some = Selection(("a",), np.ones(1, np.bool_))
-    with_anyway = engine.submit(image(5), 3, some, anyway=True).result(TIMEOUT_S)
+    with_anyway = engine.submit(image(5), 3, some, unfiltered=True).result(TIMEOUT_S)
     without = engine.search(np.array([5, 5], np.float32), 3, some).result(TIMEOUT_S)
     engine.close(TIMEOUT_S)
-    assert with_anyway.anyway_scores.tolist() == [5, 5, 5]
+    assert with_anyway.unfiltered_scores.tolist() == [5, 5, 5]
     assert with_anyway.scores.tolist() == without.scores.tolist() == [0.5, 0.5, 0.5]
-    assert without.anyway_scores is None
+    assert without.unfiltered_scores is None
     assert index.selections == [None, some, some]
 
 

@@ -14,7 +14,7 @@ from imaging import Preprocessing, load_region
 from index.bundle import Bundle
 from index.merged import MergedView
 from index.store import EntityStore, write_store
-from service.answers import HeardWord, Recognition, RecognizeOptions
+from service.answers import AttendedWord, Recognition, RecognizeOptions
 from service.engine import Found
 from service.explain import Evidence, explain, match_map
 from service.join import Joiner
@@ -66,7 +66,7 @@ def test_the_best_image_of_the_entity_is_compared(small_bundle: Path, small_imag
         )
         assert isinstance(explained, Recognition)
         assert isinstance(plain, Recognition)
-        with recognizer.hold() as snapshot:
+        with recognizer.acquire() as snapshot:
             pixels, region = load_region(small_images["Q7378"], snapshot.generation.preprocessing, max_pixels=10**6)
             patches = snapshot.generation.encoder.patch_tokens(pixels[None])[0]
             embedding = snapshot.generation.encoder.encode(pixels[None])[0]
@@ -100,8 +100,9 @@ def test_words_are_told_where_the_text_is_kept(
     assert len(explained) == 12
     words = {each.entity_id: each.explanation.words for each in explained if each.explanation}
     assert words.pop("Q15083") == (
-        HeardWord(word="giraffe", start=4, end=11, weight=0.5), HeardWord(word="tall", start=13, end=17, weight=0.25),
-    )  # fmt: skip
+        AttendedWord(word="giraffe", start=4, end=11, weight=0.5),
+        AttendedWord(word="tall", start=13, end=17, weight=0.25),
+    )
     assert set(words.values()) == {None}
 
 

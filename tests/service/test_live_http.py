@@ -42,7 +42,7 @@ def embedding_of(client, small_bundle, image: bytes) -> list[float]:
     from service.recognizer import Recognizer
     from service.settings import Settings
 
-    with Recognizer.open(small_bundle, Settings(threads=1)) as recognizer, recognizer.hold() as snapshot:
+    with Recognizer.open(small_bundle, Settings(threads=1)) as recognizer, recognizer.acquire() as snapshot:
         pixels = load_pixels(image, snapshot.generation.preprocessing, max_pixels=recognizer.settings.max_pixels)
         return [float(value) for value in snapshot.generation.engine.submit(pixels, 1).result(WAIT_S).embedding_D]
 

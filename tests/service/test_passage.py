@@ -39,7 +39,7 @@ class Ways:
         self.encoder = encoder
         self.recognizer = held.enter_context(Recognizer(Bundle.open(bundle), Settings(threads=1), self.encoder))
         held.callback(encoder.gate.set)  # before it is closed
-        self.snapshot = held.enter_context(self.recognizer.hold())
+        self.snapshot = held.enter_context(self.recognizer.acquire())
         self.decoders, self.lookups = Workers(1, name="decode"), Workers(1, name="lookup")
         held.callback(self.decoders.close)
         held.callback(self.lookups.close)

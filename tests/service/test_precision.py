@@ -15,7 +15,7 @@ from core.errors import BundleAltered
 from index.bundle import Bundle, list_files
 from index.manifest import FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
 from service import generation
-from service.generation import encoder_hash, open_encoder
+from service.loaded_bundle import encoder_hash, open_encoder
 from service.recognizer import Recognizer
 from service.settings import Settings
 
@@ -44,7 +44,10 @@ def test_int8_on_a_cpu_and_float_where_it_is_asked_for(with_int8: Bundle, small_
     pixels_1HW3 = np.full((1, 64, 64, 3), 200, np.uint8)
     found = {}
     for precision in ("auto", "float"):
-        with Recognizer(with_int8, Settings(threads=1, precision=precision)) as recognizer, recognizer.hold() as held:
+        with (
+            Recognizer(with_int8, Settings(threads=1, precision=precision)) as recognizer,
+            recognizer.acquire() as held,
+        ):
             generation = held.generation
             size_px = generation.preprocessing.size_px
             embedding_1D = generation.encoder.encode(pixels_1HW3[:, :size_px, :size_px])
@@ -107,7 +110,7 @@ def test_each_device_has_its_own_file(
     monkeypatch.setattr(generation, "wanted_device", lambda asked_for: device)
     monkeypatch.setattr(generation, "OnnxEncoder", OnDevice)
     settings = Settings(threads=1, precision=precision, search_device="cpu")
-    with Recognizer(with_both, settings) as recognizer, recognizer.hold() as held:
+    with Recognizer(with_both, settings) as recognizer, recognizer.acquire() as held:
         assert held.generation.encoder.file == file
         assert file == with_both.manifest.image_encoder.files[held.generation.precision]
         plain = open_encoder(Bundle.open(small_bundle), held.generation.preprocessing, settings)
@@ -126,7 +129,7 @@ def test_where_cuda_was_wanted_and_not_got_the_file_is_a_cpus(
 
     monkeypatch.setattr(generation, "wanted_device", lambda asked_for: "cuda")
     monkeypatch.setattr(generation, "OnnxEncoder", Noted)
-    with Recognizer(with_both, Settings(threads=1)) as recognizer, recognizer.hold() as held:
+    with Recognizer(with_both, Settings(threads=1)) as recognizer, recognizer.acquire() as held:
         assert held.generation.precision == "int8"
     assert opened == [FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE]
 

@@ -121,7 +121,7 @@ def test_cuda_that_cannot_be_had_is_an_error_and_never_the_cpu(small_bundle):
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(UserError, match="cuda"):
         Recognizer.open(small_bundle, Settings(device="cuda"))
-    with Recognizer.open(small_bundle, Settings(device="auto")) as recognizer, recognizer.hold() as snapshot:
+    with Recognizer.open(small_bundle, Settings(device="auto")) as recognizer, recognizer.acquire() as snapshot:
         assert snapshot.generation.encoder.device == "cpu"
 
 

@@ -12,14 +12,14 @@ import pytest
 
 from core.errors import BundleAltered, BundleIncomplete, EncoderSpecError
 from export.config import ExportConfig
-from export.entity_side import export_entity_side
+from export.entity_encoder import export_entity_encoder
 from export.pipeline import export_bundle
 from imaging import load_pixels
 from index.bundle import Bundle
-from index.entity_side import ENTITY_SIDE_FOLDER
+from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from model.checkpoint import Checkpoint
 from service import generation
-from service.entity_side import EntityEmbedder
+from service.entity_encoder import EntityEmbedder
 from service.recognizer import Recognizer
 from service.schemas import EntityRequest
 from service.settings import Settings
@@ -40,7 +40,7 @@ def live_bundle(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles,
 
 def test_parity_is_measured_and_recorded(live_bundle: Path) -> None:
     bundle = Bundle.open(live_bundle, "full")
-    side = bundle.entity_side()
+    side = bundle.entity_encoder()
     assert side is not None
     assert set(side.files) == {"adaptor.onnx", "text_encoder.onnx", "tokenizer.json"}
     for parity in side.parity.values():
@@ -48,7 +48,7 @@ def test_parity_is_measured_and_recorded(live_bundle: Path) -> None:
         assert parity["max_abs_diff"] < 1e-3
     assert bundle.unlisted_files() == []
     for name in ("adaptor.onnx", "text_encoder.onnx"):
-        assert str(Path.cwd()).encode() not in (live_bundle / ENTITY_SIDE_FOLDER / name).read_bytes()
+        assert str(Path.cwd()).encode() not in (live_bundle / ENTITY_ENCODER_FOLDER / name).read_bytes()
 
 
 def test_an_entity_is_embedded_as_the_export_does(live_bundle: Path, catalog: CatalogFiles) -> None:
@@ -58,9 +58,9 @@ def test_an_entity_is_embedded_as_the_export_does(live_bundle: Path, catalog: Ca
     with (
         bundle.store() as store,
         Recognizer.open(live_bundle, Settings(threads=1)) as recognizer,
-        recognizer.hold() as held,
+        recognizer.acquire() as held,
     ):
-        side = bundle.entity_side()
+        side = bundle.entity_encoder()
         assert side is not None
         embedder = EntityEmbedder(bundle, side, held.generation.encoder)  # type: ignore[arg-type]
         kinds = set()
@@ -81,14 +81,14 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
     settings = Settings(threads=1, live_dir=tmp_path / "live")
     image = catalog.images["Q4"].read_bytes()
     with Recognizer.open(live_bundle, settings) as recognizer:
-        with recognizer.hold() as held:
+        with recognizer.acquire() as held:
             editor = held.generation.editor
             assert editor is not None
             wanted = EntityRequest(title="Seen anew", text="Thing number 4 is a thing.")
             edited = editor.put("new", wanted, image).result()
         assert edited.created
         assert edited.entity.has_thumbnail
-        with recognizer.hold() as held:
+        with recognizer.acquire() as held:
             assert held.entities.thumbnail("new") is not None
             assert held.entities.get("new").title == "Seen anew"
             assert held.entities.get("new").has_thumbnail
@@ -121,13 +121,13 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
     row = next(row for row in map(json.loads, catalog.path.read_text().splitlines()) if row["entity_id"] == "Q4")
     settings = Settings(threads=1, live_dir=tmp_path / "live")
     with Recognizer.open(out, settings) as recognizer:
-        with recognizer.hold() as held:
+        with recognizer.acquire() as held:
             assert held.generation.precision == "int8"
             editor = held.generation.editor
             assert editor is not None
             wanted = EntityRequest(title="Again", text=row["text"])
             editor.put("again", wanted, catalog.images["Q4"].read_bytes()).result()
-        with recognizer.hold() as held:
+        with recognizer.acquire() as held:
             exported_row, put_row = (held.entities.get(entity_id).row for entity_id in ("Q4", "again"))
             exported_1D, put_1D = held.entities.images_of(exported_row), held.entities.images_of(put_row)
     np.testing.assert_allclose(put_1D[0], exported_1D[0], atol=2e-3)  # stored as float16; int8 is a hundredth off
@@ -143,7 +143,7 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
     monkeypatch.setattr(generation, "wanted_device", lambda asked_for: "cuda")
     monkeypatch.setattr(generation, "OnnxEncoder", OnGpu)
     settings = settings.model_copy(update={"search_device": "cpu"})
-    with Recognizer.open(out, settings) as recognizer, recognizer.hold() as held:
+    with Recognizer.open(out, settings) as recognizer, recognizer.acquire() as held:
         assert held.generation.precision == "float16"
     assert opened == ["image_encoder.float16.onnx", "image_encoder.onnx"]  # queries, what is put
 
@@ -152,25 +152,25 @@ def test_what_was_altered_is_refused(live_bundle: Path, tmp_path: Path) -> None:
     altered = tmp_path / "altered"
     shutil.copytree(live_bundle, altered)
     bundle = Bundle.open(altered)
-    adaptor = altered / ENTITY_SIDE_FOLDER / "adaptor.onnx"
+    adaptor = altered / ENTITY_ENCODER_FOLDER / "adaptor.onnx"
     data = bytearray(adaptor.read_bytes())
     data[len(data) // 2] ^= 1
     adaptor.write_bytes(data)
     with pytest.raises(BundleAltered, match=r"adaptor\.onnx is altered"):
-        bundle.entity_side()
+        bundle.entity_encoder()
     adaptor.unlink()
     with pytest.raises(BundleIncomplete, match=r"adaptor\.onnx is missing"):
-        bundle.entity_side()
-    manifest = altered / ENTITY_SIDE_FOLDER / "manifest.json"
+        bundle.entity_encoder()
+    manifest = altered / ENTITY_ENCODER_FOLDER / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "checkpoint_sha256": "other"}))
     with pytest.raises(BundleAltered, match="another checkpoint"):
-        bundle.entity_side()
+        bundle.entity_encoder()
     manifest.unlink()
-    assert bundle.entity_side() is None
+    assert bundle.entity_encoder() is None
 
 
 def test_a_text_encoder_that_cannot_be_exported_is_told(checkpoint: Path, tmp_path: Path) -> None:
     loaded = Checkpoint.load(checkpoint)
     object.__setattr__(loaded, "text_encoder", object())
     with pytest.raises(EncoderSpecError, match="leave --live out"):
-        export_entity_side(loaded, tmp_path)
+        export_entity_encoder(loaded, tmp_path)

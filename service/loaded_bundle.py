@@ -11,13 +11,13 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Protocol
 
-import faiss
 import numpy as np
 
 from core.errors import BundleAltered, UserError
+from core.runtime import faiss
 from imaging import Preprocessing
 from index.bundle import Bundle
-from index.entity_side import ENTITY_SIDE_FOLDER
+from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
 from index.merged import MergedView
@@ -36,7 +36,7 @@ _PRECISIONS = {"cpu": "int8", "cuda": "float16"}  # what each is fastest in
 log = logging.getLogger("wikiclip.generation")
 
 
-class Generation:
+class LoadedBundle:
     """A bundle, its encoder, index and store, and the engine that owns them: a batch never mixes two bundles.
 
     Without an `encoder` the bundle's own is run on ONNX Runtime. Raises `BundleError`, or `UserError` where the device
@@ -80,7 +80,7 @@ class Generation:
         return self._source.device
 
     @property
-    def not_ready_because(self) -> str | None:
+    def unready_reason(self) -> str | None:
         """Why it cannot answer now, None when it can."""
         if self.editor is not None and self.editor.trouble is not None:
             return self.editor.trouble
@@ -111,7 +111,7 @@ class Generation:
             return None
         try:
             encoder = self.encoder
-            if self.precision != "float" and (self.bundle.path / ENTITY_SIDE_FOLDER).is_dir():
+            if self.precision != "float" and (self.bundle.path / ENTITY_ENCODER_FOLDER).is_dir():
                 # int8 and float16 are for queries: what is put lies beside embeddings that were made in floats.
                 as_float = settings.model_copy(update={"precision": "float"})
                 encoder = open_encoder(self.bundle, self.preprocessing, as_float)
@@ -133,12 +133,12 @@ class Generation:
                 f"{self.bundle.path} does not answer for a blank image ({error}); export it again"
             ) from error
 
-    def hold(self) -> None:
+    def acquire(self) -> None:
         """Keep it open until it is let go as often as it was held. Only for who knows that it is open now."""
         with self._free:
             self._holders += 1
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         with self._free:
             self._holders -= 1
             self._free.notify_all()
@@ -169,7 +169,7 @@ class Generation:
 class Snapshot:
     """What one request sees: a generation at one state of its live changes. `label` names both."""
 
-    generation: Generation
+    generation: LoadedBundle
     entities: EntityView
     joiner: Joiner
     label: str

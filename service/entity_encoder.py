@@ -13,16 +13,16 @@ import numpy.typing as npt
 
 from core.errors import UserError
 from index.bundle import Bundle
-from index.entity_side import (
+from index.entity_encoder import (
     ADAPTOR_FILE,
     ADAPTOR_INPUTS,
     ADAPTOR_OUTPUT,
-    ENTITY_SIDE_FOLDER,
+    ENTITY_ENCODER_FOLDER,
     TEXT_ENCODER_FILE,
     TEXT_INPUTS,
     TEXT_OUTPUT,
     TOKENIZER_FILE,
-    EntitySide,
+    EntityEncoder,
 )
 from service.encoder import open_session
 
@@ -38,12 +38,12 @@ class PatchEncoder(Protocol):
 class EntityEmbedder:
     """Embeds entities one by one. Raises `UserError` where `tokenizers` is not installed, else as `OnnxEncoder`."""
 
-    def __init__(self, bundle: Bundle, side: EntitySide, encoder: PatchEncoder) -> None:
+    def __init__(self, bundle: Bundle, side: EntityEncoder, encoder: PatchEncoder) -> None:
         if importlib.util.find_spec("tokenizers") is None:
             raise UserError("the bundle's entity side needs the package tokenizers; install it with the extra `live`")
         from tokenizers import Tokenizer
 
-        folder = bundle.path / ENTITY_SIDE_FOLDER
+        folder = bundle.path / ENTITY_ENCODER_FOLDER
         self._side = side
         self._encoder = encoder
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))

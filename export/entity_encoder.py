@@ -11,24 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import nn
 
 from core.errors import EncoderSpecError
-from core.files import write_durably
+from core.files import atomic_write_bytes
+from core.runtime import onnxruntime
 from export.onnx_export import MIN_COSINE, export_module
-from index.entity_side import (
+from index.entity_encoder import (
     ADAPTOR_FILE,
     ADAPTOR_INPUTS,
     ADAPTOR_OUTPUT,
-    ENTITY_SIDE_FOLDER,
+    ENTITY_ENCODER_FOLDER,
     FORMAT_VERSION,
     TEXT_ENCODER_FILE,
     TEXT_INPUTS,
     TEXT_OUTPUT,
     TOKENIZER_FILE,
-    EntitySide,
+    EntityEncoder,
 )
 from index.manifest import FileEntry
 from model.adaptor import Adaptor
@@ -39,9 +39,9 @@ _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens
 
 
-def export_entity_side(
+def export_entity_encoder(
     checkpoint: Checkpoint, bundle: Path, *, on_file: Callable[[], object] = lambda: None
-) -> EntitySide:
+) -> EntityEncoder:
     """Write `entity_side/` into a bundle made from this checkpoint; its manifest last. `on_file` is told of each model.
 
     Raises `EncoderSpecError` where the text encoder cannot be exported, or where a file's results are further than a
@@ -50,14 +50,14 @@ def export_entity_side(
     text_encoder = checkpoint.text_encoder
     if not isinstance(text_encoder, TokenStateEncoder):
         raise EncoderSpecError("this text encoder cannot be exported; leave --live out, and send embeddings instead")
-    folder = bundle / ENTITY_SIDE_FOLDER
+    folder = bundle / ENTITY_ENCODER_FOLDER
     folder.mkdir(exist_ok=True)
     parity = {ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE)}
     on_file()
     parity[TEXT_ENCODER_FILE] = _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE)
     on_file()
-    write_durably(folder / TOKENIZER_FILE, text_encoder.tokenizer_json().encode())
-    side = EntitySide(
+    atomic_write_bytes(folder / TOKENIZER_FILE, text_encoder.tokenizer_json().encode())
+    side = EntityEncoder(
         format_version=FORMAT_VERSION,
         checkpoint_sha256=checkpoint.sha256,
         text_encoder=text_encoder.spec.rpartition("/")[2],

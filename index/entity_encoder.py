@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Self
 
 from core.errors import BundleAltered, BundleIncomplete
-from core.files import write_durably
+from core.files import atomic_write_bytes
 from index.manifest import FileEntry
 
 FORMAT_VERSION = 1
-ENTITY_SIDE_FOLDER = "entity_side"
+ENTITY_ENCODER_FOLDER = "entity_side"
 ADAPTOR_FILE = "adaptor.onnx"
 TEXT_ENCODER_FILE = "text_encoder.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -34,7 +34,7 @@ _MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntitySide:
+class EntityEncoder:
     """Its manifest. `max_characters` is where a text is cut before it is tokenised, `parity` how far each file is from
     its original (`min_cosine`, `max_abs_diff`)."""
 
@@ -54,7 +54,7 @@ class EntitySide:
 
         Raises `BundleIncomplete` or `BundleAltered`.
         """
-        folder = bundle / ENTITY_SIDE_FOLDER
+        folder = bundle / ENTITY_ENCODER_FOLDER
         if not (folder / _MANIFEST).is_file():
             return None
         side = cls.read(bundle)
@@ -70,7 +70,7 @@ class EntitySide:
     @classmethod
     def read(cls, bundle: Path) -> Self:
         """The manifest alone, without a look at the files. Raises `BundleAltered`."""
-        path = bundle / ENTITY_SIDE_FOLDER / _MANIFEST
+        path = bundle / ENTITY_ENCODER_FOLDER / _MANIFEST
         try:
             content = json.loads(path.read_bytes())
             if content["format_version"] != FORMAT_VERSION:
@@ -82,7 +82,7 @@ class EntitySide:
     def write(self, bundle: Path) -> None:
         """Write the manifest, when all files are in place."""
         content = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        write_durably(bundle / ENTITY_SIDE_FOLDER / _MANIFEST, content.encode())
+        atomic_write_bytes(bundle / ENTITY_ENCODER_FOLDER / _MANIFEST, content.encode())
 
 
-_REMEDY = f"remove {ENTITY_SIDE_FOLDER}/ and make it again with `wikiclip export --live --resume`"
+_REMEDY = f"remove {ENTITY_ENCODER_FOLDER}/ and make it again with `wikiclip export --live --resume`"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.files import sync, write_durably
+from core.files import atomic_write_bytes, sync
 from core.jsonl import Rejected
 from export.onnx_export import Parity
 from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE
@@ -32,7 +32,7 @@ _BUNDLE_PARTS = (EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, STORE_FILE, "index", MAN
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpooledShard:
+class StagedShard:
     """What a shard leaves besides its embeddings: its entities with their thumbnails, and what it had to leave out."""
 
     entities: Sequence[tuple[StoredEntity, bytes | None]]
@@ -40,7 +40,7 @@ class SpooledShard:
     images_failed: Sequence[Rejected]
 
 
-class Spool:
+class StagingDir:
     """The work folder below an output folder. One process may hold it at a time."""
 
     def __init__(self, out: Path) -> None:
@@ -74,7 +74,7 @@ class Spool:
     def begin(self, settings: Mapping[str, Any]) -> None:
         for folder in (self.embeddings, self._work / "shards"):
             folder.mkdir(parents=True, exist_ok=True)
-        write_durably(self._work / "settings.json", json.dumps(settings, indent=2).encode())
+        atomic_write_bytes(self._work / "settings.json", json.dumps(settings, indent=2).encode())
 
     def parity(self) -> Parity | None:
         """None until the image encoder's ONNX file is in place."""
@@ -82,9 +82,9 @@ class Spool:
         return None if content is None else Parity(**content)
 
     def finish_image_encoder(self, parity: Parity) -> None:
-        write_durably(self._work / "image_encoder.json", json.dumps(asdict(parity)).encode())
+        atomic_write_bytes(self._work / "image_encoder.json", json.dumps(asdict(parity)).encode())
 
-    def take_back(self, file: str) -> None:
+    def discard(self, file: str) -> None:
         """Take away a file, of ONNX with its data, which an export that goes on without it has left."""
         for each in self.bundle.glob(f"{file}*"):
             each.unlink()
@@ -92,7 +92,7 @@ class Spool:
     def has_shard(self, number: int) -> bool:
         return self._shard_path(number).exists()
 
-    def finish_shard(self, number: int, shard: SpooledShard) -> None:
+    def finish_shard(self, number: int, shard: StagedShard) -> None:
         """Record a shard as finished; its embeddings must be in place."""
         rows: list[dict[str, Any]] = [
             {"entity": asdict(entity), "thumbnail": None if webp is None else base64.b64encode(webp).decode()}
@@ -101,9 +101,9 @@ class Spool:
         rows += [{"rejected": asdict(rejected)} for rejected in shard.rejected]
         rows += [{"image_failed": asdict(rejected)} for rejected in shard.images_failed]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        write_durably(self._shard_path(number), text.encode())
+        atomic_write_bytes(self._shard_path(number), text.encode())
 
-    def shards(self) -> Iterator[SpooledShard]:
+    def shards(self) -> Iterator[StagedShard]:
         """The finished shards, in order."""
         number = 0
         while self.has_shard(number):
@@ -115,7 +115,7 @@ class Spool:
         for shard in self.shards():
             yield from shard.entities
 
-    def _read_shard(self, number: int) -> SpooledShard:
+    def _read_shard(self, number: int) -> StagedShard:
         entities: list[tuple[StoredEntity, bytes | None]] = []
         rejected: list[Rejected] = []
         images_failed: list[Rejected] = []
@@ -132,7 +132,7 @@ class Spool:
                     rejected.append(Rejected(**row["rejected"]))
                 else:
                     images_failed.append(Rejected(**row["image_failed"]))
-        return SpooledShard(entities=entities, rejected=rejected, images_failed=images_failed)
+        return StagedShard(entities=entities, rejected=rejected, images_failed=images_failed)
 
     def _shard_path(self, number: int) -> Path:
         return self._work / "shards" / f"{number:05d}.jsonl"
@@ -164,7 +164,7 @@ def is_unfinished(out: Path) -> bool:
 
 def foreign_files(out: Path) -> list[str]:
     """What lies in an output folder without a manifest and was put there by no export that can be taken up again."""
-    spool = Spool(out)
+    spool = StagingDir(out)
     if spool.is_ready_to_publish:  # some of its parts may have been moved already
         return []
     return sorted(entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER)

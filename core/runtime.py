@@ -1,0 +1,62 @@
+"""The process and its native libraries: how many cores to use, and faiss and ONNX Runtime with the settings they need.
+
+Other modules write `from core.runtime import faiss` (or `onnxruntime`). Both libraries read environment variables while
+they are being loaded, so they are loaded here, on first use, after `configure_native_libraries`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import faiss  # noqa: F401
+    import onnxruntime  # noqa: F401
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_BLAS_KERNELS = (
+    ("SkylakeX", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
+    ("Haswell", {"avx2", "fma"}),
+)
+
+
+def __getattr__(name: str) -> Any:
+    """Load faiss or onnxruntime on first use (PEP 562)."""
+    if name not in ("faiss", "onnxruntime"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    configure_native_libraries()
+    return importlib.import_module(name)
+
+
+def configure_native_libraries() -> None:
+    """Set the environment variables that faiss and ONNX Runtime read when they are loaded. Values already set win.
+
+    - `ORT_DISABLE_TELEMETRY`: since 1.32, ONNX Runtime sends usage data to its maker unless this is set before import.
+    - `OPENBLAS_CORETYPE`: the OpenBLAS in faiss's wheels dates from 2021. It does not recognise newer processors and
+      falls back to SSE3 kernels, which multiply matrices four times as slowly.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    kernels = blas_kernels(_cpu_flags())
+    if kernels is not None:
+        os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
+
+
+def blas_kernels(cpu_flags: set[str]) -> str | None:
+    """Return OpenBLAS's name of the best kernels for a processor, or None to let OpenBLAS decide."""
+    return next((name for name, required in _BLAS_KERNELS if required <= cpu_flags), None)
+
+
+def _cpu_flags() -> set[str]:
+    """Return the first core's feature flags as Linux lists them, or an empty set on other systems."""
+    try:
+        with _CPU_INFO.open() as lines:
+            return next((set(line.split()[2:]) for line in lines if line.startswith("flags")), set())
+    except OSError:
+        return set()
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its CPU affinity on Linux, elsewhere all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
