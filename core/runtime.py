@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import faiss  # noqa: F401
-    import onnxruntime  # noqa: F401
+    import faiss as faiss  # noqa: PLC0414 - re-exported
+    import onnxruntime as onnxruntime  # noqa: PLC0414 - re-exported
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _BLAS_KERNELS = (
