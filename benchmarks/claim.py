@@ -44,9 +44,9 @@ from benchmarks.generative.retrieval import (
     write_encoder,
 )
 from benchmarks.generative.sizes import SIZES, VOCABULARY, build_model, parameter_count
-from benchmarks.photographs import photograph
 from benchmarks.rounds import Metric, Reference
 from benchmarks.statistics import RESAMPLINGS, percentile_interval
+from benchmarks.synthetic import photograph
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
 from demo.build import BUILD

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from benchmarks.generative.retrieval import ENCODERS
-from benchmarks.photographs import photograph
+from benchmarks.synthetic import photograph
 from imaging import Preprocessing
 from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import save_checkpoint

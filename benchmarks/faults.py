@@ -24,9 +24,8 @@ from typing import Any
 
 import httpx
 
-from benchmarks.hostile import hostile_bodies
-from benchmarks.photographs import photograph
 from benchmarks.server import ANSWERED, free_port, scrape_metrics, service_process
+from benchmarks.synthetic import hostile_bodies, photograph
 from core.errors import UserError
 
 CLIENTS, IMAGES = 4, 12

@@ -14,8 +14,8 @@ from core.runtime import faiss
 import click
 import numpy as np
 
-from benchmarks.made_bundle import Float32Array, Population
 from benchmarks.report import describe_run
+from benchmarks.synthetic import Float32Array, Population
 from benchmarks.timing import percentiles_ms
 from core.cli import run
 from index.embeddings import Embeddings

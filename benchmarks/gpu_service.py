@@ -22,8 +22,8 @@ import click
 
 from benchmarks.gpu_load import Load, one_at_a_time, saturate, services
 from benchmarks.gpu_parts import BATCHES, SERVED, run_part
-from benchmarks.photographs import write_photographs
 from benchmarks.report import describe_run
+from benchmarks.synthetic import write_photographs
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
@@ -55,7 +55,7 @@ def main() -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="For measure.")
 def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
     """Make the bundle, once; one that is there already is left as it is."""
-    from benchmarks.gpu_bundle import write_gpu_bundle
+    from benchmarks.synthetic import write_gpu_bundle
 
     if (folder / MANIFEST_FILE).exists():
         click.echo(f"{folder} is there already", err=True)
@@ -63,7 +63,7 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
     if folder.exists():
         raise UserError(f"{folder} is there and not whole; remove it")
     started = time.perf_counter()
-    write_gpu_bundle(folder, encoder, entities, searched_on=device, progress=True)
+    write_gpu_bundle(folder, encoder, entities, search_device=device, progress=True)
     click.echo(f"{folder} made in {time.perf_counter() - started:.0f} s", err=True)
 
 

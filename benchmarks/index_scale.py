@@ -15,7 +15,7 @@ import click
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import index_peers, made_bundle
+from benchmarks import index_peers, synthetic
 from benchmarks.index_probe import probing, told
 from core.runtime import usable_cores
 from index.build import build_index
@@ -59,7 +59,7 @@ def measure_scale(like: Bundle, scale: Scale, work: Path) -> dict[str, Any]:
     whole = work / "whole"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        made_bundle.write_embeddings(whole / EMBEDDINGS_FOLDER, scale.vectors, scale.dim, progress=True)
+        synthetic.write_embeddings(whole / EMBEDDINGS_FOLDER, scale.vectors, scale.dim, progress=True)
         found = {}
         asked = {}
         for size in tqdm(scale.sizes, desc="size"):
@@ -84,9 +84,9 @@ def _at_size(
     folder = whole
     if size != scale.vectors:
         folder = work / f"first-{size}"
-        made_bundle.first_of(folder / EMBEDDINGS_FOLDER, whole / EMBEDDINGS_FOLDER, size)
+        synthetic.link_first_shards(folder / EMBEDDINGS_FOLDER, whole / EMBEDDINGS_FOLDER, size)
     embeddings = EmbeddingShards(folder / EMBEDDINGS_FOLDER, scale.dim)
-    made_bundle.write_bundle(folder, like, count=size, progress=True)
+    synthetic.write_bundle(folder, like, count=size)
     manifest = build_index(folder, embeddings, factory="auto", targets=TARGETS, device="cpu", progress=True)
     # Other queries than those that the search was tuned with.
     rng = np.random.default_rng(SEED + 1)

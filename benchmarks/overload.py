@@ -18,12 +18,11 @@ import httpx
 import numpy as np
 
 from benchmarks.closed_loop import Job, run_job
-from benchmarks.heavy_bundle import bundles_to_measure
 from benchmarks.open_loop import Sent, run_open_loop
 from benchmarks.page import page, section, table
-from benchmarks.photographs import write_photographs
 from benchmarks.plots import Series, line_plot
 from benchmarks.server import running_service, scrape_metrics, split_cores, thread_flags
+from benchmarks.synthetic import encoder_bundles, write_photographs
 
 TIMES = 10
 IMAGES = 16
@@ -41,7 +40,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         images = write_photographs(work, IMAGES, 640, 480)
-        bundles = bundles_to_measure(bundle_path, work, smoke=smoke)
+        bundles = encoder_bundles(bundle_path, work, smoke=smoke)
         encoders = {name: _flood(bundle, images, work, smoke=smoke) for name, bundle in bundles.items()}
     generator, service = split_cores()
     return {

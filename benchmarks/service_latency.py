@@ -17,13 +17,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.closed_loop import Job, run_job
-from benchmarks.heavy_bundle import bundles_to_measure
 from benchmarks.page import page, section, table
-from benchmarks.photographs import write_photographs
 from benchmarks.plain_loop import run_loops
 from benchmarks.plots import Bar, bar_plot
 from benchmarks.server import ANSWERED, running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.statistics import median_interval
+from benchmarks.synthetic import encoder_bundles, write_photographs
 from index.bundle import Bundle
 
 IMAGES = 16
@@ -43,7 +42,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         images = write_photographs(work, IMAGES, 1280, 960)
-        bundles = bundles_to_measure(bundle_path, work, smoke=smoke)
+        bundles = encoder_bundles(bundle_path, work, smoke=smoke)
         encoders = {
             name: _compare(bundle, images, work, generator, service, smoke=smoke) for name, bundle in bundles.items()
         }

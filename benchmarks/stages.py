@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.page import page, section, table
-from benchmarks.photographs import bust_cache, photograph
 from benchmarks.plots import Bar, Series, bar_plot, line_plot
 from benchmarks.rounds import Probe, nested, sample
 from benchmarks.server import running_service
+from benchmarks.synthetic import bust_cache, photograph
 from core.runtime import faiss
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle

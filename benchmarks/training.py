@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from benchmarks.photographs import photograph
+from benchmarks.synthetic import photograph
 from core.jsonl import Rejected
 from imaging import load_pixels
 from model.adaptor import AdaptorConfig

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from benchmarks.generative.recognizer import clip_preprocessing
 from benchmarks.generative.sizes import parameter_count
-from benchmarks.photographs import photograph
+from benchmarks.synthetic import photograph
 from core.runtime import faiss
 from export.onnx_export import INPUT, OUTPUTS, export_module
 from export.quantise import quantise

@@ -20,7 +20,7 @@ from benchmarks.generative.retrieval import (
     build_tower,
 )
 from benchmarks.generative.sizes import parameter_count
-from benchmarks.photographs import photograph
+from benchmarks.synthetic import photograph
 from core.errors import UserError
 
 SMALL = EncoderShape(width=64, layers=1, heads=2, mlp_width=64, patch_px=32, embedding_dim=32, size_px=64)

@@ -7,46 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import faiss
-import numpy as np
 import onnxruntime
 import pytest
 
-from benchmarks import made_bundle
-from benchmarks.gpu_bundle import STAND_IN, write_stand_in_index
 from benchmarks.gpu_load import Look, busy, dealt, gpu_told, timings_of
 from benchmarks.gpu_service import gpu_ms_per_image, limited_by, shared_out
-from index.embeddings import EmbeddingShards, vectors_file
-from index.gpu import clonable
-from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
-from index.search import EntityIndex
-from index.store import EntityStore
-from tests.conftest import EMBEDDING_DIM
-
-
-def test_several_processes_draw_the_embeddings_that_one_draws(tmp_path: Path) -> None:
-    made_bundle.write_embeddings(tmp_path / "one", 9000, 8)
-    made_bundle.write_embeddings(tmp_path / "several", 9000, 8, processes=2)
-    assert len(list((tmp_path / "several").iterdir())) == 6
-    for shard in range(3):
-        one, several = (np.load(tmp_path / folder / vectors_file(shard)) for folder in ("one", "several"))
-        assert np.abs(one.astype(np.float32) - several).max() < 1e-3
-
-
-def test_the_plain_store_has_the_entities_of_the_whole_one(tmp_path: Path) -> None:
-    made_bundle.write_plain_store(tmp_path / "plain.sqlite", 100)
-    with EntityStore(tmp_path / "plain.sqlite") as store:
-        assert len(store) == 100
-        assert store.by_rows([0, 99]) == [made_bundle._entity(0), made_bundle._entity(99)]
-
-
-def test_the_index_in_name_opens_and_has_no_list_that_would_go_to_a_gpu(tmp_path: Path) -> None:
-    made_bundle.write_embeddings(tmp_path / "embeddings", 5000, EMBEDDING_DIM)
-    write_stand_in_index(tmp_path, EMBEDDING_DIM, 5000)
-    manifest = IndexManifest.read(tmp_path / INDEX_MANIFEST_FILE)
-    assert (manifest.factory, manifest.count) == (STAND_IN, 5000)
-    EntityIndex.read(tmp_path / INDEX_FILE, EmbeddingShards(tmp_path / "embeddings", EMBEDDING_DIM), {})
-    assert clonable(faiss.read_index(str(tmp_path / INDEX_FILE))) is None
 
 
 def test_cores_are_shared_out() -> None:

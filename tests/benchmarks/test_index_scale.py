@@ -11,32 +11,12 @@ import faiss
 import numpy as np
 import pytest
 
-from benchmarks import index_search, made_bundle
+from benchmarks import index_search
 from benchmarks.index_probe import overlap
 from benchmarks.index_scale import Scale, measure_scale
 from index.bundle import Bundle
-from index.embeddings import EmbeddingShards
 
 GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-
-
-def test_made_up_embeddings_have_the_structure_of_real_ones(tmp_path: Path) -> None:
-    made_bundle.write_embeddings(tmp_path / "embeddings", 9000, 32)
-    embeddings = np.concatenate(list(EmbeddingShards(tmp_path / "embeddings", 32)))
-    assert embeddings.shape == (9000, 32)
-    np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, atol=1e-6)
-    assert float(np.mean(embeddings[:2000] @ embeddings[-2000:].T)) > 0.2  # a cone
-    nearest = np.sort(embeddings[:500] @ embeddings.T, axis=1)
-    assert float(np.median(nearest[:, -2])) > 0.4 + float(np.median(nearest))  # clusters
-    variances = np.sort(np.linalg.eigvalsh(np.cov(embeddings.T)))
-    assert variances[-1] > 4 * variances[0]  # some directions more than others
-
-
-def test_the_first_of_a_population_are_the_same_files(tmp_path: Path) -> None:
-    made_bundle.write_embeddings(tmp_path / "all", 9000, 8)
-    made_bundle.first_of(tmp_path / "first", tmp_path / "all", 4000)
-    all_ND, first_ND = (np.concatenate(list(EmbeddingShards(tmp_path / name, 8))) for name in ("all", "first"))
-    np.testing.assert_array_equal(all_ND[:4000], first_ND)
 
 
 def test_overlap_by_hand() -> None:

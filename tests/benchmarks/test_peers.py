@@ -17,8 +17,8 @@ from benchmarks.closed_loop import Job, run_job
 from benchmarks.peers import environments
 from benchmarks.peers.runner import ratios, report
 from benchmarks.peers.workload import Recogniser, as_pixels, decoder
-from benchmarks.photographs import photograph
 from benchmarks.server import running_service
+from benchmarks.synthetic import photograph
 from imaging import Preprocessing, load_pixels, normalise
 from index.bundle import Bundle
 

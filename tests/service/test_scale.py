@@ -20,8 +20,8 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.photographs import photograph
 from benchmarks.server import free_port, wait_until_ready
+from benchmarks.synthetic import photograph
 from service.answers import RecognizeOptions
 from service.client import Client
 

@@ -1,0 +1,399 @@
+"""Synthetic inputs for the benchmarks: images, hostile request bodies, embeddings and whole bundles of any size.
+
+The embeddings have the structure of real ones. They share an offset, so they lie in a cone. They form clusters within
+topics, and the sizes of the clusters follow Zipf's law. Around its cluster, an embedding varies much along a few
+directions and little along many (a power law). Their order is random, so the first n are a sample of all.
+
+Shapes: N embeddings, n of them in a shard, D embedding width, T topics, C clusters.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import shutil
+import sqlite3
+import struct
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, features
+from tqdm import tqdm
+
+from core.errors import UserError
+from core.files import sha256_file
+from core.runtime import faiss, usable_cores
+from index.build import build_index
+from index.bundle import Bundle, list_files
+from index.embeddings import EmbeddingShards, rows_file, vectors_file, write_shard
+from index.manifest import (
+    EMBEDDINGS_FOLDER,
+    IMAGE_ENCODER_FILE,
+    INDEX_FILE,
+    INDEX_MANIFEST_FILE,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    STORE_FILE,
+    Counts,
+    ImageEncoderEntry,
+    IndexManifest,
+    Manifest,
+)
+from index.store import INDEXES, SCHEMA
+
+if TYPE_CHECKING:
+    from benchmarks.generative.retrieval import EncoderShape
+
+Float32Array = npt.NDArray[np.float32]
+
+SHARD_SIZE = 4000  # about what an export writes
+PLACEHOLDER_FACTORY = "PQ1x8"  # one byte per embedding
+_TOPICS, _CLUSTERS = 300, 20_000
+_OFFSET, _TOPIC, _CLUSTER, _OWN = 0.55, 0.40, 0.45, 0.55  # lengths of the parts; the sum is normalised
+_SIZE_POWER = 0.8  # the r-th largest cluster has a share proportional to r to the -0.8
+_SPECTRUM_POWER = 0.5  # the standard deviation along the r-th direction is proportional to r to the -0.5
+
+# ---- images ----
+
+
+def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
+    """Return a JPEG that takes as long to decode as a photograph: smooth areas, edges, some grain."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
+    draw = ImageDraw.Draw(coarse)
+    for _ in range(20):
+        x, y, r = (int(rng.integers(low, high)) for low, high in ((0, width), (0, height), (10, 90)))
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(rng.integers(0, 256, 3).tolist()))
+    grainy = np.asarray(coarse, np.int16) + rng.normal(0, 6, (height, width, 1)).astype(np.int16)
+    return _encode(grainy.clip(0, 255).astype(np.uint8), "JPEG", quality=85)
+
+
+def write_photographs(folder: Path, count: int, width: int, height: int) -> list[str]:
+    """Write `count` different photographs to `folder` and return their paths."""
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(photograph(number, width, height))
+    return [str(path) for path in paths]
+
+
+def bust_cache(image: bytes, number: int) -> bytes:
+    """Return bytes that no cache has seen but that decode to the same picture: decoders ignore what follows its end."""
+    return image + number.to_bytes(8, "big")
+
+
+def _encode(pixels_HW3: npt.NDArray[np.uint8], image_format: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels_HW3).save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+# ---- hostile request bodies ----
+
+_FORMATS = tuple(
+    name for name in ("JPEG", "PNG", "WEBP", "GIF", "AVIF", "TIFF", "BMP") if name != "AVIF" or features.check("avif")
+)
+_POLYGLOT_PARTS = (b"<script>alert(1)</script>", b"PK\x03\x04" + b"\0" * 26, b"%PDF-1.7", b"GIF89a", b"\xff\xd8\xff")
+_EXTREME_BYTES = (0, 1, 0x7F, 0x80, 0xFF)
+
+
+def hostile_bodies(count: int, seed: int = 0) -> Iterator[tuple[bytes, str]]:
+    """Yield `count` bodies with a claimed content type: mutated images, decompression bombs, polyglots and noise.
+
+    Two in five claim a random content type. The same seed gives the same bodies.
+    """
+    rng = random.Random(seed)
+    pixels_HW3 = np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    valid = {name: _encode(pixels_HW3, name) for name in _FORMATS}
+    bombs = (_png_bomb(30_000, 30_000), _png_bomb(2**31 - 1, 2**31 - 1), _png_bomb(1, 200_000_000))
+    for _ in range(count):
+        image_format = rng.choice(_FORMATS)
+        claimed = image_format if rng.random() < 0.6 else rng.choice(_FORMATS)
+        kind = rng.random()
+        if kind < 0.85:
+            body = _mutate(valid[image_format], rng)
+        elif kind < 0.9:
+            body = rng.choice(bombs)
+        elif kind < 0.95:
+            parts = [rng.choice(_POLYGLOT_PARTS), valid[image_format]]
+            rng.shuffle(parts)
+            body = b"".join(parts)
+        else:
+            body = rng.randbytes(rng.randrange(1, 2000))
+        yield body, f"image/{claimed.lower()}"
+
+
+def _mutate(valid: bytes, rng: random.Random) -> bytes:
+    """Change a few bytes, most of them near the header, then remove, repeat or truncate a part or leave it whole."""
+    data = bytearray(valid)
+    mean_offset = 24.0 if rng.random() < 0.5 else len(data) / 8
+    for _ in range(rng.randint(1, 8)):
+        offset = min(int(rng.expovariate(1 / mean_offset)), len(data) - 1)
+        data[offset] = rng.choice((*_EXTREME_BYTES, rng.randrange(256)))
+    start, length = rng.randrange(len(data) // 2), rng.randrange(1, len(data) // 2)
+    change = rng.choice(("none", "remove", "repeat", "truncate"))
+    if change == "remove":
+        del data[start : start + length]
+    elif change == "repeat":
+        data[start:start] = data[start : start + length]
+    elif change == "truncate":
+        del data[-length:]
+    return bytes(data)
+
+
+def _png_bomb(width: int, height: int) -> bytes:
+    """Return a one-bit PNG of a few hundred bytes that claims this size."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    packed = zlib.compress(b"\0" * 100_000, 9)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+
+
+# ---- embeddings ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Population:
+    """The distribution that synthetic embeddings are drawn from."""
+
+    offset_D: Float32Array
+    clusters_CD: Float32Array  # each includes its topic
+    shares_C: npt.NDArray[np.float64]
+    directions_DD: Float32Array  # orthogonal; the length of each is the standard deviation along it
+
+    @classmethod
+    def of(cls, dim: int, seed: int = 0) -> Population:
+        rng = np.random.default_rng(seed)
+        topics_TD = _TOPIC * _unit_vectors(rng, _TOPICS, dim)
+        shares_C = np.arange(1, _CLUSTERS + 1) ** -_SIZE_POWER
+        spectrum_D = np.arange(1, dim + 1) ** -_SPECTRUM_POWER
+        rotation_DD = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
+        return cls(
+            offset_D=_OFFSET * _unit_vectors(rng, 1, dim)[0],
+            clusters_CD=topics_TD[rng.integers(_TOPICS, size=_CLUSTERS)]
+            + _CLUSTER * _unit_vectors(rng, _CLUSTERS, dim),
+            shares_C=shares_C / shares_C.sum(),
+            directions_DD=(_OWN * spectrum_D / np.linalg.norm(spectrum_D) * rotation_DD).T.astype(np.float32),
+        )
+
+    def draw(self, count: int, rng: np.random.Generator) -> Float32Array:
+        """Return L2-normalised embeddings [n, D]."""
+        drawn_nD = rng.standard_normal((count, len(self.offset_D)), np.float32) @ self.directions_DD
+        drawn_nD += self.clusters_CD[rng.choice(len(self.shares_C), count, p=self.shares_C)]
+        drawn_nD += self.offset_D
+        drawn_nD /= np.linalg.norm(drawn_nD, axis=1, keepdims=True)
+        return drawn_nD
+
+
+def _unit_vectors(rng: np.random.Generator, count: int, dim: int) -> Float32Array:
+    vectors_nD = rng.standard_normal((count, dim), np.float32)
+    vectors_nD /= np.linalg.norm(vectors_nD, axis=1, keepdims=True)
+    return vectors_nD
+
+
+def write_embeddings(
+    folder: Path, count: int, dim: int, *, seed: int = 0, progress: bool = False, threads: int = 1
+) -> None:
+    """Write `count` synthetic embeddings, one per entity, to `folder` as shards."""
+    folder.mkdir(parents=True)
+    population = Population.of(dim, seed)
+
+    def write(shard: int) -> int:
+        rows_n = np.arange(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, count))
+        write_shard(folder, shard, rows_n, population.draw(len(rows_n), np.random.default_rng((seed, shard))))
+        return len(rows_n)
+
+    with (
+        tqdm(desc="draw", unit="embedding", total=count, disable=not progress) as bar,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for written in pool.map(write, range(-(-count // SHARD_SIZE))):
+            bar.update(written)
+
+
+def link_first_shards(folder: Path, source: Path, count: int) -> None:
+    """Hard-link the first `count` embeddings of `source`, in whole shards, into the new `folder`."""
+    folder.mkdir(parents=True)
+    for shard in range(-(-count // SHARD_SIZE)):
+        for name in (vectors_file(shard), rows_file(shard)):
+            os.link(source / name, folder / name)
+
+
+# ---- bundles ----
+
+
+def write_store(path: Path, count: int) -> None:
+    """Write an entity store in seconds, even for six million entities: it is generated in SQL, without title search."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + SCHEMA)
+        connection.execute(
+            """
+            WITH RECURSIVE number (row) AS (SELECT 0 UNION ALL SELECT row + 1 FROM number WHERE row + 1 < ?)
+            INSERT INTO entity
+            SELECT
+                row, 'Q' || row, 'Thing ' || row || ' of kind ' || (row % 997), '{}',
+                'A synthetic thing, number ' || row || '.', NULL, '["type ' || (row % 50) || '"]', NULL, 1, TRUE, NULL
+            FROM number
+            """,
+            (count,),
+        )
+        connection.executescript(INDEXES)
+
+
+def write_bundle(folder: Path, base: Bundle, *, count: int) -> None:
+    """Complete the bundle whose embeddings are in `folder`, except for its index, with the image encoder of `base`."""
+    write_store(folder / STORE_FILE, count)
+    entry = base.manifest.image_encoder
+    shutil.copyfile(base.path / entry.file, folder / entry.file)
+    replace(
+        base.manifest,
+        name="synthetic",
+        embedding_dim=np.load(folder / EMBEDDINGS_FOLDER / vectors_file(0), mmap_mode="r").shape[1],
+        image_encoder=replace(entry, int8=None, float16=None),
+        counts=_counts(count),
+        calibration=None,
+        files=list_files(folder),
+        created_at=_now(),
+    ).write(folder / MANIFEST_FILE)
+
+
+def encoder_bundles(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[str, Path]:
+    """Return bundles by the name of their encoder: `bundle_path`, and without `smoke` one with a ViT-B/32 in int8."""
+    return (
+        {"own": bundle_path} if smoke else {"own": bundle_path, "vit-b32-int8": write_vit_bundle(bundle_path, folder)}
+    )
+
+
+def write_vit_bundle(base_path: Path, folder: Path) -> Path:
+    """Write a bundle below `folder` and return its path: the entities of `base_path`, a ViT-B/32 in int8 with random
+    weights, and random embeddings. Serving it costs as much as a real bundle of that size. Needs the extra `export`."""
+    from benchmarks.generative.retrieval import ENCODERS, quantised_file, write_encoder
+
+    shape = ENCODERS["vit-b32"]
+    base = Bundle.open(base_path)
+    bundle = folder / "vit-b32-int8"
+    (bundle / EMBEDDINGS_FOLDER).mkdir(parents=True)
+    encoder_file, _ = write_encoder("vit-b32", folder)
+    shutil.copyfile(quantised_file(encoder_file, shape.size_px, folder), bundle / IMAGE_ENCODER_FILE)
+    shutil.copyfile(base_path / STORE_FILE, bundle / STORE_FILE)
+    rows_N = base.embeddings().rows_N
+    vectors_ND = _unit_vectors(np.random.default_rng(0), len(rows_N), shape.embedding_dim)
+    write_shard(bundle / EMBEDDINGS_FOLDER, 0, rows_N, vectors_ND)
+    embeddings = EmbeddingShards(bundle / EMBEDDINGS_FOLDER, shape.embedding_dim)
+    build_index(bundle, embeddings, factory=base.index_manifest.factory)
+    replace(
+        base.manifest,
+        name=bundle.name,
+        model={**base.manifest.model, "name": "vit-b32-int8"},
+        files=list_files(bundle),
+        **_encoder_fields(shape),
+    ).write(bundle / MANIFEST_FILE)
+    return bundle
+
+
+def write_gpu_bundle(bundle: Path, encoder: str, entities: int, *, search_device: str, progress: bool = False) -> None:
+    """Write the bundle that a GPU is measured with: float16 encoder with random weights, synthetic embeddings.
+
+    For `search_device` `cuda` the index is a placeholder, since exact search on a GPU reads the bundle's embeddings;
+    for `cpu` it is exact. The steps run in parallel, because a machine with a GPU is expensive. Needs the extra
+    `export`, but no GPU.
+    """
+    from benchmarks.generative.retrieval import ENCODERS
+
+    if encoder not in ENCODERS:
+        raise UserError(f"--encoder {encoder} is unknown; choose one of {', '.join(ENCODERS)}")
+    shape = ENCODERS[encoder]
+    folder = bundle / EMBEDDINGS_FOLDER
+    bundle.mkdir(parents=True)
+    with ThreadPoolExecutor(2) as pool:
+        others = [
+            pool.submit(_write_float16_encoder, shape, bundle / IMAGE_ENCODER_FILE),
+            pool.submit(write_store, bundle / STORE_FILE, entities),
+        ]
+        write_embeddings(folder, entities, shape.embedding_dim, progress=progress, threads=usable_cores())
+        for each in others:
+            each.result()
+    if search_device == "cuda":
+        write_placeholder_index(bundle, shape.embedding_dim, entities)
+    else:
+        build_index(bundle, EmbeddingShards(folder, shape.embedding_dim))
+    Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=f"{encoder}-{entities}",
+        model={"name": f"{encoder}, float16, random weights"},
+        counts=_counts(entities),
+        calibration=None,
+        export={"made_up": True, "searched_on": search_device},
+        files=list_files(bundle),
+        created_at=_now(),
+        elapsed_s=0.0,
+        **_encoder_fields(shape),
+    ).write(bundle / MANIFEST_FILE)
+
+
+def _write_float16_encoder(shape: EncoderShape, path: Path) -> None:
+    import torch
+
+    from benchmarks.generative.retrieval import build_tower
+    from export.float16 import InFloat16
+    from export.onnx_export import Normalised, export_normalised
+
+    torch.manual_seed(0)
+    export_normalised(Normalised(InFloat16(build_tower(shape))), shape.size_px, path)
+
+
+def write_placeholder_index(bundle: Path, dim: int, count: int) -> None:
+    """Write an index that loads but cannot rank: all of its codes are equal."""
+    index = faiss.index_factory(dim, PLACEHOLDER_FACTORY, faiss.METRIC_INNER_PRODUCT)
+    index.is_trained = True
+    index.codes.resize(count)
+    index.ntotal = count
+    path = bundle / INDEX_FILE
+    path.parent.mkdir()
+    faiss.write_index(index, str(path))
+    IndexManifest(
+        factory=PLACEHOLDER_FACTORY,
+        parameters={},
+        why="a placeholder for exact search on a GPU",
+        metric="inner product",
+        dim=dim,
+        count=count,
+        bytes=path.stat().st_size,
+        sha256=sha256_file(path),
+        created_at=_now(),
+        elapsed_s=0.0,
+    ).write(bundle / INDEX_MANIFEST_FILE)
+
+
+def _encoder_fields(shape: EncoderShape) -> dict[str, Any]:
+    """Return the manifest's fields about an image encoder of that shape."""
+    from benchmarks.generative.recognizer import clip_preprocessing
+    from export.onnx_export import INPUT, OUTPUTS
+
+    return {
+        "preprocessing": clip_preprocessing(shape.size_px).to_dict(),
+        "embedding_dim": shape.embedding_dim,
+        "patches": (shape.size_px // shape.patch_px) ** 2,
+        "image_encoder": ImageEncoderEntry(file=IMAGE_ENCODER_FILE, input=INPUT, outputs=OUTPUTS, parity={}),
+    }
+
+
+def _counts(entities: int) -> Counts:
+    return Counts(entities=entities, embeddings=entities, without_image=0, without_text=0, rejected=0)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
