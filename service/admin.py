@@ -11,13 +11,13 @@ from starlette.responses import Response
 
 from core.errors import BadParameter, Forbidden, Unavailable
 from service import schemas
+from service.auth import require_admin
 from service.body import ImageUrl, read_body, record_of
-from service.editing import Editor
-from service.fetch import Fetcher
-from service.keys import require_admin
+from service.image_fetcher import ImageFetcher
 from service.loaded_bundle import Snapshot
 from service.recognizer import Recognizer
 from service.routes import entity_json, json_response, recognizer_of
+from service.updates import Editor
 
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_ID_CHARACTERS = 2000  # Encyclopedic-VQA's ids are URLs
@@ -62,10 +62,10 @@ async def put_entity(request: Request, entity_id: str) -> Response:
     wanted = _entity(record)
     with recognizer.admission.admit(1), recognizer.acquire() as snapshot:
         editor = _editor(snapshot)
-        fetcher: Fetcher = request.app.state.fetcher
+        fetcher: ImageFetcher = request.app.state.fetcher
         image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
         edited = await recognizer.edit(snapshot, lambda: editor.put(entity_id, wanted, image))
-    told = {**entity_json(edited.entity), "bundle": snapshot.label_at(edited.generation)}
+    told = {**entity_json(edited.entity), "bundle": snapshot.label_at(edited.revision)}
     return json_response(told, status=HTTPStatus.CREATED if edited.created else HTTPStatus.OK)
 
 

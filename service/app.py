@@ -21,16 +21,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from core.errors import TooManyRequests, Unavailable, UserError
 from imaging import readable_types
 from service import admin, problems, routes, schemas
-from service.fetch import Fetcher
-from service.keys import AdminToken, ApiKeys
-from service.metrics import Metrics
+from service.auth import AdminToken, ApiKeys
+from service.image_fetcher import ImageFetcher
+from service.limits import Rate, RateLimiter
 from service.middleware import RequestContext
 from service.protocol import Head
-from service.rate_limit import Rate, RateLimiter
 from service.recognizer import Recognizer
 from service.redis_link import RedisLink
 from service.settings import Settings
-from service.tracing import Tracing, open_tracing
+from service.telemetry import Metrics, Tracing, open_tracing
 
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
@@ -61,7 +60,7 @@ class App(FastAPI):
 def create_app(
     settings: Settings,
     recognizer: Recognizer | None = None,
-    fetcher: Fetcher | None = None,
+    fetcher: ImageFetcher | None = None,
     tracing: Tracing | None = None,
 ) -> App:
     """The service. Without a recogniser it opens the bundle of `settings` when it starts; without a fetcher it fetches
@@ -102,7 +101,7 @@ def create_app(
     app.state.recognizer = recognizer
     app.state.api_keys = ApiKeys(settings.api_keys)
     app.state.admin_token = AdminToken(settings.admin_token)
-    app.state.fetcher = fetcher or Fetcher(
+    app.state.fetcher = fetcher or ImageFetcher(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
     app.state.rate_limiter = limiter

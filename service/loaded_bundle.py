@@ -24,12 +24,12 @@ from index.merged import MergedView
 from index.store import EntityStore
 from index.view import EntityView, LiveChanges, LiveState
 from service.answers import RecognizeOptions
-from service.editing import Editor
 from service.encoder import OnnxEncoder, wanted_device
 from service.engine import Encoder, Engine
 from service.join import SELECTIONS_KEPT, Joiner
-from service.metrics import Metrics
 from service.settings import MILVUS, Settings
+from service.telemetry import Metrics
+from service.updates import Editor
 
 _PRECISIONS = {"cpu": "int8", "cuda": "float16"}  # what each is fastest in
 
@@ -82,8 +82,8 @@ class LoadedBundle:
     @property
     def unready_reason(self) -> str | None:
         """Why it cannot answer now, None when it can."""
-        if self.editor is not None and self.editor.trouble is not None:
-            return self.editor.trouble
+        if self.editor is not None and self.editor.sync_error is not None:
+            return self.editor.sync_error
         if not self.engine.alive:
             return "the engine has died"
         if self.engine.silent_s > self._stuck_after_s:

@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.metrics import Metrics
 from service.problems import unexpected_response
-from service.tracing import Tracing
+from service.telemetry import Metrics, Tracing
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _ids = random.Random()
@@ -61,7 +60,7 @@ class RequestContext:
         with self._tracing.request(scope, request_id) as trace:
             status = await self._answer(scope, receive, send, request_id)
             if trace is not None:
-                trace.answered(_route(scope), status)
+                trace.set_response(_route(scope), status)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
         """Have the request answered; the status, 0 where none was sent."""

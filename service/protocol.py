@@ -15,9 +15,9 @@ from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from core.errors import BadRequest, HeadTooLarge, SlowRequest, TooManyRequests, UserError
-from service.metrics import Metrics
 from service.middleware import new_request_id, note_request, request_id_of, with_common_headers
 from service.problems import problem_response
+from service.telemetry import Metrics
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application

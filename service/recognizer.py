@@ -35,15 +35,14 @@ from core.errors import (
 )
 from index.bundle import Bundle
 from index.release import local_bundle
-from service import tracing
 from service.admission import Admission
 from service.answers import Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
 from service.loaded_bundle import LoadedBundle, Snapshot
-from service.metrics import Metrics
 from service.passage import Passage, Passed
 from service.settings import Settings
+from service.telemetry import Metrics, record_stages
 from service.workers import Workers
 
 Edit = TypeVar("Edit")
@@ -231,7 +230,7 @@ class Recognizer:
             raise
         finally:
             # In the loop's next turn, when who waits has the answer.
-            asyncio.get_running_loop().call_soon(self.metrics.note_image, outcome, timings_ms)
+            asyncio.get_running_loop().call_soon(self.metrics.observe_image, outcome, timings_ms)
         return recognition
 
     async def _within_deadline(self, data: bytes, options: RecognizeOptions, snapshot: Snapshot) -> Recognition:
@@ -307,7 +306,7 @@ class Recognizer:
     ) -> tuple[Recognition, Passed]:
         """The answer to an image, or to its embedding [D]."""
         passed = (await _end_of(self._begin(snapshot, image, options)))()
-        tracing.stages(passed.stages)
+        record_stages(passed.stages)
         return _recognition(snapshot, passed, cached=isinstance(image, np.ndarray)), passed
 
     def _recognize_chunk(

@@ -19,14 +19,14 @@ from imaging import readable_types
 from index.store import StoredEntity
 from service import problems, schemas
 from service.answers import Recognition
+from service.auth import require_key
 from service.body import ImageUrl, image_of, images_of, read_body
-from service.fetch import Fetcher
-from service.keys import require_key
+from service.image_fetcher import ImageFetcher
+from service.limits import RateLimiter, client_name
 from service.loaded_bundle import Snapshot
 from service.query import options_of, query_parameters
-from service.rate_limit import RateLimiter, client_name
 from service.recognizer import Recognizer
-from service.tracing import timed
+from service.telemetry import timed
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ async def recognize(request: Request) -> Response:
     await _count(request, 1)
     body = await _body(request, recognizer)
     given = image_of(body, request.headers.get("content-type", ""))
-    fetcher: Fetcher = request.app.state.fetcher
+    fetcher: ImageFetcher = request.app.state.fetcher
 
     async def result() -> Recognition:
         if isinstance(given, ImageUrl):
@@ -206,7 +206,7 @@ async def _count(request: Request, images: int) -> None:
     if limiter is not None:
         address = request.client.host if request.client else None
         try:
-            await limiter.take(client_name(request.state.key_holder, address), images)
+            await limiter.take(client_name(request.state.key_digest, address), images)
         except TooManyRequests:
             recognizer_of(request).metrics.count_images("rate", images)
             raise

@@ -15,10 +15,10 @@ import uvicorn
 
 from core.errors import UserError
 from service.app import App, create_app, early_refusal, metrics_of
-from service.logs import configure_logging
 from service.protocol import BoundedHttp
 from service.recognizer import Recognizer
 from service.settings import Settings
+from service.telemetry import configure_logging
 
 _ALLOCATIONS = 20_000  # more than freed, before the collector looks at the youngest objects
 

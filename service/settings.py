@@ -12,9 +12,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from core.errors import UserError
 from core.files import is_uri
 from core.runtime import usable_cores
-from service.addresses import host_pattern
-from service.keys import hashed
-from service.rate_limit import Rate
+from service.auth import digest_of
+from service.image_fetcher import host_pattern
+from service.limits import Rate
 
 ENV_PREFIX = "WIKICLIP_"
 MILVUS = "milvus:"
@@ -132,12 +132,12 @@ class Settings(BaseSettings):
     @field_validator("api_keys")
     @classmethod
     def _only_digests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(hashed(key) for key in value)
+        return tuple(digest_of(key) for key in value)
 
     @field_validator("admin_token")
     @classmethod
     def _only_a_digest(cls, value: str | None) -> str | None:
-        return hashed(value) if value else None
+        return digest_of(value) if value else None
 
     @field_validator("url_allowlist")
     @classmethod

@@ -19,10 +19,10 @@ from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from model.checkpoint import Checkpoint
 from service import generation
-from service.entity_encoder import EntityEmbedder
 from service.recognizer import Recognizer
 from service.schemas import EntityRequest
 from service.settings import Settings
+from service.updates import EntityEmbedder
 from tests.export.conftest import CatalogFiles
 
 

@@ -10,8 +10,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 
 from service.app import create_app
-from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings
+from service.telemetry import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "service.md").read_text(encoding="utf-8")

@@ -13,8 +13,8 @@ import yaml
 
 import wikiclip
 from service.app import create_app
-from service.metrics import Metrics
 from service.settings import ENV_PREFIX, Settings, load_settings
+from service.telemetry import Metrics
 from tests.packaging.test_shown_commands import check
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -8,7 +8,7 @@ import pytest
 from starlette.datastructures import Headers
 
 from core.errors import Forbidden, Unauthorized, UserError
-from service.keys import AdminToken
+from service.auth import AdminToken
 from service.settings import Settings, load_settings
 
 TOKEN = "let-me-change-things"

@@ -116,7 +116,7 @@ def test_ids_may_hold_what_ids_hold(live):
         ({"embedding": vector(1), "types": "animal"}, 422, "types"),
         ({}, 422, "nothing to embed"),
         ({"text": "An animal."}, 422, "send embedding (16 numbers)"),
-        ({"image": {"base64": "AAAA"}}, 422, "no entity side"),
+        ({"image": {"base64": "AAAA"}}, 422, "no entity encoder"),
         ({"image": {"base64": "AAAA"}, "embedding": vector(1)}, 422, "send one of them"),
         ({"image": {"base64": "%"}}, 400, "base64"),
         ({"image": {"url": "https://example.org/x.png"}}, 403, "URL"),

@@ -13,8 +13,8 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from service.metrics import Metrics
 from service.protocol import BoundedHttp
+from service.telemetry import Metrics
 
 PIECES = [b"one", b"two", b"three"]
 randbytes = Random(0).randbytes

@@ -12,8 +12,7 @@ import pytest
 
 from core.errors import BadRequest, FetchFailed, Forbidden, TooLarge
 from core.network import is_public
-from service.addresses import host_allowed, host_pattern
-from service.fetch import Fetcher
+from service.image_fetcher import ImageFetcher, host_allowed, host_pattern
 
 PUBLIC = "93.184.215.14"
 NAMES = {
@@ -90,7 +89,7 @@ def fetcher_over(network, *, allowlist=ALLOWED, timeout_s=5.0, max_bytes=MAX_BYT
     async def resolver(host, port):
         return NAMES.get(host, [host] if host[0].isdigit() else [])
 
-    return Fetcher(allowlist, max_bytes=max_bytes, timeout_s=timeout_s, resolver=resolver, network=network)
+    return ImageFetcher(allowlist, max_bytes=max_bytes, timeout_s=timeout_s, resolver=resolver, network=network)
 
 
 def fetch(network, url, **given):
@@ -201,7 +200,7 @@ def test_a_name_that_changes_its_address_is_looked_up_once_a_step(network):
     async def rebinding(host, port):
         return next(answers)
 
-    fetcher = Fetcher(ALLOWED, max_bytes=MAX_BYTES, timeout_s=5, resolver=rebinding, network=network)
+    fetcher = ImageFetcher(ALLOWED, max_bytes=MAX_BYTES, timeout_s=5, resolver=rebinding, network=network)
     assert asyncio.run(fetcher.fetch("http://images.test/")) == b"image"
     assert network.meant == [(PUBLIC, 80)]
     with pytest.raises(Forbidden):

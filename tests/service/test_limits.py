@@ -8,7 +8,7 @@ import time
 import pytest
 
 from core.errors import TooManyRequests
-from service.rate_limit import Buckets, Rate, RateLimiter, client_name
+from service.limits import Buckets, Rate, RateLimiter, client_name
 from service.redis_link import RedisLink
 
 

@@ -1,12 +1,13 @@
-"""Images by URL, from hosts on a list only: a request may not make the service reach anything else.
+"""Fetch images by URL, from allowed hosts only, so that requests cannot reach internal services (SSRF).
 
-Each step, redirects included, is checked anew: scheme, port, host; the name is resolved once, every address it has is
-checked, and the connection goes to one of those, so that a second look-up cannot lead elsewhere.
+Every URL, redirects included, goes through the same checks: scheme, port and host. Its name is resolved once, all its
+addresses must be public, and the connection uses one of them. A second look-up cannot lead elsewhere.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,17 +18,33 @@ import httpcore
 
 from core.errors import BadRequest, FetchFailed, Forbidden, TooLarge
 from core.network import PublicNetwork, Resolver, resolve
-from service.addresses import host_allowed
 
 MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MAX_URL_CHARACTERS = 4096
+_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
+
+
+def host_pattern(text: str) -> str:
+    """Return an entry of the allow-list in lower case: a host, or `*.` and a domain. Raises `ValueError`."""
+    pattern = text.lower()
+    if not _HOST.fullmatch(pattern.removeprefix("*.")):
+        raise ValueError("give hosts as images.example.org or *.example.org, without scheme, port or path")
+    return pattern
+
+
+def host_allowed(host: str, patterns: Sequence[str]) -> bool:
+    """Return whether a host matches the allow-list. `*.example.org` matches subdomains, not example.org itself."""
+    return _HOST.fullmatch(host) is not None and any(
+        host.endswith(pattern[1:]) and host != pattern[1:] if pattern.startswith("*.") else host == pattern
+        for pattern in patterns
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Target:
-    """A URL that passed the checks which need no network."""
+    """A URL that passed the checks that need no network."""
 
     url: str
     scheme: str
@@ -36,10 +53,15 @@ class _Target:
     path_and_query: str
 
 
-class Fetcher:
-    """Fetches images from the hosts in `allowlist`, of at most `max_bytes`, within `timeout_s` in all.
+@dataclass(frozen=True, kw_only=True)
+class _Redirect:
+    location: str
 
-    `resolver` and `network` say how names are looked up and connections made.
+
+class ImageFetcher:
+    """Fetches images of at most `max_bytes` from the hosts in `allowlist`, each within `timeout_s`.
+
+    `resolver` and `network` replace DNS and TCP in tests.
     """
 
     def __init__(
@@ -58,13 +80,13 @@ class Fetcher:
 
     @cached_property
     def _ssl_context(self) -> ssl.SSLContext:
-        return httpcore.default_ssl_context()  # reads all certificates: once, and only where they are needed
+        return httpcore.default_ssl_context()  # slow: it reads all root certificates
 
     async def fetch(self, url: str) -> bytes:
-        """The bytes behind a URL.
+        """Return the bytes of an image.
 
-        Raises `BadRequest` if it is no URL, `Forbidden` if it may not be fetched, `TooLarge`, and `FetchFailed` if the
-        other server does not give it.
+        Raises `BadRequest` (malformed URL), `Forbidden` (not allowed), `TooLarge`, or `FetchFailed` (the other server
+        does not deliver).
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -77,14 +99,14 @@ class Fetcher:
     async def _follow(self, url: str) -> bytes:
         target = self._target(url)
         for _ in range(MAX_REDIRECTS + 1):
-            answer = await self._get(target)
-            if isinstance(answer, bytes):
-                return answer
+            response = await self._get(target)
+            if isinstance(response, bytes):
+                return response
             try:
-                target = self._target(urljoin(target.url, answer.location))
+                target = self._target(urljoin(target.url, response.location))
             except (ValueError, BadRequest):
-                raise FetchFailed("the URL redirects to what is no URL; check the URL") from None
-        raise FetchFailed(f"the URL redirects more than {MAX_REDIRECTS} times; give the address of the image itself")
+                raise FetchFailed("the URL redirects to a malformed URL; check it") from None
+        raise FetchFailed(f"the URL redirects more than {MAX_REDIRECTS} times; send the final URL of the image")
 
     def _target(self, url: str) -> _Target:
         if not self._allowlist:
@@ -93,23 +115,23 @@ class Fetcher:
         if parts.scheme not in _PORTS:
             raise Forbidden("only http and https URLs are fetched; send the image itself")
         if parts.username is not None or parts.password is not None:
-            raise Forbidden("URLs with a user name or password are not fetched; leave them out")
+            raise Forbidden("URLs with a user name or password are not fetched; remove them")
         port = _PORTS[parts.scheme] if port is None else port
         if port not in _PORTS.values():
-            raise Forbidden("only ports 80 and 443 are fetched from; send the image itself")
+            raise Forbidden("only ports 80 and 443 are allowed; send the image itself")
         host = (parts.hostname or "").lower()
         if not host_allowed(host, self._allowlist):
-            raise Forbidden("the host of the URL is not on the list of this service; send the image itself")
+            raise Forbidden("the URL's host is not on this service's allow-list; send the image itself")
         path_and_query = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         return _Target(url=url, scheme=parts.scheme, host=host, port=port, path_and_query=path_and_query)
 
     async def _get(self, target: _Target) -> bytes | _Redirect:
         default_port = target.port == _PORTS[target.scheme]
-        headers: dict[bytes | str, bytes | str] = {
+        request_headers: dict[bytes | str, bytes | str] = {
             "Host": target.host if default_port else f"{target.host}:{target.port}",
             "User-Agent": "wikiclip-serve",
             "Accept": "image/*",
-            "Accept-Encoding": "identity",  # so that bytes counted are bytes had
+            "Accept-Encoding": "identity",  # a small compressed body could grow past max_bytes
         }
         pool = httpcore.AsyncConnectionPool(
             ssl_context=self._ssl_context if target.scheme == "https" else None,
@@ -120,17 +142,17 @@ class Fetcher:
             scheme=target.scheme, host=target.host, port=target.port, target=target.path_and_query.encode("ascii")
         )
         try:
-            async with pool, pool.stream("GET", url, headers=headers) as response:
-                told = {name.lower(): value for name, value in response.headers}
-                if response.status in _REDIRECTS and b"location" in told:
-                    return _Redirect(location=told[b"location"].decode("latin-1"))
+            async with pool, pool.stream("GET", url, headers=request_headers) as response:
+                headers = {name.lower(): value for name, value in response.headers}
+                if response.status in _REDIRECTS and b"location" in headers:
+                    return _Redirect(location=headers[b"location"].decode("latin-1"))
                 if response.status != 200:
-                    raise FetchFailed(f"the server of the URL answered {response.status}; check the URL")
-                if told.get(b"content-encoding", b"identity").lower() != b"identity":
-                    raise FetchFailed("the server of the URL sends it compressed; send the image itself")
+                    raise FetchFailed(f"the URL's server answered {response.status}; check the URL")
+                if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+                    raise FetchFailed("the URL's server sent the image compressed; send the image itself")
                 return await self._read(response)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            raise FetchFailed("the server of the URL did not answer properly; check the URL") from error
+            raise FetchFailed("the URL's server could not be reached; check the URL") from error
 
     async def _read(self, response: httpcore.Response) -> bytes:
         chunks: list[bytes] = []
@@ -138,24 +160,22 @@ class Fetcher:
         async for chunk in response.aiter_stream():
             size_bytes += len(chunk)
             if size_bytes > self._max_bytes:
-                raise TooLarge(f"the image behind the URL is over {self._max_bytes} bytes; give a smaller one")
+                raise TooLarge(f"the image behind the URL is over {self._max_bytes} bytes; choose a smaller one")
             chunks.append(chunk)
         if size_bytes == 0:
-            raise FetchFailed("the server of the URL gave an empty answer; check the URL")
+            raise FetchFailed("the URL's server sent an empty response; check the URL")
         return b"".join(chunks)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Redirect:
-    location: str
-
-
 def _split(url: str) -> tuple[SplitResult, int | None]:
-    # What parsers disagree about is refused: they would check one host and reach another.
+    # Refuse characters that URL parsers disagree about: one could check another host than the one it connects to.
     if len(url) > _MAX_URL_CHARACTERS or not url.isascii() or any(ch <= " " or ch in "\\\x7f" for ch in url):
-        raise BadRequest("image.url is malformed; percent-encode what is not plain ASCII")
+        raise BadRequest(
+            f"image.url is malformed; send at most {_MAX_URL_CHARACTERS} characters, with all but plain ASCII "
+            "percent-encoded"
+        )
     try:
         parts = urlsplit(url)
         return parts, parts.port
     except ValueError:
-        raise BadRequest("image.url is malformed; give a whole one, as https://example.org/a.jpg") from None
+        raise BadRequest("image.url is malformed; send an absolute URL such as https://example.org/a.jpg") from None

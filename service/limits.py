@@ -1,4 +1,4 @@
-"""How many images a client may have recognised in a time: token buckets, in the process or shared in Redis."""
+"""Rate limits: token buckets for each client, in the process or shared through Redis."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from service.redis_link import RedisLink
 
 _PERIODS_S = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 _RATE = re.compile(r"([1-9][0-9]{0,8})/(second|minute|hour)")
-_MAX_BUCKETS = 50_000  # some 10 MB; beyond it the client heard of longest ago starts anew
+_MAX_BUCKETS = 50_000  # about 10 MB; beyond it, the least recently seen client's bucket is dropped
 
-# The whole step is one script, so that processes never act on the same tokens; the clock is Redis's own.
-# A request for more than a full bucket holds takes a full one and leaves a debt: no batch is refused for ever.
+# One script, because Redis runs scripts atomically. The clock is Redis's own.
+# A request larger than a full bucket takes the full bucket and leaves a debt, so no batch is refused forever.
 _TAKE = """
 local capacity, per_s, images = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local clock = redis.call('TIME')
 local now = tonumber(clock[1]) + tonumber(clock[2]) / 1000000
-local kept = redis.call('HMGET', KEYS[1], 'tokens', 'at')
+local bucket = redis.call('HMGET', KEYS[1], 'tokens', 'at')
 local tokens = capacity
-if kept[1] then
-  tokens = math.min(capacity, tonumber(kept[1]) + math.max(0, now - tonumber(kept[2])) * per_s)
+if bucket[1] then
+  tokens = math.min(capacity, tonumber(bucket[1]) + math.max(0, now - tonumber(bucket[2])) * per_s)
 end
 local missing = math.min(images, capacity) - tokens
 if missing > 0.000001 then
@@ -50,11 +50,11 @@ class Rate:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raises `ValueError` unless `text` is N/second, N/minute or N/hour."""
-        found = _RATE.fullmatch(text)
-        if found is None:
+        """Parse N/second, N/minute or N/hour. Raises `ValueError`."""
+        match = _RATE.fullmatch(text)
+        if match is None:
             raise ValueError("give images per time as 10/second, 100/minute or 1000/hour")
-        return cls(images=int(found[1]), period_s=_PERIODS_S[found[2]])
+        return cls(images=int(match[1]), period_s=_PERIODS_S[match[2]])
 
     @property
     def per_s(self) -> float:
@@ -62,7 +62,7 @@ class Rate:
 
 
 class Buckets:
-    """A bucket of tokens for each client. For one event loop."""
+    """One token bucket for each client. For one event loop."""
 
     def __init__(
         self, rate: Rate, *, max_buckets: int = _MAX_BUCKETS, now: Callable[[], float] = time.monotonic
@@ -70,13 +70,13 @@ class Buckets:
         self._rate = rate
         self._max_buckets = max_buckets
         self._now = now
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # tokens, and when there were so many
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> (tokens, time of that count)
 
     def __len__(self) -> int:
         return len(self._buckets)
 
     def take(self, client: str, images: int) -> float:
-        """Take tokens for `images`: 0, or, taking none, the seconds until there are enough."""
+        """Take tokens for `images` and return 0, or take none and return the seconds until there are enough."""
         now, capacity = self._now(), self._rate.images
         tokens, at = self._buckets.pop(client, (float(capacity), now))
         tokens = min(capacity, tokens + (now - at) * self._rate.per_s)
@@ -89,7 +89,7 @@ class Buckets:
 
 
 class RateLimiter:
-    """Buckets in Redis where there is one that answers, else in the process."""
+    """Limits images per client, in Redis while it answers, otherwise in the process."""
 
     def __init__(self, rate: Rate, redis: RedisLink | None = None) -> None:
         self._rate = rate
@@ -98,34 +98,34 @@ class RateLimiter:
 
     async def take(self, client: str, images: int) -> None:
         """Count `images` against `client`. Raises `TooManyRequests`."""
-        wait_s = await self._in_redis(client, images)
+        wait_s = await self._take_in_redis(client, images)
         if wait_s is None:
             wait_s = self._buckets.take(client, images)
         if wait_s > 0:
-            whole_s = max(1, math.ceil(wait_s))
+            retry_after_s = max(1, math.ceil(wait_s))
             raise TooManyRequests(
-                f"{self._rate.images} images in {self._rate.period_s:.0f} s is the limit; try again in {whole_s} s",
-                retry_after_s=whole_s,
+                f"the limit is {self._rate.images} images in {self._rate.period_s:.0f} s; retry in {retry_after_s} s",
+                retry_after_s=retry_after_s,
             )
 
     async def close(self) -> None:
         if self._redis is not None:
             await self._redis.close()
 
-    async def _in_redis(self, client: str, images: int) -> float | None:
+    async def _take_in_redis(self, client: str, images: int) -> float | None:
         if self._redis is None:
             return None
-        # Neither a key nor an address is told to Redis; another rate is another bucket.
+        # Redis sees only a hash of the key or address. A changed rate starts new buckets.
         name = hashlib.sha256(f"{client}\0{self._rate}".encode()).hexdigest()
         arguments = (f"wikiclip:1:rate:{name}", self._rate.images, repr(self._rate.per_s), images)
         wait_ms = await self._redis.ask(lambda redis: redis.eval(_TAKE, 1, *arguments))
         return None if wait_ms is None else int(wait_ms) / 1000
 
 
-def client_name(key_holder: str | None, address: str | None) -> str:
-    """Who is counted: the holder of a key, else an address; of IPv6 the /64, which one client has all of."""
-    if key_holder is not None:
-        return f"key {key_holder}"
+def client_name(key_digest: str | None, address: str | None) -> str:
+    """Return what a request is counted against: its API key, else its IPv4 address or the /64 of its IPv6 address."""
+    if key_digest is not None:
+        return f"key {key_digest}"
     try:
         parsed = ipaddress.ip_address(address or "")
     except ValueError:

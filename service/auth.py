@@ -1,7 +1,4 @@
-"""API keys and the admin token: who may ask, and who may change what is served.
-
-Both are known by their SHA-256 only and compared in constant time.
-"""
+"""API keys and the admin token. Both are kept as SHA-256 digests and compared in constant time."""
 
 from __future__ import annotations
 
@@ -19,57 +16,69 @@ DIGEST_PREFIX = "sha256:"
 _DIGEST = re.compile(r"sha256:[0-9a-fA-F]{64}")
 
 
-def hashed(key: str) -> str:
-    """A key as it is held: `sha256:` and its digest in hex; a key given that way stays.
+def digest_of(key: str) -> str:
+    """Return `sha256:` and the digest of a key in hex. A key that already has this form stays as it is.
 
-    Raises `ValueError`, which never quotes the key.
+    Raises `ValueError`, without quoting the key.
     """
     if not key.startswith(DIGEST_PREFIX):
         return DIGEST_PREFIX + hashlib.sha256(key.encode()).hexdigest()
     if not _DIGEST.fullmatch(key):
-        raise ValueError("a key that begins with sha256: goes on with 64 hex digits, the SHA-256 of the key itself")
+        raise ValueError("a key that begins with sha256: must continue with the 64 hex digits of the key's SHA-256")
     return key.lower()
 
 
 class ApiKeys:
-    """The keys of a service; without any, everyone may ask."""
+    """The API keys of a service. Without any, every request is accepted."""
 
     def __init__(self, digests: Sequence[str]) -> None:
-        """`digests` as `hashed` gives them."""
+        """`digests` come from `digest_of`."""
         self._digests = _as_bytes(digests)
 
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def holder_of(self, headers: Headers) -> str | None:
-        """The digest of the key in a request's headers, None where no key is needed. Raises `Unauthorized`."""
+    def check(self, headers: Headers) -> str | None:
+        """Return the digest of the request's key, None if the service needs no key. Raises `Unauthorized`."""
         if not self._digests:
             return None
-        key = _presented(headers)
+        key = _credentials(headers)
         if key is None:
             raise Unauthorized("an API key is needed; send it as Authorization: Bearer KEY or as X-API-Key: KEY")
         digest = hashlib.sha256(key).digest()
         if not _is_any_of(digest, self._digests):
-            raise Unauthorized("the API key is not known here; check it, or ask the operator for one")
+            raise Unauthorized("the API key is unknown; check it, or ask the operator for one")
         return digest.hex()
 
 
 class AdminToken:
-    """The token that lets its holder change what is served; without one, nobody may."""
+    """The token that allows changes to what is served. Without one, no change is allowed."""
 
     def __init__(self, digest: str | None) -> None:
-        """`digest` as `hashed` gives it."""
+        """`digest` comes from `digest_of`."""
         self._digests = _as_bytes(() if digest is None else (digest,))
 
     def check(self, headers: Headers) -> None:
-        """Raises `Forbidden` where there is no token, `Unauthorized` where the request's is not it."""
+        """Raise `Forbidden` if the service has no admin token, `Unauthorized` if the request's token is not it."""
         if not self._digests:
             raise Forbidden("changes are off: the service has no admin token; set WIKICLIP_ADMIN_TOKEN to allow them")
-        token = _presented(headers)
+        token = _credentials(headers)
         if token is None:
             raise Unauthorized("the admin token is needed; send it as Authorization: Bearer TOKEN")
         if not _is_any_of(hashlib.sha256(token).digest(), self._digests):
             raise Unauthorized("this is not the admin token; check it, or ask the operator for it")
+
+
+async def require_key(request: Request) -> None:
+    """Check a request's API key and store its digest in `request.state.key_digest`. Raises `Unauthorized`."""
+    keys: ApiKeys = request.app.state.api_keys
+    request.state.key_digest = keys.check(request.headers)
+
+
+async def require_admin(request: Request) -> None:
+    """Check a request's admin token. Raises `Forbidden` or `Unauthorized`."""
+    admin: AdminToken = request.app.state.admin_token
+    admin.check(request.headers)
 
 
 def _as_bytes(digests: Sequence[str]) -> tuple[bytes, ...]:
@@ -77,23 +86,11 @@ def _as_bytes(digests: Sequence[str]) -> tuple[bytes, ...]:
 
 
 def _is_any_of(digest: bytes, known: Sequence[bytes]) -> bool:
-    # A list, not a generator: every one is compared, whichever fits.
+    # A list, not a generator: every digest is compared, so the time does not depend on which one matches.
     return any([hmac.compare_digest(digest, each) for each in known])  # noqa: C419
 
 
-def _presented(headers: Headers) -> bytes | None:
+def _credentials(headers: Headers) -> bytes | None:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
-    return key.encode("latin-1") or None  # headers come decoded from it: these are the bytes that were sent
-
-
-async def require_key(request: Request) -> None:
-    """Let a request through only with a key, where there are keys; notes who holds it. Raises `Unauthorized`."""
-    keys: ApiKeys = request.app.state.api_keys
-    request.state.key_holder = keys.holder_of(request.headers)
-
-
-async def require_admin(request: Request) -> None:
-    """Let a request through only with the admin token. Raises `Forbidden` (there is none) or `Unauthorized`."""
-    admin: AdminToken = request.app.state.admin_token
-    admin.check(request.headers)
+    return key.encode("latin-1") or None  # Starlette decodes headers as latin-1

@@ -12,7 +12,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from core.errors import UserError
 from service.settings import Settings, load_settings
-from service.tracing import Tracing, open_tracing
+from service.telemetry import Tracing, open_tracing
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -102,7 +102,7 @@ def test_a_collector_that_is_not_there_harms_nobody(serve, small_bundle, giraffe
 def test_off_by_default_and_then_not_even_imported():
     assert open_tracing(Settings()) is None
     # The SDK itself is imported by others where it is installed.
-    probe = "import sys, service.app, service.tracing; print(any('otlp' in name for name in sys.modules))"
+    probe = "import sys, service.app, service.telemetry; print(any('otlp' in name for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -1,0 +1,232 @@
+"""Metrics for Prometheus, traces for OpenTelemetry and logs as JSON."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from core.errors import UserError
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+_UNTRACED_PATHS = frozenset(("/livez", "/readyz", "/metrics"))  # polled every few seconds
+_EXPORT_TIMEOUT_S = 5.0  # also the longest that an unreachable collector delays shutdown
+
+_LOG_FIELDS = ("request_id", "method", "path", "status", "elapsed_ms", "client")
+
+
+class Metrics:
+    """The metrics of one recogniser and its app, in a registry of their own: one process may run several apps."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self.requests = Counter("wikiclip_requests", "Requests answered.", ["route", "status"], registry=self.registry)
+        self.request_seconds = Histogram(
+            "wikiclip_request_seconds",
+            "Time to answer a request.",
+            ["route"],
+            buckets=_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.stage_seconds = Histogram(
+            "wikiclip_stage_seconds",
+            "Time an image spent in a stage: decode, queue, encode (its whole batch), search.",
+            ["stage"],
+            buckets=_SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.images = Counter(
+            "wikiclip_images",
+            "Images by outcome: answered, full (queue limit), rate (rate limit), deadline, abandoned (client "
+            "disconnected), undecodable, too_large, refused (other client errors), failed (internal errors).",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.batch_images = Histogram(
+            "wikiclip_batch_images", "Images encoded together.", buckets=_IMAGES_BUCKETS, registry=self.registry
+        )
+        self.cache_lookups = Counter(
+            "wikiclip_cache_lookups",
+            "Cache lookups by what was found: answer, embedding, or miss.",
+            ["found"],
+            registry=self.registry,
+        )
+        self.engine_deaths = Counter(
+            "wikiclip_engine_deaths", "Times that the engine thread died and was replaced.", registry=self.registry
+        )
+        self.bundle_swaps = Counter(
+            "wikiclip_bundle_swaps", "Bundle swaps by outcome: loaded or refused.", ["outcome"], registry=self.registry
+        )
+        self.bundle = Gauge("wikiclip_bundle", "1 for the current bundle.", ["model", "bundle"], registry=self.registry)
+        self.redis_errors = Counter("wikiclip_redis_errors", "Failed Redis calls.", registry=self.registry)
+        self.in_flight_images = Gauge(
+            "wikiclip_in_flight_images", "Images accepted and not yet answered.", registry=self.registry
+        )
+        self.queue_images = Gauge("wikiclip_queue_images", "Images waiting for the engine.", registry=self.registry)
+        self.ready = Gauge("wikiclip_ready", "1 while the service can answer requests.", registry=self.registry)
+
+    def count_images(self, outcome: str, images: int = 1) -> None:
+        self.images.labels(outcome).inc(images)
+
+    def observe_image(self, outcome: str, timings_ms: Mapping[str, float]) -> None:
+        """Count an image by outcome and observe the time of each of its stages (`total` is not a stage)."""
+        self.count_images(outcome)
+        for stage, value_ms in timings_ms.items():
+            if stage != "total":
+                self.stage_seconds.labels(stage).observe(value_ms / 1000)
+
+    def observe_request(self, route: str, status: int, elapsed_s: float) -> None:
+        self.requests.labels(route, str(status)).inc()
+        self.request_seconds.labels(route).observe(elapsed_s)
+
+    def exposition(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class RequestTrace:
+    """The span of one request and the spans of its stages."""
+
+    def __init__(self, tracer: Any, span: Any, method: str) -> None:
+        from opentelemetry.trace import set_span_in_context
+
+        self._tracer, self._span, self._method = tracer, span, method
+        self._context = set_span_in_context(span)
+        self._epoch_ns = time.time_ns() - int(1e9 * time.monotonic())
+
+    def add_stage(self, name: str, started_at: float, ended_at: float) -> None:
+        """Add the span of a stage. Times are `time.monotonic`."""
+        started_ns, ended_ns = (self._epoch_ns + int(1e9 * at) for at in (started_at, ended_at))
+        self._tracer.start_span(name, self._context, start_time=started_ns).end(ended_ns)
+
+    def set_response(self, route: str, status: int) -> None:
+        """Name the span by route and record the status."""
+        from opentelemetry.trace import StatusCode
+
+        self._span.update_name(f"{self._method} {route}")
+        self._span.set_attributes({"http.route": route, "http.response.status_code": status})
+        if status >= 500:
+            self._span.set_status(StatusCode.ERROR)
+
+
+_current_trace: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)
+
+
+def record_stages(times: Mapping[str, tuple[float, float]]) -> None:
+    """Add stages (name -> start and end by `time.monotonic`) to the current request's trace, if there is one."""
+    trace = _current_trace.get()
+    if trace is not None:
+        for name, (started_at, ended_at) in times.items():
+            trace.add_stage(name, started_at, ended_at)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Record the block as a stage of the current request's trace, even if it raises."""
+    started_at = time.monotonic()
+    try:
+        yield
+    finally:
+        record_stages({name: (started_at, time.monotonic())})
+
+
+class Tracing:
+    """Creates a span for each request and exports spans from a background thread. `close` sends the remaining ones.
+
+    The OpenTelemetry SDK reads its own variables, such as OTEL_TRACES_SAMPLER and OTEL_RESOURCE_ATTRIBUTES.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        # Imported here because the extra `otel` is optional.
+        from opentelemetry.sdk.resources import Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        release = version("wikiclip-serve")
+        name = os.environ.get("OTEL_SERVICE_NAME") or "wikiclip-serve"
+        resource = Resource.create({"service.name": name, "service.version": release})
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        self._tracer = self._provider.get_tracer("wikiclip.service", release)
+
+    @contextmanager
+    def request(self, scope: Scope, request_id: str) -> Iterator[RequestTrace | None]:
+        """Open a span for the block. A `traceparent` header makes it part of the caller's trace."""
+        if scope["path"] in _UNTRACED_PATHS:
+            yield None
+            return
+        from opentelemetry.trace import SpanKind
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract(dict(Headers(scope=scope)))
+        attributes = {"http.request.method": scope["method"], "request_id": request_id}
+        span = self._tracer.start_span(scope["method"], parent, SpanKind.SERVER, attributes)
+        trace = RequestTrace(self._tracer, span, scope["method"])
+        token = _current_trace.set(trace)
+        try:
+            yield trace
+        finally:
+            _current_trace.reset(token)
+            span.end()
+
+    def close(self) -> None:
+        self._provider.shutdown()
+
+
+def open_tracing(settings: Settings) -> Tracing | None:
+    """Return the tracing that `settings` ask for, None if it is off. Raises `UserError` if the extra is missing."""
+    if settings.otlp_endpoint is None:
+        return None
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError as error:
+        raise UserError("otlp_endpoint needs the extra otel; pip install 'wikiclip-serve[otel]'") from error
+    endpoint = settings.otlp_endpoint.rstrip("/") + "/v1/traces"
+    return Tracing(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S))
+
+
+class JsonFormatter(logging.Formatter):
+    """Formats each record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        line |= {name: getattr(record, name) for name in _LOG_FIELDS if hasattr(record, name)}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return orjson.dumps(line, default=str).decode()
+
+
+def configure_logging(level: str) -> None:
+    """Log to stderr: the service's own messages from `level` up, those of libraries from warnings up."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("wikiclip").setLevel(level.upper())
+    warnings.filterwarnings("ignore", module="PIL")  # it warns about oddities in clients' files

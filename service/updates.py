@@ -1,0 +1,188 @@
+"""Add, replace and delete entities while serving. One thread embeds and writes, separate from recognition.
+
+Shapes: P patches, C patch channels, T text tokens, L text channels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sqlite3
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable, UserError
+from imaging import Preprocessing, load_pixels, make_thumbnail
+from index.bundle import Bundle
+from index.entity_encoder import (
+    ADAPTOR_FILE,
+    ADAPTOR_INPUTS,
+    ADAPTOR_OUTPUT,
+    ENTITY_ENCODER_FOLDER,
+    TEXT_ENCODER_FILE,
+    TEXT_INPUTS,
+    TEXT_OUTPUT,
+    TOKENIZER_FILE,
+    EntityEncoder,
+)
+from index.store import StoredEntity, first_sentence
+from index.view import LiveChanges, LiveState
+from service.encoder import open_session
+from service.schemas import EntityRequest
+
+_THREADS = 1  # one thread leaves the cores to queries
+
+Float32Array = npt.NDArray[np.float32]
+
+log = logging.getLogger("wikiclip.updates")
+
+
+class PatchEncoder(Protocol):
+    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
+
+
+class EntityEmbedder:
+    """Embeds one entity at a time, as an export does. Raises `UserError` if `tokenizers` is missing."""
+
+    def __init__(self, bundle: Bundle, entity_encoder: EntityEncoder, patch_encoder: PatchEncoder) -> None:
+        if importlib.util.find_spec("tokenizers") is None:
+            raise UserError("the bundle's entity encoder needs the package tokenizers; install it with the extra live")
+        from tokenizers import Tokenizer
+
+        folder = bundle.path / ENTITY_ENCODER_FOLDER
+        self._entity_encoder = entity_encoder
+        self._patch_encoder = patch_encoder
+        self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
+        self._text_encoder = open_session(folder / TEXT_ENCODER_FILE, "cpu", _THREADS)
+        self._adaptor = open_session(folder / ADAPTOR_FILE, "cpu", _THREADS)
+
+    def embed(self, pixels_HW3: npt.NDArray[np.uint8] | None, text: str) -> Float32Array:
+        """Return the L2-normalised embedding [D]. The image may be None and the text may be blank."""
+        patch_tokens_1PC = np.zeros((1, self._entity_encoder.patches, self._entity_encoder.patch_dim), np.float32)
+        if pixels_HW3 is not None:
+            patch_tokens_1PC = self._patch_encoder.patch_tokens(pixels_HW3[None])
+        text_tokens_1TL, text_mask_1T = self._text_tokens(text)
+        inputs = (patch_tokens_1PC, np.array([pixels_HW3 is not None]), text_tokens_1TL, text_mask_1T)
+        (embedding_1D,) = self._adaptor.run([ADAPTOR_OUTPUT], dict(zip(ADAPTOR_INPUTS, inputs, strict=True)))
+        embedding_D: Float32Array = embedding_1D[0]
+        return embedding_D
+
+    def _text_tokens(self, text: str) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
+        text = text.strip()[: self._entity_encoder.max_characters]
+        ids = self._tokenizer.encode(text).ids if text else []
+        if not ids:  # one masked token: the adaptor replaces it with its learned placeholder
+            return np.zeros((1, 1, self._entity_encoder.text_dim), np.float32), np.zeros((1, 1), np.bool_)
+        ids_1T = np.array([ids], np.int64)
+        (text_tokens_1TL,) = self._text_encoder.run(
+            [TEXT_OUTPUT], dict(zip(TEXT_INPUTS, (ids_1T, np.ones_like(ids_1T)), strict=True))
+        )
+        return text_tokens_1TL, np.ones(ids_1T.shape, np.bool_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PutResult:
+    """The entity as stored, whether it is new, and the revision of the live index that contains it."""
+
+    entity: StoredEntity
+    created: bool
+    revision: int
+
+
+class Editor:
+    """Makes live changes to one bundle and follows those of other processes, in two threads.
+
+    Raises `BundleError` if the bundle's entity encoder is incomplete, `UserError` as `EntityEmbedder` does.
+    """
+
+    def __init__(self, bundle: Bundle, live: LiveChanges, patch_encoder: PatchEncoder, *, max_pixels: int) -> None:
+        self.live = live
+        self.sync_error: str | None = None  # why changes of other processes cannot be read at the moment
+        self._max_pixels = max_pixels
+        self._dim = bundle.manifest.embedding_dim
+        self._preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+        self._thumbnail_px = int(bundle.manifest.export.get("thumbnail_px", 0))
+        self._store_text = bool(bundle.manifest.export.get("store_text", False))
+        entity_encoder = bundle.entity_encoder()
+        self._embedder = None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, patch_encoder)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="edit")
+        self._closing = threading.Event()
+        self._sync_thread = threading.Thread(target=self._sync, name="live", daemon=True)
+        self._sync_thread.start()
+
+    def close(self) -> None:
+        """Finish the changes that have begun and stop both threads."""
+        self._executor.shutdown()
+        self._closing.set()
+        self._sync_thread.join()
+        self.live.close()
+
+    def put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> Future[PutResult]:
+        """Add or replace an entity.
+
+        The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
+        """
+        return self._executor.submit(self._put, entity_id, record, image)
+
+    def delete(self, entity_id: str) -> Future[LiveState]:
+        """Delete an entity. The future raises as `LiveChanges.delete` does."""
+        return self._executor.submit(self.live.delete, entity_id)
+
+    def _put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> PutResult:
+        embedding_D = self._embedding(record, image)
+        thumbnail: bytes | None = None
+        if image is not None and self._thumbnail_px:
+            thumbnail = make_thumbnail(image, self._thumbnail_px, max_pixels=self._max_pixels)
+        entity = StoredEntity(
+            row=-1,
+            entity_id=entity_id,
+            title=record.title,
+            titles=record.titles,
+            description=record.description or first_sentence(record.text),
+            url=record.url,
+            types=tuple(record.types),
+            symbol=record.symbol,
+            image_count=int(image is not None),
+            has_text=bool(record.text.strip()),
+            text=record.text if self._store_text else None,
+            has_thumbnail=thumbnail is not None,
+        )
+        put = self.live.put(entity, embedding_D, thumbnail)
+        return PutResult(entity=entity, created=put.created, revision=put.delta.generation)
+
+    def _embedding(self, record: EntityRequest, image: bytes | None) -> Float32Array:
+        if record.embedding is not None:
+            if image is not None:
+                raise BadParameter("the record has both image and embedding; send one of them")
+            with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite and is refused below
+                embedding_D = np.array(record.embedding, np.float32)
+                norm = float(np.linalg.norm(embedding_D))
+            if embedding_D.shape != (self._dim,) or not np.isfinite(norm) or norm < 1e-12:
+                raise BadParameter(f"embedding must be {self._dim} finite numbers, not all of them 0")
+            return embedding_D
+        if image is None and not record.text.strip():
+            raise BadParameter("there is nothing to embed; send an image, a text or an embedding")
+        if self._embedder is None:
+            raise NoEntitySide(
+                f"this bundle has no entity encoder; send embedding ({self._dim} numbers), or serve a bundle made with "
+                "`wikiclip export --live`"
+            )
+        pixels_HW3 = None
+        if image is not None:
+            pixels_HW3 = load_pixels(image, self._preprocessing, max_pixels=self._max_pixels)
+        return self._embedder.embed(pixels_HW3, record.text)
+
+    def _sync(self) -> None:
+        while not self._closing.wait(self.live.look_every_s):
+            try:
+                self.live.refresh()
+            except (LiveDirError, Unavailable, sqlite3.Error) as error:
+                if self.sync_error is None:
+                    log.error("live changes cannot be read: %s", error)
+                self.sync_error = f"live changes cannot be read ({error})"
+            else:
+                self.sync_error = None
