@@ -12,16 +12,7 @@ RUN apt-get update \
 FROM gpu-python AS gpu-build
 WORKDIR /src
 RUN python3 -m venv /opt/wikiclip
-COPY pyproject.toml requirements.lock README.md LICENSE wikiclip.py ./
-COPY core core
-COPY catalog catalog
-COPY fetch fetch
-COPY imaging imaging
-COPY index index
-COPY service service
-COPY benchmarks benchmarks
-COPY model model
-COPY export export
+COPY . .
 RUN /opt/wikiclip/bin/pip install --no-cache-dir --constraint requirements.lock '.[gpu,live,otel,s3]'
 
 FROM gpu-python AS gpu
@@ -50,16 +41,7 @@ WORKDIR /src
 RUN python3 -m venv /opt/wikiclip
 COPY requirements-serving.lock ./
 RUN /opt/wikiclip/bin/pip install --no-cache-dir --require-hashes --requirement requirements-serving.lock
-COPY pyproject.toml README.md LICENSE wikiclip.py ./
-COPY core core
-COPY catalog catalog
-COPY fetch fetch
-COPY imaging imaging
-COPY index index
-COPY service service
-COPY benchmarks benchmarks
-COPY model model
-COPY export export
+COPY . .
 RUN /opt/wikiclip/bin/pip install --no-cache-dir --no-deps . \
     && /opt/wikiclip/bin/pip check
 

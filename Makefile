@@ -84,8 +84,9 @@ docs: $(ALL)  ## the documents as a site, in site/; a broken link fails
 cli-docs: $(ALL)  ## docs/cli.md anew, from the commands' own help
 	$(BIN)/python -m core.cli_reference wikiclip:cli > docs/cli.md
 
-licences: $(ALL)  ## docs/licences.md's table anew, from the installed packages
-	$(BIN)/python -m core.licences
+licences: $(ALL)  ## rewrite the table of docs/licences.md from the packages of requirements-serving.lock
+	sed -i '/<!-- serving licences -->/q' docs/licences.md
+	{ echo; .ci/serving-licences; } >> docs/licences.md
 
 lock:  ## requirements.lock and requirements-serving.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
 	$(PYTHON) -m venv --clear build/lock-venv

@@ -1,1 +1,0 @@
-"""Running the service elsewhere: proxy, dashboards, manifests; the image without an engine."""
