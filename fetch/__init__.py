@@ -1,1 +1,1 @@
-"""The images of a catalog, downloaded politely into tar shards."""
+"""Download the images of a catalog into tar shards, within rate limits per host."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,33 +15,22 @@ _MEGABYTE = 2**20
 
 @click.command(name="fetch-images", context_settings={"show_default": True})
 @click.option("--catalog", type=_PATH, required=True, help="Entity records whose images are URLs.")
-@click.option("--out", type=_PATH, required=True, help="Folder for the tar shards; what is there already is kept.")
-@click.option("--contact", required=True, help="Your e-mail address or page, told to every server that is asked.")
+@click.option("--out", type=_PATH, required=True, help="Folder for the tar shards. Images already there are kept.")
+@click.option("--contact", required=True, help="Your e-mail address or web page, sent to every server.")
+@click.option("--connections", type=click.IntRange(min=1), default=2, help="Parallel requests per host.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Requests per second and host.")
 @click.option(
-    "--connections", type=click.IntRange(min=1), default=2, help="Requests under way at a time, to each host."
+    "--max-mbps", type=click.FloatRange(min=0, min_open=True), default=25.0, help="Megabits per second and host."
 )
-@click.option(
-    "--rate", type=click.FloatRange(min=0, min_open=True), default=5.0, help="Requests per second, to each host."
-)
-@click.option(
-    "--max-mbps", type=click.FloatRange(min=0, min_open=True), default=25.0, help="Megabits per second, from each host."
-)
-@click.option("--max-mb", type=click.IntRange(min=1), default=20, help="Largest image to take, in MiB.")
-@click.option(
-    "--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds that one attempt may take."
-)
-@click.option("--retries", type=click.IntRange(min=0), default=5, help="Attempts after the first, ever further apart.")
-@click.option("--shard-mb", type=click.IntRange(min=1), default=128, help="Size of a shard in MiB, held in memory.")
-@click.option(
-    "--images-per-entity", type=click.IntRange(min=1), help="Take only so many images of an entity. [default: all]"
-)
-@click.option("--retry-failed", is_flag=True, help="Try again what was not to be had in earlier runs.")
-@click.option("--allow-private", is_flag=True, help="Let addresses of this machine and its networks be asked.")
+@click.option("--max-mb", type=click.IntRange(min=1), default=20, help="Largest image, in MiB.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=60.0, help="Seconds per attempt.")
+@click.option("--retries", type=click.IntRange(min=0), default=5, help="Retries, with exponential backoff.")
+@click.option("--shard-mb", type=click.IntRange(min=1), default=128, help="MiB per shard, held in memory.")
+@click.option("--images-per-entity", type=click.IntRange(min=1), help="Images per entity. [default: all]")
+@click.option("--retry-failed", is_flag=True, help="Retry images that failed in earlier runs.")
+@click.option("--allow-private", is_flag=True, help="Allow addresses of this machine and of private networks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def fetch_images(
-    catalog: Path,
-    out: Path,
-    contact: str,
     connections: int,
     rate: float,
     max_mbps: float,
@@ -48,40 +38,32 @@ def fetch_images(
     timeout: float,
     retries: int,
     shard_mb: int,
-    images_per_entity: int | None,
-    retry_failed: bool,
-    allow_private: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
-    """Download the images of a catalog into tar shards, at a pace that Wikimedia allows.
+    """Download the images of a catalog into tar shards, within Wikimedia's rate limits.
 
-    Killed at any moment, the same command goes on.
+    After an interruption, run the same command again to continue.
     """
-    from fetch.download import DownloadLimits
-    from fetch.pace import PaceLimits
+    from fetch.download import DownloadLimits, PaceLimits
     from fetch.run import FetchConfig
     from fetch.run import fetch_images as run
 
     report = run(
         FetchConfig(
-            catalog=catalog,
-            out=out,
-            contact=contact,
             pace=PaceLimits(connections=connections, requests_per_s=rate, bits_per_s=max_mbps * 1e6),
             limits=DownloadLimits(max_bytes=max_mb * _MEGABYTE, timeout_s=timeout, retries=retries),
             shard_bytes=shard_mb * _MEGABYTE,
-            images_per_entity=images_per_entity,
-            retry_failed=retry_failed,
-            allow_private=allow_private,
             progress=True,
+            **options,
         )
     )
     if as_json:
         click.echo(json.dumps(asdict(report)))
         return
     click.echo(
-        f"{out}: {report.fetched} images fetched ({report.fetched_bytes / _MEGABYTE:.1f} MiB), "
-        f"{report.failed} not to be had, {report.known} known before; {report.elapsed_s:.1f} s"
+        f"{report.out}: {report.fetched} images fetched ({report.fetched_bytes / _MEGABYTE:.1f} MiB), "
+        f"{report.failed} failed, {report.known} known from earlier; {report.elapsed_s:.1f} s"
     )
     if report.rejects:
         click.echo(f"see {report.rejects}")

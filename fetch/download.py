@@ -1,9 +1,13 @@
-"""One image by URL: redirects followed, passing failures tried again, within limits of size and time."""
+"""Download images by URL: redirects, retries, limits of size and time, and a rate limit per host."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -13,16 +17,57 @@ import httpx
 
 from core.errors import FetchFailed, Forbidden, TooLarge, UndecodableImage
 from core.network import PublicNetwork
-from fetch.pace import Pace
 from imaging import decode, sniff
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
-_PASSING = frozenset((408, 425, 429, 500, 502, 503, 504))
+_TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PaceLimits:
+    """The rate limits of each host. The defaults are those of Wikimedia's policy for robots."""
+
+    connections: int = 2
+    requests_per_s: float = 5.0
+    bits_per_s: float = 25e6
+
+
+class _Host:
+    def __init__(self, limits: PaceLimits) -> None:
+        self.connections = asyncio.Semaphore(limits.connections)
+        self.next_start = 0.0
+
+
+class Pace:
+    """Delays requests to keep each host's rate limits. Belongs to one event loop."""
+
+    def __init__(self, limits: PaceLimits) -> None:
+        self._limits = limits
+        self._hosts: defaultdict[str, _Host] = defaultdict(lambda: _Host(limits))
+
+    @asynccontextmanager
+    async def turn(self, host: str) -> AsyncIterator[None]:
+        """Wait until the host accepts another request, and occupy one of its connections meanwhile."""
+        state = self._hosts[host]
+        async with state.connections:
+            while (wait_s := state.next_start - time.monotonic()) > 0:
+                await asyncio.sleep(wait_s)
+            state.next_start = time.monotonic() + 1 / self._limits.requests_per_s
+            yield
+
+    def count_bytes(self, host: str, count: int) -> None:
+        """Delay the host's next request for as long as its bandwidth limit needs for `count` bytes."""
+        self._hosts[host].next_start += 8 * count / self._limits.bits_per_s
+
+    def pause(self, host: str, wait_s: float) -> None:
+        """Delay every further request to the host by `wait_s`."""
+        state = self._hosts[host]
+        state.next_start = max(state.next_start, time.monotonic() + wait_s)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadLimits:
-    """`timeout_s` is for one attempt, redirects included. An image in vain is asked for `retries` times more."""
+    """`timeout_s` is for one attempt with its redirects."""
 
     max_bytes: int = 20 * 2**20
     max_pixels: int = 200_000_000
@@ -34,24 +79,19 @@ class DownloadLimits:
 
 
 class NotFetched(Exception):
-    """An image that is not to be had; its message says why."""
+    """An image that cannot be downloaded. The message says why."""
 
 
-class _Passing(Exception):
-    """A failure that may be over after a while: `wait_s` where the host said when."""
+class _Transient(Exception):
+    """A failure to retry. `wait_s` is the delay the host asked for, which the host's pace already includes."""
 
     def __init__(self, reason: str, wait_s: float | None = None) -> None:
         super().__init__(reason)
         self.wait_s = wait_s
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Redirect:
-    url: httpx.URL
-
-
 class Downloader:
-    """Downloads images over connections that are kept open. Belongs to one event loop; close it with `aclose`."""
+    """Downloads images over persistent connections. Belongs to one event loop; close it with `aclose`."""
 
     def __init__(
         self, *, user_agent: str, pace: Pace, limits: DownloadLimits, network: PublicNetwork, connections: int
@@ -59,7 +99,7 @@ class Downloader:
         self._headers = [
             (b"User-Agent", user_agent.encode("ascii")),
             (b"Accept", b"image/*"),
-            (b"Accept-Encoding", b"identity"),  # so that bytes counted are bytes had
+            (b"Accept-Encoding", b"identity"),  # so that the size limit counts the image's own bytes
         ]
         self._pace = pace
         self._limits = limits
@@ -71,52 +111,53 @@ class Downloader:
         await self._pool.aclose()
 
     async def get(self, url: str) -> tuple[bytes, str]:
-        """An image's bytes, which decode, and its media type by content. Raises `NotFetched`."""
+        """Return the bytes of an image that decodes, and its media type by content. Raises `NotFetched`."""
         target = _target(url)
         for attempt in range(self._limits.retries + 1):
             try:
-                async with asyncio.timeout(self._limits.timeout_s) as within:
-                    data = await self._follow(target, within)
+                async with asyncio.timeout(self._limits.timeout_s) as timeout:
+                    data = await self._follow(target, timeout)
                 return data, await asyncio.to_thread(self._checked, data)
-            except (_Passing, TimeoutError) as error:
-                passing = error if isinstance(error, _Passing) else _Passing(f"took over {self._limits.timeout_s:g} s")
+            except (_Transient, TimeoutError) as error:
                 if attempt == self._limits.retries:
-                    raise NotFetched(f"{passing}, {attempt + 1} times") from error
-                if passing.wait_s is None:
-                    # Spread, so that what failed together does not come back together.
+                    reason = str(error) or f"took over {self._limits.timeout_s:g} s"
+                    raise NotFetched(f"{reason}, {attempt + 1} times") from error
+                if getattr(error, "wait_s", None) is None:
+                    # Random, so that requests that failed together are not retried together.
                     await asyncio.sleep(self._limits.backoff_s * 2**attempt * random.uniform(0.5, 1))
             except (Forbidden, TooLarge) as error:
                 raise NotFetched(error.detail) from error
         raise AssertionError("the last attempt returns or raises")
 
-    async def _follow(self, target: httpx.URL, within: asyncio.Timeout) -> bytes:
+    async def _follow(self, target: httpx.URL, timeout: asyncio.Timeout) -> bytes:
         for _ in range(self._limits.redirects + 1):
-            within.reschedule(None)  # waiting for one's turn is no fault of the host
+            timeout.reschedule(None)  # waiting for the rate limit does not count
             async with self._pace.turn(target.host):
-                within.reschedule(asyncio.get_running_loop().time() + self._limits.timeout_s)
-                answer = await self._ask(target)
-            if isinstance(answer, bytes):
-                return answer
-            target = answer.url
+                timeout.reschedule(asyncio.get_running_loop().time() + self._limits.timeout_s)
+                response = await self._request(target)
+            if isinstance(response, bytes):
+                return response
+            target = response
         raise NotFetched(f"redirects more than {self._limits.redirects} times")
 
-    async def _ask(self, target: httpx.URL) -> bytes | _Redirect:
+    async def _request(self, target: httpx.URL) -> bytes | httpx.URL:
+        """Return the body, or the target of a redirect."""
         url = httpcore.URL(scheme=target.raw_scheme, host=target.raw_host, port=target.port, target=target.raw_path)
         host = target.netloc
         try:
             async with self._pool.stream("GET", url, headers=[(b"Host", host), *self._headers]) as response:
-                told = {name.lower(): value for name, value in response.headers}
-                if response.status in _REDIRECTS and b"location" in told:
-                    return _Redirect(url=_target(told[b"location"].decode("latin-1"), target))
-                if response.status in _PASSING:
-                    raise self._refused(target.host, response.status, told.get(b"retry-after"))
+                headers = {name.lower(): value for name, value in response.headers}
+                if response.status in _REDIRECTS and b"location" in headers:
+                    return _target(headers[b"location"].decode("latin-1"), target)
+                if response.status in _TRANSIENT:
+                    raise self._refused(target.host, response.status, headers.get(b"retry-after"))
                 if response.status != 200:
                     raise NotFetched(f"the server answered {response.status}")
                 return await self._body(target.host, response)
-        except FetchFailed as error:  # no address: names are not always to be had either
-            raise _Passing(error.detail.partition(";")[0]) from error
+        except FetchFailed as error:  # the name has no address; DNS failures may be temporary
+            raise _Transient(error.detail.partition(";")[0]) from error
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
-            raise _Passing(f"the connection failed ({type(error).__name__})") from error
+            raise _Transient(f"the connection failed ({type(error).__name__})") from error
 
     async def _body(self, host: str, response: httpcore.Response) -> bytes:
         chunks: list[bytes] = []
@@ -128,41 +169,42 @@ class Downloader:
                     raise TooLarge(f"is over {self._limits.max_bytes} bytes")
                 chunks.append(chunk)
         finally:
-            self._pace.took(host, size)
+            self._pace.count_bytes(host, size)
         return b"".join(chunks)
 
     def _refused(self, host: str, status: int, retry_after: bytes | None) -> Exception:
         wait_s = None if retry_after is None else _seconds(retry_after.decode("latin-1"))
         if wait_s is None:
-            return _Passing(f"the server answered {status}")
+            return _Transient(f"the server answered {status}")
         if wait_s > self._limits.longest_wait_s:
             return NotFetched(f"the server answered {status} and asks to wait {wait_s:.0f} s; try again later")
-        self._pace.hold_off(host, wait_s)
-        return _Passing(f"the server answered {status}", wait_s)
+        self._pace.pause(host, wait_s)
+        return _Transient(f"the server answered {status}", wait_s)
 
     def _checked(self, data: bytes) -> str:
-        """The media type of bytes that decode. Raises `NotFetched`."""
+        """Return the media type of bytes that decode. Raises `NotFetched`."""
         try:
             decode(data, max_pixels=self._limits.max_pixels, target_px=224)
         except (UndecodableImage, TooLarge) as error:
             raise NotFetched(error.detail.partition(";")[0]) from error
         kind = sniff(data)
-        assert kind is not None, "what decodes has a type"
+        assert kind is not None, "decode checks the type"
         return kind
 
 
 def _target(url: str, base: httpx.URL | None = None) -> httpx.URL:
+    prefix = "is not" if base is None else "redirects to something that is not"
     try:
         target = httpx.URL(url) if base is None else base.join(url)
     except (httpx.InvalidURL, ValueError) as error:
-        raise NotFetched("is no URL" if base is None else "redirects to what is no URL") from error
+        raise NotFetched(f"{prefix} a URL") from error
     if target.scheme not in ("http", "https") or not target.host or target.userinfo:
-        raise NotFetched("is no http or https URL" if base is None else "redirects to what is no http or https URL")
+        raise NotFetched(f"{prefix} an http or https URL")
     return target
 
 
 def _seconds(retry_after: str) -> float | None:
-    """What `Retry-After` says, seconds or a date; None if it is neither."""
+    """Parse a `Retry-After` header, seconds or a date. Returns None if it is neither."""
     if retry_after.strip().isdecimal():
         return float(retry_after)
     try:

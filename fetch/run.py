@@ -1,10 +1,11 @@
-"""`wikiclip fetch-images`: every image that a catalog names by URL, once, into tar shards."""
+"""Download every image that a catalog names by URL into tar shards (`wikiclip fetch-images`)."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,17 +21,15 @@ from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.jsonl import Rejected, RejectLog
 from core.network import PublicNetwork
-from fetch.download import Downloader, DownloadLimits, NotFetched
-from fetch.pace import Pace, PaceLimits
+from fetch.download import Downloader, DownloadLimits, NotFetched, Pace, PaceLimits
 
-# Enough for the hosts of a catalog to be asked at once; one host is asked by few at a time.
-_WORKERS = 16
+_WORKERS = 16  # over all hosts; PaceLimits.connections is per host
 _CONTACT = re.compile(r"(https?://[!-'*-~]+|[!-'*-?A-~]+@[!-'*-~]+\.[!-'*-~]+)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FetchConfig:
-    """What `wikiclip fetch-images` is told. `contact` is an e-mail address or a page that says who is asking."""
+    """The options of `wikiclip fetch-images`. `contact` is an e-mail address or a web page, for the User-Agent."""
 
     catalog: Path
     out: Path
@@ -46,7 +45,7 @@ class FetchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FetchReport:
-    """`fetched` and `failed` images of this run, `known` before it came to them; `rejects` names the log, if any."""
+    """What a run did. `known` images had been fetched or had failed before. `rejects` is the log's path, or empty."""
 
     out: str
     fetched: int
@@ -57,43 +56,27 @@ class FetchReport:
     elapsed_s: float
 
 
-@dataclass
-class _Counts:
-    fetched: int = 0
-    fetched_bytes: int = 0
-    failed: int = 0
-    known: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Wanted:
-    url: str
-    entity_id: str
-    line: int
-
-
 def user_agent(contact: str) -> str:
-    """Who is asking, in the form that Wikimedia's User-Agent policy wants. Raises `UserError` without a contact.
+    """Return the User-Agent header in the form of Wikimedia's policy. Raises `UserError` for an invalid contact.
 
     https://foundation.wikimedia.org/wiki/Policy:Wikimedia_Foundation_User-Agent_Policy
     """
     if not _CONTACT.fullmatch(contact):
-        raise UserError(f"--contact {contact!r} is no way to reach you; give an e-mail address or the URL of a page")
+        raise UserError(f"--contact {contact!r} is not a contact; give an e-mail address or the URL of a page")
     return f"wikiclip-serve/{version('wikiclip-serve')} ({contact}) httpcore/{httpcore.__version__}"
 
 
 def fetch_images(config: FetchConfig) -> FetchReport:
-    """Download the images; interrupted at any moment, the same call goes on and loses at most one unfinished shard.
+    """Download the images. After an interruption the same call continues; at most one unfinished shard is lost.
 
-    What is not to be had is told in `rejected.jsonl` in the output folder, and is not asked for again without
-    `retry_failed`. Raises `CatalogError`, and `UserError` without a contact, for a folder that another process fills,
-    and where the disk is full.
+    Failures are listed in `rejected.jsonl` in the output folder and retried only with `retry_failed`. Raises
+    `CatalogError`, and `UserError` for an invalid contact, a folder that another process fills, or a full disk.
     """
     started = time.perf_counter()
     agent = user_agent(config.contact)
     if not config.catalog.is_file():
         raise CatalogError(f"{config.catalog} does not exist; check --catalog")
-    counts = _Counts()
+    counts: Counter[str] = Counter()
     with report_disk_full(config.out), TarShards(config.out, shard_bytes=config.shard_bytes) as shards:
         if config.retry_failed:
             shards.forget_failures()
@@ -103,16 +86,16 @@ def fetch_images(config: FetchConfig) -> FetchReport:
             log.add(rejected)
     return FetchReport(
         out=str(config.out),
-        fetched=counts.fetched,
-        fetched_bytes=counts.fetched_bytes,
-        failed=counts.failed,
-        known=counts.known,
+        fetched=counts["fetched"],
+        fetched_bytes=counts["fetched_bytes"],
+        failed=counts["failed"],
+        known=counts["known"],
         rejects=str(log.path) if log.count else "",
         elapsed_s=round(time.perf_counter() - started, 3),
     )
 
 
-async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: RejectLog, counts: _Counts) -> None:
+async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: RejectLog, counts: Counter[str]) -> None:
     downloader = Downloader(
         user_agent=agent,
         pace=Pace(config.pace),
@@ -120,31 +103,26 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
         network=PublicNetwork(allow_private=config.allow_private),
         connections=_WORKERS,
     )
-    wanted = _wanted(config, log)
-    under_way: set[str] = set()
-
-    def next_one() -> _Wanted | None:
-        """The next image that is neither there nor being fetched."""
-        for image in wanted:
-            if image.url not in under_way and not shards.knows(image.url):
-                under_way.add(image.url)
-                return image
-            counts.known += 1
-        return None
+    images = _images(config, log)
+    in_progress: set[str] = set()
 
     async def work(bar: tqdm[Any]) -> None:
-        while (image := next_one()) is not None:
+        for url, record in images:  # the tasks share this iterator
+            if url in in_progress or shards.knows(url):
+                counts["known"] += 1
+                continue
+            in_progress.add(url)
             try:
-                data, kind = await downloader.get(image.url)
-                shards.add(image.url, data, kind, {"entity_id": image.entity_id})
-                counts.fetched += 1
-                counts.fetched_bytes += len(data)
+                data, kind = await downloader.get(url)
+                shards.add(url, data, kind, {"entity_id": record.entity_id})
+                counts["fetched"] += 1
+                counts["fetched_bytes"] += len(data)
             except NotFetched as error:
-                shards.fail(image.url, line=image.line, entity_id=image.entity_id, reason=str(error))
-                counts.failed += 1
-            under_way.remove(image.url)
+                shards.fail(url, line=record.line, entity_id=record.entity_id, reason=str(error))
+                counts["failed"] += 1
+            in_progress.remove(url)
             bar.update()
-            bar.set_postfix(failed=counts.failed, refresh=False)
+            bar.set_postfix(failed=counts["failed"], refresh=False)
 
     try:
         with tqdm(desc="images", unit="image", disable=not config.progress) as bar:
@@ -152,16 +130,16 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
                 for _ in range(_WORKERS):
                     group.create_task(work(bar))
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None  # the first that failed stopped the others
+        raise errors.exceptions[0] from None  # the first failure cancelled the other tasks
     finally:
         await downloader.aclose()
 
 
-def _wanted(config: FetchConfig, log: RejectLog) -> Iterator[_Wanted]:
-    """The images of a catalog that are named by URL, in its order; one may come more than once."""
+def _images(config: FetchConfig, log: RejectLog) -> Iterator[tuple[str, EntityRecord]]:
+    """Yield the image URLs of the catalog with their records, in order. A URL may repeat."""
     for record in read_catalog(config.catalog):
         if isinstance(record, Rejected):
             log.add(record)
         elif isinstance(record, EntityRecord):
             for url in [image for image in record.images if is_url(image)][: config.images_per_entity]:
-                yield _Wanted(url=url, entity_id=record.entity_id, line=record.line)
+                yield url, record

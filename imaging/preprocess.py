@@ -1,4 +1,4 @@
-"""From a decoded image to the numbers an image encoder takes.
+"""Turn an image into the input of an image encoder: resize, crop, normalise.
 
 Shapes: B batch, H = W = size_px.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from core.errors import BadParameter, EncoderSpecError
+from imaging.decode import decode
 
 Box = tuple[float, float, float, float]  # x, y, width, height as fractions of the upright image
 
@@ -30,10 +31,10 @@ _SMALLEST_BOX_SIDE = 0.001
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How an encoder wants its images: it travels with the weights, so there are no defaults.
+    """The preprocessing of an encoder. It is stored with the weights, so there are no defaults.
 
-    `resize="shortest"` scales the shorter side to `size_px` and goes with `crop="center"`; `"squash"` scales both sides
-    to `size_px` whatever the shape. `mean` and `std` are those of RGB values from 0 to 1.
+    `resize="shortest"` scales the shorter side to `size_px` and needs `crop="center"`. `"squash"` scales both sides to
+    `size_px`. `mean` and `std` refer to RGB values from 0 to 1.
     """
 
     size_px: int
@@ -45,13 +46,11 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read the JSON form. Raises `EncoderSpecError` that names the field at fault."""
-        wanted = set(cls.__dataclass_fields__)
-        if values.keys() != wanted:
-            odd = ", ".join(sorted(wanted ^ values.keys()))
-            raise EncoderSpecError(
-                f"preprocessing has missing or unknown fields: {odd}; it takes exactly {sorted(wanted)}"
-            )
+        """Read the JSON form. Raises `EncoderSpecError` that names the wrong field."""
+        fields = set(cls.__dataclass_fields__)
+        if values.keys() != fields:
+            wrong = ", ".join(sorted(fields ^ values.keys()))
+            raise EncoderSpecError(f"preprocessing has missing or unknown fields: {wrong}; give {sorted(fields)}")
         size_px = values["size_px"]
         if not isinstance(size_px, int) or isinstance(size_px, bool) or not 1 <= size_px <= 4096:
             raise EncoderSpecError(f"preprocessing.size_px is {size_px!r}; give pixels from 1 to 4096")
@@ -60,8 +59,8 @@ class Preprocessing:
                 raise EncoderSpecError(f"preprocessing.{field} is {values[field]!r}; give one of {', '.join(choices)}")
         if values["resize"] == "shortest" and values["crop"] == "none":
             raise EncoderSpecError(
-                'preprocessing with resize "shortest" and crop "none" gives images of unequal shapes; '
-                'crop "center", or resize "squash"'
+                'preprocessing with resize "shortest" and crop "none" gives images of different shapes; '
+                'use crop "center" or resize "squash"'
             )
         return cls(
             size_px=size_px,
@@ -73,15 +72,8 @@ class Preprocessing:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON form, as `from_dict` reads it."""
-        return {
-            "size_px": self.size_px,
-            "resize": self.resize,
-            "crop": self.crop,
-            "interpolation": self.interpolation,
-            "mean": list(self.mean),
-            "std": list(self.std),
-        }
+        """Return the JSON form, which `from_dict` reads."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
 
 def _three_numbers(field: str, value: Any, *, positive: bool = False) -> tuple[float, float, float]:
@@ -100,20 +92,40 @@ def check_box(box: Box) -> None:
     within = x >= 0 and y >= 0 and x + width <= 1 + 1e-6 and y + height <= 1 + 1e-6
     if not (within and width >= _SMALLEST_BOX_SIDE and height >= _SMALLEST_BOX_SIDE):
         raise BadParameter(
-            f"box {x:g},{y:g},{width:g},{height:g} is no region of the image; give x,y,w,h as fractions from 0 to 1, "
+            f"box {x:g},{y:g},{width:g},{height:g} is not within the image; give x,y,w,h as fractions from 0 to 1, "
             f"w and h at least {_SMALLEST_BOX_SIDE}, x+w and y+h at most 1"
         )
 
 
-def target_px(preprocessing: Preprocessing, box: Box | None) -> int:
-    """The side in pixels that the whole image needs, for `box` of it to fill the encoder's input."""
+def load_pixels(
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int, box: Box | None = None
+) -> npt.NDArray[np.uint8]:
+    """Decode image bytes, or the region `box` of the image, to uint8 `[H, W, 3]`.
+
+    Raises `BadParameter` for a box outside the image, `TooLarge`, `UndecodableImage`.
+    """
+    return load_region(data, preprocessing, max_pixels=max_pixels, box=box)[0]
+
+
+def load_region(
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int, box: Box | None = None
+) -> tuple[npt.NDArray[np.uint8], Box]:
+    """Return what `load_pixels` returns, and the region of the upright image that the pixels show."""
+    if box is not None:
+        check_box(box)
+    image = decode(data, max_pixels=max_pixels, target_px=_target_px(preprocessing, box))
+    return to_pixels(image, preprocessing, box), covered_region(image, preprocessing, box)
+
+
+def _target_px(preprocessing: Preprocessing, box: Box | None) -> int:
+    """Return the side the whole image needs for `box` to fill the encoder's input."""
     if box is None:
         return preprocessing.size_px
     return math.ceil(preprocessing.size_px / min(box[2], box[3]))
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> npt.NDArray[np.uint8]:
-    """Resize and crop an RGB image, or `box` of it, to uint8 `[size_px, size_px, 3]`. Raises `BadParameter`."""
+    """Resize and crop an RGB image, or its region `box`, to uint8 `[H, W, 3]`. Raises `BadParameter`."""
     size_px = preprocessing.size_px
     left, top, width, height = _covered_px(image.width, image.height, preprocessing, box)
     region = (left, top, min(left + width, image.width), min(top + height, image.height))
@@ -122,7 +134,7 @@ def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None 
 
 
 def covered_region(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> Box:
-    """The part of an image that the encoder sees of it, or of `box` of it: x, y, width, height as fractions."""
+    """Return the region that `to_pixels` keeps after resizing and cropping."""
     left, top, width, height = _covered_px(image.width, image.height, preprocessing, box)
     return left / image.width, top / image.height, width / image.width, height / image.height
 
@@ -130,7 +142,7 @@ def covered_region(image: Image.Image, preprocessing: Preprocessing, box: Box | 
 def _covered_px(
     image_width: int, image_height: int, preprocessing: Preprocessing, box: Box | None
 ) -> tuple[float, float, float, float]:
-    """Left, top, width and height in pixels of what `to_pixels` scales to the encoder's input."""
+    """Return left, top, width and height, in pixels, of the region that `to_pixels` scales."""
     left, top, width, height = 0.0, 0.0, float(image_width), float(image_height)
     if box is not None:
         check_box(box)
@@ -138,8 +150,8 @@ def _covered_px(
         width, height = min(box[2] * width, width - left), min(box[3] * height, height - top)
     size_px = preprocessing.size_px
     if preprocessing.resize == "shortest":
-        # Resizing and cropping in one pass: a strip of 1 x 60,000 pixels is never blown up to its full resized length.
-        # Whole pixels of the resized image are cut, which is what reference preprocessors do.
+        # Resize and crop in one pass, so that a strip of 1 x 60,000 pixels is never scaled up to its full length. The
+        # crop is rounded to whole pixels of the resized image, as in the reference preprocessors.
         shorter = min(width, height)
         resized_width, resized_height = (max(size_px, int(size_px * side / shorter)) for side in (width, height))
         left += (resized_width - size_px) // 2 * width / resized_width
@@ -149,21 +161,20 @@ def _covered_px(
 
 
 def normalise(pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
-    """Subtract the mean and divide by the deviation: uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`."""
+    """Subtract the mean and divide by the standard deviation: uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`."""
     batch, height, width, _ = pixels_BHW3.shape
     normalised = np.empty((batch, 3, height, width), np.float32)
     tables = _tables(preprocessing)
     for pixels_HW3, normalised_3HW in zip(pixels_BHW3, normalised, strict=True):
         for channel, table in enumerate(tables):
-            # mode="clip" changes nothing, since a byte never is out of range, and lets numpy write to `out` without a
-            # buffer in between where that lies in one piece: a channel of an image does, one of a whole batch does not.
+            # A byte is never out of range, but mode="clip" lets numpy write to a contiguous `out` without a buffer.
             np.take(table, pixels_HW3[..., channel], out=normalised_3HW[channel], mode="clip")
     return normalised
 
 
 @lru_cache(maxsize=16)
 def _tables(preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
-    """float32 `[3, 256]`: the normalised value of every byte of every channel. Three times faster than computing it."""
+    """Return float32 `[3, 256]`: the normalised value of each byte. A lookup is 3 times as fast as arithmetic."""
     values = np.arange(256, dtype=np.float64) / 255
     mean, std = np.array(preprocessing.mean)[:, None], np.array(preprocessing.std)[:, None]
     tables: npt.NDArray[np.float64] = (values - mean) / std

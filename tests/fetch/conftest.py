@@ -1,4 +1,4 @@
-"""A web server that misbehaves in every way that a downloader has to live with."""
+"""A web server with the failures that a downloader must handle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def jpeg(seed: int) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The first part of a path names what is wrong; each path notes when it was asked for."""
+    """The first part of the path selects the behaviour. Requests are counted and timed by path."""
 
     protocol_version = "HTTP/1.1"
     server: Server
@@ -37,14 +37,14 @@ class Handler(BaseHTTPRequestHandler):
             self.server.times.append((self.path, time.monotonic()))
             self.server.agents.add(self.headers["User-Agent"])
             self.server.asked[self.path] += 1
-            self.server.at_once += 1
-            self.server.most_at_once = max(self.server.most_at_once, self.server.at_once)
+            self.server.active += 1
+            self.server.most_active = max(self.server.most_active, self.server.active)
         try:
             kind = self.path.split("/")[1]
             getattr(self, f"answer_{kind}")(self.server.asked[self.path])
         finally:
             with self.server.lock:
-                self.server.at_once -= 1
+                self.server.active -= 1
 
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None, length: int | None = None) -> None:
         self.send_response(status)
@@ -64,8 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(0.05)
         self.send(200, self.image())
 
-    def answer_busy(self, time_asked: int) -> None:
-        if time_asked == 1:
+    def answer_busy(self, attempt: int) -> None:
+        if attempt == 1:
             self.send(429, b"later", {"Retry-After": "1"})
         else:
             self.send(200, self.image())
@@ -73,8 +73,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer_closed(self, _: int) -> None:
         self.send(503, b"", {"Retry-After": "86400"})
 
-    def answer_flaky(self, time_asked: int) -> None:
-        if time_asked <= 2:
+    def answer_flaky(self, attempt: int) -> None:
+        if attempt <= 2:
             self.send(503, b"down")
         else:
             self.send(200, self.image())
@@ -90,13 +90,13 @@ class Handler(BaseHTTPRequestHandler):
         while not self.server.stopping.wait(0.02):
             self.wfile.write(b".")
 
-    def answer_cut(self, time_asked: int) -> None:
+    def answer_cut(self, attempt: int) -> None:
         data = self.image()
-        self.send(200, data if time_asked == 2 else data[: len(data) // 2], length=len(data))
+        self.send(200, data if attempt == 2 else data[: len(data) // 2], length=len(data))
         self.close_connection = True
 
-    def answer_reset(self, time_asked: int) -> None:
-        if time_asked == 2:
+    def answer_reset(self, attempt: int) -> None:
+        if attempt == 2:
             self.send(200, self.image())
             return
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(302, b"", {"Location": "file:///etc/passwd"})
 
     def answer_text(self, _: int) -> None:
-        self.send(200, b"<html>no image</html>", {"Content-Type": "image/jpeg"})
+        self.send(200, b"<html></html>", {"Content-Type": "image/jpeg"})
 
     def answer_half(self, _: int) -> None:
         self.send(200, self.image()[:200])
@@ -137,10 +137,10 @@ class Server(ThreadingHTTPServer):
         self.times: list[tuple[str, float]] = []
         self.agents: set[str] = set()
         self.asked: Counter[str] = Counter()
-        self.at_once = self.most_at_once = 0
+        self.active = self.most_active = 0
 
     def handle_error(self, *_: Any) -> None:
-        pass  # a client that leaves is what some tests are about
+        pass  # some tests make the client disconnect
 
     def url(self, path: str) -> str:
         return f"http://127.0.0.1:{self.server_port}/{path}"
@@ -159,7 +159,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def catalog_of(tmp_path: Path, server: Server) -> Callable[[Sequence[str]], Path]:
-    """A catalog whose entities Q0, Q1 ... have one image each, at these paths of the server."""
+    """Return a function that writes a catalog of entities Q0, Q1 ... with one image each, at the given server paths."""
 
     def write(paths: Sequence[str]) -> Path:
         path = tmp_path / "catalog.jsonl"

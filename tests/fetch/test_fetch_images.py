@@ -1,4 +1,4 @@
-"""`wikiclip fetch-images` against a server that misbehaves."""
+"""`wikiclip fetch-images` against a misbehaving server."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ import pytest
 from catalog.images import UnusableImage
 from catalog.tar_shards import TarImages, TarShards, shard_path
 from core.errors import CatalogError, UserError
-from fetch.download import DownloadLimits
-from fetch.pace import PaceLimits
+from fetch.download import DownloadLimits, PaceLimits
 from fetch.run import FetchConfig, fetch_images, user_agent
 from imaging import decode
 
-Server = Any  # of conftest.py, which no module can import
+Server = Any  # the class is in conftest.py, which cannot be imported
 CatalogOf = Callable[[Sequence[str]], Path]
 
 CONTACT = "someone@example.org"
@@ -44,14 +43,12 @@ def config(tmp_path: Path) -> FetchConfig:
 
 
 def reasons(out: Path) -> dict[str, str]:
-    """Why each entity's image was not to be had."""
+    """Return the reason of each failure by entity id."""
     rows = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
     return {row["record"]: row["reason"].split(": ", 1)[1] for row in rows}
 
 
-def test_images_land_in_shards_that_webdataset_reads(
-    config: FetchConfig, server: Server, catalog_of: CatalogOf
-) -> None:
+def test_images_are_stored_as_webdataset_shards(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     names = [f"good/{number}" for number in range(20)]
     catalog_of([*names, "good/3"])
     report = fetch_images(replace(config, shard_bytes=3000))
@@ -78,21 +75,21 @@ def test_images_land_in_shards_that_webdataset_reads(
     assert f"({CONTACT})" in agent
 
 
-def test_what_passes_is_tried_again_and_what_does_not_is_told(
+def test_transient_failures_are_retried_and_permanent_ones_reported(
     config: FetchConfig, server: Server, catalog_of: CatalogOf
 ) -> None:
-    passing = ["flaky/1", "cut/1", "reset/1", "moved/1", "good/1"]
-    lasting = ["down/1", "gone/1", "loop/1", "away/1", "text/1", "half/1", "huge/1", "closed/1"]
-    catalog_of([*passing, *lasting])
+    transient = ["flaky/1", "cut/1", "reset/1", "moved/1", "good/1"]
+    permanent = ["down/1", "gone/1", "loop/1", "away/1", "text/1", "half/1", "huge/1", "closed/1"]
+    catalog_of([*transient, *permanent])
     report = fetch_images(config)
-    assert (report.fetched, report.failed) == (len(passing), len(lasting))
-    told = reasons(config.out)
-    assert [told[f"Q{number}"] for number in range(len(passing), len(passing) + len(lasting))] == [
+    assert (report.fetched, report.failed) == (len(transient), len(permanent))
+    found = reasons(config.out)
+    assert [found[f"Q{number}"] for number in range(len(transient), len(transient) + len(permanent))] == [
         "the server answered 500, 3 times",
         "the server answered 404",
         "redirects more than 5 times",
-        "redirects to what is no http or https URL",
-        "the bytes are no image",
+        "redirects to something that is not an http or https URL",
+        "the bytes are not an image",
         "the image/jpeg data is truncated or damaged",
         "is over 100000 bytes",
         "the server answered 503 and asks to wait 86400 s; try again later",
@@ -102,17 +99,17 @@ def test_what_passes_is_tried_again_and_what_does_not_is_told(
     assert server.asked["/loop/1"] == 6
     with pytest.raises(UnusableImage, match="was not fetched: the server answered 404"):
         TarImages(config.out).read(server.url("gone/1"))
-    # Nothing is asked for a second time, but what failed where that is wanted.
+    # A second run fetches nothing. Failures are retried on request.
     server.asked.clear()
     report = fetch_images(config)
     assert (report.fetched, report.failed, report.known) == (0, 0, 13)
     assert report.rejects
     assert not server.asked
     report = fetch_images(replace(config, retry_failed=True))
-    assert (report.fetched, report.failed, report.known) == (0, len(lasting), len(passing))
+    assert (report.fetched, report.failed, report.known) == (0, len(permanent), len(transient))
 
 
-def test_a_drip_gets_its_time_and_no_more(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
+def test_a_slow_response_times_out(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     catalog_of(["drip/1", "good/1"])
     limits = replace(config.limits, timeout_s=0.3, retries=1)
     report = fetch_images(replace(config, limits=limits))
@@ -120,7 +117,7 @@ def test_a_drip_gets_its_time_and_no_more(config: FetchConfig, server: Server, c
     assert reasons(config.out) == {"Q0": "took over 0.3 s, 2 times"}
 
 
-def test_a_host_that_asks_for_time_is_left_alone(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
+def test_retry_after_pauses_the_host(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     catalog_of(["busy/1", *(f"good/{number}" for number in range(30))])
     report = fetch_images(replace(config, pace=replace(config.pace, connections=1)))
     assert (report.fetched, report.failed) == (31, 0)
@@ -128,24 +125,24 @@ def test_a_host_that_asks_for_time_is_left_alone(config: FetchConfig, server: Se
     assert min(at for _, at in server.times if at > refused_at) - refused_at > 0.95
 
 
-def test_no_host_is_asked_by_more_than_it_may_be(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
+def test_connections_per_host_are_limited(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     catalog_of([f"slow/{number}" for number in range(12)])
     fetch_images(replace(config, pace=replace(config.pace, connections=3)))
-    assert server.most_at_once == 3
+    assert server.most_active == 3
 
 
 @pytest.mark.parametrize("pace", [{"requests_per_s": 20.0}, {"bits_per_s": 8 * 20 * 700.0}])
-def test_no_host_is_asked_faster_than_it_may_be(
+def test_the_rate_per_host_is_limited(
     config: FetchConfig, server: Server, catalog_of: CatalogOf, pace: dict[str, float]
 ) -> None:
-    """At 20 a second, or at the bytes of about 20 images of 700 bytes, ten more images take half a second."""
+    """Ten more images take half a second at 20 requests per second, or at the bytes of 20 images per second."""
     catalog_of([f"good/{number}" for number in range(11)])
     fetch_images(replace(config, pace=replace(config.pace, **pace, connections=1)))
     times = [at for _, at in server.times]
     assert times[-1] - times[0] > 0.45
 
 
-def test_addresses_inside_are_not_asked(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
+def test_private_addresses_are_refused(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     catalog_of(["good/1"])
     report = fetch_images(replace(config, allow_private=False))
     assert (report.fetched, report.failed) == (0, 1)
@@ -153,14 +150,14 @@ def test_addresses_inside_are_not_asked(config: FetchConfig, server: Server, cat
     assert not server.asked
 
 
-def test_killed_at_any_moment_it_goes_on(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
+def test_a_killed_run_continues(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     count = 60
     path = catalog_of([f"slow/{number}" for number in range(count)])
     command = [
         Path(sys.executable).with_name("wikiclip"), "fetch-images", "--catalog", path, "--out", config.out,
         "--contact", CONTACT, "--allow-private", "--rate", "1000", "--json",
     ]  # fmt: skip
-    # Shards of three images: the process is killed when a few are there.
+    # A shard holds three images. The process is killed once there are a few shards.
     small_shards = [sys.executable, "-c", _SMALL_SHARDS, path, config.out, CONTACT]
     for shards in (2, 5):
         process = subprocess.Popen(small_shards, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -181,7 +178,7 @@ def test_killed_at_any_moment_it_goes_on(config: FetchConfig, server: Server, ca
     images = TarImages(config.out)
     for number in range(count):
         decode(images.read(server.url(f"slow/{number}")), max_pixels=1000)
-    # Only what was under way when it was killed was asked for twice.
+    # Only images in progress when the process was killed are requested twice.
     assert sum(server.asked.values()) < count + 30
 
 
@@ -194,7 +191,7 @@ fetch_images(FetchConfig(catalog=Path(catalog), out=Path(out), contact=contact, 
 """
 
 
-def test_a_shard_that_was_not_listed_is_written_again(tmp_path: Path) -> None:
+def test_a_shard_that_is_not_in_the_index_is_overwritten(tmp_path: Path) -> None:
     with TarShards(tmp_path, shard_bytes=10) as shards:
         shards.add("http://a/1", b"0123456789", "image/png", {})
     shard_path(tmp_path, 1).write_bytes(b"killed between the renaming and the listing")
@@ -213,12 +210,12 @@ def test_a_shard_that_was_not_listed_is_written_again(tmp_path: Path) -> None:
         TarImages(tmp_path).read("http://a/3")
 
 
-def test_a_folder_is_filled_by_one_process_at_a_time(tmp_path: Path) -> None:
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
     with TarShards(tmp_path, shard_bytes=10), pytest.raises(UserError, match="another process"):
         TarShards(tmp_path, shard_bytes=10)
 
 
-def test_a_full_disk_is_told_and_what_is_finished_stays(
+def test_a_full_disk_is_reported_and_finished_shards_stay(
     config: FetchConfig, server: Server, catalog_of: CatalogOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     catalog_of([f"good/{number}" for number in range(10)])
@@ -239,12 +236,12 @@ def test_a_full_disk_is_told_and_what_is_finished_stays(
 
 
 @pytest.mark.parametrize("contact", ["", "me", "a@b", "me @example.org", "a@b.org)\r\nX: y", "ftp://example.org"])
-def test_nobody_is_asked_anonymously(contact: str) -> None:
-    with pytest.raises(UserError, match="no way to reach you"):
+def test_an_invalid_contact_is_refused(contact: str) -> None:
+    with pytest.raises(UserError, match="is not a contact"):
         user_agent(contact)
     assert "(https://example.org/bot)" in user_agent("https://example.org/bot")
 
 
-def test_a_folder_without_shards_is_no_source(tmp_path: Path) -> None:
+def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="fetch-images"):
         TarImages(tmp_path)

@@ -1,4 +1,4 @@
-"""Decoding: every kind of file that people send, and every kind that they should not."""
+"""Decoding of every supported type, and refusal of damaged or oversized files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, features
 
 from core.errors import TooLarge, UndecodableImage
-from imaging import Preprocessing, canonical_type, decode, load_pixels, sniff
+from imaging import Preprocessing, canonical_type, decode, load_pixels, readable_types, sniff
 
 MAX_PIXELS = 1_000_000
 PREPROCESSING = Preprocessing(
@@ -45,7 +45,7 @@ def giant_png(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
-def test_each_type_is_told_by_content_and_decodes(kind):
+def test_each_type_is_sniffed_and_decodes(kind):
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
     data = encoded(Image.new("RGB", (40, 30), (250, 10, 20)), kind)
@@ -77,7 +77,7 @@ def test_exif_orientation_is_honoured(kind, orientation):
     assert min(min(image.getpixel(corner)) for corner in [(44, 4), (4, 28), (44, 28)]) > 215
 
 
-def test_alpha_lies_over_white():
+def test_transparent_pixels_become_white():
     image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
     image.putpixel((0, 0), (255, 0, 0, 255))
     decoded = decode(encoded(image, "PNG"), max_pixels=MAX_PIXELS)
@@ -124,17 +124,18 @@ def test_a_truncated_file_is_refused(kind):
 
 
 @pytest.mark.parametrize("data", [b"", b"hello, I am text", b"\xff\xd8\xff" + b"\0" * 50, b"BM", b"RIFF0000WEBP"])
-def test_what_is_no_image_is_refused(data):
+def test_other_bytes_are_refused(data):
     with pytest.raises(UndecodableImage):
         decode(data, max_pixels=MAX_PIXELS)
 
 
 def heic(image: Image.Image, **options) -> bytes:
     pytest.importorskip("pillow_heif", reason="the extra heic is not installed")
+    readable_types()  # registers HEIC with Pillow
     return encoded(image, "HEIF", **options)
 
 
-def test_heic_upright_and_over_white():
+def test_heic_is_upright_and_transparent_pixels_become_white():
     upright = Image.new("RGB", (96, 64), "white")
     upright.paste("black", (0, 0, 32, 32))
     exif = Image.Exif()
@@ -150,7 +151,7 @@ def test_heic_upright_and_over_white():
     assert min(clear.getpixel((32, 32))) > 250
 
 
-def test_heic_within_bounds_and_whole():
+def test_large_or_truncated_heic_is_refused():
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = heic(Image.fromarray(noise))
     with pytest.raises(TooLarge, match="64 x 64"):
@@ -171,9 +172,9 @@ def test_heic_within_bounds_and_whole():
         (b"isom\0\0\0\0mp42", None),
     ],
 )
-def test_the_brands_of_a_container_tell_its_type(brands, kind):
+def test_container_brands_give_the_type(brands, kind):
     box = (8 + len(brands)).to_bytes(4, "big") + b"ftyp" + brands
-    assert sniff(box + b"heicavif" * 4) == kind  # what stands after the box tells nothing
+    assert sniff(box + b"heicavif" * 4) == kind  # bytes after the box are ignored
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "AVIF", "TIFF"])
@@ -188,7 +189,7 @@ def test_the_first_frame_of_other_kinds_too(kind):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "I", "I;16", "F"])
-def test_every_mode_that_a_file_can_have_gives_rgb(mode):
+def test_every_pillow_mode_becomes_rgb(mode):
     image = Image.new("L", (8, 8), 200)
     image = image.convert("RGB").convert(mode) if mode in ("LAB", "CMYK", "YCbCr", "RGBX") else image.convert(mode)
     decoded = decode(encoded(image, "TIFF"), max_pixels=MAX_PIXELS)
@@ -202,13 +203,13 @@ def test_a_type_that_cannot_be_read_is_named(monkeypatch):
 
 
 def test_too_many_pixels_are_refused_by_the_header_alone():
-    header = giant_png(30_000, 30_000)[:200]  # the rest is never looked at
+    header = giant_png(30_000, 30_000)[:200]  # the pixel data is missing
     with pytest.raises(TooLarge, match="30000 x 30000"):
         decode(header, max_pixels=64_000_000)
 
 
-def test_the_limit_is_the_callers_and_never_a_warning():
-    data = giant_png(10_000, 9_500)  # above where Pillow warns by itself
+def test_only_the_callers_limit_applies():
+    data = giant_png(10_000, 9_500)  # above Pillow's own warning threshold
     assert decode(data, max_pixels=100_000_000).size == (10_000, 9_500)
 
 

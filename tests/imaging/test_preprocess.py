@@ -1,4 +1,4 @@
-"""Resizing, cropping and normalising, against slow and obvious references."""
+"""Resize, crop and normalise, compared with slow reference implementations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gradient(width: int, height: int) -> Image.Image:
 
 
 def resize_then_crop(image: Image.Image, size_px: int) -> np.ndarray:
-    """What reference preprocessors do: scale the shorter side, then cut the centre."""
+    """Scale the shorter side, then crop the centre, as reference preprocessors do."""
     scale = min(image.size)
     width, height = (int(size_px * side / scale) for side in image.size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -44,7 +44,7 @@ def test_the_json_form_survives_a_round_trip():
         ({"size_px": 0}, "size_px"),
         ({"size_px": "96"}, "size_px"),
         ({"resize": "stretch"}, "resize"),
-        ({"crop": "none"}, "unequal shapes"),
+        ({"crop": "none"}, "different shapes"),
         ({"interpolation": "nearest"}, "interpolation"),
         ({"mean": [0.5]}, "mean"),
         ({"std": [0.2, 0.0, 0.2]}, "std"),
@@ -71,7 +71,7 @@ def test_a_very_long_strip_stays_cheap():
     assert (to_pixels(strip, Preprocessing.from_dict(CLIP)) == (10, 200, 30)).all()
 
 
-def test_squash_takes_in_the_whole_image():
+def test_squash_keeps_the_whole_image():
     image = Image.new("RGB", (200, 100), "black")
     image.paste("white", (0, 0, 20, 100))
     squashed = to_pixels(image, Preprocessing.from_dict({**CLIP, "resize": "squash", "crop": "none"}))
@@ -79,7 +79,7 @@ def test_squash_takes_in_the_whole_image():
     assert (squashed[:, 8:] < 10).all()
 
 
-def test_a_box_means_its_region():
+def test_a_box_selects_its_region():
     image = Image.new("RGB", (100, 100), "black")
     image.paste("red", (50, 0, 100, 50))
     inside = to_pixels(image, Preprocessing.from_dict(CLIP), (0.55, 0.05, 0.4, 0.4))
