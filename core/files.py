@@ -1,4 +1,4 @@
-"""Files that are whole or absent: hashing, and writing through a temporary name."""
+"""Atomic file writes, hashing, and a clear error for a full disk."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ _SQLITE_FULL = {"SQLITE_FULL", "SQLITE_IOERR_WRITE"}
 
 
 def is_uri(source: str | Path) -> bool:
-    """Whether this names a place as `s3://bucket/prefix` or `file:///folder` does, and no path."""
+    """Return whether `source` is a URI such as `s3://bucket/prefix` or `file:///folder`, and not a path."""
     return isinstance(source, str) and "://" in source
 
 
 def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; on success it is flushed to disk and renamed to `path`.
+    """Yield a temporary path next to `path`. On success, flush the file to disk and rename it to `path`.
 
-    A crash at any moment leaves either the old file or the new one. The temporary file is removed on an error.
+    A crash leaves either the old file or the new one. On an error, the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
@@ -43,13 +43,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a crash leaves the old file or the new one, never a part."""
+    """Write `data` to `path`. A crash leaves either the old file or the new one."""
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a folder, to disk."""
+    """Flush a file or a directory's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -59,14 +59,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def report_disk_full(out: Path, *, again: str = "run it again") -> Iterator[None]:
-    """Raise `UserError` where a file or an SQLite database finds that the disk of `out` takes no more.
+    """Raise `UserError` if a write fails because the disk that holds `out` is full. SQLite's errors count too.
 
-    `again` says how the user goes on from what is finished.
+    `again` tells the user how to continue: finished work is kept.
     """
     try:
         yield
     except Exception as error:
-        # Of an OSError, and of what sqlite3 raises.
+        # `errno` comes from OSError, `sqlite_errorname` from sqlite3.
         if getattr(error, "errno", None) in _FULL or getattr(error, "sqlite_errorname", None) in _SQLITE_FULL:
-            raise UserError(f"the disk of {out} is full; make room and {again}: what is finished stays") from error
+            raise UserError(f"the disk of {out} is full; free some space and {again}: finished work is kept") from error
         raise

@@ -1,4 +1,4 @@
-"""JSON Lines in, and a log of what had to be rejected out."""
+"""Read JSON Lines, and log the records that had to be skipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.errors import CatalogError
 
 @dataclass(frozen=True, kw_only=True)
 class Rejected:
-    """A record that is skipped: where it stood (1-based line), why, and what it was (its first 500 characters)."""
+    """A skipped record: its 1-based line number, the reason, and its first 500 characters."""
 
     line: int
     reason: str
@@ -22,10 +22,11 @@ class Rejected:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Rejected]:
-    """Yield `(line_number, object)` for each line of a `.jsonl` or `.jsonl.gz` file, or `Rejected`.
+    """Yield `(line_number, object)` for each line of a `.jsonl` or `.jsonl.gz` file.
 
-    Rejected is a line that is no JSON object; blank lines are skipped.
-    Raises `CatalogError` if the file is missing, is no gzip, or ends in mid-stream.
+    Yields `Rejected` for a line that is not a JSON object. Skips blank lines.
+
+    Raises `CatalogError` if the file is missing, truncated, or not in gzip format although its name says so.
     """
     line_number = 0
     try:
@@ -46,7 +47,7 @@ def _parse(line_number: int, raw: bytes) -> tuple[int, dict[str, Any]] | Rejecte
         return Rejected(line=line_number, reason=f"not JSON: {error}", record=_excerpt(raw))
     if not isinstance(value, dict):
         return Rejected(
-            line=line_number, reason=f"a JSON object is wanted, this is {type(value).__name__}", record=_excerpt(raw)
+            line=line_number, reason=f"expected a JSON object, got {type(value).__name__}", record=_excerpt(raw)
         )
     return line_number, value
 
@@ -56,7 +57,7 @@ def _excerpt(raw: bytes) -> str:
 
 
 class RejectLog:
-    """Writes rejected records to a JSONL file and counts them. The file exists only if something was rejected."""
+    """Count rejected records and write them to a JSONL file, which is created at the first one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,5 +71,5 @@ class RejectLog:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def summary(self) -> str:
-        """One line for the end of a command, empty when nothing was rejected."""
+        """Return one line for the end of a command, or an empty string if nothing was rejected."""
         return f"{self.count} record(s) rejected, see {self.path}" if self.count else ""

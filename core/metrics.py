@@ -1,4 +1,4 @@
-"""Accuracy figures. Denominators are the references: a query left unanswered counts as wrong."""
+"""Accuracy metrics. Denominators count the references: an unanswered query counts as wrong."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 
 def rank_of(entity_id: str, predicted: Sequence[str]) -> int | None:
-    """The 1-based rank of the right entity among the predictions, None where it is not among them."""
+    """Return the 1-based rank of the right entity among the predictions, or None if it is absent."""
     return predicted.index(entity_id) + 1 if entity_id in predicted else None
 
 
 def recall_at_k(ranks: Sequence[int | None], k: int) -> float:
-    """The share of queries whose right entity is among the first `k`, in percent; 0 for no queries."""
+    """Return the percentage of queries whose right entity is among the first `k`, or 0 if there are no queries."""
     return 100 * sum(rank is not None and rank <= k for rank in ranks) / len(ranks) if ranks else 0.0
 
 
 def harmonic_mean(seen: float, unseen: float) -> float:
-    """OVEN's HM of the accuracies on seen and on unseen entities, shares or percentages: high only where both are."""
+    """Return OVEN's HM: the harmonic mean of the accuracies on seen and unseen entities."""
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0

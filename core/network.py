@@ -1,4 +1,4 @@
-"""Connections to the public internet only, for whatever fetches an address that somebody else has named."""
+"""An httpcore network backend that connects only to the public internet, for fetching URLs given by others."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from core.errors import FetchFailed, Forbidden
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 
 _IPV6_IN_USE = ipaddress.IPv6Network("2000::/3")
-# They carry an IPv4 address inside, which would have to be judged too: 6to4 and Teredo.
+# 6to4 and Teredo addresses contain an IPv4 address that could be private.
 _IPV6_TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32"))
 
 
 def is_public(address: str) -> bool:
-    """Whether an address belongs to the internet at large: nothing of this machine, of its networks, or special."""
+    """Return whether an address is on the public internet: not local, private, reserved, multicast or a tunnel."""
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
@@ -28,24 +28,25 @@ def is_public(address: str) -> bool:
     if isinstance(parsed, ipaddress.IPv6Address) and (
         parsed not in _IPV6_IN_USE or any(parsed in tunnel for tunnel in _IPV6_TUNNELS)
     ):
-        return False  # with what is mapped from IPv4
+        return False  # this includes IPv4-mapped addresses
     return parsed.is_global and not (
         parsed.is_private or parsed.is_loopback or parsed.is_link_local or parsed.is_multicast or parsed.is_reserved
     )
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """All addresses of a host. Raises `OSError` if there are none."""
+    """Return all addresses of a host. Raises `OSError` if it has none."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(entry[4][0]) for entry in found]
 
 
 class PublicNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to hosts of the public internet only, or to any with `allow_private`.
+    """Connect only to hosts on the public internet, or to any host with `allow_private`.
 
-    A name is resolved once, every address it has is checked, and the connection goes to the first of those, so that a
-    second look-up cannot lead elsewhere; certificates are still checked against the name. Connecting raises `Forbidden`
-    for a host that is not public, `FetchFailed` for one without an address.
+    Each host name is resolved once. All of its addresses are checked, and the connection uses the first of them, so a
+    second DNS answer cannot redirect it. TLS certificates are still checked against the name.
+
+    Connecting raises `Forbidden` for a host that is not public and `FetchFailed` for one without an address.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class PublicNetwork(httpcore.AsyncNetworkBackend):
             addresses = []
         if not addresses:
             raise FetchFailed("the host of the URL has no address; check the URL")
-        # One address out of place is enough: a name of good faith has none.
+        # A single private address is enough to refuse: an honest public host has none.
         if not self._allow_private and not all(is_public(address) for address in addresses):
             raise Forbidden("the host of the URL is not on the public internet; give one that is")
         return addresses[0]

@@ -164,7 +164,7 @@ def test_encyclopedic_vqa(tmp_path: Path, name: str, indent: int | None) -> None
     ("row", "reason"),
     [
         ("{broken", "not JSON"),
-        ("[1]", "a JSON object is wanted, this is list"),
+        ("[1]", "expected a JSON object, got list"),
         ({"title": "x"}, "`entity_id` is missing or empty"),
         ({"entity_id": " ", "title": "x"}, "`entity_id` is missing or empty"),
         ({"entity_id": 5, "title": "x"}, "`entity_id` must be a string, it is int"),

@@ -251,7 +251,7 @@ def test_three_dumps_become_one_catalog(dumps: CatalogConfig, tmp_path: Path) ->
     content = "enwiki_content-20261101-00001.json.bz2"
     assert rejects[0] == f"{content}: enwikivoyage is no Wikipedia"
     assert rejects[1].startswith(f"{content}: not JSON")
-    assert rejects[2] == f"{content}: a JSON object is wanted, this is list"
+    assert rejects[2] == f"{content}: expected a JSON object, got list"
     assert rejects[3].startswith("latest-all.json.gz: not JSON")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.report.json", "rejected.jsonl"]
 

@@ -26,7 +26,7 @@ CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
 
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     told = partial(report_disk_full, Path("out"), again="go on with --resume")
-    with pytest.raises(UserError, match=r"the disk of out is full; make room and go on with --resume"), told():
+    with pytest.raises(UserError, match=r"the disk of out is full; free some space and go on with --resume"), told():
         Path("/dev/full").write_bytes(b"x")
     with closing(sqlite3.connect(tmp_path / "small.sqlite")) as connection:
         connection.executescript("PRAGMA max_page_count = 3; CREATE TABLE t (x);")
@@ -54,7 +54,7 @@ def test_export_goes_on_after_room_was_made(catalog: CatalogFiles, checkpoint: P
 
     full = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, check=False, timeout=300)
     assert full.returncode == 2, full.stderr
-    assert "out is full; make room and go on with --resume" in full.stderr.splitlines()[-1]
+    assert "out is full; free some space and go on with --resume" in full.stderr.splitlines()[-1]
     assert len(list((out / ".partial" / "shards").glob("0*.jsonl"))) == 2
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
