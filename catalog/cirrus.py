@@ -71,7 +71,7 @@ def parse_document(line: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise BadRecord(f"not JSON: {error}") from None
     if not isinstance(document, dict):
-        raise BadRecord(f"a JSON object is wanted, this is {type(document).__name__}")
+        raise BadRecord(f"expected a JSON object, got {type(document).__name__}")
     return document
 
 

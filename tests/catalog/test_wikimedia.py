@@ -447,7 +447,7 @@ def test_a_full_disk_is_told_and_what_was_read_stays(
     large: CatalogConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("catalog.joins._SCHEMA", f"{joins._SCHEMA}; PRAGMA max_page_count = 100")
-    with pytest.raises(UserError, match="is full; make room"):
+    with pytest.raises(UserError, match="is full; free some space"):
         build(large, tmp_path / "c.jsonl")
     assert lines_read(tmp_path / ".c.jsonl.work") > 0
     report, _ = build(large, tmp_path / "c.jsonl", resume=True)
