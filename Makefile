@@ -82,7 +82,7 @@ docs: $(ALL)  ## the documents as a site, in site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 cli-docs: $(ALL)  ## docs/cli.md anew, from the commands' own help
-	$(BIN)/python -m core.cli_reference wikiclip:cli > docs/cli.md
+	$(BIN)/python -m core.cli_reference > docs/cli.md
 
 licences: $(ALL)  ## rewrite the table of docs/licences.md from the packages of requirements-serving.lock
 	sed -i '/<!-- serving licences -->/q' docs/licences.md

@@ -18,8 +18,8 @@ from core.files import atomic_write_bytes
 from core.metrics import recall_at_k
 from imaging import decode
 from index.store import StoredEntity
-from service.answers import Prediction
 from service.recognizer import Recognizer
+from wikiclip.answers import Prediction
 
 CONFUSIONS = 24
 _IMAGE_PX = 160

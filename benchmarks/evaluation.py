@@ -17,8 +17,8 @@ from core.jsonl import Rejected, RejectLog
 from core.metrics import harmonic_mean, rank_of, recall_at_k
 from index.store import StoredEntity
 from model.data import Pair, read_pairs
-from service.answers import Prediction, Recognition, RecognizeOptions
 from service.recognizer import Recognizer
+from wikiclip.answers import Prediction, Recognition, RecognizeOptions
 
 RECALL_AT = (1, 5, 10)
 
@@ -113,7 +113,7 @@ def _answered(
         image=pair.image.path,
         entity=entity,
         best=predictions[0] if predictions else None,
-        known=answer.known if answer else None,
+        known=answer.in_catalog_probability if answer else None,
     )
 
 

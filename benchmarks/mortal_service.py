@@ -10,7 +10,7 @@ import threading
 from typing import Any
 
 import service.loaded_bundle
-import wikiclip
+from wikiclip.cli import main as wikiclip_main
 
 _condemned = threading.Event()
 
@@ -36,7 +36,7 @@ def main() -> None:
     open_encoder = service.loaded_bundle.open_encoder
     service.loaded_bundle.open_encoder = lambda *arguments: _Mortal(open_encoder(*arguments))  # type: ignore[assignment]
     signal.signal(signal.SIGUSR1, lambda *_: _condemned.set())
-    wikiclip.cli()
+    wikiclip_main()
 
 
 if __name__ == "__main__":

@@ -1,46 +1,26 @@
-"""What the console script is made of: commands that are imported only when they are named, and one way to fail."""
+"""How a command of the command line runs and fails."""
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import click
 
 from core.errors import WikiclipError
 
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
 
-class LazyGroup(click.Group):
-    """A group whose commands live elsewhere: `{name: ("module:attribute", one line of help)}`.
 
-    Listing the commands imports none of them, so `--help` answers at once however heavy they are.
+def run(command: click.Command, arguments: Sequence[str] | None = None, *, name: str | None = None) -> None:
+    """Run a command, by default with the arguments of this process.
+
+    Exits with 0, 2 on bad usage or input (one line on stderr), 130 on Ctrl-C, 1 on a fault of the program. Messages
+    call the command `name`.
     """
-
-    def __init__(self, *, lazy: Mapping[str, tuple[str, str]], **options: object) -> None:
-        super().__init__(**options)  # type: ignore[arg-type]
-        self._lazy = lazy
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self._lazy)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self._lazy:
-            return None
-        module, _, attribute = self._lazy[cmd_name][0].partition(":")
-        command = getattr(importlib.import_module(module), attribute)
-        assert isinstance(command, click.Command)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in self._lazy.items()])
-
-
-def run(command: click.Command) -> None:
-    """Run a command line: exit 0, 2 on bad usage or input (one line on stderr), 130 on Ctrl-C, 1 on our own fault."""
     try:
-        command.main(standalone_mode=False)
+        command.main(arguments, name, standalone_mode=False, **CONTEXT)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

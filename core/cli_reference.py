@@ -1,42 +1,37 @@
-"""`make cli-docs`: every command's `--help` as one page. `python -m core.cli_reference wikiclip:cli > docs/cli.md`."""
+"""`make cli-docs`: every command's `--help` as one page. `python -m core.cli_reference > docs/cli.md`."""
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 
 import click
 
-WIDTH = 110  # columns, whatever the terminal has
+from core.cli import CONTEXT
+from wikiclip.cli import COMMANDS, help_text, load
+
+WIDTH = 110  # columns, whatever the width of the terminal
 
 
-def cli_reference(group: click.Group, name: str) -> str:
-    """The Markdown page of `group` and each of its commands, called as `name`: their help, word for word."""
-    settings = {**group.context_settings, "terminal_width": WIDTH, "max_content_width": WIDTH}
-    parent = click.Context(group, info_name=name, **settings)
-    intro = f"# Command line\n\nWritten by `make cli-docs` from the commands themselves.\n\n{_block(group, parent)}"
-    return "\n".join([intro, *_sections(group, parent)])
+def cli_reference() -> str:
+    """Return a Markdown page with the help of `wikiclip` and of each command."""
+    intro = f"# Command line\n\nWritten by `make cli-docs` from the commands themselves.\n\n{_block(help_text())}"
+    return "\n".join([intro, *(section for name in COMMANDS for section in _sections(load(name), f"wikiclip {name}"))])
 
 
-def _sections(group: click.Group, parent: click.Context) -> Iterator[str]:
-    for command_name in group.list_commands(parent):
-        command = group.get_command(parent, command_name)
-        assert command is not None
-        context = click.Context(command, parent=parent, info_name=command_name)
-        yield f"## {context.command_path}\n\n{_block(command, context)}"
-        if isinstance(command, click.Group):
-            yield from _sections(command, context)
+def _sections(command: click.Command, name: str) -> Iterator[str]:
+    context = click.Context(command, info_name=name, **{**CONTEXT, "max_content_width": WIDTH}, terminal_width=WIDTH)
+    yield f"## {name}\n\n{_block(command.get_help(context))}"
+    if isinstance(command, click.Group):
+        for each in command.list_commands(context):
+            subcommand = command.get_command(context, each)
+            assert subcommand is not None
+            yield from _sections(subcommand, f"{name} {each}")
 
 
-def _block(command: click.Command, context: click.Context) -> str:
-    return f"```text\n{command.get_help(context)}\n```\n"
-
-
-def main() -> None:
-    module, _, attribute = sys.argv[1].partition(":")
-    sys.stdout.write(cli_reference(getattr(importlib.import_module(module), attribute), module))
+def _block(text: str) -> str:
+    return f"```text\n{text.rstrip()}\n```\n"
 
 
 if __name__ == "__main__":
-    main()
+    sys.stdout.write(cli_reference())

@@ -32,81 +32,71 @@
         ├── CheckpointError                         a checkpoint that is missing, of another shape, or altered
         └── EncoderSpecError                        an encoder spec that names nothing usable
 
-A message is one line: what is wrong (with the file or the field), then what to do about it.
+A message is one line: what is wrong (with the file or the field), then what to do about it. `wikiclip.errors` defines
+the errors that clients raise as well.
 """
 
 from __future__ import annotations
 
+from wikiclip.errors import (
+    BadRequest,
+    Conflict,
+    DeadlineExceeded,
+    Forbidden,
+    NotFound,
+    SlowRequest,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    Unprocessable,
+    UnsupportedMediaType,
+    UserError,
+    WikiclipError,
+)
 
-class WikiclipError(Exception):
-    """Base of all errors raised on purpose. `status` is the HTTP status, `title` the RFC 9457 title."""
-
-    status: int = 500
-    exit_code: int = 1
-    title: str = "Internal error"
-
-    @property
-    def detail(self) -> str:
-        return str(self)
-
-
-class UserError(WikiclipError):
-    status = 400
-    exit_code = 2
-    title = "Bad request"
-
-
-class BadRequest(UserError):
-    pass
-
-
-class Unauthorized(UserError):
-    status = 401
-    title = "Unauthorized"
-
-
-class Forbidden(UserError):
-    status = 403
-    title = "Forbidden"
-
-
-class NotFound(UserError):
-    status = 404
-    title = "Not found"
+__all__ = [
+    "BadParameter",
+    "BadRequest",
+    "BundleAltered",
+    "BundleError",
+    "BundleIncomplete",
+    "BundleMissing",
+    "BundleRefused",
+    "BundleSchemaMismatch",
+    "CatalogError",
+    "CheckpointError",
+    "Conflict",
+    "DeadlineExceeded",
+    "EncoderSpecError",
+    "FetchFailed",
+    "Forbidden",
+    "HeadTooLarge",
+    "LiveDirError",
+    "NoEntitySide",
+    "NotFound",
+    "SlowRequest",
+    "TooLarge",
+    "TooManyRequests",
+    "TransferError",
+    "Unauthorized",
+    "Unavailable",
+    "UndecodableImage",
+    "UnknownEntity",
+    "Unprocessable",
+    "UnsupportedMediaType",
+    "UserError",
+    "WikiclipError",
+]
 
 
 class UnknownEntity(NotFound):
     title = "Unknown entity"
 
 
-class SlowRequest(UserError):
-    status = 408
-    title = "Request too slow"
-
-
-class Conflict(UserError):
-    status = 409
-    title = "Conflict"
-
-
-class TooLarge(UserError):
-    status = 413
-    title = "Image too large"
-
-
-class UnsupportedMediaType(UserError):
-    status = 415
-    title = "Unsupported media type"
-
-
 class HeadTooLarge(UserError):
     status = 431
     title = "Request head too large"
-
-
-class Unprocessable(UserError):
-    status = 422
-    title = "Unprocessable content"
 
 
 class UndecodableImage(Unprocessable):
@@ -127,25 +117,6 @@ class NoEntitySide(Unprocessable):
 
 class FetchFailed(Unprocessable):
     title = "Image cannot be fetched"
-
-
-class TooManyRequests(UserError):
-    status = 429
-    title = "Too many requests"
-
-    def __init__(self, message: str, *, retry_after_s: float) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
-
-
-class Unavailable(UserError):
-    status = 503
-    title = "Not ready"
-
-
-class DeadlineExceeded(UserError):
-    status = 504
-    title = "Deadline exceeded"
 
 
 class BundleError(UserError):

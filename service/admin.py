@@ -16,8 +16,9 @@ from service.body import ImageUrl, read_body, record_of
 from service.image_fetcher import ImageFetcher
 from service.loaded_bundle import Snapshot
 from service.recognizer import Recognizer
-from service.routes import entity_json, json_response, recognizer_of
+from service.routes import entity_answer, json_response, recognizer_of
 from service.updates import Editor
+from wikiclip.answers import BundleChange, EditedEntity
 
 _MAX_BODY_BYTES = 64 * 1024
 _MAX_ID_CHARACTERS = 2000  # Encyclopedic-VQA's ids are URLs
@@ -28,7 +29,7 @@ router = APIRouter(dependencies=[Depends(require_admin)])
 @router.post(
     "/admin/bundle",
     summary="Answer from another bundle, without failing a request",
-    response_model=schemas.BundleChange,
+    response_model=BundleChange,
     responses=schemas.problems(400, 401, 403, 408, 409, 413, 422, 503),
     openapi_extra={**schemas.ADMIN_ONLY, **schemas.json_body(schemas.BundleRequest)},
 )
@@ -39,16 +40,18 @@ async def change_bundle(request: Request) -> Response:
     wanted = await _wanted(request, recognizer.settings.receive_timeout_s)
     previous = recognizer.label
     new = await recognizer.swap(wanted.path)
-    told = {"bundle": new.snapshot().label, "previous": previous, "model": new.model}
-    return json_response({**told, "entities": new.snapshot().entities.entity_count})
+    current = new.snapshot()
+    return json_response(
+        BundleChange(bundle=current.label, previous=previous, model=new.model, entities=current.entities.entity_count)
+    )
 
 
 @router.put(
     "/entities/{entity_id:path}",
     summary="Add an entity or replace it, while serving",
-    response_model=schemas.EditedEntity,
+    response_model=EditedEntity,
     responses={
-        201: {"model": schemas.EditedEntity, "description": "The entity is new"},
+        201: {"model": EditedEntity, "description": "The entity is new"},
         **schemas.problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
     },
     openapi_extra={**schemas.ADMIN_ONLY, **schemas.entity_body()},
@@ -65,8 +68,8 @@ async def put_entity(request: Request, entity_id: str) -> Response:
         fetcher: ImageFetcher = request.app.state.fetcher
         image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
         edited = await recognizer.edit(snapshot, lambda: editor.put(entity_id, wanted, image))
-    told = {**entity_json(edited.entity), "bundle": snapshot.label_at(edited.revision)}
-    return json_response(told, status=HTTPStatus.CREATED if edited.created else HTTPStatus.OK)
+    answer = EditedEntity(**dict(entity_answer(edited.entity)), bundle=snapshot.label_at(edited.revision))
+    return json_response(answer, status=HTTPStatus.CREATED if edited.created else HTTPStatus.OK)
 
 
 @router.delete(

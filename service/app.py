@@ -30,6 +30,7 @@ from service.recognizer import Recognizer
 from service.redis_link import RedisLink
 from service.settings import Settings
 from service.telemetry import Metrics, Tracing, open_tracing
+from wikiclip.answers import Info, Liveness, Problem, Readiness
 
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
@@ -164,19 +165,19 @@ def metrics_of(app: FastAPI) -> Metrics:
 
 
 def _add_operations(app: FastAPI) -> None:
-    @app.get("/livez", summary="Whether the process answers", response_model=schemas.Liveness)
+    @app.get("/livez", summary="Whether the process answers", response_model=Liveness)
     async def livez() -> Response:
-        return routes.json_response({"status": "alive"})
+        return routes.json_response(Liveness())
 
     @app.get(
         "/readyz",
         summary="Whether images can be recognised now",
-        response_model=schemas.Readiness,
+        response_model=Readiness,
         responses=schemas.problems(503),
     )
     async def readyz(request: Request) -> Response:
         routes.recognizer_of(request)
-        return routes.json_response({"status": "ready"})
+        return routes.json_response(Readiness())
 
     @app.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
     async def metrics(request: Request) -> Response:
@@ -188,39 +189,36 @@ def _add_operations(app: FastAPI) -> None:
         told.ready.set(recognizer is not None and recognizer.unready_reason is None)
         return Response(told.exposition(), headers={"Content-Type": told.content_type})
 
-    @app.get(
-        "/info", summary="What is served, and its limits", response_model=schemas.Info, responses=schemas.problems(503)
-    )
+    @app.get("/info", summary="What is served, and its limits", response_model=Info, responses=schemas.problems(503))
     async def info(request: Request) -> Response:
         if request.app.state.recognizer is None:
             raise Unavailable("the bundle is being loaded; try again later")
         return routes.json_response(_info(request.app.state.recognizer))
 
 
-def _info(recognizer: Recognizer) -> dict[str, Any]:
+def _info(recognizer: Recognizer) -> Info:
     settings = recognizer.settings
     with recognizer.acquire() as snapshot:
-        generation = snapshot.generation
-        bundle = generation.bundle
-    return {
-        "version": version("wikiclip-serve"),
-        "model": generation.model,
-        "bundle": snapshot.label,
-        "entities": snapshot.entities.entity_count,
-        "embeddings": bundle.manifest.counts.embeddings,
-        "embedding_dim": bundle.manifest.embedding_dim,
-        "device": generation.encoder.device,
-        "precision": generation.precision,
-        "index": bundle.index_manifest.factory,
-        "search_device": generation.search_device[0],
-        "search_device_why": generation.search_device[1],
-        "calibrated": bundle.calibration is not None,
-        "image_types": list(readable_types()),
-        "limits": {
+        loaded = snapshot.generation
+    return Info(
+        version=version("wikiclip-serve"),
+        model=loaded.model,
+        bundle=snapshot.label,
+        entities=snapshot.entities.entity_count,
+        embeddings=loaded.bundle.manifest.counts.embeddings,
+        embedding_dim=loaded.bundle.manifest.embedding_dim,
+        device=loaded.encoder.device,
+        precision=loaded.precision,
+        index=loaded.bundle.index_manifest.factory,
+        search_device=loaded.search_device[0],
+        search_device_why=loaded.search_device[1],
+        calibrated=loaded.bundle.calibration is not None,
+        image_types=tuple(readable_types()),
+        limits={
             name: getattr(settings, name)
             for name in ("max_body_bytes", "max_pixels", "max_batch_images", "queue_limit", "deadline_ms")
         },
-    }
+    )
 
 
 def _add_pages(app: FastAPI) -> None:
@@ -240,7 +238,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         components = document["components"]["schemas"]
-        components["Problem"] = {**schemas.Problem.model_json_schema(), "x-types": problems.problem_types()}
+        components["Problem"] = {**Problem.model_json_schema(), "x-types": problems.problem_types()}
         # The framework's own shape of a failed check: ours is a problem, told where a check can fail.
         for unused in ("HTTPValidationError", "ValidationError"):
             components.pop(unused, None)

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -16,7 +15,7 @@ import orjson
 from tqdm import tqdm
 
 from core.errors import BadRequest, UserError
-from service.answers import Explanation, Recognition, RecognizeOptions
+from wikiclip.answers import Explanation, Recognition, RecognizeOptions
 
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"))
 _ASKED_AT_ONCE = 4
@@ -63,7 +62,7 @@ def answers_from_service(
     images: Sequence[Path], url: str, options: RecognizeOptions, *, api_key: str | None = None
 ) -> Iterator[Answer]:
     """Recognise files through a service, a few at a time, in order."""
-    from service.client import Client
+    from wikiclip.client import Client
 
     with Client(url, api_key=api_key) as client, ThreadPoolExecutor(_ASKED_AT_ONCE) as pool:
 
@@ -136,7 +135,7 @@ class Printer:
 def _row(path: Path, answer: Recognition | UserError) -> dict[str, Any]:
     if isinstance(answer, UserError):
         return {"image": str(path), "error": {"title": answer.title, "status": answer.status, "detail": answer.detail}}
-    return {"image": str(path), **asdict(answer)}
+    return {"image": str(path), **answer.model_dump(exclude={"request_id"})}
 
 
 def _lines(path: Path, answer: Recognition) -> Iterator[str]:

@@ -99,8 +99,8 @@ def recognize(
     """
     if (bundle is None) == (url is None):
         raise click.UsageError("give one of --bundle and --url")
-    from service.answers import RecognizeOptions
     from service.batch import Printer, answers_from_bundle, answers_from_service, find_images
+    from wikiclip.answers import RecognizeOptions
 
     wanted_types = tuple(sorted({part.strip() for part in types.split(",") if part.strip()}))
     options = RecognizeOptions(top_k=top_k, types=wanted_types, lang=lang, explain=explain)

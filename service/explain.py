@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from index.store import StoredEntity
 from index.view import EntityView
-from service.answers import AttendedWord, Box, Explanation
 from service.join import Ranking
+from wikiclip.answers import AttendedWord, Box, Explanation
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -31,7 +31,7 @@ class Evidence:
 def explain(entities: EntityView, ranking: Ranking, evidence: Evidence) -> Ranking:
     """The same ranking, each prediction with its explanation. `entities` are those that were searched."""
     predictions = tuple(
-        replace(prediction, explanation=_explanation(entities, entity, evidence))
+        prediction.model_copy(update={"explanation": _explanation(entities, entity, evidence)})
         for prediction, entity in zip(ranking.predictions, entities.by_rows(ranking.rows), strict=True)
     )
     return replace(ranking, predictions=predictions)

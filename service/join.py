@@ -16,8 +16,8 @@ from index.calibration import CANDIDATES, Calibration, background
 from index.selection import Selection
 from index.store import StoredEntity
 from index.view import EntityView
-from service.answers import Prediction, RecognizeOptions
 from service.engine import Found
+from wikiclip.answers import Prediction, RecognizeOptions
 
 SELECTIONS_KEPT = 32  # a byte an entity each
 

@@ -23,13 +23,13 @@ from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
 from index.merged import MergedView
 from index.store import EntityStore
 from index.view import EntityView, LiveChanges, LiveState
-from service.answers import RecognizeOptions
 from service.encoder import OnnxEncoder, wanted_device
 from service.engine import Encoder, Engine
 from service.join import SELECTIONS_KEPT, Joiner
 from service.settings import MILVUS, Settings
 from service.telemetry import Metrics
 from service.updates import Editor
+from wikiclip.answers import RecognizeOptions
 
 _PRECISIONS = {"cpu": "int8", "cuda": "float16"}  # what each is fastest in
 

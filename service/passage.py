@@ -23,12 +23,12 @@ from core.errors import Unavailable
 from imaging import load_region
 from index.selection import Selection
 from index.store import StoredEntity
-from service.answers import Box, RecognizeOptions
 from service.engine import Found
 from service.explain import Evidence, explain
 from service.join import Ranking
 from service.loaded_bundle import Snapshot
 from service.workers import Workers
+from wikiclip.answers import Box, RecognizeOptions
 
 
 @dataclass(frozen=True, kw_only=True)

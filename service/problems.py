@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-import orjson
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -37,6 +36,7 @@ from core.errors import (
     UnsupportedMediaType,
     WikiclipError,
 )
+from wikiclip.answers import Problem
 
 _MET_BY_REQUESTS: tuple[type[WikiclipError], ...] = (
     BadRequest,
@@ -74,18 +74,14 @@ def problem_types() -> list[dict[str, Any]]:
     return [{"type": problem_type(kind), "title": kind.title, "status": kind.status} for kind in _MET_BY_REQUESTS]
 
 
-def problem_of(error: WikiclipError, request_id: str) -> dict[str, Any]:
+def problem_of(error: WikiclipError, request_id: str) -> Problem:
     """The body of the answer to an error."""
     detail = error.detail
     if isinstance(error, BundleError):
         detail = "the bundle cannot be served; see the service's log"  # the message names files of this machine
-    return {
-        "type": problem_type(type(error)),
-        "title": error.title,
-        "status": error.status,
-        "detail": detail,
-        "request_id": request_id,
-    }
+    return Problem(
+        type=problem_type(type(error)), title=error.title, status=error.status, detail=detail, request_id=request_id
+    )
 
 
 def problem_response(error: WikiclipError, request_id: str) -> Response:
@@ -102,13 +98,13 @@ def problem_response(error: WikiclipError, request_id: str) -> Response:
 def unexpected_response(request_id: str) -> Response:
     """The answer to a fault of ours: it tells nothing but the id to look for in the log."""
     return _response(
-        {
-            "type": "about:blank",
-            "title": "Internal Server Error",
-            "status": 500,
-            "detail": "something went wrong here, not with the request; quote the request_id to the operator",
-            "request_id": request_id,
-        }
+        Problem(
+            type="about:blank",
+            title="Internal Server Error",
+            status=500,
+            detail="something went wrong here, not with the request; quote the request_id to the operator",
+            request_id=request_id,
+        )
     )
 
 
@@ -137,29 +133,22 @@ def _to_wikiclip_error(request: Request, error: WikiclipError) -> Response:
 def _to_http_error(request: Request, error: HTTPException) -> Response:
     title = HTTPStatus(error.status_code).phrase
     detail = {404: "no such page here; /docs lists what there is", 405: "this path takes other methods; see Allow"}
-    body = {
-        "type": "about:blank",
-        "title": title,
-        "status": error.status_code,
-        "detail": detail.get(error.status_code, title),
-        "request_id": request.state.request_id,
-    }
-    return _response(body, error.headers)
+    problem = Problem(
+        type="about:blank",
+        title=title,
+        status=error.status_code,
+        detail=detail.get(error.status_code, title),
+        request_id=request.state.request_id,
+    )
+    return _response(problem, error.headers)
 
 
 def _to_invalid_parameter(request: Request, error: RequestValidationError) -> Response:
     reasons = (f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors())
-    body = {
-        "type": "/docs#problem-bad-parameter",
-        "title": "Bad parameter",
-        "status": 422,
-        "detail": "; ".join(reasons),
-        "request_id": request.state.request_id,
-    }
-    return _response(body)
+    return problem_response(BadParameter("; ".join(reasons)), request.state.request_id)
 
 
-def _response(body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+def _response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
     return Response(
-        orjson.dumps(body), body["status"], headers=dict(headers or {}), media_type="application/problem+json"
+        problem.model_dump_json(), problem.status, headers=dict(headers or {}), media_type="application/problem+json"
     )

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from core.errors import BadParameter
 from imaging import check_box
-from service.answers import MAX_TOP_K, Box, RecognizeOptions
+from wikiclip.answers import MAX_TOP_K, Box, RecognizeOptions
 
 _KEPT, _KEPT_BYTES = 1024, 256  # query strings, and how long one may be
 

@@ -13,14 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import orjson
+from pydantic import ValidationError
 
 from core.errors import (
     BundleAltered,
@@ -36,7 +35,6 @@ from core.errors import (
 from index.bundle import Bundle
 from index.release import local_bundle
 from service.admission import Admission
-from service.answers import Prediction, Recognition, RecognizeOptions
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
 from service.loaded_bundle import LoadedBundle, Snapshot
@@ -44,6 +42,7 @@ from service.passage import Passage, Passed
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from service.workers import Workers
+from wikiclip.answers import Recognition, RecognizeOptions
 
 Edit = TypeVar("Edit")
 Ended = TypeVar("Ended")
@@ -246,7 +245,7 @@ class Recognizer:
                 f"no answer within {self.settings.deadline_ms} ms; try again later or with fewer images at a time"
             ) from None
         total_ms = 1000 * (time.monotonic() - started_at)
-        return replace(recognition, timings_ms={**recognition.timings_ms, "total": total_ms})
+        return _with_total(recognition, total_ms)
 
     async def edit(self, snapshot: Snapshot, change: Callable[[], Future[Edit]]) -> Edit:
         """What a change to the entities gives, within the deadline of a request; `change` gives it to a worker. The
@@ -321,7 +320,7 @@ class Recognizer:
                 continue
             recognition = _recognition(snapshot, passed, cached=False)
             total_ms = sum(recognition.timings_ms.values())
-            answers.append(replace(recognition, timings_ms={**recognition.timings_ms, "total": total_ms}))
+            answers.append(_with_total(recognition, total_ms))
         return answers
 
     def _begin(
@@ -371,7 +370,7 @@ def _recognition(snapshot: Snapshot, passed: Passed, *, cached: bool) -> Recogni
         model=snapshot.generation.model,
         bundle=snapshot.label,
         cached=cached,
-        known=passed.ranking.known,
+        in_catalog_probability=passed.ranking.known,
         abstained=passed.ranking.abstained,
         predictions=passed.ranking.predictions,
         timings_ms=passed.timings_ms,
@@ -386,19 +385,21 @@ def _read_embedding(value: bytes | None, dim: int) -> npt.NDArray[np.float32] | 
     return embedding_D if np.isfinite(embedding_D).all() else None
 
 
+def _with_total(recognition: Recognition, total_ms: float) -> Recognition:
+    timings_ms = {stage: round(value, 3) for stage, value in {**recognition.timings_ms, "total": total_ms}.items()}
+    return recognition.model_copy(update={"timings_ms": timings_ms})
+
+
 def _write_answer(recognition: Recognition) -> bytes:
-    content = {field.name: getattr(recognition, field.name) for field in fields(recognition)}
-    return orjson.dumps({**content, "cached": True, "timings_ms": {}})
+    return recognition.model_copy(update={"cached": True, "timings_ms": {}}).model_dump_json().encode()
 
 
 def _read_answer(value: bytes | None) -> Recognition | None:
-    """An answer from the cache, None unless it is whole: Redis may hold anything."""
+    """Return an answer from the cache, None unless it is complete: Redis may hold anything."""
     if value is None:
         return None
     try:
-        content = orjson.loads(value)
-        predictions = tuple(Prediction(**{**p, "types": tuple(p["types"])}) for p in content["predictions"])
-        return Recognition(**{**content, "predictions": predictions})
-    except (ValueError, TypeError, KeyError, AttributeError):
-        log.warning("an answer in the cache is damaged: computing it anew")
+        return Recognition.model_validate_json(value)
+    except ValidationError:
+        log.warning("an answer in the cache is damaged: computing it again")
         return None

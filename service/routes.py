@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import asdict, fields
 from typing import Annotated, Any, TypeVar
 
-import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,7 +17,6 @@ from core.errors import BadRequest, NotFound, TooManyRequests, Unavailable, Wiki
 from imaging import readable_types
 from index.store import StoredEntity
 from service import problems, schemas
-from service.answers import Recognition
 from service.auth import require_key
 from service.body import ImageUrl, image_of, images_of, read_body
 from service.image_fetcher import ImageFetcher
@@ -27,10 +25,9 @@ from service.loaded_bundle import Snapshot
 from service.query import options_of, query_parameters
 from service.recognizer import Recognizer
 from service.telemetry import timed
+from wikiclip.answers import BatchRecognition, Entities, Entity, Problem, Recognition
 
 T = TypeVar("T")
-
-_FIELDS = [field.name for field in fields(Recognition)]
 
 
 class DirectRoute(APIRoute):
@@ -68,8 +65,8 @@ router = APIRouter(dependencies=[Depends(require_key)])
 recognition = APIRouter(route_class=DirectRoute)
 
 
-def json_response(content: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, media_type="application/json", headers=dict(headers or {}))
+def json_response(content: BaseModel, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    return Response(content.model_dump_json(), status, media_type="application/json", headers=dict(headers or {}))
 
 
 def recognizer_of(request: Request) -> Recognizer:
@@ -84,7 +81,7 @@ def recognizer_of(request: Request) -> Recognizer:
 @recognition.post(
     "/recognize",
     summary="Which entities are in this image",
-    response_model=schemas.RecognizeResponse,
+    response_model=Recognition,
     responses=schemas.problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
     openapi_extra={"parameters": query_parameters(), **schemas.recognize_body(list(readable_types()))},
 )
@@ -107,14 +104,14 @@ async def recognize(request: Request) -> Response:
 
     with recognizer.admission.admit(1):
         recognition = await _while_connected(request, result())
-    answer = {"request_id": request.state.request_id, **_answer(recognition)}
-    return json_response(answer, {"Server-Timing": _server_timing(answer["timings_ms"])})
+    answer = recognition.model_copy(update={"request_id": request.state.request_id})
+    return json_response(answer, {"Server-Timing": _server_timing(answer.timings_ms)})
 
 
 @recognition.post(
     "/recognize/batch",
     summary="The same for several images at once, in order; one bad image spoils no other",
-    response_model=schemas.BatchResponse,
+    response_model=BatchRecognition,
     responses=schemas.problems(400, 401, 408, 413, 415, 422, 429, 503),
     openapi_extra={"parameters": query_parameters(), **schemas.batch_body()},
 )
@@ -129,28 +126,35 @@ async def recognize_batch(request: Request) -> Response:
     await _count(request, len(images))
     request_id = request.state.request_id
 
-    async def result(image: bytes | WikiclipError, snapshot: Snapshot) -> dict[str, Any]:
+    async def result(image: bytes | WikiclipError, snapshot: Snapshot) -> Recognition | Problem:
         try:
             if isinstance(image, WikiclipError):
                 raise image
-            return {"request_id": request_id, **_answer(await recognizer.recognize(image, options, snapshot))}
+            recognition = await recognizer.recognize(image, options, snapshot)
         except WikiclipError as error:
             return problems.problem_of(error, request_id)
+        return recognition.model_copy(update={"request_id": request_id})
 
-    async def all_results(snapshot: Snapshot) -> list[dict[str, Any]]:
+    async def all_results(snapshot: Snapshot) -> list[Recognition | Problem]:
         return await asyncio.gather(*(result(image, snapshot) for image in images))
 
     # One state for all of them: a bundle swapped meanwhile is for the next request.
     with recognizer.admission.admit(len(images)), recognizer.acquire() as snapshot:
         results = await _while_connected(request, all_results(snapshot))
-        told = {"request_id": request_id, "model": snapshot.generation.model, "bundle": snapshot.label}
-    return json_response({**told, "results": results})
+    return json_response(
+        BatchRecognition(
+            request_id=request_id,
+            model=snapshot.generation.model,
+            bundle=snapshot.label,
+            results=tuple(results),
+        )
+    )
 
 
 @router.get(
     "/entities",
     summary="Entities by title",
-    response_model=schemas.EntitiesResponse,
+    response_model=Entities,
     responses=schemas.problems(401, 422, 503),
 )
 def search_entities(
@@ -162,7 +166,7 @@ def search_entities(
 ) -> Response:
     with recognizer_of(request).acquire() as snapshot:
         found = snapshot.entities.search_titles(query, limit)
-    return json_response({"entities": [entity_json(entity) for entity in found]})
+    return json_response(Entities(entities=tuple(entity_answer(entity) for entity in found)))
 
 
 @router.get(
@@ -186,13 +190,13 @@ def get_thumbnail(request: Request, entity_id: str) -> Response:
 @router.get(
     "/entities/{entity_id:path}",
     summary="The record of an entity",
-    response_model=schemas.EntitySchema,
+    response_model=Entity,
     responses=schemas.problems(401, 404, 503),
 )
 def get_entity(request: Request, entity_id: str) -> Response:
     with recognizer_of(request).acquire() as snapshot:
         entity = snapshot.entities.get(entity_id)
-    return json_response(entity_json(entity))
+    return json_response(entity_answer(entity))
 
 
 async def _body(request: Request, recognizer: Recognizer) -> bytes:
@@ -212,17 +216,8 @@ async def _count(request: Request, images: int) -> None:
             raise
 
 
-def _answer(recognition: Recognition) -> dict[str, Any]:
-    # One level only: orjson writes the dataclasses within by itself, many times as fast as `asdict` copies them.
-    content = {name: getattr(recognition, name) for name in _FIELDS}
-    content["timings_ms"] = {stage: round(value, 3) for stage, value in recognition.timings_ms.items()}
-    return content
-
-
-def entity_json(entity: StoredEntity) -> dict[str, Any]:
-    record = asdict(entity)
-    del record["row"], record["heard"]  # the bundle's business
-    return record
+def entity_answer(entity: StoredEntity) -> Entity:
+    return Entity.model_validate(entity, from_attributes=True)
 
 
 def _server_timing(timings_ms: Mapping[str, float]) -> str:

@@ -1,117 +1,10 @@
-"""The shapes of answers as `/openapi.json` tells them."""
+"""Request bodies, and how `/openapi.json` describes bodies and problems."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
-
-
-class HeardWordSchema(BaseModel):
-    word: str
-    start: int = Field(description="In characters of the entity's text.")
-    end: int
-    weight: float = Field(description="Its share of the adaptor's attention to the text.")
-
-
-class ExplanationSchema(BaseModel):
-    heat_map: list[list[float]] | None = Field(
-        description="Cosine of each patch of the image with the entity, in rows from the top; null where the encoder's "
-        "patches cannot be compared with entities."
-    )
-    region: tuple[float, float, float, float] = Field(
-        description="What the heat map covers: x, y, width, height in fractions of the upright image."
-    )
-    words: list[HeardWordSchema] | None = Field(
-        description="What the adaptor listened to most in the entity's text; null where the bundle keeps no text."
-    )
-
-
-class PredictionSchema(BaseModel):
-    rank: int = Field(description="From 1.")
-    entity_id: str
-    title: str
-    score: float = Field(description="Cosine between the query image and the entity; never rises with rank.")
-    confidence: float | None = Field(description="Probability of being right; null without calibration.")
-    description: str | None
-    url: str | None
-    symbol: str | None = Field(description="A character that shows the entity.")
-    types: list[str]
-    has_thumbnail: bool = Field(description="Whether GET /entities/{entity_id}/thumbnail has one.")
-    explanation: ExplanationSchema | None = Field(description="Why it was found; null unless `explain` asked for it.")
-
-
-class RecognizeResponse(BaseModel):
-    request_id: str
-    model: str
-    bundle: str = Field(description="name@fingerprint of the bundle that answered.")
-    cached: bool = Field(description="The image was not encoded for this answer.")
-    known: float | None = Field(description="Probability that the entity is in the catalog; null without calibration.")
-    abstained: bool | None = Field(description="It is probably not in the catalog; null without calibration.")
-    predictions: list[PredictionSchema]
-    timings_ms: dict[str, float] = Field(
-        description="Milliseconds in decode, queue, encode, search, as far as they took place, and in total."
-    )
-
-
-class Problem(BaseModel):
-    """RFC 9457."""
-
-    type: str
-    title: str
-    status: int
-    detail: str
-    request_id: str
-
-
-class BatchResponse(BaseModel):
-    request_id: str
-    model: str
-    bundle: str
-    results: list[RecognizeResponse | Problem] = Field(description="In the order of the parts.")
-
-
-class EntitySchema(BaseModel):
-    entity_id: str
-    title: str
-    titles: dict[str, str] = Field(description="By language.")
-    description: str | None
-    url: str | None
-    symbol: str | None
-    types: list[str]
-    image_count: int
-    has_text: bool
-    has_thumbnail: bool
-    text: str | None = Field(description="Only where the bundle was exported with it.")
-
-
-class EntitiesResponse(BaseModel):
-    entities: list[EntitySchema]
-
-
-class Liveness(BaseModel):
-    status: Literal["alive"]
-
-
-class Readiness(BaseModel):
-    status: Literal["ready"]
-
-
-class Info(BaseModel):
-    version: str
-    model: str
-    bundle: str
-    entities: int
-    embeddings: int
-    embedding_dim: int
-    device: str
-    precision: str = Field(description="float, int8 or float16: which of the bundle's encoders runs.")
-    index: str = Field(description="faiss's factory string.")
-    search_device: str
-    search_device_why: str = Field(description="Why the search runs there.")
-    calibrated: bool
-    image_types: list[str]
-    limits: dict[str, int]
 
 
 class BundleRequest(BaseModel):
@@ -120,13 +13,6 @@ class BundleRequest(BaseModel):
         max_length=4096,
         description="Folder of the bundle, on the service's machine, or a URI as s3://bucket/prefix.",
     )
-
-
-class BundleChange(BaseModel):
-    bundle: str = Field(description="name@fingerprint of the bundle that answers from now on.")
-    previous: str
-    model: str
-    entities: int
 
 
 class EntityRequest(BaseModel):
@@ -142,10 +28,6 @@ class EntityRequest(BaseModel):
     description: str | None = Field(default=None, description="One line to show; else the first sentence of the text.")
     symbol: str | None = Field(default=None, description="A character that shows the entity.")
     embedding: list[float] | None = Field(default=None, description="Instead of image and text to embed; any length.")
-
-
-class EditedEntity(EntitySchema):
-    bundle: str = Field(description="name@fingerprint+N: answers from here on know of the change.")
 
 
 SECURITY_SCHEMES: dict[str, Any] = {

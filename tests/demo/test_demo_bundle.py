@@ -23,9 +23,9 @@ from demo.train_tiny import drawings_digest
 from export.outliers import outlier_images
 from index.bundle import Bundle
 from model.tiny import read_tiny
-from service.answers import Recognition, RecognizeOptions
 from service.recognizer import Recognizer
 from service.settings import Settings
+from wikiclip.answers import Recognition, RecognizeOptions
 
 DEMO = Path(demo.__file__).parent
 MAX_BYTES = 16 * 1024 * 1024

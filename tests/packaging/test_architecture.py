@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,12 +18,31 @@ from core.runtime import blas_kernels
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {"torch", "transformers"}
+DEPENDENCIES = HEAVY | {
+    "click",
+    "faiss",
+    "fastapi",
+    "fsspec",
+    "httpx",
+    "numpy",
+    "onnxruntime",
+    "orjson",
+    "PIL",
+    "prometheus_client",
+    "pydantic",
+    "pydantic_settings",
+    "python_multipart",
+    "redis",
+    "starlette",
+    "tqdm",
+    "uvicorn",
+}
 
 
 def package_table() -> dict[str, tuple[str, str]]:
     """The rows of the page's table: package name to (what it is, what it may import)."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)/` \| (.+?) \| (.+?) \|$", page, flags=re.MULTILINE)
     return {name: (purpose, allowed) for name, purpose, allowed in rows}
 
 
@@ -37,9 +57,6 @@ def allowed_imports(package: str) -> set[str]:
 
 
 def source_files(package: str) -> Iterator[Path]:
-    if (ROOT / f"{package}.py").exists():
-        yield ROOT / f"{package}.py"
-        return
     for path in sorted((ROOT / package).rglob("*.py")):
         if "build" not in path.relative_to(ROOT / package).parts:
             yield path
@@ -58,7 +75,7 @@ def imported_roots(source: str) -> set[str]:
 
 def test_table_names_every_package() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
-    assert packages | {"wikiclip"} == set(TABLE)
+    assert packages == set(TABLE)
 
 
 def test_table_names_only_packages_in_it() -> None:
@@ -90,10 +107,10 @@ def test_packages_without_torch_name_none(package: str) -> None:
     ("modules", "banned"),
     [
         # The whole serving path, recogniser and console command included.
-        ("service.app, service.recognizer, service.cli, service.client, index.bundle", HEAVY | {"model", "export"}),
+        ("service.app, service.recognizer, service.cli, wikiclip.client, index.bundle", HEAVY | {"model", "export"}),
         # Printing help stays quick because the commands' modules are light.
         (
-            "wikiclip, service.cli, index.cli, model.cli, export.cli, benchmarks.cli",
+            "wikiclip.cli, service.cli, index.cli, model.cli, export.cli, benchmarks.cli",
             HEAVY | {"numpy", "fastapi", "onnxruntime", "faiss", "PIL", "pydantic"},
         ),
     ],
@@ -104,6 +121,66 @@ def test_importing_pulls_in_nothing_heavy(modules: str, banned: set[str]) -> Non
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == ""
+
+
+FOREIGN = """
+import importlib.abc, sys
+
+class Blocked(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        root = name.partition(".")[0]
+        if root in {blocked!r}:
+            raise ImportError(f"{{name}} is not installed here")
+
+sys.meta_path.insert(0, Blocked())
+import service, index
+assert service.OWNER == index.OWNER == "application"
+{probe}
+"""
+CLIENTS = """
+import httpx
+from wikiclip import AsyncClient, Client, Recognition, TooManyRequests, UserError
+
+def answer(request):
+    return httpx.Response(200, json={"model": "m", "bundle": "b@1", "cached": False, "known": 0.5, "abstained": False,
+                                     "predictions": [], "timings_ms": {}})
+
+with Client("http://service") as client:
+    client._http = httpx.Client(base_url="http://service", transport=httpx.MockTransport(answer))
+    assert client.recognize(b"image").in_catalog_probability == 0.5
+assert issubclass(TooManyRequests, UserError)
+"""
+
+
+@pytest.mark.parametrize(
+    ("probe", "installed"),
+    [
+        ("import wikiclip", set()),
+        ("import runpy; sys.argv = ['wikiclip', '--help']; runpy.run_module('wikiclip', run_name='__main__')", set()),
+        (CLIENTS, {"httpx", "pydantic"}),
+    ],
+    ids=["import", "help", "clients"],
+)
+def test_the_public_package_works_next_to_the_packages_of_an_application(
+    probe: str, installed: set[str], tmp_path: Path
+) -> None:
+    """`service/` and `index/` are the application's, and nothing else of ours or of our dependencies is there."""
+    for package in ("service", "index"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text('OWNER = "application"')
+    (tmp_path / "site" / "wikiclip").mkdir(parents=True)
+    for path in (ROOT / "wikiclip").glob("*.py"):
+        shutil.copy(path, tmp_path / "site" / "wikiclip")
+    blocked = (set(TABLE) | DEPENDENCIES) - {"wikiclip", "service", "index"} - installed
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN.format(blocked=blocked, probe=probe)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{tmp_path / 'site'}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 NATIVE = {"faiss", "onnxruntime"}
@@ -122,7 +199,9 @@ def test_native_libraries_are_imported_through_core_runtime(package: str) -> Non
     assert not wrong
 
 
-@pytest.mark.parametrize("module", ["service.recognizer", "service.app", "export.onnx_export"])
+@pytest.mark.parametrize(
+    "module", ["service.recognizer", "service.app", "export.onnx_export", "wikiclip; wikiclip.Recognizer"]
+)
 def test_onnx_runtime_sends_no_telemetry(module: str, tmp_path: Path) -> None:
     """With telemetry on, importing it would write an id of the machine into the user's cache folder."""
     environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
@@ -149,7 +228,7 @@ def test_kernels_by_what_a_processor_can_do(flags: str, kernels: str | None) -> 
 @pytest.mark.parametrize("given", [None, "Nehalem"])
 @pytest.mark.parametrize(
     "module",
-    ["index.search", "model.negatives", "service.recognizer", "service.app"],
+    ["index.search", "model.negatives", "service.recognizer", "service.app", "wikiclip; wikiclip.Recognizer"],
 )
 def test_faiss_uses_the_processors_best_kernels(module: str, given: str | None) -> None:
     folder = Path(faiss.__file__).parent.parent / "faiss_cpu.libs"

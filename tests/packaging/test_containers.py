@@ -15,14 +15,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import click
 import jsonschema
 import pytest
 import yaml
 
-from core.cli import LazyGroup
 from service.settings import ENV_PREFIX, Settings, load_settings
-from wikiclip import cli
+from wikiclip.cli import load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -161,9 +159,7 @@ def test_image_command_is_one_the_console_knows(target: str, monkeypatch: pytest
     assert json.loads(entrypoint) == ["wikiclip"]
     words: list[str] = json.loads(rest)
     name, arguments = words[0], words[1:]
-    assert isinstance(cli, LazyGroup)
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
+    command = load(name)
     command.make_context(name, arguments)  # raises click.UsageError on anything it does not take
     assert set(settings_in(environment)) <= set(Settings.model_fields)
     load_settings()  # raises UserError on a value that does not fit

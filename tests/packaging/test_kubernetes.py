@@ -11,11 +11,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
-import wikiclip
 from service.app import create_app
 from service.settings import ENV_PREFIX, Settings, load_settings
 from service.telemetry import Metrics
 from tests.packaging.test_shown_commands import check
+from wikiclip.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("1.30", "1.37")
@@ -115,7 +115,7 @@ def test_the_bundle_is_where_the_job_brings_it() -> None:
         if "persistentVolumeClaim" in volume
     ]
     assert claims == [ALL["PersistentVolumeClaim"]["metadata"]["name"]] * 2
-    assert "bundle" in wikiclip.COMMANDS
+    assert "bundle" in COMMANDS
 
 
 def test_probes_and_ports_are_the_services() -> None:

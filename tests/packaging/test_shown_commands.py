@@ -20,9 +20,9 @@ import click
 import pytest
 import yaml
 
-import wikiclip
 from service.app import create_app
 from service.settings import Settings
+from wikiclip.cli import COMMANDS, load
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -62,10 +62,11 @@ def check(words: list[str], *, whole: bool = True) -> None:
 
     Paths are not looked for, and values that stand for others are not looked at.
     """
-    context = click.Context(wikiclip.cli, info_name="wikiclip")
-    command = wikiclip.cli.get_command(context, words[1])
-    if command is None:
+    if words[1] not in COMMANDS:
         raise click.UsageError(f"no command {words[1]!r}")
+    command: click.Command | None = load(words[1])
+    assert command is not None
+    context = click.Context(command, info_name=words[1])
     arguments = words[2:]
     if isinstance(command, click.Group) and (whole or arguments):
         if arguments and STAND_IN.fullmatch(arguments[0]):

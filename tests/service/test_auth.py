@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from core.errors import Unauthorized
-from service.client import Client
+from wikiclip.client import Client
 
 KEYS = ("first-key", "sha256:" + hashlib.sha256("zweiter Schlüssel".encode()).hexdigest())
 

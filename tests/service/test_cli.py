@@ -15,8 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-import core.cli
-import wikiclip
+import wikiclip.cli
 
 WIKICLIP = [sys.executable, "-m", "wikiclip"]
 TIMEOUT_S = 300  # generous: a busy machine is no failure
@@ -38,7 +37,7 @@ def run(capfd, monkeypatch):
         capfd.readouterr()
         code = 0
         try:
-            core.cli.run(wikiclip.cli)
+            wikiclip.cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
         return Ended(code, *capfd.readouterr())

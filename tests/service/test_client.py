@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from core.errors import TooManyRequests, Unavailable, Unprocessable, UserError
-from service.answers import RecognizeOptions
-from service.client import AsyncClient, Client
+from wikiclip.answers import RecognizeOptions
+from wikiclip.client import AsyncClient, Client
 
 
 def test_an_answer_as_the_recogniser_gives_it(service, small_images):

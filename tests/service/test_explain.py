@@ -14,12 +14,12 @@ from imaging import Preprocessing, load_region
 from index.bundle import Bundle
 from index.merged import MergedView
 from index.store import EntityStore, write_store
-from service.answers import AttendedWord, Recognition, RecognizeOptions
 from service.engine import Found
 from service.explain import Evidence, explain, match_map
 from service.join import Joiner
 from service.recognizer import Recognizer
 from service.settings import Settings
+from wikiclip.answers import AttendedWord, Recognition, RecognizeOptions
 
 EMBEDDING_D = np.ones(16, np.float32)
 

@@ -11,11 +11,11 @@ import pytest
 
 from core.errors import Unavailable, UndecodableImage
 from index.bundle import Bundle
-from service.answers import RecognizeOptions
 from service.passage import Passage
 from service.recognizer import Recognizer
 from service.settings import Settings
 from service.workers import Workers
+from wikiclip.answers import RecognizeOptions
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
 WIDTH = 16

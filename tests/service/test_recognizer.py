@@ -15,10 +15,10 @@ from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TooLarge
 from index.bundle import Bundle, list_files
 from index.calibration import background
 from index.familiarity import Familiarity
-from service.answers import Recognition, RecognizeOptions
 from service.recognizer import Recognizer
 from service.settings import Settings
 from tests.conftest import embed
+from wikiclip.answers import Recognition, RecognizeOptions
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_cuda_that_cannot_be_had_is_an_error_and_never_the_cpu(small_bundle):
 
 def test_the_service_never_imports_torch():
     program = (
-        "import sys, service.app, service.server, service.cli, service.batch, service.client; "
+        "import sys, service.app, service.server, service.cli, service.batch, wikiclip.client; "
         "sys.exit(sorted({'torch', 'transformers', 'onnx'} & sys.modules.keys()) or None)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

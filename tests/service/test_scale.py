@@ -22,8 +22,7 @@ import yaml
 
 from benchmarks.server import free_port, wait_until_ready
 from benchmarks.synthetic import photograph
-from service.answers import RecognizeOptions
-from service.client import Client
+from wikiclip import Client, RecognizeOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCUSTFILE = ROOT / "benchmarks" / "locustfile.py"

@@ -1,0 +1,91 @@
+"""WikiCLIP Serve in Python: clients of a running service, or a bundle in this process.
+
+    from wikiclip import Client, Recognizer
+
+Importing this package loads nothing else. Clients and answers need httpx and pydantic only.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from index.bundle import Bundle
+    from service.recognizer import Recognizer
+    from wikiclip.answers import (
+        AttendedWord,
+        BatchRecognition,
+        Entity,
+        Explanation,
+        Info,
+        Prediction,
+        Problem,
+        Recognition,
+        RecognizeOptions,
+    )
+    from wikiclip.client import AsyncClient, Client
+    from wikiclip.errors import (
+        BadRequest,
+        Conflict,
+        DeadlineExceeded,
+        Forbidden,
+        NotFound,
+        SlowRequest,
+        TooLarge,
+        TooManyRequests,
+        Unauthorized,
+        Unavailable,
+        Unprocessable,
+        UnsupportedMediaType,
+        UserError,
+        WikiclipError,
+    )
+
+_APPLICATION = {"Bundle": "index.bundle", "Recognizer": "service.recognizer"}
+_LIGHT = ("wikiclip.errors", "wikiclip.answers", "wikiclip.client")
+
+__all__ = [
+    "AsyncClient",
+    "AttendedWord",
+    "BadRequest",
+    "BatchRecognition",
+    "Bundle",
+    "Client",
+    "Conflict",
+    "DeadlineExceeded",
+    "Entity",
+    "Explanation",
+    "Forbidden",
+    "Info",
+    "NotFound",
+    "Prediction",
+    "Problem",
+    "Recognition",
+    "RecognizeOptions",
+    "Recognizer",
+    "SlowRequest",
+    "TooLarge",
+    "TooManyRequests",
+    "Unauthorized",
+    "Unavailable",
+    "Unprocessable",
+    "UnsupportedMediaType",
+    "UserError",
+    "WikiclipError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562)."""
+    if name in _APPLICATION:
+        return getattr(importlib.import_module(_APPLICATION[name]), name)
+    if name in __all__:
+        for module in map(importlib.import_module, _LIGHT):
+            if hasattr(module, name):
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,3 @@
+from wikiclip.cli import main
+
+main()

@@ -1,0 +1,197 @@
+"""What a request asks and what the service answers.
+
+The recogniser, the HTTP API with its OpenAPI document, the clients and the cache all use these models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+
+MAX_TOP_K = 100
+
+Fraction = Annotated[float, Field(allow_inf_nan=False)]
+Box = tuple[Fraction, Fraction, Fraction, Fraction]  # x, y, width, height as fractions of the upright image
+
+
+def _split_commas(value: Any) -> Any:
+    """Return the sorted parts of strings that may each name several things, separated by commas."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Sequence | set) or not all(isinstance(each, str) for each in value):
+        return value  # pydantic reports it
+    return tuple(sorted({part.strip() for each in value for part in each.split(",") if part.strip()}))
+
+
+def _split_box(value: Any) -> Any:
+    """Accept a box as one string `x,y,w,h`, as a query string has it."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return (value.split(",") if value else None) if isinstance(value, str) else value
+
+
+class RecognizeOptions(BaseModel):
+    """The options of a recognition, which are also the query parameters of `POST /recognize`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    top_k: int = Field(default=5, ge=1, le=MAX_TOP_K, description="Maximum number of predictions.")
+    min_score: float | None = Field(
+        default=None, ge=-1, le=1, allow_inf_nan=False, description="Drop predictions with a lower cosine."
+    )
+    types: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
+        default=(), description="Only entities with any of these types. Repeat it or separate types by commas."
+    )
+    lang: str | None = Field(
+        default=None, max_length=35, description="Language of the titles, a code such as fr, where the catalog has it."
+    )
+    box: Annotated[Box | None, BeforeValidator(_split_box), WithJsonSchema({"type": "string"})] = Field(
+        default=None, description="Region to recognise: x,y,w,h in fractions of the image."
+    )
+    explain: bool = Field(
+        default=False, description="Explain each prediction: where in the image it matches, and which words matter."
+    )
+
+
+class Answer(BaseModel):
+    """Base of what the service answers. A field may have another name in JSON than in Python."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+        serialize_by_alias=True,
+        json_schema_serialization_defaults_required=True,
+    )
+
+
+class AttendedWord(Answer):
+    word: str
+    start: int = Field(description="First character of the word in the entity's text.")
+    end: int
+    weight: float = Field(description="Its share of the adaptor's attention to the text, from 0 to 1.")
+
+
+class Explanation(Answer):
+    """Why an entity was found."""
+
+    heat_map: tuple[tuple[float, ...], ...] | None = Field(
+        description="Cosine of each patch of the image with the entity, in rows from the top; null where the encoder's "
+        "patches cannot be compared with entities."
+    )
+    region: Box = Field(description="The part of the upright image that the heat map covers: x, y, width, height.")
+    words: tuple[AttendedWord, ...] | None = Field(
+        description="The words with the largest weights, largest first; null where the bundle has no texts."
+    )
+
+
+class Prediction(Answer):
+    rank: int = Field(description="From 1.")
+    entity_id: str
+    title: str
+    score: float = Field(description="Cosine between the query image and the entity; never rises with rank.")
+    confidence: float | None = Field(description="Probability of being right; null without calibration.")
+    description: str | None
+    url: str | None
+    symbol: str | None = Field(description="A character that shows the entity.")
+    types: tuple[str, ...]
+    has_thumbnail: bool = Field(description="Whether GET /entities/{entity_id}/thumbnail has one.")
+    explanation: Explanation | None = Field(default=None, description="Null unless `explain` asks for it.")
+
+
+class Recognition(Answer):
+    """Predictions for one image, best first."""
+
+    request_id: str = Field(default="", description="Id of the HTTP request; empty without HTTP.")
+    model: str
+    bundle: str = Field(description="name@fingerprint of the bundle that answered.")
+    cached: bool = Field(description="Whether this answer needed no pass of the image encoder.")
+    in_catalog_probability: float | None = Field(
+        validation_alias="known",
+        serialization_alias="known",
+        description="Probability that the entity is in the catalog; null without calibration.",
+    )
+    abstained: bool | None = Field(
+        description="True when the entity is probably not in the catalog; null without calibration. "
+        "Predictions are returned anyway."
+    )
+    predictions: tuple[Prediction, ...]
+    timings_ms: dict[str, float] = Field(
+        default={},
+        description="Milliseconds of the stages that took place (decode, queue, encode, search), and in total.",
+    )
+
+
+class Problem(Answer):
+    """An error, as RFC 9457 describes it."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+
+
+class BatchRecognition(Answer):
+    request_id: str
+    model: str
+    bundle: str
+    results: tuple[Recognition | Problem, ...] = Field(description="In the order of the parts.")
+
+
+class Entity(Answer):
+    entity_id: str
+    title: str
+    titles: dict[str, str] = Field(description="By language.")
+    description: str | None
+    url: str | None
+    types: tuple[str, ...]
+    symbol: str | None
+    image_count: int
+    has_text: bool
+    text: str | None = Field(description="Null unless the bundle was exported with texts.")
+    has_thumbnail: bool
+
+
+class Entities(Answer):
+    entities: tuple[Entity, ...]
+
+
+class Liveness(Answer):
+    status: Literal["alive"] = "alive"
+
+
+class Readiness(Answer):
+    status: Literal["ready"] = "ready"
+
+
+class Info(Answer):
+    """What is served, and its limits."""
+
+    version: str
+    model: str
+    bundle: str
+    entities: int
+    embeddings: int
+    embedding_dim: int
+    device: str
+    precision: str = Field(description="Which of the bundle's encoders runs: float, int8 or float16.")
+    index: str = Field(description="faiss's factory string.")
+    search_device: str
+    search_device_why: str = Field(description="Why the search runs there.")
+    calibrated: bool
+    image_types: tuple[str, ...]
+    limits: dict[str, int]
+
+
+class BundleChange(Answer):
+    bundle: str = Field(description="name@fingerprint of the bundle that answers from now on.")
+    previous: str
+    model: str
+    entities: int
+
+
+class EditedEntity(Entity):
+    bundle: str = Field(description="name@fingerprint+N: answers with this label include the change.")

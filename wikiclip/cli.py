@@ -1,0 +1,62 @@
+"""The console script `wikiclip`. It imports a command, and click, only when that command runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import click
+
+COMMANDS = {
+    "catalog": ("catalog.cli:catalog", "Build a catalog from Wikimedia's dumps, or update one."),
+    "fetch-images": ("fetch.cli:fetch_images", "Download a catalog's images into tar shards, politely."),
+    "train": ("model.cli:train", "Train the adaptor on pairs of query image and entity."),
+    "export": ("export.cli:export", "Write a servable bundle from a catalog and a checkpoint."),
+    "index": ("index.cli:index", "Rebuild the search index of a bundle."),
+    "serve": ("service.cli:serve", "Serve a bundle over HTTP."),
+    "recognize": ("service.cli:recognize", "Name the entities in images, without or through a service."),
+    "evaluate": ("benchmarks.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
+    "inspect": ("index.cli:inspect", "Report what a bundle contains and whether it is complete."),
+    "bundle": ("index.cli:bundle", "Copy a bundle to or from a folder or an S3-compatible store."),
+    "bench": ("benchmarks.cli:bench", "Run one benchmark."),
+}
+
+
+def main() -> None:
+    """Run `sys.argv`. Exits with 0, 2 on bad usage or input, 130 on Ctrl-C, 1 on a fault of the program."""
+    name, *arguments = sys.argv[1:] or [""]
+    if name in ("-h", "--help"):
+        sys.stdout.write(help_text())
+    elif name == "--version":
+        sys.stdout.write(f"wikiclip, version {version('wikiclip-serve')}\n")
+    elif name not in COMMANDS:
+        problem = f"no command {name!r}" if name else "a command is missing"
+        sys.stderr.write(f"error: {problem} (see `wikiclip --help`)\n")
+        sys.exit(2)
+    else:
+        from core.cli import run
+
+        run(load(name), arguments, name=f"wikiclip {name}")
+
+
+def load(name: str) -> click.Command:
+    """Import a command by its name."""
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
+
+
+def help_text() -> str:
+    """Return what `wikiclip --help` prints."""
+    commands = "\n".join(f"{name:<13} {summary}" for name, (_, summary) in COMMANDS.items())
+    options = "--version      Show the version and exit.\n-h, --help     Show this message and exit."
+    return (
+        "Usage: wikiclip [OPTIONS] COMMAND [ARGS]...\n\n"
+        "  WikiCLIP Serve: which entity of Wikipedia is in this picture.\n\n"
+        f"Options:\n{textwrap.indent(options, '  ')}\n\n"
+        f"Commands:\n{textwrap.indent(commands, '  ')}\n"
+    )
