@@ -18,7 +18,7 @@ from imaging import load_pixels
 from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from model.checkpoint import Checkpoint
-from service import generation
+from service import loaded_bundle
 from service.recognizer import Recognizer
 from service.schemas import EntityRequest
 from service.settings import Settings
@@ -134,14 +134,14 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
 
     opened: list[str] = []
 
-    class OnGpu(generation.OnnxEncoder):
+    class OnGpu(loaded_bundle.OnnxEncoder):
         def __init__(self, path: Path, *given: Any, **options: Any) -> None:
             super().__init__(path, *given, **{**options, "device": "cpu"})
             opened.append(path.name)
             self.device = "cuda"
 
-    monkeypatch.setattr(generation, "wanted_device", lambda asked_for: "cuda")
-    monkeypatch.setattr(generation, "OnnxEncoder", OnGpu)
+    monkeypatch.setattr(loaded_bundle, "wanted_device", lambda asked_for: "cuda")
+    monkeypatch.setattr(loaded_bundle, "OnnxEncoder", OnGpu)
     settings = settings.model_copy(update={"search_device": "cpu"})
     with Recognizer.open(out, settings) as recognizer, recognizer.acquire() as held:
         assert held.generation.precision == "float16"

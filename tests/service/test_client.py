@@ -21,7 +21,7 @@ def test_an_answer_as_the_recogniser_gives_it(service, small_images):
     with Client(str(service.base_url)) as client:
         options = RecognizeOptions(top_k=2, types=("animal", "fruit"), lang="fr", min_score=-1.0, box=(0, 0, 1, 1))
         answer = client.recognize(small_images["Q15083"], options)
-        assert client.info()["bundle"] == answer.bundle
+        assert client.info().bundle == answer.bundle
     assert answer.predictions[0].title == "Girafe"
     assert len(answer.predictions) == 2
     assert answer.predictions[0].types == ("animal",)
@@ -36,11 +36,11 @@ def test_many_at_once_from_one_event_loop(service, small_images):
 
     info, answers = asyncio.run(ask_all())
     assert [answer.predictions[0].entity_id for answer in answers] == list(small_images)
-    assert {answer.bundle for answer in answers} == {info["bundle"]}
+    assert {answer.bundle for answer in answers} == {info.bundle}
 
 
 def test_a_refusal_is_the_error_it_stands_for(service):
-    with Client(str(service.base_url)) as client, pytest.raises(Unprocessable, match="no image"):
+    with Client(str(service.base_url)) as client, pytest.raises(Unprocessable, match="not an image"):
         client.recognize(b"no image")
 
 

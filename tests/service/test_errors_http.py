@@ -42,7 +42,7 @@ FORM = "multipart/form-data; boundary=b"
 REFUSED = {
     "an empty body": (post(b""), 400, "empty"),
     "an empty body of no type": (post(b"", None), 400, "empty"),
-    "a text file": (post(b"hello, I am text"), 422, "no image"),
+    "a text file": (post(b"hello, I am text"), 422, "not an image"),
     "a text file that says so": (post(b"hello", "text/plain"), 415, "text/plain"),
     "an image of no type": (post(b"\x89PNG\r\n\x1a\n", None), 415, "image/png"),
     "a drawing": (post(b"<svg/>", "image/svg+xml"), 415, "image/svg+xml"),

@@ -14,7 +14,7 @@ import pytest
 from core.errors import BundleAltered
 from index.bundle import Bundle, list_files
 from index.manifest import FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
-from service import generation
+from service import loaded_bundle
 from service.loaded_bundle import encoder_hash, open_encoder
 from service.recognizer import Recognizer
 from service.settings import Settings
@@ -102,13 +102,13 @@ def test_each_device_has_its_own_file(
 ) -> None:
     """On a GPU float16, where it is asked for and got: here by an encoder that says so."""
 
-    class OnDevice(generation.OnnxEncoder):
+    class OnDevice(loaded_bundle.OnnxEncoder):
         def __init__(self, path: Path, *given: Any, **settings: Any) -> None:
             super().__init__(path, *given, **{**settings, "device": "cpu"})
             self.device = device
 
-    monkeypatch.setattr(generation, "wanted_device", lambda asked_for: device)
-    monkeypatch.setattr(generation, "OnnxEncoder", OnDevice)
+    monkeypatch.setattr(loaded_bundle, "wanted_device", lambda asked_for: device)
+    monkeypatch.setattr(loaded_bundle, "OnnxEncoder", OnDevice)
     settings = Settings(threads=1, precision=precision, search_device="cpu")
     with Recognizer(with_both, settings) as recognizer, recognizer.acquire() as held:
         assert held.generation.encoder.file == file
@@ -122,13 +122,13 @@ def test_where_cuda_was_wanted_and_not_got_the_file_is_a_cpus(
 ) -> None:
     opened: list[str] = []
 
-    class Noted(generation.OnnxEncoder):
+    class Noted(loaded_bundle.OnnxEncoder):
         def __init__(self, path: Path, *given: Any, **settings: Any) -> None:
             opened.append(path.name)
             super().__init__(path, *given, **{**settings, "device": "cpu"})
 
-    monkeypatch.setattr(generation, "wanted_device", lambda asked_for: "cuda")
-    monkeypatch.setattr(generation, "OnnxEncoder", Noted)
+    monkeypatch.setattr(loaded_bundle, "wanted_device", lambda asked_for: "cuda")
+    monkeypatch.setattr(loaded_bundle, "OnnxEncoder", Noted)
     with Recognizer(with_both, Settings(threads=1)) as recognizer, recognizer.acquire() as held:
         assert held.generation.precision == "int8"
     assert opened == [FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE]

@@ -68,7 +68,7 @@ def test_without_calibration_there_is_no_confidence(small_bundle, small_images, 
     plain = replace(bundle, manifest=replace(bundle.manifest, calibration=None))
     with Recognizer(plain, Settings(threads=1)) as recognizer:
         (answer,) = recognizer.recognize_many([small_images["Q140"]])
-    assert (answer.known, answer.abstained) == (None, None)
+    assert (answer.in_catalog_probability, answer.abstained) == (None, None)
     assert {each.confidence for each in answer.predictions} == {None}
 
 
@@ -95,7 +95,7 @@ def test_known_is_judged_by_the_embedding_too(small_bundle, small_images, tmp_pa
             for answer in answers:  # what a filter leaves is judged beside the background of the whole catalog
                 best = [each.score for each in answer.predictions]
                 known = bundle.calibration.known(best, background(scores), embed(session, image))
-                assert answer.known == pytest.approx(known, abs=1e-4)
+                assert answer.in_catalog_probability == pytest.approx(known, abs=1e-4)
                 assert answer.abstained == (known < 0.5)
     (folder / "familiarity.npz").unlink()
     with pytest.raises(BundleIncomplete, match=r"familiarity\.npz"):
