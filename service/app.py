@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,16 +15,14 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from core.errors import TooManyRequests, Unavailable, UserError
+from core.errors import Unavailable, UserError
 from imaging import readable_types
 from service import admin, problems, routes, schemas
 from service.auth import AdminToken, ApiKeys
 from service.image_fetcher import ImageFetcher
 from service.limits import Rate, RateLimiter
-from service.middleware import RequestContext
-from service.protocol import Head
+from service.middleware import RefuseWhenFull, RequestContext
 from service.recognizer import Recognizer
 from service.redis_link import RedisLink
 from service.settings import Settings
@@ -36,34 +33,12 @@ _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
 
 
-class App(FastAPI):
-    """FastAPI, around which requests for recognition go: a dozen layers of it do nothing for them, and have to be
-    fetched into the cache anew after each pass of the encoder."""
-
-    direct: Mapping[str, ASGIApp] = MappingProxyType({})  # by path, for POST
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_http = scope["type"] == "http"
-        around = self.around(scope["method"], scope["path"], scope["headers"]) if is_http else None
-        if around is None:
-            await super().__call__(scope, receive, send)
-        else:
-            scope["app"] = self
-            await around(scope, receive, send)
-
-    def around(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]]) -> ASGIApp | None:
-        """What answers a request by itself, None where the layers are needed, as they are for a page that asks: they
-        say whether it may read the answer. Names of headers are in lower case."""
-        direct = self.direct.get(path) if method == "POST" else None
-        return None if direct is None or b"origin" in [name for name, _ in headers] else direct
-
-
 def create_app(
     settings: Settings,
     recognizer: Recognizer | None = None,
     fetcher: ImageFetcher | None = None,
     tracing: Tracing | None = None,
-) -> App:
+) -> FastAPI:
     """The service. Without a recogniser it opens the bundle of `settings` when it starts; without a fetcher it fetches
     images by URL as `settings` allow, and without tracing it traces as they say.
 
@@ -91,7 +66,7 @@ def create_app(
             if tracing is not None:
                 await asyncio.to_thread(tracing.close)
 
-    app = App(
+    app = FastAPI(
         title="WikiCLIP Serve",
         summary="Which entity of Wikipedia is in this picture.",
         version=version("wikiclip-serve"),
@@ -113,14 +88,9 @@ def create_app(
     app.include_router(admin.router)
     _add_operations(app)
     _add_pages(app)
-    # The last one added is the outermost: what goes wrong within still gets its CORS headers.
+    # The middleware added last is the outermost. CORS comes last because error responses need its headers as well.
+    app.add_middleware(RefuseWhenFull, refuse_if_full=partial(_refuse_if_full, app))
     app.add_middleware(RequestContext, metrics_of=partial(metrics_of, app), tracing=tracing)
-    if tracing is None:
-        app.direct = {
-            route.path: RequestContext(route.as_app(), metrics_of=partial(metrics_of, app))
-            for route in routes.recognition.routes
-            if isinstance(route, routes.DirectRoute)
-        }
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -133,19 +103,10 @@ def create_app(
     return app
 
 
-def early_refusal(app: App, head: Head) -> TooManyRequests | None:
-    """Why a request for recognition is refused before the app is asked, None where it is to be asked.
-
-    In a flood most of the work is in saying no. What the app would add to the answer, or a trace of it, it does itself.
-    """
+def _refuse_if_full(app: FastAPI) -> None:
     recognizer: Recognizer | None = app.state.recognizer
-    if recognizer is None or app.around(head.method.decode("ascii"), head.path.decode("latin-1"), head.headers) is None:
-        return None
-    try:
+    if recognizer is not None:
         recognizer.admission.refuse_if_full(1)
-    except TooManyRequests as refusal:
-        return refusal.with_traceback(None)  # it would hold whoever holds it, until the collector comes
-    return None
 
 
 def _limiter(settings: Settings) -> RateLimiter | None:

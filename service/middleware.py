@@ -1,4 +1,8 @@
-"""What happens around every request: its id, security headers, the access log, metrics, and faults of ours."""
+"""ASGI middleware around every request: request id, security headers, access log, metrics, traces, internal errors, and
+refusals while the service is full.
+
+These are plain ASGI classes. Starlette's `BaseHTTPMiddleware` would hide client disconnects.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +12,21 @@ import re
 import time
 from collections.abc import Callable, Iterable
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.problems import unexpected_response
+from core.errors import TooManyRequests
+from service.problems import problem_response, unexpected_response
 from service.telemetry import Metrics, Tracing
 
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-_ids = random.Random()
-_CLIENT_GONE = 499  # as nginx logs it; nobody receives it
+RECOGNITION_PATHS = frozenset(("/recognize", "/recognize/batch"))
 
-# The page draws on a canvas and shows what the user picked (blob:); nothing is loaded from elsewhere.
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_random = random.Random()  # ids must be unique, not secret: no system call for each
+_CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log; no client receives it
+
+# blob: and data: are images that the user picked and what the page draws on a canvas.
 _CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
     "font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -36,17 +44,12 @@ log = logging.getLogger("wikiclip.service")
 
 
 class RequestContext:
-    """ASGI middleware; a plain one, since Starlette's base class hides a client's leaving."""
+    """Gives each request an id and its response the common headers, then logs, counts and traces it."""
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        metrics_of: Callable[[], Metrics],
-        tracing: Tracing | None = None,
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, metrics_of: Callable[[], Metrics], tracing: Tracing | None = None) -> None:
         self._app = app
-        self._tracing = tracing
         self._metrics_of = metrics_of
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -55,15 +58,15 @@ class RequestContext:
         request_id = request_id_of(scope["headers"])
         scope.setdefault("state", {})["request_id"] = request_id
         if self._tracing is None:
-            await self._answer(scope, receive, send, request_id)
+            await self._respond(scope, receive, send, request_id)
             return
         with self._tracing.request(scope, request_id) as trace:
-            status = await self._answer(scope, receive, send, request_id)
+            status = await self._respond(scope, receive, send, request_id)
             if trace is not None:
                 trace.set_response(_route(scope), status)
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
-        """Have the request answered; the status, 0 where none was sent."""
+    async def _respond(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
+        """Run the app and return the response's status, 0 if there was no response."""
         started_at = time.monotonic()
         status = 0
 
@@ -77,40 +80,62 @@ class RequestContext:
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            status = _CLIENT_GONE
+            status = _CLIENT_CLOSED_REQUEST
         except Exception:
             log.exception("unexpected error", extra={"request_id": request_id})
             if status:
-                raise  # the answer has begun: all that is left is to break the connection
+                raise  # the response has begun: the server can only close the connection
             await unexpected_response(request_id)(scope, receive, send_with_headers)
         finally:
             elapsed_s = time.monotonic() - started_at
-            note_request(self._metrics_of(), scope, _route(scope), request_id, status, elapsed_s)
+            self._metrics_of().observe_request(_route(scope), status, elapsed_s)
+            _log_access(scope, request_id, status, elapsed_s)
         return status
 
 
+class RefuseWhenFull:
+    """Answers recognition requests with 429 while the service is full, before their bodies are read.
+
+    Under overload most requests end here, so it runs before routing. `refuse_if_full` raises `TooManyRequests`.
+    """
+
+    def __init__(self, app: ASGIApp, *, refuse_if_full: Callable[[], None]) -> None:
+        self._app = app
+        self._refuse_if_full = refuse_if_full
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in RECOGNITION_PATHS:
+            try:
+                self._refuse_if_full()
+            except TooManyRequests as error:
+                response = problem_response(error, scope["state"]["request_id"])
+                if Headers(scope=scope).get("expect", "").lower() == "100-continue":
+                    # The client may send its body or not, so the next bytes could be a body or a request.
+                    response.headers["Connection"] = "close"
+                await response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The id that the client gave, where it is a plain one, else a new one. Names of headers are in lower case."""
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    return given.decode("ascii") if _REQUEST_ID.fullmatch(given) else new_request_id()
+    """Return the client's X-Request-ID if it is well-formed, else a new id. Header names are in lower case."""
+    value = next((value for name, value in headers if name == b"x-request-id"), b"")
+    return value.decode("ascii") if _REQUEST_ID.fullmatch(value) else new_request_id()
 
 
 def new_request_id() -> str:
-    """It is to be told from others, not to be kept from anyone: drawn without asking the kernel each time."""
-    return f"{_ids.getrandbits(128):032x}"
+    return f"{_random.getrandbits(128):032x}"
 
 
 def with_common_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
-    """The headers of an answer with those that every answer has, but for what it says otherwise itself."""
+    """Add the request id and the security headers. A security header that the response sets itself stays."""
     own = list(headers)
-    given = [name for name, _ in own]
-    security = [header for header in _SECURITY_HEADERS if header[0] not in given]
+    names = [name for name, _ in own]
+    security = [header for header in _SECURITY_HEADERS if header[0] not in names]
     return [*own, (b"x-request-id", request_id.encode()), *security]
 
 
-def note_request(metrics: Metrics, scope: Scope, route: str, request_id: str, status: int, elapsed_s: float) -> None:
-    """Count a request, and write it to the access log."""
-    metrics.observe_request(route, status, elapsed_s)
+def _log_access(scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
     if not access_log.isEnabledFor(logging.INFO):
         return
     client = scope.get("client")
@@ -131,5 +156,8 @@ def note_request(metrics: Metrics, scope: Scope, route: str, request_id: str, st
 
 
 def _route(scope: Scope) -> str:
-    """The route's template, not the path: a path holds entity ids, and there are millions of them."""
-    return getattr(scope.get("route"), "path", None) or "unmatched"
+    """Return the route's template. Raw paths contain entity ids and would create millions of metric series."""
+    path = getattr(scope.get("route"), "path", None)
+    if path is None and scope["path"] in RECOGNITION_PATHS:
+        return str(scope["path"])  # refused before routing
+    return path or "unmatched"

@@ -11,7 +11,6 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from core.errors import BadRequest, NotFound, TooManyRequests, Unavailable, WikiclipError
 from imaging import readable_types
@@ -44,21 +43,6 @@ class DirectRoute(APIRoute):
             return response
 
         return answer
-
-    def as_app(self) -> ASGIApp:
-        """The route by itself, as it answers within the framework but for what that wraps around every request."""
-        answer = self.get_route_handler()
-
-        async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            scope["route"] = self
-            request = Request(scope, receive, send)
-            try:
-                response = await answer(request)
-            except problems.KNOWN as error:
-                response = await problems.answer_to(request, error)
-            await response(scope, receive, send)
-
-        return app
 
 
 router = APIRouter(dependencies=[Depends(require_key)])

@@ -1,4 +1,4 @@
-"""Running the app under uvicorn."""
+"""Run the app under uvicorn."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from pathlib import Path
 from typing import cast
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from core.errors import UserError
-from service.app import App, create_app, early_refusal, metrics_of
-from service.protocol import BoundedHttp
+from service.app import create_app
+from service.protocol import GuardedHttpProtocol
 from service.recognizer import Recognizer
 from service.settings import Settings
 from service.telemetry import configure_logging
 
-_ALLOCATIONS = 20_000  # more than freed, before the collector looks at the youngest objects
+_GC_THRESHOLD = 20_000  # allocations minus deallocations that start a collection
 
 log = logging.getLogger("wikiclip.service")
 
 
 def run_server(settings: Settings) -> None:
-    """Serve until told to stop. Raises `UserError`: no bundle, one that cannot be served, or an address in use."""
+    """Serve until a signal stops the process. Raises `UserError` for a missing or bad bundle or a used address."""
     if settings.bundle is None:
-        raise UserError("no bundle is given; name one with --bundle or WIKICLIP_BUNDLE")
+        raise UserError("there is no bundle to serve; name one with --bundle or WIKICLIP_BUNDLE")
     configure_logging(settings.log_level)
     with _bind(settings.host, settings.port) as listener:
-        _spare_collections()
+        _tune_gc()
         recognizer = Recognizer.open(settings.bundle, settings)
         host, port = listener.getsockname()[:2]
         log.info("serving %s on http://%s:%d", recognizer.label, f"[{host}]" if ":" in host else host, port)
@@ -39,54 +40,46 @@ def run_server(settings: Settings) -> None:
         _Server(config, recognizer, settings.bundle).run(sockets=[listener])
 
 
-def _spare_collections() -> None:
-    """Keep Python's collector from going through all that was imported again and again, and have it look less often.
-
-    Not through what is opened after this: a bundle that was swapped away is to be freed.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_ALLOCATIONS, 10, 10)
-
-
-def server_config(settings: Settings, app: App) -> uvicorn.Config:
-    """How uvicorn is to serve the app."""
-    # On SIGTERM what was accepted is answered: it may have an image to fetch first, then a deadline to meet.
-    finish_ms = settings.deadline_ms + (settings.url_timeout_ms if settings.url_allowlist else 0)
+def server_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
+    """Return uvicorn's configuration for the app."""
+    # On SIGTERM, requests in flight finish. Each may first fetch an image, then take up to its deadline.
+    shutdown_ms = settings.deadline_ms + (settings.url_timeout_ms if settings.url_allowlist else 0)
+    protocol = partial(GuardedHttpProtocol, timeout_s=settings.receive_timeout_s)
     return uvicorn.Config(
         app,
-        http=cast(
-            type[asyncio.Protocol],
-            partial(
-                BoundedHttp,
-                timeout_s=settings.receive_timeout_s,
-                refuse=partial(early_refusal, app),
-                metrics_of=partial(metrics_of, app),
-            ),
-        ),
+        http=cast(type[asyncio.Protocol], protocol),
         log_config=None,
         ws="none",
-        access_log=False,  # the app writes its own
+        access_log=False,  # service.middleware writes the access log
         server_header=False,
-        timeout_graceful_shutdown=finish_ms // 1000 + 1,
+        timeout_graceful_shutdown=shutdown_ms // 1000 + 1,
     )
 
 
+def _tune_gc() -> None:
+    """Exclude the imported modules from garbage collection and collect less often.
+
+    This runs before the bundle is opened: a bundle that is swapped out later must be collected.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD, 10, 10)
+
+
 class _Server(uvicorn.Server):
-    """Tells the recogniser when stopping begins, so that it says it is not ready while it finishes, and on SIGHUP to
-    load the configured bundle anew."""
+    """Makes the service unready when shutdown begins, and reloads the configured bundle on SIGHUP."""
 
     def __init__(self, config: uvicorn.Config, recognizer: Recognizer, bundle: Path | str) -> None:
         super().__init__(config)
         self._recognizer = recognizer
         self._bundle = bundle
-        self._reloads: set[asyncio.Task[None]] = set()  # the loop itself keeps no hold of its tasks
+        self._reloads: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references to tasks
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_hangup)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_sighup)
 
-    def _on_hangup(self) -> None:
+    def _on_sighup(self) -> None:
         reload = asyncio.ensure_future(self._reload())
         self._reloads.add(reload)
         reload.add_done_callback(self._reloads.discard)
@@ -95,7 +88,7 @@ class _Server(uvicorn.Server):
         try:
             await self._recognizer.swap(self._bundle)
         except UserError as error:
-            log.error("SIGHUP changes nothing: %s", error)
+            log.error("SIGHUP: the bundle was not reloaded: %s", error)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._recognizer.begin_draining()
@@ -103,8 +96,7 @@ class _Server(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet: a wrong address is told before the bundle is loaded, and a client is
-    let in only after."""
+    """Return a bound socket that does not listen yet, so that an address error is found before the bundle loads."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

@@ -1,192 +1,139 @@
-"""In how many pieces an answer is written: it is all there for a client, or for a proxy, or nothing of it is. And in
-how many a body is told to the app."""
+"""Slow, silent, endless or malformed clients: their connections are closed in time and other clients are served."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import tracemalloc
-from hashlib import sha256
-from random import Random
+import socket
+import time
 
 import pytest
-import uvicorn
-from uvicorn.server import ServerState
 
-from service.protocol import BoundedHttp
-from service.telemetry import Metrics
-
-PIECES = [b"one", b"two", b"three"]
-randbytes = Random(0).randbytes
+TIMEOUT_S = 120  # long enough for a busy machine
+RECEIVE_MS = 300
+HEAD = b"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: %d\r\n\r\n"
 
 
-class Transport(asyncio.Transport):
-    """Keeps what is written to it, piece by piece."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.written: list[bytes] = []
-        self.closed = asyncio.Event()
-
-    def write(self, data):
-        self.written.append(bytes(data))
-
-    def is_closing(self):
-        return self.closed.is_set()
-
-    def close(self):
-        self.closed.set()
-
-    def pause_reading(self):
-        pass
-
-    def resume_reading(self):
-        pass
+@pytest.fixture(scope="module")
+def impatient(serve, small_bundle):
+    with serve(small_bundle, receive_timeout_ms=RECEIVE_MS) as client:
+        yield client
 
 
-async def app(scope, receive, send):
-    path = scope["path"]
-    if path == "/told":
-        await tell_body(receive, send)
-        return
-    if path == "/upload":
-        await receive()
-    length = b"12" if path == "/quotes" else b"11"
-    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
-    if path == "/fails":
-        raise RuntimeError("after the head")
-    if path == "/pieces":
-        for piece in PIECES:
-            await send({"type": "http.response.body", "body": piece, "more_body": piece is not PIECES[-1]})
-    elif path == "/quotes":
-        await send({"type": "http.response.body", "body": b"HTTP/1.1 100"})
-    else:
-        await send({"type": "http.response.body", "body": b"".join(PIECES)})
+@pytest.fixture
+def connection(impatient):
+    with socket.create_connection((impatient.base_url.host, impatient.base_url.port), TIMEOUT_S) as connection:
+        yield connection
 
 
-async def tell_body(receive, send):
-    """Answer with the size of each message that the body came in, and its SHA-256."""
-    parts, more = [], True
-    while more:
-        message = await receive()
-        parts.append(message["body"])
-        more = message["more_body"]
-    told = json.dumps({"sizes": [len(part) for part in parts], "sha256": sha256(b"".join(parts)).hexdigest()}).encode()
-    headers = [(b"content-length", str(len(told)).encode())]
-    await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": told})
+def read_until_closed(connection: socket.socket) -> bytes:
+    received = b""
+    while chunk := connection.recv(65536):
+        received += chunk
+    return received
 
 
-def connected() -> tuple[BoundedHttp, Transport]:
-    config = uvicorn.Config(app, lifespan="off", log_config=None)
-    config.load()
-    protocol = BoundedHttp(config, ServerState(), {}, timeout_s=60.0, refuse=lambda head: None, metrics_of=Metrics)
-    transport = Transport()
-    protocol.connection_made(transport)
-    return protocol, transport
+def check_refusal(received: bytes, status: int, said: str) -> None:
+    head, _, body = received.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert b"application/problem+json" in head
+    assert b"connection: close" in head.lower()
+    assert b"content-security-policy" in head
+    assert b"server:" not in head.lower()
+    problem = json.loads(body)
+    assert set(problem) == {"type", "title", "status", "detail", "request_id"}
+    assert problem["status"] == status
+    assert said in problem["detail"]
+    assert problem["request_id"].encode() in head
 
 
-def written(*pieces: bytes, late: bytes = b"") -> list[bytes]:
-    """What is written in answer to a request that says that it is the last of its connection. It comes in pieces right
-    after each other, and what is `late` when the app has had its turn."""
-
-    async def ask() -> list[bytes]:
-        protocol, transport = connected()
-        for piece in pieces:
-            protocol.data_received(piece)
-        if late:
-            while not protocol.tasks:  # the app is started
-                await asyncio.sleep(0)
-            await asyncio.sleep(0)  # and waits for the rest
-            protocol.data_received(late)
-        await asyncio.wait_for(transport.closed.wait(), 60)
-        protocol.connection_lost(None)
-        return transport.written
-
-    return asyncio.run(ask())
-
-
-@pytest.mark.parametrize("method", ["GET", "POST"])
-def test_an_answer_is_written_at_once(method):
-    (answer,) = written(f"{method} / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode())
-    head, _, body = answer.partition(b"\r\n\r\n")
-    assert head.startswith(b"HTTP/1.1 200 OK")
-    assert body == b"onetwothree"
-
-
-def test_a_body_that_looks_like_a_head_comes_after_its_own():
-    (answer,) = written(b"GET /quotes HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 OK")
-    assert answer.endswith(b"\r\n\r\nHTTP/1.1 100")
-
-
-def test_what_comes_in_pieces_has_its_head_with_the_first():
-    first, *others = written(b"GET /pieces HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-    assert first.partition(b"\r\n\r\n")[2] == PIECES[0]
-    assert others == PIECES[1:]
-
-
-def test_a_head_alone():
-    (answer,) = written(b"HEAD / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
-    assert answer.startswith(b"HTTP/1.1 200 OK")
-    assert answer.endswith(b"\r\n\r\n")
-
-
-def test_who_waits_to_send_a_body_is_told_at_once():
-    told, answer = written(
-        b"POST /upload HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 1\r\nExpect: 100-continue\r\n\r\nx"
-    )
-    assert told == b"HTTP/1.1 100 Continue\r\n\r\n"
-    assert answer.endswith(b"onetwothree")
-
-
-def told_of(body: bytes, *pieces: bytes, late: bytes = b"") -> list[int]:
-    """The sizes that the app is told a body in, which is sent in these pieces."""
-    head = f"POST /told HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    (answer,) = written(head + pieces[0], *pieces[1:], late=late)
-    told = json.loads(answer.partition(b"\r\n\r\n")[2])
-    assert told["sha256"] == sha256(body).hexdigest()
-    return told["sizes"]
-
-
-def test_a_body_that_is_there_is_told_at_once():
-    body = randbytes(300_000)
-    assert told_of(body, body) == [300_000]
-    assert told_of(body, body[:1000], body[1000:250_000], body[250_000:]) == [300_000]
-    assert told_of(body, b"", body) == [300_000]
-
-
-def test_what_comes_later_is_told_when_all_of_it_is_there():
-    body = randbytes(300_000)
-    assert told_of(body, body[:1000], late=body[1000:]) == [300_000]
-
-
-def test_of_a_large_body_the_app_is_told_before_all_of_it_has_come():
-    body = randbytes(2_500_000)
-    assert told_of(body, body[:1_500_000], late=body[1_500_000:]) == [1_500_000, 1_000_000]
-
-
-@pytest.mark.parametrize("size_bytes", [1, 2, 4095, 4096, 10_000])
-def test_however_small_the_pieces_are_a_body_takes_the_memory_of_its_bytes(size_bytes):
-    body = randbytes(600_000)
-    head = b"POST /told HTTP/1.1\r\nHost: a\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
-    pieces = [body[start : start + size_bytes] for start in range(0, len(body), size_bytes)]
-    chunks = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
-
-    async def receive() -> tuple[int, bytes]:
-        protocol, _ = connected()
-        tracemalloc.start()
+def trickle(connection: socket.socket, start: bytes, endless: bytes) -> bytes:
+    """Send `start`, then `endless` again and again. Return what is received until the connection is closed."""
+    connection.sendall(start)
+    connection.settimeout(RECEIVE_MS / 1000 / 10)
+    received = b""
+    until = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < until:
         try:
-            protocol.data_received(head + chunks)
-            held_bytes, _ = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
-        return held_bytes, bytes(protocol.cycle.body)
+            connection.sendall(endless)
+            while chunk := connection.recv(65536):
+                received += chunk
+            return received
+        except TimeoutError:
+            continue
+        except (BrokenPipeError, ConnectionResetError):
+            return received
+    raise AssertionError("never closed")
 
-    held_bytes, received = asyncio.run(receive())
-    assert received == body
-    assert held_bytes < 1.5 * len(body)
+
+def test_a_slow_head_is_a_408(connection):
+    check_refusal(trickle(connection, b"GET /livez HTTP/1.1\r\nX: ", b"x"), 408, "head")
 
 
-def test_nothing_is_told_of_an_answer_that_fails_after_its_head():
-    assert written(b"GET /fails HTTP/1.1\r\nHost: a\r\n\r\n") == []
+def test_a_slow_body_is_a_408(connection):
+    check_refusal(trickle(connection, HEAD % 1000, b"x"), 408, "body")
+
+
+def test_a_silent_connection_is_closed(connection):
+    assert read_until_closed(connection) == b""
+
+
+def test_empty_lines_do_not_keep_a_connection_open(connection):
+    assert trickle(connection, b"", b"\r\n")[:12] in (b"HTTP/1.1 408", b"")
+
+
+def test_a_body_that_continues_after_its_response_is_cut_off(connection):
+    received = trickle(connection, b"POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n", b"x")
+    assert received.startswith(b"HTTP/1.1 404")
+
+
+def test_the_time_of_a_second_head_starts_with_its_first_byte(connection):
+    for _ in range(3):
+        connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n")
+        received = b""
+        while not received.endswith(b"}"):
+            received += connection.recv(65536)
+        assert received.startswith(b"HTTP/1.1 200")
+        time.sleep(0.7 * RECEIVE_MS / 1000)  # less than uvicorn's keep-alive timeout, more than a head's time in all
+    check_refusal(trickle(connection, b"GET /livez HTTP/1.1\r\nX: ", b"x"), 408, "head")
+
+
+def test_an_endless_head_is_a_431(connection):
+    connection.sendall(b"GET /livez HTTP/1.1\r\nX: " + b"x" * 60_000)
+    received = trickle(connection, b"", b"x" * 1000)
+    check_refusal(received, 431, "65536")
+
+
+def test_malformed_http_is_a_400(connection):
+    connection.sendall(b"\x16\x03\x01\x02\0\x01\0\r\n\r\n")
+    check_refusal(read_until_closed(connection), 400, "HTTP")
+
+
+def test_a_body_declared_too_large_is_a_413_at_once(impatient):
+    with socket.create_connection((impatient.base_url.host, impatient.base_url.port), TIMEOUT_S) as connection:
+        received = trickle(connection, HEAD % (1 << 40), b"x")
+    check_refusal(received, 413, "bytes")
+
+
+def test_a_body_in_tiny_chunks_is_recognized(connection, giraffe):
+    chunks = b"".join(b"2\r\n%b\r\n" % giraffe[start : start + 2] for start in range(0, len(giraffe) - 1, 2))
+    last = b"1\r\n%b\r\n" % giraffe[-1:] if len(giraffe) % 2 else b""
+    head = b"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nTransfer-Encoding: chunked\r\n"
+    connection.sendall(head + b"Connection: close\r\n\r\n" + chunks + last + b"0\r\n\r\n")
+    received = read_until_closed(connection)
+    assert received.startswith(b"HTTP/1.1 200")
+    assert b'"Q15083"' in received
+
+
+def test_ordinary_clients_are_served(impatient, giraffe):
+    for _ in range(3):
+        response = impatient.post("/recognize", content=giraffe, headers={"Content-Type": "image/png"})
+        assert response.status_code == 200
+
+
+def test_two_pipelined_requests_get_two_responses(connection):
+    connection.sendall(b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n" * 2)
+    received = b""
+    while received.count(b"HTTP/1.1 200") < 2:
+        chunk = connection.recv(65536)
+        assert chunk
+        received += chunk
