@@ -22,10 +22,10 @@ from typing import Any
 import click
 
 from benchmarks.export_models import make_checkpoint, write_catalog, write_small_encoders
-from benchmarks.page import page, section, table
-from benchmarks.plots import STYLE, Series, line_plot
-from benchmarks.report import describe_run, write_results
+from benchmarks.measure import write_results
 from core.files import atomic_write_bytes, sha256_file
+from core.runtime import describe_run
+from evaluation.pages import Series, line_plot, page, section, table
 
 KILLS = 3
 _SHARD, _LOOK_EVERY_S = 4096, 1.0
@@ -159,9 +159,7 @@ def report(figures: dict[str, Any]) -> str:
     ]
     plot = line_plot(series, title="Memory", x_label="seconds of work", y_label="MB")
     rows = [[key, str(value)] for key, value in figures.items() if key != "curves"]
-    return page(
-        "An export of a made catalog", f"<style>{STYLE}</style>" + section("Memory", plot) + table(("", ""), rows)
-    )
+    return page("An export of a made catalog", section("Memory", plot) + table(("", ""), rows))
 
 
 @click.command()

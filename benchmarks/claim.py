@@ -44,12 +44,12 @@ from benchmarks.generative.retrieval import (
     write_encoder,
 )
 from benchmarks.generative.sizes import SIZES, VOCABULARY, build_model, parameter_count
-from benchmarks.rounds import Metric, Reference
-from benchmarks.statistics import RESAMPLINGS, percentile_interval
+from benchmarks.measure import Metric, Reference
 from benchmarks.synthetic import photograph
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
 from demo.build import BUILD
+from evaluation.metrics import RESAMPLINGS, percentile_interval
 from imaging import load_pixels
 
 __all__ = ["CLAIM", "PAPER_MS", "measure", "report", "verdict"]

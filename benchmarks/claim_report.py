@@ -5,8 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from benchmarks.page import page, section, table
-from benchmarks.plots import Bar, bar_plot
+from evaluation.pages import Bar, bar_plot, page, section, table
 
 CLAIM = 100  # times faster, says the paper
 # What the paper reports on its own hardware: OVEN Entity validation, ms an image.

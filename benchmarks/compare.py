@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.report import BEFORE
-from benchmarks.statistics import percentile_interval
+from benchmarks.measure import BEFORE
 from core.errors import UserError
+from evaluation.metrics import percentile_interval
 
 THRESHOLD = 0.2
 LEAST_SAMPLES = 5

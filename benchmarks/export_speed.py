@@ -27,13 +27,12 @@ from tqdm import tqdm
 from benchmarks.export_models import large_encoders, make_checkpoint, write_catalog, write_large_encoders
 from benchmarks.generative.retrieval import ENCODERS, open_encoder, quantised_file, write_encoder
 from benchmarks.gpu_load import GpuWatch
-from benchmarks.page import page, section, table
-from benchmarks.plots import STYLE, Bar, bar_plot
 from benchmarks.sizing import WIKI6M_ENTITIES
-from benchmarks.statistics import RESAMPLINGS, percentile_interval
 from catalog import EntityRecord, read_catalog
 from catalog.images import LocalImages
 from demo.build import BUILD
+from evaluation.metrics import RESAMPLINGS, percentile_interval
+from evaluation.pages import Bar, bar_plot, page, section, table
 from export.config import ExportConfig, load_checkpoint
 from export.embed import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder
 from export.embed_catalog import SAMPLED_ENTITIES, read_shards
@@ -270,8 +269,7 @@ def report(figures: Figures) -> str:
     )
     return page(
         "The exporter",
-        f"<style>{STYLE}</style>"
-        + section("Throughput", bar_plot(bars, title="Entities a second", x_label="entities/s"), said)
+        section("Throughput", bar_plot(bars, title="Entities a second", x_label="entities/s"), said)
         + (
             section(
                 "int8 against float32, one image on one thread",

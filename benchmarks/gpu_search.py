@@ -14,10 +14,10 @@ from core.runtime import faiss
 import click
 import numpy as np
 
-from benchmarks.report import describe_run
+from benchmarks.measure import percentiles_ms
 from benchmarks.synthetic import Float32Array, Population
-from benchmarks.timing import percentiles_ms
 from core.cli import run
+from core.runtime import describe_run
 from index.embeddings import Embeddings
 from index.gpu import placement
 

@@ -22,11 +22,11 @@ import click
 
 from benchmarks.gpu_load import Load, one_at_a_time, saturate, services
 from benchmarks.gpu_parts import BATCHES, SERVED, run_part
-from benchmarks.report import describe_run
 from benchmarks.synthetic import write_photographs
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
+from core.runtime import describe_run
 from index.bundle import Bundle
 from index.manifest import MANIFEST_FILE
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from usearch.index import Index as UsearchIndex
 
 from benchmarks.index_probe import overlap
-from benchmarks.timing import percentiles_ms
+from benchmarks.measure import percentiles_ms
 from core.runtime import faiss
 from index.embeddings import Embeddings
 from index.factory import one_thread

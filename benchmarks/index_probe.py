@@ -22,7 +22,7 @@ from core.runtime import faiss
 # isort: split
 import numpy as np
 
-from benchmarks.timing import percentiles_ms
+from benchmarks.measure import percentiles_ms
 from index.bundle import Bundle
 from index.tune import K
 

@@ -16,12 +16,11 @@ import click
 import numpy as np
 
 from benchmarks.index_scale import Scale, measure_scale
-from benchmarks.page import page, section, table
-from benchmarks.plots import Series, line_plot
-from benchmarks.report import describe_run, write_results
-from benchmarks.timing import percentiles_ms
+from benchmarks.measure import percentiles_ms, write_results
 from core.cli import run
 from core.files import atomic_write_bytes
+from core.runtime import describe_run
+from evaluation.pages import Series, line_plot, page, section, table
 from index.bundle import Bundle
 
 BATCH = 64

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load_steps import knee, until_behind
-from benchmarks.page import page, section, table
-from benchmarks.plots import Series, line_plot
 from benchmarks.server import running_service, split_cores
 from core.errors import UserError
+from evaluation.pages import Series, line_plot, page, section, table
 
 _COLUMNS = (
     "planned_per_s", "offered_per_s", "answered_per_s", "in_time_per_s", "p50_ms", "p90_ms", "p99_ms",

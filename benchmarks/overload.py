@@ -19,10 +19,9 @@ import numpy as np
 
 from benchmarks.closed_loop import Job, run_job
 from benchmarks.open_loop import Sent, run_open_loop
-from benchmarks.page import page, section, table
-from benchmarks.plots import Series, line_plot
 from benchmarks.server import running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.synthetic import encoder_bundles, write_photographs
+from evaluation.pages import Series, line_plot, page, section, table
 
 TIMES = 10
 IMAGES = 16

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.closed_loop import Job, run_job
-from benchmarks.page import page, section, table
+from benchmarks.measure import median_interval
 from benchmarks.plain_loop import run_loops
-from benchmarks.plots import Bar, bar_plot
 from benchmarks.server import ANSWERED, running_service, scrape_metrics, split_cores, thread_flags
-from benchmarks.statistics import median_interval
 from benchmarks.synthetic import encoder_bundles, write_photographs
+from evaluation.pages import Bar, bar_plot, page, section, table
 from index.bundle import Bundle
 
 IMAGES = 16

@@ -20,12 +20,11 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.page import page, section, table
-from benchmarks.plots import Bar, Series, bar_plot, line_plot
-from benchmarks.rounds import Probe, nested, sample
+from benchmarks.measure import Probe, nested, sample
 from benchmarks.server import running_service
 from benchmarks.synthetic import bust_cache, photograph
 from core.runtime import faiss
+from evaluation.pages import Bar, Series, bar_plot, line_plot, page, section, table
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from index.candidates import CpuCandidates

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.page import body_of, page, section, table
-from benchmarks.report import describe_run, results_folder, write_results
+from benchmarks.measure import results_folder, write_results
 from core.files import atomic_write_bytes
+from core.runtime import describe_run
+from evaluation.pages import body_of, page, section, table
 
 MINUTES, SMOKE_MINUTES = 14.0, 0.75
 _GRACE_S = 20  # for a benchmark that is told to end to stop what it started

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,3 +64,33 @@ def _cpu_flags() -> set[str]:
 def usable_cores() -> int:
     """Return how many cores this process may use: its CPU affinity on Linux, elsewhere all of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_run(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `hardware`, `commit`, `date` and `settings`: the conditions of a measurement."""
+    return {
+        "hardware": _hardware(),
+        "commit": _commit(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "settings": settings,
+    }
+
+
+def _hardware() -> dict[str, Any]:
+    cores = usable_cores()
+    model = platform.processor() or platform.machine()
+    if _CPU_INFO.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", _CPU_INFO.read_text(), re.MULTILINE)):
+        model = found[1].strip()
+    return {"name": f"{model} {cores} cores", "cpu": model, "cores": cores, "python": platform.python_version()}
+
+
+def _commit() -> str:
+    """Return the short commit, with `-dirty` if files have changed, or `unknown` outside a checkout."""
+    try:
+        commit, changed = (
+            subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+            for command in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain"])
+        )
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + ("-dirty" if changed.stdout.strip() else "")

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.report import describe_run
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.jsonl import RejectLog
+from core.runtime import describe_run
 from demo.ablation_reasons import reasons
 from demo.ablation_table import ARMS, Arm, fill_in, table
 from demo.build import BUILD, read_drawings

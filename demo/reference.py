@@ -17,10 +17,9 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.evaluation import RECALL_AT, Answered, as_table, summarise
 from core.jsonl import Rejected
-from core.metrics import rank_of
 from demo.build import BUILD, CATALOG_ROLES, read_drawings
+from evaluation.metrics import RECALL_AT, AnsweredQuery, as_table, rank_of, summarise
 from imaging import load_pixels
 from model.data import read_pairs
 from model.encoders import ImageEncoder, load_image_encoder
@@ -66,7 +65,7 @@ def main(image_encoder: str, build: Path) -> None:
         for query, embedding_D in zip(queries, embed(encoder, [q.image.path for q in queries]), strict=True):
             found = nearest_entities(catalog_ND @ embedding_D, entity_ids, max(RECALL_AT))
             rank = rank_of(query.entity_id, found)
-            answered.append(Answered(data_split=query.data_split, seen=query.seen, rank=rank))
+            answered.append(AnsweredQuery(data_split=query.data_split, seen=query.seen, rank=rank))
         click.echo(as_table(summarise(answered, rejected=0)))
 
 

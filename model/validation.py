@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from statistics import harmonic_mean
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from core.metrics import harmonic_mean
 from model.adaptor import Adaptor
 from model.features import EntityKeys, FeatureStore
 
@@ -51,7 +51,7 @@ def measure(correct_Q: npt.NDArray[np.bool_], seen_Q: Sequence[bool | None]) -> 
     unseen = [bool(right) for right, split in zip(correct_Q, seen_Q, strict=True) if split is False]
     top1_seen = sum(seen) / len(seen) if seen else None
     top1_unseen = sum(unseen) / len(unseen) if unseen else None
-    hm = None if top1_seen is None or top1_unseen is None else harmonic_mean(top1_seen, top1_unseen)
+    hm = None if top1_seen is None or top1_unseen is None else harmonic_mean((top1_seen, top1_unseen))
     return Accuracy(top1=float(correct_Q.mean()), seen=top1_seen, unseen=top1_unseen, hm=hm)
 
 

@@ -19,7 +19,7 @@ COMMANDS = {
     "index": ("index.cli:index", "Rebuild the search index of a bundle."),
     "serve": ("service.cli:serve", "Serve a bundle over HTTP."),
     "recognize": ("service.cli:recognize", "Name the entities in images, without or through a service."),
-    "evaluate": ("benchmarks.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
+    "evaluate": ("evaluation.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
     "inspect": ("index.cli:inspect", "Report what a bundle contains and whether it is complete."),
     "bundle": ("index.cli:bundle", "Copy a bundle to or from a folder or an S3-compatible store."),
     "bench": ("benchmarks.cli:bench", "Run one benchmark."),

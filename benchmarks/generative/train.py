@@ -27,16 +27,18 @@ import torch
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.evaluation import Answered, Evaluation, answer_queries, as_table, summarise
 from benchmarks.generative.names import END, IMAGE, train_tokenizer
 from benchmarks.generative.recognizer import GenerativeRecognizer, prompt
 from benchmarks.generative.tiny_llava import IGNORED, TinyLlava
-from benchmarks.report import describe_run, write_results
+from benchmarks.measure import write_results
 from catalog import EntityRecord, read_catalog
 from core.errors import UserError
 from core.files import atomic_write
 from core.jsonl import Rejected
+from core.runtime import describe_run
 from demo.build import BUILD
+from evaluation.evaluate import answer_queries
+from evaluation.metrics import AnsweredQuery, Evaluation, as_table, summarise
 from imaging import load_pixels
 from index.bundle import Bundle
 from model.data import ImageSource, Pair, read_pairs
@@ -181,7 +183,7 @@ def entity_embeddings(
 
 def judge(
     generative: GenerativeRecognizer, symbols: Symbols, queries: Sequence[Pair], *, faithful: bool
-) -> list[Answered]:
+) -> list[AnsweredQuery]:
     """Each query's answer, right where the entity or one of the very same title is named."""
     answered = []
     size = 1 if faithful else 32
@@ -194,14 +196,14 @@ def judge(
         found = generative.faithful(pixels[0]) if faithful else generative.optimised(np.stack(pixels))
         for pair, row in zip(batch, found.rows, strict=True):
             rank = 1 if symbols.titles[row] == title_of[pair.entity_id] else None
-            answered.append(Answered(data_split=pair.data_split, seen=pair.seen, rank=rank))
+            answered.append(AnsweredQuery(data_split=pair.data_split, seen=pair.seen, rank=rank))
     return answered
 
 
 def _retrieved(
     network: TinyLlava, symbols: Symbols, store: FeatureStore, queries: Sequence[Pair], prompt_1L: torch.Tensor,
     entities_NR: torch.Tensor,
-) -> list[Answered]:  # fmt: skip
+) -> list[AnsweredQuery]:  # fmt: skip
     """What the baseline's own retrieval embedding would answer: the rank of the entity among the first ten."""
     keys = store.image_keys([pair.image for pair in queries], _unexpected, "queries")
     answered = []
@@ -211,11 +213,11 @@ def _retrieved(
         best = (embedding_1R @ entities_NR.T)[0].topk(min(10, len(entities_NR))).indices.tolist()
         ids = [symbols.entity_ids[row] for row in best]
         rank = ids.index(pair.entity_id) + 1 if pair.entity_id in ids else None
-        answered.append(Answered(data_split=pair.data_split, seen=pair.seen, rank=rank))
+        answered.append(AnsweredQuery(data_split=pair.data_split, seen=pair.seen, rank=rank))
     return answered
 
 
-def wikiclip_answers(bundle: Path, queries: Path) -> list[Answered]:
+def wikiclip_answers(bundle: Path, queries: Path) -> list[AnsweredQuery]:
     """What the bundle answers to the same queries, as `wikiclip evaluate` measures it."""
     opened = Bundle.open(bundle)
     with (

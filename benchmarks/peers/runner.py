@@ -23,11 +23,10 @@ import httpx
 import numpy as np
 
 from benchmarks.closed_loop import Job, body_of, run_job
-from benchmarks.page import page, section, table
 from benchmarks.peers.environments import FOLDER, ROOT, VERSIONS, NoEnvironment, interpreter
-from benchmarks.plots import Bar, bar_plot
 from benchmarks.server import free_port, running_service, split_cores, thread_flags
 from benchmarks.synthetic import write_photographs
+from evaluation.pages import Bar, bar_plot, page, section, table
 from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8

@@ -1,147 +1,18 @@
-"""`wikiclip evaluate` and `wikiclip bench` as a user runs them, on a small bundle."""
+"""`wikiclip bench` as a user runs it, on a small bundle."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-from benchmarks.left_out import leave_out
-from index.bundle import Bundle
 
 
 def _wikiclip(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "wikiclip", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-
-
-@pytest.fixture
-def queries(small_images: dict[str, bytes], tmp_path: Path) -> Path:
-    """Each entity's own image, half of them in an unseen split; a broken image, a missing one, and no query."""
-    rows = []
-    for position, (entity_id, data) in enumerate(small_images.items()):
-        name = f"{position}.png"
-        (tmp_path / name).write_bytes(data)
-        split = "test_unseen" if position % 2 else "test_seen"
-        rows.append({"data_id": f"q{position}", "image": name, "entity_id": entity_id, "data_split": split})
-    (tmp_path / "broken.png").write_bytes(next(iter(small_images.values()))[:40])
-    for name in ("broken", "missing"):
-        row = {"image": f"{name}.png", "entity_id": rows[0]["entity_id"], "data_split": "test_seen"}
-        rows.append({"data_id": name, **row})
-    path = tmp_path / "queries.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "not json\n")
-    return path
-
-
-def test_evaluate_answers_every_query_and_counts_unreadable_ones_as_wrong(
-    small_bundle: Path, small_images: dict[str, bytes], queries: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "predictions.jsonl"
-    done = _wikiclip(
-        "evaluate", "--bundle", small_bundle, "--queries", queries, "--out", out, "--json", "--batch-size", 5
-    )
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    count = len(small_images)
-    assert figures["queries"] == count + 2
-    assert figures["unseen"] == 100.0
-    seen = (count + 1) // 2
-    assert figures["seen"] == pytest.approx(100 * seen / (seen + 2))
-    low, high = figures["intervals"]["seen"]
-    assert low < figures["seen"] < high
-    predictions = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["data_id"] for row in predictions] == [f"q{i}" for i in range(count)] + ["broken", "missing"]
-    assert predictions[-1] == {"data_id": "missing", "pred_entity_id": ""}
-    assert [row["pred_entity_id"] for row in predictions[:-2]] == list(small_images)
-    rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
-    assert sorted(row["line"] for row in rejected) == [count + 1, count + 2, count + 3]
-    references = [json.loads(line) for line in queries.read_text().splitlines()[:-1]]
-    assert oven_scores(references, predictions) == pytest.approx(figures["oven"])
-
-
-def oven_scores(references: list[dict[str, str]], predictions: list[dict[str, str]]) -> dict[str, float]:
-    """What OVEN's evaluator computes from its two files: a mean over the predictions of a split, then the harmonic."""
-    truth = {row["data_id"]: row for row in references}
-    scores = {}
-    for part in ("seen", "unseen"):
-        rows = [row for row in predictions if truth[row["data_id"]]["data_split"].endswith(f"_{part}")]
-        right = sum(row["pred_entity_id"] == truth[row["data_id"]]["entity_id"] for row in rows)
-        scores[part] = 100 * right / len(rows)
-    scores["hm"] = 2 / (1 / scores["seen"] + 1 / scores["unseen"])
-    return scores
-
-
-def test_left_out_entities_are_unknown_and_never_found(
-    small_bundle: Path, small_images: dict[str, bytes], queries: Path, tmp_path: Path
-) -> None:
-    out, report = tmp_path / "predictions.jsonl", tmp_path / "report.html"
-    done = _wikiclip(
-        "evaluate", "--bundle", small_bundle, "--queries", queries, "--out", out, "--leave-out", "0.5",
-        "--report", report, "--json",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    bundle = leave_out(Bundle.open(small_bundle), 0.5)
-    with bundle.store() as store:
-        left_out = {entity.entity_id for entity in store.by_rows(sorted(bundle.left_out))}
-    assert 0 < figures["left_out"] == len(left_out) < 12
-    predicted = {
-        json.loads(line)["data_id"]: json.loads(line)["pred_entity_id"] for line in out.read_text().splitlines()
-    }
-    for position, entity_id in enumerate(small_images):
-        assert (predicted[f"q{position}"] == entity_id) == (entity_id not in left_out)
-    assert left_out.isdisjoint(predicted.values())
-    asked = [json.loads(line)["entity_id"] for line in queries.read_text().splitlines()[:-1]]
-    assert figures["unknown"] == sum(entity_id in left_out for entity_id in asked)
-    assert figures["auroc"] > 0.9
-    html = report.read_text()
-    assert re.findall(r"(?:src|href)=[\"'](?!data:)", html) == []
-    assert "@import" not in html
-    assert "Confusions that cost most" in html
-
-
-def test_a_search_without_some_entities_is_the_search_of_the_others(small_bundle: Path) -> None:
-    bundle = leave_out(Bundle.open(small_bundle), 0.5)
-    queries_BD = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
-    rows_BK, scores_BK = bundle.index().search(queries_BD, 20)
-    all_rows, all_scores = Bundle.open(small_bundle).index().search(queries_BD, 12)
-    for query in range(6):
-        left = [place for place in range(12) if all_rows[query, place] not in bundle.left_out]
-        assert rows_BK[query].tolist() == all_rows[query, left].tolist() + [-1] * (20 - len(left))
-        assert scores_BK[query, : len(left)] == pytest.approx(all_scores[query, left], abs=1e-6)
-
-
-def test_evaluate_says_what_is_missing(small_bundle: Path, tmp_path: Path) -> None:
-    missing = tmp_path / "nowhere.jsonl"
-    done = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", missing, "--out", tmp_path / "p.jsonl")
-    assert done.returncode == 2
-    assert str(missing) in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "p.jsonl").exists()
-
-
-def test_evaluate_reads_ovens_own_files(small_bundle: Path, small_images: dict[str, bytes], tmp_path: Path) -> None:
-    images, table = tmp_path / "images", tmp_path / "ids.csv"
-    images.mkdir()
-    rows = []
-    with table.open("w") as file:
-        for number, (entity_id, data) in enumerate(list(small_images.items())[:4]):
-            image_id = f"oven_{number:08d}"
-            (images / f"{number}.png").write_bytes(data)
-            file.write(f"{image_id},{number}.png\n")
-            row = {"data_id": f"oven_entity_val_{number}", "image_id": image_id, "question": "what is this?"}
-            rows.append({**row, "entity_id": entity_id, "entity_text": "", "data_split": "val_seen"})
-    queries = tmp_path / "oven_entity_val.jsonl"
-    queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    where = ["--image-root", images, "--ovenid2impath", table, "--out", tmp_path / "predictions.jsonl"]
-    done = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", queries, *where, "--json")
-    assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
-    assert (figures["queries"], figures["rejected"], figures["seen"]) == (4, 0, 100.0)
 
 
 @pytest.mark.parametrize("name", ["service", "index", "train", "export"])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import as_text, compare, metrics_of, read_run
-from benchmarks.rounds import Metric, Probe, nested, sample
+from benchmarks.measure import Metric, Probe, nested, sample
 from core.errors import UserError
 
 METRICS = 30

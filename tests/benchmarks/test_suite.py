@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cli import BENCHMARKS
-from benchmarks.page import body_of, page
-from benchmarks.report import describe_run, results_folder
+from benchmarks.measure import results_folder
 from benchmarks.stages import report as stages_report
 from benchmarks.suite import run_all
+from core.runtime import describe_run
+from evaluation.pages import body_of, page
 
 MINUTES = 5.0  # far more than is needed: how long a busy machine takes decides nothing
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks.statistics import Bootstrap, auroc, calibration_error, reliability
+from evaluation.metrics import Bootstrap, auroc, calibration_error, reliability
 
 
 def test_an_interval_is_that_of_resampling_the_queries() -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.evaluation import Answered, summarise
-from core.metrics import harmonic_mean, rank_of, recall_at_k
+from evaluation.metrics import AnsweredQuery, harmonic_mean, rank_of, recall_at_k, summarise
 
 
 def test_rank_counts_from_one_and_is_none_for_a_miss() -> None:
@@ -30,12 +29,12 @@ def test_harmonic_mean_is_high_only_where_both_are() -> None:
 
 def test_summary_keeps_seen_and_unseen_apart() -> None:
     answered = [
-        Answered(data_split="a_seen", seen=True, rank=1),
-        Answered(data_split="a_seen", seen=True, rank=2),
-        Answered(data_split="a_unseen", seen=False, rank=1),
-        Answered(data_split="a_unseen", seen=False, rank=None),
-        Answered(data_split="a_unseen", seen=False, rank=1),
-        Answered(data_split="other", seen=None, rank=None),
+        AnsweredQuery(data_split="a_seen", seen=True, rank=1),
+        AnsweredQuery(data_split="a_seen", seen=True, rank=2),
+        AnsweredQuery(data_split="a_unseen", seen=False, rank=1),
+        AnsweredQuery(data_split="a_unseen", seen=False, rank=None),
+        AnsweredQuery(data_split="a_unseen", seen=False, rank=1),
+        AnsweredQuery(data_split="other", seen=None, rank=None),
     ]
     result = summarise(answered, rejected=0)
     assert result.seen == 50.0
@@ -48,7 +47,7 @@ def test_summary_keeps_seen_and_unseen_apart() -> None:
 
 
 def test_without_unseen_queries_there_is_no_harmonic_mean() -> None:
-    result = summarise([Answered(data_split="a_seen", seen=True, rank=1)], rejected=0)
+    result = summarise([AnsweredQuery(data_split="a_seen", seen=True, rank=1)], rejected=0)
     assert result.seen == 100.0
     assert result.unseen is None
     assert result.hm is None
@@ -56,10 +55,10 @@ def test_without_unseen_queries_there_is_no_harmonic_mean() -> None:
 
 def test_unknown_queries_count_apart_and_as_wrong_for_ovens_evaluator() -> None:
     answered = [
-        Answered(data_split="a_seen", seen=True, rank=1, known=0.9),
-        Answered(data_split="a_seen", seen=True, rank=None, held=False, known=0.2),
-        Answered(data_split="a_unseen", seen=False, rank=1, known=0.4),
-        Answered(data_split="a_unseen", seen=False, rank=None, held=False, known=0.5),
+        AnsweredQuery(data_split="a_seen", seen=True, rank=1, in_catalog_probability=0.9),
+        AnsweredQuery(data_split="a_seen", seen=True, rank=None, in_catalog=False, in_catalog_probability=0.2),
+        AnsweredQuery(data_split="a_unseen", seen=False, rank=1, in_catalog_probability=0.4),
+        AnsweredQuery(data_split="a_unseen", seen=False, rank=None, in_catalog=False, in_catalog_probability=0.5),
     ]
     result = summarise(answered, rejected=0)
     assert (result.queries, result.unknown, result.seen, result.unseen, result.hm) == (4, 2, 100.0, 100.0, 100.0)

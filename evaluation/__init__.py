@@ -1,0 +1,1 @@
+"""Accuracy of a bundle on labelled queries: `wikiclip evaluate`."""

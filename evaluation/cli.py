@@ -1,0 +1,101 @@
+"""The command `wikiclip evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from core.errors import UserError
+
+
+@click.command()
+@click.option("--bundle", required=True, type=click.Path(path_type=Path), help="The bundle to evaluate, a folder.")
+@click.option(
+    "--queries", required=True, multiple=True, type=click.Path(path_type=Path, dir_okay=False),
+    help="Labelled queries, JSONL; may be given several times.",
+)  # fmt: skip
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Predictions to write, JSONL."
+)
+@click.option(
+    "--image-root", type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the images. [default: that of the query file]",
+)  # fmt: skip
+@click.option(
+    "--ovenid2impath", type=click.Path(path_type=Path, dir_okay=False),
+    help="OVEN's table of image ids and paths. [default: in the folder of the queries, or in the image root]",
+)  # fmt: skip
+@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1), help="Images per batch.")
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to encode."
+)
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a report with plots and confusions as one HTML file.",
+)  # fmt: skip
+@click.option(
+    "--catalog", type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    help="The catalog, for the entities' images in the report.  [default: the bundle's thumbnails]",
+)  # fmt: skip
+@click.option(
+    "--leave-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
+    help="Leave this share of the entities out of the search; queries for them are unknown.  [default: none]",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def evaluate(
+    bundle: Path,
+    queries: tuple[Path, ...],
+    out: Path,
+    image_root: Path | None,
+    ovenid2impath: Path | None,
+    batch_size: int,
+    device: str,
+    report: Path | None,
+    catalog: Path | None,
+    leave_out: float | None,
+    as_json: bool,
+) -> None:
+    """Measure accuracy on labelled queries: recall@1, 5 and 10 by split; top-1 for seen and unseen, and their HM.
+
+    All figures have 95 % intervals. Queries for entities that the bundle lacks are counted separately. With a
+    calibrated bundle, also measure the calibration of confidences and the detection of such unknown entities.
+    """
+    import json
+    from dataclasses import asdict
+
+    from evaluation.evaluate import answer_queries, hold_out
+    from evaluation.metrics import as_table, summarise
+    from index.bundle import Bundle
+    from service.recognizer import Recognizer
+    from service.settings import load_settings
+
+    for option, path in (("--out", out), ("--report", report)):
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"{path.parent} does not exist; create the folder or choose another path for {option}")
+    if report is not None:
+        from evaluation.pages import require_libraries
+        from evaluation.report import write_report
+
+        require_libraries()
+    opened, held_out = Bundle.open(bundle), frozenset[int]()
+    if leave_out is not None:
+        opened = reduced = hold_out(opened, leave_out)
+        held_out = reduced.held_out
+    with Recognizer(opened, load_settings(cache="off", device=device)) as recognizer:
+        answered, rejected = answer_queries(
+            recognizer,
+            queries,
+            out,
+            image_root=image_root,
+            batch_size=batch_size,
+            ovenid2impath=ovenid2impath,
+            held_out=held_out,
+        )
+        result = summarise(answered, rejected=rejected)
+        if report is not None:
+            write_report(report, recognizer, result, answered, catalog=catalog, held_out=len(held_out))
+        figures = {"bundle": recognizer.label, "left_out": len(held_out), **asdict(result)}
+    click.echo(json.dumps(figures) if as_json else as_table(result))
+    if result.rejected:
+        click.echo(f"{result.rejected} record(s) rejected, see {out.with_name('rejected.jsonl')}", err=True)

@@ -1,0 +1,163 @@
+"""Answer labelled queries with the recogniser that serves the bundle. Entities can be held out of the search."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from core.errors import BadRequest, CatalogError, UnknownEntity, UserError
+from core.files import atomic_write
+from core.jsonl import Rejected, RejectLog
+from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
+from index.bundle import Bundle
+from index.manifest import INDEX_FILE
+from index.search import EntityIndex
+from index.selection import Selection
+from index.store import StoredEntity
+from model.data import Pair, read_pairs
+from service.recognizer import Recognizer
+from wikiclip.answers import Recognition, RecognizeOptions
+
+
+def answer_queries(
+    recognizer: Recognizer,
+    query_files: Sequence[Path],
+    predictions_path: Path,
+    *,
+    image_root: Path | None,
+    batch_size: int,
+    ovenid2impath: Path | None = None,
+    held_out: frozenset[int] = frozenset(),
+) -> tuple[list[AnsweredQuery], int]:
+    """Recognise every query and write one `{"data_id", "pred_entity_id"}` per query, in order.
+
+    A query with a missing or unreadable image gets the prediction "" and counts as wrong. A malformed line goes to
+    `rejected.jsonl` next to the predictions. `held_out` are the rows that cannot be found. Return the answers and the
+    number of rejected lines and images. Raise `CatalogError` if a file has no usable query.
+    """
+    rejects = RejectLog(predictions_path.with_name("rejected.jsonl"))
+    answered: list[AnsweredQuery] = []
+    with atomic_write(predictions_path) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for path in query_files:
+            before = len(answered)
+            pairs = iter(tqdm(_queries(path, image_root, ovenid2impath, rejects), desc=path.name, unit="query"))
+            while batch := list(islice(pairs, batch_size)):
+                for pair, answer in zip(batch, _recognize(recognizer, batch, rejects), strict=True):
+                    query = _answered(pair, answer, _stored(recognizer, pair.entity_id), held_out)
+                    best_id = query.best.entity_id if query.best else ""
+                    out.write(json.dumps({"data_id": pair.data_id, "pred_entity_id": best_id}) + "\n")
+                    answered.append(query)
+            if len(answered) == before:
+                raise CatalogError(f"{path} has no usable query; see {rejects.path}")
+    return answered, rejects.count
+
+
+def _answered(
+    pair: Pair, answer: Recognition | None, entity: StoredEntity | None, held_out: frozenset[int]
+) -> AnsweredQuery:
+    predictions = answer.predictions if answer else ()
+    return AnsweredQuery(
+        data_split=pair.data_split,
+        seen=pair.seen,
+        rank=rank_of(pair.entity_id, [prediction.entity_id for prediction in predictions]),
+        in_catalog=entity is not None and entity.row not in held_out,
+        image=pair.image.path,
+        entity=entity,
+        best=predictions[0] if predictions else None,
+        in_catalog_probability=answer.in_catalog_probability if answer else None,
+    )
+
+
+def _stored(recognizer: Recognizer, entity_id: str) -> StoredEntity | None:
+    try:
+        with recognizer.acquire() as loaded:
+            return loaded.entities.get(entity_id)
+    except UnknownEntity:
+        return None
+
+
+def _queries(path: Path, image_root: Path | None, ovenid2impath: Path | None, rejects: RejectLog) -> Iterator[Pair]:
+    for item in read_pairs(path, image_root, ovenid2impath, missing_ok=True):
+        if isinstance(item, Rejected):
+            rejects.add(item)
+        else:
+            yield item
+
+
+def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog) -> Iterator[Recognition | None]:
+    images = [_read(pair.image.path) for pair in pairs]
+    readable = [image for image in images if isinstance(image, bytes)]
+    answers = iter(recognizer.recognize_many(readable, RecognizeOptions(top_k=max(RECALL_AT))))
+    for pair, image in zip(pairs, images, strict=True):
+        answer = next(answers) if isinstance(image, bytes) else image
+        if isinstance(answer, Recognition):
+            yield answer
+        else:
+            rejects.add(Rejected(line=pair.image.line, reason=answer.detail, record=pair.image.record))
+            yield None
+
+
+def _read(path: Path) -> bytes | UserError:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        return BadRequest(f"image {path} cannot be read ({error.strerror}); it counts as wrong")
+
+
+class HoldoutIndex(EntityIndex):
+    """An index that finds only the rows in `searched`."""
+
+    searched: Selection
+
+    def search(
+        self,
+        query_embeddings_BD: npt.NDArray[np.float32],
+        top_k: int,
+        parameters: Mapping[str, Any] | None = None,
+        selection: Selection | None = None,
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        searched = self.searched
+        if selection is not None:
+            searched = Selection(selection.types, selection.allowed_E & searched.allowed_E)
+        return super().search(query_embeddings_BD, top_k, parameters, searched)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldoutBundle(Bundle):
+    """A bundle whose index cannot find the entity rows in `held_out`. Its store still has their records."""
+
+    held_out: frozenset[int] = field(default=frozenset())
+
+    def index(self, device: str = "cpu") -> HoldoutIndex:
+        index = HoldoutIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
+        with self.store() as store:
+            allowed_E = np.ones(len(store), bool)
+        allowed_E[list(self.held_out)] = False
+        index.searched = Selection((), allowed_E)
+        return index
+
+
+def hold_out(bundle: Bundle, share: float) -> HoldoutBundle:
+    """Hold out about `share` (0 to 1) of the entities, chosen by a hash of their id: the same ones in every catalog.
+
+    The answers equal those of an export without these entities and the same kind of index.
+    """
+    with bundle.store() as store:
+        entities = store.by_rows(range(len(store)))
+    held_out = frozenset(entity.row for entity in entities if _hash(entity.entity_id) < share)
+    return HoldoutBundle(**{each.name: getattr(bundle, each.name) for each in fields(bundle)}, held_out=held_out)
+
+
+def _hash(entity_id: str) -> float:
+    """Return a number from 0 to 1 that depends only on the id."""
+    digest = hashlib.sha256(b"left out " + entity_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

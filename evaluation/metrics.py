@@ -1,0 +1,265 @@
+"""Accuracy, calibration and detection of unknown entities, with bootstrap intervals.
+
+Denominators count the references: a query without an answer counts as wrong.
+
+Shapes: N queries, R resamplings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from index.store import StoredEntity
+    from wikiclip.answers import Prediction
+
+RECALL_AT = (1, 5, 10)
+RESAMPLINGS = 2000
+CALIBRATION_BINS = 15
+
+Interval = tuple[float, float]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnsweredQuery:
+    """One query and its result. `rank` is 1-based and None if the entity is not among the first ten predictions.
+
+    `in_catalog` is False for a query whose entity cannot be found. `best` and `in_catalog_probability` are None if the
+    image cannot be read.
+    """
+
+    data_split: str
+    seen: bool | None
+    rank: int | None
+    in_catalog: bool = True
+    image: Path | None = None
+    entity: StoredEntity | None = None
+    best: Prediction | None = None
+    in_catalog_probability: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The figures of one evaluation. Accuracies are in percent, intervals hold 95 %, None means no such query.
+
+    `unknown` queries, whose entity cannot be found, count only in `oven`, `auroc` and `auroc_right`. `oven` is the
+    result of OVEN's own evaluator, which counts them as wrong. `ece` is the expected calibration error of the best
+    prediction. `auroc` ranks queries in the catalog above unknown ones; `auroc_right` takes only those answered right.
+    """
+
+    queries: int
+    unknown: int
+    rejected: int
+    recall: dict[str, dict[str, float | Interval]]  # by split: "queries", "recall_at_1", "interval_at_1", ...
+    seen: float | None
+    unseen: float | None
+    hm: float | None
+    intervals: dict[str, Interval]  # of seen, unseen, hm and auroc, where these exist
+    oven: dict[str, float | None] = field(default_factory=dict)
+    ece: float | None = None
+    auroc: float | None = None
+    auroc_right: float | None = None
+
+
+def rank_of(entity_id: str, predicted: Sequence[str]) -> int | None:
+    """Return the 1-based rank of the entity among the predictions, None if it is missing."""
+    return predicted.index(entity_id) + 1 if entity_id in predicted else None
+
+
+def recall_at_k(ranks: Sequence[int | None], k: int) -> float:
+    """Return the percentage of queries whose entity is among the first `k` predictions, 0 without queries."""
+    return 100 * _hits(ranks, k) / len(ranks) if ranks else 0.0
+
+
+def harmonic_mean(seen: float, unseen: float) -> float:
+    """Return OVEN's HM of the accuracies on seen and unseen entities."""
+    return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
+
+
+class Bootstrap:
+    """95 % intervals from resampling queries with replacement (percentile bootstrap) with a fixed seed."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self._rng = np.random.default_rng(seed)
+
+    def share(self, hits: int, queries: int) -> Interval:
+        """Return the interval of a percentage of queries."""
+        return percentile_interval(self._shares(hits, queries))
+
+    def harmonic_mean(self, seen: tuple[int, int], unseen: tuple[int, int]) -> Interval:
+        """Return the interval of the HM of two percentages, each given as (hits, queries)."""
+        pairs = zip(self._shares(*seen), self._shares(*unseen), strict=True)
+        return percentile_interval(np.array([harmonic_mean(one, other) for one, other in pairs]))
+
+    def auroc(self, positive: Sequence[float], negative: Sequence[float], resamplings: int = 500) -> Interval:
+        """Return the interval of `auroc`."""
+        drawn = [
+            auroc(self._rng.choice(positive, len(positive)), self._rng.choice(negative, len(negative)))
+            for _ in range(resamplings)
+        ]
+        return percentile_interval(np.array(drawn))
+
+    def _shares(self, hits: int, queries: int) -> Floats:
+        # Resampling queries that are each right or wrong is a binomial draw.
+        return 100 * self._rng.binomial(queries, hits / queries, RESAMPLINGS) / queries
+
+
+def percentile_interval(values_R: Floats) -> Interval:
+    """Return the bounds of the middle 95 % of the values."""
+    low, high = np.percentile(values_R, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def auroc(positive: Any, negative: Any) -> float:
+    """Return the area under the ROC curve: the share of pairs with the positive value higher; ties count half."""
+    ordered = np.sort(np.asarray(negative, np.float64))
+    below = np.searchsorted(ordered, positive, side="left")
+    up_to = np.searchsorted(ordered, positive, side="right")
+    return float((below + up_to).mean() / 2 / len(ordered))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReliabilityBin:
+    """Answers of similar confidence: their number, mean confidence and accuracy."""
+
+    count: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidences_N: Sequence[float], correct_N: Sequence[bool]) -> list[ReliabilityBin]:
+    """Return the non-empty bins of equal width, by rising confidence."""
+    confidences, correct = np.asarray(confidences_N, np.float64), np.asarray(correct_N, bool)
+    bins_N = np.minimum((confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    return [
+        ReliabilityBin(
+            count=int((bins_N == number).sum()),
+            confidence=float(confidences[bins_N == number].mean()),
+            accuracy=float(correct[bins_N == number].mean()),
+        )
+        for number in np.unique(bins_N)
+    ]
+
+
+def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
+    """Return the expected calibration error: the mean distance of confidence and accuracy over all answers."""
+    total = sum(each.count for each in bins)
+    return sum(each.count * abs(each.confidence - each.accuracy) for each in bins) / total
+
+
+def summarise(answered: Sequence[AnsweredQuery], *, rejected: int) -> Evaluation:
+    """Return accuracies by split and overall, and the quality of confidences and of the detection of unknowns."""
+    found = [a for a in answered if a.in_catalog]
+    unknown = [a for a in answered if not a.in_catalog]
+    groups = _groups(found)
+    seen, unseen, hm = _seen_unseen_hm(found)
+    bootstrap = Bootstrap()
+    hits = {name: (_hits(groups[name], 1), len(groups[name])) for name in ("seen", "unseen") if name in groups}
+    intervals: dict[str, Interval] = {name: _rounded(bootstrap.share(*counts)) for name, counts in hits.items()}
+    if len(hits) == 2:
+        intervals["hm"] = _rounded(bootstrap.harmonic_mean(hits["seen"], hits["unseen"]))
+    positive = [a.in_catalog_probability for a in found if a.in_catalog_probability is not None]
+    negative = [a.in_catalog_probability for a in unknown if a.in_catalog_probability is not None]
+    right = [a.in_catalog_probability for a in found if a.in_catalog_probability is not None and a.rank == 1]
+    if positive and negative:
+        intervals["auroc"] = _rounded(bootstrap.auroc(positive, negative), 4)
+    confidences, correct = confidences_of(found)
+    return Evaluation(
+        queries=len(answered),
+        unknown=len(unknown),
+        rejected=rejected,
+        recall={name: _recalls(ranks, bootstrap) for name, ranks in groups.items()},
+        seen=seen,
+        unseen=unseen,
+        hm=hm,
+        intervals=intervals,
+        oven=dict(zip(("seen", "unseen", "hm"), _seen_unseen_hm(answered), strict=True)),
+        ece=round(calibration_error(reliability(confidences, correct)), 4) if confidences else None,
+        auroc=round(auroc(positive, negative), 4) if positive and negative else None,
+        auroc_right=round(auroc(right, negative), 4) if right and negative else None,
+    )
+
+
+def confidences_of(answered: Iterable[AnsweredQuery]) -> tuple[list[float], list[bool]]:
+    """Return the confidences of the best predictions, and whether each was right."""
+    pairs = [(a.best.confidence, a.rank == 1) for a in answered if a.best and a.best.confidence is not None]
+    return [confidence for confidence, _ in pairs], [right for _, right in pairs]
+
+
+def _groups(answered: Sequence[AnsweredQuery]) -> dict[str, list[int | None]]:
+    groups = {
+        split: [a.rank for a in answered if a.data_split == split] for split in sorted({a.data_split for a in answered})
+    }
+    kinds: dict[str, Callable[[AnsweredQuery], bool]] = {
+        "seen": lambda a: a.seen is True,
+        "unseen": lambda a: a.seen is False,
+        "without_image": lambda a: a.entity is not None and a.entity.image_count == 0,
+        "without_text": lambda a: a.entity is not None and not a.entity.has_text,
+    }
+    groups |= {name: ranks for name, kind in kinds.items() if (ranks := [a.rank for a in answered if kind(a)])}
+    return groups | {"all": [a.rank for a in answered]}
+
+
+def _seen_unseen_hm(answered: Sequence[AnsweredQuery]) -> tuple[float | None, float | None, float | None]:
+    ranks = [[a.rank for a in answered if a.seen is part] for part in (True, False)]
+    seen, unseen = (recall_at_k(part, 1) if part else None for part in ranks)
+    return seen, unseen, None if seen is None or unseen is None else harmonic_mean(seen, unseen)
+
+
+def _recalls(ranks: Sequence[int | None], bootstrap: Bootstrap) -> dict[str, float | Interval]:
+    row: dict[str, float | Interval] = {"queries": len(ranks)}
+    row |= {f"recall_at_{k}": round(recall_at_k(ranks, k), 2) for k in RECALL_AT}
+    if ranks:
+        row |= {f"interval_at_{k}": _rounded(bootstrap.share(_hits(ranks, k), len(ranks))) for k in RECALL_AT}
+    return row
+
+
+def _hits(ranks: Iterable[int | None], k: int) -> int:
+    return sum(rank is not None and rank <= k for rank in ranks)
+
+
+def _rounded(interval: Interval, digits: int = 2) -> Interval:
+    return round(interval[0], digits), round(interval[1], digits)
+
+
+def as_table(evaluation: Evaluation) -> str:
+    """Return the figures as text, one split per line."""
+    lines = [f"{'split':<24} {'queries':>8} " + " ".join(f"{f'R@{k}':>6}" for k in RECALL_AT) + "   R@1, 95 % interval"]
+    for split, row in evaluation.recall.items():
+        lines.append(
+            f"{split:<24} {row['queries']:>8} "
+            + " ".join(f"{row[f'recall_at_{k}']:>6.1f}" for k in RECALL_AT)
+            + f"   {format_interval(row.get('interval_at_1'))}"
+        )
+    figures = (("seen", evaluation.seen), ("unseen", evaluation.unseen), ("HM", evaluation.hm))
+    lines.append(
+        "top-1: "
+        + ", ".join(
+            f"{name} {value:.1f} ({format_interval(evaluation.intervals[name.lower()])})"
+            for name, value in figures
+            if value is not None
+        )
+    )
+    if evaluation.ece is not None:
+        lines.append(f"confidence: expected calibration error {evaluation.ece:.3f}")
+    if evaluation.unknown:
+        line = f"{evaluation.unknown} queries for entities that cannot be found, counted separately"
+        if evaluation.auroc is not None:
+            interval = format_interval(evaluation.intervals["auroc"], 3)
+            line += f": AUROC of known against unknown {evaluation.auroc:.3f} ({interval})"
+        if evaluation.auroc_right is not None:
+            line += f", of correct answers against unknown {evaluation.auroc_right:.3f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def format_interval(interval: object, digits: int = 1) -> str:
+    """Return an interval as text, empty if there is none."""
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}" if isinstance(interval, tuple) else ""
