@@ -59,7 +59,7 @@ def _of_nothing(bundle: Path) -> dict[str, object]:
 
 
 def accuracy_table(accuracy: dict[str, Any]) -> str:
-    """The README's table, from what `wikiclip evaluate` says of the clean and of the photographed queries."""
+    """Return the table of demo/README.md: accuracy on the clean and the photographed queries, for each kind."""
     clean, photo = accuracy["clean"]["recall"], accuracy["photo"]["recall"]
     lines = [
         "| held-out drawings of | queries | clean top-1 | clean top-5 | photographed top-1 | photographed top-5 |",

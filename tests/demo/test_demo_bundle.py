@@ -141,7 +141,7 @@ def _png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def test_the_readme_shows_the_figures_of_this_very_bundle(bundle: Bundle) -> None:
+def test_readme_of_the_demo_shows_the_figures_of_this_bundle(bundle: Bundle) -> None:
     accuracy = json.loads((DEMO / "accuracy.json").read_bytes())
     assert accuracy["clean"]["bundle"] == accuracy["photo"]["bundle"] == f"{bundle.name}@{bundle.fingerprint}"
-    assert accuracy_table(accuracy) in (DEMO.parent / "README.md").read_text(encoding="utf-8")
+    assert accuracy_table(accuracy) in (DEMO / "README.md").read_text(encoding="utf-8")
