@@ -1,6 +1,6 @@
-"""What the site shows beside docs/: README.md as its index, demo/README.md, and copies of the files that are linked to.
+"""A mkdocs hook that adds pages from outside docs/, and copies of the files that pages link to.
 
-mkdocs takes pages from one folder only. In the repository the same links lead to the files themselves.
+mkdocs reads pages from one folder only. In the repository the same links lead to the files themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"README.md": "index.md", "demo/README.md": "demo.md", "demo/icon_sets.md": "icon-sets.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "demo/README.md": "demo.md",
+    "demo/icon_sets.md": "icon-sets.md",
+}
 LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 
 
@@ -28,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for uri in sorted(linked - {file.src_uri for file in files}):
         path = ROOT / uri.removeprefix("repository/")
-        if path.is_file():  # else mkdocs finds the link broken
+        if path.is_file():  # otherwise mkdocs reports a broken link
             files.append(File.generated(config, uri, content=path.read_bytes()))
     return files
 
@@ -38,11 +45,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def in_repository(page: str, target: str) -> str:
-    """The path in the repository that a link in a page means."""
+    """Return the path in the repository that a link of a page points to."""
     source = next((source for source, own in PAGES.items() if own == page), f"docs/{page}")
     return posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
 
 
 def place(path: str) -> str:
-    """Where a path of the repository is on the site."""
+    """Return where a path of the repository is on the site."""
     return PAGES.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else f"repository/{path}")
