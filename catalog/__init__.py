@@ -1,6 +1,6 @@
-"""Entity records and the readers of the formats they come in."""
+"""Entity records, and reading them from catalog files."""
 
-from catalog.readers import read_catalog
+from catalog.formats import read_catalog
 from catalog.records import EntityRecord, is_url
 
 __all__ = ["EntityRecord", "is_url", "read_catalog"]

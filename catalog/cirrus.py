@@ -1,14 +1,18 @@
-"""Wikimedia's CirrusSearch dumps: the documents of a wiki's search index.
+"""Articles and page images from a wiki's dumps.
 
-Published weekly as `WIKI_content-DATE-NNNNN.json.bz2` (before 2026 as one `WIKI-DATE-cirrussearch-content.json.gz`):
-Elasticsearch's bulk format, an action line `{"index": {"_id": PAGE_ID}}` before each document. Fields:
-https://www.mediawiki.org/wiki/Extension:CirrusSearch/Schema
+CirrusSearch dumps, published weekly as `WIKI_content-DATE-NNNNN.json.bz2` (before 2026 as one
+`WIKI-DATE-cirrussearch-content.json.gz`), contain the search index in Elasticsearch's bulk format: an action line
+`{"index": {"_id": PAGE_ID}}` before each document. https://www.mediawiki.org/wiki/Extension:CirrusSearch/Schema
+
+Page images come from MediaWiki's `page_props` table, dumped as `WIKI-DATE-page_props.sql.gz`. The PageImages extension
+stores each article's best image there as `page_image_free`, and as `page_image` if a better one is not free.
+https://www.mediawiki.org/wiki/Manual:Page_props_table
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +20,24 @@ from urllib.parse import quote
 
 import orjson
 
-from catalog.compressed import START, Position, read_lines
-from catalog.records import BadRecord
+from catalog.compressed import OnBytes, Position, read_lines
+from catalog.records import BadRecord, optional_string
+from core.errors import CatalogError
 
 _ITEM = re.compile(r"Q([1-9]\d{0,17})")
 _WIKIPEDIA = re.compile(r"([a-z][a-z0-9_]*)wiki")
-_HAS_OWN_SITE = {"commons", "mediawiki", "meta", "outreach", "sources", "species", "wikidata", "wikifunctions"}
+_OTHER_PROJECTS = {"commons", "mediawiki", "meta", "outreach", "sources", "species", "wikidata", "wikifunctions"}
+# Quotes within a string are escaped, so this cannot match inside a string.
+_PAGE_IMAGE = re.compile(rb"\((\d+),'(page_image|page_image_free)','((?:[^'\\]|\\.)*)'[,)]", re.DOTALL)
+_ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
+_SPECIAL = {b"0": b"\0", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"Z": b"\x1a"}
+_DATABASE = re.compile(rb"^-- Host:.*Database: *(\w+)", re.MULTILINE)
+_HEAD_LINES = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What a catalog needs of an article. `item` is the number of its Wikidata item: 42 is Q42."""
+    """The parts of an article that a catalog uses. `item` is the number of its Wikidata item: 42 is Q42."""
 
     item: int
     wiki: str
@@ -36,22 +47,14 @@ class Page:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class PageFilter:
-    """Which articles are taken: of one language (None: any), with at least `min_links` links to them."""
-
-    language: str | None = None
-    min_links: int = 0
-
-
 class LeftOut(Exception):
-    """A document that is whole but not wanted; its message is the reason, the same for all of its kind."""
+    """A valid document that the filters exclude. The message is the reason, which is counted."""
 
 
 def read_documents(
-    path: Path, start: Position = START, on_bytes: Callable[[int], object] = lambda count: None
-) -> Iterator[tuple[int | None, bytes, Position]]:
-    """Yield each document's page id (None without an action line), its line, and the position after it.
+    path: Path, start: Position, on_bytes: OnBytes
+) -> Iterator[tuple[tuple[int | None, bytes], Position]]:
+    """Yield each document's page id (None without an action line) and line, with the position after it.
 
     Raises `CatalogError`.
     """
@@ -60,42 +63,40 @@ def read_documents(
         if line.startswith(b'{"index"'):
             page_id = _page_id(line)
         elif line.strip():
-            yield page_id, line, position
+            yield (page_id, line), position
             page_id = None
 
 
-def parse_document(line: bytes) -> dict[str, Any]:
-    """The document of a line. Raises `BadRecord`."""
+def parse_page(line: bytes, page_id: int | None, *, language: str | None, min_links: int, max_text: int) -> Page:
+    """Parse an article, its text cut to `max_text` characters. Raises `BadRecord`.
+
+    Raises `LeftOut` if it is not in `language` (None: any) or has fewer than `min_links` incoming links.
+    """
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         raise BadRecord(f"not JSON: {error}") from None
     if not isinstance(document, dict):
         raise BadRecord(f"expected a JSON object, got {type(document).__name__}")
-    return document
-
-
-def page_of(document: Mapping[str, Any], page_id: int | None, wanted: PageFilter, max_text: int) -> Page:
-    """The article of a document, its text cut to `max_text` characters. Raises `LeftOut` or `BadRecord`."""
     if document.get("namespace") != 0:
         raise LeftOut("not in the article namespace")
-    if wanted.language is not None and document.get("language") != wanted.language:
-        raise LeftOut(f"the language is not {wanted.language}")
+    if language is not None and document.get("language") != language:
+        raise LeftOut(f"the language is not {language}")
     item = _ITEM.fullmatch(str(document.get("wikibase_item") or ""))
     if item is None:
         raise LeftOut("no Wikidata item")
     links = document.get("incoming_links") or 0
     if not isinstance(links, int):
         raise BadRecord("`incoming_links` must be a whole number")
-    if links < wanted.min_links:
-        raise LeftOut(f"fewer than {wanted.min_links} links to it")
+    if links < min_links:
+        raise LeftOut(f"fewer than {min_links} links to it")
     if page_id is None:
         page_id = document.get("page_id")
     if not isinstance(page_id, int):
-        raise BadRecord("the page id is missing: no action line stands before the document")
-    title, wiki = _text(document, "title"), _text(document, "wiki")
+        raise BadRecord("the page id is missing: no action line precedes the document")
+    title, wiki = optional_string(document, "title"), optional_string(document, "wiki")
     if not title or not wiki:
-        raise BadRecord("`title` and `wiki` are needed")
+        raise BadRecord("`title` or `wiki` is missing")
     return Page(
         item=int(item[1]),
         wiki=wiki,
@@ -107,30 +108,66 @@ def page_of(document: Mapping[str, Any], page_id: int | None, wanted: PageFilter
 
 
 def site_of(wiki: str) -> str:
-    """The address of a Wikipedia by its database name, as `enwiki`. Raises `BadRecord` for another project's."""
+    """Return the URL of a Wikipedia by its database name, such as `enwiki`. Raises `BadRecord` for other projects."""
     code = _WIKIPEDIA.fullmatch(wiki)
-    if code is None or code[1] in _HAS_OWN_SITE:
-        raise BadRecord(f"{wiki} is no Wikipedia")
+    if code is None or code[1] in _OTHER_PROJECTS:
+        raise BadRecord(f"{wiki} is not a Wikipedia")
     return f"https://{code[1].replace('_', '-')}.wikipedia.org"
 
 
 def _article_text(document: Mapping[str, Any]) -> str:
-    opening, text = _text(document, "opening_text"), _text(document, "text")
-    # The whole text begins with the opening, but for what stands before it: hatnotes, captions.
+    opening, text = (optional_string(document, key) or "" for key in ("opening_text", "text"))
+    # `text` starts with the opening unless a hatnote or caption precedes it.
     return text if not opening or text.startswith(opening) else f"{opening}\n{text}"
-
-
-def _text(document: Mapping[str, Any], key: str) -> str:
-    value = document.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise BadRecord(f"`{key}` must be a string, it is {type(value).__name__}")
-    return value
 
 
 def _page_id(line: bytes) -> int | None:
     try:
         return int(orjson.loads(line)["index"]["_id"])
     except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-        return None  # what follows is rejected with that reason, where it does not name its page itself
+        return None  # the document is rejected for its missing page id, unless it has one itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageImage:
+    """The best image of a page: a file name without `File:`, and whether its licence is free."""
+
+    page_id: int
+    file: str
+    free: bool
+
+
+def read_page_images(path: Path, start: Position, on_bytes: OnBytes) -> Iterator[tuple[list[PageImage], Position]]:
+    """Yield the page images of each line with the position after it. Raises `CatalogError`."""
+    for line, position in read_lines(path, start, on_bytes):
+        images = [
+            PageImage(page_id=int(page_id), file=name, free=prop == b"page_image_free")
+            for page_id, prop, value in _PAGE_IMAGE.findall(line)
+            if (name := _unescaped(value).decode("utf-8", "replace"))
+        ]
+        yield images, position
+
+
+def wiki_of(path: Path) -> str:
+    """Return the wiki of a page_props dump, such as `enwiki`. Raises `CatalogError` for another file."""
+    head = b""
+    for line, position in read_lines(path):
+        head += line[:500]
+        if position.line >= _HEAD_LINES or line.startswith(b"INSERT"):
+            break
+    database = _DATABASE.search(head)
+    if database is None or b"`page_props`" not in head:
+        raise CatalogError(
+            f"{path} is not a page_props dump; give WIKI-DATE-page_props.sql.gz as Wikimedia publishes it"
+        )
+    return database[1].decode()
+
+
+def file_url(site: str, file: str, width_px: int) -> str:
+    """Return the URL that redirects to a file of a wiki or of Commons, `width_px` wide (0: the original)."""
+    width = f"?width={width_px}" if width_px else ""
+    return f"{site}/wiki/Special:FilePath/{quote(file.replace(' ', '_'), safe='')}{width}"
+
+
+def _unescaped(value: bytes) -> bytes:
+    return _ESCAPED.sub(lambda match: _SPECIAL.get(match[1], match[1]), value)

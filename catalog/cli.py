@@ -22,53 +22,55 @@ def _items(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
         return None
     words = [word.strip() for word in value.split(",") if word.strip()]
     if bad := [word for word in words if not re.fullmatch(r"Q[1-9]\d*", word)]:
-        raise click.BadParameter(f"{bad[0]} is no item of Wikidata; give ids as Q729,Q756")
+        raise click.BadParameter(f"{bad[0]} is not a Wikidata item; give ids such as Q729,Q756")
     return tuple(int(word[1:]) for word in words)
 
 
 @click.command()
 @click.option(
     "--content", type=_PATH, required=True, multiple=True,
-    help="CirrusSearch content dump: its files or their folder; may be given again.",
+    help="CirrusSearch content dump: a file or its folder. Repeatable.",
 )  # fmt: skip
 @click.option(
     "--page-props", type=_PATH, multiple=True,
-    help="The wiki's page_props.sql.gz, for page images; may be given again.  [default: none]",
+    help="The wiki's page_props.sql.gz, for page images. Repeatable.  [default: none]",
 )  # fmt: skip
 @click.option(
     "--wikidata", type=_PATH, help="Wikidata's all.json.gz or .bz2, for types, titles and images.  [default: none]"
 )
-@click.option("--base", type=_PATH, help="Earlier catalog that the dumps bring up to date.  [default: none]")
+@click.option("--base", type=_PATH, help="Earlier catalog to bring up to date.  [default: none]")
 @click.option("--out", type=_PATH, required=True, help="The catalog: .jsonl, .jsonl.gz or .parquet.")
-@click.option("--resume", is_flag=True, help="Finish a build that was interrupted; begins one where there is none.")
-@click.option("--language", metavar="CODE", help="Take articles in this language only.  [default: any]")
+@click.option("--resume", is_flag=True, help="Finish an interrupted build, or begin one.")
+@click.option("--language", metavar="CODE", help="Only articles in this language.  [default: any]")
 @click.option(
-    "--titles", metavar="CODES", callback=_codes, help="Languages of further titles, as de,fr.  [default: none]"
+    "--titles", metavar="CODES", callback=_codes, help="Languages of further titles, such as de,fr.  [default: none]"
 )
 @click.option(
     "--types", metavar="ITEMS", callback=_items, default="",
-    help="Take only what is one of these or of their subclasses, as Q16521,Q811979.  [default: all]",
+    help="Only items of these types or their subclasses, such as Q16521,Q811979.  [default: all]",
 )  # fmt: skip
 @click.option(
     "--without-types", metavar="ITEMS", callback=_items,
-    help="Leave these and their subclasses out.  [default: disambiguation pages, lists, categories, templates]",
+    help="Exclude these types and their subclasses.  [default: disambiguation pages, lists, categories, templates]",
 )  # fmt: skip
 @click.option(
-    "--min-links", type=click.IntRange(min=0), default=0, show_default=True, help="Fewest links to an article."
+    "--min-links",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Minimum incoming links of an article.",
 )
-@click.option(
-    "--max-text", type=click.IntRange(min=0), default=4000, show_default=True, help="Characters of an article to keep."
-)
+@click.option("--max-text", type=click.IntRange(min=0), default=4000, show_default=True, help="Characters per article.")
 @click.option(
     "--image-width", "image_width_px", type=click.Choice(["0", "250", "330", "500", "960", "1280"]), default="500",
-    show_default=True, help="Pixels across of the images named, of Wikimedia's standard sizes; 0: as uploaded.",
+    show_default=True, help="Width of images in pixels, one of Wikimedia's standard sizes. 0: as uploaded.",
 )  # fmt: skip
-@click.option("--free-images", is_flag=True, help="Name only page images that may be used freely.")
+@click.option("--free-images", is_flag=True, help="Only page images with a free licence.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 def catalog(as_json: bool, **options: Any) -> None:
     """Build a catalog from Wikimedia's public dumps, or bring an earlier one up to date.
 
-    Killed at any moment, --resume finishes it; the result is that of an undisturbed run.
+    --resume finishes an interrupted build, with the same result as an uninterrupted one.
     """
     from catalog.build import CatalogConfig, build_catalog
 
@@ -84,7 +86,9 @@ def catalog(as_json: bool, **options: Any) -> None:
         f"{report.with_image} with an image, {report.with_text} with text; {report.elapsed_s:.1f} s"
     )
     if report.against_base is not None:
-        click.echo("against the base: " + ", ".join(f"{count} {name}" for name, count in report.against_base.items()))
+        click.echo(
+            "compared with the base: " + ", ".join(f"{count} {name}" for name, count in report.against_base.items())
+        )
     for reason, count in report.left_out.items():
         click.echo(f"left out: {count} {reason}")
     if report.rejected:

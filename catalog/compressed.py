@@ -1,4 +1,4 @@
-"""Lines of large compressed files, read in a way that can be taken up again without starting over."""
+"""Lines of large compressed files. Reading can resume after any line without decompressing from the start."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from core.errors import CatalogError
 
 _CHUNK_BYTES = 1 << 18
+OnBytes = Callable[[int], object]  # called with the bytes of the file read since the last call
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """Where reading goes on: `skip` bytes of content after the compressed stream that begins at byte `offset`.
+    """A place after a line: `skip` decompressed bytes into the stream that starts at byte `offset` of the file.
 
-    Files of many streams, as pbzip2 writes them, are not read again from their begin. `line` lines lie before it.
+    Files of many compressed streams, as pbzip2 writes them, resume at a stream. `line` is the number of lines before.
     """
 
     offset: int = 0
@@ -29,28 +30,19 @@ class Position:
 START = Position()
 
 
-class _Decompressor(Protocol):
-    @property
-    def eof(self) -> bool: ...
-    @property
-    def unused_data(self) -> bytes: ...
-    def decompress(self, data: bytes, /) -> bytes: ...
-
-
 @dataclass(frozen=True)
 class _Piece:
-    stream: int  # the byte of the file at which its stream begins
-    begin: int  # bytes of content between that and this piece
+    stream: int  # offset in the file at which the piece's stream starts
+    begin: int  # decompressed bytes of the stream before this piece
     data: bytes
 
 
 def read_lines(
-    path: Path, start: Position = START, on_bytes: Callable[[int], object] = lambda count: None
+    path: Path, start: Position = START, on_bytes: OnBytes = lambda count: None
 ) -> Iterator[tuple[bytes, Position]]:
-    """Yield each line of a plain, gzip or bzip2 file (told by content) with the position after it.
+    """Yield each line of a plain, gzip or bzip2 file (detected by content) with the position after it.
 
-    `on_bytes` is told how many bytes of the file were read since it was last called. Raises `CatalogError` if the file
-    is missing, damaged, or ends in mid-stream.
+    Raises `CatalogError` if the file is missing, damaged or truncated.
     """
     line, partial = start.line, b""
     piece = _Piece(start.offset, start.skip, b"")
@@ -72,7 +64,7 @@ def read_lines(
         yield partial, Position(offset=piece.stream, skip=piece.begin + len(piece.data), line=line + 1)
 
 
-def _pieces(file: BinaryIO, offset: int, on_bytes: Callable[[int], object]) -> Iterator[_Piece]:
+def _pieces(file: BinaryIO, offset: int, on_bytes: OnBytes) -> Iterator[_Piece]:
     magic = file.read(3)
     file.seek(offset)
     if magic == b"BZh":
@@ -87,7 +79,7 @@ def _pieces(file: BinaryIO, offset: int, on_bytes: Callable[[int], object]) -> I
 
 
 def _decompressed(
-    file: BinaryIO, new_decompressor: Callable[[], _Decompressor], stream: int, on_bytes: Callable[[int], object]
+    file: BinaryIO, new_decompressor: Callable[[], Any], stream: int, on_bytes: OnBytes
 ) -> Iterator[_Piece]:
     decompressor, produced, pending = new_decompressor(), 0, b""
     while pending or (pending := file.read(_CHUNK_BYTES)):
@@ -100,4 +92,4 @@ def _decompressed(
         produced += len(data)
         pending = decompressor.unused_data if decompressor.eof else b""
     if not decompressor.eof:
-        raise EOFError("it ends in mid-stream")
+        raise EOFError("the file is truncated")

@@ -1,7 +1,7 @@
-"""The work file of `wikiclip catalog`: what was read of each dump so far, joined in SQLite.
+"""The work file of `wikiclip catalog`: an SQLite database that joins the dumps' rows.
 
-A dump's rows and how far it was read are committed together, so that a build killed at any moment goes on from there.
-Everything that can be as long as the dumps is on disk. Items are numbers: 42 is Q42.
+A dump's rows and the position in the dump are committed together, so that an interrupted build can resume. Everything
+that grows with the dumps is on disk. Items are numbers: 42 is Q42.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from catalog.cirrus import Page
-from catalog.compressed import Position
-from catalog.page_props import PageImage
+from catalog.cirrus import Page, PageImage
+from catalog.compressed import START, Position
 from catalog.wikidata import Item
 from core.errors import UserError
 from core.jsonl import Rejected
@@ -41,10 +40,7 @@ CREATE TABLE base (position INTEGER PRIMARY KEY, entity_id TEXT UNIQUE, digest B
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedPage:
-    """A page with all that was found of its item. Images are files' names, of the page's wiki or of Commons.
-
-    `base` is what was kept of its record in the base catalog, with that record's digest.
-    """
+    """A page with its images, its item and its base record. Images are file names of the page's wiki or of Commons."""
 
     page: Page
     free_image: str | None
@@ -53,25 +49,24 @@ class JoinedPage:
     labels: Mapping[str, str]
     description: str | None
     types: tuple[str, ...]
-    base: Mapping[str, Any] | None
+    base: Mapping[str, Any] | None  # the fields stored by `add_base`
     base_digest: bytes | None
 
 
 class Joins:
-    """The work file at `path`, made where it is missing. One process may hold it at a time.
+    """The work file at `path`, created if missing and locked by this process.
 
-    Raises `UserError` if another one does, or if it was begun with other `settings`.
+    Raises `UserError` if another process has the lock, or if the file was begun with other `settings`.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._path = path
-        # Autocommit: transactions are begun and ended here, not by the module.
-        self._db = sqlite3.connect(path, timeout=0, isolation_level=None)
+        self._db = sqlite3.connect(path, timeout=0, isolation_level=None)  # transactions are explicit
         try:
             self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute("PRAGMA cache_size = -65536")  # KiB; items come in no order
+            self._db.execute("PRAGMA cache_size = -65536")  # KiB; items are accessed in random order
             self._db.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError:
             self._db.close()
@@ -87,7 +82,7 @@ class Joins:
             for statement in _SCHEMA.split(";"):
                 self._db.execute(statement)
             self._db.execute("INSERT INTO settings VALUES (?)", (settings,))
-            self.commit()
+            self._commit()
         begun = json.loads(self._db.execute("SELECT value FROM settings").fetchone()[0])
         if differing := [name for name, value in json.loads(settings).items() if begun.get(name) != value]:
             raise UserError(
@@ -98,102 +93,95 @@ class Joins:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._db.close()  # what is not committed is read again
+        self._db.close()  # a resumed build reads again what is not committed
 
-    def commit(self) -> None:
+    def _commit(self) -> None:
         self._db.execute("COMMIT")
         self._db.execute("BEGIN IMMEDIATE")
 
     def remove(self) -> None:
-        """Close the work file and delete it."""
+        """Close and delete the work file."""
         self._db.close()
         for suffix in ("-wal", "-shm", ""):
             self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
 
-    def reached(self, source: str) -> tuple[Position, bool]:
-        """How far a dump was read, and whether that is all of it."""
+    def progress(self, source: str) -> tuple[Position, bool]:
+        """Return the position reached in a source, and whether it was read to its end."""
         row = self._db.execute('SELECT "offset", skip, line, done FROM progress WHERE source = ?', (source,)).fetchone()
         if row is None:
-            return Position(), False
+            return START, False
         offset, skip, line, done = row
         return Position(offset=offset, skip=skip, line=line), bool(done)
 
-    def set_reached(self, source: str, position: Position, *, done: bool = False) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)",
-            (source, position.offset, position.skip, position.line, done),
-        )
-        self.commit()
+    def set_progress(self, source: str, position: Position, *, done: bool = False) -> None:
+        """Record the position reached in a source, and commit."""
+        row = (source, position.offset, position.skip, position.line, done)
+        self._db.execute("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)", row)
+        self._commit()
 
-    def leave_out(self, reason: str, count: int = 1) -> None:
+    def leave_out(self, reason: str) -> None:
+        """Count a document that was left out."""
         self._db.execute(
-            "INSERT INTO left_out VALUES (?, ?) ON CONFLICT (reason) DO UPDATE SET count = count + excluded.count",
-            (reason, count),
+            "INSERT INTO left_out VALUES (?, 1) ON CONFLICT (reason) DO UPDATE SET count = count + 1", (reason,)
         )
 
     def left_out(self) -> dict[str, int]:
-        """Reasons with their counts, the most frequent first."""
+        """Return the reasons with their counts, the most frequent first."""
         return dict(self._db.execute("SELECT reason, count FROM left_out ORDER BY count DESC, reason").fetchall())
 
-    def reject(self, source: str, rejected: Rejected) -> None:
-        self._db.execute(
-            "INSERT INTO rejected VALUES (?, ?, ?, ?)", (source, rejected.line, rejected.reason, rejected.record)
-        )
+    def reject(self, source: str, line: int, reason: str, record: bytes) -> None:
+        """Record a bad record, with its first 500 characters."""
+        excerpt = record[:2000].decode("utf-8", "replace").strip()[:500]
+        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?)", (source, line, reason, excerpt))
 
     def rejected(self) -> Iterator[tuple[str, Rejected]]:
+        """Yield each bad record with its source."""
         for source, line, reason, record in self._db.execute("SELECT * FROM rejected ORDER BY rowid"):
-            yield source, Rejected(line=line, reason=reason, record=record)
+            yield source, Rejected(line=line, reason=f"{source}: {reason}", record=record)
 
     def add_page(self, page: Page) -> bool:
-        """Add a page; False if its item, or the page itself, is there already."""
+        """Add a page. Returns False if there is already a page with its id or its item."""
         text = zlib.compress(page.text.encode("utf-8", "replace"), 1)
         row = (page.item, page.wiki, page.page_id, page.title, page.url, text)
         return self._db.execute("INSERT OR IGNORE INTO pages VALUES (NULL, ?, ?, ?, ?, ?, ?)", row).rowcount == 1
 
     def add_page_images(self, wiki: str, images: Iterable[PageImage]) -> None:
-        """Keep the images of pages that are there."""
+        """Add the images of known pages."""
         self._db.executemany(
             "INSERT OR REPLACE INTO page_images SELECT item, ?, ? FROM pages WHERE wiki = ? AND page_id = ?",
             ((image.free, image.file, wiki, image.page_id) for image in images),
         )
 
     def has_item(self, item: int) -> bool:
-        """Whether a page is about the item."""
+        """Return whether there is a page about the item."""
         return self._db.execute("SELECT 1 FROM pages WHERE item = ?", (item,)).fetchone() is not None
 
     def add_item(self, item: Item) -> None:
-        """Keep what is known of a page's item."""
+        """Add a page's item with its types."""
         row = (item.number, item.image, json.dumps(dict(item.labels), ensure_ascii=False), item.description)
         self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?)", row)
-        self._db.executemany(
-            "INSERT OR REPLACE INTO types VALUES (?, ?, ?)",
-            ((item.number, place, type_) for place, type_ in enumerate(item.types)),
-        )
+        types = ((item.number, place, type_) for place, type_ in enumerate(item.types))
+        self._db.executemany("INSERT OR REPLACE INTO types VALUES (?, ?, ?)", types)
 
     def add_class(self, item: Item, label: str | None) -> None:
-        """Keep an item's name, and what it is a subclass of."""
+        """Add an item's label and superclasses."""
         if label is not None:
             self._db.execute("INSERT OR REPLACE INTO class_labels VALUES (?, ?)", (item.number, label))
-        self._db.executemany(
-            "INSERT OR IGNORE INTO superclasses VALUES (?, ?)",
-            ((item.number, superclass) for superclass in item.superclasses),
-        )
+        superclasses = ((item.number, superclass) for superclass in item.superclasses)
+        self._db.executemany("INSERT OR IGNORE INTO superclasses VALUES (?, ?)", superclasses)
 
     def add_base(self, entity_id: str, digest: bytes, record: Mapping[str, Any]) -> None:
+        """Add a record of the base catalog, in the base's order."""
         packed = zlib.compress(json.dumps(record, ensure_ascii=False).encode(), 1)
         self._db.execute("INSERT INTO base VALUES (NULL, ?, ?, ?)", (entity_id, digest, packed))
 
-    def base_count(self) -> int:
-        (count,) = self._db.execute("SELECT COUNT(*) FROM base").fetchone()
+    def count(self, table: str) -> int:
+        """Return the number of rows of `pages` or `base`."""
+        (count,) = self._db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()
         return int(count)
 
-    def page_count(self) -> int:
-        (count,) = self._db.execute("SELECT COUNT(*) FROM pages").fetchone()
-        return int(count)
-
-    def name_classes(self, name: str, roots: Iterable[int]) -> None:
-        """Make a temporary table of items and all that are subclasses of them, at any remove, for `is_among`."""
-        assert name.isidentifier(), "names of tables are given by code"
+    def create_class_table(self, name: str, roots: Iterable[int]) -> None:
+        """Create a temporary table of some items and all their direct and indirect subclasses, for `has_type_in`."""
         self._db.execute(f"CREATE TEMP TABLE {name} (class INTEGER PRIMARY KEY)")
         for root in roots:
             self._db.execute(
@@ -204,21 +192,21 @@ class Joins:
                 (root,),
             )
 
-    def is_among(self, item: int, name: str) -> bool:
-        """Whether a type of the item is in a table of `name_classes`."""
+    def has_type_in(self, name: str, item: int) -> bool:
+        """Return whether a type of the item is in a table made by `create_class_table`."""
         query = f"SELECT 1 FROM types JOIN {name} ON class = type WHERE item = ? LIMIT 1"
         return self._db.execute(query, (item,)).fetchone() is not None
 
     def joined(self) -> Iterator[JoinedPage]:
-        """Every page: those of the base first, in its order, then the others in the order of the dumps."""
-        select = "SELECT pages.item, wiki, page_id, title, url, text, entity_id, digest, record FROM "
+        """Yield every page: those of the base in its order, then the others in the order of the dumps."""
+        select = "SELECT pages.item, wiki, page_id, title, url, text, digest, record FROM "
         queries = (
             "base CROSS JOIN pages ON pages.item = CAST(substr(entity_id, 2) AS INTEGER) AND entity_id = 'Q' || item "
             "ORDER BY base.position",
             "pages LEFT JOIN base ON entity_id = 'Q' || item WHERE entity_id IS NULL ORDER BY pages.position",
         )
         for query in queries:
-            for item, wiki, page_id, title, url, text, _, digest, record in self._db.execute(select + query):
+            for item, wiki, page_id, title, url, text, digest, record in self._db.execute(select + query):
                 page = Page(
                     item=item, wiki=wiki, page_id=page_id, title=title, url=url, text=zlib.decompress(text).decode()
                 )
@@ -226,8 +214,8 @@ class Joins:
 
     def _join(self, page: Page, base: Mapping[str, Any] | None, base_digest: bytes | None) -> JoinedPage:
         images = dict(self._db.execute("SELECT free, file FROM page_images WHERE item = ?", (page.item,)).fetchall())
-        known = self._db.execute("SELECT image, labels, description FROM items WHERE item = ?", (page.item,)).fetchone()
-        item_image, labels, description = known or (None, "{}", None)
+        item = self._db.execute("SELECT image, labels, description FROM items WHERE item = ?", (page.item,)).fetchone()
+        item_image, labels, description = item or (None, "{}", None)
         types = self._db.execute(
             "SELECT COALESCE(label, 'Q' || type) FROM types LEFT JOIN class_labels ON class_labels.item = type "
             "WHERE types.item = ? ORDER BY place",

@@ -1,4 +1,4 @@
-"""One entity of the knowledge base, and how a row of each known format becomes one."""
+"""Entity records, and their conversion from and to the rows of each catalog format."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class EntityRecord:
-    """An item of the knowledge base. `images` are local paths (resolved against the catalog's folder) or URLs.
+    """An entity of the knowledge base. `images` are local paths or URLs.
 
-    `text` feeds the text encoder only. `symbol` is a character that shows the entity, `description` one line about it.
-    `line` is where the record stood in its catalog, from 1.
+    `text` is the input of the text encoder. `symbol` is a character that depicts the entity. `description` is one line
+    to display. `line` is the record's line in the catalog, from 1.
     """
 
     entity_id: str
@@ -33,34 +33,41 @@ class EntityRecord:
 
 
 class BadRecord(Exception):
-    """A row that is no entity record. Its message is the reason that goes into the reject log."""
+    """A row that is not a valid entity record. The message is the reason for the reject log."""
 
 
 def is_url(image: str) -> bool:
-    """Whether an image of a record is named by URL rather than by path."""
+    """Return whether an image is a URL rather than a path."""
     return _URL.match(image) is not None
 
 
 def from_native(row: Mapping[str, Any], folder: Path) -> EntityRecord:
-    """A record in the project's own format; relative image paths are taken from `folder`. Raises `BadRecord`."""
+    """Convert a row of the project's own format. Image paths are relative to `folder`. Raises `BadRecord`."""
     return EntityRecord(
         entity_id=_required(row, "entity_id"),
         title=_required(row, "title"),
-        text=_optional(row, "text") or "",
+        text=optional_string(row, "text") or "",
         images=tuple(image if is_url(image) else os.path.join(folder, image) for image in _strings(row, "images")),
-        url=_optional(row, "url"),
+        url=optional_string(row, "url"),
         types=_strings(row, "types"),
         titles=_titles(row),
-        symbol=_optional(row, "symbol"),
-        description=_optional(row, "description"),
+        symbol=optional_string(row, "symbol"),
+        description=optional_string(row, "description"),
     )
 
 
+def to_native(record: EntityRecord) -> dict[str, Any]:
+    """Convert a record to a row of the project's own format."""
+    row = {**vars(record), "images": list(record.images), "types": list(record.types), "titles": dict(record.titles)}
+    del row["line"]
+    return row
+
+
 def from_oven(row: Mapping[str, Any], image_root: Path | None) -> EntityRecord:
-    """A row of OVEN's Wiki6M. Its image is the file below `image_root`, where there is one. Raises `BadRecord`."""
+    """Convert a row of OVEN's Wiki6M. Its image is looked up below `image_root`. Raises `BadRecord`."""
     entity_id = _required(row, "wikidata_id")
-    summary = _optional(row, "wikipedia_summary") or ""
-    content = _optional(row, "wikipedia_content") or ""
+    summary = optional_string(row, "wikipedia_summary") or ""
+    content = optional_string(row, "wikipedia_content") or ""
     title = _required(row, "wikipedia_title")
     images: tuple[str, ...] = ()
     if image_root is not None:
@@ -76,9 +83,9 @@ def from_oven(row: Mapping[str, Any], image_root: Path | None) -> EntityRecord:
 
 
 def from_encyclopedic_vqa(url: str, row: object) -> EntityRecord:
-    """An entry of Encyclopedic-VQA's knowledge base: URL as id, sections as text. Raises `BadRecord`."""
+    """Convert an entry of Encyclopedic-VQA's knowledge base. The URL becomes the id. Raises `BadRecord`."""
     if not isinstance(row, dict):
-        raise BadRecord(f"an object is wanted, this is {type(row).__name__}")
+        raise BadRecord(f"expected a JSON object, got {type(row).__name__}")
     if not url.strip():
         raise BadRecord("the URL is empty")
     sections = zip(_strings(row, "section_titles"), _strings(row, "section_texts"), strict=False)
@@ -92,13 +99,14 @@ def from_encyclopedic_vqa(url: str, row: object) -> EntityRecord:
 
 
 def _required(row: Mapping[str, Any], key: str) -> str:
-    value = _optional(row, key)
+    value = optional_string(row, key)
     if value is None or not value.strip():
         raise BadRecord(f"`{key}` is missing or empty")
     return value
 
 
-def _optional(row: Mapping[str, Any], key: str) -> str | None:
+def optional_string(row: Mapping[str, Any], key: str) -> str | None:
+    """Return a row's string, or None if it is missing. Raises `BadRecord` for another type."""
     value = row.get(key)
     if value is None:
         return None
@@ -121,20 +129,19 @@ def _titles(row: Mapping[str, Any]) -> dict[str, str]:
     if value is None:
         return {}
     if isinstance(value, list) and all(isinstance(pair, tuple) for pair in value):
-        value = dict(value)  # how a Parquet map comes
-    if not isinstance(value, dict):
+        value = dict(value)  # a Parquet map
+    if not isinstance(value, dict) or not all(
+        isinstance(language, str) and isinstance(title, str | None) for language, title in value.items()
+    ):
         raise BadRecord("`titles` must be an object of language to string")
-    # A Parquet struct has every language of the column, null where this row has none.
-    present = {language: title for language, title in value.items() if title is not None}
-    if not all(isinstance(language, str) and isinstance(title, str) for language, title in present.items()):
-        raise BadRecord("`titles` must be an object of language to string")
-    return {language: _encodable("titles", title) for language, title in present.items()}
+    # A Parquet struct has every language of the column, with null for the missing ones.
+    return {language: _encodable("titles", title) for language, title in value.items() if title is not None}
 
 
 def _encodable(key: str, value: str) -> str:
-    """JSON can smuggle in lone surrogates, which no file or database would take later."""
+    """Return the value. Raises `BadRecord` for lone surrogates, which JSON allows but UTF-8 does not."""
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise BadRecord(f"`{key}` holds a lone surrogate, which is no character") from None
+        raise BadRecord(f"`{key}` contains a lone surrogate, which is not a character") from None
     return value

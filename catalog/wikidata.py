@@ -1,6 +1,6 @@
-"""Wikidata's JSON dump: `latest-all.json.bz2` or `.gz`, one array with an entity a line.
+"""Items of Wikidata's JSON dump, `latest-all.json.bz2` or `.gz`: an array with one entity per line.
 
-https://doc.wikimedia.org/Wikibase/master/php/docs_topics_json.html; what is empty comes as a list, not as an object.
+https://doc.wikimedia.org/Wikibase/master/php/docs_topics_json.html. Empty objects are written as empty lists.
 """
 
 from __future__ import annotations
@@ -15,16 +15,14 @@ import orjson
 from catalog.records import BadRecord
 
 INSTANCE_OF, SUBCLASS_OF, IMAGE = "P31", "P279", "P18"
-# A label that holds for all languages which have none of their own.
-ALL_LANGUAGES = "mul"
-
+ALL_LANGUAGES = "mul"  # the fallback for languages without a label
 _ID = re.compile(rb'"id":\s*"Q(\d+)"')
 _SUBCLASS_CLAIM = b'"P279"'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """What a catalog needs of an item. Items are numbers: 42 is Q42. `image` is the name of a file on Commons."""
+    """The parts of an item that a catalog uses. Q42 is the number 42. `image` is the name of a file on Commons."""
 
     number: int
     types: tuple[int, ...] = ()
@@ -35,20 +33,20 @@ class Item:
 
 
 def number_of(line: bytes) -> int | None:
-    """The item a line is about, told without parsing it; None if that is not to be seen at its begin."""
+    """Return the item number of a line without parsing it, or None if it is not near the start."""
     match = _ID.search(line, 0, 200)
     return None if match is None else int(match[1])
 
 
 def may_be_class(line: bytes) -> bool:
-    """Whether the item may be a subclass of another: its name is needed where it is a type."""
+    """Return whether the line may describe a subclass, whose label is needed to name types."""
     return _SUBCLASS_CLAIM in line
 
 
 def parse_item(line: bytes, languages: Sequence[str]) -> Item | None:
-    """The item of a line, labelled in `languages`, described in the first; None if it is no item. Raises `BadRecord`.
+    """Parse an item, with labels in `languages` and a description in the first. Raises `BadRecord`.
 
-    Of statements the best are taken: the preferred, or where there are none those of normal rank.
+    Returns None for other entities. Statements of preferred rank replace those of normal rank.
     """
     text = line.strip().rstrip(b",")
     if text in (b"", b"[", b"]"):
@@ -67,11 +65,11 @@ def parse_item(line: bytes, languages: Sequence[str]) -> Item | None:
             types=tuple(_best(claims, INSTANCE_OF, _item_number)),
             superclasses=tuple(_best(claims, SUBCLASS_OF, _item_number)),
             image=next(_best(claims, IMAGE, str), None),
-            labels={language: label for language in languages if (label := _in(labels, language)) is not None},
-            description=_in(descriptions, languages[0]),
+            labels={language: label for language in languages if (label := _text(labels, language)) is not None},
+            description=_text(descriptions, languages[0]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadRecord(f"no entity of Wikidata: {type(error).__name__} {error}") from None
+        raise BadRecord(f"not a Wikidata entity: {type(error).__name__} {error}") from None
 
 
 def _best(claims: Mapping[str, Any], property_id: str, convert: Callable[[Any], Any]) -> Iterator[Any]:
@@ -87,6 +85,6 @@ def _item_number(value: Mapping[str, Any]) -> int:
     return int(value["numeric-id"] if "numeric-id" in value else value["id"].removeprefix("Q"))
 
 
-def _in(texts: Mapping[str, Any], language: str) -> str | None:
+def _text(texts: Mapping[str, Any], language: str) -> str | None:
     entry = texts.get(language) or texts.get(ALL_LANGUAGES)
     return None if entry is None else str(entry["value"])

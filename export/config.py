@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from catalog.tar_shards import TarImages
+from catalog.images import TarImages
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
 from export.float16 import torch_module

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from catalog import EntityRecord, read_catalog
-from catalog.readers import count_hint
+from catalog.formats import count_hint
 from core.errors import CatalogError
 from core.jsonl import Rejected
 from export.base import BaseEntities

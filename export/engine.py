@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from catalog.images import ImageReader, LocalImages
-from catalog.tar_shards import TarImages
+from catalog.images import ImageReader, LocalImages, TarImages
 from export.base import BaseEntities
 from export.config import ExportConfig
 from export.decode import DecodePool, default_workers

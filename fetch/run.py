@@ -16,7 +16,7 @@ import httpcore
 from tqdm import tqdm
 
 from catalog import EntityRecord, is_url, read_catalog
-from catalog.tar_shards import TarShards
+from catalog.images import TarShards
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.jsonl import Rejected, RejectLog

@@ -1,9 +1,10 @@
-"""Catalogs of every format give the same kind of records, and a bad record is rejected with its line and reason."""
+"""Reading catalogs of every format, and rejecting bad records with line and reason."""
 
 from __future__ import annotations
 
 import gzip
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from catalog import EntityRecord, is_url, read_catalog
+from catalog import EntityRecord, formats, is_url, read_catalog
+from catalog.formats import SeenIds
 from core.errors import CatalogError
 from core.jsonl import Rejected
 
@@ -157,7 +159,7 @@ def test_encyclopedic_vqa(tmp_path: Path, name: str, indent: int | None) -> None
     assert isinstance(untitled, Rejected)
     assert untitled.reason == "`title` is missing or empty"
     assert isinstance(broken, Rejected)
-    assert (broken.line, broken.reason) == (3, "an object is wanted, this is list")
+    assert (broken.line, broken.reason) == (3, "expected a JSON object, got list")
 
 
 @pytest.mark.parametrize(
@@ -176,12 +178,12 @@ def test_encyclopedic_vqa(tmp_path: Path, name: str, indent: int | None) -> None
         ({"entity_id": "Q9", "title": "x", "types": {"a": 1}}, "`types` must be a list of strings"),
         ({"entity_id": "Q9", "title": "x", "titles": ["y"]}, "`titles` must be an object"),
         ({"entity_id": "Q9", "title": "x", "titles": {"fr": 1}}, "`titles` must be an object"),
-        ({"entity_id": "Q9", "title": "\ud83e"}, "`title` holds a lone surrogate"),
-        ({"entity_id": "Q1", "title": "again"}, "entity_id 'Q1' stands in an earlier record"),
+        ({"entity_id": "Q9", "title": "\ud83e"}, "`title` contains a lone surrogate"),
+        ({"entity_id": "Q1", "title": "again"}, "entity_id 'Q1' repeats an earlier record"),
         ({"wikidata_id": "", "wikipedia_title": "x"}, "`wikidata_id` is missing or empty"),
     ],
 )
-def test_a_bad_record_is_rejected_and_the_next_is_read(tmp_path: Path, row: Any, reason: str) -> None:
+def test_a_bad_record_is_rejected(tmp_path: Path, row: Any, reason: str) -> None:
     first, bad, last = read_catalog(write_jsonl(tmp_path / "c.jsonl", [FULL, row, BARE]))
     assert isinstance(first, EntityRecord)
     assert isinstance(bad, Rejected)
@@ -192,7 +194,7 @@ def test_a_bad_record_is_rejected_and_the_next_is_read(tmp_path: Path, row: Any,
     assert last.line == 3
 
 
-def test_a_rejected_record_does_not_take_its_id(tmp_path: Path) -> None:
+def test_the_id_of_a_rejected_record_can_be_reused(tmp_path: Path) -> None:
     _, second = read_catalog(write_jsonl(tmp_path / "c.jsonl", [{"entity_id": "Q1", "title": ""}, FULL]))
     assert isinstance(second, EntityRecord)
 
@@ -220,7 +222,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         next(items)
 
 
-def test_a_gzip_that_breaks_off_keeps_what_came_before(tmp_path: Path) -> None:
+def test_a_truncated_gzip_yields_its_first_records(tmp_path: Path) -> None:
     import random
 
     rng = random.Random(0)
@@ -233,9 +235,24 @@ def test_a_gzip_that_breaks_off_keeps_what_came_before(tmp_path: Path) -> None:
         list(items)
 
 
-def test_what_is_a_url() -> None:
+def test_is_url() -> None:
     assert is_url("https://example.org/x.png")
     assert is_url("HTTP://example.org")
     assert not is_url("images/x.png")
     assert not is_url("/http/x.png")
     assert not is_url("C:/x.png")
+
+
+def test_an_id_is_new_once() -> None:
+    with closing(SeenIds()) as ids:
+        assert [ids.add(entity_id) for entity_id in ("Q1", "q1", "Q1", "Ü", "U", "Ü")] == [
+            True, True, False, True, True, False,
+        ]  # fmt: skip
+
+
+def test_more_ids_than_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "_SEEN_CACHE_KIB", 64)
+    with closing(SeenIds()) as ids:
+        assert all(ids.add(f"Q{number}") for number in range(20_000))
+        assert not any(ids.add(f"Q{number}") for number in range(0, 20_000, 7))
+        assert ids.add("Q20000")

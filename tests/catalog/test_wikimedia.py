@@ -1,4 +1,4 @@
-"""`wikiclip catalog` on small dumps in the formats in which Wikimedia publishes them."""
+"""`wikiclip catalog` on small dumps in Wikimedia's formats."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import pytest
 
 from catalog import EntityRecord, joins, read_catalog
 from catalog.build import CatalogConfig, CatalogReport, build_catalog
-from catalog.compressed import read_lines
-from catalog.page_props import read_page_images
+from catalog.cirrus import read_page_images
+from catalog.compressed import START, read_lines
 from core.errors import CatalogError, UserError
 
 Json = dict[str, Any]
@@ -45,7 +45,7 @@ LOCK TABLES `page_props` WRITE;
 
 
 def document(page_id: int, title: str, item: str | None, **fields: Any) -> tuple[Json, Json]:
-    """The two lines of an article: the action and the document, with some of the fields that no catalog needs."""
+    """Return the two lines of an article: action and document, with some fields that the catalog ignores."""
     return {"index": {"_id": page_id}}, {
         "wiki": "enwiki",
         "language": "en",
@@ -65,7 +65,7 @@ def document(page_id: int, title: str, item: str | None, **fields: Any) -> tuple
 
 
 def write_content(path: Path, documents: Sequence[tuple[Json, Json] | str], streams: int = 1) -> Path:
-    """A content dump of NDJSON; bzip2 or gzip by its name, in as many compressed streams as asked for."""
+    """Write a content dump of NDJSON, compressed by its suffix, in `streams` compressed streams."""
     lines = [
         line + "\n"
         for entry in documents
@@ -77,13 +77,13 @@ def write_content(path: Path, documents: Sequence[tuple[Json, Json] | str], stre
 def write_lines(path: Path, lines: Sequence[str], streams: int = 1) -> Path:
     compress = {".bz2": bz2.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
     data = "".join(lines).encode()
-    size = -(-len(data) // streams)  # a stream may end in the middle of a line, as those of pbzip2 do
+    size = -(-len(data) // streams)  # a stream may end in the middle of a line, as with pbzip2
     path.write_bytes(b"".join(compress(data[start : start + size]) for start in range(0, len(data), size)))
     return path
 
 
 def write_page_props(path: Path, rows: Sequence[tuple[int, str, str]], *, a_line_each: bool = False) -> Path:
-    """A dump of page_props; newer ones have a line for each row."""
+    """Write a dump of page_props. Newer dumps have a line per row."""
     values = [f"({page_id},'{name}','{_escaped(value)}',NULL)" for page_id, name, value in rows]
     text = (",\n" if a_line_each else ",").join(values)
     statement = f"INSERT INTO `page_props` VALUES{chr(10) if a_line_each else ' '}{text};\n"
@@ -96,7 +96,7 @@ def _escaped(value: str) -> str:
 
 
 def statement(property_id: str, value: Any, rank: str = "normal") -> Json:
-    """A statement of Wikidata: of an item by its number, of a string, or of no value."""
+    """Return a Wikidata statement whose value is an item number, a string or missing."""
     if isinstance(value, int):
         data = {"type": "wikibase-entityid", "value": {"entity-type": "item", "numeric-id": value, "id": f"Q{value}"}}
     else:
@@ -241,15 +241,15 @@ def test_three_dumps_become_one_catalog(dumps: CatalogConfig, tmp_path: Path) ->
     ]
     assert (report.documents, report.entities, report.with_image, report.with_text) == (11, 3, 2, 3)
     assert report.left_out == {
-        "a document before it is about the same entity": 2,
+        "about the same entity as an earlier document": 2,
         "no Wikidata item": 1,
         "not in the article namespace": 1,
-        "of a type that is left out": 1,
+        "of an excluded type": 1,
     }
     rejects = [json.loads(line)["reason"] for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert report.rejected == len(rejects) == 4
     content = "enwiki_content-20261101-00001.json.bz2"
-    assert rejects[0] == f"{content}: enwikivoyage is no Wikipedia"
+    assert rejects[0] == f"{content}: enwikivoyage is not a Wikipedia"
     assert rejects[1].startswith(f"{content}: not JSON")
     assert rejects[2] == f"{content}: expected a JSON object, got list"
     assert rejects[3].startswith("latest-all.json.gz: not JSON")
@@ -272,9 +272,9 @@ def test_every_format_holds_the_same(dumps: CatalogConfig, tmp_path: Path, name:
     [
         ({"language": "fr"}, {"Q15083"}, "the language is not fr"),
         ({"language": "en", "min_links": 6}, {"Q15083", "Q35517"}, "fewer than 6 links to it"),
-        ({"types": (ANIMAL,)}, {"Q35517"}, "of none of the wanted types"),  # by way of mammal
-        ({"types": (TAXON, 4)}, {"Q15083", "Q1490"}, "of none of the wanted types"),
-        ({"without_types": (ANIMAL,)}, {"Q15083", "Q1490", "Q999"}, "of a type that is left out"),
+        ({"types": (ANIMAL,)}, {"Q35517"}, "of none of the requested types"),  # a mammal is an animal
+        ({"types": (TAXON, 4)}, {"Q15083", "Q1490"}, "of none of the requested types"),
+        ({"without_types": (ANIMAL,)}, {"Q15083", "Q1490", "Q999"}, "of an excluded type"),
     ],
 )
 def test_filters(
@@ -294,13 +294,13 @@ def test_content_alone_is_enough(dumps: CatalogConfig, tmp_path: Path) -> None:
     assert report.with_image == 0
 
 
-def test_only_free_images_where_asked(dumps: CatalogConfig, tmp_path: Path) -> None:
+def test_only_free_images(dumps: CatalogConfig, tmp_path: Path) -> None:
     _, records = build(dumps, tmp_path / "c.jsonl", wikidata=None, free_images=True, image_width_px=0)
     assert [len(record.images) for record in records.values()] == [1, 0, 0, 0]
     assert records["Q15083"].images[0].endswith(".jpg")
 
 
-def test_older_layouts_are_read_as_well(dumps: CatalogConfig, tmp_path: Path) -> None:
+def test_older_layouts_are_read(dumps: CatalogConfig, tmp_path: Path) -> None:
     older = [({"index": {"_type": "page", "_id": str(action["index"]["_id"])}}, body) for action, body in DOCUMENTS[:4]]
     content = write_content(tmp_path / "enwiki-20251229-cirrussearch-content.json.gz", older)
     page_props = write_page_props(tmp_path / "props.sql.gz", ROWS, a_line_each=True)
@@ -317,7 +317,7 @@ def test_a_later_dump_updates_an_earlier_catalog(dumps: CatalogConfig, tmp_path:
         *DOCUMENTS[:1],
     ]
     content = write_content(tmp_path / "later.json.bz2", later)
-    # No dump of images or items: what the base knows of them stays.
+    # Images and items are copied from the base, because their dumps are left out.
     report, records = build(
         dumps, tmp_path / "later.jsonl", content=(content,), page_props=(), wikidata=None,
         base=tmp_path / "earlier.jsonl.gz",
@@ -327,8 +327,8 @@ def test_a_later_dump_updates_an_earlier_catalog(dumps: CatalogConfig, tmp_path:
     assert records["Q15083"] == earlier["Q15083"]
     assert records["Q1490"].text == "Tokyo opens.\nRewritten."
     assert records["Q1490"].images == earlier["Q1490"].images
-    # With all dumps given, nothing but the dumps counts.
-    report, records = build(dumps, tmp_path / "anew.jsonl", base=tmp_path / "later.jsonl")
+    # With all dumps, nothing is copied from the base.
+    report, records = build(dumps, tmp_path / "all.jsonl", base=tmp_path / "later.jsonl")
     assert list(records) == ["Q15083", "Q1490", "Q35517"]
     assert report.against_base == {"unchanged": 1, "changed": 1, "added": 1, "removed": 1}
     assert {**records["Q35517"].__dict__, "line": 2} == earlier["Q35517"].__dict__
@@ -345,7 +345,7 @@ def many(count: int) -> tuple[list[tuple[Json, Json]], list[tuple[int, str, str]
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> CatalogConfig:
-    """Dumps of which a few percent are read between two commits."""
+    """Dumps large enough for several commits each."""
     folder = tmp_path_factory.mktemp("large")
     documents, rows, entities = many(9_000)
     return CatalogConfig(
@@ -356,19 +356,19 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> CatalogConfig:
         page_props=(write_page_props(folder / "props.sql.gz", rows, a_line_each=True),),
         wikidata=write_wikidata(folder / "all.json.bz2", entities, streams=5),
         titles=("de",),
-        out=folder / "undisturbed.jsonl",
+        out=folder / "uninterrupted.jsonl",
     )
 
 
-def test_killed_at_any_moment_it_is_finished_with_the_same_bytes(large: CatalogConfig, tmp_path: Path) -> None:
+def test_a_killed_build_resumes_with_the_same_bytes(large: CatalogConfig, tmp_path: Path) -> None:
     build_catalog(large)
-    out = tmp_path / "undisturbed.jsonl"
+    out = tmp_path / "uninterrupted.jsonl"
     command = [
         Path(sys.executable).with_name("wikiclip"), "catalog", "--resume", "--out", out, "--titles", "de",
         "--page-props", large.page_props[0], "--wikidata", str(large.wikidata),
         *(word for path in large.content for word in ("--content", path)),
     ]  # fmt: skip
-    work = tmp_path / ".undisturbed.jsonl.work"
+    work = tmp_path / ".uninterrupted.jsonl.work"
     seen = []
     for source in ("content enwiki_content-1-00000.json.bz2", "page props props.sql.gz", "wikidata all.json.bz2"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -387,11 +387,11 @@ def test_killed_at_any_moment_it_is_finished_with_the_same_bytes(large: CatalogC
     assert out.read_bytes() == large.out.read_bytes()
     assert not work.exists()
     again = subprocess.run([*command, "--json"], check=False, capture_output=True, text=True)
-    assert json.loads(again.stdout)["entities"] == 7715  # complete already: the same report
+    assert json.loads(again.stdout)["entities"] == 7715  # already complete
 
 
 def lines_read(work: Path) -> int:
-    """The lines noted as read in a work file whose process is dead."""
+    """Return the number of lines read according to a work file whose process is dead."""
     with sqlite3.connect(work) as db:
         (count,) = db.execute("SELECT COALESCE(SUM(line), 0) FROM progress").fetchone()
     db.close()
@@ -399,7 +399,7 @@ def lines_read(work: Path) -> int:
 
 
 def wait_until_read(work: Path, source: str, process: subprocess.Popen[bytes]) -> None:
-    """Until some of a source is committed. The work file is locked by its process, so its bytes are looked at."""
+    """Wait until a part of a source is committed. The work file is locked, so this searches its bytes."""
     deadline = time.monotonic() + 60
     wal = work.with_name(work.name + "-wal")
     while not any(path.exists() and source.encode() in path.read_bytes() for path in (work, wal)):
@@ -409,7 +409,7 @@ def wait_until_read(work: Path, source: str, process: subprocess.Popen[bytes]) -
 
 
 @pytest.mark.parametrize("suffix", ["json", "gz", "bz2"])
-def test_lines_can_be_read_on_from_after_any_of_them(tmp_path: Path, suffix: str) -> None:
+def test_reading_resumes_after_any_line(tmp_path: Path, suffix: str) -> None:
     numbers = random.Random(3)
     lines = ["x" * numbers.randrange(2000) + "\n" for _ in range(1000)] + ["the last without an end"]
     path = write_lines(tmp_path / f"lines.{suffix}", lines, streams=4)
@@ -424,14 +424,14 @@ def test_lines_can_be_read_on_from_after_any_of_them(tmp_path: Path, suffix: str
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2"])
-def test_a_file_that_was_cut_off_is_told(tmp_path: Path, suffix: str) -> None:
+def test_a_truncated_file_is_reported(tmp_path: Path, suffix: str) -> None:
     path = write_lines(tmp_path / f"lines.{suffix}", ["line\n"] * 1000)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(CatalogError, match="download it again"):
         list(read_lines(path))
 
 
-def test_what_was_read_before_a_damage_stays(dumps: CatalogConfig, tmp_path: Path) -> None:
+def test_a_build_resumes_after_a_damaged_file_is_replaced(dumps: CatalogConfig, tmp_path: Path) -> None:
     whole = dumps.wikidata
     assert whole is not None
     damaged = tmp_path / whole.name
@@ -443,7 +443,7 @@ def test_what_was_read_before_a_damage_stays(dumps: CatalogConfig, tmp_path: Pat
     assert report.entities == 3
 
 
-def test_a_full_disk_is_told_and_what_was_read_stays(
+def test_a_full_disk_is_reported_and_the_build_resumes(
     large: CatalogConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("catalog.joins._SCHEMA", f"{joins._SCHEMA}; PRAGMA max_page_count = 100")
@@ -459,11 +459,11 @@ def test_escapes_in_sql(tmp_path: Path) -> None:
     path.write_bytes(
         b"INSERT INTO `page_props` VALUES (1,'page_image_free','a\\'b\\\\',0.5),(2,'page_image','\\n\\Z')\n"
     )
-    ((images, _),) = read_page_images(path)
+    ((images, _),) = read_page_images(path, START, lambda count: None)
     assert [(image.page_id, image.file, image.free) for image in images] == [(1, "a'b\\", True), (2, "\n\x1a", False)]
 
 
-def test_user_errors_say_what_to_do(dumps: CatalogConfig, tmp_path: Path) -> None:
+def test_user_errors(dumps: CatalogConfig, tmp_path: Path) -> None:
     out = tmp_path / "c.jsonl"
 
     def refused(kind: type[UserError], match: str, **changes: Any) -> None:
@@ -474,10 +474,10 @@ def test_user_errors_say_what_to_do(dumps: CatalogConfig, tmp_path: Path) -> Non
     refused(UserError, "must end in", out=tmp_path / "c.txt")
     refused(UserError, "folder of --out", out=tmp_path / "nowhere" / "c.jsonl")
     refused(CatalogError, "does not exist", content=(tmp_path / "no.json",))
-    refused(CatalogError, "holds no", content=(tmp_path,))
-    refused(CatalogError, "is no page_props dump", page_props=(dumps.wikidata,))
+    refused(CatalogError, "has no .json", content=(tmp_path,))
+    refused(CatalogError, "is not a page_props dump", page_props=(dumps.wikidata,))
     (tmp_path / ".c.jsonl.work").unlink()
-    refused(UserError, "needs --wikidata", types=(1,), wikidata=None)
+    refused(UserError, "need --wikidata", types=(1,), wikidata=None)
     refused(UserError, "give each once", content=(*dumps.content, *dumps.content))
     refused(CatalogError, "no document became an entity", min_links=10_000)
     refused(UserError, "finish it with --resume")
@@ -496,7 +496,7 @@ def test_one_process_at_a_time(dumps: CatalogConfig, tmp_path: Path) -> None:
     holder.close()
 
 
-def test_the_command_tells_what_came_of_it(dumps: CatalogConfig, tmp_path: Path) -> None:
+def test_the_command_prints_a_summary(dumps: CatalogConfig, tmp_path: Path) -> None:
     out = tmp_path / "c.jsonl"
     done = subprocess.run(
         [Path(sys.executable).with_name("wikiclip"), "catalog", "--content", dumps.content[0], "--out", out],
@@ -511,4 +511,4 @@ def test_the_command_tells_what_came_of_it(dumps: CatalogConfig, tmp_path: Path)
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "taxon is no item of Wikidata" in done.stderr
+    assert "taxon is not a Wikidata item" in done.stderr

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from catalog.tar_shards import TarShards
+from catalog.images import TarShards
 from core.errors import CatalogError, UserError
 from export.config import ExportConfig
 from export.pipeline import export_bundle
@@ -61,7 +61,7 @@ def test_a_folder_without_shards_is_told_before_anything_is_done(
     tmp_path: Path, catalog: CatalogFiles, checkpoint: Path
 ) -> None:
     config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=tmp_path / "out", images=tmp_path)
-    with pytest.raises(CatalogError, match="holds no images"):
+    with pytest.raises(CatalogError, match="has no images"):
         export_bundle(config)
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from catalog.tar_shards import TarShards
+from catalog.images import TarShards
 from core.errors import CatalogError, UserError
 from export.config import ExportConfig
 from export.pipeline import export_bundle

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 
-from catalog.images import UnusableImage
-from catalog.tar_shards import TarImages, TarShards, shard_path
+from catalog.images import TarImages, TarShards, UnusableImage, shard_path
 from core.errors import CatalogError, UserError
 from fetch.download import DownloadLimits, PaceLimits
 from fetch.run import FetchConfig, fetch_images, user_agent

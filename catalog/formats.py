@@ -1,0 +1,205 @@
+"""Catalog files: read any supported format as a stream of records, and write JSONL or Parquet."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from catalog.records import BadRecord, EntityRecord, from_encyclopedic_vqa, from_native, from_oven, to_native
+from core.errors import CatalogError, UserError
+from core.files import atomic_write
+from core.jsonl import Rejected, read_jsonl
+
+_PARQUET_BATCH_ROWS = 1024
+_BLOCK_BYTES = 1 << 20
+_SEEN_CACHE_KIB = 16 * 1024
+# Encyclopedic-VQA's knowledge base is one object whose keys are URLs. The first key of a JSONL record never is one.
+_URL_KEYED_OBJECT = re.compile(rb'\s*\{\s*"https?:')
+
+
+def read_catalog(path: Path, image_root: Path | None = None) -> Iterator[EntityRecord | Rejected]:
+    """Yield the records of a catalog in order, with a `Rejected` in place of each bad or repeated record.
+
+    The format is detected by content: JSONL (also gzipped) in the project's own form or OVEN's Wiki6M, Parquet, or
+    Encyclopedic-VQA's `encyclopedic_kb_wiki.json` (also gzipped). All are streamed. Relative image paths refer to the
+    catalog's folder. `image_root` contains OVEN's `wikipedia_images_full`. For Parquet and Encyclopedic-VQA, `line`
+    counts records. Raises `CatalogError` if the file cannot be read.
+    """
+    with closing(SeenIds()) as seen:
+        for item in _rows(path, image_root):
+            if isinstance(item, Rejected):
+                yield item
+                continue
+            line, row, convert = item
+            try:
+                record = replace(convert(row), line=line)
+                if not seen.add(record.entity_id):
+                    raise BadRecord(f"entity_id {record.entity_id!r} repeats an earlier record")
+            except BadRecord as error:
+                excerpt = json.dumps(row, ensure_ascii=True, default=str)[:500]
+                yield Rejected(line=line, reason=str(error), record=excerpt)
+                continue
+            yield record
+
+
+class SeenIds:
+    """A set of entity ids in a temporary SQLite database. Six million ids as a Python set would take gigabytes."""
+
+    def __init__(self) -> None:
+        # Without a name, SQLite creates a private temporary file, spills to it only when the cache is full, and the
+        # file vanishes with the process. Generators may resume on another thread, but never on two at once.
+        self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._connection.executescript(
+            f"PRAGMA cache_size = -{_SEEN_CACHE_KIB}; PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;"
+            "CREATE TABLE seen (entity_id TEXT PRIMARY KEY) WITHOUT ROWID; BEGIN;"
+        )
+
+    def add(self, entity_id: str) -> bool:
+        """Add an id. Returns whether it is new."""
+        return self._connection.execute("INSERT OR IGNORE INTO seen VALUES (?)", (entity_id,)).rowcount == 1
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def count_hint(path: Path) -> int | None:
+    """Return about how many records a catalog has, or None if only parsing all of it can tell. Raises `CatalogError`.
+
+    Counts rows of Parquet, lines of JSONL, bad records included.
+    """
+    head = _head(path)
+    if head.startswith(b"PAR1"):
+        import pyarrow.parquet
+
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    if _URL_KEYED_OBJECT.match(head):
+        return None
+    try:
+        with _open(path) as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
+    except (OSError, EOFError) as error:
+        raise CatalogError(f"{path} cannot be read to its end: {error}") from error
+
+
+def _rows(path: Path, image_root: Path | None) -> Iterator[tuple[int, Any, Callable[[Any], EntityRecord]] | Rejected]:
+    """Yield line number, row and converter of each row."""
+    folder = path.parent
+    head = _head(path)
+    if head.startswith(b"PAR1"):
+        for number, row in enumerate(_parquet_rows(path), start=1):
+            yield number, row, lambda row: from_native(row, folder)
+    elif _URL_KEYED_OBJECT.match(head):
+        for number, entry in enumerate(_url_keyed_entries(path), start=1):
+            yield number, entry, lambda entry: from_encyclopedic_vqa(*entry)
+    else:
+        for item in read_jsonl(path):
+            if isinstance(item, Rejected):
+                yield item
+            elif "wikidata_id" in item[1] and "entity_id" not in item[1]:
+                yield *item, lambda row: from_oven(row, image_root)
+            else:
+                yield *item, lambda row: from_native(row, folder)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with _open(path) as file:
+            return file.read(4096)
+    except FileNotFoundError:
+        raise CatalogError(f"{path} does not exist; check the path") from None
+    except (OSError, EOFError) as error:
+        raise CatalogError(f"{path} cannot be read: {error}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CatalogError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _url_keyed_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    import ijson
+
+    try:
+        with _open(path) as file:
+            yield from ijson.kvitems(file, "", use_float=True)
+    except (ijson.JSONError, OSError, EOFError) as error:
+        raise CatalogError(f"{path} cannot be read to its end as JSON: {error}") from error
+
+
+def check_catalog_name(path: Path) -> None:
+    """Raise `UserError` unless the file name ends in a format that `catalog_writer` writes."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise UserError(f"--out {path} must end in .jsonl, .jsonl.gz or .parquet")
+
+
+@contextmanager
+def catalog_writer(path: Path) -> Iterator[Callable[[EntityRecord], object]]:
+    """Yield a function that writes a record, in the format of the file's name.
+
+    The file appears complete at the end. The same records give the same bytes. Raises `UserError` for another name.
+    """
+    check_catalog_name(path)
+    with atomic_write(path) as temporary:
+        if path.name.endswith(".parquet"):
+            with _parquet_writer(temporary) as write:
+                yield write
+        elif path.name.endswith(".gz"):
+            with (
+                temporary.open("wb") as file,
+                gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as compressed,
+            ):
+                yield lambda record: compressed.write(_line(record))
+        else:
+            with temporary.open("wb") as file:
+                yield lambda record: file.write(_line(record))
+
+
+def _line(record: EntityRecord) -> bytes:
+    return json.dumps(to_native(record), ensure_ascii=False).encode() + b"\n"
+
+
+@contextmanager
+def _parquet_writer(path: Path) -> Iterator[Callable[[EntityRecord], object]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    text = pyarrow.string()
+    other_types = {
+        "images": pyarrow.list_(text), "types": pyarrow.list_(text), "titles": pyarrow.map_(text, text)
+    }  # fmt: skip
+    columns = ("entity_id", "title", "text", "images", "url", "types", "titles", "symbol", "description")
+    schema = pyarrow.schema({name: other_types.get(name, text) for name in columns})
+    rows: list[dict[str, Any]] = []
+    with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
+
+        def flush() -> None:
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
+            rows.clear()
+
+        def write(record: EntityRecord) -> None:
+            row = to_native(record)
+            rows.append({**row, "titles": list(row["titles"].items())})
+            if len(rows) == _PARQUET_BATCH_ROWS:
+                flush()
+
+        yield write
+        if rows:
+            flush()
