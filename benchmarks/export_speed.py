@@ -33,6 +33,7 @@ from catalog.images import LocalImages
 from demo.build import BUILD
 from evaluation.metrics import RESAMPLINGS, percentile_interval
 from evaluation.pages import Bar, bar_plot, page, section, table
+from export.calibrate import read_queries, row_of
 from export.config import ExportConfig, load_checkpoint
 from export.embed import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder
 from export.embed_catalog import SAMPLED_ENTITIES, read_shards
@@ -44,7 +45,6 @@ from export.quantise import quantise
 from export.sample import CatalogImages, Reservoir
 from export.staging import StagingDir
 from export.stream import StageTimes
-from export.validation import read_queries, row_of
 from export.write import ShardWriter
 from imaging import Preprocessing
 from index.bundle import Bundle

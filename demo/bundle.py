@@ -19,7 +19,7 @@ from PIL import Image
 
 from core.files import atomic_write_bytes
 from demo.build import BUILD
-from export.outliers import outlier_images
+from export.open_set import outlier_images
 from model.tiny import BUILT_IN
 
 DEMO = Path(__file__).parent

@@ -541,7 +541,7 @@ def keep_length(encoder: TinyEncoder, pooled_nD: torch.Tensor, share: float) -> 
     Every mean patch token (`pooled_nD` are those of drawings) gets the same vector added, `share` of their median
     length, in the direction in which embeddings differ least. What lies there after normalising is the more, the
     shorter the rest was; cosines hardly change. Whether a query is known is judged by its embedding, too, and that is
-    where this shows (`index/familiarity.py`).
+    where this shows (`export/open_set.py`).
     """
     directions_DD = torch.linalg.eigh(torch.cov(F.normalize(pooled_nD, dim=1).T)).eigenvectors
     added_D = share * pooled_nD.norm(dim=1).median() * directions_DD[:, 0]

@@ -11,22 +11,22 @@ from typing import Any
 from tqdm import tqdm
 
 from core.jsonl import RejectLog
+from export.calibrate import calibrate
 from export.config import ExportConfig, describe_model
 from export.int8 import add_int8
 from export.onnx_export import INPUT, OUTPUTS
 from export.sample import CatalogImages
 from export.staging import StagingDir
-from export.validation import calibrate
 from index.build import build_index
 from index.bundle import list_files
 from index.calibration import Calibration
 from index.embeddings import EmbeddingShards
 from index.manifest import (
-    FAMILIARITY_FILE,
     IMAGE_ENCODER_FILE,
     INDEX_FILE,
     INT8_ENCODER_FILE,
     MANIFEST_FILE,
+    OPEN_SET_FILE,
     SCHEMA_VERSION,
     STORE_FILE,
     Counts,
@@ -68,7 +68,7 @@ def assemble(
     calibration: Calibration | None = None
     int8: Int8Entry | None = None
     spool.discard(INT8_ENCODER_FILE)
-    spool.discard(FAMILIARITY_FILE)
+    spool.discard(OPEN_SET_FILE)
     if config.validation is not None or config.int8:
         index = EntityIndex.read(spool.bundle / INDEX_FILE, embeddings, index_manifest.parameters)
         with EntityStore(spool.bundle / STORE_FILE) as store:
@@ -81,8 +81,8 @@ def assemble(
                     batch_size=config.batch_size,
                     progress=config.progress,
                 )
-                if calibration.familiarity is not None:
-                    calibration.familiarity.write(spool.bundle / FAMILIARITY_FILE)
+                if calibration.open_set_model is not None:
+                    calibration.open_set_model.write(spool.bundle / OPEN_SET_FILE)
                 for rejected in unusable:
                     log.add(rejected)
             if config.int8:

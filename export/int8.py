@@ -17,13 +17,13 @@ from catalog.images import ImageReader, UnusableImage
 from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
 from core.jsonl import read_jsonl
 from core.runtime import onnxruntime
+from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
 from export.decode import MAX_PIXELS
 from export.engine import image_reader
 from export.onnx_export import INPUT, OUTPUTS
 from export.quantise import quantise
 from export.sample import CatalogImages, Reservoir
-from export.validation import read_queries, row_of
 from imaging import Preprocessing, load_pixels, normalise
 from index.manifest import IMAGE_ENCODER_FILE, INT8_ENCODER_FILE, Int8Entry
 from index.search import EntityIndex

@@ -12,16 +12,15 @@ from typing import Literal
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing
 from core.files import sha256_file
-from index.calibration import Calibration
+from index.calibration import Calibration, OpenSetModel
 from index.embeddings import EmbeddingShards
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
-from index.familiarity import Familiarity
 from index.manifest import (
     EMBEDDINGS_FOLDER,
-    FAMILIARITY_FILE,
     INDEX_FILE,
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
+    OPEN_SET_FILE,
     STORE_FILE,
     FileEntry,
     IndexManifest,
@@ -82,9 +81,9 @@ class Bundle:
         """None where the bundle was exported without validation queries."""
         if self.manifest.calibration is None:
             return None
-        has_familiarity = FAMILIARITY_FILE in self.manifest.files
-        familiarity = Familiarity.read(self.path / FAMILIARITY_FILE) if has_familiarity else None
-        return Calibration.from_dict(self.manifest.calibration, familiarity)
+        has_model = OPEN_SET_FILE in self.manifest.files
+        model = OpenSetModel.read(self.path / OPEN_SET_FILE) if has_model else None
+        return Calibration.from_dict(self.manifest.calibration, model)
 
     def store(self) -> EntityStore:
         return EntityStore(self.path / STORE_FILE)

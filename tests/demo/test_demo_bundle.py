@@ -20,7 +20,7 @@ from demo.icons import fetch_icons, plan_icons, whose
 from demo.render import is_blank, render
 from demo.sources import IconSet
 from demo.train_tiny import drawings_digest
-from export.outliers import outlier_images
+from export.open_set import outlier_images
 from index.bundle import Bundle
 from model.tiny import read_tiny
 from service.recognizer import Recognizer

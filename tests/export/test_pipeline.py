@@ -21,7 +21,7 @@ from export.pipeline import ExportSummary, export_bundle
 from imaging import load_pixels, normalise
 from index.bundle import Bundle
 from index.calibration import background
-from index.manifest import FAMILIARITY_FILE
+from index.manifest import OPEN_SET_FILE
 from model.checkpoint import Checkpoint
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
@@ -205,8 +205,8 @@ def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path:
     assert calibration.queries == 24
     assert 5 <= calibration.correct <= 12
     assert calibration.unknown == 12
-    assert calibration.familiarity is not None
-    assert calibration.familiarity.landmarks_LD.shape[1] == bundle.manifest.embedding_dim
+    assert calibration.open_set_model is not None
+    assert calibration.open_set_model.landmarks_LD.shape[1] == bundle.manifest.embedding_dim
     answered: dict[bool, list[bool]] = {True: [], False: []}
     session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
     preprocessing = Checkpoint.load(config.checkpoint).image_encoder.preprocessing
@@ -216,7 +216,7 @@ def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path:
             pixels_HW3 = load_pixels(data, preprocessing, max_pixels=10_000)
             _, query_BD = session.run(None, {"pixel_values": normalise(pixels_HW3[None], preprocessing)})
             scores = index.search(query_BD, 10)[1][0].tolist()
-            probability = calibration.known(scores, background(scores), query_BD[0])
+            probability = calibration.in_catalog_probability(scores, background(scores), query_BD[0])
             answered[is_known].append(not calibration.abstains(probability))
     assert answered[True].count(True) + answered[False].count(False) > 16
     reasons = (config.out.parent / "rejected.jsonl").read_text()
@@ -234,7 +234,7 @@ def test_validation_that_cannot_be_fitted_leaves_a_resumable_export(
     summary = export_bundle(dataclasses.replace(config, validation=None, resume=True))
     assert summary.resumed_shards == 5
     assert Bundle.open(config.out).calibration is None
-    assert not (config.out / FAMILIARITY_FILE).exists()
+    assert not (config.out / OPEN_SET_FILE).exists()
 
 
 @pytest.mark.parametrize("resume", [False, True])

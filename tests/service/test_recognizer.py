@@ -13,8 +13,7 @@ import pytest
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TooLarge, UndecodableImage, UserError
 from index.bundle import Bundle, list_files
-from index.calibration import background
-from index.familiarity import Familiarity
+from index.calibration import OpenSetModel, background
 from service.recognizer import Recognizer
 from service.settings import Settings
 from tests.conftest import embed
@@ -78,7 +77,7 @@ def test_known_is_judged_by_the_embedding_too(small_bundle, small_images, tmp_pa
     plain = Bundle.open(folder)
     rng = np.random.default_rng(0)
     landmarks_LD = rng.normal(size=(5, plain.manifest.embedding_dim)).astype(np.float16).astype(np.float32)
-    Familiarity(
+    OpenSetModel(
         offset=-1.0, best=2.0, background=-1.0, width=1.0,
         landmarks_LD=landmarks_LD, level_L=rng.normal(size=5), slope_L=rng.normal(size=5),
     ).write(folder / "familiarity.npz")  # fmt: skip
@@ -94,7 +93,7 @@ def test_known_is_judged_by_the_embedding_too(small_bundle, small_images, tmp_pa
             scores = [each.score for each in answers[0].predictions]
             for answer in answers:  # what a filter leaves is judged beside the background of the whole catalog
                 best = [each.score for each in answer.predictions]
-                known = bundle.calibration.known(best, background(scores), embed(session, image))
+                known = bundle.calibration.in_catalog_probability(best, background(scores), embed(session, image))
                 assert answer.in_catalog_probability == pytest.approx(known, abs=1e-4)
                 assert answer.abstained == (known < 0.5)
     (folder / "familiarity.npz").unlink()

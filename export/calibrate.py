@@ -1,0 +1,275 @@
+"""Fit a bundle's confidence to validation queries, and to the same queries with their own entity left out.
+
+Shapes: N queries, K best entities, F = K + 1 of a search, C = K + 1 choices, B batch, D embedding width,
+H = W = size_px. Scores fall along K. NaN pads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from catalog import is_url
+from catalog.images import LocalImages, UnusableImage
+from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
+from core.jsonl import Rejected, read_jsonl
+from export.decode import MAX_PIXELS
+from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
+from imaging import Preprocessing, load_pixels
+from index.calibration import CANDIDATES, Calibration, Float32Array, Float64Array, background
+from index.search import EntityIndex
+from index.store import EntityStore
+from model.checkpoint import Checkpoint
+
+_MIN_RIGHT = _MIN_WRONG = 5
+_RIDGE = 1e-4  # keeps the optimum finite if scores separate right from wrong; too small to matter otherwise
+_QUERIES_PER_OUTLIER, _MIN_OUTLIERS, _MAX_OUTLIERS = 10, 64, 512
+_NEXT_STEP = "give more validation queries or leave --validation out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """A labelled query. `entity_id` is the right answer."""
+
+    entity_id: str
+    pixels_HW3: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchedQueries:
+    scores_NK: Float64Array
+    embeddings_ND: Float32Array
+
+
+def calibrate(
+    queries: Path,
+    checkpoint: Checkpoint,
+    index: EntityIndex,
+    store: EntityStore,
+    *,
+    batch_size: int,
+    progress: bool = False,
+) -> tuple[Calibration, list[Rejected]]:
+    """Search for the queries and for images without an entity, and fit a calibration to their scores and embeddings.
+
+    Queries for entities outside the store count as unknown, with no right answer. Also return the queries that could
+    not be used. Raise `CatalogError` if the file cannot be read, `UserError` if nothing can be fitted.
+    """
+    rejected: list[Rejected] = []
+    entity_ids: list[str] = []
+    preprocessing = checkpoint.image_encoder.preprocessing
+
+    def images() -> Iterator[npt.NDArray[np.uint8]]:
+        for query in read_queries(queries, preprocessing, rejected):
+            entity_ids.append(query.entity_id)
+            yield query.pixels_HW3
+
+    shown = tqdm(images(), desc="validation", unit="query", disable=not progress)
+    rows_NF, scores_NF, embeddings_ND = _search(iter(shown), checkpoint, index, batch_size)
+    own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)  # -1: not in the store
+    right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
+    without_NK = _without(scores_NF, right_NF)
+    calibration = fit_calibration(scores_NF[:, :CANDIDATES], right_NF[:, :CANDIDATES], own_N >= 0, without_NK)
+    count = min(max(len(own_N) // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
+    _, outlier_scores_NF, outlier_embeddings_ND = _search(
+        outlier_images(count, preprocessing.size_px), checkpoint, index, batch_size
+    )
+    calibration = add_open_set_model(
+        calibration,
+        SearchedQueries(scores_NK=scores_NF[:, :CANDIDATES], embeddings_ND=embeddings_ND),
+        own_N >= 0,
+        without_NK,
+        group_N=np.unique(entity_ids, return_inverse=True)[1],
+        outliers=SearchedQueries(scores_NK=outlier_scores_NF[:, :CANDIDATES], embeddings_ND=outlier_embeddings_ND),
+        progress=progress,
+    )
+    return calibration, rejected
+
+
+def fit_calibration(
+    scores_NK: Float64Array, right_NK: BoolArray, in_catalog_N: BoolArray, without_NK: Float64Array
+) -> Calibration:
+    """Fit the softmax by maximum likelihood, and the threshold by Youden's J.
+
+    `right_NK` marks the right entity, `without_NK` holds the best scores with that entity left out of the catalog. The
+    threshold separates queries that the catalog has from those it lacks, including those with their entity left out.
+    In a small catalog hardly a query is answered wrong. Then the softmax is fitted to the left-out ones too, which
+    makes confidences cautious, and they count as `unknown`.
+
+    Raise `UserError` if too few are right, or if right ones do not score higher.
+    """
+    right, wrong = int(right_NK[:, :1].sum()), int((~right_NK[:, :1]).sum())
+    if right < _MIN_RIGHT:
+        raise UserError(
+            f"calibration needs at least {_MIN_RIGHT} right predictions, the {len(scores_NK)} validation queries "
+            f"gave {right}; {_NEXT_STEP}"
+        )
+    unknown = int((~in_catalog_N).sum())
+    left_out_NK = without_NK[in_catalog_N]
+    all_scores_NK = np.concatenate([scores_NK, left_out_NK])
+    if wrong < _MIN_WRONG:
+        slope, none_offset, none_slope = _fit_softmax(
+            all_scores_NK, np.concatenate([right_NK, np.zeros(left_out_NK.shape, bool)])
+        )
+        unknown += len(left_out_NK)
+    else:
+        slope, none_offset, none_slope = _fit_softmax(scores_NK, right_NK)
+    if slope <= 1e-3:
+        raise UserError(
+            f"on the {len(scores_NK)} validation queries right predictions score no higher than wrong ones, so scores "
+            f"carry no information; check the queries' entity ids, or {_NEXT_STEP}"
+        )
+    fitted = Calibration(
+        slope=slope,
+        none_offset=none_offset,
+        none_slope=none_slope,
+        abstain_below=0.0,
+        queries=len(scores_NK),
+        correct=right,
+        unknown=unknown,
+    )
+    all_in_catalog_N = np.concatenate([in_catalog_N, np.zeros(len(left_out_NK), bool)])
+    nothing_D = np.zeros(0, np.float32)
+    probability_N = np.array(
+        [fitted.in_catalog_probability(scores, background(scores), nothing_D) for scores in _unpadded(all_scores_NK)]
+    )
+    return replace(fitted, abstain_below=_youden_threshold(probability_N, all_in_catalog_N))
+
+
+def add_open_set_model(
+    calibration: Calibration,
+    queries: SearchedQueries,
+    in_catalog_N: BoolArray,
+    without_NK: Float64Array,
+    group_N: IntArray,
+    outliers: SearchedQueries,
+    *,
+    progress: bool = False,
+) -> Calibration:
+    """Fit an `OpenSetModel` to the same queries and to outliers, and the threshold to the model's probabilities.
+
+    Negative examples have the weight of the positive ones: nine tenths for unknown queries and those with their entity
+    left out, one tenth for outliers. The threshold uses held-out probabilities of the queries only. `group_N` numbers
+    the queries' entities. Return `calibration` unchanged if the catalog has only one entity.
+    """
+    left_out_N = np.flatnonzero(in_catalog_N & ~np.isnan(without_NK[:, 0]))
+    if not len(left_out_N):
+        return calibration
+    scores_MK = np.concatenate([queries.scores_NK, without_NK[left_out_N], outliers.scores_NK])
+    embeddings_ND = queries.embeddings_ND
+    outlier_count, query_count = len(outliers.scores_NK), len(in_catalog_N) + len(left_out_N)
+    in_catalog_M = np.concatenate([in_catalog_N, np.zeros(len(left_out_N) + outlier_count, bool)])
+    weight_M = np.where(in_catalog_M, 1.0, 0.9 * in_catalog_N.sum() / (query_count - in_catalog_N.sum()))
+    weight_M[query_count:] = 0.1 * in_catalog_N.sum() / max(outlier_count, 1)
+    model, probability_M = fit_open_set_model(
+        Examples(
+            best_N=scores_MK[:, 0],
+            background_N=np.array([background(scores) for scores in _unpadded(scores_MK)]),
+            embeddings_ND=np.concatenate([embeddings_ND, embeddings_ND[left_out_N], outliers.embeddings_ND]),
+            in_catalog_N=in_catalog_M,
+            group_N=np.concatenate([group_N, group_N[left_out_N], group_N.max() + 1 + np.arange(outlier_count)]),
+            weight_N=weight_M,
+        ),
+        progress=progress,
+    )
+    used_N = np.flatnonzero(~np.isnan(probability_M[:query_count]))
+    threshold = _youden_threshold(probability_M[used_N], in_catalog_M[used_N])
+    return replace(calibration, open_set_model=model, abstain_below=threshold)
+
+
+def _search(
+    images: Iterator[npt.NDArray[np.uint8]], checkpoint: Checkpoint, index: EntityIndex, batch_size: int
+) -> tuple[IntArray, Float64Array, Float32Array]:
+    """Return the best rows and scores `[N, F]`, one more than a calibration uses, and the query embeddings `[N, D]`."""
+    rows = [np.zeros((0, CANDIDATES + 1), np.int64)]
+    scores = [np.zeros((0, CANDIDATES + 1))]
+    embeddings = [np.zeros((0, checkpoint.image_encoder.embedding_dim), np.float32)]
+    while batch := list(islice(images, batch_size)):
+        queries_BD = checkpoint.embed_queries(np.stack(batch))
+        rows_BF, scores_BF = index.search(queries_BD, CANDIDATES + 1)
+        rows.append(rows_BF)
+        scores.append(np.where(rows_BF < 0, np.nan, scores_BF.astype(np.float64)))
+        embeddings.append(queries_BD)
+    return np.concatenate(rows), np.concatenate(scores), np.concatenate(embeddings)
+
+
+def _without(scores_NF: Float64Array, right_NF: BoolArray) -> Float64Array:
+    """Return the best scores `[N, K]` without the right entity's."""
+    others = [scores_F[~right_F][:CANDIDATES] for scores_F, right_F in zip(scores_NF, right_NF, strict=True)]
+    return np.array(others, np.float64).reshape(-1, CANDIDATES)
+
+
+def _unpadded(scores_NK: Float64Array) -> Iterator[list[float]]:
+    return (scores_K[~np.isnan(scores_K)].tolist() for scores_K in scores_NK)
+
+
+def _fit_softmax(scores_NK: Float64Array, right_NK: BoolArray) -> list[float]:
+    """Return `slope`, `none_offset` and `none_slope`."""
+    queries, candidates = scores_NK.shape
+    present_NK = torch.from_numpy(~np.isnan(scores_NK))
+    scores = torch.from_numpy(np.nan_to_num(scores_NK))
+    background_N = torch.tensor([background(each) for each in _unpadded(scores_NK)], dtype=torch.float64)
+    target_N = torch.from_numpy(np.where(right_NK.any(axis=1), right_NK.argmax(axis=1), candidates))
+
+    def loss(weights_3: Tensor) -> Tensor:
+        slope, none_offset, none_slope = weights_3
+        logits_NK = torch.where(present_NK, slope * scores, -torch.inf)
+        logits_NC = torch.cat([logits_NK, (none_offset + none_slope * background_N)[:, None]], dim=1)
+        return cross_entropy(logits_NC, target_N, reduction="sum") + 0.5 * _RIDGE * weights_3.square().sum()
+
+    return list(minimise(loss, scale_F=torch.full((3,), queries**-0.5, dtype=torch.float64)).tolist())
+
+
+def _youden_threshold(values_N: Float64Array, positive_N: BoolArray) -> float:
+    """Return the cut that maximises Youden's J, midway between the two values around it."""
+    order = np.argsort(values_N, kind="stable")
+    sorted_N, positive_N = values_N[order], positive_N[order]
+    # A cut below position i accepts everything from i on.
+    accepted = positive_N.sum() - np.concatenate([[0], np.cumsum(positive_N)])
+    wrongly_accepted = (~positive_N).sum() - np.concatenate([[0], np.cumsum(~positive_N)])
+    j = accepted / max(positive_N.sum(), 1) - wrongly_accepted / max((~positive_N).sum(), 1)
+    possible = np.concatenate([[True], np.diff(sorted_N) > 0, [True]])  # no cut separates equal values
+    best = int(np.argmax(np.where(possible, j, -np.inf)))
+    below = sorted_N[best - 1] if best > 0 else 0.0
+    above = sorted_N[best] if best < len(sorted_N) else 1.0
+    return float((below + above) / 2)
+
+
+def row_of(entity_id: str, store: EntityStore) -> int:
+    """Return the entity's row, or -1."""
+    try:
+        return store.get(entity_id).row
+    except UnknownEntity:
+        return -1
+
+
+def read_queries(
+    path: Path, preprocessing: Preprocessing, rejected: list[Rejected], *, lines: Collection[int] | None = None
+) -> Iterator[Query]:
+    """Yield the queries of a file, or of some of its lines. Add those that cannot be used to `rejected`."""
+    for item in read_jsonl(path):
+        if isinstance(item, Rejected):
+            rejected.append(Rejected(line=item.line, reason=f"{path.name}: {item.reason}", record=item.record))
+            continue
+        line, row = item
+        if lines is not None and line not in lines:
+            continue
+        image, entity_id = row.get("image"), row.get("entity_id")
+        try:
+            if not isinstance(image, str) or not isinstance(entity_id, str):
+                raise UnusableImage("`image` and `entity_id` must be strings")
+            data = LocalImages().read(image if is_url(image) else str(path.parent / image))
+            pixels_HW3 = load_pixels(data, preprocessing, max_pixels=MAX_PIXELS)
+        except (UnusableImage, UndecodableImage, TooLarge) as error:
+            rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=str(row)[:500]))
+            continue
+        yield Query(entity_id=entity_id, pixels_HW3=pixels_HW3)
