@@ -14,8 +14,8 @@ from benchmarks.synthetic import photograph
 from imaging import Preprocessing
 from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import save_checkpoint
-from model.encoders import load_image_encoder, load_text_encoder
-from model.tiny import TinyConfig, TinyEncoder, save_tiny
+from model.encoders import open_image_encoder, open_text_encoder
+from model.encoders.tiny import TinyConfig, TinyEncoder, save_tiny
 
 _WORDS = (
     "river",
@@ -36,7 +36,7 @@ _IMAGES = 1000  # different ones; a larger catalog uses them again
 
 def make_checkpoint(folder: Path, image_encoder: str, text_encoder: str, *, width: int, heads: int = 2) -> Path:
     """A checkpoint with an adaptor of random weights over two encoders, by their specs."""
-    image, text = load_image_encoder(image_encoder), load_text_encoder(text_encoder)
+    image, text = open_image_encoder(image_encoder), open_text_encoder(text_encoder)
     config = AdaptorConfig(
         patch_dim=image.patch_dim,
         text_dim=text.dim,

@@ -23,11 +23,10 @@ from imaging import load_pixels
 from model.adaptor import AdaptorConfig
 from model.data import Entity, ImageSource
 from model.distributed import Group
-from model.encoders import ImageFeatures, load_image_encoder, load_text_encoder
+from model.encoders import ImageFeatures, open_image_encoder, open_text_encoder
 from model.feature_cache import content_key, to_float16
-from model.features import MAX_PIXELS, EntityBatch, EntityKeys, FeatureStore
-from model.step import Trainer, TrainingPair
-from model.train_settings import TrainSettings
+from model.features import MAX_PIXELS, EntityBatch, EntityKeys, FeatureStore, TrainingPair
+from model.trainer import Trainer, TrainSettings
 
 _BATCH = 64
 _WIDTH = 64
@@ -81,7 +80,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     entities = 96 if smoke else 512
     with TemporaryDirectory() as folder:
         root = Path(folder)
-        store = FeatureStore(root / "cache", load_image_encoder("tiny"), load_text_encoder("minilm"))
+        store = FeatureStore(root / "cache", open_image_encoder("tiny"), open_text_encoder("minilm"))
         started = time.perf_counter()
         data = _make(root, store, entities)
         filled_s = time.perf_counter() - started

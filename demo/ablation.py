@@ -8,7 +8,7 @@ the whole catalog. A finished run is a line of `runs.jsonl` and is not done agai
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,12 @@ from demo.ablation_reasons import reasons
 from demo.ablation_table import ARMS, Arm, fill_in, table
 from demo.build import BUILD, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
-from model.data import Pair, known_pairs, load_entities, load_pairs
-from model.encoders import load_image_encoder, load_text_encoder
-from model.features import EntityKeys, FeatureStore
-from model.pairs import at_most
-from model.snapshot import fingerprint
-from model.step import TrainingPair
+from model.data import Pair, balance_pairs, known_pairs, load_entities, load_pairs
+from model.encoders import open_image_encoder, open_text_encoder
+from model.features import EntityKeys, FeatureStore, TrainingPair
+from model.resume import fingerprint
 from model.train import train_adaptor
-from model.train_settings import TrainSettings
+from model.trainer import TrainSettings
 from model.validation import ValidationSet, validate_each
 
 DEMO = Path(__file__).parent
@@ -67,7 +65,7 @@ def load_symbols(
     cache.mkdir(parents=True, exist_ok=True)
     rejects = RejectLog(cache / "rejected.jsonl")
     store = FeatureStore(
-        cache, load_image_encoder(image_encoder), load_text_encoder(text_encoder, max_tokens=max_tokens)
+        cache, open_image_encoder(image_encoder), open_text_encoder(text_encoder, max_tokens=max_tokens)
     )
     catalog = build / "catalog.jsonl"
     records = load_entities(catalog, None, rejects)
@@ -79,7 +77,7 @@ def load_symbols(
         return [(pair, key) for pair, key in zip(pairs, keys, strict=True) if key is not None]
 
     def training(pairs: Sequence[Pair]) -> list[TrainingPair]:
-        few = at_most(pairs, max_per_entity, seed=0) if pairs else []
+        few = balance_pairs(pairs, max_per_entity, seed=0) if pairs else []
         return [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed(few, "query images")]
 
     labelled = known_pairs(load_pairs(build / "pairs_train.jsonl", None, rejects), records, catalog, rejects)
@@ -99,14 +97,6 @@ def load_symbols(
     if rejects.count:
         raise UserError(f"{rejects.count} record(s) of Symbols cannot be used, see {rejects.path}; build it anew")
 
-    def content() -> Iterator[bytes]:
-        for entity in entities:
-            yield b"".join((*entity.images, b"|", entity.text or b""))
-        for pair in pairs:
-            yield pair.query + pair.entity.to_bytes(8, "big")
-        for asked_for in queries:
-            yield asked_for.query_embeddings_QD.tobytes() + asked_for.entity_Q.tobytes()
-
     encoders = {"image": store.image_encoder.content_hash, "text": store.text_encoder.content_hash}
     return Symbols(
         store=store,
@@ -116,7 +106,7 @@ def load_symbols(
         drawings=training([pair for pair in clean if _drawn(pair) not in unfamiliar]),
         unfamiliar_drawings=training([pair for pair in clean if _drawn(pair) in unfamiliar]),
         queries=queries,
-        digest=fingerprint(encoders, content()),
+        digest=fingerprint(encoders, entities, pairs, queries),
     )
 
 
@@ -173,7 +163,7 @@ def run_all(
     for arm, seed in tqdm(plan, desc="runs", unit="run"):
         own = replace(settings, seed=seed)
         # Named by all that the result depends on.
-        key = fingerprint({"arm": arm.key(), "settings": own.to_dict(), "width": width, "data": symbols.digest}, ())
+        key = fingerprint({"arm": arm.key(), "settings": own.to_dict(), "width": width, "data": symbols.digest})
         if key not in finished:
             finished[key] = run(arm, symbols, own, width)
             line = json.dumps({"run": key, "arm": arm.name, "seed": seed, "accuracy": finished[key]})

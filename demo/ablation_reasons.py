@@ -13,8 +13,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from model.features import EntityKeys, FeatureStore
-from model.step import TrainingPair
+from model.features import EntityKeys, FeatureStore, TrainingPair
 from model.validation import ValidationSet
 
 _BATCH = 512

@@ -20,7 +20,7 @@ from PIL import Image
 from core.files import atomic_write_bytes
 from demo.build import BUILD
 from export.open_set import outlier_images
-from model.tiny import BUILT_IN
+from model.encoders.tiny import BUILT_IN
 
 DEMO = Path(__file__).parent
 LEFT_OUT = "0.2"  # share of the entities that are unknown when unknowns are told from the rest

@@ -22,7 +22,7 @@ from demo.build import BUILD, CATALOG_ROLES, read_drawings
 from evaluation.metrics import RECALL_AT, AnsweredQuery, as_table, rank_of, summarise
 from imaging import load_pixels
 from model.data import read_pairs
-from model.encoders import ImageEncoder, load_image_encoder
+from model.encoders import ImageEncoder, open_image_encoder
 
 _BATCH = 64
 _MAX_PIXELS = 64_000_000
@@ -55,7 +55,7 @@ def nearest_entities(similarity: torch.Tensor, entity_ids: Sequence[str], count:
 )
 def main(image_encoder: str, build: Path) -> None:
     """Measure an image encoder alone on Symbols' test queries, clean and photographed."""
-    encoder = load_image_encoder(image_encoder)
+    encoder = open_image_encoder(image_encoder)
     catalog = [drawing for drawing in read_drawings(build) if drawing.role in CATALOG_ROLES]
     entity_ids = [drawing.entity_id for drawing in catalog]
     catalog_ND = embed(encoder, [build / drawing.image for drawing in catalog])

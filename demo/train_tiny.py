@@ -41,8 +41,8 @@ from demo.icons import ROLE as ICON_ROLE
 from demo.icons import fetch_icons, plan_from, render_icons
 from demo.photograph import Photographer
 from imaging.preprocess import Preprocessing
-from model.encoders import load_text_encoder
-from model.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, save_tiny
+from model.encoders import open_text_encoder
+from model.encoders.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, save_tiny
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +231,7 @@ def text_embeddings(build: Path, entities: list[str]) -> torch.Tensor:
             record = json.loads(line)
             if record["entity_id"] in wanted:
                 texts[record["entity_id"]] = record["text"]
-    encoder = load_text_encoder("minilm")
+    encoder = open_text_encoder("minilm")
     rows = []
     for start in tqdm(range(0, len(entities), 64), desc="texts", unit="batch"):
         features = encoder.encode([texts[entity] for entity in entities[start : start + 64]])

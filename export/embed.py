@@ -14,7 +14,7 @@ import torch
 
 from export.prepare import Chunk
 from export.stream import StageTimes
-from model.attention import embed_with_attention
+from model.adaptor import embed_with_attention
 from model.checkpoint import Checkpoint
 
 _CHUNK_BYTES = 512 * 1024 * 1024  # of features, whatever the models' widths

@@ -33,7 +33,7 @@ from index.entity_encoder import (
 from index.manifest import FileEntry
 from model.adaptor import Adaptor
 from model.checkpoint import Checkpoint
-from model.text_encoder import MAX_CHARACTERS_PER_TOKEN, TokenStateEncoder
+from model.encoders.text import MAX_CHARACTERS_PER_TOKEN, TokenStateEncoder
 
 _BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
 _SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens

@@ -187,7 +187,7 @@ def export_module(
 
 def stored_bytes(encoder: ImageEncoder, *, half: bool) -> int:
     """About how large `image_encoder.onnx` and its data will be: its weights."""
-    from model.onnx_encoder import external_data
+    from model.encoders.onnx import external_data
 
     source: Path | None = getattr(encoder, "onnx_path", None)
     if source is not None:
@@ -199,7 +199,7 @@ def stored_bytes(encoder: ImageEncoder, *, half: bool) -> int:
 
 def is_large(path: Path) -> bool:
     """Whether an ONNX file, or one made from it, has to have its data beside it."""
-    from model.onnx_encoder import external_data
+    from model.encoders.onnx import external_data
 
     return sum(file.stat().st_size for file in (path, *external_data(path))) > EXTERNAL_FROM_BYTES
 
@@ -279,7 +279,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _copy(source: Path, path: Path) -> None:
-    from model.onnx_encoder import external_data
+    from model.encoders.onnx import external_data
 
     for data in external_data(source):
         name = PurePath(data).relative_to(source.parent)

@@ -1,17 +1,20 @@
-"""The Vision-Guided Knowledge Adaptor (VGKA): patch tokens ask, text tokens answer, the mean is the entity's embedding.
+"""The Vision-Guided Knowledge Adaptor (VGKA): patch tokens attend to text tokens; their mean is the entity embedding.
 
-A Transformer decoder over frozen features, `V' = FFN(MHA(P, T, T))`, then the mean over patches, projected into the
-space of the query embedding and L2-normalised. It is all that is trained.
+A Transformer decoder over frozen features, `V' = FFN(MHA(P, T, T))` in the paper, then the mean over patches, projected
+into the space of the query embedding and L2-normalised. It is the only part that is trained.
 
-What the paper leaves open is configured: self-attention among the patches (default off, as the formula reads), pre- or
-post-norm (default pre). Two things are ours: both inputs pass a LayerNorm before their projection, because language
-models have channels far larger than the rest; and learned stand-in tokens take the place of a missing image or text.
+The paper leaves two details open, which `AdaptorConfig` sets: self-attention among the patches (default off, as in the
+formula) and pre- or post-norm (default pre). Two parts are not in the paper. A LayerNorm precedes both input
+projections, because some channels of language models are far larger than the rest. Learned null tokens replace a
+missing image or text.
 
-Shapes: B batch, P patches, T text tokens, C patch channels, L text channels, W width inside, D embedding, N stand-ins.
+Shapes: B batch, P patches, T text tokens, C patch channels, L text channels, W width inside, D embedding, N null
+tokens, Q queries, K keys, H heads, E = W / H.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,7 +27,7 @@ from core.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptorConfig:
-    """The shape of an adaptor. Raises `UserError` where the figures contradict each other."""
+    """The sizes and options of an adaptor. Raises `UserError` if they contradict each other."""
 
     patch_dim: int  # C
     text_dim: int  # L
@@ -36,33 +39,25 @@ class AdaptorConfig:
     norm: str = "pre"
     self_attention: bool = False
     dropout: float = 0.0
-    residual: bool = True  # add the mean patch token to the output, the output layer starting at zero
-    null_patch_tokens: int = 8  # N: queries that stand in for a missing image
-    centre: bool = False  # both sides of the comparison live around the mean query embedding
+    residual: bool = True  # add the mean patch token to the output; the output layer starts at zero
+    null_patch_tokens: int = 8  # N: queries in place of a missing image
+    centre: bool = False  # subtract the mean query embedding from queries and entities
 
     def __post_init__(self) -> None:
-        for name in (
-            "patch_dim",
-            "text_dim",
-            "embedding_dim",
-            "width",
-            "layers",
-            "heads",
-            "ffn_ratio",
-            "null_patch_tokens",
-        ):
+        sizes = ("patch_dim", "text_dim", "embedding_dim", "width", "layers", "heads", "ffn_ratio", "null_patch_tokens")
+        for name in sizes:
             if getattr(self, name) <= 0:
-                raise UserError(f"adaptor: {name} must be above 0, it is {getattr(self, name)}")
+                raise UserError(f"adaptor: {name} must be above 0, not {getattr(self, name)}")
         if self.width % self.heads:
-            raise UserError(f"adaptor: width {self.width} is no multiple of heads {self.heads}; change one of them")
+            raise UserError(f"adaptor: width {self.width} must be a multiple of heads {self.heads}; change one of them")
         if self.norm not in ("pre", "post"):
             raise UserError(f"adaptor: norm must be pre or post, not {self.norm!r}")
         if not 0 <= self.dropout < 1:
-            raise UserError(f"adaptor: dropout must be at least 0 and below 1, it is {self.dropout}")
+            raise UserError(f"adaptor: dropout must be at least 0 and below 1, not {self.dropout}")
         if self.residual and self.patch_dim != self.embedding_dim:
             raise UserError(
-                f"adaptor: the residual adds patch tokens of width {self.patch_dim} to an embedding of width "
-                f"{self.embedding_dim}; turn it off (--no-residual), or take an encoder whose two widths are equal"
+                f"adaptor: the residual cannot add patch tokens of width {self.patch_dim} to an embedding of width "
+                f"{self.embedding_dim}; turn it off (--no-residual), or use an encoder whose two widths are equal"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +65,7 @@ class AdaptorConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> AdaptorConfig:
-        """The config that `to_dict` wrote. Raises `UserError` on a missing or unknown field."""
+        """Return the config that `to_dict` wrote. Raises `UserError` on a missing or unknown field."""
         try:
             return cls(**values)
         except TypeError as error:
@@ -78,7 +73,7 @@ class AdaptorConfig:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with keys and values from another sequence (or the same one)."""
+    """Multi-head attention (MHA in the paper's formula)."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -90,7 +85,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, queries_BQW: torch.Tensor, keys_BKW: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
-        """`mask_BK` is true at the keys that may be attended to; at least one in each row. Returns `[B, Q, W]`."""
+        """Return `[B, Q, W]`. `mask_BK` is true at the keys that may be attended to, at least one in each row."""
         attended_BHQE = F.scaled_dot_product_attention(
             self.split(self.query(queries_BQW)),
             self.split(self.key(keys_BKW)),
@@ -102,13 +97,20 @@ class Attention(nn.Module):
         return out
 
     def split(self, tokens_BNW: torch.Tensor) -> torch.Tensor:
-        """Heads apart: `[B, N, W]` to `[B, H, N, W / H]`."""
+        """Split into heads: `[B, N, W]` to `[B, H, N, E]`."""
         batch, tokens, width = tokens_BNW.shape
         return tokens_BNW.reshape(batch, tokens, self.heads, width // self.heads).transpose(1, 2)
 
+    def weights(self, queries_BQW: torch.Tensor, keys_BKW: torch.Tensor, mask_BK: torch.Tensor) -> torch.Tensor:
+        """Return the attention of each query to each key, averaged over heads: `[B, Q, K]`. Rows add up to 1."""
+        queries_BHQE, keys_BHKE = self.split(self.query(queries_BQW)), self.split(self.key(keys_BKW))
+        logits_BHQK = queries_BHQE @ keys_BHKE.transpose(2, 3) / queries_BHQE.shape[-1] ** 0.5
+        weights_BHQK: torch.Tensor = logits_BHQK.masked_fill(~mask_BK[:, None, None, :], -torch.inf).softmax(dim=-1)
+        return weights_BHQK.mean(dim=1)
+
 
 class DecoderLayer(nn.Module):
-    """Self-attention if asked for, attention to the text, then the feed-forward network, each added to its input."""
+    """Optional self-attention, attention to the text, then the feed-forward network, each with a residual."""
 
     def __init__(self, config: AdaptorConfig) -> None:
         super().__init__()
@@ -148,10 +150,10 @@ class DecoderLayer(nn.Module):
 
 
 class Adaptor(nn.Module):
-    """Patch tokens and text tokens of an entity in, its embedding out.
+    """Map an entity's patch tokens and text tokens to its embedding.
 
-    The stand-in queries run beside the patches of every sample and only the pooling chooses between them, so that
-    shapes never depend on the data and the module can be exported.
+    Null queries run along with the patches of every sample, and pooling selects one or the other. Shapes therefore
+    never depend on the data, and the module can be exported.
     """
 
     def __init__(self, config: AdaptorConfig) -> None:
@@ -165,13 +167,13 @@ class Adaptor(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(width) if config.norm == "pre" else nn.Identity()
         self.out = nn.Linear(width, config.embedding_dim)
-        # The mean query embedding, set before training and never learned; None without centring.
+        # The mean query embedding, set before training and not learned. None without centring.
         self.centre_D: torch.Tensor | None
         self.register_buffer("centre_D", torch.zeros(config.embedding_dim) if config.centre else None)
         if config.residual:
             nn.init.zeros_(self.out.weight)
             nn.init.zeros_(self.out.bias)
-            # The residual of an entity without an image, whose embedding would otherwise start as the zero vector.
+            # The residual of an entity without an image. Without it, its embedding would start as the zero vector.
             self.null_mean_D = nn.Parameter(torch.randn(config.embedding_dim) * config.embedding_dim**-0.5)
 
     def forward(
@@ -181,21 +183,20 @@ class Adaptor(nn.Module):
         text_tokens_BTL: torch.Tensor,
         text_mask_BT: torch.Tensor,
     ) -> torch.Tensor:
-        """The entity embeddings `[B, D]`, L2-normalised.
+        """Return the L2-normalised entity embeddings `[B, D]`, `v` in the paper.
 
-        `image_mask_B` is true where there is an image; what stands in `patch_tokens_BPC` elsewhere is ignored. A sample
-        whose row of `text_mask_BT` is all false has no text. P and T may be any number, T also 0.
+        `image_mask_B` is true where there is an image. Other rows of `patch_tokens_BPC` are ignored. A sample whose row
+        of `text_mask_BT` is all false has no text. P and T may be any number, T also 0.
         """
         batch, patches, _ = patch_tokens_BPC.shape
         image_B1 = image_mask_B[:, None]
-        # Zeroed, not only masked: NaN in an ignored place would still poison sums through NaN x 0.
+        # Zero, not only mask: NaN x 0 is NaN.
         patch_tokens_BPC = patch_tokens_BPC.masked_fill(~image_B1[:, :, None], 0.0)
         text_tokens_BTL = text_tokens_BTL.masked_fill(~text_mask_BT[:, :, None], 0.0)
 
         null_patches_BNW = self.null_patches_NW.expand(batch, -1, -1)
         x = torch.cat([self.patch_in(patch_tokens_BPC), null_patches_BNW], dim=1)
-        nulls = self.config.null_patch_tokens
-        used_BQ = torch.cat([image_B1.expand(-1, patches), ~image_B1.expand(-1, nulls)], dim=1)
+        used_BQ = self.pooled_queries(image_mask_B, patches)
 
         null_text_B1W = self.null_text_W.expand(batch, 1, -1)
         text_BTW = torch.cat([null_text_B1W, self.text_in(text_tokens_BTL)], dim=1)
@@ -209,16 +210,21 @@ class Adaptor(nn.Module):
         weight_BQ1 = (used_BQ / used_BQ.sum(dim=1, keepdim=True)).to(x.dtype)[:, :, None]
         embedding_BD: torch.Tensor = self.out((x * weight_BQ1).sum(dim=1))
         if self.config.residual:
-            # The mean is brought to length 1 so that what is learned weighs the same whatever the encoder's scale.
+            # At length 1, the mean has the same weight against the learned part for every encoder.
             mean_BD = self.centred(F.normalize(patch_tokens_BPC.mean(dim=1), dim=1))
             embedding_BD = embedding_BD + torch.where(image_B1, mean_BD, self.null_mean_D)
         return F.normalize(embedding_BD, dim=1)
 
-    def centred(self, image_embedding_BD: torch.Tensor) -> torch.Tensor:
-        """An encoder's L2-normalised embeddings in the space of the entity embeddings: what queries are asked with.
+    def pooled_queries(self, image_mask_B: torch.Tensor, patches: int) -> torch.Tensor:
+        """Return the mask `[B, P + N]` of the queries that are pooled: the patches, or the null queries."""
+        image_B1 = image_mask_B[:, None]
+        nulls = self.config.null_patch_tokens
+        return torch.cat([image_B1.expand(-1, patches), ~image_B1.expand(-1, nulls)], dim=1)
 
-        With centring they lose what all images share, the mean query embedding, and are brought to length 1 again;
-        without it they are that space's already.
+    def centred(self, image_embedding_BD: torch.Tensor) -> torch.Tensor:
+        """Return query embeddings `[B, D]` in the space of the entity embeddings, from L2-normalised image embeddings.
+
+        With centring, subtract the mean query embedding and normalise again. Without it, return them unchanged.
         """
         if self.centre_D is None:
             return image_embedding_BD
@@ -226,3 +232,32 @@ class Adaptor(nn.Module):
 
     def parameter_count(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+@torch.no_grad()
+def embed_with_attention(
+    adaptor: Adaptor,
+    patch_tokens_BPC: torch.Tensor,
+    image_mask_B: torch.Tensor,
+    text_tokens_BTL: torch.Tensor,
+    text_mask_BT: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the entity embeddings `[B, D]` and the attention to each text token `[B, T]`.
+
+    The attention is the mean over layers, heads and pooled queries. A row adds up to 1, or to 0 for an entity without
+    text. The adaptor must be in evaluation mode.
+    """
+    weights_BT = torch.zeros(text_mask_BT.shape, device=text_mask_BT.device)
+    used_BQ = adaptor.pooled_queries(image_mask_B, patch_tokens_BPC.shape[1])
+    share_BQ1 = (used_BQ / used_BQ.sum(dim=1, keepdim=True))[:, :, None]
+
+    def add_weights(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        assert isinstance(module, Attention)
+        weights_BT.add_((module.weights(*inputs) * share_BQ1).sum(dim=1)[:, 1:])  # the first key is the null text
+
+    with ExitStack() as hooks:
+        for layer in adaptor.layers:
+            assert isinstance(layer, DecoderLayer)
+            hooks.callback(layer.text_attention.register_forward_pre_hook(add_weights).remove)
+        embeddings_BD = adaptor(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT)
+    return embeddings_BD, weights_BT / len(adaptor.layers)

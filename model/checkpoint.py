@@ -1,8 +1,8 @@
-"""A trained adaptor on disk, and what it needs to be used again: one folder that says which encoders it belongs to.
+"""A checkpoint: one folder with a trained adaptor and the identity of its two encoders.
 
 checkpoint.json               sizes, encoders by spec and content hash, training settings, versions, SHA-256 of the rest
 adaptor.safetensors
-image_encoder.safetensors     only for the tiny encoder, which nothing else would bring along
+image_encoder.safetensors     only with a tiny encoder, whose weights are nowhere else
 """
 
 from __future__ import annotations
@@ -24,41 +24,42 @@ from safetensors.torch import load_file, save
 from core.errors import CheckpointError, UserError
 from core.files import atomic_write, sha256_file
 from model.adaptor import Adaptor, AdaptorConfig
-from model.encoders import ImageEncoder, TextEncoder, load_image_encoder, load_text_encoder
+from model.encoders import ImageEncoder, TextEncoder, open_image_encoder, open_text_encoder
 
 FORMAT_VERSION = 1
 _JSON = "checkpoint.json"
 _ADAPTOR = "adaptor.safetensors"
 _IMAGE_ENCODER = "image_encoder.safetensors"
+_RESTORE = "train again, or restore the file"
 _VERSIONS_OF = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A loaded checkpoint: frozen encoders and the adaptor in evaluation mode, all on one device."""
+    """A loaded checkpoint: frozen encoders, and the adaptor in evaluation mode, all on one device."""
 
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
     adaptor: Adaptor
-    sha256: str  # of checkpoint.json, which holds the hashes of the other files
+    sha256: str  # of checkpoint.json, which has the hashes of the other files
     values: dict[str, Any]  # checkpoint.json
 
     @property
     def logit_scale(self) -> float:
-        """1 / temperature of the trained softmax over cosines."""
+        """1 / temperature of the trained softmax."""
         return float(self.values["logit_scale"])
 
     @torch.no_grad()
     def embed_queries(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """The embeddings `[B, D]` that images are asked with, L2-normalised: what an exported encoder gives."""
+        """Return the L2-normalised query embeddings `[B, D]` of images, `h` in the paper."""
         embeddings_BD = self.image_encoder.encode(pixels_BHW3).image_embedding_BD
         result_BD: npt.NDArray[np.float32] = self.adaptor.centred(embeddings_BD).cpu().numpy()
         return result_BD
 
     def describe(self) -> dict[str, Any]:
-        """What a bundle made from this checkpoint records of it: plain JSON values, no paths."""
-        kept = ("format_version", "adaptor", "image_encoder", "text_encoder", "logit_scale", "training", "versions")
-        return {"sha256": self.sha256, **{key: self.values[key] for key in kept}}
+        """Return what a bundle records of its checkpoint: plain JSON values, no paths."""
+        names = ("format_version", "adaptor", "image_encoder", "text_encoder", "logit_scale", "training", "versions")
+        return {"sha256": self.sha256, **{name: self.values[name] for name in names}}
 
     @classmethod
     def load(
@@ -72,8 +73,8 @@ class Checkpoint:
     ) -> Checkpoint:
         """Load a folder that `save_checkpoint` wrote.
 
-        The specs say where the encoders lie if not where the checkpoint says. Raises `CheckpointError` if a file is
-        missing or altered, if shapes contradict each other, or if an encoder is not the one that it was trained with.
+        The specs replace those that the checkpoint records. Raises `CheckpointError` if a file is missing or altered,
+        if shapes contradict each other, or if an encoder is not the one that the adaptor was trained with.
         """
         values = _read_json(path)
         adaptor = _load_adaptor(path, values)
@@ -81,13 +82,13 @@ class Checkpoint:
         if image["spec"] == "tiny" and image_encoder_spec is None:
             _check_file(path, _IMAGE_ENCODER, values)
             image_encoder_spec = f"tiny:{path / _IMAGE_ENCODER}"
-        image_encoder = load_image_encoder(
+        image_encoder = open_image_encoder(
             image_encoder_spec or _recorded_spec(path, "image", image),
             device=device,
             trust_remote_code=trust_remote_code,
         )
         _check_same(path, "image", image, image_encoder.content_hash)
-        text_encoder = load_text_encoder(
+        text_encoder = open_text_encoder(
             text_encoder_spec or _recorded_spec(path, "text", text),
             device=device,
             max_tokens=text["max_tokens"],
@@ -115,10 +116,10 @@ def save_checkpoint(
     training: dict[str, Any],
     half: bool = True,
 ) -> None:
-    """Write a checkpoint folder; other files in it stay. `half` stores the adaptor's weights in float16.
+    """Write a checkpoint folder, keeping other files in it. `half` stores the adaptor's weights in float16.
 
-    Every file is complete and flushed under a temporary name before the first takes its place, `checkpoint.json` last.
-    Raises `CheckpointError` if `path` is a file.
+    All files are written under temporary names, then moved into place, `checkpoint.json` last. Raises
+    `CheckpointError` if `path` is a file.
     """
     check_shapes(adaptor.config, image_encoder, text_encoder)
     if path.exists() and not path.is_dir():
@@ -127,9 +128,7 @@ def save_checkpoint(
     dtype = torch.float16 if half else torch.float32
     state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in adaptor.state_dict().items()}
     image = {
-        "spec": _portable(image_encoder.spec),
-        "local": _is_local(image_encoder.spec),
-        "content_hash": image_encoder.content_hash,
+        **_identity(image_encoder),
         "preprocessing": image_encoder.preprocessing.to_dict(),
         "patches": image_encoder.patches,
         "patch_dim": image_encoder.patch_dim,
@@ -137,25 +136,23 @@ def save_checkpoint(
     }
     files = {}
     with ExitStack() as stack:
-        json_file = stack.enter_context(atomic_write(path / _JSON))  # entered first, so put in place last
+        json_file = stack.enter_context(atomic_write(path / _JSON))  # entered first, so moved into place last
         adaptor_file = stack.enter_context(atomic_write(path / _ADAPTOR))
-        adaptor_file.write_bytes(save(state))  # `save_file` makes files that only their owner may read
+        adaptor_file.write_bytes(save(state))  # `save_file` would make it readable by its owner only
         files[_ADAPTOR] = sha256_file(adaptor_file)
         if image["spec"] == "tiny":
-            from model.tiny import BUILT_IN
+            from model.encoders.tiny import BUILT_IN
 
             source = Path(image_encoder.spec.partition(":")[2] or BUILT_IN)
             tiny_file = stack.enter_context(atomic_write(path / _IMAGE_ENCODER))
-            tiny_file.write_bytes(source.read_bytes())  # may be the very file that it replaces
+            tiny_file.write_bytes(source.read_bytes())  # the source may be the file that it replaces
             files[_IMAGE_ENCODER] = sha256_file(tiny_file)
         values = {
             "format_version": FORMAT_VERSION,
             "adaptor": adaptor.config.to_dict(),
             "image_encoder": image,
             "text_encoder": {
-                "spec": _portable(text_encoder.spec),
-                "local": _is_local(text_encoder.spec),
-                "content_hash": text_encoder.content_hash,
+                **_identity(text_encoder),
                 "dim": text_encoder.dim,
                 "max_tokens": text_encoder.max_tokens,
                 "layer": text_encoder.layer,
@@ -169,15 +166,15 @@ def save_checkpoint(
 
 
 def check_shapes(config: AdaptorConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
-    """Raise `CheckpointError` unless the adaptor's widths are those of the encoders."""
-    pairs = {
+    """Raise `CheckpointError` unless the adaptor's widths equal the encoders'."""
+    widths = {
         "patch_dim": (config.patch_dim, image_encoder.patch_dim),
         "embedding_dim": (config.embedding_dim, image_encoder.embedding_dim),
         "text_dim": (config.text_dim, text_encoder.dim),
     }
-    for name, (ours, theirs) in pairs.items():
+    for name, (ours, theirs) in widths.items():
         if ours != theirs:
-            raise CheckpointError(f"the adaptor's {name} is {ours}, the encoder's {theirs}; take the matching encoder")
+            raise CheckpointError(f"the adaptor's {name} is {ours}, the encoder's {theirs}; use the matching encoder")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -185,20 +182,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path} is no checkpoint: {_JSON} is missing; check the path, or train one") from None
+        raise CheckpointError(f"{path} is not a checkpoint: {_JSON} is missing; check the path, or train one") from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}; train again, or restore the file") from error
+        raise CheckpointError(f"{file} cannot be read: {error}; {_RESTORE}") from error
     found = values.get("format_version") if isinstance(values, dict) else None
     if found != FORMAT_VERSION:
         raise CheckpointError(f"{file} has format version {found}, this program reads {FORMAT_VERSION}; train again")
     for name in ("adaptor", "image_encoder", "text_encoder", "training", "versions", "files", "logit_scale"):
         kinds = (int, float) if name == "logit_scale" else (dict,)
         if not isinstance(values.get(name), kinds):
-            raise CheckpointError(f"{file}: `{name}` is missing or of the wrong type; train again, or restore the file")
+            raise CheckpointError(f"{file}: `{name}` is missing or of the wrong type; {_RESTORE}")
     for name, fields in {"image_encoder": (), "text_encoder": ("max_tokens", "layer")}.items():
         for field in ("spec", "local", "content_hash", *fields):
             if field not in values[name]:
-                raise CheckpointError(f"{file}: `{name}.{field}` is missing; train again, or restore the file")
+                raise CheckpointError(f"{file}: `{name}.{field}` is missing; {_RESTORE}")
     checked: dict[str, Any] = values
     return checked
 
@@ -206,9 +203,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_file(path: Path, name: str, values: dict[str, Any]) -> Path:
     file = path / name
     if not file.is_file():
-        raise CheckpointError(f"{path} is incomplete: {name} is missing; train again, or restore the file")
+        raise CheckpointError(f"{path} is incomplete: {name} is missing; {_RESTORE}")
     if sha256_file(file) != values["files"].get(name):
-        raise CheckpointError(f"{file} is altered: its SHA-256 is not the one in {_JSON}; train again, or restore it")
+        raise CheckpointError(f"{file} is altered: its SHA-256 is not the one in {_JSON}; {_RESTORE}")
     return file
 
 
@@ -219,9 +216,9 @@ def _load_adaptor(path: Path, values: dict[str, Any]) -> Adaptor:
         adaptor.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
     except (UserError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
-    except RuntimeError as error:  # torch's own, on names and shapes: one line for each
+    except RuntimeError as error:  # torch's, with one line per wrong name or shape
         reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
-        raise CheckpointError(f"{file} does not have the shapes that {_JSON} says: {reason}") from error
+        raise CheckpointError(f"{file} does not have the shapes in {_JSON}: {reason}") from error
     return adaptor
 
 
@@ -229,7 +226,7 @@ def _recorded_spec(path: Path, kind: str, encoder: dict[str, Any]) -> str:
     spec: str = encoder["spec"]
     if encoder["local"]:
         raise CheckpointError(
-            f"{path}: its {kind} encoder {spec} was a file on the machine that trained it; say where it lies with "
+            f"{path}: its {kind} encoder {spec} was a file on the machine that trained it; name its path with "
             f"--{kind}-encoder {spec.partition(':')[0]}:PATH"
         )
     return spec
@@ -238,19 +235,18 @@ def _recorded_spec(path: Path, kind: str, encoder: dict[str, Any]) -> str:
 def _check_same(path: Path, kind: str, encoder: dict[str, Any], content_hash: str) -> None:
     if content_hash != encoder["content_hash"]:
         raise CheckpointError(
-            f"{path} was trained with another {kind} encoder (hash {encoder['content_hash'][:12]}, this one has "
+            f"{path} was trained with another {kind} encoder (hash {encoder['content_hash'][:12]}, not "
             f"{content_hash[:12]}); name the right {encoder['spec']} with --{kind}-encoder, or train again"
         )
 
 
-def _is_local(spec: str) -> bool:
-    kind, _, name = spec.partition(":")
-    return kind != "tiny" and bool(name) and Path(name).exists()
-
-
-def _portable(spec: str) -> str:
-    """A spec without the folders of the machine it was used on."""
-    kind, _, name = spec.partition(":")
-    if kind == "tiny":
-        return "tiny"
-    return f"{kind}:{Path(name).resolve().name}" if _is_local(spec) else spec
+def _identity(encoder: ImageEncoder | TextEncoder) -> dict[str, Any]:
+    """Return what identifies an encoder, without the folders of this machine."""
+    kind, _, name = encoder.spec.partition(":")
+    local = kind != "tiny" and bool(name) and Path(name).exists()
+    portable = f"{kind}:{Path(name).resolve().name}" if local else encoder.spec
+    return {
+        "spec": "tiny" if kind == "tiny" else portable,
+        "local": local,
+        "content_hash": encoder.content_hash,
+    }

@@ -1,25 +1,32 @@
-"""What training reads: pairs of query image and entity, and the entities of the catalog."""
+"""The files that training reads: pairs of query image and entity, OVEN's own annotations, and catalog entities."""
 
 from __future__ import annotations
 
+import csv
 import json
-from collections import Counter
-from collections.abc import Collection, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 from catalog import is_url, read_catalog
 from core.errors import CatalogError
 from core.jsonl import Rejected, RejectLog, read_jsonl
-from model.oven import OvenImages, find_table
+
+OVEN_TABLE = "ovenid2impath.csv"
+_RECORD_CHARS = 500  # of a rejected record
+_STREAM = 2  # of random numbers; streams 0 and 1 are those of `model.train` and `model.trainer`
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """An image file, and the record that named it."""
+    """An image file and the record that names it."""
 
     path: Path
-    line: int  # 1-based, in the file that named it; 0 for a catalog, whose readers keep no lines
+    line: int  # 1-based; 0 for a catalog, whose readers keep no line numbers
     record: str
 
 
@@ -34,7 +41,7 @@ class Pair:
 
     @property
     def seen(self) -> bool | None:
-        """Whether the entity was trained on, as the split's name ends in; None where the name does not say."""
+        """Whether the split's name ends in seen or unseen; None if in neither."""
         if self.data_split.endswith("unseen"):
             return False
         return True if self.data_split.endswith("seen") else None
@@ -42,38 +49,86 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Entity:
-    """What the entity side needs of a record."""
+    """The fields of an entity record that training uses."""
 
     entity_id: str
     text: str
     images: tuple[ImageSource, ...]
 
 
+class OvenImages:
+    """Finds image files inside `image_root` by the image ids of OVEN's annotations.
+
+    OVEN's table has a line `image_id,path` per image, without a header. The file is either at that path, which is the
+    source data set's, or, in the released snapshot, at `oven_images/<dd>/<image_id><suffix>`. `dd` is the first two
+    digits of the id. The table is read on first use.
+    """
+
+    def __init__(self, image_root: Path, table: Path | None) -> None:
+        self._root = image_root
+        self._table = table
+
+    def find(self, image_id: str) -> Path | None:
+        """Return the image's file, None if there is none. Raises `CatalogError` if the table cannot be read."""
+        listed = self._paths.get(image_id)
+        if listed is None:
+            return None
+        path = PurePosixPath(listed.lstrip("/"))
+        in_shard = PurePosixPath(image_id.rpartition("_")[2][:2]) / (image_id + path.suffix)
+        for candidate in (path, "oven_images" / in_shard, in_shard):
+            file = self._root / candidate
+            if ".." not in candidate.parts and file.is_file():
+                return file
+        return None
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        if self._table is None:
+            raise CatalogError(
+                f"the pairs name images by OVEN's ids, which needs {OVEN_TABLE} in their folder or in the image root; "
+                "name it with --ovenid2impath"
+            )
+        paths = {}
+        try:
+            with self._table.open(encoding="utf-8", newline="") as file:
+                for line, row in enumerate(csv.reader(file), start=1):
+                    if len(row) != 2:
+                        raise CatalogError(
+                            f"{self._table}, line {line} has {len(row)} columns, not an image id and a path; name "
+                            "OVEN's own table with --ovenid2impath"
+                        )
+                    paths[row[0]] = row[1]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise CatalogError(f"{self._table} cannot be read: {error}; check the path") from error
+        return paths
+
+
 def read_pairs(
     path: Path, image_root: Path | None = None, ovenid2impath: Path | None = None, *, missing_ok: bool = False
 ) -> Iterator[Pair | Rejected]:
-    """The pairs of a JSONL file, and a `Rejected` for each line that is none or, unless `missing_ok`, lacks its image.
+    """Yield the pairs of a JSONL file, and a `Rejected` for each bad line and, unless `missing_ok`, missing image.
 
-    Image paths are relative to `image_root`, or else to the file's folder. A row of OVEN's own files names an
-    `image_id` instead, whose path stands in `ovenid2impath`; without that argument, in the file of that name beside the
-    pairs or in the image root. Raises `CatalogError` if a file cannot be read at all.
+    Image paths are relative to `image_root`, by default the file's folder. Rows of OVEN's own files have an `image_id`
+    instead, which the table `ovenid2impath` maps to a path. By default the table is searched in the file's folder and
+    in the image root. Raises `CatalogError` if a file cannot be read at all.
     """
     folder = image_root or path.parent
-    oven = OvenImages(folder, ovenid2impath or find_table(path.parent, folder))
+    tables = (parent / OVEN_TABLE for parent in (path.parent, folder))
+    oven = OvenImages(folder, ovenid2impath or next((table for table in tables if table.is_file()), None))
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             yield item
             continue
         line, row = item
-        record = json.dumps(row, ensure_ascii=False)[:500]
-        named = "image_id" if "image_id" in row and "image" not in row else "image"
-        fields = [row.get(name) for name in ("data_id", named, "entity_id", "data_split")]
+        record = json.dumps(row, ensure_ascii=False)[:_RECORD_CHARS]
+        image_field = "image_id" if "image_id" in row and "image" not in row else "image"
+        fields = [row.get(name) for name in ("data_id", image_field, "entity_id", "data_split")]
         if not all(isinstance(value, str) and value for value in fields):
-            reason = f"data_id, {named}, entity_id and data_split must be strings, none empty"
+            reason = f"data_id, {image_field}, entity_id and data_split must be non-empty strings"
             yield Rejected(line=line, reason=reason, record=record)
             continue
         data_id, image, entity_id, data_split = (str(value) for value in fields)
-        file = (oven.find(image) if named == "image_id" else None) or folder / image
+        file = (oven.find(image) if image_field == "image_id" else None) or folder / image
         if not missing_ok and not file.is_file():
             yield Rejected(line=line, reason=f"image {image} does not exist in {folder}", record=record)
             continue
@@ -89,9 +144,9 @@ def load_pairs(
     ovenid2impath: Path | None = None,
     limit: int | None = None,
 ) -> list[Pair]:
-    """All pairs of a file, or its first `limit` with two of an entity at most; rejects logged.
+    """Return all pairs of a file and log its rejects. With `limit`, stop at that number, with two per entity at most.
 
-    Raises `CatalogError` if not one is left.
+    Raises `CatalogError` if there is no usable pair.
     """
     pairs: list[Pair] = []
     of_entity: Counter[str] = Counter()
@@ -105,18 +160,28 @@ def load_pairs(
                 break
     if not pairs:
         raise CatalogError(
-            f"{path} holds no usable pair ({rejects.count} rejected, see {rejects.path}); check its images"
+            f"{path} has no usable pair ({rejects.count} rejected, see {rejects.path}); check its images"
         )
     return pairs
+
+
+def balance_pairs(pairs: Sequence[Pair], limit: int, seed: int) -> list[Pair]:
+    """Return at most `limit` random pairs of each entity, in their order. The paper balances to 200 per entity."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, pair in enumerate(pairs):
+        rows[pair.entity_id].append(row)
+    rng = np.random.default_rng((seed, _STREAM))
+    chosen = [rng.choice(of_entity, min(limit, len(of_entity)), replace=False) for of_entity in rows.values()]
+    return [pairs[row] for row in sorted(np.concatenate(chosen).tolist())]
 
 
 def load_entities(
     path: Path, image_root: Path | None, rejects: RejectLog, only: Collection[str] | None = None
 ) -> list[Entity]:
-    """The entities of a catalog in its order, or those named in `only`; bad records and missing images logged.
+    """Return the entities of a catalog in its order, or those in `only`, and log bad records and images.
 
-    An image that is missing, or is named by URL, is rejected alone: its entity stays. Raises `CatalogError` if the
-    catalog cannot be read, or holds none of them.
+    A missing image, or one named by URL, is rejected without its entity. Raises `CatalogError` if the catalog cannot be
+    read or has no usable entity.
     """
     entities = []
     for item in read_catalog(path, image_root):
@@ -125,33 +190,30 @@ def load_entities(
         elif only is None or item.entity_id in only:
             images = []
             for image in item.images:
-                record = json.dumps({"entity_id": item.entity_id, "image": image}, ensure_ascii=False)[:500]
-                reason = "an image named by URL is not fetched" if is_url(image) else "the image does not exist"
-                if is_url(image) or not Path(image).is_file():
-                    rejects.add(Rejected(line=0, reason=reason, record=record))
-                else:
+                record = json.dumps({"entity_id": item.entity_id, "image": image}, ensure_ascii=False)[:_RECORD_CHARS]
+                if not is_url(image) and Path(image).is_file():
                     images.append(ImageSource(path=Path(image), line=0, record=record))
+                else:
+                    reason = "images are not fetched from URLs here" if is_url(image) else "the image does not exist"
+                    rejects.add(Rejected(line=0, reason=reason, record=record))
             entities.append(Entity(entity_id=item.entity_id, text=item.text, images=tuple(images)))
     if not entities:
+        what = "no usable entity" if only is None else "none of the entities in the pairs"
         rejected = f" ({rejects.count} rejected, see {rejects.path})" if rejects.count else ""
-        if only is None:
-            raise CatalogError(f"{path} holds no usable entity{rejected}; check that it is a catalog")
-        raise CatalogError(
-            f"{path} holds none of the entities that are asked for{rejected}; check that it belongs to the pairs"
-        )
+        raise CatalogError(f"{path} has {what}{rejected}; check that it is the right catalog")
     return entities
 
 
 def known_pairs(pairs: list[Pair], entities: list[Entity], catalog: Path, rejects: RejectLog) -> list[Pair]:
-    """The pairs whose entity is in the catalog, the others logged. Raises `CatalogError` if none is left."""
-    known = {entity.entity_id for entity in entities}
-    kept = []
+    """Return the pairs whose entity is in the catalog and log the others. Raises `CatalogError` if there is none."""
+    known_ids = {entity.entity_id for entity in entities}
+    known = []
     for pair in pairs:
-        if pair.entity_id in known:
-            kept.append(pair)
+        if pair.entity_id in known_ids:
+            known.append(pair)
         else:
             reason = f"entity_id {pair.entity_id} is not in the catalog"
             rejects.add(Rejected(line=pair.image.line, reason=reason, record=pair.image.record))
-    if not kept:
+    if not known:
         raise CatalogError(f"no pair names an entity of {catalog}; check that the catalog belongs to the pairs")
-    return kept
+    return known

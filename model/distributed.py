@@ -1,8 +1,7 @@
-"""One training run in several processes, started by torch's own launcher (`torchrun`): what they have to exchange.
+"""What the processes of one training run exchange when torch's launcher (`torchrun`) starts several.
 
-Every process walks through the same batches and takes its share of the rows of each. Only entity embeddings travel,
-so that the negatives of a query come from the whole batch, and gradients, which add up to those of one process that
-holds the whole batch.
+Every process goes through the same batches and embeds its share of the rows. Entity embeddings are gathered, so each
+query has the whole batch as negatives. Gradients are summed, which equals one process with the whole batch.
 
 Shapes: B pairs of a batch over all processes, D embedding.
 """
@@ -21,31 +20,30 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# The others wait while the first process computes features or validates.
-_PATIENCE = timedelta(days=7)
+_TIMEOUT = timedelta(days=7)  # the others wait while the first process computes features or validates
 
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The processes of a run, seen from one of them; by default it is alone."""
+    """The processes of a run, seen from one of them. The default is a single process."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that writes files and speaks to the user."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
     def share(self, count: int, rank: int | None = None) -> slice:
-        """The rows of a batch of `count` that a process takes, this one by default; empty where there are too few."""
+        """Return the rows of a batch of `count` that a process (default: this one) takes. The slice may be empty."""
         rank = self.rank if rank is None else rank
         return slice(count * rank // self.size, count * (rank + 1) // self.size)
 
     def gather(self, share_BD: torch.Tensor, count: int) -> torch.Tensor:
-        """`[count, D]` from the shares of all processes. A gradient flows to this process's own share only."""
+        """Return `[count, D]` from the shares of all processes. Gradients flow only to this process's own share."""
         if self.size == 1:
             return share_BD
         shares = [self.share(count, rank) for rank in range(self.size)]
@@ -58,18 +56,18 @@ class Group:
         return torch.cat(parts)
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes, in one exchange."""
+        """Replace every gradient by its sum over the processes, in one all-reduce."""
         if self.size == 1:
             return
-        kept = list(parameters)
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in kept])
+        trained = list(parameters)
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
         dist.all_reduce(flat)
-        sizes = [parameter.numel() for parameter in kept]
-        for parameter, gradient in zip(kept, torch.split(flat, sizes), strict=True):
+        sizes = [parameter.numel() for parameter in trained]
+        for parameter, gradient in zip(trained, torch.split(flat, sizes), strict=True):
             parameter.grad = gradient.view_as(parameter).clone()
 
     def from_first(self, value: _Value) -> _Value:
-        """What the first process gives, in all of them; the others' `value` is ignored."""
+        """Return the first process's `value` in every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -77,13 +75,13 @@ class Group:
         return box[0]
 
     def wait(self) -> None:
-        """Return once every process has come here."""
+        """Block until every process has called this."""
         self.from_first(None)
 
 
 @contextmanager
 def open_group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
-    """The group that `torchrun` started this process in, and the process's own device; without it, one alone."""
+    """Join the group that `torchrun` started, if any. Yield it with this process's device."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield Group(), device
@@ -91,7 +89,7 @@ def open_group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
     try:
         yield Group(rank=dist.get_rank(), size=size), device
     finally:

@@ -1,4 +1,4 @@
-"""Frozen features of images and texts, computed where the cache lacks them, and put together as the adaptor's input.
+"""Frozen features of images and texts: computed unless cached, and batched as the adaptor's input.
 
 Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D embedding.
 """
@@ -6,6 +6,7 @@ Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from core.errors import TooLarge, UndecodableImage
-from core.jsonl import Rejected
+from core.errors import CatalogError, TooLarge, UndecodableImage
+from core.jsonl import Rejected, RejectLog
 from imaging import load_pixels
-from model.data import Entity, ImageSource
+from model.data import Entity, ImageSource, Pair
 from model.encoders import ImageEncoder, TextEncoder
 from model.feature_cache import ImageFeatureCache, TextFeatureCache, content_key
 
@@ -32,10 +33,18 @@ _Item = TypeVar("_Item")
 
 @dataclass(frozen=True, kw_only=True)
 class EntityKeys:
-    """Where the features of an entity are: one key for each usable image, and that of its text if it has one."""
+    """The keys of an entity's cached features: one per usable image, and one for its text if it has any."""
 
     images: tuple[bytes, ...]
     text: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPair:
+    """The key of a query image and the row of its entity."""
+
+    query: bytes
+    entity: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,7 @@ class EntityBatch:
 
 
 class FeatureStore:
-    """The two caches and the encoders that fill them. `computed` counts what had to be encoded."""
+    """The image and text caches, and the encoders that fill them. `computed` counts the inputs that were encoded."""
 
     def __init__(
         self, root: Path, image_encoder: ImageEncoder, text_encoder: TextEncoder, *, batch_size: int = 64
@@ -67,7 +76,7 @@ class FeatureStore:
     def image_keys(
         self, sources: Sequence[ImageSource], reject: Callable[[Rejected], None], description: str
     ) -> list[bytes | None]:
-        """Encode the images that are not cached; the key of each, None where it cannot be read (and is rejected)."""
+        """Encode the images that are not cached. Return the key of each, None for a rejected one."""
         keys: list[bytes | None] = []
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -86,18 +95,15 @@ class FeatureStore:
                         new[key] = pixels
                 if new:
                     features = self.image_encoder.encode(np.stack(list(new.values())))
-                    tokens, embeddings = (
-                        features.patch_tokens_BPC.cpu().numpy(),
-                        features.image_embedding_BD.cpu().numpy(),
-                    )
-                    self._images.add(list(new), tokens, embeddings)
+                    tokens_BPC = features.patch_tokens_BPC.cpu().numpy()
+                    self._images.add(list(new), tokens_BPC, features.image_embedding_BD.cpu().numpy())
                     self.computed += len(new)
                 progress.update(len(chunk))
         self._images.flush()
         return keys
 
     def _read(self, source: ImageSource) -> tuple[bytes, npt.NDArray[np.uint8] | None] | str:
-        """The image's key, and its pixels unless its features are cached; a reason if it cannot be read."""
+        """Return the image's key, and its pixels unless it is cached; or the reason that it cannot be read."""
         try:
             data = source.path.read_bytes()
             key = content_key(data)
@@ -108,7 +114,7 @@ class FeatureStore:
             return f"image {source.path.name}: {error}"
 
     def text_keys(self, texts: Sequence[str], description: str) -> list[bytes | None]:
-        """Encode the texts that are not cached; the key of each, None for a blank one."""
+        """Encode the texts that are not cached. Return the key of each, None for a blank one."""
         keys = [content_key(text.encode()) if text.strip() else None for text in texts]
         missing = {
             key: text for key, text in zip(keys, texts, strict=True) if key is not None and key not in self._texts
@@ -125,7 +131,7 @@ class FeatureStore:
         return keys
 
     def entity_keys(self, entities: Sequence[Entity], reject: Callable[[Rejected], None]) -> list[EntityKeys]:
-        """Encode what is missing of the entities' images and texts; their keys in the same order."""
+        """Encode the entities' images and texts that are not cached. Return their keys in the same order."""
         sources = [image for entity in entities for image in entity.images]
         image_keys = iter(self.image_keys(sources, reject, "entity images"))
         text_keys = self.text_keys([entity.text for entity in entities], "entity texts")
@@ -136,12 +142,23 @@ class FeatureStore:
             for entity, text in zip(entities, text_keys, strict=True)
         ]
 
+    def pair_keys(self, pairs: Sequence[Pair], rejects: RejectLog, description: str) -> list[tuple[Pair, bytes]]:
+        """Encode the query images that are not cached. Return the readable pairs with the keys of their images.
+
+        Raises `CatalogError` if no image can be read.
+        """
+        keys = self.image_keys([pair.image for pair in pairs], rejects.add, description)
+        readable = [(pair, key) for pair, key in zip(pairs, keys, strict=True) if key is not None]
+        if not readable:
+            raise CatalogError(f"none of the {description} can be read; see {rejects.path}")
+        return readable
+
     def query_embeddings(self, keys: Sequence[bytes]) -> npt.NDArray[np.float32]:
-        """float32 `[B, D]`, L2-normalised."""
+        """Return the image embeddings of query images: float32 `[B, D]`, L2-normalised."""
         return np.stack([self._images.image_embedding(key) for key in keys])
 
     def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
-        """The adaptor's input for (image key, text key) of each row, None for what is missing."""
+        """Return the adaptor's input for rows of (image key, text key), None for a missing one."""
         size = len(rows)
         tokens = np.zeros((size, self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
         texts = [self._texts.text_tokens(text) if text is not None else None for _, text in rows]
@@ -160,6 +177,24 @@ class FeatureStore:
             text_tokens_BTL=torch.from_numpy(text_tokens).to(device).float(),
             text_mask_BT=torch.from_numpy(text_mask).to(device),
         )
+
+
+def catalog_pairs(
+    entities: Sequence[EntityKeys], paired: Counter[int], max_per_entity: int | None
+) -> list[TrainingPair]:
+    """Return pairs from the catalog alone: each image of an entity as a query for it (the paper's document pairs).
+
+    Training never shows an entity by the query's own image, so an entity with one image and no text gives no pair.
+    `paired` counts the pairs that each entity (by row) already has. Catalog pairs fill up to `max_per_entity`.
+    """
+    pairs = []
+    for row, entity in enumerate(entities):
+        images = list(dict.fromkeys(entity.images))
+        if entity.text is None and len(images) < 2:
+            continue
+        room = None if max_per_entity is None else max(0, max_per_entity - paired[row])
+        pairs += [TrainingPair(query=image, entity=row) for image in images[:room]]
+    return pairs
 
 
 def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:

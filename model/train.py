@@ -1,15 +1,19 @@
-"""Training the adaptor: frozen features from the cache, InfoNCE, nothing else moves.
+"""The training loop: epochs, validation, snapshots and the log. Only the adaptor and the temperature are trained.
 
 Shapes: N pairs, D embedding.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,22 +21,22 @@ import torch
 from tqdm import tqdm
 
 from core.errors import UserError
+from core.files import atomic_write_bytes
 from model.adaptor import Adaptor, AdaptorConfig
 from model.distributed import Group
-from model.features import EntityKeys, FeatureStore
-from model.negatives import Ints, cluster_batches
-from model.snapshot import Snapshots
-from model.step import Trainer, TrainingPair
-from model.train_settings import TrainSettings
+from model.features import EntityKeys, FeatureStore, TrainingPair
+from model.losses import Ints, cluster_batches
+from model.resume import Snapshots
+from model.trainer import Trainer, TrainSettings
 from model.validation import Accuracy, ValidationSet, validate
 
 _LOG_EVERY_STEPS = 10
-_STREAM = 0  # of random numbers; the steps have stream 1
+_STREAM = 0  # of random numbers; the steps use stream 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """The adaptor of the best epoch (of the last one without validation), and how it came to be."""
+    """The adaptor of the best epoch (without validation, of the last one) and the figures of the run."""
 
     adaptor: Adaptor
     logit_scale: float
@@ -44,7 +48,7 @@ class TrainResult:
 
 @dataclass(kw_only=True)
 class _Progress:
-    """Where a run stands, in plain values and tensors."""
+    """The progress of a run, as plain values and tensors."""
 
     epoch: int = 1
     steps_of_epoch: int = 0
@@ -61,20 +65,20 @@ def train_adaptor(
     *,
     validation: ValidationSet | None,
     device: torch.device,
-    log: Callable[[dict[str, Any]], None],
+    log: Callable[[Mapping[str, Any]], None] | None,
     group: Group | None = None,
     snapshots: Snapshots | None = None,
     resume_from: dict[str, Any] | None = None,
 ) -> TrainResult:
-    """Train on `pairs`, whose features and whose entities' are in `store`; figures go to `log` every few steps.
+    """Train on `pairs` with features from `store`. Figures go to `log` every few steps.
 
-    Two runs with the same seed on the same CPU give the same weights, also where one of them was cut off and goes on
-    with `resume_from`, what its `snapshots` held. In a `group` of processes all of them call this with the same
-    arguments; the first one validates and logs. Raises `UserError` when the loss is no longer finite, or where the
-    pairs name fewer than two entities.
+    Two runs with the same seed on the same CPU give the same weights, even if one was interrupted and resumed with
+    `resume_from`, the values of its snapshot. All processes of a `group` call this with the same arguments, and the
+    first one validates and logs. Raises `UserError` if the loss is not finite or the pairs name fewer than two
+    entities.
     """
     if len({pair.entity for pair in pairs}) < 2:
-        raise UserError("the pairs name one entity only: there is nothing to tell it from; give pairs of at least two")
+        raise UserError("the pairs name only one entity, which leaves no negatives; give pairs of two or more")
     group = group or Group()
     steps_an_epoch = math.ceil(math.ceil(len(pairs) / (settings.batch_size * group.size)) / settings.accumulate)
     steps = steps_an_epoch * settings.epochs
@@ -105,7 +109,7 @@ def train_adaptor(
                 progress.steps_of_epoch += 1
                 pairs_done += sum(len(batch) for batch in rows)
                 bar.update()
-                if trainer.steps_done % _LOG_EVERY_STEPS == 0:
+                if log and trainer.steps_done % _LOG_EVERY_STEPS == 0:
                     log({"epoch": epoch, "loss": loss, **trainer.state()})
                 if group.first and snapshots and snapshots.due(trainer.steps_done):
                     snapshots.save({"trainer": trainer.snapshot(), "progress": vars(progress)})
@@ -115,7 +119,8 @@ def train_adaptor(
             if group.first:
                 accuracy = validate(trainer.adaptor, store, entities, validation, device) if validation else None
             measured = {"validation": accuracy.to_dict()} if accuracy else {}
-            log({"epoch": epoch, "mean_loss": mean_loss, "pairs_per_s": pairs_per_s, **trainer.state(), **measured})
+            if log:
+                log({"epoch": epoch, "mean_loss": mean_loss, "pairs_per_s": pairs_per_s, **trainer.state(), **measured})
             bar.set_postfix_str(_postfix(mean_loss, accuracy))
             rank = accuracy.rank() if accuracy else float(epoch)
             if progress.best is None or rank > progress.best["rank"]:
@@ -143,11 +148,11 @@ def train_adaptor(
 def _epoch_batches(
     settings: TrainSettings, epoch: int, pairs: int, queries_ND: npt.NDArray[np.float32] | None, group: Group
 ) -> list[Ints]:
-    """The rows of the pairs of each batch of an epoch, over all processes; drawn from the seed and the epoch alone."""
+    """Return the rows of pairs in each batch of an epoch, over all processes. They depend only on seed and epoch."""
     batch_size = settings.batch_size * group.size
     seed = (settings.seed, _STREAM, epoch)
     if settings.clusters(epoch):
-        if queries_ND is None:  # threads may round differently: the first process decides for all
+        if queries_ND is None:  # rounding may differ between processes: the first one clusters for all
             return []
         cluster_size = settings.cluster_size or settings.batch_size
         return cluster_batches(queries_ND, cluster_size=cluster_size, batch_size=batch_size, seed=seed)
@@ -160,3 +165,65 @@ def _postfix(mean_loss: float, accuracy: Accuracy | None) -> str:
     if accuracy is not None:
         values |= {name: value for name, value in accuracy.to_dict().items() if value is not None}
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+class _Writer(Protocol):
+    """The part of `torch.utils.tensorboard.SummaryWriter` that is used."""
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@contextmanager
+def open_log(path: Path, tensorboard: Path, *, after_step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Open the log of a run, and yield a function that writes a row: a `step` and figures, nested once at most.
+
+    Rows go to the JSONL file `path` and, if TensorBoard is installed, to the folder `tensorboard`. Rows of an earlier
+    run are kept up to the snapshot at `after_step` (0 keeps none), so a resumed run has one log. An epoch's summary is
+    written after the snapshot of its last step, so it is dropped and written again.
+    """
+    rows = []
+    if after_step and path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:  # incomplete: the run was killed while writing it
+                break
+            if row["step"] > after_step or (row["step"] == after_step and "mean_loss" in row):
+                break
+            rows.append(line + "\n")
+    atomic_write_bytes(path, "".join(rows).encode())
+    writer = _tensorboard_writer(tensorboard, after_step)
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if writer is not None:
+                for name, value in _flat(row):
+                    if name != "step" and value is not None:
+                        writer.add_scalar(name, value, row["step"])
+
+        try:
+            yield write
+        finally:
+            if writer is not None:
+                writer.close()
+
+
+def _tensorboard_writer(folder: Path, after_step: int) -> _Writer | None:
+    try:
+        module = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        return None
+    writer: _Writer = module.SummaryWriter(str(folder), purge_step=after_step + 1)
+    return writer
+
+
+def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{inner}", figure) for inner, figure in value.items())
+        else:
+            yield name, value

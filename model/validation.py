@@ -1,11 +1,11 @@
-"""Top-1 accuracy of an adaptor over a whole catalog: seen, unseen and their harmonic mean.
+"""Top-1 accuracy of an adaptor over a whole catalog (seen, unseen, HM), and the effect of float16 weights.
 
 Shapes: N entity embeddings, Q queries, D embedding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import harmonic_mean
 
@@ -14,22 +14,25 @@ import numpy.typing as npt
 import torch
 
 from model.adaptor import Adaptor
+from model.data import Pair
 from model.features import EntityKeys, FeatureStore
 
 _BATCH = 256
+_MIN_HALF_COSINE = 0.9999  # between embeddings by float16 and float32 weights
+_HALF_SAMPLE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accuracy:
-    """Shares from 0 to 1 of the queries whose best entity is the right one; None for a split without queries."""
+    """The shares, from 0 to 1, of queries whose best entity is right. None for a split without queries."""
 
     top1: float
     seen: float | None
     unseen: float | None
-    hm: float | None  # only where there are both
+    hm: float | None
 
     def rank(self) -> float:
-        """What the best checkpoint is chosen by: HM, or top-1 where the queries have one split only."""
+        """Return the figure that selects the best epoch: HM, or top-1 if there is only one split."""
         return self.top1 if self.hm is None else self.hm
 
     def to_dict(self) -> dict[str, float | None]:
@@ -38,15 +41,26 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationSet:
-    """Queries with the entity (its row in the catalog) and the split of each."""
+    """Queries, the catalog row of each one's entity, and its split."""
 
     query_embeddings_QD: npt.NDArray[np.float32]
     entity_Q: npt.NDArray[np.int64]
     seen_Q: Sequence[bool | None]
 
+    @classmethod
+    def from_pairs(
+        cls, pairs: Sequence[tuple[Pair, bytes]], rows: Mapping[str, int], store: FeatureStore
+    ) -> ValidationSet:
+        """Build the set from pairs with the keys of their images. `rows` maps entity ids to rows of the catalog."""
+        return cls(
+            query_embeddings_QD=store.query_embeddings([key for _, key in pairs]),
+            entity_Q=np.array([rows[pair.entity_id] for pair, _ in pairs], np.int64),
+            seen_Q=[pair.seen for pair, _ in pairs],
+        )
+
 
 def measure(correct_Q: npt.NDArray[np.bool_], seen_Q: Sequence[bool | None]) -> Accuracy:
-    """Accuracy by split of at least one query."""
+    """Return the accuracy of at least one query, by split."""
     seen = [bool(right) for right, split in zip(correct_Q, seen_Q, strict=True) if split is True]
     unseen = [bool(right) for right, split in zip(correct_Q, seen_Q, strict=True) if split is False]
     top1_seen = sum(seen) / len(seen) if seen else None
@@ -62,7 +76,7 @@ def validate(
     queries: ValidationSet,
     device: torch.device,
 ) -> Accuracy:
-    """Embed every entity once for each of its images, and find for each query the entity with the nearest of them."""
+    """Embed every image of every entity, and find for each query the entity with the nearest embedding."""
     return validate_each(adaptor, store, catalog, [queries], device)[0]
 
 
@@ -73,7 +87,7 @@ def validate_each(
     query_sets: Sequence[ValidationSet],
     device: torch.device,
 ) -> list[Accuracy]:
-    """`validate` on several sets of queries, the catalog embedded once."""
+    """Validate several sets of queries, embedding the catalog once."""
     rows = [(image, entity.text) for entity in catalog for image in entity.images or (None,)]
     owner_N = np.repeat(np.arange(len(catalog)), [len(entity.images) or 1 for entity in catalog])
     embeddings_ND = embed(adaptor, store, rows, device)
@@ -93,7 +107,7 @@ def validate_each(
 def embed(
     adaptor: Adaptor, store: FeatureStore, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device
 ) -> torch.Tensor:
-    """The embeddings `[N, D]` of (image key, text key) rows, in evaluation mode; the adaptor's mode stays."""
+    """Return the embeddings `[N, D]` of (image key, text key) rows, in evaluation mode. Keeps the adaptor's mode."""
     training = adaptor.training
     adaptor.eval()
     parts = [
@@ -101,3 +115,18 @@ def embed(
     ]
     adaptor.train(training)
     return torch.cat(parts)
+
+
+def half_cosine(adaptor: Adaptor, store: FeatureStore, entities: Sequence[EntityKeys], device: torch.device) -> float:
+    """Return the lowest cosine between embeddings by float32 and by float16 weights, over a sample of the entities."""
+    sample = entities[:: max(1, len(entities) // _HALF_SAMPLE)]
+    rows = [(entity.images[0] if entity.images else None, entity.text) for entity in sample]
+    halved = Adaptor(adaptor.config).to(device).eval()
+    halved.load_state_dict({name: tensor.half().float() for name, tensor in adaptor.state_dict().items()})
+    full_ND, half_ND = embed(adaptor, store, rows, device), embed(halved, store, rows, device)
+    return (full_ND * half_ND).sum(dim=1).min().item()
+
+
+def halving_is_free(cosine: float) -> bool:
+    """Whether weights can be stored in float16. False if they overflow, which makes the cosine NaN."""
+    return cosine >= _MIN_HALF_COSINE

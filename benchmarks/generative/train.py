@@ -42,9 +42,9 @@ from evaluation.metrics import AnsweredQuery, Evaluation, as_table, summarise
 from imaging import load_pixels
 from index.bundle import Bundle
 from model.data import ImageSource, Pair, read_pairs
-from model.encoders import load_text_encoder
+from model.encoders import open_text_encoder
+from model.encoders.tiny import load_tiny
 from model.features import MAX_PIXELS, FeatureStore
-from model.tiny import load_tiny
 from service.recognizer import Recognizer
 from service.settings import load_settings
 
@@ -235,7 +235,7 @@ def run(
 ) -> dict[str, Any]:
     """Train, unless that was done with the same settings, and judge: the figures by system and kind of query."""
     encoder = load_tiny()
-    store = FeatureStore(build / "features", encoder, load_text_encoder("minilm"))
+    store = FeatureStore(build / "features", encoder, open_text_encoder("minilm"))
     symbols = read_symbols(build, store)
     tokenizer = train_tokenizer(symbols.titles, tokens=TOKENS)
     image_token = tokenizer.token_to_id(IMAGE)

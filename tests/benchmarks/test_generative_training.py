@@ -15,7 +15,7 @@ from benchmarks.generative.tiny_llava import IGNORED, TinyLlava
 from benchmarks.generative.train import KINDS, Settings, run
 from core.errors import UserError
 from imaging import load_pixels
-from model.tiny import load_tiny
+from model.encoders.tiny import load_tiny
 
 
 @pytest.fixture(scope="module")

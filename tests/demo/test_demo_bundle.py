@@ -22,7 +22,7 @@ from demo.sources import IconSet
 from demo.train_tiny import drawings_digest
 from export.open_set import outlier_images
 from index.bundle import Bundle
-from model.tiny import read_tiny
+from model.encoders.tiny import read_tiny
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import Recognition, RecognizeOptions

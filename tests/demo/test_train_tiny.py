@@ -31,13 +31,13 @@ from demo.train_tiny import (
     side_by_side,
     train,
 )
-from model.tiny import TinyConfig, TinyEncoder, read_tiny
+from model.encoders.tiny import TinyConfig, TinyEncoder, read_tiny
 
 SCRIPT = """
 import sys, torch
 from pathlib import Path
 from demo.train_tiny import Settings, train
-from model.tiny import TinyConfig
+from model.encoders.tiny import TinyConfig
 build, out = Path(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 settings = Settings(steps=12, small_px=16, entities_per_batch=3, warmup_steps=2, snapshot_every=4)

@@ -17,8 +17,8 @@ from PIL import Image
 from imaging import Preprocessing
 from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import save_checkpoint
-from model.encoders import ImageEncoder, load_image_encoder, load_text_encoder
-from model.tiny import TinyConfig, TinyEncoder, save_tiny
+from model.encoders import ImageEncoder, open_image_encoder, open_text_encoder
+from model.encoders.tiny import TinyConfig, TinyEncoder, save_tiny
 
 ENTITIES = 23
 SIZE_PX = 32
@@ -49,12 +49,12 @@ def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
     )
     path = tmp_path_factory.mktemp("encoder") / "small.safetensors"
     save_tiny(TinyEncoder(config), preprocessing, path)
-    return load_image_encoder(f"tiny:{path}")
+    return open_image_encoder(f"tiny:{path}")
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, image_encoder: ImageEncoder) -> Path:
-    text_encoder = load_text_encoder("minilm")
+    text_encoder = open_text_encoder("minilm")
     config = AdaptorConfig(
         patch_dim=image_encoder.patch_dim,
         text_dim=text_encoder.dim,

@@ -28,8 +28,8 @@ from imaging import Preprocessing, normalise
 from index.bundle import Bundle
 from index.manifest import FLOAT16_ENCODER_FILE
 from index.report import describe, describe_lines
-from model.encoders import ImageEncoder, load_image_encoder
-from model.torch_encoder import TorchImageEncoder
+from model.encoders import ImageEncoder, open_image_encoder
+from model.encoders.torch_module import TorchImageEncoder
 from service.loaded_bundle import open_encoder
 from service.settings import Settings
 
@@ -185,7 +185,7 @@ def test_an_onnx_encoder_is_refused(image_encoder: ImageEncoder, tmp_path: Path)
     path = tmp_path / "image_encoder.onnx"
     path.with_suffix(".json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
     with pytest.raises(EncoderSpecError, match=r"--float16 needs an image encoder in torch.* convert the file by hand"):
-        add_float16(load_image_encoder(f"onnx:{path}"), tmp_path)
+        add_float16(open_image_encoder(f"onnx:{path}"), tmp_path)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA")

@@ -15,7 +15,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from export import onnx_export
 from export.float16 import InFloat16
 from model.encoders import ImageEncoder
-from model.huggingface import ClipTower
+from model.encoders.huggingface import ClipTower
 
 SIZE_PX = 32
 

@@ -16,8 +16,8 @@ from torch import nn
 from core.errors import EncoderSpecError
 from export.onnx_export import export_image_encoder, measure_parity
 from imaging import Preprocessing, normalise
-from model.encoders import ImageEncoder, load_image_encoder
-from model.torch_encoder import TorchImageEncoder
+from model.encoders import ImageEncoder, open_image_encoder
+from model.encoders.torch_module import TorchImageEncoder
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,7 @@ def test_an_onnx_encoder_is_copied_with_its_external_data(
         size_threshold=1024,
     )
     (source / "mine.json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
-    encoder = load_image_encoder(f"onnx:{source / 'mine.onnx'}")
+    encoder = open_image_encoder(f"onnx:{source / 'mine.onnx'}")
     parity = export_image_encoder(encoder, out)
     assert parity.min_cosine == 1.0
     assert sorted(file.name for file in out.iterdir()) == ["image_encoder.onnx", "mine.weights"]
@@ -92,7 +92,7 @@ def test_a_centre_is_folded_into_the_file(
         source = tmp_path / "mine.onnx"
         shutil.copy(exported, source)
         source.with_suffix(".json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
-        encoder = load_image_encoder(f"onnx:{source}")
+        encoder = open_image_encoder(f"onnx:{source}")
     pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (7, size_px, size_px, 3), np.uint8)
     features = image_encoder.encode(pixels_BHW3)
     centre_D = features.image_embedding_BD.mean(dim=0)

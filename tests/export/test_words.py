@@ -12,7 +12,7 @@ from export.config import ExportConfig
 from export.pipeline import export_bundle
 from export.words import MAX_WORDS, heard_words
 from index.bundle import Bundle
-from model.encoders import load_text_encoder
+from model.encoders import open_text_encoder
 
 
 def test_pieces_of_a_word_are_one_word_and_punctuation_is_none() -> None:
@@ -48,7 +48,7 @@ def test_the_heaviest_stay_and_equal_ones_stand_in_order() -> None:
 
 @pytest.mark.parametrize("text", ["Okapi: the forest giraffe.", "\n\t élan — 2nd 🦒 word ", "   "])
 def test_token_spans_belong_to_the_tokens(text: str) -> None:
-    encoder = load_text_encoder("minilm")
+    encoder = open_text_encoder("minilm")
     spans = encoder.token_spans([text])[0]
     assert len(spans) == int(encoder.encode([text]).mask_BT.sum())
     pieces = [text[start:end] for start, end in spans if start < end]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from imaging import Preprocessing
-from model.tiny import TinyConfig, TinyEncoder, save_tiny
+from model.encoders.tiny import TinyConfig, TinyEncoder, save_tiny
 
 WORDS = ["a", "the", "cat", "bird", "flag", "star", "red", "green", "blue", "yellow", "big", "round", "square", "of"]
 

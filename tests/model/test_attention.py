@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model.adaptor import Adaptor, AdaptorConfig, Attention
-from model.attention import attention_weights, embed_with_attention
+from model.adaptor import Adaptor, AdaptorConfig, Attention, embed_with_attention
 
 
 def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -40,7 +39,7 @@ def test_the_weights_are_those_that_mix_the_values() -> None:
     attention = Attention(12, 1, 0.0).eval()
     queries, keys = torch.randn(2, 3, 12), torch.randn(2, 5, 12)
     mask = torch.tensor([[True, True, False, True, True], [True, False, False, False, False]])
-    mixed = attention.out(attention_weights(attention, queries, keys, mask) @ attention.value(keys))
+    mixed = attention.out(attention.weights(queries, keys, mask) @ attention.value(keys))
     assert torch.allclose(mixed, attention(queries, keys, mask), atol=1e-5)
 
 

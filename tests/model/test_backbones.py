@@ -30,8 +30,8 @@ from core.errors import EncoderSpecError
 from export.onnx_export import export_image_encoder
 from imaging import normalise
 from model.adaptor import Adaptor, AdaptorConfig
-from model.encoders import load_image_encoder
-from model.huggingface import ClipTower
+from model.encoders import open_image_encoder
+from model.encoders.huggingface import ClipTower
 
 VISION = {
     "hidden_size": 32,
@@ -71,7 +71,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_repositorys_own_code_runs_by_flag(remote: Path, tmp_path: Path) -> None:
-    encoder = load_image_encoder(f"hf:{remote}", trust_remote_code=True)
+    encoder = open_image_encoder(f"hf:{remote}", trust_remote_code=True)
     assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 20, 20)
     clip = CLIPImageProcessorPil()
     assert encoder.preprocessing.mean == pytest.approx(tuple(clip.image_mean))  # what EVA-CLIP's authors take
@@ -92,7 +92,7 @@ def test_and_never_without(remote: Path, model_type: str) -> None:
     config = remote / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": model_type}))
     with pytest.raises(EncoderSpecError, match="--trust-remote-code") as caught:
-        load_image_encoder(f"hf:{remote}")
+        open_image_encoder(f"hf:{remote}")
     assert "\n" not in str(caught.value)
 
 
@@ -102,7 +102,7 @@ def test_metaclip_2_is_a_clip_tower(tmp_path: Path) -> None:
     model = MetaClip2Model(config).eval()
     model.save_pretrained(tmp_path)
     CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    encoder = load_image_encoder(f"hf:{tmp_path}")
+    encoder = open_image_encoder(f"hf:{tmp_path}")
     with torch.no_grad():
         pixel_values = torch.from_numpy(normalise(PIXELS_BHW3, encoder.preprocessing))
         expected_BD = model.get_image_features(pixel_values).pooler_output
@@ -118,7 +118,7 @@ def test_naflex_gives_what_it_gives_for_square_images(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     processor = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
     processor.save_pretrained(tmp_path)
-    encoder = load_image_encoder(f"hf:{tmp_path}")
+    encoder = open_image_encoder(f"hf:{tmp_path}")
     assert (encoder.patches, encoder.preprocessing.size_px, encoder.preprocessing.resize) == (16, 32, "squash")
     features = encoder.encode(PIXELS_BHW3)
     with torch.no_grad():

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.server import running_service
 from imaging import normalise
-from model.encoders import load_image_encoder
+from model.encoders import open_image_encoder
 
 
 def wikiclip(*arguments: str | Path | int) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_an_onnx_encoder_goes_from_training_to_the_service(
     for part in ("seen", "unseen"):
         assert evaluated[part] == pytest.approx(100 * trained["validation"][part])
 
-    encoder = load_image_encoder(onnx_spec)
+    encoder = open_image_encoder(onnx_spec)
     pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
     (embedding_BD,) = onnxruntime.InferenceSession(bundle / "image_encoder.onnx").run(
         ["image_embedding"], {"pixel_values": normalise(pixels_BHW3, encoder.preprocessing)}

@@ -14,7 +14,7 @@ from core.errors import CheckpointError
 from core.files import sha256_file
 from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import Checkpoint, save_checkpoint
-from model.encoders import load_image_encoder, load_text_encoder
+from model.encoders import open_image_encoder, open_text_encoder
 
 CONFIG = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)
 
@@ -27,8 +27,8 @@ def save(out: Path, image_spec: str, text_spec: str, *, half: bool = True) -> Ad
         out,
         adaptor=adaptor,
         logit_scale=12.5,
-        image_encoder=load_image_encoder(image_spec),
-        text_encoder=load_text_encoder(text_spec, max_tokens=16, layer=1),
+        image_encoder=open_image_encoder(image_spec),
+        text_encoder=open_text_encoder(text_spec, max_tokens=16, layer=1),
         training={"seed": 7},
         half=half,
     )
@@ -65,7 +65,7 @@ def test_a_tiny_encoder_travels_with_it(tmp_path: Path, tiny_spec: str, text_spe
     tiny.unlink()
     moved = (tmp_path / "c").rename(tmp_path / "moved")
     loaded = Checkpoint.load(moved, text_encoder_spec=text_spec)
-    assert loaded.image_encoder.content_hash == load_image_encoder(tiny_spec).content_hash
+    assert loaded.image_encoder.content_hash == open_image_encoder(tiny_spec).content_hash
 
 
 def test_it_may_replace_the_checkpoint_that_its_own_encoder_lies_in(
@@ -184,8 +184,8 @@ def test_an_adaptor_of_other_widths_is_not_saved(tmp_path: Path, tiny_spec: str)
             tmp_path / "c",
             adaptor=Adaptor(CONFIG),
             logit_scale=1.0,
-            image_encoder=load_image_encoder(tiny_spec),
-            text_encoder=load_text_encoder("minilm"),
+            image_encoder=open_image_encoder(tiny_spec),
+            text_encoder=open_text_encoder("minilm"),
             training={},
         )
     assert not (tmp_path / "c").exists()

@@ -40,7 +40,7 @@ from transformers import (
 from core.errors import EncoderSpecError, UserError
 from export.onnx_export import export_image_encoder
 from imaging import normalise
-from model.encoders import load_image_encoder, load_text_encoder
+from model.encoders import open_image_encoder, open_text_encoder
 
 VISION = {
     "hidden_size": 32,
@@ -84,7 +84,7 @@ def pixels(batch: int = 3, size_px: int = 32) -> npt.NDArray[np.uint8]:
 @pytest.mark.parametrize("whole", [True, False])
 def test_clip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp_path: Path, whole: bool) -> None:
     model = save_clip(tmp_path, whole=whole)
-    encoder = load_image_encoder(f"hf:{tmp_path}")
+    encoder = open_image_encoder(f"hf:{tmp_path}")
     assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 20, 20)
     features = encoder.encode(pixels())
     pixel_values = torch.from_numpy(normalise(pixels(), encoder.preprocessing))
@@ -102,7 +102,7 @@ def test_clip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp_p
 @pytest.mark.parametrize("whole", [True, False])
 def test_siglip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp_path: Path, whole: bool) -> None:
     model: Any = save_siglip(tmp_path, whole=whole)
-    encoder = load_image_encoder(f"hf:{tmp_path}")
+    encoder = open_image_encoder(f"hf:{tmp_path}")
     assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 32, 32)
     features = encoder.encode(pixels())
     tower = model.vision_model if whole else model
@@ -117,8 +117,8 @@ def test_siglip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp
 def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
     save_clip(tmp_path / "clip", whole=True)
     save_siglip(tmp_path / "siglip", whole=True)
-    clip = load_image_encoder(f"hf:{tmp_path / 'clip'}").preprocessing
-    siglip = load_image_encoder(f"hf:{tmp_path / 'siglip'}").preprocessing
+    clip = open_image_encoder(f"hf:{tmp_path / 'clip'}").preprocessing
+    siglip = open_image_encoder(f"hf:{tmp_path / 'siglip'}").preprocessing
     assert (clip.size_px, clip.resize, clip.crop, clip.interpolation) == (32, "shortest", "center", "bicubic")
     assert clip.mean == pytest.approx((0.48145466, 0.4578275, 0.40821073))
     assert (siglip.size_px, siglip.resize, siglip.crop, siglip.interpolation) == (32, "squash", "none", "bicubic")
@@ -128,7 +128,7 @@ def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("save", [save_clip, save_siglip])
 def test_towers_can_be_exported(tmp_path: Path, save: Callable[..., Any]) -> None:
     save(tmp_path, whole=True)
-    encoder = load_image_encoder(f"hf:{tmp_path}")
+    encoder = open_image_encoder(f"hf:{tmp_path}")
     parity = export_image_encoder(encoder, tmp_path)
     assert parity.min_cosine > 0.99999
     assert parity.max_abs_diff < 1e-3
@@ -137,16 +137,16 @@ def test_towers_can_be_exported(tmp_path: Path, save: Callable[..., Any]) -> Non
 def test_the_hash_follows_weights_and_preprocessing_and_not_the_folder(tmp_path: Path) -> None:
     model = save_clip(tmp_path / "a", whole=True)
     save_clip(tmp_path / "b", whole=True)
-    first = load_image_encoder(f"hf:{tmp_path / 'a'}").content_hash
-    assert load_image_encoder(f"hf:{tmp_path / 'b'}").content_hash == first
+    first = open_image_encoder(f"hf:{tmp_path / 'a'}").content_hash
+    assert open_image_encoder(f"hf:{tmp_path / 'b'}").content_hash == first
     processor = tmp_path / "b" / "preprocessor_config.json"
     values = json.loads(processor.read_text())
     processor.write_text(json.dumps({**values, "resample": 2}))
-    assert load_image_encoder(f"hf:{tmp_path / 'b'}").content_hash != first
+    assert open_image_encoder(f"hf:{tmp_path / 'b'}").content_hash != first
     with torch.no_grad():
         model.visual_projection.weight[0, 0] += 1e-3
     model.save_pretrained(tmp_path / "a")
-    assert load_image_encoder(f"hf:{tmp_path / 'a'}").content_hash != first
+    assert open_image_encoder(f"hf:{tmp_path / 'a'}").content_hash != first
 
 
 @pytest.mark.parametrize(
@@ -170,37 +170,37 @@ def test_an_image_processor_that_cannot_be_followed(
     else:
         processor.write_text(json.dumps({**json.loads(processor.read_text()), **change}))
     with pytest.raises(EncoderSpecError, match=message):
-        load_image_encoder(f"hf:{tmp_path}")
+        open_image_encoder(f"hf:{tmp_path}")
 
 
 def test_what_is_no_clip_tower(tmp_path: Path, text_spec: str) -> None:
     CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tmp_path / "unprojected")
     with pytest.raises(EncoderSpecError, match="projection"):
-        load_image_encoder(f"hf:{tmp_path / 'unprojected'}")
+        open_image_encoder(f"hf:{tmp_path / 'unprojected'}")
     with pytest.raises(EncoderSpecError, match="image tower"):
-        load_image_encoder(text_spec)
+        open_image_encoder(text_spec)
     (tmp_path / "empty").mkdir()
     with pytest.raises(EncoderSpecError, match="config cannot be loaded"):
-        load_image_encoder(f"hf:{tmp_path / 'empty'}")
+        open_image_encoder(f"hf:{tmp_path / 'empty'}")
 
 
 @pytest.mark.parametrize("spec", ["", "hf:", "onnx:", "clip", "pth:x"])
 def test_specs_that_name_nothing(spec: str) -> None:
     with pytest.raises(EncoderSpecError, match="use "):
-        load_image_encoder(spec)
+        open_image_encoder(spec)
     with pytest.raises(EncoderSpecError, match="use "):
-        load_text_encoder(spec)
+        open_text_encoder(spec)
 
 
 def test_devices_that_are_not_there() -> None:
     for device in ("abacus", "meta", "cuda:99"):
         with pytest.raises(UserError, match="device"):
-            load_text_encoder("minilm", device=device)
+            open_text_encoder("minilm", device=device)
 
 
 class TestOnnx:
     def test_gives_what_onnx_runtime_gives(self, onnx_spec: str) -> None:
-        encoder: Any = load_image_encoder(onnx_spec)
+        encoder: Any = open_image_encoder(onnx_spec)
         assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (4, 24, 24)
         features = encoder.encode(pixels(5, 16))
         session = onnxruntime.InferenceSession(str(encoder.onnx_path))
@@ -214,24 +214,24 @@ class TestOnnx:
     ) -> None:
         path = save_onnx(tmp_path)
         onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=1000)
-        first = load_image_encoder(f"onnx:{path}").content_hash
+        first = open_image_encoder(f"onnx:{path}").content_hash
         data = tmp_path / "weights.bin"
         data.write_bytes(data.read_bytes()[:-4] + b"\0\0\x80\x3f")
-        assert load_image_encoder(f"onnx:{path}").content_hash != first
+        assert open_image_encoder(f"onnx:{path}").content_hash != first
         data.unlink()
         with pytest.raises(EncoderSpecError, match=r"weights\.bin"):
-            load_image_encoder(f"onnx:{path}")
+            open_image_encoder(f"onnx:{path}")
 
     def test_files_that_are_missing_or_no_onnx(self, tmp_path: Path, save_onnx: Callable[..., Path]) -> None:
         with pytest.raises(EncoderSpecError, match="does not exist"):
-            load_image_encoder(f"onnx:{tmp_path / 'nothing.onnx'}")
+            open_image_encoder(f"onnx:{tmp_path / 'nothing.onnx'}")
         path = save_onnx(tmp_path)
         path.write_bytes(b"\xff no onnx at all")
         with pytest.raises(EncoderSpecError, match="no ONNX file"):
-            load_image_encoder(f"onnx:{path}")
+            open_image_encoder(f"onnx:{path}")
         path.with_suffix(".json").unlink()
         with pytest.raises(EncoderSpecError, match=r"small\.json"):
-            load_image_encoder(f"onnx:{path}")
+            open_image_encoder(f"onnx:{path}")
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -245,14 +245,14 @@ class TestOnnx:
         self, tmp_path: Path, save_onnx: Callable[..., Path], change: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(EncoderSpecError, match=re.escape(message)):
-            load_image_encoder(f"onnx:{save_onnx(tmp_path, **change)}")
+            open_image_encoder(f"onnx:{save_onnx(tmp_path, **change)}")
 
     def test_a_size_that_is_not_the_files(self, tmp_path: Path, save_onnx: Callable[..., Path]) -> None:
         path = save_onnx(tmp_path)
         preprocessing = path.with_suffix(".json")
         preprocessing.write_text(json.dumps({**json.loads(preprocessing.read_text()), "size_px": 24}))
         with pytest.raises(EncoderSpecError, match="24 px"):
-            load_image_encoder(f"onnx:{path}")
+            open_image_encoder(f"onnx:{path}")
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ TEXTS = ["a red flag", "", "the big round yellow star of a cat " * 3, "bird", " 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_text_in_a_batch_is_the_text_alone(family: str, text_spec: str, llama_spec: str) -> None:
-    encoder = load_text_encoder(text_spec if family == "bert" else llama_spec, max_tokens=16)
+    encoder = open_text_encoder(text_spec if family == "bert" else llama_spec, max_tokens=16)
     together = encoder.encode(TEXTS)
     assert together.mask_BT.sum(dim=1).tolist() == [5, 0, 16, 3, 0, 5]  # words and two special tokens, cut at 16
     assert together.text_tokens_BTC.shape == (6, 16, encoder.dim)
@@ -282,25 +282,25 @@ def test_a_text_in_a_batch_is_the_text_alone(family: str, text_spec: str, llama_
 
 
 def test_a_causal_models_states_are_its_own(llama_spec: str) -> None:
-    encoder = load_text_encoder(llama_spec)
+    encoder = open_text_encoder(llama_spec)
     model = LlamaForCausalLM.from_pretrained(llama_spec.removeprefix("hf:")).eval()
     with torch.no_grad():
         ids = torch.tensor([[2, 4, 10, 8, 3]])  # [CLS] a red flag [SEP]
         expected = model(ids, output_hidden_states=True).hidden_states
     torch.testing.assert_close(encoder.encode(["a red flag"]).text_tokens_BTC, expected[-1], atol=1e-5, rtol=1e-4)
-    second = load_text_encoder(llama_spec, layer=2)
+    second = open_text_encoder(llama_spec, layer=2)
     torch.testing.assert_close(second.encode(["a red flag"]).text_tokens_BTC, expected[2], atol=1e-5, rtol=1e-4)
     assert second.content_hash != encoder.content_hash
 
 
 def test_no_text_at_all(text_spec: str) -> None:
-    features = load_text_encoder(text_spec, max_tokens=16).encode(["", " "])
+    features = open_text_encoder(text_spec, max_tokens=16).encode(["", " "])
     assert features.text_tokens_BTC.shape == (2, 0, 16)
     assert features.mask_BT.shape == (2, 0)
 
 
 def test_megabytes_of_text_are_cut_before_they_are_tokenised(text_spec: str) -> None:
-    encoder = load_text_encoder(text_spec, max_tokens=16)
+    encoder = open_text_encoder(text_spec, max_tokens=16)
     long = encoder.encode(["the cat " * 2_000_000])
     torch.testing.assert_close(long.text_tokens_BTC, encoder.encode(["the cat " * 8]).text_tokens_BTC)
 
@@ -310,7 +310,7 @@ def test_megabytes_of_text_are_cut_before_they_are_tokenised(text_spec: str) -> 
 )
 def test_settings_that_the_model_does_not_have(text_spec: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(EncoderSpecError, match=message):
-        load_text_encoder(text_spec, **options)  # type: ignore[arg-type]
+        open_text_encoder(text_spec, **options)  # type: ignore[arg-type]
 
 
 def test_text_models_that_cannot_be_used(tmp_path: Path, word_tokenizer: Any) -> None:
@@ -318,10 +318,10 @@ def test_text_models_that_cannot_be_used(tmp_path: Path, word_tokenizer: Any) ->
     T5Model(config).save_pretrained(tmp_path)
     word_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(EncoderSpecError, match="encoder-decoder"):
-        load_text_encoder(f"hf:{tmp_path}")
+        open_text_encoder(f"hf:{tmp_path}")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(EncoderSpecError, match="weights cannot be loaded"):
-        load_text_encoder(f"hf:{tmp_path}")
+        open_text_encoder(f"hf:{tmp_path}")
 
 
 def test_a_masked_language_model_has_one_hash(tmp_path: Path, word_tokenizer: Any) -> None:
@@ -329,7 +329,7 @@ def test_a_masked_language_model_has_one_hash(tmp_path: Path, word_tokenizer: An
     config = BertConfig(**TEXT, max_position_embeddings=32)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     word_tokenizer.save_pretrained(tmp_path)
-    first, second = (load_text_encoder(f"hf:{tmp_path}", max_tokens=16) for _ in range(2))
+    first, second = (open_text_encoder(f"hf:{tmp_path}", max_tokens=16) for _ in range(2))
     assert first.content_hash == second.content_hash
     assert first.encode(["a cat"]).text_tokens_BTC.shape == (1, 4, 16)
 
@@ -341,11 +341,11 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, llama_spec: st
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(EncoderSpecError, match=r"lack 1 tensors .*layers\.1\.mlp\.up_proj"):
-        load_text_encoder(f"hf:{folder}")
+        open_text_encoder(f"hf:{folder}")
 
 
 def test_minilm_knows_what_is_near() -> None:
-    encoder = load_text_encoder("minilm")
+    encoder = open_text_encoder("minilm")
     assert (encoder.dim, encoder.max_tokens) == (384, 256)
     features = encoder.encode(
         [
@@ -362,6 +362,6 @@ def test_minilm_knows_what_is_near() -> None:
 
 
 def test_minilm_reads_past_the_128_tokens_of_its_own_tokenizer() -> None:
-    features = load_text_encoder("minilm").encode(["giraffe " * 400, "giraffe"])
+    features = open_text_encoder("minilm").encode(["giraffe " * 400, "giraffe"])
     assert features.mask_BT.shape[1] == 256
     assert features.mask_BT.sum(dim=1)[1] < 10

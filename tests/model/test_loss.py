@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.loss import MAX_LOGIT_SCALE, LogitScale, info_nce
+from model.losses import MAX_LOGIT_SCALE, LogitScale, info_nce
 
 
 def slow_info_nce(cosines: list[list[float]], entities: list[int], scale: float) -> float:

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.loss import info_nce
-from model.negatives import NO_DONOR, cluster_batches, draw_donors, harden, synthetic_cosines
+from model.losses import NO_DONOR, cluster_batches, draw_donors, harden, info_nce, synthetic_cosines
 
 ENTITIES = [0, 1, 0, 2, 3, 4, 4]
 TEXTS = [10, 11, 10, 11, -1, 12, 12]  # entities 1 and 2 have the same words, entity 3 has none

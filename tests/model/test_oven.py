@@ -9,8 +9,7 @@ import pytest
 
 from core.errors import CatalogError
 from core.jsonl import RejectLog
-from model.data import load_pairs
-from model.oven import TABLE
+from model.data import OVEN_TABLE, load_pairs
 
 
 def row(number: int, split: str = "val_seen") -> dict[str, object]:
@@ -34,7 +33,7 @@ def released(tmp_path: Path) -> Path:
     (tmp_path / "outside.jpg").write_bytes(b"x")
     table = {1: "inat/a/one.jpg", 2: "/inat/b/two.jpg", 400000: "coco/x.png", 3: "inat/c.jpg", 4: "../outside.jpg"}
     lines = "".join(f"oven_{number:08d},{path}\n" for number, path in table.items())
-    (tmp_path / TABLE).write_text(lines, encoding="utf-8")
+    (tmp_path / OVEN_TABLE).write_text(lines, encoding="utf-8")
     rows = [row(1), row(2, "val_unseen"), row(400000), row(3), row(4), row(5), {**row(1), "entity_id": None}]
     (tmp_path / "oven_entity_val.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     return tmp_path
@@ -58,13 +57,13 @@ def test_rows_find_their_images_by_id(released: Path) -> None:
 def test_the_table_may_be_named_or_lie_in_the_image_root(released: Path) -> None:
     elsewhere = released / "tables" / "ids.csv"
     elsewhere.parent.mkdir()
-    (released / TABLE).rename(elsewhere)
+    (released / OVEN_TABLE).rename(elsewhere)
     rejects = RejectLog(released / "rejected.jsonl")
     pairs = released / "oven_entity_val.jsonl"
     assert len(load_pairs(pairs, released / "images", rejects, ovenid2impath=elsewhere)) == 3
     with pytest.raises(CatalogError, match="--ovenid2impath"):
         load_pairs(pairs, released / "images", rejects)
-    elsewhere.rename(released / "images" / TABLE)
+    elsewhere.rename(released / "images" / OVEN_TABLE)
     assert len(load_pairs(pairs, released / "images", rejects)) == 3
 
 

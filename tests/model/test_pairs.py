@@ -3,10 +3,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from model.data import ImageSource, Pair
-from model.features import EntityKeys
-from model.pairs import at_most, catalog_pairs
-from model.step import TrainingPair
+from model.data import ImageSource, Pair, balance_pairs
+from model.features import EntityKeys, TrainingPair, catalog_pairs
 
 
 def labelled(*entity_ids: str) -> list[Pair]:
@@ -19,14 +17,14 @@ def labelled(*entity_ids: str) -> list[Pair]:
 
 def test_no_entity_has_more_pairs_than_the_limit_and_the_order_stays() -> None:
     pairs = labelled(*["a"] * 50, "b", *["c"] * 3, *["a"] * 50)
-    kept = at_most(pairs, 3, seed=1)
+    kept = balance_pairs(pairs, 3, seed=1)
     assert Counter(pair.entity_id for pair in kept) == {"a": 3, "b": 1, "c": 3}
     assert [int(pair.data_id) for pair in kept] == sorted(int(pair.data_id) for pair in kept)
-    assert at_most(pairs, 3, seed=1) == kept
-    assert {pair.data_id for seed in range(20) for pair in at_most(pairs, 3, seed) if pair.entity_id == "a"} > {
+    assert balance_pairs(pairs, 3, seed=1) == kept
+    assert {pair.data_id for seed in range(20) for pair in balance_pairs(pairs, 3, seed) if pair.entity_id == "a"} > {
         pair.data_id for pair in kept if pair.entity_id == "a"
     }
-    assert at_most(pairs, 200, seed=0) == pairs
+    assert balance_pairs(pairs, 200, seed=0) == pairs
 
 
 def test_the_catalog_gives_pairs_where_something_is_left_for_the_entity() -> None:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from core.errors import CheckpointError
+from model.resume import Snapshots
 from model.run import TrainRequest, run_training
-from model.snapshot import Snapshots
-from model.train_settings import TrainSettings
+from model.trainer import TrainSettings
 
 
 def request(dataset: Any, tiny_spec: str, text_spec: str, out: Path, cache: Path, **changes: Any) -> TrainRequest:

@@ -11,15 +11,12 @@ import torch
 
 from core.jsonl import Rejected, RejectLog
 from model.adaptor import Adaptor, AdaptorConfig
-from model.augment import hide_tokens
 from model.data import load_entities
 from model.distributed import Group
-from model.encoders import load_image_encoder, load_text_encoder
-from model.features import EntityKeys, FeatureStore
-from model.loss import INITIAL_LOGIT_SCALE
-from model.negatives import NO_DONOR, draw_donors
-from model.step import Trainer, TrainingPair
-from model.train_settings import TrainSettings
+from model.encoders import open_image_encoder, open_text_encoder
+from model.features import EntityKeys, FeatureStore, TrainingPair
+from model.losses import INITIAL_LOGIT_SCALE, NO_DONOR, draw_donors
+from model.trainer import Trainer, TrainSettings, hide_tokens
 
 CPU = torch.device("cpu")
 CONFIG = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)
@@ -35,7 +32,7 @@ def stored(
 ) -> tuple[FeatureStore, list[EntityKeys]]:
     """Entities with one image each at most, so that which one is drawn is no matter of chance."""
     folder = tmp_path_factory.mktemp("features")
-    store = FeatureStore(folder / "cache", load_image_encoder(tiny_spec), load_text_encoder(text_spec, max_tokens=16))
+    store = FeatureStore(folder / "cache", open_image_encoder(tiny_spec), open_text_encoder(text_spec, max_tokens=16))
     entities = load_entities(dataset.catalog, None, RejectLog(folder / "rejected.jsonl"))
     keys = store.entity_keys(entities, unexpected)
     return store, [EntityKeys(images=entity.images[:1], text=entity.text) for entity in keys]
@@ -112,7 +109,7 @@ def test_synthesis_makes_the_loss_no_smaller(stored: tuple[FeatureStore, list[En
 def test_accumulated_batches_have_the_mean_of_their_gradients(
     stored: tuple[FeatureStore, list[EntityKeys]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.step._GRADIENT_NORM", math.inf)
+    monkeypatch.setattr("model.trainer._GRADIENT_NORM", math.inf)
 
     def stepped(*rows: list[int]) -> tuple[float, torch.Tensor]:
         made = trainer(stored)

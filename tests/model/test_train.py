@@ -15,15 +15,13 @@ from safetensors.torch import load_file
 from core.errors import CatalogError, EncoderSpecError, UserError
 from core.jsonl import Rejected, RejectLog
 from model.adaptor import AdaptorConfig
-from model.augment import draw_modalities
 from model.checkpoint import Checkpoint
 from model.cli import train
 from model.data import load_entities
-from model.encoders import load_image_encoder, load_text_encoder
-from model.features import EntityKeys, FeatureStore
-from model.step import TrainingPair
+from model.encoders import open_image_encoder, open_text_encoder
+from model.features import EntityKeys, FeatureStore, TrainingPair
 from model.train import train_adaptor
-from model.train_settings import TrainSettings
+from model.trainer import TrainSettings, draw_modalities
 
 
 def run(dataset: Any, tiny_spec: str, text_spec: str, out: Path, *more: str) -> Result:
@@ -153,7 +151,7 @@ def unexpected(rejected: Rejected) -> None:
 
 
 def store_with_entities(dataset: Any, tiny_spec: str, text_spec: str, cache: Path) -> tuple[FeatureStore, list[Any]]:
-    store = FeatureStore(cache, load_image_encoder(tiny_spec), load_text_encoder(text_spec, max_tokens=16))
+    store = FeatureStore(cache, open_image_encoder(tiny_spec), open_text_encoder(text_spec, max_tokens=16))
     entities = load_entities(dataset.catalog, None, RejectLog(cache.parent / "rejected.jsonl"))
     return store, store.entity_keys(entities, unexpected)
 

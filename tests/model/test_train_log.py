@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from model.train_log import open_log
+from model.train import open_log
 
 
 class Recorder:
@@ -42,21 +42,21 @@ def test_a_resumed_run_has_one_log_without_what_it_does_again(tmp_path: Path) ->
     path = tmp_path / "x.train.jsonl"
     with open_log(path, tmp_path / "x.tensorboard", after_step=0) as log:
         for step in (10, 20, 30):
-            log.write({"step": step, "loss": 1.0})
-            log.write({"step": step, "mean_loss": 1.0})
+            log({"step": step, "loss": 1.0})
+            log({"step": step, "mean_loss": 1.0})
     with path.open("a") as file:
         file.write('{"step": 4')  # cut off
     with open_log(path, tmp_path / "x.tensorboard", after_step=20) as log:
-        log.write({"step": 20, "mean_loss": 0.5})
-        log.write({"step": 30, "loss": 0.5})
+        log({"step": 20, "mean_loss": 0.5})
+        log({"step": 30, "loss": 0.5})
     assert steps(path) == [10, 10, 20, 20, 30]
     assert json.loads(path.read_text().splitlines()[-1])["loss"] == 0.5
     with open_log(path, tmp_path / "x.tensorboard", after_step=0) as log:
-        log.write({"step": 1})
+        log({"step": 1})
     assert steps(path) == [1]
 
 
 def test_tensorboard_gets_the_figures_where_it_is_installed(tensorboard: type[Recorder], tmp_path: Path) -> None:
     with open_log(tmp_path / "x.train.jsonl", tmp_path / "x.tensorboard", after_step=7) as log:
-        log.write({"step": 10, "loss": 0.5, "validation": {"hm": 0.25, "unseen": None}})
+        log({"step": 10, "loss": 0.5, "validation": {"hm": 0.25, "unseen": None}})
     assert tensorboard.asked == [("x.tensorboard", 8), ("loss", 0.5, 10), ("validation/hm", 0.25, 10), "closed"]

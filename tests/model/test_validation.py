@@ -10,7 +10,7 @@ import torch
 from core.jsonl import Rejected, RejectLog
 from model.adaptor import Adaptor, AdaptorConfig
 from model.data import ImageSource, Pair, load_entities
-from model.encoders import load_image_encoder, load_text_encoder
+from model.encoders import open_image_encoder, open_text_encoder
 from model.features import FeatureStore
 from model.validation import ValidationSet, measure, validate
 
@@ -45,7 +45,7 @@ def unexpected(rejected: Rejected) -> None:
 
 def test_an_entity_answers_at_its_best_image(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
     """With the residual's start an embedding is the image's own, so a query with any of its images finds the entity."""
-    store = FeatureStore(tmp_path / "cache", load_image_encoder(tiny_spec), load_text_encoder(text_spec, max_tokens=16))
+    store = FeatureStore(tmp_path / "cache", open_image_encoder(tiny_spec), open_text_encoder(text_spec, max_tokens=16))
     entities = store.entity_keys(
         load_entities(dataset.catalog, None, RejectLog(tmp_path / "rejected.jsonl")), unexpected
     )

@@ -228,7 +228,7 @@ def test_kernels_by_what_a_processor_can_do(flags: str, kernels: str | None) -> 
 @pytest.mark.parametrize("given", [None, "Nehalem"])
 @pytest.mark.parametrize(
     "module",
-    ["index.search", "model.negatives", "service.recognizer", "service.app", "wikiclip; wikiclip.Recognizer"],
+    ["index.search", "model.losses", "service.recognizer", "service.app", "wikiclip; wikiclip.Recognizer"],
 )
 def test_faiss_uses_the_processors_best_kernels(module: str, given: str | None) -> None:
     folder = Path(faiss.__file__).parent.parent / "faiss_cpu.libs"

@@ -1,4 +1,4 @@
-"""`onnx:PATH`: an image encoder of one's own, as an ONNX file with its preprocessing beside it.
+"""`onnx:PATH`: an image encoder in an ONNX file, with its preprocessing in a JSON file of the same name.
 
 Shapes: B batch, P patches, C patch channels, D embedding, H = W = size_px.
 """
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from core.errors import EncoderSpecError
 from core.files import sha256_file
 from imaging.preprocess import Preprocessing, normalise
-from model.encoders import ImageFeatures
+from model.encoders.base import ImageFeatures
 
 _INPUT = "pixel_values"
 _OUTPUTS = {"patch_tokens": "[B, P, C]", "image_embedding": "[B, D]"}
@@ -28,8 +28,8 @@ _RANKS = {"patch_tokens": 3, "image_embedding": 2}
 class OnnxImageEncoder:
     """A frozen image tower (`ImageEncoder`) run by ONNX Runtime.
 
-    Raises `EncoderSpecError` if the file or its preprocessing is missing, is no ONNX, or has other inputs and outputs
-    than `pixel_values` float32 `[B, 3, H, W]` to `patch_tokens` `[B, P, C]` and `image_embedding` `[B, D]`.
+    The file maps `pixel_values` float32 `[B, 3, H, W]` to `patch_tokens` `[B, P, C]` and `image_embedding` `[B, D]`.
+    Raises `EncoderSpecError` if it does not, or if it or its preprocessing is missing or unreadable.
     """
 
     def __init__(self, path: Path, *, spec: str, device: torch.device) -> None:
@@ -45,16 +45,16 @@ class OnnxImageEncoder:
         size = self.preprocessing.size_px
         try:
             features = self.encode(np.zeros((2, size, size, 3), np.uint8))
-        except Exception as error:  # ONNX Runtime's own errors share no public base class
+        except Exception as error:  # ONNX Runtime's errors have no public base class
             raise EncoderSpecError(
-                f"{spec} fails on two {size} px images; its batch must be dynamic and its H and W equal `size_px` in "
-                f"{path.with_suffix('.json').name}: {str(error).splitlines()[0]}"
+                f"{spec} fails on two images of {size} px; its batch must be dynamic, and H and W must equal `size_px` "
+                f"in {path.with_suffix('.json').name}: {str(error).splitlines()[0]}"
             ) from error
         _, self.patches, self.patch_dim = features.patch_tokens_BPC.shape
         _, self.embedding_dim = features.image_embedding_BD.shape
 
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> ImageFeatures:
-        """Patch tokens `[B, P, C]` and L2-normalised image embeddings `[B, D]`, float32, on the encoder's device."""
+        """Return patch tokens `[B, P, C]` and L2-normalised embeddings `[B, D]`, float32, on the encoder's device."""
         pixel_values = normalise(pixels_BHW3, self.preprocessing)
         patch_tokens, image_embedding = self._session.run(list(_OUTPUTS), {_INPUT: pixel_values})
         return ImageFeatures(
@@ -67,15 +67,13 @@ def _read_preprocessing(spec: str, path: Path) -> Preprocessing:
     try:
         return Preprocessing.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
-        raise EncoderSpecError(
-            f"{spec}: its preprocessing {path} does not exist; write it beside the ONNX file"
-        ) from None
+        raise EncoderSpecError(f"{spec} needs its preprocessing in {path}; write that file") from None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise EncoderSpecError(f"{spec}: {path} is no preprocessing: {error}") from error
+        raise EncoderSpecError(f"{spec}: {path} is not a valid preprocessing: {error}") from error
 
 
 def _hash(path: Path, preprocessing: Preprocessing) -> str:
-    """Over the file, the external data it names, and the preprocessing."""
+    """Hash the file, its external data and the preprocessing."""
     digest = hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
     for file in [path, *external_data(path)]:
         digest.update(f"\n{sha256_file(file)}".encode())
@@ -83,14 +81,14 @@ def _hash(path: Path, preprocessing: Preprocessing) -> str:
 
 
 def external_data(path: Path) -> list[Path]:
-    """The files beside an ONNX file that hold its large tensors, sorted. Raises `EncoderSpecError` if it is no ONNX."""
+    """Return the sorted files with an ONNX file's large tensors. Raises `EncoderSpecError` if one is missing."""
     import onnx
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
-    except Exception as error:  # protobuf's DecodeError, which is no dependency of ours
-        raise EncoderSpecError(f"onnx:{path} is no ONNX file: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # protobuf's DecodeError; protobuf is not a dependency of ours
+        raise EncoderSpecError(f"onnx:{path} is not an ONNX file: {str(error).splitlines()[0]}") from error
     names = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
     files = [path.parent / name for name in sorted(names)]
     for file in files:
@@ -111,9 +109,9 @@ def _open_session(spec: str, path: Path, device: torch.device) -> Any:
         )
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    except Exception as error:  # ONNX Runtime's own errors share no public base class
+    except Exception as error:  # ONNX Runtime's errors have no public base class
         raise EncoderSpecError(f"{spec} cannot be opened: {str(error).splitlines()[0]}") from error
-    # What is asked for and not got is only logged by ONNX Runtime, which then runs on the CPU.
+    # When a provider fails to start, ONNX Runtime only logs it and runs on the CPU.
     if session.get_providers()[0] != provider:
         raise EncoderSpecError(f"{spec}: {provider} did not start; check the CUDA libraries, or use --device cpu")
     return session
@@ -123,10 +121,10 @@ def _check_signature(spec: str, session: Any) -> None:
     inputs = {value.name: value for value in session.get_inputs()}
     if list(inputs) != [_INPUT] or inputs[_INPUT].type != "tensor(float)" or len(inputs[_INPUT].shape) != 4:
         found = ", ".join(f"{value.name} {value.type} {value.shape}" for value in inputs.values())
-        raise EncoderSpecError(f"{spec}: one input `{_INPUT}` float32 [B, 3, H, W] is wanted, it has {found}")
+        raise EncoderSpecError(f"{spec} needs one input `{_INPUT}` float32 [B, 3, H, W], but has {found}")
     outputs = {value.name: value for value in session.get_outputs()}
     for name, shape in _OUTPUTS.items():
         if name not in outputs:
-            raise EncoderSpecError(f"{spec}: an output `{name}` {shape} is wanted, it has {', '.join(outputs)}")
+            raise EncoderSpecError(f"{spec} needs an output `{name}` {shape}, but has {', '.join(outputs)}")
         if len(outputs[name].shape) != _RANKS[name]:
-            raise EncoderSpecError(f"{spec}: output `{name}` must be {shape}, it is {outputs[name].shape}")
+            raise EncoderSpecError(f"{spec}: output `{name}` must be {shape}, not {outputs[name].shape}")

@@ -1,7 +1,7 @@
-"""One step of the optimiser, and all that changes with it.
+"""The settings of a training run, and one step of the optimiser.
 
-Whatever is random in a step follows from the seed and the step's number alone, so a run that was cut off goes on as if
-it had not been.
+All that is random in a step depends only on the seed and the step's number, so a resumed run equals an uninterrupted
+one.
 
 Shapes: B pairs of a batch over all processes, b those of this process, T text tokens, D embedding, S donors.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -19,27 +19,98 @@ from torch import nn
 
 from core.errors import UserError
 from model.adaptor import Adaptor, AdaptorConfig
-from model.augment import draw_modalities, hide_tokens
 from model.distributed import Group
-from model.features import EntityBatch, EntityKeys, FeatureStore
-from model.loss import LogitScale, info_nce
-from model.negatives import NO_DONOR, draw_donors, harden, synthetic_cosines
-from model.train_settings import TrainSettings
+from model.features import EntityBatch, EntityKeys, FeatureStore, TrainingPair
+from model.losses import NO_DONOR, LogitScale, draw_donors, harden, info_nce, synthetic_cosines
 
+HARD_NEGATIVES = ("none", "clusters", "synthesis", "both")
 _GRADIENT_NORM = 1.0
-_STREAM = 1  # of random numbers; the order of the pairs has stream 0
+_STREAM = 1  # of random numbers; the order of pairs uses stream 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPair:
-    """A query image, by key, and the row of its entity."""
+class TrainSettings:
+    """The hyperparameters of a training run. Raises `UserError` if they are out of range."""
 
-    query: bytes
-    entity: int
+    epochs: int = 20
+    batch_size: int = 256  # pairs, per process
+    accumulate: int = 1  # batches per step
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.05  # share of all steps
+    modality_dropout: float = 0.1  # probability of hiding the image, and of hiding the text
+    text_mask: float = 0.0  # probability of hiding a text token
+    hard_negatives: str = "none"
+    n_sync: int = 8  # synthetic negatives per image
+    cluster_size: int | None = None  # similar queries per batch; None: the whole batch
+    hard_negatives_from: int = 1  # epoch
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        size = self.cluster_size
+        limits = {
+            "epochs must be at least 1": self.epochs >= 1,
+            "batch size must be at least 2: the negatives come from the batch": self.batch_size >= 2,
+            "accumulate must be at least 1": self.accumulate >= 1,
+            "lr must be above 0 and at most 1": 0 < self.lr <= 1,
+            "weight decay must be at least 0": self.weight_decay >= 0,
+            "warmup must be at least 0 and below 1": 0 <= self.warmup < 1,
+            "modality dropout must be from 0 to 0.5": 0 <= self.modality_dropout <= 0.5,
+            "text mask must be at least 0 and below 1": 0 <= self.text_mask < 1,
+            f"hard negatives must be one of {', '.join(HARD_NEGATIVES)}": self.hard_negatives in HARD_NEGATIVES,
+            "n-sync must be at least 1": self.n_sync >= 1,
+            f"cluster size must be at least 2 and divide the batch size {self.batch_size}": size is None
+            or (size >= 2 and self.batch_size % size == 0),
+            "hard negatives cannot start before epoch 1": self.hard_negatives_from >= 1,
+            "seed must be at least 0": self.seed >= 0,
+        }
+        for message, holds in limits.items():
+            if not holds:
+                raise UserError(message)
+
+    def clusters(self, epoch: int) -> bool:
+        """Whether batches of this epoch (counted from 1) are clusters of similar queries."""
+        return self.hard_negatives in ("clusters", "both") and epoch >= self.hard_negatives_from
+
+    def synthesises(self, epoch: int) -> bool:
+        """Whether this epoch (counted from 1) uses synthetic negatives."""
+        return self.hard_negatives in ("synthesis", "both") and epoch >= self.hard_negatives_from
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def draw_modalities(
+    entity: EntityKeys, query: bytes, modality_dropout: float, rng: np.random.Generator
+) -> tuple[bytes | None, bytes | None]:
+    """Return a random image of the entity and its text, one of them sometimes hidden to train the null tokens.
+
+    It never returns the query's own image, which would make the task trivial, and never hides both.
+    """
+    others = [image for image in entity.images if image != query]
+    image = others[rng.integers(len(others))] if others else None
+    chance = rng.random()
+    if image is not None and entity.text is not None:
+        if chance < modality_dropout:
+            return None, entity.text
+        if chance < 2 * modality_dropout:
+            return image, None
+    return image, entity.text
+
+
+def hide_tokens(text_mask_BT: torch.Tensor, share: float) -> torch.Tensor:
+    """Hide each text token with probability `share`, using torch's global generator.
+
+    A text keeps at least one token: without any, the adaptor would read it as missing.
+    """
+    if share == 0 or text_mask_BT.shape[1] == 0:
+        return text_mask_BT
+    chance_BT = torch.rand(text_mask_BT.shape, device=text_mask_BT.device).masked_fill(~text_mask_BT, -1.0)
+    return text_mask_BT & ((chance_BT >= share) | (chance_BT == chance_BT.amax(dim=1, keepdim=True)))
 
 
 class Trainer:
-    """Adaptor, temperature and optimiser. In a group every process holds the same, step after step."""
+    """The adaptor, temperature and optimiser. They are the same in every process of a group after every step."""
 
     def __init__(
         self,
@@ -67,9 +138,9 @@ class Trainer:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _warm_cosine(settings, steps))
 
     def step(self, batches: Sequence[Sequence[TrainingPair]], *, synthesise: bool) -> float:
-        """Add up the gradients of the batches and move once; returns their mean loss before it.
+        """Take one optimiser step on the summed gradients of the batches. Return their mean loss before the step.
 
-        `synthesise` lets synthetic negatives stand in. Raises `UserError` if loss or gradient is not finite.
+        `synthesise` uses synthetic negatives. Raises `UserError` if loss or gradient is not finite.
         """
         seed = np.random.SeedSequence((self._settings.seed, _STREAM, self.steps_done))
         rng = np.random.default_rng(seed)
@@ -84,8 +155,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.adaptor.parameters(), _GRADIENT_NORM)
         if not (math.isfinite(value) and math.isfinite(norm.item())):
             raise UserError(
-                f"training diverged at step {self.steps_done + 1}: loss {value}, gradient norm {norm.item()}; nothing "
-                "is written. Lower --lr, raise --warmup, or check what the encoders give"
+                f"training diverged at step {self.steps_done + 1} (loss {value}, gradient norm {norm.item()}) "
+                "and wrote nothing; lower --lr, raise --warmup, or check the encoders' outputs"
             )
         self._optimizer.step()
         self._schedule.step()
@@ -98,7 +169,7 @@ class Trainer:
         return {"step": self.steps_done, "lr": lr, "logit_scale": self.logit_scale().item()}
 
     def snapshot(self) -> dict[str, Any]:
-        """All that `restore` needs, in plain values and tensors."""
+        """Return what `restore` needs, as plain values and tensors."""
         return {
             "steps_done": self.steps_done,
             "adaptor": self.adaptor.state_dict(),
@@ -115,14 +186,14 @@ class Trainer:
         self._schedule.load_state_dict(snapshot["schedule"])
 
     def _loss(self, batch: Sequence[TrainingPair], rng: np.random.Generator, synthesise: bool) -> torch.Tensor:
-        """The loss over the whole batch; its gradient reaches what this process embedded."""
+        """Return the loss over the whole batch. Its gradient covers the embeddings of this process."""
         settings, device, group = self._settings, self._device, self._group
         mine = group.share(len(batch))
-        # Every process draws for all rows, so that all of them stay in step.
+        # Every process draws for all rows, so their generators stay equal.
         drawn = [
             draw_modalities(self._entities[pair.entity], pair.query, settings.modality_dropout, rng) for pair in batch
         ]
-        # A hidden text is read all the same and masked afterwards: another image may be read with it.
+        # A hidden text is loaded and masked, since another image may be read with it.
         rows = [(image, self._entities[pair.entity].text) for (image, _), pair in zip(drawn, batch, strict=True)]
         inputs = self._store.batch(rows[mine], device)
         tokens_bT = hide_tokens(inputs.text_mask_BT, settings.text_mask)
@@ -137,11 +208,11 @@ class Trainer:
         if synthesise:
             text_B = self._text_numbers[entity_B]
             donors_BS = np.full((len(batch), settings.n_sync), NO_DONOR, np.int64)
-            for rank in range(group.size):  # a process has the texts of its own share only
+            for rank in range(group.size):  # a process loads only the texts of its own share
                 share = group.share(len(batch), rank)
                 donors_bS = draw_donors(entity_B[share], text_B[share], settings.n_sync, rng)
                 donors_BS[share] = np.where(donors_bS == NO_DONOR, NO_DONOR, donors_bS + share.start)
-            donors_BS[[image is None for image, _ in drawn]] = NO_DONOR  # nothing of the entity would be left
+            donors_BS[[image is None for image, _ in drawn]] = NO_DONOR  # the swapped text alone is another entity
 
             def embed(donor_B: torch.Tensor) -> torch.Tensor:
                 donor_b = donor_B[mine] - mine.start
@@ -151,7 +222,7 @@ class Trainer:
             donors = torch.from_numpy(donors_BS).to(device)
             synthetic_BBS = synthetic_cosines(queries_BD, donors, embed)
             cosines_BB = harden(cosines_BB, synthetic_BBS, donors, entities_B, torch.from_numpy(text_B).to(device))
-        # Gradients are added up over the processes, and each would bring the temperature's whole.
+        # Gradients are summed over processes, and each computes the temperature's whole gradient.
         scale = self.logit_scale() if group.first else self.logit_scale().detach()
         return info_nce(cosines_BB, entities_B, scale)
 
@@ -163,13 +234,13 @@ class Trainer:
 
 
 def _numbered(texts: Sequence[bytes | None]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """A number for each text, equal ones alike; -1 for none."""
+    """Number the texts: equal texts get equal numbers, and None gets -1."""
     numbers: dict[bytes, int] = {}
     return np.array([-1 if text is None else numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
 
 
 def _parameter_groups(adaptor: Adaptor, logit_scale: LogitScale, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay pulls matrices towards zero; norms, biases, stand-in tokens and the scale have no reason to be there."""
+    """Apply weight decay to matrices only, not to norms, biases, null tokens and the scale."""
     matrices = [p for name, p in adaptor.named_parameters() if p.ndim >= 2 and not name.startswith("null_")]
     decayed = {id(parameter) for parameter in matrices}
     others = [p for p in (*adaptor.parameters(), *logit_scale.parameters()) if id(p) not in decayed]
@@ -177,7 +248,7 @@ def _parameter_groups(adaptor: Adaptor, logit_scale: LogitScale, weight_decay: f
 
 
 def _warm_cosine(settings: TrainSettings, steps: int) -> Callable[[int], float]:
-    """The share of the full learning rate at a step: a straight rise, then half a cosine down to zero."""
+    """Return the learning rate's factor by step: linear warm-up, then half a cosine down to zero."""
     warmup = round(settings.warmup * steps)
 
     def share(step: int) -> float:

@@ -1,4 +1,4 @@
-"""The built-in image encoder: a small hybrid of convolutions and attention that plays CLIP's part.
+"""The built-in image encoder for drawings: a small hybrid of convolutions and attention in place of CLIP.
 
 Shapes: B batch, P = G * G patches, G = size_px / 16, C = D = embedding width.
 """
@@ -19,14 +19,15 @@ from torch.nn import functional as F
 from core.errors import EncoderSpecError
 from core.files import atomic_write_bytes
 from imaging.preprocess import Preprocessing
-from model.torch_encoder import TorchImageEncoder
+from model.encoders.torch_module import TorchImageEncoder
 
-BUILT_IN = Path(__file__).parent.parent / "demo" / "checkpoint" / "image_encoder.safetensors"
+# Equal to demo/checkpoint/image_encoder.safetensors: a checkpoint is complete without this package's data.
+BUILT_IN = Path(__file__).with_suffix(".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TinyConfig:
-    """Sizes: channel widths at strides 2, 4, 8 and 16, residual blocks at strides 4 and 8, attention layers at 16."""
+    """The network's sizes: channel widths at strides 2, 4, 8 and 16, residual blocks at 4 and 8, attention at 16."""
 
     widths: tuple[int, int, int, int] = (24, 48, 128, 256)
     blocks: tuple[int, int] = (1, 2)
@@ -84,10 +85,10 @@ class _Attention(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Pixels `[B, 3, H, W]` to patch tokens `[B, P, D]` and image embedding `[B, D]`, L2-normalised.
+    """Map pixels `[B, 3, H, W]` to patch tokens `[B, P, D]` and L2-normalised image embeddings `[B, D]`.
 
-    Each patch token is weighted by a learned saliency whose mean over the patches is one, so the mean patch token is
-    the pooled embedding before normalisation: both live in one space, and background counts for little in either.
+    A learned saliency weights each patch token. Its mean over the patches is one, so the pooled embedding before
+    normalisation is the mean patch token: both share one space, and background counts for little in either.
     """
 
     def __init__(self, config: TinyConfig) -> None:
@@ -126,8 +127,11 @@ class TinyEncoder(nn.Module):
 def save_tiny(
     module: TinyEncoder, preprocessing: Preprocessing, path: Path, *, notes: dict[str, Any] | None = None
 ) -> None:
-    """Write one safetensors file: float16 weights; config, preprocessing and `notes` as JSON in its metadata."""
-    weights = {name: _halved(tensor) for name, tensor in module.state_dict().items()}
+    """Write float16 weights to one safetensors file, with config, preprocessing and `notes` as JSON metadata."""
+    weights = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
     metadata = {
         "config": json.dumps(module.config.to_dict()),
         "preprocessing": json.dumps(preprocessing.to_dict()),
@@ -136,12 +140,8 @@ def save_tiny(
     atomic_write_bytes(path, safetensors.torch.save(weights, metadata))
 
 
-def _halved(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
-
-
 def read_tiny(path: Path) -> tuple[TinyEncoder, Preprocessing, dict[str, Any]]:
-    """The network (float32, eval mode), its preprocessing and notes. Raises `EncoderSpecError` on a foreign file."""
+    """Return the network (float32, evaluation mode), its preprocessing and notes. Raises `EncoderSpecError`."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -155,12 +155,12 @@ def read_tiny(path: Path) -> tuple[TinyEncoder, Preprocessing, dict[str, Any]]:
             f"{path} does not exist; train the tiny encoder with `make tiny` or name another file"
         ) from None
     except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise EncoderSpecError(f"{path} holds no tiny encoder: {str(error).splitlines()[0]}") from error
+        raise EncoderSpecError(f"{path} is not a tiny encoder: {str(error).splitlines()[0]}") from error
     return module.eval(), preprocessing, notes
 
 
 def load_tiny(path: Path | None = None, *, device: torch.device | str = "cpu") -> TorchImageEncoder:
-    """The built-in encoder, or the one in `path`. Raises `EncoderSpecError`."""
+    """Load the built-in encoder, or the one in `path`. Raises `EncoderSpecError`."""
     module, preprocessing, _ = read_tiny(path or BUILT_IN)
     spec = f"tiny:{path}" if path else "tiny"
     return TorchImageEncoder(

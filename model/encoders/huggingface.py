@@ -1,9 +1,9 @@
 """`hf:ID_OR_PATH`: image towers and text encoders of transformers, from the Hub or a folder.
 
-Patch tokens have to live in the space of the pooled embedding, for the two are compared. How they get there depends on
-the family: CLIP's pass the tower's final norm and projection one by one, as its class token does; SigLIP pools by
-attention, so each token passes the pooling head as if it were the only one (attention over one token is its value
-projection). SigLIP 2's NaFlex is read on one grid: a square of as many patches as its processor allows.
+Patch tokens must share the space of the pooled embedding, since the two are compared. CLIP's pass the tower's final
+norm and projection one by one, as its class token does. SigLIP pools by attention: each token passes the pooling head
+alone, where attention reduces to the value projection. SigLIP 2's NaFlex runs on one square grid of as many patches as
+its processor allows.
 
 Shapes: B batch, P patches, C hidden width, D embedding width.
 """
@@ -21,16 +21,16 @@ from torch import nn
 
 from core.errors import EncoderSpecError
 from imaging.preprocess import Preprocessing
-from model.text_encoder import TokenStateEncoder
-from model.torch_encoder import TorchImageEncoder
+from model.encoders.text import TokenStateEncoder
+from model.encoders.torch_module import TorchImageEncoder
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as the configs store them
-# What a repository may raise on loading: nothing there, no network, a file that is no config, a missing extra package.
+# Raised when loading: nothing found, no network, an invalid config, a missing optional package.
 _LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
 
 
 class ClipTower(nn.Module):
-    """CLIP, MetaCLIP, EVA-CLIP: a class token that is normed and projected; the patch tokens take the same way."""
+    """CLIP, MetaCLIP, EVA-CLIP: class token and patch tokens pass the same norm and projection."""
 
     def __init__(self, vision_model: nn.Module, projection: nn.Module) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ClipTower(nn.Module):
         self.projection = projection
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
+        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         dtype = next(self.projection.parameters()).dtype
         outputs = self.vision_model(pixel_values=pixel_values.to(dtype))
         normed_BPC = self.vision_model.post_layernorm(outputs.last_hidden_state[:, 1:])
@@ -53,7 +53,7 @@ class SiglipTower(nn.Module):
         self.vision_model: Any = vision_model
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
+        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         dtype = self.vision_model.post_layernorm.weight.dtype
         outputs = self.vision_model(pixel_values=pixel_values.to(dtype))
         patch_tokens_BPD = _pooled_alone(self.vision_model.head, outputs.last_hidden_state)
@@ -61,7 +61,7 @@ class SiglipTower(nn.Module):
 
 
 class NaflexTower(nn.Module):
-    """SigLIP 2's NaFlex, which takes patches already cut, on one square grid; its positions are resized to it once."""
+    """SigLIP 2's NaFlex, which takes flattened patches, on one square grid. Its positions are resized to it once."""
 
     def __init__(self, vision_model: nn.Module, size_px: int) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class NaflexTower(nn.Module):
         self.register_buffer("position_BPC", position_BPC)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
+        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         model, grid, patch_px = self.vision_model, self.grid, self.patch_px
         cut = pixel_values.reshape(-1, 3, grid, patch_px, grid, patch_px).permute(0, 2, 4, 3, 5, 1)
         patches_BPC = cut.reshape(-1, grid**2, patch_px**2 * 3).to(model.post_layernorm.weight.dtype)
@@ -87,7 +87,7 @@ class NaflexTower(nn.Module):
 
 
 def _pooled_alone(head: Any, hidden_BPC: torch.Tensor) -> torch.Tensor:
-    """Each token through SigLIP's pooling head as if it were the only one, `[B, P, D]`."""
+    """Pass each token through SigLIP's pooling head alone: `[B, P, D]`."""
     width = hidden_BPC.shape[2]
     attention: nn.MultiheadAttention = head.attention
     assert attention.in_proj_weight is not None
@@ -99,7 +99,7 @@ def _pooled_alone(head: Any, hidden_BPC: torch.Tensor) -> torch.Tensor:
 
 
 def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code: bool = False) -> TorchImageEncoder:
-    """The image tower of a CLIP-family model. Raises `EncoderSpecError` if it has none, or no preprocessing."""
+    """Load the image tower of a CLIP-family model. Raises `EncoderSpecError` if it or its preprocessing is missing."""
     spec = f"hf:{name}"
     config = _load_config(spec, name, trust_remote_code)
     model = _load_model(spec, name, config, trust_remote_code)
@@ -117,12 +117,11 @@ def load_huggingface_text(
     layer: int | None = None,
     trust_remote_code: bool = False,
 ) -> TokenStateEncoder:
-    """A causal language model (without its head) or a text encoder. Raises `EncoderSpecError` if it cannot be used."""
+    """Load a text encoder, or a causal language model without its head. Raises `EncoderSpecError`."""
     from transformers import AutoTokenizer
 
     spec = f"hf:{name}"
     config = _load_config(spec, name, trust_remote_code)
-    # AutoModel gives the network below the language-model head.
     model = _load_model(spec, name, config, trust_remote_code, auto=True)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -130,7 +129,7 @@ def load_huggingface_text(
         raise _cannot_load(spec, "tokenizer", error) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise EncoderSpecError(f"{spec} has no fast tokenizer; save one beside the model as tokenizer.json")
+        raise EncoderSpecError(f"{spec} has no fast tokenizer; save one as tokenizer.json in its folder")
     return TokenStateEncoder(
         model,
         backend,
@@ -147,7 +146,7 @@ def _load_config(spec: str, name: str, trust_remote_code: bool) -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # its report on missing weights is replaced by an error of ours
+    logging.set_verbosity_error()  # _load_model reports missing weights
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except _LOADING_ERRORS as error:
@@ -155,14 +154,14 @@ def _load_config(spec: str, name: str, trust_remote_code: bool) -> Any:
 
 
 def _load_model(spec: str, name: str, config: Any, trust_remote_code: bool, *, auto: bool = False) -> nn.Module:
-    """The model in the precision it is stored in: of the class its config names, or the bare one with `auto`."""
+    """Load a model in its stored precision: the class in its config or, with `auto`, the network without its head."""
     import transformers
 
     architecture = (config.architectures or [""])[0]
-    own_code = bool(getattr(config, "auto_map", None))
-    if own_code and not trust_remote_code and not hasattr(transformers, architecture):
-        raise _own_code(spec)
-    remote = trust_remote_code and own_code
+    has_code = bool(getattr(config, "auto_map", None))
+    if has_code and not trust_remote_code and not hasattr(transformers, architecture):
+        raise _needs_remote_code(spec)
+    remote = trust_remote_code and has_code
     kind = transformers.AutoModel if auto or remote else getattr(transformers, architecture, transformers.AutoModel)
     options = {"trust_remote_code": True} if remote else {}
     try:
@@ -171,66 +170,61 @@ def _load_model(spec: str, name: str, config: Any, trust_remote_code: bool, *, a
         raise _cannot_load(spec, "weights", error) from error
     missing = set(info["missing_keys"])
     if auto and all(key.startswith("pooler.") for key in missing):
-        # Checkpoints made for a language-model head have none. Random ones would change the content hash each time.
+        # Checkpoints with a language-model head have no pooler. A random one would change the content hash each time.
         if missing:
             model.pooler = None
         missing = set()
     if missing:
         raise EncoderSpecError(
-            f"{spec}: its weights lack {len(missing)} tensors of {type(model).__name__}, such as {min(missing)}; "
-            "save the whole model"
+            f"{spec} lacks {len(missing)} weights of {type(model).__name__}, such as {min(missing)}; save all of them"
         )
     loaded: nn.Module = model
     return loaded
 
 
-def _own_code(spec: str) -> EncoderSpecError:
-    return EncoderSpecError(f"{spec} comes with code of its own; read it, then allow it with --trust-remote-code")
+def _needs_remote_code(spec: str) -> EncoderSpecError:
+    return EncoderSpecError(f"{spec} needs code from its repository; read it, then allow it with --trust-remote-code")
 
 
 def _cannot_load(spec: str, what: str, error: Exception) -> EncoderSpecError:
     if "trust_remote_code" in str(error):
-        return _own_code(spec)
+        return _needs_remote_code(spec)
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return EncoderSpecError(f"{spec}: its {what} cannot be loaded, check the name or the folder: {reason}")
+    return EncoderSpecError(f"{spec}: cannot load its {what}; check the name or the folder: {reason}")
 
 
 def _tower(spec: str, name: str, model: nn.Module) -> nn.Module:
-    """The image side of a loaded model; the text side is let go."""
+    """Return the image tower of a loaded model, without its text tower."""
     vision_model = getattr(model, "vision_model", model)
     projection = getattr(model, "visual_projection", None)
     if isinstance(projection, nn.Module) and hasattr(vision_model, "post_layernorm"):
         return ClipTower(vision_model, projection)
     head = getattr(vision_model, "head", None)
     if hasattr(vision_model, "post_layernorm") and hasattr(head, "probe"):
-        if _patchifies(vision_model):
+        patch_embedding = getattr(getattr(vision_model, "embeddings", None), "patch_embedding", None)
+        if isinstance(patch_embedding, nn.Conv2d):
             return SiglipTower(vision_model)
         return NaflexTower(vision_model, _load_preprocessing(spec, name).size_px)
     raise EncoderSpecError(
-        f"{spec} ({type(model).__name__}) is no image tower of the CLIP or SigLIP family with its projection; name one "
-        "that is, or export yours to ONNX and use onnx:PATH"
+        f"{spec} ({type(model).__name__}) is not an image tower of the CLIP or SigLIP family with its projection; name "
+        "one that is, or export yours to ONNX and use onnx:PATH"
     )
 
 
-def _patchifies(vision_model: nn.Module) -> bool:
-    """Whether the tower takes whole images. SigLIP 2's NaFlex takes patches already cut, through a linear layer."""
-    return isinstance(getattr(getattr(vision_model, "embeddings", None), "patch_embedding", None), nn.Conv2d)
-
-
 def _load_preprocessing(spec: str, name: str) -> Preprocessing:
-    """What the model's own image processor does, as far as `Preprocessing` can say it. Raises `EncoderSpecError`."""
+    """Return the preprocessing of the model's image processor. Raises `EncoderSpecError`."""
     from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
     values = _read_json(name, IMAGE_PROCESSOR_NAME) or (_read_json(name, PROCESSOR_NAME) or {}).get("image_processor")
     if not values and any("EvaCLIP" in architecture for architecture in _saved_config(name).get("architectures", [])):
-        values = _clips_own(_saved_config(name)["vision_config"]["image_size"])
+        values = _clip_processor(_saved_config(name)["vision_config"]["image_size"])
     if not values:
-        raise EncoderSpecError(f"{spec} has no {IMAGE_PROCESSOR_NAME}; save the model's image processor beside it")
+        raise EncoderSpecError(f"{spec} has no {IMAGE_PROCESSOR_NAME}; save the model's image processor in its folder")
     return preprocessing_from_processor(spec, values)
 
 
-def _clips_own(size_px: int) -> dict[str, Any]:
-    """What EVA-CLIP's repositories leave out: their authors take CLIP's own image processor."""
+def _clip_processor(size_px: int) -> dict[str, Any]:
+    """Return CLIP's image processor. EVA-CLIP's repositories use it without including it."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
     size = {"size": {"shortest_edge": size_px}, "crop_size": {"height": size_px, "width": size_px}}
@@ -259,9 +253,9 @@ def _read_json(name: str, file: str) -> dict[str, Any] | None:
 
 
 def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preprocessing:
-    """`Preprocessing` from a saved image processor's fields. Raises `EncoderSpecError` for what it cannot express."""
+    """Convert a saved image processor to `Preprocessing`. Raises `EncoderSpecError` if no `Preprocessing` equals it."""
     size = values.get("size") or {}
-    if "max_num_patches" in values:  # NaFlex: of all grids, the square one
+    if "max_num_patches" in values:  # NaFlex: its square grid
         side = math.isqrt(values["max_num_patches"]) * values["patch_size"]
         size = {"height": side, "width": side}
     if isinstance(size, int):
@@ -272,7 +266,7 @@ def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preproces
     square = size.get("height") if size.get("height") == size.get("width") else None
     size_px = size.get("shortest_edge") or square
     cropped = bool(values.get("do_center_crop"))
-    wanted = {
+    requirements = {
         "a square `size` or a shortest edge": size_px is not None,
         "`crop_size` equal to `size`": not cropped or crop.get("height") == crop.get("width") == size_px,
         "a centre crop after resizing by the shortest edge": cropped or "shortest_edge" not in size,
@@ -282,10 +276,10 @@ def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preproces
         "rescale_factor 1/255": abs(values.get("rescale_factor", 1 / 255) * 255 - 1) < 1e-6,
         "image_mean and image_std": bool(values.get("image_mean")) and bool(values.get("image_std")),
     }
-    missing = [what for what, there in wanted.items() if not there]
+    missing = [what for what, met in requirements.items() if not met]
     if missing:
         raise EncoderSpecError(
-            f"{spec}: its image processor is not one we can follow exactly: it needs {', '.join(missing)}"
+            f"{spec}: its image processor cannot be reproduced exactly; it needs {', '.join(missing)}"
         )
     return Preprocessing.from_dict(
         {

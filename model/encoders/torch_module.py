@@ -16,16 +16,15 @@ from torch import nn
 
 from core.errors import EncoderSpecError
 from imaging.preprocess import Preprocessing, normalise
-from model.encoders import ImageFeatures
-from model.hashing import defining, hash_module
+from model.encoders.base import ImageFeatures, content_config, hash_module
 
 
 class TorchImageEncoder:
-    """A frozen image tower (`ImageEncoder`) around a module with `forward(pixel_values [B, 3, H, W])`.
+    """A frozen image tower (`ImageEncoder`) around a module, which the exporter writes as ONNX.
 
-    The module returns `(patch_tokens [B, P, C], image_embedding [B, D])` and is what the exporter writes as ONNX. On a
-    GPU it runs in the precision it is stored in, on a CPU in float32. Raises `EncoderSpecError` if a trial run does not
-    give that. `saved_config` is the network's config as its file has it: part of the content hash.
+    The module maps `pixel_values [B, 3, H, W]` to `(patch_tokens [B, P, C], image_embedding [B, D])`. It runs in its
+    stored precision on a GPU and in float32 on a CPU. `saved_config` is the network's config file and part of the
+    content hash. Raises `EncoderSpecError` if a trial run fails.
     """
 
     def __init__(
@@ -39,7 +38,7 @@ class TorchImageEncoder:
     ) -> None:
         self.spec = spec
         self.preprocessing = preprocessing
-        self.content_hash = hash_module(module, {"config": defining(saved_config), **preprocessing.to_dict()})
+        self.content_hash = hash_module(module, {"config": content_config(saved_config), **preprocessing.to_dict()})
         dtype = next(module.parameters()).dtype if device.type == "cuda" else torch.float32
         self.module = module.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._device = device
@@ -50,12 +49,12 @@ class TorchImageEncoder:
             _, self.embedding_dim = features.image_embedding_BD.shape
         except (RuntimeError, ValueError, TypeError) as error:
             raise EncoderSpecError(
-                f"{spec} fails on a {size} px image, the size its preprocessing gives: {str(error).splitlines()[0]}"
+                f"{spec} fails on an image of {size} px, the size in its preprocessing: {str(error).splitlines()[0]}"
             ) from error
 
     @torch.no_grad()
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> ImageFeatures:
-        """Patch tokens `[B, P, C]` and L2-normalised image embeddings `[B, D]`, float32, on the encoder's device."""
+        """Return patch tokens `[B, P, C]` and L2-normalised embeddings `[B, D]`, float32, on the encoder's device."""
         pixel_values = torch.from_numpy(normalise(pixels_BHW3, self.preprocessing)).to(self._device)
         patch_tokens_BPC, image_embedding_BD = self.module(pixel_values)
         return ImageFeatures(

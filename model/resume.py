@@ -1,0 +1,82 @@
+"""Snapshots of a training run on disk, from which an interrupted run resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import CheckpointError
+from core.files import atomic_write
+from model.features import EntityKeys, TrainingPair
+from model.validation import ValidationSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshots:
+    """The snapshot of a run in the file `path`, replaced every `every_steps` steps (0: never).
+
+    `run` is a fingerprint of everything that the result depends on. Only a run with the same one can resume from it.
+    """
+
+    path: Path
+    every_steps: int
+    run: str
+
+    def due(self, step: int) -> bool:
+        return self.every_steps > 0 and step % self.every_steps == 0
+
+    def save(self, values: Mapping[str, Any]) -> None:
+        """Replace the snapshot atomically by plain values and tensors."""
+        with atomic_write(self.path) as temporary:
+            torch.save({"run": self.run, **values}, temporary)
+
+    def load(self) -> dict[str, Any] | None:
+        """Return the snapshot's values on the CPU, or None if there is none.
+
+        Raises `CheckpointError` if it is damaged or of another run.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            values = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"{self.path} cannot be read: {reason}; start over without --resume") from error
+        if not isinstance(values, dict) or values.get("run") != self.run:
+            raise CheckpointError(
+                f"{self.path} is of a run with other settings, encoders, pairs or number of processes; use the same "
+                "ones, or start over without --resume"
+            )
+        return values
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def fingerprint(
+    settings: Mapping[str, Any],
+    entities: Iterable[EntityKeys] = (),
+    pairs: Iterable[TrainingPair] = (),
+    queries: Iterable[ValidationSet] = (),
+) -> str:
+    """Return the SHA-256, in hexadecimal, of plain settings and of the data of a run."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+
+    def add(row: bytes) -> None:
+        digest.update(len(row).to_bytes(8, "big") + row)
+
+    for entity in entities:
+        add(b"".join((*entity.images, b"|", entity.text or b"")))
+    for pair in pairs:
+        add(pair.query + pair.entity.to_bytes(8, "big"))
+    for each in queries:
+        add(each.query_embeddings_QD.tobytes())
+        add(each.entity_Q.tobytes())
+    return digest.hexdigest()
