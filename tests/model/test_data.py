@@ -49,5 +49,5 @@ def test_only_the_entities_asked_for(tmp_path: Path) -> None:
     catalog = write(tmp_path / "c.jsonl", *({"entity_id": f"Q{n}", "title": "T"} for n in range(5)))
     rejects = RejectLog(tmp_path / "rejected.jsonl")
     assert [entity.entity_id for entity in load_entities(catalog, None, rejects, only={"Q3", "Q1"})] == ["Q1", "Q3"]
-    with pytest.raises(CatalogError, match="belongs to the pairs"):
+    with pytest.raises(CatalogError, match="none of the entities"):
         load_entities(catalog, None, rejects, only={"Q9"})
