@@ -231,7 +231,7 @@ def test_a_catalog_that_gives_no_pair_is_told(dataset: Any, tiny_spec: str, text
     catalog.write_text("".join(json.dumps(line) + "\n" for line in bare))
     arguments = ["--catalog", catalog, "--image-encoder", tiny_spec, "--text-encoder", text_spec, "--catalog-pairs"]
     arguments += ["--out", tmp_path / "k", "--cache-dir", tmp_path / "cache", "--max-tokens", "16"]
-    with pytest.raises(CatalogError, match="to make a pair of; give --pairs"):
+    with pytest.raises(CatalogError, match="to make a pair; give --pairs"):
         CliRunner().invoke(train, [str(argument) for argument in arguments], catch_exceptions=False)
 
 
