@@ -12,10 +12,10 @@ import click
 
 BENCHMARKS = {
     "claim": "benchmarks.claim",
-    "service": "benchmarks.service_latency",
+    "service": "benchmarks.service",
     "index": "benchmarks.index_search",
     "train": "benchmarks.training",
-    "live": "benchmarks.live_changes",
+    "live": "benchmarks.live",
     "load": "benchmarks.load",
     "peers": "benchmarks.peers.runner",
     "stages": "benchmarks.stages",

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.export_models import large_encoders, make_checkpoint, write_catalog, write_large_encoders
 from benchmarks.generative.retrieval import ENCODERS, open_encoder, quantised_file, write_encoder
-from benchmarks.gpu_load import GpuWatch
+from benchmarks.gpu import GpuWatch
 from benchmarks.sizing import WIKI6M_ENTITIES
 from catalog import EntityRecord, read_catalog
 from catalog.images import LocalImages
@@ -145,7 +145,7 @@ def _throughput(setup: _Setup, root: Path) -> dict[str, Any]:
     share = float(np.median(alone_s / export_s))
     return {
         "models": setup.models, "entities": entities, "rounds": setup.rounds, "text": "300 words",
-        "image": "JPEG 320x320", "gpu": gpu.told(),
+        "image": "JPEG 320x320", "gpu": gpu.figures(),
         "entities_per_s": round(entities / medians["export"], 2),
         "hours_for_wikipedia": round(WIKI6M_ENTITIES * medians["export"] / entities / 3600, 2),
         "stages_alone_per_s": {stage: round(entities / medians[stage], 2) for stage in stages},

@@ -1,9 +1,11 @@
-"""`wikiclip bench faults`: what goes wrong in service, under load, and every answer checked.
+"""`wikiclip bench faults`: inject faults into a service under load, and check every answer.
 
-While a few clients ask for images whose answers are known: Redis is killed and started again, the bundle is swapped to
-and fro, the engine thread is killed, three in ten clients leave before they are answered, and hostile bodies come in
-between. `wrong` counts answers that differ from what was answered before, `failed` requests of those clients that were
-not answered with 200, `faults` answers of 500 and more to hostile bodies. Needs redis-server.
+A few clients send images whose answers are known. Meanwhile Redis is killed and restarted, bundles are swapped, the
+engine thread is killed, three in ten clients disconnect early, and hostile bodies are sent. `wrong` counts answers that
+differ from the first ones, `failed` requests of those clients without a 200, and `faults` hostile bodies that got a
+status of 500 or more or a leak. All should be 0. Needs redis-server.
+
+`python -m benchmarks.faults serve ...` is `wikiclip serve` with an engine that can be killed by SIGUSR1.
 """
 
 from __future__ import annotations
@@ -28,143 +30,145 @@ from benchmarks.server import ANSWERED, free_port, scrape_metrics, service_proce
 from benchmarks.synthetic import hostile_bodies, photograph
 from core.errors import UserError
 
-CLIENTS, IMAGES = 4, 12
+CLIENTS, IMAGES, TOP_K = 4, 12, 5
 BODIES, SMOKE_BODIES = 10_000, 300
 SWAPS, SMOKE_SWAPS = 20, 4
 KILLS, SMOKE_KILLS = 5, 2
-LEAVING = 0.3
+DISCONNECTING_S, SMOKE_DISCONNECTING_S = 20.0, 3.0
+DISCONNECTING_SHARE = 0.3
+REDIS_DOWN_S = 1.0
+REDIS_UP_S = 2.5  # longer than the service waits before it retries
 TOKEN = "benchmark"
 TIMEOUT_S = 60
+LEAKS = ("Traceback", ".py", "/home")
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
-    """For each fault what was asked and what came of it; all of `wrong`, `failed` and `faults` should be 0."""
+    """Return what the clients saw during each fault, and the totals of `wrong`, `failed` and `faults`."""
     if shutil.which("redis-server") is None:
-        raise UserError("redis-server is not installed; `apt-get install redis-server` brings it")
-    images = [photograph(number, 320, 240) for number in range(IMAGES)]
-    parts: dict[str, Any] = {}
+        raise UserError("redis-server is not installed; run `apt-get install redis-server`")
+    kills = SMOKE_KILLS if smoke else KILLS
     with tempfile.TemporaryDirectory() as folder, _Redis(folder) as redis:
-        other = Path(folder) / "other"
-        shutil.copytree(bundle_path, other)
+        other_path = Path(folder) / "other"
+        shutil.copytree(bundle_path, other_path)
         flags = ("--redis-url", redis.url, "--admin-token", TOKEN, "--threads", "1", "--log-level", "error")
-        with service_process(bundle_path, *flags, module="benchmarks.mortal_service") as (process, url):
-            load = _Load(url, images)
+        with service_process(bundle_path, *flags, module="benchmarks.faults") as (process, url):
 
             def restart_redis() -> None:
-                for _ in range(SMOKE_KILLS if smoke else KILLS):
+                for _ in range(kills):
                     redis.kill()
-                    time.sleep(1)  # the time it is gone, under load
+                    time.sleep(REDIS_DOWN_S)
                     redis.start()
-                    time.sleep(2.5)  # longer than the service leaves it alone after a failure
+                    time.sleep(REDIS_UP_S)
 
-            def swap() -> None:
+            def swap_bundles() -> None:
                 for number in range(SMOKE_SWAPS if smoke else SWAPS):
-                    path = other if number % 2 == 0 else bundle_path
-                    httpx.post(
-                        f"{url}/admin/bundle", json={"path": str(path.resolve())}, timeout=TIMEOUT_S,
-                        headers={"Authorization": f"Bearer {TOKEN}"},
-                    ).raise_for_status()  # fmt: skip
+                    path = bundle_path if number % 2 else other_path
+                    headers = {"Authorization": f"Bearer {TOKEN}"}
+                    body = {"path": str(path.resolve())}
+                    httpx.post(f"{url}/admin/bundle", json=body, headers=headers, timeout=TIMEOUT_S).raise_for_status()
 
             def kill_engine() -> None:
-                for killed in range(SMOKE_KILLS if smoke else KILLS):
+                for number in range(kills):
                     process.send_signal(signal.SIGUSR1)
-                    _wait_for(url, "wikiclip_engine_deaths_total", killed + 1)
-                    # What it died of is tried once more, and would be given up if it were killed at that again: by the
-                    # time that more are answered than can be on their way, that is over.
+                    _wait_for(url, "wikiclip_engine_deaths_total", number + 1)
+                    # The service retries the batch once. Kill again only after it has certainly been answered.
                     _wait_for(url, ANSWERED, scrape_metrics(url).get(ANSWERED, 0) + 4 * CLIENTS)
 
-            def harm() -> None:
-                parts["hostile bodies"] = _harm(url, SMOKE_BODIES if smoke else BODIES)
-
-            parts["redis killed"] = load.during(restart_redis)
-            parts["bundle swapped"] = load.during(swap)
-            parts["engine killed"] = load.during(kill_engine)
-            parts["clients leave"] = load.during(lambda: time.sleep(3 if smoke else 20), leaving=LEAVING)
-            beside = load.during(harm)
-            parts["hostile bodies"].update(beside)
-    keys = ("wrong", "failed", "faults")
-    return {**{key: sum(each.get(key, 0) for each in parts.values()) for key in keys}, "parts": parts}
+            load = _Load(url)
+            parts = {
+                "redis killed": load.during(restart_redis),
+                "bundle swapped": load.during(swap_bundles),
+                "engine killed": load.during(kill_engine),
+                "clients leave": load.during(
+                    lambda: time.sleep(SMOKE_DISCONNECTING_S if smoke else DISCONNECTING_S),
+                    disconnecting_share=DISCONNECTING_SHARE,
+                ),
+                "hostile bodies": load.during(lambda: _send_hostile_bodies(url, SMOKE_BODIES if smoke else BODIES)),
+            }
+    totals = {key: sum(part.get(key, 0) for part in parts.values()) for key in ("wrong", "failed", "faults")}
+    return {**totals, "parts": parts}
 
 
 class _Load:
-    """Clients that ask in turn for images, each time a little otherwise so that caches are missed as often as hit."""
+    """Clients that send images whose answers are known. Half of the requests miss the cache."""
 
-    def __init__(self, url: str, images: list[bytes]) -> None:
-        self._url, self._images = url, images
-        self._address = (httpx.URL(url).host, httpx.URL(url).port)
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._images = [photograph(number, 320, 240) for number in range(IMAGES)]
         with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
-            self._expected = [self._ids(client, image, 5) for image in images]
+            self._expected = [self._recognize(client, image, TOP_K) for image in self._images]
 
-    def during(self, fault: Callable[[], object], leaving: float = 0.0) -> dict[str, int]:
-        """What the clients saw while `fault` was at work."""
-        over = threading.Event()
+    def during(self, fault: Callable[[], dict[str, Any] | None], disconnecting_share: float = 0.0) -> dict[str, Any]:
+        """Return what the clients saw during `fault`, and the figures that it returns."""
+        stop = threading.Event()
         with ThreadPoolExecutor(CLIENTS) as pool:
-            asking = [pool.submit(self._ask_until, over, seed, leaving) for seed in range(CLIENTS)]
+            clients = [pool.submit(self._run_client, stop, seed, disconnecting_share) for seed in range(CLIENTS)]
             try:
-                fault()
+                figures = fault()
             finally:
-                over.set()
-            total = sum((each.result() for each in asking), Counter[str]())
-        return {key: total[key] for key in ("answered", "left", "wrong", "failed")}
+                stop.set()
+            total = sum((client.result() for client in clients), Counter[str]())
+        return {**(figures or {}), **{key: total[key] for key in ("answered", "left", "wrong", "failed")}}
 
-    def _ask_until(self, over: threading.Event, seed: int, leaving: float) -> Counter[str]:
-        chance, seen = random.Random(seed), Counter[str]()
+    def _run_client(self, stop: threading.Event, seed: int, disconnecting_share: float) -> Counter[str]:
+        rng, counts = random.Random(seed), Counter[str]()
         with httpx.Client(base_url=self._url, timeout=TIMEOUT_S) as client:
-            while not over.is_set():
-                number, top_k = chance.randrange(len(self._images)), chance.randint(1, 5)
-                image = self._images[number] + chance.choice((b"", chance.randbytes(8)))
-                if chance.random() < leaving:
-                    self._leave(image)
-                    seen["left"] += 1
+            while not stop.is_set():
+                number, top_k = rng.randrange(IMAGES), rng.randint(1, TOP_K)
+                image = self._images[number] + rng.choice((b"", rng.randbytes(8)))
+                if rng.random() < disconnecting_share:
+                    self._disconnect_early(client.base_url, image)
+                    counts["left"] += 1
                     continue
                 try:
-                    found = self._ids(client, image, top_k)
+                    entity_ids = self._recognize(client, image, top_k)
                 except httpx.HTTPError:
-                    seen["failed"] += 1
+                    counts["failed"] += 1
                     continue
-                seen["answered"] += 1
-                seen["wrong"] += found != self._expected[number][:top_k]
-        return seen
+                counts["answered"] += 1
+                counts["wrong"] += entity_ids != self._expected[number][:top_k]
+        return counts
 
-    def _leave(self, image: bytes) -> None:
-        """Send a whole request and go before the answer."""
+    @staticmethod
+    def _disconnect_early(url: httpx.URL, image: bytes) -> None:
+        """Send a complete request and close the connection before the answer."""
         head = (
             f"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
         )
-        with socket.create_connection(self._address, TIMEOUT_S) as connection:
+        with socket.create_connection((url.host, url.port), TIMEOUT_S) as connection:
             connection.sendall(head.encode() + image)
 
     @staticmethod
-    def _ids(client: httpx.Client, image: bytes, top_k: int) -> list[str]:
+    def _recognize(client: httpx.Client, image: bytes, top_k: int) -> list[str]:
         headers = {"Content-Type": "image/jpeg"}
         answer = client.post("/recognize", params={"top_k": top_k}, content=image, headers=headers).raise_for_status()
         return [each["entity_id"] for each in answer.json()["predictions"]]
 
 
-def _wait_for(url: str, metric: str, value: float) -> None:
-    """Return when a metric of the service has come to `value`. Raises `UserError` if it does not."""
-    until = time.monotonic() + TIMEOUT_S
-    while time.monotonic() < until:
-        if scrape_metrics(url).get(metric, 0) >= value:
-            return
-        time.sleep(0.05)  # between two looks at what only the service knows
-    raise UserError(f"{metric} did not come to {value:g} within {TIMEOUT_S} s")
-
-
-def _harm(url: str, count: int) -> dict[str, Any]:
-    """Send hostile bodies; their statuses, and how many of the answers are faults or tell what they should not."""
+def _send_hostile_bodies(url: str, count: int) -> dict[str, Any]:
+    """Return the statuses, and how many responses are server errors or leak internals."""
     statuses: Counter[str] = Counter()
     faults = 0
     with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
         for body, content_type in hostile_bodies(count):
             answer = client.post("/recognize", content=body, headers={"Content-Type": content_type})
             statuses[str(answer.status_code)] += 1
-            faults += answer.status_code >= 500 or any(leak in answer.text for leak in ("Traceback", ".py", "/home"))
+            faults += answer.status_code >= 500 or any(leak in answer.text for leak in LEAKS)
     return {"bodies": count, "statuses": dict(statuses), "faults": faults}
 
 
+def _wait_for(url: str, metric: str, value: float) -> None:
+    """Return once a metric has reached `value`. Raise `UserError` after a timeout."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while scrape_metrics(url).get(metric, 0) < value:
+        if time.monotonic() > deadline:
+            raise UserError(f"{metric} did not reach {value:g} within {TIMEOUT_S} s")
+        time.sleep(0.05)  # polls the metrics
+
+
 class _Redis:
-    """A real redis-server on a port of its own, kept when it is killed and started again."""
+    """A redis-server that keeps its port when it is killed and restarted."""
 
     def __init__(self, folder: str) -> None:
         port = free_port()
@@ -180,16 +184,40 @@ class _Redis:
         self.kill()
 
     def start(self) -> None:
+        """Start it and return once it accepts connections."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        until = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < until:
+        deadline = time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
             try:
                 socket.create_connection(self._address, 1).close()
                 return
             except OSError:
-                time.sleep(0.02)  # between two looks at a port that does not listen yet
+                time.sleep(0.02)  # polls a port that nothing listens on yet
         raise UserError(f"redis-server did not start within {TIMEOUT_S} s")
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def main() -> None:
+    """Run the command line of `wikiclip`. After SIGUSR1, the next batch kills the engine thread of the service."""
+    from service.encoder import OnnxEncoder
+    from wikiclip.cli import main as wikiclip_main
+
+    encode = OnnxEncoder.encode
+    kill_next = threading.Event()
+
+    def encode_or_die(encoder: OnnxEncoder, pixels_BHW3: Any) -> Any:
+        if kill_next.is_set():
+            kill_next.clear()
+            raise SystemExit("killed by the benchmark")
+        return encode(encoder, pixels_BHW3)
+
+    OnnxEncoder.encode = encode_or_die  # type: ignore[method-assign, assignment]
+    signal.signal(signal.SIGUSR1, lambda *_: kill_next.set())
+    wikiclip_main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,22 +1,25 @@
 """Load on a service, open loop: `locust -f benchmarks/locustfile.py --host URL --headless --shape steady --rate 50`.
 
-A user of this file is one arrival a second (Poisson), whatever the answers take: the number of users is the offered
-load in requests a second, and a service that slows down is asked no less often. Name the kinds of traffic to mix on the
-command line (`Cold`, `Hot`, `Batch`, `Hostile`), or all take part.
+A user sends one request per second on average (Poisson arrivals) and does not wait for responses. The number of users
+is therefore the offered load in requests per second, and a service that slows down is not asked less often. Name the
+kinds of traffic on the command line (`Cold`, `Hot`, `Batch`, `Hostile`); without names all take part.
 
-The run fails (exit code 1) past `--max-p99-ms` or `--max-failed`. A refusal by the limiter (429) is counted apart from
-failures and has its own bound, `--max-refused`; `--steps FILE` keeps the figures of each step of the shape.
+The run exits with 1 if the share of failed requests or the p99 exceeds `--max-failed` or `--max-p99-ms`. Responses with
+429 are not failures; they have their own limit, `--max-refused`. `--steps FILE` writes the figures of each step of the
+shape. This file needs Locust and `photograph.jpg`, nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import random
-import sys
 import time
 from argparse import Namespace
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,32 +31,136 @@ from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import WorkerRunner
 
-# Found wherever the folder `benchmarks` lies, as in a container that has Locust and nothing else of the project's.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.load_steps import SHAPES, Plan, Step, plan_of
-
-IMAGES = 16  # that a cache may hold
+HOT_IMAGES = 16  # few enough for a cache
 BATCH_IMAGES = 8
-PENDING_S = 30  # how long a stopped run waits for answers that are still out
+DRAIN_S = 30  # how long a stopped run waits for outstanding responses
+
+SHAPES = ("ramp", "steady", "spike", "soak")
+MAX_RAMP_STEPS = 24
+IN_TIME_MS = 1000  # later answers are useless to a waiting person
+KEPT_UP_SHARE = 0.95  # of the offered requests; a service that answers fewer in time is past its knee
+SETTLING_SHARE = 0.3  # of a step, at its start, that does not count
 
 PHOTOGRAPH = Path(__file__).with_name("photograph.jpg").read_bytes()  # 1280x960
-_pending = Group()  # requests that are out; one group, so that a user may go while they are
-_number = itertools.count(random.SystemRandom().getrandbits(40))
+_numbers = itertools.count(random.SystemRandom().getrandbits(40))
+_outstanding = Group()  # of requests; they may outlive their user
 
 
-def bust_cache() -> bytes:
-    """The picture in bytes that no cache has seen: a decoder stops before what follows a JPEG's end."""
-    return PHOTOGRAPH + next(_number).to_bytes(8, "big")
+# ---- steps of constant load ----
 
 
-def one_of_a_few() -> bytes:
-    """The picture in bytes that come again and again."""
-    return PHOTOGRAPH + random.randrange(IMAGES).to_bytes(1, "big")
+@dataclass(kw_only=True)
+class Step:
+    """`length_s` seconds of constant offered load, `rate` requests per second, and the outcome of the requests."""
+
+    rate: float
+    length_s: float
+    started_s: float = 0.0  # Unix time
+    latencies_ms: list[float] = field(default_factory=list)  # of answered requests
+    failures: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, kind: str, sent_s: float, took_ms: float, failure: str | None) -> None:
+        """Count a request, unless it was sent while the load settled."""
+        if not SETTLING_SHARE * self.length_s <= sent_s - self.started_s < self.length_s:
+            return
+        self.kinds[kind] += 1
+        if failure is None:
+            self.latencies_ms.append(took_ms)
+        else:
+            self.failures[failure] += 1
+
+    def figures(self) -> dict[str, Any]:
+        """Return rates per second, latency percentiles of answered requests, and shares of refused and failed ones."""
+        requests = self.kinds.total()
+        refused = sum(count for reason, count in self.failures.items() if reason.startswith("refused"))
+        in_time = sum(took <= IN_TIME_MS for took in self.latencies_ms)
+        counted_s = self.length_s * (1 - SETTLING_SHARE)
+        ordered = sorted(self.latencies_ms)
+        return {
+            "planned_per_s": round(self.rate, 2),
+            "offered_per_s": round(requests / counted_s, 2),
+            "answered_per_s": round(len(self.latencies_ms) / counted_s, 2),
+            "in_time_per_s": round(in_time / counted_s, 2),
+            **{f"p{percent}_ms": _percentile(ordered, percent) for percent in (50, 90, 99)},
+            "requests": requests,
+            "refused_share": round(refused / requests, 4) if requests else 0.0,
+            "failed_share": round((self.failures.total() - refused) / requests, 4) if requests else 0.0,
+            "kept_up": requests > 0 and in_time >= KEPT_UP_SHARE * requests,
+            "kinds": dict(sorted(self.kinds.items())),
+            "failures": dict(sorted(self.failures.items())),
+        }
+
+
+def _percentile(ordered: Sequence[float], percent: int) -> float | None:
+    """Interpolate linearly, as numpy does. Return None for no values."""
+    if not ordered:
+        return None
+    position = percent / 100 * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return round(ordered[low] + (position - low) * (ordered[high] - ordered[low]), 2)
+
+
+def plan_steps(options: Namespace) -> list[Step]:
+    """Return the steps of `--shape`: `ramp` grows, `steady` and `soak` are constant (a soak has steps of one minute),
+    `spike` multiplies the rate for one step."""
+    rates, length_s = [options.rate], options.step_s
+    if options.shape == "ramp":
+        rates = [options.rate * options.growth**number for number in range(MAX_RAMP_STEPS)]
+    elif options.shape == "spike":
+        rates = [options.rate, options.rate * options.spike, options.rate, options.rate]
+    elif options.shape == "steady":
+        length_s = 60 * options.minutes
+    else:
+        length_s = min(60.0, 60 * options.minutes)
+        rates = [options.rate] * math.ceil(60 * options.minutes / length_s)
+    return [Step(rate=rate, length_s=length_s) for rate in rates]
+
+
+def step_at(steps: Sequence[Step], seconds: float) -> Step | None:
+    """Return the step `seconds` after the start, or None after the last."""
+    for step in steps:
+        if seconds < step.length_s:
+            return step
+        seconds -= step.length_s
+    return None
+
+
+class Shape(LoadTestShape):
+    """The offered load over time. A ramp ends past the knee."""
+
+    planned: ClassVar[list[Step]] = []
+    started: ClassVar[list[Step]] = []
+
+    def reset_time(self) -> None:
+        """Begin a run. Locust's web page can start several in one process."""
+        super().reset_time()
+        self.planned.clear()
+        self.started.clear()
+
+    def tick(self) -> tuple[int, float] | None:
+        assert self.runner is not None
+        options = _options(self.runner.environment)
+        if not self.planned:
+            self.planned.extend(plan_steps(options))
+        step = step_at(self.planned, self.get_run_time())
+        if step is None:
+            return None
+        if not self.started or self.started[-1] is not step:
+            if options.shape == "ramp" and self.started and not self.started[-1].figures()["kept_up"]:
+                return None
+            step.started_s = time.time()
+            self.started.append(step)
+        users = max(1, round(step.rate))
+        return users, max(users, self.get_current_user_count())  # the second number changes all users at once
+
+
+# ---- kinds of traffic ----
 
 
 class Arrivals(FastHttpUser):
-    """One arrival a second on average, each in a greenlet of its own, so that no answer is waited for."""
+    """One request per second on average, each in a greenlet of its own."""
 
     abstract = True
     kind: ClassVar[str]
@@ -65,15 +172,17 @@ class Arrivals(FastHttpUser):
 
     @task
     def arrive(self) -> None:
-        _pending.spawn(self.ask)
+        _outstanding.spawn(self.request)
 
-    def ask(self) -> None:
+    def request(self) -> None:
         raise NotImplementedError
 
-    def send(self, path: str, *, expect: tuple[int, ...] = (200,), **request: Any) -> None:
-        """POST, told apart as answered, refused (429) and failed."""
-        with self.client.post(path, name=self.kind, catch_response=True, **request) as response:
-            if response.status_code in expect:
+    def post(self, path: str, data: Any, content_type: str, *, expected_statuses: tuple[int, ...] = (200,)) -> None:
+        """POST, and count the response as answered, refused (429) or failed."""
+        with self.client.post(
+            path, data=data, headers={"Content-Type": content_type}, name=self.kind, catch_response=True
+        ) as response:
+            if response.status_code in expected_statuses:
                 response.success()
             elif response.status_code == 429:
                 response.failure("refused: 429")
@@ -82,169 +191,135 @@ class Arrivals(FastHttpUser):
                 response.failure(f"failed: {reason!r}")
 
 
+def cold_image() -> bytes:
+    """Return bytes that no cache has seen. A decoder ignores the number after the end of the image."""
+    return PHOTOGRAPH + next(_numbers).to_bytes(8, "big")
+
+
+def hot_image() -> bytes:
+    """Return one of a few images that repeat."""
+    return PHOTOGRAPH + random.randrange(HOT_IMAGES).to_bytes(1, "big")
+
+
 class Cold(Arrivals):
-    """Images never seen before: every answer costs a pass of the encoder."""
+    """Images never seen before. Each takes a pass of the encoder."""
 
     kind, weight = "cold", 10
 
-    def ask(self) -> None:
-        self.send("/recognize", data=bust_cache(), headers={"Content-Type": "image/jpeg"})
+    def request(self) -> None:
+        self.post("/recognize", cold_image(), "image/jpeg")
 
 
 class Hot(Arrivals):
-    """A few images again and again: answers from the cache."""
+    """A few images again and again. The cache answers."""
 
     kind, weight = "hot", 4
 
-    def ask(self) -> None:
-        self.send("/recognize", data=one_of_a_few(), headers={"Content-Type": "image/jpeg"})
+    def request(self) -> None:
+        self.post("/recognize", hot_image(), "image/jpeg")
 
 
 class Batch(Arrivals):
-    """Several images in a request."""
+    """Several images per request."""
 
     kind, weight = "batch", 1
 
-    def ask(self) -> None:
-        boundary = f"--------{next(_number):x}"
+    def request(self) -> None:
+        boundary = f"--------{next(_numbers):x}"
         parts = b"".join(
             b'--%b\r\nContent-Disposition: form-data; name="image"; filename="i.jpg"\r\n' % boundary.encode()
-            + b"Content-Type: image/jpeg\r\n\r\n%b\r\n" % bust_cache()
+            + b"Content-Type: image/jpeg\r\n\r\n%b\r\n" % cold_image()
             for _ in range(BATCH_IMAGES)
         )
-        self.send(
-            "/recognize/batch",
-            data=parts + b"--%b--\r\n" % boundary.encode(),
-            headers={"Content-Type": f"multipart/form-data; boundary={boundary}"},
-        )
+        body = parts + b"--%b--\r\n" % boundary.encode()
+        self.post("/recognize/batch", body, f"multipart/form-data; boundary={boundary}")
 
 
 class Hostile(Arrivals):
-    """Bodies that no service likes: each must get its 4xx, and soon."""
+    """Invalid requests. Each must get a 4xx quickly."""
 
     kind, weight = "hostile", 1
 
-    def ask(self) -> None:
-        photo = one_of_a_few()
-        body, media_type = random.choice(
+    def request(self) -> None:
+        image = hot_image()
+        body, content_type = random.choice(
             [
                 (b"", "image/jpeg"),
-                (photo[: len(photo) // 3], "image/jpeg"),
+                (image[: len(image) // 3], "image/jpeg"),
                 (os.urandom(2000), "image/png"),
                 (b"not an image", "text/plain"),
                 (b'{"image": {"base64": "%%%"}}', "application/json"),
-                (photo[:200] + os.urandom(500), "image/webp"),
+                (image[:200] + os.urandom(500), "image/webp"),
             ]
         )
-        self.send("/recognize", expect=(400, 415, 422), data=body, headers={"Content-Type": media_type})
+        self.post("/recognize", body, content_type, expected_statuses=(400, 415, 422))
 
 
-class Offered(LoadTestShape):
-    """The offered load over time, as `--shape` and its options plan it; a run stops early past the knee of a ramp."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.plan: Plan | None = None
-
-    def tick(self) -> tuple[int, float] | None:
-        assert self.runner is not None
-        if self.plan is None:
-            self.plan = plan_of(_given(self.runner.environment))
-        step = self.plan.at(self.get_run_time())
-        if step is None or (self.plan.stops_past_knee and _run.is_past_knee(step)):
-            return None
-        _run.enter(step)
-        # All at once, up and down: the shape alone says how load grows and falls.
-        return (step.users, max(step.users, self.get_current_user_count()))
+# ---- Locust's events ----
 
 
-@dataclass
-class _Run:
-    """What happened in each step, by the step in which a request was sent."""
-
-    steps: list[Step] = field(default_factory=list)
-    started: list[float] = field(default_factory=list)
-
-    def enter(self, step: Step) -> None:
-        if not self.steps or self.steps[-1] is not step:
-            self.steps.append(step)
-            self.started.append(time.time())
-
-    def note(self, sent_at: float, kind: str, took_ms: float, failure: str | None) -> None:
-        for step, started in zip(reversed(self.steps), reversed(self.started), strict=True):
-            if sent_at >= started:
-                step.note(kind, sent_at - started, took_ms, failure)
-                return
-
-    def is_past_knee(self, now: Step) -> bool:
-        finished = [step for step in self.steps if step is not now]
-        return bool(finished) and not finished[-1].kept_up()
-
-
-_run = _Run()
-
-
-def _given(environment: Environment) -> Namespace:
-    assert environment.parsed_options is not None, "this file is run by the locust command"
+def _options(environment: Environment) -> Namespace:
+    assert environment.parsed_options is not None, "the locust command runs this file"
     options: Namespace = environment.parsed_options
     return options
 
 
 @events.init_command_line_parser.add_listener
-def _options(parser: LocustArgumentParser) -> None:
+def _add_options(parser: LocustArgumentParser) -> None:
     group = parser.add_argument_group("offered load")
-    group.add_argument("--shape", choices=SHAPES, default="steady", help="How the offered load goes over time.")
-    group.add_argument("--rate", type=float, default=20.0, help="Requests a second; a ramp starts with it.")
+    group.add_argument("--shape", choices=SHAPES, default="steady", help="How the offered load changes over time.")
+    group.add_argument("--rate", type=float, default=20.0, help="Requests per second; the first rate of a ramp.")
     group.add_argument("--step-s", type=float, default=10.0, help="Length of a step in seconds.")
     group.add_argument("--minutes", type=float, default=1.0, help="Length of steady and soak in minutes.")
-    group.add_argument("--growth", type=float, default=1.35, help="A ramp's next step, as a multiple of the last.")
-    group.add_argument("--spike", type=float, default=8.0, help="Height of a spike, as a multiple of the rate.")
-    group.add_argument("--max-p99-ms", type=float, default=None, help="Fail the run past this p99 of answers.")
-    group.add_argument("--max-failed", type=float, default=0.0, help="Fail past this share of failed requests.")
-    group.add_argument("--max-refused", type=float, default=1.0, help="Fail past this share of 429s.")
-    group.add_argument("--steps", default="", help="JSON file for the figures of each step.")
+    group.add_argument("--growth", type=float, default=1.35, help="Factor between the steps of a ramp.")
+    group.add_argument("--spike", type=float, default=8.0, help="Height of a spike as a multiple of the rate.")
+    group.add_argument("--max-p99-ms", type=float, default=None, help="Fail if the p99 of answers is above this.")
+    group.add_argument("--max-failed", type=float, default=0.0, help="Fail if more than this share of requests fails.")
+    group.add_argument("--max-refused", type=float, default=1.0, help="Fail if more than this share gets 429.")
+    group.add_argument("--steps", default="", help="Write the figures of each step to this JSON file.")
 
 
 @events.request.add_listener
-def _note(
-    name: str,
-    response_time: float,
-    exception: Exception | None = None,
-    start_time: float = 0.0,
-    **_: Any,
+def _count(
+    name: str, response_time: float, exception: Exception | None = None, start_time: float = 0.0, **_: Any
 ) -> None:
-    _run.note(start_time, name, response_time, None if exception is None else str(exception))
+    """Count a request in the step in which it was sent."""
+    for step in reversed(Shape.started):
+        if start_time >= step.started_s:
+            step.add(name, start_time, response_time, None if exception is None else str(exception))
+            return
 
 
 @events.test_stop.add_listener
-def _await_answers(**_: Any) -> None:
-    _pending.join(timeout=PENDING_S)
+def _drain(**_: Any) -> None:
+    _outstanding.join(timeout=DRAIN_S)
 
 
 @events.quitting.add_listener
-def _judge(environment: Environment, **_: Any) -> None:
-    """Write the steps; exit code 1 where a bound was passed, saying which."""
+def _check_limits(environment: Environment, **_: Any) -> None:
+    """Write the steps, and set exit code 1 if a limit was exceeded."""
     if isinstance(environment.runner, WorkerRunner):
         return
-    options = _given(environment)
-    figures = [step.figures() for step in _run.steps]
+    options = _options(environment)
     if options.steps:
-        Path(options.steps).write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    whole = Step(rate=0.0, length_s=sum(step.length_s for step in _run.steps))
-    for step in _run.steps:
-        whole.merge(step)
-    total = whole.figures()
-    broken = [
-        f"{what} {total[key]} is past {bound}"
-        for what, key, bound in (
+        Path(options.steps).write_text(json.dumps([step.figures() for step in Shape.started], indent=1))
+    total = Step(rate=0.0, length_s=sum(step.length_s for step in Shape.started) or 1.0)
+    for step in Shape.started:
+        total.latencies_ms += step.latencies_ms
+        total.failures += step.failures
+        total.kinds += step.kinds
+    figures = total.figures()
+    exceeded = [
+        f"{name} {figures[key]} is above {limit}"
+        for name, key, limit in (
             ("p99 (ms)", "p99_ms", options.max_p99_ms),
             ("the share of failed requests", "failed_share", options.max_failed),
             ("the share of refused requests", "refused_share", options.max_refused),
         )
-        if bound is not None and total[key] is not None and total[key] > bound
+        if limit is not None and figures[key] is not None and figures[key] > limit
     ]
-    if not total["requests"]:
-        broken.append("no request was answered at all")
-    for line in broken:
-        print(f"threshold: {line}")  # noqa: T201 - locust's own way of reporting
-    environment.process_exit_code = 1 if broken else 0
+    if not figures["requests"]:
+        exceeded.append("no request was answered")
+    for line in exceeded:
+        print(f"threshold: {line}")  # noqa: T201 - Locust reports on standard output
+    environment.process_exit_code = 1 if exceeded else 0

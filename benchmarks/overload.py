@@ -1,8 +1,7 @@
-"""`wikiclip bench overload`: ten times more than the service can do, open loop, for a minute, and what comes after.
+"""`wikiclip bench overload`: offer ten times the capacity of a service for a minute, open loop, then a third of it.
 
-First as much as it can do (closed loop), then ten times that in arrivals that wait for nobody, then a third of it. What
-is accepted must be answered within the deadline, the rest be told 429 with a `Retry-After`; memory stays flat, and two
-seconds after the flood requests are answered as if there had been none.
+A closed loop finds the capacity first. During the overload, accepted requests should be answered within the deadline,
+all others should get 429 with `Retry-After`, and memory should not grow. Two seconds later, nothing should be refused.
 """
 
 from __future__ import annotations
@@ -10,38 +9,37 @@ from __future__ import annotations
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
 
-from benchmarks.closed_loop import Job, run_job
-from benchmarks.open_loop import Sent, run_open_loop
+from benchmarks.generator import Job, Response, closed_loop, generate
 from benchmarks.server import running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.synthetic import encoder_bundles, write_photographs
 from evaluation.pages import Series, line_plot, page, section, table
 
 TIMES = 10
 IMAGES = 16
-PEAK_S, FLOOD_S, AFTER_S = 10.0, 60.0, 10.0
-SMOKE_PEAK_S, SMOKE_FLOOD_S, SMOKE_AFTER_S = 3.0, 8.0, 5.0
+PEAK_S, OVERLOAD_S, AFTER_S = 10.0, 60.0, 10.0
+SMOKE_PEAK_S, SMOKE_OVERLOAD_S, SMOKE_AFTER_S = 3.0, 8.0, 5.0
+WARM_UP_S = 1.0
 DEADLINE_MS = 5000
-SETTLING_S = 1.0  # of the flood, before it counts; within it the service learns how fast it is
-RECOVERED_AFTER_S = 2.0
-GOODPUT_SHARE = 0.9  # aimed at
+SETTLING_S = 1.0  # not counted: the service still estimates its own speed
+RECOVERY_S = 2.0
+GOODPUT_TARGET = 0.9  # share of the capacity
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
-    """By encoder (the bundle's own, and without `smoke` a ViT-B/32 in int8): goodput of the flood against the peak, p99
-    of what was accepted, statuses, memory, and the answers from two seconds after the flood on."""
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        images = write_photographs(work, IMAGES, 640, 480)
-        bundles = encoder_bundles(bundle_path, work, smoke=smoke)
-        encoders = {name: _flood(bundle, images, work, smoke=smoke) for name, bundle in bundles.items()}
+    """Return the figures for the bundle's own encoder and, without `smoke`, for a ViT-B/32 in int8."""
     generator, service = split_cores()
+    with tempfile.TemporaryDirectory() as folder:
+        images = write_photographs(Path(folder), IMAGES, 640, 480)
+        bundles = encoder_bundles(bundle_path, Path(folder), smoke=smoke)
+        encoders = {name: _overload(bundle, images, smoke=smoke) for name, bundle in bundles.items()}
     return {
         "encoders": encoders,
         "times": TIMES,
@@ -51,106 +49,109 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     }
 
 
-def _flood(bundle: Path, images: list[str], work: Path, *, smoke: bool) -> dict[str, Any]:
+def _overload(bundle: Path, images: list[str], *, smoke: bool) -> dict[str, Any]:
     generator, service = split_cores()
-    peak_s, flood_s, after_s = (SMOKE_PEAK_S, SMOKE_FLOOD_S, SMOKE_AFTER_S) if smoke else (PEAK_S, FLOOD_S, AFTER_S)
+    peak_s, overload_s, after_s = (
+        (SMOKE_PEAK_S, SMOKE_OVERLOAD_S, SMOKE_AFTER_S) if smoke else (PEAK_S, OVERLOAD_S, AFTER_S)
+    )
     flags = (*thread_flags(len(service)), "--deadline-ms", str(DEADLINE_MS))
     with running_service(
         bundle, *flags, "--device", "cpu", "--cache", "off", "--log-level", "error", cores=service
     ) as url:
-        asked = f"{url}/recognize?top_k=5"
-        job = Job(
-            url=asked, images=images, field=None, connections=8 * len(service), warm_up_s=1.0, seconds=peak_s
-        )  # fmt: skip
-        peak = run_job(job, work, generator)["per_s"]
-        with _Memory(url) as memory:
-            phases = ((TIMES * peak, flood_s), (peak / 3, after_s))
-            sent = run_open_loop(asked, images, work, generator, phases=phases)
-    return {"peak_per_s": peak, **summary(sent, peak, flood_s, after_s), "memory_mib": memory.samples_mib}
+        target: dict[str, Any] = {"url": f"{url}/recognize?top_k=5", "images": images, "cores": [*generator]}
+        job = Job(**target, connections=8 * len(service), seconds=WARM_UP_S + peak_s)
+        peak = closed_loop(job, warm_up_s=WARM_UP_S)["per_s"]
+        with _watch_memory(url) as memory_mib:
+            run = generate(Job(**target, phases=((TIMES * peak, overload_s), (peak / 3, after_s))))
+    return {"peak_per_s": peak, **summary(run.responses, peak, overload_s, after_s), "memory_mib": memory_mib}
 
 
-def summary(sent: Sequence[Sent], peak: float, flood_s: float, after_s: float) -> dict[str, Any]:
-    """What the requests of a flood of `flood_s` seconds and of the time after it show."""
-    flood = [each for each in sent if SETTLING_S <= each.at_s < flood_s]
-    after = [each for each in sent if flood_s + RECOVERED_AFTER_S <= each.at_s]
-    accepted_ms = [each.took_ms for each in flood if each.status == httpx.codes.OK]
-    # What was answered while the flood lasted, whenever it had been asked.
-    answered = sum(
-        each.status == httpx.codes.OK and SETTLING_S <= each.at_s + each.took_ms / 1000 < flood_s for each in sent
-    )
-    refused = [each for each in flood if each.status == httpx.codes.TOO_MANY_REQUESTS]
-    goodput = answered / (flood_s - SETTLING_S)
+def summary(responses: Sequence[Response], peak: float, overload_s: float, after_s: float) -> dict[str, Any]:
+    """Return the figures of `overload_s` seconds of overload and the `after_s` seconds that follow."""
+    overload = [each for each in responses if SETTLING_S <= each.at_s < overload_s]
+    after = [each for each in responses if overload_s + RECOVERY_S <= each.at_s]
+    accepted = [each for each in overload if each.status == HTTPStatus.OK]
+    refused = [each for each in overload if each.status == HTTPStatus.TOO_MANY_REQUESTS]
+    # Goodput counts what is answered during the overload, even if it was sent before.
+    answered = sum(each.status == HTTPStatus.OK and SETTLING_S <= each.ended_s < overload_s for each in responses)
+    goodput = answered / (overload_s - SETTLING_S)
     return {
-        "offered_per_s": round(len(flood) / (flood_s - SETTLING_S), 1),
+        "offered_per_s": round(len(overload) / (overload_s - SETTLING_S), 1),
         "goodput_per_s": round(goodput, 2),
         "goodput_share": round(goodput / peak, 3),
-        "accepted_p99_ms": round(float(np.percentile(accepted_ms, 99)), 1) if accepted_ms else None,
-        "refused_p99_ms": round(float(np.percentile([each.took_ms for each in refused], 99)), 1) if refused else None,
-        "statuses": dict(Counter(str(each.status) for each in flood)),
+        "accepted_p99_ms": _p99_ms(accepted),
+        "refused_p99_ms": _p99_ms(refused),
+        "statuses": _statuses(overload),
         "refused_without_retry_after": sum(not each.retry_after for each in refused),
         "after": {
             "requests": len(after),
-            "statuses": dict(Counter(str(each.status) for each in after)),
-            "p99_ms": round(float(np.percentile([each.took_ms for each in after], 99)), 1) if after else None,
+            "statuses": _statuses(after),
+            "p99_ms": _p99_ms(after),
         },
-        "timeline": _timeline(sent, flood_s + after_s),
+        "timeline": _timeline(responses, overload_s + after_s),
     }
 
 
-def _timeline(sent: Sequence[Sent], whole_s: float) -> list[dict[str, int]]:
-    """Requests answered and refused in each second."""
-    seconds = [{"second": number, "answered": 0, "refused": 0} for number in range(int(whole_s))]
-    for each in sent:
-        ended = int(each.at_s + each.took_ms / 1000)
-        key = {httpx.codes.OK: "answered", httpx.codes.TOO_MANY_REQUESTS: "refused"}.get(
-            httpx.codes(each.status or 500)
-        )
-        if key is not None and ended < len(seconds):
-            seconds[ended][key] += 1
-    return seconds
+def _statuses(responses: Sequence[Response]) -> dict[str, int]:
+    return dict(Counter(str(each.status) for each in responses))
 
 
-class _Memory:
-    """Resident memory of the service in MiB, as `/metrics` tells it, every second."""
+def _p99_ms(responses: Sequence[Response]) -> float | None:
+    return round(float(np.percentile([each.took_ms for each in responses], 99)), 1) if responses else None
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self.samples_mib: list[float] = []
 
-    def __enter__(self) -> _Memory:
-        self._thread.start()
-        return self
+def _timeline(responses: Sequence[Response], total_s: float) -> list[dict[str, int]]:
+    """Return the numbers of requests answered and refused in each second."""
+    ended = Counter((int(each.ended_s), each.status) for each in responses)
+    return [
+        {
+            "second": second,
+            "answered": ended[second, HTTPStatus.OK],
+            "refused": ended[second, HTTPStatus.TOO_MANY_REQUESTS],
+        }
+        for second in range(int(total_s))
+    ]
 
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
 
-    def _watch(self) -> None:
-        while not self._over.wait(1.0):
-            resident = scrape_metrics(self._url)["process_resident_memory_bytes"]
-            self.samples_mib.append(round(resident / 1024**2, 1))
+@contextmanager
+def _watch_memory(url: str) -> Iterator[list[float]]:
+    """Yield a list to which the resident memory of the service, in MiB, is added every second."""
+    samples_mib: list[float] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            samples_mib.append(round(scrape_metrics(url)["process_resident_memory_bytes"] / 1024**2, 1))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield samples_mib
+    finally:
+        stop.set()
+        thread.join()
 
 
 def report(figures: dict[str, Any]) -> str:
-    """An HTML page: answers and refusals in each second, and the figures by encoder."""
-    blocks = []
+    """Return an HTML page: answers and refusals in each second, and the figures of each encoder."""
+    keys = (
+        "peak_per_s", "offered_per_s", "goodput_per_s", "goodput_share", "accepted_p99_ms", "refused_p99_ms",
+        "statuses", "refused_without_retry_after", "after",
+    )  # fmt: skip
+    sections = []
     for name, each in figures["encoders"].items():
         series = [
             Series(name=key, points=[(point["second"], point[key]) for point in each["timeline"]])
             for key in ("answered", "refused")
         ]
         plot = line_plot(series, title=f"Overload, {name}", x_label="seconds", y_label="requests/s")
-        keys = ("peak_per_s", "offered_per_s", "goodput_per_s", "goodput_share", "accepted_p99_ms", "refused_p99_ms")
-        rows = [[key, str(each[key])] for key in (*keys, "statuses", "refused_without_retry_after", "after")]
-        memory = each["memory_mib"]
-        if memory:
+        rows = [[key, str(each[key])] for key in keys]
+        if memory := each["memory_mib"]:
             rows.append(["memory, MiB: first, most, last", f"{memory[0]}, {max(memory)}, {memory[-1]}"])
-        blocks.append(section(f"Encoder: {name}", plot, table(("", "figure"), rows)))
-    said = (
-        f"<p>{figures['times']} times the peak, open loop; deadline {figures['deadline_ms']} ms. Aimed at: goodput at "
-        f"least {GOODPUT_SHARE:.0%} of the peak, p99 of what is accepted within the deadline, the rest 429, as "
-        f"before {RECOVERED_AFTER_S:g} s after the flood.</p>"
+        sections.append(section(f"Encoder: {name}", plot, table(("", "figure"), rows)))
+    targets = (
+        f"<p>{figures['times']} times the peak, open loop; deadline {figures['deadline_ms']} ms. Targets: goodput of "
+        f"at least {GOODPUT_TARGET:.0%} of the peak, p99 of accepted requests within the deadline, 429 for the others, "
+        f"no refusals from {RECOVERY_S:g} s after the overload.</p>"
     )
-    return page("Overload", "\n".join((said, *blocks)))
+    return page("Overload", "\n".join((targets, *sections)))

@@ -1,4 +1,4 @@
-"""A service of its own for a benchmark: started as a user would, ready before the first request, stopped afterwards."""
+"""Start a service for a benchmark, as a user would, and read its metrics."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ import httpx
 from core.errors import UserError
 
 START_TIMEOUT_S = 60
-ANSWERED = 'wikiclip_images_total{outcome="answered"}'  # in what it tells Prometheus
+ANSWERED = 'wikiclip_images_total{outcome="answered"}'  # a metric
 
 
 @contextmanager
 def running_service(
     bundle: Path, *flags: str, cores: set[int] | None = None, start_timeout_s: float = START_TIMEOUT_S
 ) -> Iterator[str]:
-    """Run `wikiclip serve` on a free port of this machine and yield its base URL once `/readyz` says 200.
+    """Run `wikiclip serve` on a free port and yield its base URL once it is ready.
 
-    `cores` are the only ones it may use, where they are given. Raises `UserError` if it ends or is not ready within
-    `start_timeout_s`.
+    `cores` limits the cores that the service may use. Raise `UserError` if it is not ready within `start_timeout_s`.
     """
     with service_process(bundle, *flags, cores=cores, start_timeout_s=start_timeout_s) as (_, url):
         yield url
@@ -40,7 +39,7 @@ def service_process(
     module: str = "wikiclip",
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """As `running_service`, with the process, of `python -m wikiclip` or of another module that takes its arguments."""
+    """Like `running_service`, but also yield the process. `module` takes the arguments of `python -m wikiclip`."""
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--bundle", str(bundle), "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -55,24 +54,24 @@ def service_process(
 
 
 def split_cores() -> tuple[set[int], set[int]]:
-    """Cores for the load generator and for the service: the last one, and the rest, where there is more than one."""
+    """Return the cores of the load generator (the last one) and of the service (the others). A single core is both."""
     cores = sorted(os.sched_getaffinity(0))
     return ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores), set(cores))
 
 
+def thread_flags(cores: int) -> tuple[str, ...]:
+    """Return flags for the default number of threads on so many cores. The service counts all cores of the machine."""
+    return ("--threads", str(cores), "--decode-threads", str(2 * cores))
+
+
 def scrape_metrics(url: str) -> dict[str, float]:
-    """What the service at this base URL tells Prometheus, by name and labels as they stand there."""
+    """Return the Prometheus metrics of the service at this base URL, by name and labels."""
     lines = httpx.get(f"{url}/metrics", timeout=START_TIMEOUT_S).raise_for_status().text.splitlines()
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
 
 
-def thread_flags(cores: int) -> tuple[str, ...]:
-    """The threads that a service on so many cores has by itself, said because it sees all cores of the machine."""
-    return ("--threads", str(cores), "--decode-threads", str(2 * cores))
-
-
 def free_port() -> int:
-    """A port of this machine that nothing listens on now."""
+    """Return a port that nothing listens on at the moment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port: int = free.getsockname()[1]
@@ -80,7 +79,7 @@ def free_port() -> int:
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout_s: float = START_TIMEOUT_S) -> None:
-    """Return once `/readyz` says 200. Raises `UserError` if the process ends or `timeout_s` pass before."""
+    """Return once `/readyz` answers 200. Raise `UserError` if the process ends or the time runs out."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -91,5 +90,5 @@ def wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout_s: floa
             if httpx.get(f"{url}/readyz", timeout=2).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
-            time.sleep(0.05)  # between two looks at a port that does not listen yet
+            time.sleep(0.05)  # polls a port that nothing listens on yet
     raise UserError(f"the service was not ready within {timeout_s:g} s")

@@ -1,7 +1,9 @@
 """`wikiclip bench stages`: decode, encode, search, end to end, the cache, and growth with the size of the catalog.
 
-All are timed in turns (`benchmarks.rounds`), each round all of them, so that they share whatever else the machine does.
-One thread each but for the service, which has its own; catalogs of made-up embeddings grow as far as memory allows.
+Every round times every stage (`benchmarks.measure.sample`), so other work on the machine affects all of them alike. All
+run on one thread, except for the service. Synthetic catalogs grow as far as memory allows.
+
+Shapes: Q queries, D embedding width.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -18,45 +20,42 @@ from typing import Any
 
 import httpx
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.measure import Probe, nested, sample
 from benchmarks.server import running_service
-from benchmarks.synthetic import bust_cache, photograph
+from benchmarks.synthetic import Float32Array, Population, bust_cache, photograph
 from core.runtime import faiss
 from evaluation.pages import Bar, Series, bar_plot, line_plot, page, section, table
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
-from index.candidates import CpuCandidates
-from index.factory import factory_index
 from service.loaded_bundle import open_encoder
 from service.settings import Settings
 
-Float32Array = npt.NDArray[np.float32]
-
 MAX_PIXELS = 64_000_000
-IMAGES = ((640, 480), (1280, 960), (4000, 3000))
+IMAGE_SIZES = ((640, 480), (1280, 960), (4000, 3000))
 BATCH = 8
-SIZES = (1_000, 10_000, 100_000, 1_000_000)
-SMOKE_SIZES = (1_000, 10_000)
-DIM = 512
-EXACT = "SQfp16"
-FAST = "PQ128x4fs"
-K_FACTOR = 50  # candidates looked at again in float16, as a multiple of what is asked for
-_CHUNK = 50_000
-_QUERIES = 256
-_TOP = 10
-_SHARE_OF_MEMORY = 0.2
+TOP_K = 10
 ROUNDS, SMOKE_ROUNDS = 12, 2
 MOMENT_S, SMOKE_MOMENT_S = 0.25, 0.05
 
+CATALOG_SIZES = (1_000, 10_000, 100_000, 1_000_000)
+SMOKE_CATALOG_SIZES = (1_000, 10_000)
+DIM = 512
+EXACT, FAST = "SQfp16", "PQ128x4fs"
+K_FACTOR = 50  # the fast index ranks this many times TOP_K candidates by their float16 vectors
+QUERIES = 256
+MEMORY_SHARE = 0.2
+CHUNK = 50_000
+
 
 def measure(bundle_path: Path, *, smoke: bool, minutes: float | None = None) -> dict[str, object]:
-    """Milliseconds of each stage with all samples, and the recall of the fast index at each size. Without a smoke run,
-    at least two rounds and as many more, up to twelve, as `minutes` allow."""
+    """Return milliseconds of each stage with all samples, and the recall of the fast index at each size.
+
+    Without `smoke`, run two to twelve rounds, as many as `minutes` allow.
+    """
     until = None if minutes is None else time.monotonic() + 60 * minutes
     bundle = Bundle.open(bundle_path)
-    catalogs = _catalogs(SMOKE_SIZES if smoke else SIZES)
+    catalogs = _catalogs(SMOKE_CATALOG_SIZES if smoke else CATALOG_SIZES)
     with ExitStack() as stack:
         probes = [*_in_process(bundle), *_growth(catalogs), *_over_http(bundle_path, stack)]
         faiss.omp_set_num_threads(1)
@@ -70,9 +69,9 @@ def measure(bundle_path: Path, *, smoke: bool, minutes: float | None = None) -> 
         **nested(metrics),
         "catalogs": [
             {
-                "entities": each.size, "width": DIM, "exact": EXACT, "exact_mb": each.exact_mb,
-                "fast": f"{FAST}, refined in {EXACT}, k_factor {K_FACTOR}", "fast_mb": each.fast_mb,
-                "fast_recall_at_10": each.recall,
+                "entities": each.size, "width": DIM, "exact": EXACT, "exact_mb": round(2e-6 * DIM * each.size, 1),
+                "fast": f"{FAST}, refined in {EXACT}, k_factor {K_FACTOR}",
+                "fast_mb": round((2 * DIM + 64) * 1e-6 * each.size, 1), "fast_recall_at_10": each.recall,
             }
             for each in catalogs
         ],
@@ -81,164 +80,137 @@ def measure(bundle_path: Path, *, smoke: bool, minutes: float | None = None) -> 
 
 
 def _in_process(bundle: Bundle) -> Iterator[Probe]:
-    """Decode at three sizes, encode one and eight, search the bundle, and the three of them together."""
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
     encoder = open_encoder(bundle, preprocessing, Settings(device="cpu", threads=1))
     index = bundle.index()
-    for width, height in IMAGES:
-        data = photograph(1, width, height)
-        decode = partial(load_pixels, data, preprocessing, max_pixels=MAX_PIXELS)
-        yield Probe(name=f"decode/JPEG {width}x{height}", call=_whichever(decode))
+
+    def decode(data: bytes, _: int = 0) -> Any:
+        return load_pixels(data, preprocessing, max_pixels=MAX_PIXELS)
+
+    for width, height in IMAGE_SIZES:
+        yield Probe(name=f"decode/JPEG {width}x{height}", call=partial(decode, photograph(1, width, height)))
     images = [photograph(seed) for seed in range(BATCH)]
-    pixels = np.stack([load_pixels(data, preprocessing, max_pixels=MAX_PIXELS) for data in images])
+    pixels = np.stack([decode(data) for data in images])
     yield Probe(name="encode/1 image", call=lambda i: encoder.encode(pixels[i % BATCH][None]))
     yield Probe(name=f"encode/{BATCH} images, each", call=lambda _: encoder.encode(pixels), items=BATCH)
     queries = encoder.encode(pixels)
-    yield Probe(name="search/1 query", call=lambda i: index.search(queries[i % BATCH][None], _TOP))
+    yield Probe(name="search/1 query", call=lambda i: index.search(queries[i % BATCH][None], TOP_K))
     many = np.repeat(queries, 8, axis=0)
-    yield Probe(name=f"search/{len(many)} queries, each", call=lambda _: index.search(many, _TOP), items=len(many))
-
-    def end_to_end(i: int) -> object:
-        found = load_pixels(images[i % BATCH], preprocessing, max_pixels=MAX_PIXELS)
-        return index.search(encoder.encode(found[None]), _TOP)
-
-    yield Probe(name="end to end/in process", call=end_to_end)
+    yield Probe(name=f"search/{len(many)} queries, each", call=lambda _: index.search(many, TOP_K), items=len(many))
+    yield Probe(
+        name="end to end/in process",
+        call=lambda i: index.search(encoder.encode(decode(images[i % BATCH])[None]), TOP_K),
+    )
 
 
 def _over_http(bundle_path: Path, stack: ExitStack) -> Iterator[Probe]:
-    """An image never seen before, and one that is in the cache, from a service that is started for it."""
+    """Yield probes of a service: images that it has never seen, and one that is in its cache."""
     url = stack.enter_context(running_service(bundle_path, "--cache", "on", "--log-level", "warning"))
     client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
     images = [photograph(seed) for seed in range(BATCH)]
-    number = itertools.count()
+    numbers = itertools.count()
 
-    def ask(data: bytes) -> None:
+    def recognize(data: bytes) -> None:
         client.post("/recognize", content=data, headers={"Content-Type": "image/jpeg"}).raise_for_status()
 
     yield Probe(
-        name="end to end/over HTTP, not cached", call=lambda i: ask(bust_cache(images[i % BATCH], next(number)))
+        name="end to end/over HTTP, not cached",
+        call=lambda i: recognize(bust_cache(images[i % BATCH], next(numbers))),
     )
-    yield Probe(name="end to end/over HTTP, cached", call=lambda _: ask(images[0]))
+    yield Probe(name="end to end/over HTTP, cached", call=lambda _: recognize(images[0]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Catalog:
-    """An exact and a fast index over as many made-up embeddings, queries near some of them, and how they agree."""
+    """Two indexes over synthetic embeddings, queries near some of them, and the recall of the fast index."""
 
     size: int
-    exact: CpuCandidates
-    fast: CpuCandidates
+    exact: faiss.Index
+    fast: faiss.Index
     queries_QD: Float32Array
     recall: float
-    exact_mb: float
-    fast_mb: float
 
 
 def _catalogs(sizes: Sequence[int]) -> list[_Catalog]:
     memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    largest = _SHARE_OF_MEMORY * memory / (2 * DIM)  # both indexes share the float16 vectors
-    return [_catalog(size) for size in sizes if size <= max(largest, sizes[0])]
+    largest = MEMORY_SHARE * memory / (2 * DIM)  # both indexes share the float16 vectors
+    population = Population.of(DIM)
+    return [_catalog(population, size) for size in sizes if size <= max(largest, sizes[0])]
 
 
-def _catalog(size: int) -> _Catalog:
-    """Clusters of embeddings, as a catalog has them: nearest neighbours among random directions would be chance."""
+def _catalog(population: Population, size: int) -> _Catalog:
     rng = np.random.default_rng(size)
-    centres = rng.standard_normal((max(8, size // 100), DIM), dtype=np.float32)
-    exact, fast = factory_index(DIM, EXACT), factory_index(DIM, FAST)
-    queries = np.empty((0, DIM), np.float32)
-    for start in range(0, size, _CHUNK):
-        count = min(_CHUNK, size - start)
-        vectors = centres[rng.integers(len(centres), size=count)]
-        vectors = _unit(vectors + 0.7 * rng.standard_normal((count, DIM), dtype=np.float32))
+    exact, codes = (faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT) for factory in (EXACT, FAST))
+    for start in range(0, size, CHUNK):
+        vectors = population.draw(min(CHUNK, size - start), rng)
         if start == 0:
-            queries = _unit(
-                vectors[:_QUERIES] + (0.5 / DIM**0.5) * rng.standard_normal(vectors[:_QUERIES].shape, dtype=np.float32)
-            )
+            queries_QD = vectors[:QUERIES] + rng.normal(0, 0.5 / DIM**0.5, vectors[:QUERIES].shape).astype(np.float32)
+            queries_QD /= np.linalg.norm(queries_QD, axis=1, keepdims=True)
             exact.train(vectors)
-            fast.train(vectors)
+            codes.train(vectors)
         exact.add(vectors)
-        fast.add(vectors)
-    refined = faiss.IndexRefine(fast, exact)
-    exactly, fastly = CpuCandidates(exact), CpuCandidates(refined)
-    wanted = exactly.search(queries, _TOP, {}, None, 1.0)[1]
-    found = fastly.search(queries, _TOP, {"k_factor": K_FACTOR}, None, 1.0)[1]
-    recall = np.mean([len(set(w) & set(f)) / _TOP for w, f in zip(wanted.tolist(), found.tolist(), strict=True)])
-    return _Catalog(
-        size=size, exact=exactly, fast=fastly, queries_QD=queries, recall=round(float(recall), 4),
-        exact_mb=round(2e-6 * DIM * size, 1), fast_mb=round((2 * DIM + 64) * 1e-6 * size, 1),
-    )  # fmt: skip
-
-
-def _unit(vectors_ND: Float32Array) -> Float32Array:
-    unit: Float32Array = vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    return unit
-
-
-def _whichever(call: Callable[[], object]) -> Callable[[int], object]:
-    """A probe's call that does the same whatever its number."""
-    return lambda _: call()
+        codes.add(vectors)
+    fast = faiss.IndexRefine(codes, exact)
+    fast.k_factor = K_FACTOR
+    (_, expected), (_, found) = (each.search(queries_QD, TOP_K) for each in (exact, fast))
+    recall = np.mean([len(np.intersect1d(*pair)) / TOP_K for pair in zip(expected, found, strict=True)])
+    return _Catalog(size=size, exact=exact, fast=fast, queries_QD=queries_QD, recall=round(float(recall), 4))
 
 
 def _growth(catalogs: Sequence[_Catalog]) -> Iterator[Probe]:
-    """One query against each catalog, exactly and fast."""
-
-    def ask(candidates: CpuCandidates, queries_QD: Float32Array, parameters: dict[str, Any], i: int) -> object:
-        return candidates.search(queries_QD[i % len(queries_QD)][None], _TOP, parameters, None, 1.0)
+    def search(index: faiss.Index, queries_QD: Float32Array, i: int) -> Any:
+        return index.search(queries_QD[i % QUERIES][None], TOP_K)
 
     for each in catalogs:
-        yield Probe(name=f"growth/{each.size} exact", call=partial(ask, each.exact, each.queries_QD, {}))
-        parameters = {"k_factor": K_FACTOR}
-        yield Probe(name=f"growth/{each.size} fast", call=partial(ask, each.fast, each.queries_QD, parameters))
+        yield Probe(name=f"growth/{each.size} exact", call=partial(search, each.exact, each.queries_QD))
+        yield Probe(name=f"growth/{each.size} fast", call=partial(search, each.fast, each.queries_QD))
 
 
 def report(figures: dict[str, Any]) -> str:
-    """An HTML page: the time of each stage, and how search grows with the catalog."""
-    bars = [
-        Bar(name=f"{group}, {name}", value=metric["median"], interval=tuple(metric["interval"]))
-        for group in ("decode", "encode", "search", "end to end")
-        for name, metric in figures[group].items()
-    ]
-    rows = [
-        [f"{group}, {name}", f"{metric['median']:.3g}", "{:.3g} to {:.3g}".format(*metric["interval"])]
+    """Return an HTML page: the time of each stage, and how search grows with the catalog."""
+    stages = {
+        f"{group}, {name}": metric
         for group in ("decode", "encode", "search", "end to end", "growth")
         for name, metric in figures[group].items()
+    }
+    bars = [
+        Bar(name=name, value=metric["median"], interval=tuple(metric["interval"]))
+        for name, metric in stages.items()
+        if not name.startswith("growth")
+    ]
+    rows = [
+        [name, f"{metric['median']:.3g}", "{:.3g} to {:.3g}".format(*metric["interval"])]
+        for name, metric in stages.items()
     ]
     series = []
     for kind in ("exact", "fast"):
-        points = [(each["entities"], figures["growth"][f"{each['entities']} {kind}"]) for each in figures["catalogs"]]
+        metrics = [figures["growth"][f"{each['entities']} {kind}"] for each in figures["catalogs"]]
         series.append(
             Series(
                 name=f"{kind}: {figures['catalogs'][0][kind]}",
-                points=[(size, metric["median"]) for size, metric in points],
-                intervals=[tuple(metric["interval"]) for _, metric in points],
+                points=[
+                    (each["entities"], metric["median"])
+                    for each, metric in zip(figures["catalogs"], metrics, strict=True)
+                ],
+                intervals=[tuple(metric["interval"]) for metric in metrics],
             )
         )
     growth = line_plot(
         series, title="Search against the size of the catalog", x_label=f"entities of width {DIM}",
-        y_label="ms a query",
-        x_log=True, y_log=True,
+        y_label="ms per query", x_log=True, y_log=True,
     )  # fmt: skip
     sizes = [
-        [f"{each['entities']:,}".replace(",", " "), f"{each['exact_mb']}", f"{each['fast_mb']}",
-         f"{each['fast_recall_at_10']:.4f}"]
+        [f"{each['entities']:,}", str(each["exact_mb"]), str(each["fast_mb"]), f"{each['fast_recall_at_10']:.4f}"]
         for each in figures["catalogs"]
-    ]  # fmt: skip
+    ]
     hot, cold = (figures["end to end"][f"over HTTP, {kind}"]["median"] for kind in ("cached", "not cached"))
-    told = (
-        f"Medians with 95 % intervals, one thread. An answer from the cache takes {hot:.2f} ms over HTTP, one that has "
-        f"to be found {cold:.1f} ms."
+    text = (
+        f"<p>Medians with 95 % intervals, one thread. Over HTTP, an answer takes {hot:.2f} ms from the cache and "
+        f"{cold:.1f} ms otherwise.</p>"
     )
-    return page(
-        "Stages",
-        "\n".join(
-            (
-                section("Where the time goes", f"<p>{told}</p>", bar_plot(bars, title="Time by stage", x_label="ms")),
-                section(
-                    "Growth with the catalog",
-                    growth,
-                    table(["entities", "exact, MB", "fast, MB", "fast, recall@10"], sizes),
-                ),
-                section("Every figure", table(["stage", "median, ms", "95 % interval"], rows)),
-            )
-        ),
+    sections = (
+        section("Where the time goes", text, bar_plot(bars, title="Time by stage", x_label="ms")),
+        section("Growth with the catalog", growth, table(("entities", "exact, MB", "fast, MB", "recall@10"), sizes)),
+        section("Every figure", table(("stage", "median, ms", "95 % interval"), rows)),
     )
+    return page("Stages", "\n".join(sections))

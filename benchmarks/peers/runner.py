@@ -1,9 +1,9 @@
-"""`wikiclip bench peers`: LitServe, mosec and BentoML serving the bundle's ONNX file, and this service beside them.
+"""`wikiclip bench peers`: LitServe, mosec and BentoML with the bundle's ONNX file, compared with this service.
 
-All get the same photographs (1280x960), the same vectors, and the same threads. The load generator has one core and the
-server the others, where there is more than one. Each peer runs twice: with decoding and preprocessing as its
-examples write them (`own`), and with this project's decoder (`ours`). Peers answer ids and scores; the service does all
-that it does.
+All servers get the same images (1280x960), vectors and threads, in turns. The load generator has one core and the
+server the others, where there are two. Each peer runs with the decoding that its examples use (`its own decoder`) and
+with ours (`our decoder`). Peers return ids and scores; the service does all its work. Each peer has an environment
+below `build/peers/`, which a run without `--smoke` installs from the registry.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
 import numpy as np
 
-from benchmarks.closed_loop import Job, body_of, run_job
-from benchmarks.peers.environments import FOLDER, ROOT, VERSIONS, NoEnvironment, interpreter
+from benchmarks.generator import Job, closed_loop, encode_image
 from benchmarks.server import free_port, running_service, split_cores, thread_flags
 from benchmarks.synthetic import write_photographs
 from evaluation.pages import Bar, bar_plot, page, section, table
@@ -31,55 +32,68 @@ from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8
 ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
-SMOKE_SECONDS, SMOKE_WARM_UP_S = 3.0, 1.0
-_FINAL = (400, 405, 413, 415, 422)  # asked wrongly: asking again gives the same
-START_TIMEOUT_S, STOP_TIMEOUT_S = 90, 15
-AHEAD = 1.2  # times the best peer that decodes in its own way
+SMOKE_ROUNDS, SMOKE_SECONDS = 1, 3.0
+START_TIMEOUT_S, STOP_TIMEOUT_S, INSTALL_TIMEOUT_S = 90, 15, 900
+CLIENT_ERRORS = (400, 405, 413, 415, 422)  # a retry would get the same
+TARGET = 1.2  # times the throughput of the best peer with its own decoder
 
-Decoder = Literal["own", "ours"]
-DECODERS: tuple[Decoder, ...] = ("own", "ours")
+ROOT = Path(__file__).parents[2]
+ENVIRONMENTS = ROOT / "build" / "peers"
+VERSIONS = {"litserve": "0.2.19", "mosec": "0.9.8", "bentoml": "1.4.40"}
+SHARED = ("numpy", "pillow", "onnxruntime", "faiss-cpu")  # in the versions installed here
+EXTRA = {"litserve": ("python-multipart",)}  # an undeclared dependency
+
+
+class PeerUnavailable(Exception):
+    """A peer cannot be installed or run here. The message goes into `left_out`."""
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
-    """Images a second and p99 of each server, the medians of rounds in which they take turns, and the ratios."""
-    generator, service = split_cores()
+    """Return the median round of each server, and the ratios of this service to the best peers."""
+    generator, cores = split_cores()
     runs: dict[str, list[dict[str, Any]]] = {}
-    left_out: dict[str, str] = {}
     agreement: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    pythons: dict[str, Path] = {}
+    for peer in VERSIONS:
+        try:
+            pythons[peer] = environment_python(peer, install=not smoke)
+        except PeerUnavailable as error:
+            left_out[peer] = str(error)
     with tempfile.TemporaryDirectory() as folder:
-        setup = _Setup(bundle_path, Path(folder), service)
-        found: list[str] = []
-        pythons: dict[str, Path] = {}
-        for peer in VERSIONS:
-            try:
-                pythons[peer] = interpreter(peer, make=not smoke)
-            except NoEnvironment as error:
-                left_out[peer] = str(error)
+        work = Path(folder)
+        images = write_photographs(work, IMAGES, 1280, 960)
+        shared_job = _write_shared_files(Bundle.open(bundle_path), work)
 
-        def run(url: str, field: str | None, name: str) -> None:
+        def run(name: str, url: str, form_field: str | None) -> list[str]:
+            """Measure a server and return the first entity for each image."""
+            seconds = SMOKE_SECONDS if smoke else SECONDS
             job = Job(
-                url=url, images=setup.images, field=field, connections=CONNECTIONS,
-                warm_up_s=SMOKE_WARM_UP_S if smoke else WARM_UP_S, seconds=SMOKE_SECONDS if smoke else SECONDS,
+                url=url, images=images, cores=[*generator], form_field=form_field, connections=CONNECTIONS,
+                seconds=WARM_UP_S + seconds,
             )  # fmt: skip
-            runs.setdefault(name, []).append(run_job(job, Path(folder), generator))
+            entities = [_first_entity(url, form_field, image) for image in images]
+            runs.setdefault(name, []).append(closed_loop(job, warm_up_s=WARM_UP_S))
+            return entities
 
-        for _ in range(1 if smoke else ROUNDS):
-            with setup.ours() as url:
-                found = found or [_first(url, None, image) for image in setup.images]
-                run(url, None, "wikiclip")
+        flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(cores)), "--log-level", "warning")
+        for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
+            with running_service(bundle_path, *flags, cores=cores) as url:
+                expected = run("wikiclip", f"{url}/recognize?top_k=5", None)
             for peer, python in pythons.items():
-                for decoder in DECODERS[:1] if smoke else DECODERS:
+                for decoder in ("own",) if smoke else ("own", "ours"):
                     name = f"{peer}, {'its own' if decoder == 'own' else 'our'} decoder"
                     if name in left_out:
                         continue
+                    job = {**shared_job, "decoder": decoder}
                     try:
-                        with setup.peer(peer, python, decoder) as (url, field):
-                            firsts = [_first(url, field, image) for image in setup.images]
-                            agreement[name] = float(np.mean(np.array(firsts) == np.array(found)))
-                            run(url, field, name)
-                    except NoEnvironment as error:
+                        with running_peer(peer, python, job, images[0], work, cores) as (url, form_field):
+                            found = run(name, url, form_field)
+                    except PeerUnavailable as error:
                         left_out[name] = str(error)
-    systems = {name: {**_median(each), "rounds": each} for name, each in runs.items()}
+                    else:
+                        agreement[name] = float(np.mean(np.array(found) == np.array(expected)))
+    systems = {name: {**_median_round(rounds), "rounds": rounds} for name, rounds in runs.items()}
     for name, share in agreement.items():
         systems[name]["same_first_entity"] = round(share, 3)
     return {
@@ -88,156 +102,147 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         "left_out": left_out,
         "image": "JPEG 1280x960",
         "connections": CONNECTIONS,
-        "threads": len(service),
-        "cores": {"generator": sorted(generator), "server": sorted(service)},
+        "threads": len(cores),
+        "cores": {"generator": sorted(generator), "server": sorted(cores)},
         "versions": VERSIONS,
     }
 
 
 def ratios(systems: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """How many times the best peer's images a second this service has, and how many times its p99 the best peer's is,
-    against peers with their own decoder and with ours. Above 1 the service is ahead."""
+    """Return throughput and p99 of this service relative to the best peer, for each decoder. Above 1 it is ahead."""
     found = {}
-    ours = systems["wikiclip"]
-    for kind in ("its own", "our"):
-        peers = [each for name, each in systems.items() if name.endswith(f"{kind} decoder") and each["per_s"]]
+    service = systems["wikiclip"]
+    for kind in ("its own decoder", "our decoder"):
+        peers = [each for name, each in systems.items() if name.endswith(f", {kind}") and each["per_s"]]
         if peers:
-            found[f"{kind} decoder"] = {
-                "throughput": round(ours["per_s"] / max(each["per_s"] for each in peers), 3),
-                "p99": round(min(each["p99_ms"] for each in peers) / ours["p99_ms"], 3),
+            found[kind] = {
+                "throughput": round(service["per_s"] / max(each["per_s"] for each in peers), 3),
+                "p99": round(min(each["p99_ms"] for each in peers) / service["p99_ms"], 3),
             }
     return found
 
 
-def report(figures: dict[str, Any]) -> str:
-    """An HTML page: images a second and p99 of each server, and who was left out and why."""
-    systems = figures["systems"]
-    plots = [
-        bar_plot(
-            [Bar(name=name, value=each[key]) for name, each in systems.items() if each[key] is not None],
-            title=title,
-            x_label=label,
-        )
-        for key, title, label in (
-            ("per_s", "Images a second, more is better", "images/s"),
-            ("p99_ms", "p99, less is better", "ms"),
-        )
-    ]
-    keys = ("per_s", "p50_ms", "p99_ms", "failures", "same_first_entity")
-    rows = [[name, *(str(each.get(key, "")) for key in keys)] for name, each in systems.items()]
-    cores = figures["cores"]
-    said = (
-        f"<p>{figures['image']}, {figures['connections']} connections, closed loop; server on {len(cores['server'])} "
-        f"core(s) with {figures['threads']} thread(s), load generator on {len(cores['generator'])}. Medians of rounds "
-        "in which the servers take turns.</p>"
-    )
-    blocks = [section("Images a second and p99", said, *plots, table(("server", *keys), rows))]
-    ahead = [[kind, str(each["throughput"]), str(each["p99"])] for kind, each in figures["ratios"].items()]
-    if ahead:
-        note = f"<p>Above 1 this service is ahead. Aimed at: {AHEAD} in throughput with their own decoder.</p>"
-        blocks.append(section("Against the best peer", note, table(("peers with", "throughput", "p99"), ahead)))
-    if figures["left_out"]:
-        blocks.append(section("Left out", table(("server", "why"), [[*each] for each in figures["left_out"].items()])))
-    return page("Other servers", "\n".join(blocks))
+def _median_round(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the round with the median throughput, so that figures of one round stay together."""
+    return sorted(rounds, key=lambda each: float(each["per_s"]))[len(rounds) // 2]
 
 
-class _Setup:
-    """The files that all servers share, and how each is started."""
-
-    def __init__(self, bundle_path: Path, work: Path, cores: set[int]) -> None:
-        self._bundle_path, self._work, self._cores = bundle_path, work, cores
-        self.images = write_photographs(work, IMAGES, 1280, 960)
-        bundle = Bundle.open(bundle_path)
-        embeddings = bundle.embeddings()
-        np.save(work / "vectors.npy", np.concatenate(list(embeddings)))
-        with bundle.store() as store:
-            ids = [entity.entity_id for entity in store.by_rows(range(len(store)))]
-        (work / "ids.json").write_text(json.dumps([ids[row] for row in embeddings.rows_N]), encoding="utf-8")
-        entry = bundle.manifest.image_encoder
-        self._job = {
-            "onnx": str(bundle.image_encoder_path.resolve()),
-            "input": entry.input,
-            "output": entry.outputs[1],
-            "vectors": str(work / "vectors.npy"),
-            "ids": str(work / "ids.json"),
-            "preprocessing": dict(bundle.manifest.preprocessing),
-            "threads": len(cores),
-            "cores": len(cores),
-        }
-
-    @contextmanager
-    def ours(self) -> Iterator[str]:
-        flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(self._cores)))
-        with running_service(self._bundle_path, *flags, "--log-level", "warning", cores=self._cores) as url:
-            yield f"{url}/recognize?top_k=5"
-
-    @contextmanager
-    def peer(self, peer: str, python: Path, decoder: Decoder) -> Iterator[tuple[str, str | None]]:
-        """Yields the URL to post to and the form's field, None for a bare body. Raises `NoEnvironment` if it fails."""
-        path = self._work / f"{peer}.json"
-        path.write_text(json.dumps({**self._job, "decoder": decoder}), encoding="utf-8")
-        port = free_port()
-        url = f"http://127.0.0.1:{port}"
-        module = f"benchmarks.peers.serve_{peer}"
-        command, target, field = {
-            "litserve": ([python, "-m", module, str(port)], f"{url}/predict", "image"),
-            "mosec": ([python, "-m", module, "--port", str(port), "--address", "127.0.0.1"], f"{url}/inference", None),
-            "bentoml": (
-                [python, "-m", "bentoml", "serve", f"{module}:Recognise", "--port", str(port), "--host", "127.0.0.1"],
-                f"{url}/{'predict' if decoder == 'own' else 'predict_file'}",
-                "image",
-            ),
-        }[peer]
-        environment = {
-            **os.environ, "PEER_JOB": str(path), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(self._cores)),
-            "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(FOLDER / "bentoml-home"), "NO_COLOR": "1",
-        }  # fmt: skip
-        log = self._work / f"{peer}.log"
-        before = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, self._cores)  # inherited, by whatever processes the server starts
-        try:
-            with log.open("wb") as said:
-                process = subprocess.Popen(
-                    list(map(str, command)), cwd=self._work, env=environment, stdout=said, stderr=said,
-                    start_new_session=True,
-                )  # fmt: skip
-        finally:
-            os.sched_setaffinity(0, before)
-        try:
-            _wait(process, target, field, self.images[0], log)
-            yield target, field
-        finally:
-            _stop(process)
+def environment_python(peer: str, *, install: bool) -> Path:
+    """Return the Python of a peer's environment, which `install` may create. Raise `PeerUnavailable`."""
+    packages = [
+        f"{peer}=={VERSIONS[peer]}", *(f"{name}=={version(name)}" for name in (*SHARED, *EXTRA.get(peer, ())))
+    ]  # fmt: skip
+    folder = ENVIRONMENTS / peer
+    requirements, python = folder / "requirements.txt", folder / "bin" / "python"
+    if requirements.exists() and requirements.read_text() == "\n".join(packages):
+        return python
+    if not install:
+        raise PeerUnavailable("its environment does not exist; a run without --smoke installs it")
+    try:
+        for command in (
+            [sys.executable, "-m", "venv", "--clear", str(folder)],
+            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
+        ):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if line.startswith("ERROR")] or [str(error)]
+        raise PeerUnavailable(f"it cannot be installed: {lines[-1]}") from error
+    except subprocess.TimeoutExpired as error:
+        raise PeerUnavailable(f"it was not installed within {INSTALL_TIMEOUT_S} s") from error
+    requirements.write_text("\n".join(packages))
+    return python
 
 
-def _wait(process: subprocess.Popen[bytes], url: str, field: str | None, image: str, log: Path) -> None:
-    """Until a photograph is recognised."""
+def _write_shared_files(bundle: Bundle, work: Path) -> dict[str, Any]:
+    """Write the vectors and their entity ids, and return the part of the job that all peers share."""
+    embeddings = bundle.embeddings()
+    np.save(work / "vectors.npy", np.concatenate(list(embeddings)))
+    with bundle.store() as store:
+        ids = [entity.entity_id for entity in store.by_rows(range(len(store)))]
+    (work / "ids.json").write_text(json.dumps([ids[row] for row in embeddings.rows_N]))
+    _, cores = split_cores()
+    return {
+        "onnx": str(bundle.image_encoder_path.resolve()),
+        "input": bundle.manifest.image_encoder.input,
+        "output": bundle.manifest.image_encoder.outputs[1],
+        "vectors": str(work / "vectors.npy"),
+        "ids": str(work / "ids.json"),
+        "preprocessing": dict(bundle.manifest.preprocessing),
+        "threads": len(cores),
+        "cores": len(cores),
+    }
+
+
+@contextmanager
+def running_peer(
+    peer: str, python: Path, job: dict[str, Any], image: str, work: Path, cores: set[int]
+) -> Iterator[tuple[str, str | None]]:
+    """Run a peer, and yield its URL and the form field for images, None for a plain body. Raise `PeerUnavailable`."""
+    (work / "job.json").write_text(json.dumps(job))
+    port = str(free_port())
+    module = f"benchmarks.peers.serve_{peer}"
+    predict = "predict" if job["decoder"] == "own" else "predict_file"
+    command, path, form_field = {
+        "litserve": ([module, port], "predict", "image"),
+        "mosec": ([module, "--port", port, "--address", "127.0.0.1"], "inference", None),
+        "bentoml": (
+            ["bentoml", "serve", f"{module}:Recognize", "--port", port, "--host", "127.0.0.1"],
+            predict,
+            "image",
+        ),
+    }[peer]
+    url = f"http://127.0.0.1:{port}/{path}"
+    environment = {
+        **os.environ, "PEER_JOB": str(work / "job.json"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(cores)),
+        "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(ENVIRONMENTS / "bentoml-home"), "NO_COLOR": "1",
+    }  # fmt: skip
+    log = work / f"{peer}.log"
+    own_cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)  # every process of the server inherits it
+    try:
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [str(python), "-m", *command], cwd=work, env=environment, stdout=output, stderr=output,
+                start_new_session=True,
+            )  # fmt: skip
+    finally:
+        os.sched_setaffinity(0, own_cores)
+    try:
+        _wait_until_serving(process, url, form_field, image, log)
+        yield url, form_field
+    finally:
+        _stop(process)
+
+
+def _wait_until_serving(
+    process: subprocess.Popen[bytes], url: str, form_field: str | None, image: str, log: Path
+) -> None:
+    """Return once an image is recognised. Raise `PeerUnavailable` with the last line of the log."""
     deadline = time.monotonic() + START_TIMEOUT_S
     problem = "it did not answer"
     while time.monotonic() < deadline and process.poll() is None:
         try:
-            if _first(url, field, image):
-                return
-        except httpx.TransportError:
-            time.sleep(0.1)  # between two looks at a port that does not listen yet
+            _first_entity(url, form_field, image)
+            return
         except httpx.HTTPStatusError as error:
             problem = f"status {error.response.status_code}"
-            if error.response.status_code in _FINAL:
+            if error.response.status_code in CLIENT_ERRORS:
                 break
-            time.sleep(0.1)
-    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    raise NoEnvironment(f"it does not serve ({problem}): {' '.join(last)[:300]}")
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)  # polls a server that is not ready yet
+    last_line = log.read_text(errors="replace").strip().splitlines()[-1:]
+    raise PeerUnavailable(f"it does not serve ({problem}): {' '.join(last_line)[:300]}")
 
 
-def _first(url: str, field: str | None, image: str) -> str:
-    """The first entity that a server finds in an image."""
-    body, content_type = body_of(Path(image).read_bytes(), field)
+def _first_entity(url: str, form_field: str | None, image: str) -> str:
+    body, content_type = encode_image(Path(image).read_bytes(), form_field)
     answer = httpx.post(url, content=body, headers={"Content-Type": content_type}, timeout=60).raise_for_status().json()
     return str(answer["predictions"][0]["entity_id"] if "predictions" in answer else answer["entities"][0])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """The server and all processes it started."""
+    """Stop the server and every process that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, number)
@@ -249,6 +254,34 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             continue
 
 
-def _median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The round in the middle by images a second: its figures belong together."""
-    return sorted(rounds, key=lambda each: float(each["per_s"]))[len(rounds) // 2]
+def report(figures: dict[str, Any]) -> str:
+    """Return an HTML page: throughput and p99 of each server, the ratios, and the peers left out."""
+    systems, cores = figures["systems"], figures["cores"]
+    plots = [
+        bar_plot(
+            [Bar(name=name, value=each[key]) for name, each in systems.items() if each[key] is not None],
+            title=title,
+            x_label=label,
+        )
+        for key, title, label in (
+            ("per_s", "Images per second, more is better", "images/s"),
+            ("p99_ms", "p99, less is better", "ms"),
+        )
+    ]
+    keys = ("per_s", "p50_ms", "p99_ms", "failures", "same_first_entity")
+    rows = [[name, *(str(each.get(key, "")) for key in keys)] for name, each in systems.items()]
+    setup = (
+        f"<p>{figures['image']}, {figures['connections']} connections, closed loop; server on {len(cores['server'])} "
+        f"core(s) with {figures['threads']} thread(s), load generator on {len(cores['generator'])}. Medians of rounds "
+        "in which the servers take turns.</p>"
+    )
+    sections = [section("Images per second and p99", setup, *plots, table(("server", *keys), rows))]
+    if figures["ratios"]:
+        rows = [[kind, str(each["throughput"]), str(each["p99"])] for kind, each in figures["ratios"].items()]
+        note = f"<p>Above 1 this service is ahead. Target: {TARGET} in throughput with their own decoder.</p>"
+        sections.append(section("Against the best peer", note, table(("peers with", "throughput", "p99"), rows)))
+    if figures["left_out"]:
+        sections.append(
+            section("Left out", table(("server", "why"), [[*each] for each in figures["left_out"].items()]))
+        )
+    return page("Other servers", "\n".join(sections))

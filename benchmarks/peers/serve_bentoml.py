@@ -1,4 +1,4 @@
-"""BentoML: a service whose method takes an image, as its examples have it, in as many threads as there are cores."""
+"""BentoML: a service whose method takes an image, as in its examples, with one thread per core."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 import bentoml
 from PIL import Image
 
-from benchmarks.peers.workload import Recogniser, as_pixels, decoder, job
+from benchmarks.peers import Recognizer, make_decoder, preprocess, read_job
 
-_JOB = job()
+JOB = read_job()
 
 
-@bentoml.service(workers=1, threads=_JOB["cores"], traffic={"timeout": 60}, metrics={"enabled": False})
-class Recognise:
+@bentoml.service(workers=1, threads=JOB["cores"], traffic={"timeout": 60}, metrics={"enabled": False})
+class Recognize:
     def __init__(self) -> None:
-        self._decode = decoder(_JOB)
-        self._recogniser = Recogniser(_JOB)
+        self._decode = make_decoder(JOB)
+        self._recognizer = Recognizer(JOB)
 
     @bentoml.api
     def predict(self, image: Image.Image) -> dict[str, Any]:
-        return self._recogniser.recognise([as_pixels(image, _JOB["preprocessing"])])[0]
+        return self._recognizer.recognize([preprocess(image, JOB["preprocessing"])])[0]
 
     @bentoml.api
     def predict_file(self, image: Path) -> dict[str, Any]:
-        """For our decoder, which takes the file."""
-        return self._recogniser.recognise([self._decode(image.read_bytes())])[0]
+        """Decode the file with our decoder."""
+        return self._recognizer.recognize([self._decode(image.read_bytes())])[0]

@@ -1,4 +1,4 @@
-"""LitServe: a LitAPI with dynamic batching; requests are decoded in the worker, as its batched example has it."""
+"""LitServe: a LitAPI with dynamic batching that decodes in the worker, as in its batching example."""
 
 import sys
 from typing import Any
@@ -6,25 +6,24 @@ from typing import Any
 import litserve
 from fastapi import Request
 
-from benchmarks.peers.workload import MAX_BATCH, Recogniser, decoder, job
+from benchmarks.peers import MAX_BATCH, Recognizer, make_decoder, read_job
 
 
-class Recognise(litserve.LitAPI):
+class Recognize(litserve.LitAPI):
     def setup(self, device: str) -> None:
-        wanted = job()
-        self._decode = decoder(wanted)
-        self._recogniser = Recogniser(wanted)
+        self._decode = make_decoder(read_job())
+        self._recognizer = Recognizer(read_job())
 
-    # LitServe reads the kinds of request and response off these annotations, so they are no strings here.
+    # LitServe reads these annotations, so they must not be strings (`from __future__ import annotations`).
     def decode_request(self, request: Request) -> Any:
-        form: Any = request  # by now
+        form: Any = request
         return self._decode(form["image"].file.read())
 
     def batch(self, inputs: list[Any]) -> list[Any]:
         return list(inputs)
 
     def predict(self, pixels: list[Any]) -> list[dict[str, Any]]:
-        return self._recogniser.recognise(pixels)
+        return self._recognizer.recognize(pixels)
 
     def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return output
@@ -34,7 +33,8 @@ class Recognise(litserve.LitAPI):
 
 
 def main() -> None:
-    api = Recognise(max_batch_size=MAX_BATCH, batch_timeout=0.005)
+    """Serve on the port given on the command line."""
+    api = Recognize(max_batch_size=MAX_BATCH, batch_timeout=0.005)
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=60)
     server.run(host="127.0.0.1", port=int(sys.argv[1]), generate_client_file=False, log_level="warning")
 

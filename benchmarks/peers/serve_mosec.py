@@ -1,4 +1,4 @@
-"""mosec: a stage of preprocessing workers, one a core, before a stage that batches, as its ResNet example has it."""
+"""mosec: one preprocessing worker per core, then a stage that batches, as in its ResNet example."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from mosec import Server, Worker
 
-from benchmarks.peers.workload import MAX_BATCH, Recogniser, decoder, job
+from benchmarks.peers import MAX_BATCH, Recognizer, make_decoder, read_job
 
 
 class Preprocess(Worker):
     def __init__(self) -> None:
-        self._decode = decoder(job())
+        self._decode = make_decoder(read_job())
 
     def deserialize(self, data: bytes) -> bytes:
         return data
@@ -22,16 +22,16 @@ class Preprocess(Worker):
 
 class Inference(Worker):
     def __init__(self) -> None:
-        self._recogniser = Recogniser(job())
+        self._recognizer = Recognizer(read_job())
 
     def forward(self, data: list[Any]) -> list[dict[str, Any]]:
-        return self._recogniser.recognise(data)
+        return self._recognizer.recognize(data)
 
 
 def main() -> None:
-    """The port is given as `--port`, which mosec reads itself."""
+    """Serve. mosec reads `--port` and `--address` itself."""
     server = Server()
-    server.append_worker(Preprocess, num=job()["cores"], timeout=60)
+    server.append_worker(Preprocess, num=read_job()["cores"], timeout=60)
     server.append_worker(Inference, num=1, max_batch_size=MAX_BATCH, max_wait_time=5, timeout=60)
     server.run()
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 
@@ -15,8 +11,6 @@ from benchmarks import index_search
 from benchmarks.index_probe import overlap
 from benchmarks.index_scale import Scale, measure_scale
 from index.bundle import Bundle
-
-GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 
 
 def test_overlap_by_hand() -> None:
@@ -45,18 +39,3 @@ def test_every_size_is_measured_reported_and_removed(
     text = index_search.report({"made_up": found})
     assert text.count("<svg") == 3  # growth, and the curves of both sizes
     assert "4,500" in text
-
-
-@pytest.mark.skipif(GPUS > 0, reason="faiss sees a GPU")
-def test_exact_search_on_gpus_says_that_there_is_none() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_search", "--vectors", "100", "--dim", "8", "--bandwidth-gb-s", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "faiss sees no GPU" in done.stderr
-
-
-@pytest.mark.skipif(GPUS == 0, reason="faiss sees no GPU")
-def test_exact_search_on_gpus() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_search", "--vectors", "5000", "--dim", "64"]
-    done = subprocess.run([*command, "--bandwidth-gb-s", "1000"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["figures"]["single"]["p50_ms"] > 0

@@ -1,4 +1,4 @@
-"""The benchmark of a service on a GPU, as far as it needs none: its bundle, its rule, and one small run on the CPU."""
+"""The GPU benchmark without a GPU: its rules, a small run on the CPU, and its errors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,30 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faiss
 import onnxruntime
 import pytest
 
-from benchmarks.gpu_load import Look, busy, dealt, gpu_told, timings_of
-from benchmarks.gpu_service import gpu_ms_per_image, limited_by, shared_out
+from benchmarks.gpu import (
+    Snapshot,
+    busy,
+    divide_cores,
+    gpu_figures,
+    gpu_ms_per_image,
+    limited_by,
+    parse_server_timing,
+    split_cores,
+)
+
+GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 
 
-def test_cores_are_shared_out() -> None:
-    assert shared_out(list(range(16)), 4) == ([12, 13, 14, 15], list(range(12)))
-    assert shared_out([3, 5], 4) == ([5], [3])
-    assert shared_out([7], 4) == ([7], [7])
-    assert dealt(range(12), 4) == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}, {9, 10, 11}]
-    assert dealt([1], 2) == [{1}, {1}]
+def test_cores_are_divided() -> None:
+    assert split_cores(list(range(16)), 4) == ([12, 13, 14, 15], list(range(12)))
+    assert split_cores([3, 5], 4) == ([5], [3])
+    assert split_cores([7], 4) == ([7], [7])
+    assert divide_cores(range(12), 4) == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}, {9, 10, 11}]
+    assert divide_cores([1], 2) == [{1}, {1}]
 
 
 FULL = {
@@ -29,7 +40,7 @@ FULL = {
 
 
 @pytest.mark.parametrize(
-    ("differs", "said"),
+    ("changes", "expected"),
     [
         ({"generator_busy": 0.99, "gpu_work_share": 0.95}, "the load generator (0.99)"),
         ({"gpu_work_share": 0.95}, "the GPU (0.95)"),
@@ -44,11 +55,11 @@ FULL = {
         ),
     ],
 )
-def test_what_limits_it_is_the_first_that_is_full(differs, said) -> None:
-    assert limited_by(FULL | differs) == said
+def test_the_first_full_part_limits_the_service(changes, expected) -> None:
+    assert limited_by(FULL | changes) == expected
 
 
-def test_work_of_the_gpu_for_an_image_is_encoding_and_searching_in_full_batches() -> None:
+def test_gpu_time_per_image_is_that_of_full_batches() -> None:
     batches = {"8": {"session_per_s": 100.0}, "32": {"session_per_s": 500.0}, "64": {"session_per_s": 600.0}}
     search = {"1": {"candidates_ms": {"p50": 4.0}}, "32": {"candidates_ms": {"p50": 16.0}}}
     figures = {"encoder_alone": {"batches": batches}, "search_alone": {"batches": search}}
@@ -57,7 +68,7 @@ def test_work_of_the_gpu_for_an_image_is_encoding_and_searching_in_full_batches(
     assert gpu_ms_per_image({}) is None
 
 
-def test_what_services_did_between_two_looks() -> None:
+def test_busy_between_two_snapshots() -> None:
     def metrics(times: int) -> dict[str, float]:
         stages = {"decode": 0.3, "queue": 0.1, "encode": 0.4, "search": 0.1}
         return {
@@ -69,11 +80,11 @@ def test_what_services_did_between_two_looks() -> None:
             **{f'wikiclip_stage_seconds_count{{stage="{name}"}}': 10.0 * times for name in stages},
         }
 
-    before = Look(at_s=5.0, metrics=metrics(1), main_thread_s=1.0, other_threads_s={7: 1.0})
-    after = Look(at_s=7.0, metrics=metrics(2), main_thread_s=1.5, other_threads_s={7: 1.0, 8: 0.6})
+    before = Snapshot(at_s=5.0, metrics=metrics(1), main_thread_s=1.0, other_threads_s={7: 1.0})
+    after = Snapshot(at_s=7.0, metrics=metrics(2), main_thread_s=1.5, other_threads_s={7: 1.0, 8: 0.6})
     found = busy([before, before], [after, after], cores=4)
     assert found["cpu_ms_per_image"] == 100.0
-    assert found["cores_busy"] == 0.25  # a second of the processor in two, for each of two services with two cores
+    assert found["cores_busy"] == 0.25  # one CPU second in two, for each of two services with two cores
     assert found["http_thread_busy"] == 0.25
     assert found["busiest_other_thread"] == 0.3
     assert found["batch_images"] == 5.0
@@ -81,25 +92,25 @@ def test_what_services_did_between_two_looks() -> None:
     assert found["engine_busy"] == 0.05  # two batches of 50 ms in two seconds
 
 
-def test_reading_what_others_tell() -> None:
-    assert gpu_told("98, 1000, 500.5\n[N/A], 1, 2\n100, 1200, 510.5\n97, 11") == {
+def test_output_of_nvidia_smi_and_server_timing() -> None:
+    assert gpu_figures("98, 1000, 500.5\n[N/A], 1, 2\n100, 1200, 510.5\n97, 11") == {
         "utilisation": 0.99, "memory_mib": 1200.0, "power_w": 505.5, "samples": 2,
     }  # fmt: skip
-    assert gpu_told("") is None
-    assert timings_of("decode;dur=1.250, total;dur=3.000") == {"decode": 1.25, "total": 3.0}
+    assert gpu_figures("") is None
+    assert parse_server_timing("decode;dur=1.250, total;dur=3.000") == {"decode": 1.25, "total": 3.0}
 
 
-def test_one_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
+def test_a_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "benchmarks.gpu_service", "measure", "--folder", str(small_bundle), "--device", "cpu",
+        sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cpu",
         "--seconds", "0.5", "--processes", "1", "--largest-batch", "8", "--connections", "4",
         "--out", str(tmp_path / "out.json"),
     ]  # fmt: skip
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert json.loads((tmp_path / "out.json").read_bytes()) == told
-    figures = told["figures"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout)
+    assert json.loads((tmp_path / "out.json").read_bytes()) == outcome
+    figures = outcome["figures"]
     assert figures["encoder_alone"]["batches"]["8"]["session_per_s"] > 0
     assert figures["search_alone"]["nearest_is_first"] > 0.5
     for size in ("640x480", "1280x960"):
@@ -110,16 +121,31 @@ def test_one_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
         assert figures["services_1"][size]["one_at_a_time"]["stages_ms"]["encode"] > 0
 
 
-def test_a_phase_that_fails_leaves_the_others_and_exit_code_1(small_bundle: Path) -> None:
+def test_a_failed_phase_does_not_stop_the_others(small_bundle: Path) -> None:
     command = [
-        sys.executable, "-m", "benchmarks.gpu_service", "measure", "--folder", str(small_bundle), "--device", "cuda",
+        sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cuda",
         "--seconds", "0.2", "--processes", "1", "--largest-batch", "1",
     ]  # fmt: skip
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has CUDA")
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    figures = json.loads(ended.stdout)["figures"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    figures = json.loads(done.stdout)["figures"]
     assert "device cuda" in figures["encoder_alone"]["error"]
     assert "device cuda" in figures["search_alone"]["error"]
     assert "before it was ready" in figures["services_1"]["error"]
+
+
+@pytest.mark.skipif(GPUS > 0, reason="faiss sees a GPU")
+def test_exact_search_without_a_gpu_is_an_error() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "search", "--vectors", "100", "--dim", "8"]
+    done = subprocess.run([*command, "--bandwidth-gb-s", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "faiss sees no GPU" in done.stderr
+
+
+@pytest.mark.skipif(GPUS == 0, reason="faiss sees no GPU")
+def test_exact_search_on_gpus() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "search", "--vectors", "5000", "--dim", "64"]
+    done = subprocess.run([*command, "--bandwidth-gb-s", "1000"], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["figures"]["single"]["p50_ms"] > 0

@@ -1,0 +1,281 @@
+"""The load generator: POST images to a service from a separate process, and record every response.
+
+A closed loop sends the next request of a connection when the response is there. An open loop sends requests at random
+times (Poisson), however long responses take. Users' own load tests are written with Locust (`locustfile.py`); Locust
+cannot offer ten times the capacity of a service from one core, and costs more than the latencies compared here.
+
+`python -m benchmarks.generator` reads a `Job` as JSON from standard input and writes a `Run` as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import selectors
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httptools
+import numpy as np
+
+TIMEOUT_S = 60.0
+_MAX_DELAY_S = 0.2  # of an arrival in an open loop
+_IDLE_S = 1.0  # a connection that was idle for longer may have been closed by the service
+_BOUNDARY = "wikiclip-benchmark-boundary"
+
+
+class Response(NamedTuple):
+    """The outcome of one request. `at_s` counts from the start of the run; `error` is empty if there was a response."""
+
+    at_s: float
+    took_ms: float
+    status: int
+    retry_after: bool
+    error: str
+
+    @property
+    def ended_s(self) -> float:
+        return self.at_s + self.took_ms / 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """POST the files in `images` to `url` in turn, with bytes appended that no cache has seen.
+
+    With `phases`, pairs of requests per second and seconds, the loop is open. Otherwise it is closed, with as many
+    `connections` for `seconds`. `form_field` is the form field of the image; without it the image is the body.
+    With `poll` the generator never sleeps, which makes sense for one connection.
+    """
+
+    url: str
+    images: Sequence[str]
+    cores: Sequence[int]
+    form_field: str | None = None
+    connections: int = 1
+    seconds: float = 0.0
+    phases: Sequence[tuple[float, float]] = ()
+    poll: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The responses of a job in the order they were sent, and the share of one core that the generator used."""
+
+    responses: list[Response]
+    busy: float
+
+
+def generate(job: Job) -> Run:
+    """Run a job in a process of its own. Raise `RuntimeError` if the process fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.generator"], input=json.dumps(asdict(job)), stdout=subprocess.PIPE,
+        text=True, cwd=Path(__file__).parents[1], check=False,
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the load generator ended with exit code {done.returncode}; see its message above")
+    run = json.loads(done.stdout)
+    return Run(responses=[Response(*each) for each in run["responses"]], busy=run["busy"])
+
+
+def generate_together(jobs: Sequence[Job]) -> list[Run]:
+    """Run jobs at the same time, each in a process of its own."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        return list(pool.map(generate, jobs))
+
+
+def closed_loop(job: Job, *, warm_up_s: float) -> dict[str, Any]:
+    """Run a closed loop and return its figures. Requests that end in the first `warm_up_s` seconds do not count."""
+    return summarise([generate(job)], warm_up_s=warm_up_s, seconds=job.seconds - warm_up_s)
+
+
+def summarise(runs: Sequence[Run], *, warm_up_s: float, seconds: float) -> dict[str, Any]:
+    """Return responses per second, latency percentiles and failures of the `seconds` after the warm-up."""
+    counted = [
+        each for run in runs for each in run.responses if warm_up_s <= each.ended_s < warm_up_s + seconds
+    ]  # fmt: skip
+    took_ms = [each.took_ms for each in counted if each.status == HTTPStatus.OK]
+    p50, p99 = np.percentile(took_ms, (50, 99)).round(2).tolist() if took_ms else (None, None)
+    return {
+        "per_s": round(len(took_ms) / seconds, 2),
+        "p50_ms": p50,
+        "p99_ms": p99,
+        "answers": len(took_ms),
+        "failures": dict(Counter(each.error or str(each.status) for each in counted if each.status != HTTPStatus.OK)),
+        "generator_busy": max(run.busy for run in runs),
+    }
+
+
+def encode_image(image: bytes, form_field: str | None) -> tuple[bytes, str]:
+    """Return a request's body and content type."""
+    if form_field is None:
+        return image, "image/jpeg"
+    head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{form_field}"; filename="i.jpg"\r\n'
+    body = head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + image + f"\r\n--{_BOUNDARY}--\r\n".encode()
+    return body, f"multipart/form-data; boundary={_BOUNDARY}"
+
+
+class Connection(asyncio.Protocol):
+    """An HTTP/1.1 connection for one request at a time."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self._response: asyncio.Future[tuple[int, float]] | None = None
+        self.idle_since = time.perf_counter()
+
+    async def post(self, request: bytes) -> tuple[int, float]:
+        """Send a request and return the status and end time of its response. Raise `OSError` if there is none."""
+        self._parser = httptools.HttpResponseParser(self)
+        self._response = asyncio.get_running_loop().create_future()
+        self.retry_after = False
+        self.transport.write(request)
+        return await self._response
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(ConnectionError(f"not an HTTP response: {error}"))
+
+    def on_header(self, name: bytes, _: bytes) -> None:
+        self.retry_after |= name.lower() == b"retry-after"
+
+    def on_message_complete(self) -> None:
+        self.idle_since = time.perf_counter()
+        if not self._parser.should_keep_alive():
+            self.transport.close()
+        if self._response is not None and not self._response.done():
+            self._response.set_result((self._parser.get_status_code(), self.idle_since))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._fail(error or ConnectionResetError("closed before the response was complete"))
+
+    def _fail(self, error: Exception) -> None:
+        self.transport.close()
+        if self._response is not None and not self._response.done():
+            self._response.set_exception(error)
+
+
+class _Generator:
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._url = urlsplit(job.url)
+        self._address = str(self._url.hostname), self._url.port or 80
+        self._images = [Path(path).read_bytes() for path in job.images]
+        self._idle: list[Connection] = []
+        self.responses: list[Response] = []
+
+    async def run(self) -> None:
+        self._started = time.perf_counter()
+        requests = self._requests()
+        if self._job.phases:
+            await self._open_loop(requests)
+        else:
+            await asyncio.gather(*(self._closed_loop(requests) for _ in range(self._job.connections)))
+        for connection in self._idle:
+            connection.transport.close()
+        self.responses.sort()
+
+    async def _closed_loop(self, requests: Iterator[bytes]) -> None:
+        while time.perf_counter() < self._started + self._job.seconds:
+            await self._send(next(requests))
+
+    async def _open_loop(self, requests: Iterator[bytes]) -> None:
+        due = ends = self._started
+        async with asyncio.TaskGroup() as tasks:
+            for rate, seconds in self._job.phases:
+                ends += seconds
+                while (due := due + random.expovariate(rate)) < ends:
+                    if due < time.perf_counter() - _MAX_DELAY_S:
+                        continue  # the core is saturated: drop arrivals, so that phases keep their length
+                    await asyncio.sleep(due - time.perf_counter())
+                    tasks.create_task(self._send(next(requests)))
+                due = ends
+
+    def _requests(self) -> Iterator[bytes]:
+        """Yield requests for the images in turn. A decoder ignores the number after the end of the image."""
+        target = self._url.path + (f"?{self._url.query}" if self._url.query else "")
+        for number in itertools.count(random.SystemRandom().getrandbits(40)):
+            image = self._images[number % len(self._images)] + number.to_bytes(8, "big")
+            body, content_type = encode_image(image, self._job.form_field)
+            yield (
+                f"POST {target} HTTP/1.1\r\nHost: {self._url.netloc}\r\nContent-Type: {content_type}\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n"
+            ).encode() + body
+
+    async def _send(self, request: bytes) -> None:
+        sent = ended = time.perf_counter()
+        status, retry_after, error = 0, False, ""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                connection, (status, ended) = await self._post(request)
+            retry_after = connection.retry_after
+        except (OSError, TimeoutError) as failure:
+            ended, error = time.perf_counter(), type(failure).__name__
+        self.responses.append(Response(sent - self._started, 1000 * (ended - sent), status, retry_after, error))
+
+    async def _post(self, request: bytes) -> tuple[Connection, tuple[int, float]]:
+        """Send on an idle connection or a new one. Retry only where an idle one turns out to be closed."""
+        while self._idle:
+            connection = self._idle.pop()
+            long_idle = time.perf_counter() - connection.idle_since > _IDLE_S
+            if connection.transport.is_closing():
+                continue
+            try:
+                return await self._post_on(connection, request)
+            except ConnectionError:
+                if not long_idle:
+                    raise
+        loop = asyncio.get_running_loop()
+        _, connection = await loop.create_connection(Connection, *self._address)
+        return await self._post_on(connection, request)
+
+    async def _post_on(self, connection: Connection, request: bytes) -> tuple[Connection, tuple[int, float]]:
+        try:
+            outcome = await connection.post(request)
+        except BaseException:
+            connection.transport.abort()
+            raise
+        self._idle.append(connection)
+        return connection, outcome
+
+
+class _PollingSelector(selectors.DefaultSelector):
+    """Never sleeps. A virtual core takes about 0.1 ms to wake up, which would count as the service's time."""
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        return super().select(0)
+
+
+def run_job(job: Job) -> Run:
+    """Run a job in this process."""
+    generator = _Generator(job)
+    selector = _PollingSelector() if job.poll else selectors.DefaultSelector()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        runner.run(generator.run())
+    busy = (time.process_time() - cpu_started) / (time.perf_counter() - started)
+    return Run(responses=generator.responses, busy=round(busy, 2))
+
+
+def main() -> None:
+    """Read a job from standard input, run it on its cores, and write the run."""
+    job = Job(**json.load(sys.stdin))
+    os.sched_setaffinity(0, job.cores)
+    json.dump(asdict(run_job(job)), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,618 @@
+"""The service on a GPU at saturation, compared with the encoder alone in a loop, and what limits it.
+
+`python -m benchmarks.gpu prepare --folder F` writes a bundle of 6,063,945 synthetic entities with a ViT-L that computes
+in float16. It needs no GPU. `measure --folder F` measures the bundle on a GPU. `search --bandwidth-gb-s N` compares
+exact search alone with the time that reading the vectors takes. Several services on one GPU each have their own copy of
+encoder and index, and a share of the cores.
+
+Shapes: B batch, Q queries, D embedding width.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import click
+import httpx
+import numpy as np
+
+from benchmarks.generator import Job, generate_together, summarise
+from benchmarks.measure import percentiles_ms
+from benchmarks.server import ANSWERED, scrape_metrics, service_process, thread_flags
+from benchmarks.synthetic import Float32Array, Population, write_gpu_bundle, write_photographs
+from core.cli import run
+from core.errors import UserError
+from core.files import atomic_write_bytes
+from core.runtime import describe_run, faiss
+from imaging import Preprocessing, normalise
+from index.bundle import Bundle
+from index.embeddings import Embeddings
+from index.gpu import placement
+from index.manifest import MANIFEST_FILE
+from index.search import DEFAULT_K_FACTOR
+from service.encoder import open_session
+from service.loaded_bundle import open_encoder
+from service.settings import Settings
+
+IMAGE_SIZES = ((640, 480), (1280, 960))
+IMAGES = 16
+TARGET = "/recognize?top_k=5"
+TOP_K = 5
+WARM_UP_S = 2.0
+BATCHES = (1, 8, 32, 64)
+SERVICE_BATCH = 32  # the service's default maximum
+QUERIES = 512
+STAGES = ("decode", "queue", "encode", "search")
+FULL = 0.9  # of its capacity; a part at or above this limits the service
+RULE = (
+    f"the first of these that is at {FULL:.0%} or above: a load generator's core; the GPU, by images per second times "
+    "what encoder and search alone take on it in full batches; the services' cores; the thread that answers HTTP; the "
+    f"engine (the GPU, in batches that are not full, where nvidia-smi says {FULL:.0%}, its own work on the CPU where "
+    "not); else the fullest, named as not full"
+)
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """The options that the parts of a measurement share."""
+
+    bundle: Path
+    device: str
+    seconds: float
+    largest_batch: int
+    generator_cores: list[int]
+    service_cores: list[int]
+    connections: int
+    max_batch: int
+    start_timeout_s: float
+
+
+@click.group()
+def main() -> None:
+    """Measure the service on a GPU, and what limits it."""
+
+
+@main.command()
+@click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder for the bundle.")
+@click.option("--entities", default=6_063_945, show_default=True, help="Entities, with one embedding each.")
+@click.option("--encoder", default="vit-l14", show_default=True, help="Encoder, of benchmarks/generative/retrieval.py.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="For `measure`.")
+def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
+    """Write the bundle, unless it exists."""
+    if (folder / MANIFEST_FILE).exists():
+        click.echo(f"{folder} exists", err=True)
+        return
+    if folder.exists():
+        raise UserError(f"{folder} exists and is incomplete; remove it")
+    started = time.perf_counter()
+    write_gpu_bundle(folder, encoder, entities, search_device=device, progress=True)
+    click.echo(f"wrote {folder} in {time.perf_counter() - started:.0f} s", err=True)
+
+
+@main.command()
+@click.option("--folder", required=True, type=click.Path(path_type=Path), help="The bundle of `prepare`.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
+@click.option("--seconds", default=8.0, show_default=True, help="Length of each measurement.")
+@click.option("--processes", default="1,2,4", show_default=True, help="Numbers of services, one run each.")
+@click.option("--generator-cores", default=4, show_default=True, help="Cores that send requests.")
+@click.option("--connections", default=192, show_default=True, help="Connections of all load generators together.")
+@click.option("--largest-batch", default=BATCHES[-1], show_default=True, help="Largest batch of the encoder alone.")
+@click.option("--max-batch", default=0, show_default=True, help="Largest batch of a service; 0 for its default.")
+@click.option("--start-timeout-s", default=240.0, show_default=True, help="Seconds for a service to become ready.")
+@click.option("--out", type=click.Path(path_type=Path), help="File that is also written after each phase.")
+def measure(folder: Path, processes: str, generator_cores: int, out: Path | None, **options: Any) -> None:
+    """Measure, and print JSON. If a phase fails, its error replaces its figures, and the exit code is 1."""
+    bundle = Bundle.open(folder)
+    generator, service = split_cores(sorted(os.sched_getaffinity(0)), generator_cores)
+    setup = Setup(bundle=folder, generator_cores=generator, service_cores=service, **options)
+    settings = {
+        "device": setup.device, "bundle": bundle.name, "entities": bundle.manifest.counts.entities,
+        "seconds": setup.seconds, "connections": setup.connections, "max_batch": setup.max_batch,
+        "generator_cores": len(generator), "service_cores": len(service),
+    }  # fmt: skip
+    report = _Report({**describe_run(settings), "gpu": gpu_name(), "figures": {"limited_by_rule": RULE}}, out)
+    for part in ("encoder", "search"):
+        report.phase(f"{part}_alone", partial(_run_alone, part, setup))
+    with tempfile.TemporaryDirectory() as work:
+        images = {}
+        for width, height in IMAGE_SIZES:
+            (subfolder := Path(work) / f"{width}x{height}").mkdir()
+            images[subfolder.name] = write_photographs(subfolder, IMAGES, width, height)
+        for number, count in enumerate(int(part) for part in processes.split(",")):
+            measure_services = partial(_measure_services, setup, count, images, report.figures, single=number == 0)
+            report.phase(f"services_{count}", measure_services)
+    click.echo(json.dumps(report.content))
+    if report.failed:
+        sys.exit(1)
+
+
+class _Report:
+    """The figures so far, and the file that they are written to."""
+
+    def __init__(self, content: Figures, out: Path | None) -> None:
+        self.content = content
+        self.figures: Figures = content["figures"]
+        self.failed = False
+        self._out = out
+
+    def phase(self, name: str, measure: Callable[[], Figures]) -> None:
+        """Store the figures of a phase, or its error."""
+        click.echo(f"{name} ...", err=True)
+        started = time.perf_counter()
+        try:
+            self.figures[name] = measure()
+        except Exception as error:  # the other phases must still run
+            self.failed = True
+            self.figures[name] = {"error": f"{type(error).__name__}: {error}"}
+        self.figures[name]["phase_s"] = round(time.perf_counter() - started, 1)
+        click.echo(json.dumps({name: self.figures[name]}), err=True)
+        if self._out is not None:
+            atomic_write_bytes(self._out, json.dumps(self.content, indent=1).encode())
+
+
+# ---- encoder and search alone ----
+
+
+def _run_alone(part: str, setup: Setup) -> Figures:
+    """Measure a part in a process of its own, which frees the GPU's memory at its end. Raise `UserError`."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "alone", part]
+    job = json.dumps({**asdict(setup), "bundle": str(setup.bundle.resolve())})
+    try:
+        done = subprocess.run(
+            command, input=job, capture_output=True, text=True, cwd=Path(__file__).parents[1],
+            timeout=setup.start_timeout_s, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{part} alone took longer than {setup.start_timeout_s:g} s") from error
+    if done.returncode:
+        raise UserError(f"{part} alone ended with exit code {done.returncode}: {done.stderr[-2000:]}")
+    figures: Figures = json.loads(done.stdout)
+    return figures
+
+
+@main.command(hidden=True)
+@click.argument("part", type=click.Choice(["encoder", "search"]))
+def alone(part: str) -> None:
+    """Read a setup from standard input, and write the figures of one part."""
+    job = json.load(sys.stdin)
+    setup = Setup(**{**job, "bundle": Path(job["bundle"])})
+    measure_part = {"encoder": measure_encoder, "search": measure_search}[part]
+    sys.stdout.write(json.dumps(measure_part(Bundle.open(setup.bundle), setup)))
+
+
+def measure_encoder(bundle: Bundle, setup: Setup) -> Figures:
+    """Return images per second by batch size: of the encoder as the service runs it (`encode`), of converting pixels to
+    floats on the CPU (`normalise`) and of the session alone (`session`), the last also for mixed sizes up to 32."""
+    batches = [batch for batch in BATCHES if batch <= setup.largest_batch]
+    started = time.perf_counter()
+    preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+    entry = bundle.manifest.image_encoder
+    settings = Settings.model_validate({"device": setup.device, "max_batch": batches[-1]})
+    encoder = open_encoder(bundle, preprocessing, settings)
+    opened_s = time.perf_counter() - started
+    session = open_session(bundle.image_encoder_path, settings.device, settings.thread_count)
+    shape_HW3 = (preprocessing.size_px, preprocessing.size_px, 3)
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (batches[-1], *shape_HW3), dtype=np.uint8)
+    floats_B3HW = normalise(pixels_BHW3, preprocessing)
+
+    def run_session(count: int) -> Any:
+        return session.run([entry.outputs[1]], {entry.input: floats_B3HW[:count]})
+
+    steps: dict[str, Callable[[int], object]] = {
+        "encode_per_s": lambda count: encoder.encode(pixels_BHW3[:count]),
+        "normalise_per_s": lambda count: normalise(pixels_BHW3[:count], preprocessing),
+        "session_per_s": run_session,
+    }
+    by_batch = {
+        str(batch): {name: _images_per_s(call, [batch], setup.seconds / 4) for name, call in steps.items()}
+        for batch in batches
+    }
+    sizes = np.random.default_rng(1).permutation(np.arange(1, min(SERVICE_BATCH, batches[-1]) + 1)).tolist()
+    started = time.perf_counter()
+    for size in sizes:
+        run_session(size)
+    mixed = {"first_pass_s": round(time.perf_counter() - started, 3)}
+    mixed["session_per_s"] = _images_per_s(run_session, sizes, setup.seconds / 4)
+    return {
+        "device": encoder.device,
+        "opened_s": round(opened_s, 2),
+        "batches": by_batch,
+        f"sizes_1_to_{len(sizes)}_in_turn": mixed,
+    }
+
+
+def measure_search(bundle: Bundle, setup: Setup) -> Figures:
+    """Return milliseconds of searching for one query and for 32: of the candidates on the GPU (`candidates`), and with
+    the exact ranking and grouping by entity on the CPU (`search`)."""
+    started = time.perf_counter()
+    index = bundle.index(setup.device)
+    faiss.omp_set_num_threads(Settings().thread_count)
+    opened_s = time.perf_counter() - started
+    embeddings = bundle.embeddings()
+    positions_Q = np.random.default_rng(2).integers(0, len(index), QUERIES)
+    noise_QD = np.random.default_rng(3).standard_normal((QUERIES, bundle.manifest.embedding_dim), np.float32)
+    queries_QD = embeddings.at(positions_Q) + 0.02 * noise_QD  # as close as good queries
+    fetched = min(int(10 * DEFAULT_K_FACTOR), index.candidates.limit)  # as many as for a small top_k
+    calls: dict[str, Callable[[Float32Array], object]] = {
+        "candidates_ms": lambda queries_BD: index.candidates.search(queries_BD, fetched, {}, None, 1.0),
+        "search_ms": lambda queries_BD: index.search(queries_BD, TOP_K),
+    }
+    by_batch: Figures = {}
+    for batch in (1, min(SERVICE_BATCH, setup.largest_batch)):
+        batches = [queries_QD[start : start + batch] for start in range(0, QUERIES - batch, batch)]
+        by_batch[str(batch)] = {name: _call_ms(call, batches, setup.seconds / 4) for name, call in calls.items()}
+    rows_QK, _ = index.search(queries_QD[:64], TOP_K)
+    gigabytes = 2 * len(index) * bundle.manifest.embedding_dim / 1e9
+    return {
+        "device": index.device,
+        "why": index.device_why,
+        "opened_s": round(opened_s, 2),
+        "batches": by_batch,
+        "gb_read_for_one": round(gigabytes, 2),
+        "gb_per_s_for_one": round(1000 * gigabytes / by_batch["1"]["candidates_ms"]["p50"], 1),
+        "nearest_is_first": round(float((rows_QK[:, 0] == embeddings.rows_N[positions_Q[:64]]).mean()), 3),
+    }
+
+
+def _images_per_s(call: Callable[[int], object], sizes: list[int], seconds: float) -> float:
+    """Return images per second of `call(size)` for these sizes in turn, after two calls to warm up."""
+    for size in sizes[:2]:
+        call(size)
+    images, number = 0, 0
+    started = time.perf_counter()
+    while (took := time.perf_counter() - started) < seconds or number < len(sizes):
+        size = sizes[number % len(sizes)]
+        call(size)
+        images, number = images + size, number + 1
+    return round(images / took, 1)
+
+
+def _call_ms(call: Callable[[Float32Array], object], batches: list[Float32Array], seconds: float) -> dict[str, float]:
+    """Return median and p99 in ms of `call(batch)` for these batches in turn, after three calls to warm up."""
+    for batch in batches[:3]:
+        call(batch)
+    took_ms: list[float] = []
+    end = time.perf_counter() + seconds
+    while (started := time.perf_counter()) < end or not took_ms:
+        call(batches[len(took_ms) % len(batches)])
+        took_ms.append(1000 * (time.perf_counter() - started))
+    p50, p99 = np.percentile(took_ms, (50, 99)).round(3).tolist()
+    return {"p50": p50, "p99": p99}
+
+
+# ---- services under load ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    url: str
+    pid: int
+    cores: int
+
+
+def _measure_services(
+    setup: Setup, count: int, images: Mapping[str, list[str]], figures: Figures, *, single: bool
+) -> Figures:
+    """Measure `count` services with images of each size; with `single` also one request at a time."""
+    started = time.perf_counter()
+    found: Figures = {}
+    with running_services(setup, count) as services:
+        found["ready_s"] = round(time.perf_counter() - started, 1)
+        for size, paths in images.items():
+            found[size] = {"one_at_a_time": one_at_a_time(services[0], paths, setup.seconds / 2)} if single else {}
+            full = saturate(setup, services, paths)
+            if (gpu_ms := gpu_ms_per_image(figures)) is not None:
+                full["gpu_work_share"] = round(full["per_s"] * gpu_ms / 1000, 3)
+                full["of_encoder_loop"] = round(full["per_s"] / _largest_service_batch(figures)["encode_per_s"], 3)
+            full["limited_by"] = limited_by(full)
+            found[size]["full"] = full
+    return found
+
+
+@contextmanager
+def running_services(setup: Setup, count: int) -> Iterator[list[Service]]:
+    """Start services in parallel, each on its own cores if there are enough."""
+    shares = divide_cores(setup.service_cores, count)
+    contexts = [
+        service_process(
+            setup.bundle, "--cache", "off", "--device", setup.device, "--max-batch", str(setup.max_batch),
+            *thread_flags(len(cores)), "--log-level", "warning", cores=cores, start_timeout_s=setup.start_timeout_s,
+        )
+        for cores in shares
+    ]  # fmt: skip
+    with ExitStack() as stack:
+        with ThreadPoolExecutor(count) as pool:
+            started = list(pool.map(stack.enter_context, contexts))
+        yield [
+            Service(url=url, pid=process.pid, cores=len(cores))
+            for (process, url), cores in zip(started, shares, strict=True)
+        ]
+
+
+def one_at_a_time(service: Service, images: Sequence[str], seconds: float) -> Figures:
+    """Return p50 and p99 of one request after the other, and the median of each stage in `Server-Timing`."""
+    bodies = [Path(path).read_bytes() for path in images]
+    took_ms: list[float] = []
+    stages_ms: dict[str, list[float]] = {}
+    with httpx.Client(base_url=service.url, timeout=30, headers={"Content-Type": "image/jpeg"}) as client:
+        for body in bodies:  # warm up
+            client.post(TARGET, content=body).raise_for_status()
+        end = time.perf_counter() + seconds
+        while not took_ms or time.perf_counter() < end:
+            started = time.perf_counter()
+            response = client.post(TARGET, content=bodies[len(took_ms) % len(bodies)]).raise_for_status()
+            took_ms.append(1000 * (time.perf_counter() - started))
+            for stage, value_ms in parse_server_timing(response.headers["Server-Timing"]).items():
+                stages_ms.setdefault(stage, []).append(value_ms)
+    p50, p99 = np.percentile(took_ms, (50, 99)).round(3).tolist()
+    medians = {stage: round(float(np.median(values)), 3) for stage, values in stages_ms.items()}
+    return {"p50_ms": p50, "p99_ms": p99, "requests": len(took_ms), "stages_ms": medians}
+
+
+def parse_server_timing(header: str) -> dict[str, float]:
+    """Return milliseconds by name from a header such as `decode;dur=1.2, queue;dur=0.1`."""
+    parts = (part.strip().partition(";dur=") for part in header.split(","))
+    return {name: float(value) for name, _, value in parts}
+
+
+def saturate(setup: Setup, services: Sequence[Service], images: list[str]) -> Figures:
+    """Return throughput and latency of all services at saturation, and how busy each part was."""
+    generators = max(len(setup.generator_cores), len(services))
+    warm_up_s = min(WARM_UP_S, setup.seconds)
+    jobs = [
+        Job(
+            url=services[number % len(services)].url + TARGET, images=images,
+            cores=[setup.generator_cores[number % len(setup.generator_cores)]],
+            connections=max(1, setup.connections // generators), seconds=warm_up_s + setup.seconds,
+        )
+        for number in range(generators)
+    ]  # fmt: skip
+    with ThreadPoolExecutor(1) as pool:
+        generating = pool.submit(generate_together, jobs)
+        time.sleep(warm_up_s)
+        before = [_snapshot(service) for service in services]
+        with GpuWatch() as watch:
+            time.sleep(setup.seconds)  # the generators started later than this clock, so they are still running
+        after = [_snapshot(service) for service in services]
+        runs = generating.result()
+    return {
+        **summarise(runs, warm_up_s=warm_up_s, seconds=setup.seconds),
+        "connections": sum(job.connections for job in jobs),
+        **busy(before, after, sum(service.cores for service in services)),
+        "gpu": watch.figures(),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What a service has used up to a point in time."""
+
+    at_s: float
+    metrics: Mapping[str, float]
+    main_thread_s: float
+    other_threads_s: Mapping[int, float]  # CPU seconds by thread id
+
+
+def _snapshot(service: Service) -> Snapshot:
+    threads_s = {}
+    for task in Path(f"/proc/{service.pid}/task").iterdir():
+        try:
+            fields = (task / "stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            continue  # the thread has just ended
+        threads_s[int(task.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return Snapshot(
+        at_s=time.monotonic(),
+        metrics=scrape_metrics(service.url),
+        main_thread_s=threads_s.pop(service.pid, 0.0),
+        other_threads_s=threads_s,
+    )
+
+
+def busy(before: Sequence[Snapshot], after: Sequence[Snapshot], cores: int) -> Figures:
+    """Return how busy the services, their threads and their engines were, and their mean batch and stage times."""
+    pairs = list(zip(before, after, strict=True))
+
+    def total(name: str) -> float:
+        return sum(new.metrics.get(name, 0.0) - old.metrics.get(name, 0.0) for old, new in pairs)
+
+    def mean(name: str, labels: str = "") -> float:
+        return total(f"{name}_sum{labels}") / max(total(f"{name}_count{labels}"), 1)
+
+    took_s = sum(new.at_s - old.at_s for old, new in pairs)  # of all services
+    cpu_s, images, batches = (
+        total(name) for name in ("process_cpu_seconds_total", ANSWERED, "wikiclip_batch_images_count")
+    )
+    stages_ms = {stage: 1000 * mean("wikiclip_stage_seconds", f'{{stage="{stage}"}}') for stage in STAGES}
+    main_s = sum(new.main_thread_s - old.main_thread_s for old, new in pairs)
+    busiest_other_s = sum(
+        max((used - old.other_threads_s.get(thread, 0.0) for thread, used in new.other_threads_s.items()), default=0.0)
+        for old, new in pairs
+    )
+    # Each image is counted with the time of its whole batch, so this overestimates if batch sizes vary.
+    engine_s = batches * (stages_ms["encode"] + stages_ms["search"]) / 1000
+    return {
+        "cpu_ms_per_image": round(1000 * cpu_s / max(images, 1), 3),
+        "cores_busy": round(cpu_s / (took_s / len(pairs)) / cores, 3),
+        "http_thread_busy": round(main_s / took_s, 3),
+        "busiest_other_thread": round(busiest_other_s / took_s, 3),
+        "engine_busy": round(min(engine_s / took_s, 1.0), 3),
+        "batch_images": round(mean("wikiclip_batch_images"), 2),
+        "stages_ms": {stage: round(value, 3) for stage, value in stages_ms.items()},
+    }
+
+
+def gpu_ms_per_image(figures: Figures) -> float | None:
+    """Return the time of encoder and search alone per image in the largest batch of a service, if both are measured."""
+    search = figures.get("search_alone", {}).get("batches")
+    if search is None or "batches" not in figures.get("encoder_alone", {}):
+        return None
+    batch, largest = list(search.items())[-1]
+    return float(1000 / _largest_service_batch(figures)["session_per_s"] + largest["candidates_ms"]["p50"] / int(batch))
+
+
+def _largest_service_batch(figures: Figures) -> Mapping[str, float]:
+    batches = figures["encoder_alone"]["batches"]
+    found: Mapping[str, float] = batches[max((batch for batch in batches if int(batch) <= SERVICE_BATCH), key=int)]
+    return found
+
+
+def limited_by(full: Mapping[str, Any]) -> str:
+    """Apply `RULE` to the figures of a run."""
+    gpu_busy = (full.get("gpu") or {}).get("utilisation", 0.0) >= FULL
+    engine = (
+        f"the GPU, in batches of {full['batch_images']} images"
+        if gpu_busy
+        else "the engine's thread, with its work on the CPU between the GPU's"
+    )
+    shares = {
+        "the load generator": full["generator_busy"],
+        "the GPU": full.get("gpu_work_share", 0.0),
+        "the services' cores": full["cores_busy"],
+        "the thread that answers HTTP": full["http_thread_busy"],
+        engine: full["engine_busy"],
+    }
+    for name, share in shares.items():
+        if share >= FULL:
+            return f"{name} ({share:.2f})"
+    name, share = max(shares.items(), key=lambda each: float(each[1]))
+    return f"nothing that is measured is full; the fullest is {name} ({share:.2f})"
+
+
+# ---- cores and GPUs ----
+
+
+def split_cores(cores: Sequence[int], wanted: int) -> tuple[list[int], list[int]]:
+    """Return the cores of the load generators, as many as wanted but at most half, and those of the services."""
+    taken = min(wanted, len(cores) // 2)
+    return (list(cores[-taken:]), list(cores[:-taken])) if taken else (list(cores), list(cores))
+
+
+def divide_cores(cores: Sequence[int], parts: int) -> list[set[int]]:
+    """Return the cores in so many parts. A part without cores of its own gets all of them."""
+    return [set(part.tolist()) or set(cores) for part in np.array_split(np.array(cores), parts)]
+
+
+def _nvidia_smi(fields: str, *options: str) -> list[str]:
+    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *options]
+
+
+def gpu_name() -> str | None:
+    """Return the names of this machine's GPUs, or None without nvidia-smi."""
+    try:
+        done = subprocess.run(_nvidia_smi("name"), capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return ", ".join(done.stdout.splitlines())
+
+
+class GpuWatch:
+    """Samples the first GPU with nvidia-smi while its block runs. It can be entered several times."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._output = ""
+
+    def __enter__(self) -> Self:
+        command = _nvidia_smi("utilization.gpu,memory.used,power.draw", "--id=0", "-lms", "250")
+        with suppress(FileNotFoundError):
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._output += self._process.communicate()[0]
+
+    def figures(self) -> dict[str, float] | None:
+        """Return the figures of all samples so far, or None without a GPU."""
+        return gpu_figures(self._output)
+
+
+def gpu_figures(output: str) -> dict[str, float] | None:
+    """Return median utilisation (the share of time in which anything ran), the most memory, and median power."""
+    rows = []
+    for line in output.splitlines():
+        try:
+            utilisation, memory_mib, power_w = map(float, line.split(","))
+        except ValueError:
+            continue  # "[N/A]", or a truncated last line
+        rows.append((utilisation / 100, memory_mib, power_w))
+    if not rows:
+        return None
+    utilisation, _, power_w = np.median(rows, axis=0).tolist()
+    return {
+        "utilisation": round(utilisation, 3),
+        "memory_mib": max(memory_mib for _, memory_mib, _ in rows),
+        "power_w": round(power_w, 1),
+        "samples": len(rows),
+    }
+
+
+# ---- exact search alone ----
+
+
+class _DrawnEmbeddings(Embeddings):
+    """Synthetic embeddings that are drawn when they are read, and never stored."""
+
+    _CHUNK = 50_000
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__(dim, [], [])
+        self._count = count
+        self.population = Population.of(dim)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def parts(self) -> int:
+        return -(-self._count // self._CHUNK)
+
+    def part(self, number: int) -> Float32Array:
+        start = number * self._CHUNK
+        return self.population.draw(min(self._CHUNK, self._count - start), np.random.default_rng((1, start)))
+
+
+@main.command()
+@click.option("--vectors", default=6_063_945, show_default=True, help="Synthetic embeddings.")
+@click.option("--dim", default=1280, show_default=True, help="Embedding width.")
+@click.option("--bandwidth-gb-s", type=float, required=True, help="Memory bandwidth of all GPUs, by their data sheet.")
+def search(vectors: int, dim: int, bandwidth_gb_s: float) -> None:
+    """Measure exact search on the GPUs, and compare it with the time that reading the vectors takes."""
+    embeddings = _DrawnEmbeddings(vectors, dim)
+    placed = placement(faiss.IndexFlatIP(dim), embeddings, "cuda")
+    queries_QD = embeddings.population.draw(QUERIES, np.random.default_rng(2))
+
+    def call(batch: int, i: int) -> object:
+        start = i * batch % QUERIES
+        return placed.candidates.search(queries_QD[start : start + batch], 10, {}, None, 1)
+
+    single = percentiles_ms(partial(call, 1), repeats=500, warm_up=20)
+    batched = percentiles_ms(partial(call, 64), repeats=50, warm_up=5)
+    figures = {
+        "placed": placed.why,
+        "floor_ms": round(2 * vectors * dim / bandwidth_gb_s / 1e6, 3),
+        "single": single,
+        "batch_64_queries_per_s": round(1000 * 64 / batched["p50_ms"], 1),
+    }
+    settings = {"vectors": vectors, "dim": dim, "bandwidth_gb_s": bandwidth_gb_s}
+    click.echo(json.dumps({**describe_run(settings), "figures": figures}))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,252 @@
+"""`wikiclip bench live`: PUT, DELETE and searches over HTTP, compared with a dict, while the service is killed.
+
+Two services share one live folder. The first takes the changes; every few hundred operations it is killed (SIGKILL) at
+a random moment and restarted. The second only reads. An acknowledged change must be there. A change whose response was
+lost may be there. `differences` counts answers that are not the dict's.
+
+Shapes: N embeddings of the bundle, Q queries, D embedding width.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from threading import Timer
+from typing import Self
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from benchmarks.server import free_port, wait_until_ready
+from imaging import Preprocessing, load_pixels
+from index.bundle import Bundle
+from service.loaded_bundle import open_encoder
+from service.settings import Settings
+
+OPERATIONS, SMOKE_OPERATIONS = 10_000, 120
+OPERATIONS_PER_KILL, SMOKE_OPERATIONS_PER_KILL = 300, 70
+QUERIES, TOP_K = 12, 5
+TOLERANCE = 1e-4  # of a cosine
+SEEN_TIMEOUT_S = 30
+ADMIN = {"Authorization": "Bearer benchmark"}
+
+Floats = npt.NDArray[np.float64]
+
+
+def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
+    """Return the number of wrong answers, and latencies in ms: of a durable PUT, and until another process sees it."""
+    operations = SMOKE_OPERATIONS if smoke else OPERATIONS
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _Service(bundle_path, folder) as writer,
+        _Service(bundle_path, folder) as reader,
+    ):
+        run = _Run(Bundle.open(bundle_path), writer, reader)
+        run.run(operations, SMOKE_OPERATIONS_PER_KILL if smoke else OPERATIONS_PER_KILL)
+    return {
+        "operations": operations,
+        "kills": run.kills,
+        "cut_off": run.cut_off,
+        "differences": run.differences,
+        "put": _summary(run.put_ms),
+        "seen_by_another_process": _summary(run.seen_ms),
+    }
+
+
+class Model:
+    """The expected state of the catalog."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        embeddings = bundle.embeddings()
+        self._base_ND = np.concatenate(list(embeddings)).astype(np.float64)
+        self._rows_N = embeddings.rows_N
+        with bundle.store() as store:
+            stored = store.by_rows(range(len(store)))
+        self._row_of = {entity.entity_id: entity.row for entity in stored}
+        self.titles = {entity.entity_id: entity.title for entity in stored}
+        self._visible_N = np.ones(len(self._rows_N), np.bool_)
+        self._put: dict[str, Floats] = {}
+
+    def put(self, entity_id: str, title: str, embedding_D: Floats) -> None:
+        self.delete(entity_id)
+        self.titles[entity_id], self._put[entity_id] = title, embedding_D
+
+    def delete(self, entity_id: str) -> None:
+        self.titles.pop(entity_id, None)
+        self._put.pop(entity_id, None)
+        if entity_id in self._row_of:
+            self._visible_N[self._rows_N == self._row_of[entity_id]] = False
+
+    def best_scores(self, query_D: Floats) -> Floats:
+        """Return the scores of the best entities, the highest first."""
+        scores = np.full(len(self._row_of), -2.0)
+        np.maximum.at(scores, self._rows_N[self._visible_N], self._base_ND[self._visible_N] @ query_D)
+        put = [float(embedding_D @ query_D) for embedding_D in self._put.values()]
+        return np.sort(np.concatenate([scores, put]))[::-1][:TOP_K]
+
+
+class _Service:
+    """A service that keeps its port when it is killed and restarted."""
+
+    def __init__(self, bundle: Path, live_dir: str) -> None:
+        port = free_port()
+        self._command = [
+            sys.executable, "-m", "wikiclip", "serve", "--bundle", str(bundle), "--live-dir", live_dir,
+            "--port", str(port), "--admin-token", "benchmark", "--threads", "1", "--log-level", "error",
+        ]  # fmt: skip
+        self._url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self._url, timeout=30, headers=ADMIN)
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        wait_until_ready(self._process, self._url)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.client.close()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self) -> None:
+        self.kill()
+        self.__enter__()
+
+    def title(self, entity_id: str) -> str | None:
+        """Return the title of an entity, or None if it does not exist."""
+        answer = self.client.get(f"/entities/{entity_id}")
+        return None if answer.status_code == httpx.codes.NOT_FOUND else str(answer.raise_for_status().json()["title"])
+
+    def agrees(self, model: Model, image: bytes, query_D: Floats) -> bool:
+        """Return whether the predictions for an image are those of the model."""
+        headers = {"Content-Type": "image/png"}
+        answer = self.client.post("/recognize", params={"top_k": TOP_K}, content=image, headers=headers)
+        predictions = answer.raise_for_status().json()["predictions"]
+        expected = model.best_scores(query_D)
+        return (
+            len(predictions) == len(expected)
+            and np.allclose([each["score"] for each in predictions], expected, rtol=0, atol=TOLERANCE)
+            and all(model.titles.get(each["entity_id"]) == each["title"] for each in predictions)
+        )
+
+
+class _Run:
+    """Random operations on the writer and the model, and what they show."""
+
+    def __init__(self, bundle: Bundle, writer: _Service, reader: _Service) -> None:
+        self._rng = np.random.default_rng(0)
+        self._model, self._writer, self._reader = Model(bundle), writer, reader
+        self._images = [_draw_image(self._rng) for _ in range(QUERIES)]
+        self._queries_QD = _embed(bundle, self._images)
+        existing = self._rng.choice(sorted(self._model.titles), 40, replace=False).tolist()
+        self._entity_ids = [*existing, *(f"new {number}" for number in range(40))]
+        self.differences = self.kills = self.cut_off = 0
+        self.put_ms: list[float] = []
+        self.seen_ms: list[float] = []
+
+    def run(self, operations: int, operations_per_kill: int) -> None:
+        killer: Timer | None = None
+        for number in range(operations):
+            if number % operations_per_kill == operations_per_kill - 1:
+                killer = Timer(float(self._rng.uniform(0, 0.2)), self._writer.kill)
+                killer.start()
+            kind = self._rng.choice(["put", "delete", "search"], p=[0.35, 0.25, 0.4])
+            entity_id, title = str(self._rng.choice(self._entity_ids)), f"Version {number}"
+            query = int(self._rng.integers(QUERIES))
+            embedding_D = _nearby(self._queries_QD[query], self._rng)
+            before = self._model.titles.get(entity_id)
+            try:
+                if kind == "search":
+                    self._search(self._writer, query)
+                elif kind == "put":
+                    self._put(entity_id, title, embedding_D)
+                else:
+                    self._delete(entity_id)
+                if kind != "search" and number % 10 == 0:
+                    self.seen_ms.append(self._time_until_seen(entity_id))
+            except httpx.TransportError:
+                if killer is not None:
+                    killer.join()
+                self._writer.restart()
+                self.kills += 1
+                if kind != "search":
+                    self._accept_either(kind, entity_id, title, embedding_D, before)
+        if killer is not None:
+            killer.join()
+            self._writer.restart()
+        for service in (self._writer, self._reader):
+            for entity_id in self._entity_ids:
+                self.differences += service.title(entity_id) != self._model.titles.get(entity_id)
+            for query in range(QUERIES):
+                self._search(service, query)
+
+    def _search(self, service: _Service, query: int) -> None:
+        self.differences += not service.agrees(self._model, self._images[query], self._queries_QD[query])
+
+    def _put(self, entity_id: str, title: str, embedding_D: Floats) -> None:
+        expected = httpx.codes.OK if entity_id in self._model.titles else httpx.codes.CREATED
+        started = time.perf_counter()
+        record = {"title": title, "embedding": embedding_D.tolist()}
+        answer = self._writer.client.put(f"/entities/{entity_id}", json=record)
+        self.put_ms.append(1000 * (time.perf_counter() - started))
+        self.differences += answer.status_code != expected
+        self._model.put(entity_id, title, embedding_D)
+
+    def _delete(self, entity_id: str) -> None:
+        expected = httpx.codes.NO_CONTENT if entity_id in self._model.titles else httpx.codes.NOT_FOUND
+        answer = self._writer.client.delete(f"/entities/{entity_id}")
+        self.differences += answer.status_code != expected
+        self._model.delete(entity_id)
+
+    def _accept_either(self, kind: str, entity_id: str, title: str, embedding_D: Floats, before: str | None) -> None:
+        """Update the model after a lost response: the change was made or not."""
+        self.cut_off += 1
+        now = self._writer.title(entity_id)
+        if kind == "put" and now == title:
+            self._model.put(entity_id, title, embedding_D)
+        elif kind == "delete" and now is None:
+            self._model.delete(entity_id)
+        else:
+            self.differences += now != before
+
+    def _time_until_seen(self, entity_id: str) -> float:
+        """Return the milliseconds until the other process has the current title."""
+        started = time.perf_counter()
+        while self._reader.title(entity_id) != self._model.titles.get(entity_id):
+            if time.perf_counter() - started > SEEN_TIMEOUT_S:
+                raise TimeoutError(f"another process did not see a change within {SEEN_TIMEOUT_S} s")
+        return 1000 * (time.perf_counter() - started)
+
+
+def _summary(took_ms: list[float]) -> dict[str, float]:
+    p50, p99, most = np.percentile(took_ms, (50, 99, 100)).round(1).tolist()
+    return {"p50_ms": p50, "p99_ms": p99, "max_ms": most}
+
+
+def _nearby(query_D: Floats, rng: np.random.Generator) -> Floats:
+    """Return an embedding near a query, rounded to float16 as the service stores it."""
+    near_D = query_D + rng.normal(0, 0.5 / np.sqrt(len(query_D)), len(query_D))
+    stored_D = (near_D / np.linalg.norm(near_D)).astype(np.float16).astype(np.float64)
+    unit_D: Floats = stored_D / np.linalg.norm(stored_D)
+    return unit_D
+
+
+def _draw_image(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _embed(bundle: Bundle, images: list[bytes]) -> Floats:
+    preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+    encoder = open_encoder(bundle, preprocessing, Settings(threads=1))
+    pixels = [load_pixels(image, preprocessing, max_pixels=10**6) for image in images]
+    return np.stack([encoder.encode(each[None])[0] for each in pixels]).astype(np.float64)

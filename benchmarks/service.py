@@ -1,0 +1,214 @@
+"""`wikiclip bench service`: what HTTP, queueing and threads add to decoding, encoding and searching.
+
+The service (cache off) and a plain loop over the same three functions take turns on the same cores, images and threads,
+with one request at a time and at saturation. Both are restarted in every round, because where a process happens to be
+in memory changes more than what is measured here. The generator polls, so its own waking up does not count as latency;
+`sleeping_adds_ms` is measured with one that sleeps.
+
+`python -m benchmarks.service` is the process of a plain loop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.generator import Job, closed_loop
+from benchmarks.measure import median_interval
+from benchmarks.server import ANSWERED, running_service, scrape_metrics, split_cores, thread_flags
+from benchmarks.synthetic import encoder_bundles, write_photographs
+from core.runtime import faiss
+from evaluation.pages import Bar, bar_plot, page, section, table
+from imaging import Preprocessing, load_pixels
+from index.bundle import Bundle
+from index.calibration import CANDIDATES
+from service.loaded_bundle import open_encoder
+from service.settings import Settings
+
+IMAGES = 16
+TOP_K = 5
+MAX_PIXELS = 64_000_000
+ROUNDS, SMOKE_ROUNDS = 8, 1
+SECONDS, WARM_UP_S = 2.0, 0.5
+CONNECTIONS_PER_CORE = 8  # enough that the service always has a next image
+TARGETS = {"heavy_ratio": 1.05, "tiny_adds_ms": 1.0, "saturated_share": 0.95}
+
+
+def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
+    """Return medians over rounds for the bundle's own encoder and, without `smoke`, for a ViT-B/32 in int8."""
+    generator, service = split_cores()
+    Bundle.open(bundle_path)  # raises before a service is started
+    with tempfile.TemporaryDirectory() as folder:
+        images = write_photographs(Path(folder), IMAGES, 1280, 960)
+        bundles = encoder_bundles(bundle_path, Path(folder), smoke=smoke)
+        encoders = {
+            name: _compare(bundle, images, rounds=SMOKE_ROUNDS if smoke else ROUNDS) for name, bundle in bundles.items()
+        }
+    return {
+        "encoders": encoders,
+        "image": "JPEG 1280x960",
+        "threads": len(service),
+        "cores": {"generator": sorted(generator), "service": sorted(service)},
+        "aimed_at": TARGETS,
+    }
+
+
+def _compare(bundle: Path, images: list[str], *, rounds: int) -> dict[str, Any]:
+    generator, cores = split_cores()
+    flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(cores)), "--log-level", "warning")
+
+    def request(url: str, connections: int, *, poll: bool = False) -> dict[str, Any]:
+        job = Job(
+            url=f"{url}/recognize?top_k={TOP_K}", images=images, cores=[*generator], connections=connections,
+            seconds=WARM_UP_S + SECONDS, poll=poll,
+        )  # fmt: skip
+        return closed_loop(job, warm_up_s=WARM_UP_S)
+
+    samples: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        loop = run_loops(bundle, images, [cores])
+        with running_service(bundle, *flags, cores=cores) as url:
+            single = request(url, 1, poll=True)
+            sleeping = request(url, 1)
+            before = scrape_metrics(url)
+            full = request(url, CONNECTIONS_PER_CORE * len(cores))
+            after = scrape_metrics(url)
+        # One loop per core keeps all cores busy.
+        loops = loop if len(cores) == 1 else run_loops(bundle, images, [{core} for core in sorted(cores)])
+        cpu_s, answered = (after[name] - before.get(name, 0) for name in ("process_cpu_seconds_total", ANSWERED))
+        figures = {
+            "loop_p50_ms": loop["p50_ms"],
+            "service_p50_ms": single["p50_ms"],
+            "adds_ms": single["p50_ms"] - loop["p50_ms"],
+            "ratio": single["p50_ms"] / loop["p50_ms"],
+            "sleeping_adds_ms": sleeping["p50_ms"] - loop["p50_ms"],
+            "decode_ms": loop["decode_ms"],
+            "encode_ms": loop["encode_ms"],
+            "search_ms": loop["search_ms"],
+            "loop_per_s": loops["per_s"],
+            "service_per_s": full["per_s"],
+            "share": full["per_s"] / loops["per_s"],
+            "loop_cpu_ms": loops["cpu_ms"],
+            "service_cpu_ms": 1000 * cpu_s / answered,
+            "service_p99_ms": full["p99_ms"],
+            "failures": sum(sum(each["failures"].values()) for each in (single, sleeping, full)),
+        }
+        for key, value in figures.items():
+            samples.setdefault(key, []).append(value)
+    medians = {key: round(float(np.median(values)), 3) for key, values in samples.items()}
+    return medians | {
+        f"{key}_interval": [round(bound, 3) for bound in median_interval(samples[key])] for key in ("adds_ms", "ratio")
+    }
+
+
+def run_loops(bundle: Path, images: list[str], cores: list[set[int]]) -> dict[str, float]:
+    """Run a plain loop on each set of cores at the same time, with one thread per core.
+
+    Return the images per second of all loops, and the medians of the first in ms.
+    """
+    with ExitStack() as stack:
+        processes = []
+        for loop_cores in cores:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.service"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                cwd=Path(__file__).parents[1],
+            )  # fmt: skip
+            stack.enter_context(process)
+            assert process.stdin is not None
+            job = {"bundle": str(bundle.resolve()), "images": images, "cores": [*loop_cores]}
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            processes.append(process)
+        for process in processes:
+            assert process.stdout is not None
+            process.stdout.readline()  # "ready"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.close()  # starts the loop
+        figures = [json.loads(process.stdout.read()) for process in processes if process.stdout is not None]
+    return {**figures[0], "per_s": round(sum(each["per_s"] for each in figures), 2)}
+
+
+def main() -> None:
+    """Read a job from standard input, load the bundle, wait until the input is closed, and write the figures."""
+    job = json.loads(sys.stdin.readline())
+    os.sched_setaffinity(0, job["cores"])
+    threads = len(job["cores"])
+    images = [Path(path).read_bytes() for path in job["images"]]
+    bundle = Bundle.open(Path(job["bundle"]))
+    preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+    encoder = open_encoder(bundle, preprocessing, Settings(device="cpu", threads=threads))
+    index = bundle.index()
+    faiss.omp_set_num_threads(threads)
+    top_k = TOP_K if bundle.calibration is None else max(TOP_K, CANDIDATES)  # as the service searches
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    counted_from = time.perf_counter() + WARM_UP_S
+    end = counted_from + SECONDS
+    durations: list[tuple[float, float, float]] = []
+    cpu_started = time.process_time()
+    number = 0
+    while (started := time.perf_counter()) < end:
+        pixels_HW3 = load_pixels(images[number % len(images)], preprocessing, max_pixels=MAX_PIXELS)
+        decoded = time.perf_counter()
+        embedding_1D = encoder.encode(pixels_HW3[None])
+        encoded = time.perf_counter()
+        index.search(embedding_1D, top_k)
+        if counted_from <= (searched := time.perf_counter()) < end:
+            durations.append((decoded - started, encoded - decoded, searched - encoded))
+        number += 1
+    cpu_ms = 1000 * (time.process_time() - cpu_started) / number
+    stages_ms = 1000 * np.array(durations)
+    decode_ms, encode_ms, search_ms = np.median(stages_ms, axis=0).round(3).tolist()
+    figures = {
+        "per_s": round(len(durations) / SECONDS, 2),
+        "p50_ms": round(float(np.median(stages_ms.sum(axis=1))), 3),
+        "cpu_ms": round(cpu_ms, 3),
+        "decode_ms": decode_ms,
+        "encode_ms": encode_ms,
+        "search_ms": search_ms,
+    }
+    sys.stdout.write(json.dumps(figures))
+
+
+def report(figures: dict[str, Any]) -> str:
+    """Return an HTML page: p50 and images per second of loop and service, by encoder."""
+    encoders = figures["encoders"]
+    plots = [
+        bar_plot(
+            [
+                Bar(name=f"{name}, {kind}", value=each[f"{kind}_{key}"])
+                for name, each in encoders.items()
+                for kind in ("loop", "service")
+            ],
+            title=title,
+            x_label=label,
+        )
+        for key, title, label in (
+            ("p50_ms", "One request at a time, less is better", "p50, ms"),
+            ("per_s", "At saturation, more is better", "images/s"),
+        )
+    ]
+    rows = [[key, *(str(each[key]) for each in encoders.values())] for key in next(iter(encoders.values()))]
+    targets = (
+        f"<p>{figures['image']}, cache off, {figures['threads']} thread(s). Targets: with the large encoder, a p50 of "
+        f"at most {TARGETS['heavy_ratio']} times the loop's; with the tiny one, at most {TARGETS['tiny_adds_ms']} ms "
+        f"more than the loop; {TARGETS['saturated_share']:.0%} of the loop's images per second.</p>"
+    )
+    return page(
+        "The service against its parts", section("Loop and service", targets, *plots, table(("", *encoders), rows))
+    )
+
+
+if __name__ == "__main__":
+    main()
