@@ -13,7 +13,7 @@ import click
 BENCHMARKS = {
     "claim": "benchmarks.claim",
     "service": "benchmarks.service",
-    "index": "benchmarks.index_search",
+    "index": "benchmarks.index",
     "train": "benchmarks.training",
     "live": "benchmarks.live",
     "load": "benchmarks.load",

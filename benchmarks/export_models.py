@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from benchmarks.generative.retrieval import ENCODERS
+from benchmarks.generative.models import ENCODERS
 from benchmarks.synthetic import photograph
 from imaging import Preprocessing
 from model.adaptor import Adaptor, AdaptorConfig

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks.export_models import large_encoders, make_checkpoint, write_catalog, write_large_encoders
-from benchmarks.generative.retrieval import ENCODERS, open_encoder, quantised_file, write_encoder
+from benchmarks.generative.models import ENCODERS, open_encoder, quantised_file, write_encoder
 from benchmarks.gpu import GpuWatch
 from benchmarks.sizing import WIKI6M_ENTITIES
 from catalog import EntityRecord, read_catalog

@@ -1,8 +1,7 @@
-"""One process that opens a bundle as a service does, and searches it: how soon, how fast, how well, in what memory.
+"""A process that opens a bundle as a service does and searches it. Its memory is not affected by other work.
 
-`python -m benchmarks.index_probe BUNDLE QUERIES.npz` prints one JSON object a line: the first when it is done, and for
-each line on its standard input, after all queries once more, what memory it holds, so that several can be looked at
-side by side.
+`python -m benchmarks.index_probe BUNDLE QUERIES.npz` prints its figures as a line of JSON. For each line on its
+standard input it then runs all queries again and prints its memory, so several processes can be measured side by side.
 """
 
 from __future__ import annotations
@@ -15,26 +14,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from core.runtime import faiss
-
-# isort: split
 import numpy as np
 
 from benchmarks.measure import percentiles_ms
+from core.runtime import faiss
 from index.bundle import Bundle
 from index.tune import K
 
-_REPEATS = 1000
 _BATCH = 64
 
 
-def probe(bundle_path: Path, queries_path: Path) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
-    """Seconds until the first answer, milliseconds of one query on one thread, recall@10, and memory; and a call that
-    asks all queries once more and gives the memory then."""
-    given = np.load(queries_path)
-    queries_QD, truth_QK = given["queries"], given["truth"]
+def probe(bundle_path: Path, query_file: Path) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
+    """Return time to the first answer, latency on one thread, recall@10 and memory, and a function that runs all
+    queries again and returns the memory then."""
+    arrays = np.load(query_file)
+    queries_QD, truth_QK = arrays["queries"], arrays["truth"]
     faiss.omp_set_num_threads(1)
     started = time.perf_counter()
     bundle = Bundle.open(bundle_path)
@@ -45,42 +41,42 @@ def probe(bundle_path: Path, queries_path: Path) -> tuple[dict[str, Any], Callab
     ready_s = time.perf_counter() - started
     found_QK = np.concatenate([index.search(query_D[None], K)[0] for query_D in queries_QD])
     count = len(queries_QD)
-    single = percentiles_ms(lambda i: index.search(queries_QD[i % count][None], K), repeats=_REPEATS, warm_up=50)
+    single = percentiles_ms(lambda i: index.search(queries_QD[i % count][None], K), repeats=1000, warm_up=50)
     batched = percentiles_ms(lambda i: index.search(np.roll(queries_QD, i, 0)[:_BATCH], K), repeats=20, warm_up=2)
-    outcome = {
+    figures = {
         "checked_s": round(checked_s, 3),
         "ready_s": round(ready_s, 3),
         "recall_at_10": round(overlap(found_QK, truth_QK), 4),
         "single": single,
         "batch_64_queries_per_s": round(1000 * min(_BATCH, count) / batched["p50_ms"], 1),
-        "memory_mb": memory_mb(),
+        "memory_mb": _memory_mb(),
     }
 
-    def again() -> dict[str, float]:
+    def search_again() -> dict[str, float]:
         index.search(queries_QD, K)
-        return memory_mb()
+        return _memory_mb()
 
-    return outcome, again
+    return figures, search_again
 
 
 def overlap(found_QK: np.ndarray[Any, Any], truth_QK: np.ndarray[Any, Any]) -> float:
-    """The share of the true nearest that were found."""
+    """Return the share of the true nearest that were found."""
     shares = [len(np.intersect1d(found, truth)) / len(truth) for found, truth in zip(found_QK, truth_QK, strict=True)]
     return float(np.mean(shares))
 
 
-def memory_mb() -> dict[str, float]:
-    """Memory of this process in MB: its own, that of mapped files, and its share of all where mapped by several."""
+def _memory_mb() -> dict[str, float]:
+    """Return this process's own memory, that of mapped files, and its share of memory that several processes map."""
     status = Path("/proc/self/status").read_text() + Path("/proc/self/smaps_rollup").read_text()
     kinds = {"own": "RssAnon", "mapped": "RssFile", "share": "Pss"}
     found = {kind: re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE) for kind, name in kinds.items()}
-    return {kind: round(int(match.group(1)) / 1024, 1) for kind, match in found.items() if match is not None}
+    return {kind: round(int(match[1]) / 1024, 1) for kind, match in found.items() if match is not None}
 
 
 @contextmanager
-def probing(bundle_path: Path, queries_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """A process that does this; it ends with the block."""
-    command = [sys.executable, "-m", "benchmarks.index_probe", str(bundle_path), str(queries_path)]
+def probing(bundle_path: Path, query_file: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start such a process, and kill it at the end of the block."""
+    command = [sys.executable, "-m", "benchmarks.index_probe", str(bundle_path), str(query_file)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process
@@ -88,21 +84,29 @@ def probing(bundle_path: Path, queries_path: Path) -> Iterator[subprocess.Popen[
             process.kill()
 
 
-def told(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """The next thing that a probing process says. Raises `RuntimeError` where it ended instead."""
-    stream: IO[str] | None = process.stdout
-    line = "" if stream is None else stream.readline()
+def read_reply(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return the next line of a probing process. Raise `RuntimeError` if it has ended."""
+    assert process.stdout is not None, "it is a pipe"
+    line = process.stdout.readline()
     if not line:
         raise RuntimeError(f"the process that opens the bundle ended with {process.wait()}")
-    said: dict[str, Any] = json.loads(line)
-    return said
+    reply: dict[str, Any] = json.loads(line)
+    return reply
+
+
+def memory_after_searching(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Let a probing process run all queries again, and return its memory."""
+    assert process.stdin is not None, "it is a pipe"
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return read_reply(process)
 
 
 def main() -> None:
-    outcome, again = probe(Path(sys.argv[1]), Path(sys.argv[2]))
-    print(json.dumps(outcome), flush=True)  # noqa: T201 - this is what it is for
+    figures, search_again = probe(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(json.dumps(figures), flush=True)  # noqa: T201 - the replies of this process
     for _ in sys.stdin:
-        print(json.dumps(again()), flush=True)  # noqa: T201
+        print(json.dumps(search_again()), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

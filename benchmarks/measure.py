@@ -32,6 +32,15 @@ def median_interval(samples: Sequence[float]) -> Interval:
     return percentile_interval(np.median(drawn, axis=1))
 
 
+def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Return the 95 % bootstrap interval of the ratio of two medians. Both are resampled with the same indices."""
+    drawn_R = [
+        np.median(np.random.default_rng(0).choice(each, (RESAMPLINGS, len(each))), axis=1)
+        for each in (numerators, denominators)
+    ]
+    return [round(bound, 2) for bound in percentile_interval(drawn_R[0] / drawn_R[1])]
+
+
 def percentiles_ms(call: Callable[[int], object], *, repeats: int, warm_up: int) -> dict[str, float]:
     """Return p50, p90 and p99 in milliseconds of `call(i)`. The `warm_up` calls before are not counted."""
     for i in range(warm_up):

@@ -51,7 +51,7 @@ from index.manifest import (
 from index.store import INDEXES, SCHEMA
 
 if TYPE_CHECKING:
-    from benchmarks.generative.retrieval import EncoderShape
+    from benchmarks.generative.models import EncoderShape
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -280,7 +280,7 @@ def encoder_bundles(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[str
 def write_vit_bundle(base_path: Path, folder: Path) -> Path:
     """Write a bundle below `folder` and return its path: the entities of `base_path`, a ViT-B/32 in int8 with random
     weights, and random embeddings. Serving it costs as much as a real bundle of that size. Needs the extra `export`."""
-    from benchmarks.generative.retrieval import ENCODERS, quantised_file, write_encoder
+    from benchmarks.generative.models import ENCODERS, quantised_file, write_encoder
 
     shape = ENCODERS["vit-b32"]
     base = Bundle.open(base_path)
@@ -311,7 +311,7 @@ def write_gpu_bundle(bundle: Path, encoder: str, entities: int, *, search_device
     for `cpu` it is exact. The steps run in parallel, because a machine with a GPU is expensive. Needs the extra
     `export`, but no GPU.
     """
-    from benchmarks.generative.retrieval import ENCODERS
+    from benchmarks.generative.models import ENCODERS
 
     if encoder not in ENCODERS:
         raise UserError(f"--encoder {encoder} is unknown; choose one of {', '.join(ENCODERS)}")
@@ -347,7 +347,7 @@ def write_gpu_bundle(bundle: Path, encoder: str, entities: int, *, search_device
 def _write_float16_encoder(shape: EncoderShape, path: Path) -> None:
     import torch
 
-    from benchmarks.generative.retrieval import build_tower
+    from benchmarks.generative.models import build_tower
     from export.float16 import InFloat16
     from export.onnx_export import Normalised, export_normalised
 
@@ -380,7 +380,7 @@ def write_placeholder_index(bundle: Path, dim: int, count: int) -> None:
 
 def _encoder_fields(shape: EncoderShape) -> dict[str, Any]:
     """Return the manifest's fields about an image encoder of that shape."""
-    from benchmarks.generative.recognizer import clip_preprocessing
+    from benchmarks.generative.models import clip_preprocessing
     from export.onnx_export import INPUT, OUTPUTS
 
     return {

@@ -1,1 +1,1 @@
-"""The generative baseline: AutoVER's inference (Xiao et al., ECCV 2024), for comparison only."""
+"""The generative baseline: the inference of AutoVER (Xiao et al., ECCV 2024), for comparison only."""

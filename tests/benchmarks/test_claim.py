@@ -1,4 +1,4 @@
-"""The claim measured whole, with networks so small that it takes seconds, and the shapes of those that need a GPU."""
+"""The claim benchmark as a whole with tiny networks, and the shapes of the networks that need a GPU."""
 
 from __future__ import annotations
 
@@ -8,22 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.claim import measure, report
+from benchmarks.claim import RetrievalRecognizer, TorchEncoder, TorchIndex, measure, report
 from benchmarks.compare import metrics_of
-from benchmarks.generative.recognizer import clip_preprocessing
-from benchmarks.generative.retrieval import (
+from benchmarks.generative.models import (
     ENCODERS,
     EncoderShape,
-    RetrievalRecognizer,
-    TorchEncoder,
-    TorchIndex,
     build_tower,
+    clip_preprocessing,
+    parameter_count,
 )
-from benchmarks.generative.sizes import parameter_count
 from benchmarks.synthetic import photograph
 from core.errors import UserError
 
-SMALL = EncoderShape(width=64, layers=1, heads=2, mlp_width=64, patch_px=32, embedding_dim=32, size_px=64)
+SMALL = EncoderShape(width=64, layers=1, heads=2, mlp_ratio=1, patch_px=32, embedding_dim=32, size_px=64)
 
 
 def test_both_precisions_are_measured_and_reported(small_bundle: Path, monkeypatch) -> None:
@@ -44,12 +41,12 @@ def test_both_precisions_are_measured_and_reported(small_bundle: Path, monkeypat
     # Latency and CPU-seconds of three systems in two precisions can be compared between runs.
     assert len(dict(metrics_of(figures))) == 12
     html = report(figures)
-    assert "The paper&#x27;s table" in html
+    assert "The paper&#39;s table" in html
     assert "AutoVER 13B" in html
     assert all(line.split(":")[0] in html for line in figures["verdict"])
 
 
-def test_a_gpu_that_is_not_there_is_told(small_bundle: Path) -> None:
+def test_a_missing_gpu_is_an_error(small_bundle: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(UserError, match="sees no GPU"):
@@ -73,12 +70,12 @@ def test_the_gpu_path_finds_what_an_obvious_search_finds() -> None:
     tower = build_tower(SMALL)
     encoder = TorchEncoder(tower, clip_preprocessing(SMALL.size_px))
     index = TorchIndex(1000, SMALL.embedding_dim, device="cpu", dtype=torch.float32)
-    torch.testing.assert_close(index._vectors_ND.norm(dim=1), torch.ones(1000))
-    queries = index._vectors_ND[[7, 500, 999]] + 0.01
+    torch.testing.assert_close(index.vectors_ND.norm(dim=1), torch.ones(1000))
+    queries = index.vectors_ND[[7, 500, 999]] + 0.01
     rows_BK, scores_BK = index.search(queries, 5)
     assert rows_BK[:, 0].tolist() == [7, 500, 999]
-    wanted = np.sort(queries.numpy() @ index._vectors_ND.numpy().T, axis=1)[:, ::-1][:, :5]
-    np.testing.assert_allclose(scores_BK, wanted, rtol=1e-5)
+    expected = np.sort(queries.numpy() @ index.vectors_ND.numpy().T, axis=1)[:, ::-1][:, :5]
+    np.testing.assert_allclose(scores_BK, expected, rtol=1e-5)
     found = RetrievalRecognizer(encoder, index).recognize(photograph(0))
     assert 0 <= found.row < 1000
     assert set(found.stages_ms) == {"decode image", "encode", "search"}

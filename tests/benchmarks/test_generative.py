@@ -1,4 +1,4 @@
-"""The generative baseline: whatever the weights, it answers with an entity of the catalog."""
+"""The generative baseline answers with an entity of the catalog, for any weights."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.claim_report import verdict
-from benchmarks.generative.names import END, IMAGE, compose, train_tokenizer
-from benchmarks.generative.prefix_tree import PrefixTree
+from benchmarks.claim import verdict
+from benchmarks.generative.models import SIZES, VOCABULARY, build_model, parameter_count
+from benchmarks.generative.names import END, IMAGE, PrefixTree, compose, train_tokenizer
 from benchmarks.generative.recognizer import GenerativeRecognizer, prompt, quantise
-from benchmarks.generative.sizes import SIZES, VOCABULARY, build_model, parameter_count
 from imaging import load_pixels
 
 NAMES = [
@@ -53,7 +52,7 @@ def test_tree_allows_names_and_nothing_else() -> None:
     assert tree.allowed([1]) == [2]
     assert sorted(tree.allowed([1, 2])) == [0, 3]
     assert tree.allowed([9]) == tree.allowed([4, 0]) == [0]
-    assert (tree.only_name([4]), tree.only_name([1]), tree.only_name([1, 2, 3]), tree.only_name([7])) == (
+    assert (tree.completed([4]), tree.completed([1]), tree.completed([1, 2, 3]), tree.completed([7])) == (
         2,
         None,
         1,
@@ -95,7 +94,7 @@ def test_every_answer_is_an_entity_of_the_tree(tokenizer, small_images, seed: in
 
 
 def test_optimised_gives_the_answer_of_greedy_generate(tokenizer, small_images) -> None:
-    """The shortcut (keys and values kept, stopping at the only name left) against transformers' own greedy search."""
+    """Reusing keys and values and stopping early gives the answer of transformers' own greedy search."""
     generative = recognizer(tokenizer, seed=7)
     (pixels_HW3,) = pixels(generative, small_images, 1)
     tree = PrefixTree((tokenizer.encode(name).ids for name in NAMES), generative._end)
@@ -122,7 +121,7 @@ def test_shapes_and_parameters_of_every_size(tokenizer, name: str, least: float,
         pixel_values=torch.empty(2, 3, size.tower.size_px, size.tower.size_px, dtype=torch.bfloat16, device="meta")
     ).pooler_output
     assert [tuple(each.shape) for each in features] == 2 * [(576, size.width)]
-    prompt_1L = prompt(tokenizer, size.tower.tokens)
+    prompt_1L = prompt(tokenizer, size.tower.patches)
     assert int((prompt_1L == image_token).sum()) == 576
     embeddings = torch.empty(2, prompt_1L.shape[1], size.width, dtype=torch.bfloat16, device="meta")
     state = model.model.language_model(inputs_embeds=embeddings).last_hidden_state[:, -1]
@@ -136,5 +135,5 @@ def test_the_verdict_says_what_the_ratios_say() -> None:
     assert verdict("float32", ratio, intervals) == [
         "float32, faithful: 180.2 times (150.0 to 200.0), at least the 100 of the claim",
         "float32, optimised: 41.0 times (38.0 to 44.0), less than the 100 of the claim",
-        "float32, between: 103.0 times (95.0 to 110.0), not to be told apart from the 100 of the claim",
+        "float32, between: 103.0 times (95.0 to 110.0), not distinguishable from the 100 of the claim",
     ]

@@ -1,4 +1,4 @@
-"""The generative baseline, trained for a few steps on a made-up Symbols and judged beside a bundle."""
+"""The generative baseline, trained for a few steps on a synthetic Symbols and compared with a bundle."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 
 from benchmarks.generative.names import IMAGE, train_tokenizer
 from benchmarks.generative.recognizer import prompt
-from benchmarks.generative.tiny_llava import IGNORED, TinyLlava
-from benchmarks.generative.train import KINDS, Settings, run
+from benchmarks.generative.train import IGNORED, KINDS, Settings, TinyLlava, run
 from core.errors import UserError
 from imaging import load_pixels
 from model.encoders.tiny import load_tiny
@@ -20,12 +19,12 @@ from model.encoders.tiny import load_tiny
 
 @pytest.fixture(scope="module")
 def symbols(tmp_path_factory: pytest.TempPathFactory, small_images: dict[str, bytes]) -> Path:
-    """As `demo.build` leaves it: the entities of `small_bundle`, half of them seen, each one's image both ways."""
+    """Write the files of `demo.build`: the entities of `small_bundle`, half of them seen, each with its image twice."""
     build = tmp_path_factory.mktemp("symbols")
     catalog, pairs, queries = [], [], []
     for position, (entity_id, data) in enumerate(small_images.items()):
         for number in range(2):
-            # Bytes behind the end of a PNG are not read: two images, one picture.
+            # Decoders ignore bytes after the end of a PNG: two files show the same picture.
             (build / f"{position}-{number}.png").write_bytes(data + bytes([number]))
         catalog.append(
             {"entity_id": entity_id, "title": f"Thing {position}", "text": "A thing.", "images": [f"{position}-0.png"]}
@@ -35,15 +34,15 @@ def symbols(tmp_path_factory: pytest.TempPathFactory, small_images: dict[str, by
         queries.append({"data_id": f"q{position}", "data_split": f"test_{seen}", **row})
         if seen == "seen":
             for number in range(2):
-                given = {**row, "image": f"{position}-{number}.png"}
-                pairs.append({"data_id": f"p{position}-{number}", "data_split": "train_seen", **given})
+                copy = {**row, "image": f"{position}-{number}.png"}
+                pairs.append({"data_id": f"p{position}-{number}", "data_split": "train_seen", **copy})
     files = {"catalog": catalog, "pairs_train": pairs} | {f"queries_test_{kind}": queries for kind in KINDS}
     for name, rows in files.items():
         (build / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return build
 
 
-def test_it_learns_the_names_it_is_taught_and_is_judged_beside_wikiclip(symbols: Path, small_bundle: Path) -> None:
+def test_training_learns_the_names_of_seen_entities(symbols: Path, small_bundle: Path) -> None:
     torch.set_num_threads(1)
     settings = Settings(language_steps=2, steps=60, entities_per_batch=5, warmup_steps=5)
     figures = run(symbols, small_bundle, settings, fresh=False)
@@ -51,21 +50,21 @@ def test_it_learns_the_names_it_is_taught_and_is_judged_beside_wikiclip(symbols:
     accuracy = figures["accuracy"]
     assert accuracy["wikiclip"]["clean"]["seen"] == accuracy["wikiclip"]["clean"]["unseen"] == 100
     for kind in KINDS:
-        assert accuracy["generative, optimised"][kind]["seen"] == 100  # asked with what it was taught
+        assert accuracy["generative, optimised"][kind]["seen"] == 100  # the queries are training images
         assert accuracy["generative, faithful"][kind]["queries"] == 11
-        # It spells what it has learned to spell, though the image of an unseen entity is in the catalog.
+        # Retrieval finds unseen entities, whose images are in the catalog. Generation names only what it has learned.
         assert accuracy["generative, its retrieval alone"][kind]["unseen"] == 100
     again = run(symbols, small_bundle, settings, fresh=False)
-    assert again == figures  # what was trained is kept
+    assert again == figures  # the trained weights are reused
 
 
-def test_without_symbols_it_says_what_to_do(tmp_path: Path, small_bundle: Path) -> None:
+def test_missing_symbols_are_an_error(tmp_path: Path, small_bundle: Path) -> None:
     with pytest.raises(UserError, match="make symbols"):
         run(tmp_path, small_bundle, Settings(steps=1), fresh=False)
 
 
-def test_cached_features_train_what_images_ask(small_images: dict[str, bytes]) -> None:
-    """The path of training (cached patch tokens) and that of answering (pixels through the tower) are one network."""
+def test_training_and_inference_use_the_same_network(small_images: dict[str, bytes]) -> None:
+    """Cached patch tokens give the same embeddings as pixels through the tower."""
     encoder = load_tiny()
     tokenizer = train_tokenizer(["Giraffe", "Lion"], tokens=300)
     network = TinyLlava(
@@ -80,13 +79,13 @@ def test_cached_features_train_what_images_ask(small_images: dict[str, bytes]) -
     cached = network.retrieve(features.patch_tokens_BPC, prompt_1L)
     from imaging import normalise
 
-    asked = network.model.model(
+    states = network.model.model(
         input_ids=prompt_1L.expand(2, -1), pixel_values=torch.from_numpy(normalise(pixels, encoder.preprocessing))
     ).last_hidden_state[:, -1]
-    direct = torch.nn.functional.normalize(network.head(asked), dim=1)
+    direct = torch.nn.functional.normalize(network.head(states), dim=1)
     torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in network.model.model.vision_tower.parameters())
     names = torch.tensor([[5, 1, IGNORED], [6, 7, 1]])
     named, contrast = network.losses(features.patch_tokens_BPC, prompt_1L, names, 10.0)
     assert float(named.detach()) > 0
-    assert float(contrast.detach()) == pytest.approx(0)  # one pair has nothing to be told from
+    assert float(contrast.detach()) == pytest.approx(0)  # one pair has no negatives

@@ -1,4 +1,4 @@
-"""Made-up bundles of any size, and what is measured on them."""
+"""`python -m benchmarks.index` over synthetic bundles of any size."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import index_search
+from benchmarks import index
+from benchmarks.index import Scale, measure_scale
 from benchmarks.index_probe import overlap
-from benchmarks.index_scale import Scale, measure_scale
 from index.bundle import Bundle
 
 
@@ -20,7 +20,7 @@ def test_overlap_by_hand() -> None:
 def test_every_size_is_measured_reported_and_removed(
     small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.index_scale._SIZES", (4000,))
+    monkeypatch.setattr("benchmarks.index._SIZES", (4000,))
     scale = Scale(vectors=4500, dim=16, peers_up_to=4500, usearch_up_to=4000, repeats=5)
     found = measure_scale(Bundle.open(small_bundle), scale, tmp_path / "work")
     assert not (tmp_path / "work").exists()
@@ -30,12 +30,12 @@ def test_every_size_is_measured_reported_and_removed(
     assert set(large["peers"]) == {"flat", "HNSW32"}
     for each in (small, large):
         (exact,) = each["peers"]["flat"]["points"]
-        assert exact["recall_at_10"] >= 0.999  # it holds as many as it is asked of, no more
+        assert exact["recall_at_10"] >= 0.999  # the positions are those of this size
         assert each["recall_at_10"] >= 0.97
         assert each["ready_s"] >= each["checked_s"] > 0
         assert len(each["two_processes_mb"]) == 2
     for peer in (*small["peers"].values(), *large["peers"].values()):
         assert max(point["recall_at_10"] for point in peer["points"]) > 0.97
-    text = index_search.report({"made_up": found})
+    text = index.report({"made_up": found})
     assert text.count("<svg") == 3  # growth, and the curves of both sizes
     assert "4,500" in text

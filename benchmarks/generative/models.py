@@ -1,0 +1,204 @@
+"""Models with random weights at the sizes that are compared: CLIP image towers, and LLaVA as the baseline.
+
+Shapes: B images, P patches, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.synthetic import photograph
+from export.onnx_export import INPUT, OUTPUTS, export_module
+from export.quantise import quantise
+from imaging import Preprocessing, load_pixels
+from service.encoder import OnnxEncoder
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
+
+MAX_PIXELS = 64_000_000
+VOCABULARY = 32_000  # Vicuna's; the smaller language models have larger ones, which would only slow them down
+_CALIBRATION_IMAGES = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderShape:
+    """The shape of a CLIP image tower and the width of its embedding."""
+
+    width: int
+    layers: int
+    heads: int
+    patch_px: int
+    embedding_dim: int = 512
+    size_px: int = 224
+    mlp_ratio: int = 4
+
+    @property
+    def patches(self) -> int:
+        return (self.size_px // self.patch_px) ** 2
+
+    def config(self) -> CLIPVisionConfig:
+        from transformers import CLIPVisionConfig
+
+        return CLIPVisionConfig(
+            hidden_size=self.width, intermediate_size=self.mlp_ratio * self.width, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, image_size=self.size_px, patch_size=self.patch_px,
+            projection_dim=self.embedding_dim,
+        )  # fmt: skip
+
+
+ENCODERS = {
+    "vit-b32": EncoderShape(width=768, layers=12, heads=12, patch_px=32),
+    "vit-b16": EncoderShape(width=768, layers=12, heads=12, patch_px=16),
+    "vit-b32-2-layers": EncoderShape(width=768, layers=2, heads=12, patch_px=32),
+    "vit-l14": EncoderShape(width=1024, layers=24, heads=16, patch_px=14, embedding_dim=768),
+    # The shape of the paper's encoder. CLIP's norms replace its RMSNorm; the matrix products are the same.
+    "eva-clip-8b": EncoderShape(width=4096, layers=32, heads=32, patch_px=14, embedding_dim=1280, mlp_ratio=5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A baseline: the shape of its image tower and of its Llama."""
+
+    tower: EncoderShape
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    mlp_width: int
+    tied: bool
+    retrieval_dim: int = 768
+
+
+# Both towers give 576 tokens. The smaller one takes a quarter of the time, which favours the baseline.
+_VIT_L = EncoderShape(width=1024, layers=24, heads=16, size_px=336, patch_px=14)
+_VIT_B = EncoderShape(width=768, layers=12, heads=12, size_px=384, patch_px=16)
+_TINY = EncoderShape(width=128, layers=3, heads=4, size_px=64, patch_px=8)
+
+SIZES = {
+    "tiny": Size(
+        tower=_TINY, width=128, layers=3, heads=4, key_value_heads=2, mlp_width=384, tied=True, retrieval_dim=128
+    ),
+    # The shapes of SmolLM-135M and Qwen2-0.5B.
+    "135M": Size(tower=_VIT_B, width=576, layers=30, heads=9, key_value_heads=3, mlp_width=1536, tied=True),
+    "0.5B": Size(tower=_VIT_B, width=896, layers=24, heads=14, key_value_heads=2, mlp_width=4864, tied=True),
+    # Vicuna 7B and 13B, which AutoVER uses.
+    "7B": Size(tower=_VIT_L, width=4096, layers=32, heads=32, key_value_heads=32, mlp_width=11008, tied=False),
+    "13B": Size(tower=_VIT_L, width=5120, layers=40, heads=40, key_value_heads=40, mlp_width=13824, tied=False),
+}
+
+
+class ImageTower(nn.Module):
+    """A CLIP image tower that returns patch tokens `[B, P, width]` and L2-normalised embeddings `[B, D]`."""
+
+    def __init__(self, shape: EncoderShape) -> None:
+        from transformers import CLIPVisionModelWithProjection
+
+        super().__init__()
+        self.tower = CLIPVisionModelWithProjection(shape.config())
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = self.tower(pixel_values=pixel_values)
+        return out.last_hidden_state[:, 1:], F.normalize(out.image_embeds, dim=1)
+
+
+def build_tower(shape: EncoderShape, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> ImageTower:
+    """Return a tower in evaluation mode. On the device `meta` it has shapes only."""
+    with _defaults(dtype, device):
+        return ImageTower(shape).eval().requires_grad_(False)
+
+
+def build_model(
+    size: Size, *, image_token: int, vocabulary: int = VOCABULARY, dtype: torch.dtype = torch.float32, device: str
+) -> tuple[LlavaForConditionalGeneration, nn.Linear]:
+    """Return a LLaVA and its retrieval head (last state to `retrieval_dim`) in evaluation mode.
+
+    On the device `meta` they have shapes only.
+    """
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    language = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=size.width, intermediate_size=size.mlp_width, num_hidden_layers=size.layers,
+        num_attention_heads=size.heads, num_key_value_heads=size.key_value_heads, tie_word_embeddings=size.tied,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=size.tower.config(),
+        text_config=language,
+        image_token_index=image_token,
+        image_seq_length=size.tower.patches,
+    )
+    with _defaults(dtype, device):
+        model = LlavaForConditionalGeneration(config)
+        head = nn.Linear(size.width, size.retrieval_dim, bias=False)
+    return model.eval().requires_grad_(False), head.eval().requires_grad_(False)
+
+
+@contextmanager
+def _defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """Create parameters in this dtype, on this device."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def parameter_count(*modules: nn.Module) -> int:
+    """Return the number of parameters. Tied ones count once."""
+    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+
+
+def clip_preprocessing(size_px: int) -> Preprocessing:
+    """Return the preprocessing of CLIP, which LLaVA uses too."""
+    return Preprocessing(
+        size_px=size_px, resize="shortest", crop="center", interpolation="bicubic",
+        mean=(0.48145466, 0.4578275, 0.40821073), std=(0.26862954, 0.26130258, 0.27577711),
+    )  # fmt: skip
+
+
+def write_encoder(name: str, folder: Path) -> tuple[Path, int]:
+    """Write `NAME.onnx` to `folder` unless it exists. Return its path and its number of parameters."""
+    path = folder / f"{name}.onnx"
+    torch.manual_seed(0)
+    module = build_tower(ENCODERS[name])
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        size_px = ENCODERS[name].size_px
+        export_module(
+            module, (torch.zeros(2, 3, size_px, size_px),), path, inputs=(INPUT,), outputs=OUTPUTS,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+        )  # fmt: skip
+    return path, parameter_count(module)
+
+
+def quantised_file(path: Path, size_px: int, folder: Path, *, images: int = _CALIBRATION_IMAGES) -> Path:
+    """Return the path of the int8 version that `wikiclip export --int8` would write, calibrated on made-up photographs.
+
+    Write it unless it exists.
+    """
+    out = folder / f"{path.stem}.int8.onnx"
+    if not out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        preprocessing = clip_preprocessing(size_px)
+        pixels = [load_pixels(photograph(number), preprocessing, max_pixels=MAX_PIXELS) for number in range(images)]
+        quantise(path, out, np.stack(pixels), preprocessing, input_name=INPUT)
+    return out
+
+
+def open_encoder(path: Path, shape: EncoderShape, *, threads: int) -> OnnxEncoder:
+    return OnnxEncoder(
+        path, clip_preprocessing(shape.size_px), input_name=INPUT, patches_name=OUTPUTS[0], embedding_name=OUTPUTS[1],
+        embedding_dim=shape.embedding_dim, device="cpu", threads=threads,
+    )  # fmt: skip
