@@ -22,7 +22,6 @@ import click
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
-from usearch.index import Index as UsearchIndex
 
 from benchmarks import synthetic
 from benchmarks.index_probe import memory_after_searching, overlap, probing, read_reply
@@ -227,8 +226,10 @@ class UsearchPeer:
     """usearch over float16."""
 
     def __init__(self, dim: int, threads: int) -> None:
+        from usearch.index import Index  # faiss crashes if it is loaded after usearch
+
         self._threads = threads
-        self._index = UsearchIndex(ndim=dim, metric="ip", dtype="f16", connectivity=_LINKS)
+        self._index = Index(ndim=dim, metric="ip", dtype="f16", connectivity=_LINKS)
 
     def add(self, part_nD: Float32Array) -> None:
         start = len(self._index)
