@@ -1,4 +1,4 @@
-"""The routes that change what is served; the admin token opens them."""
+"""Routes that change what is served. They need the admin token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ router = APIRouter(dependencies=[Depends(require_admin)])
 
 @router.post(
     "/admin/bundle",
-    summary="Answer from another bundle, without failing a request",
+    summary="Swap to another bundle without failing a request",
     response_model=BundleChange,
     responses=schemas.problems(400, 401, 403, 408, 409, 413, 422, 503),
     openapi_extra={**schemas.ADMIN_ONLY, **schemas.json_body(schemas.BundleRequest)},
@@ -37,9 +37,9 @@ async def change_bundle(request: Request) -> Response:
     recognizer: Recognizer | None = request.app.state.recognizer
     if recognizer is None:
         raise Unavailable("the bundle is being loaded; try again later")
-    wanted = await _wanted(request, recognizer.settings.receive_timeout_s)
+    path = (await _bundle_request(request, recognizer.settings.receive_timeout_s)).path
     previous = recognizer.label
-    new = await recognizer.swap(wanted.path)
+    new = await recognizer.swap(path)
     current = new.snapshot()
     return json_response(
         BundleChange(bundle=current.label, previous=previous, model=new.model, entities=current.entities.entity_count)
@@ -48,7 +48,7 @@ async def change_bundle(request: Request) -> Response:
 
 @router.put(
     "/entities/{entity_id:path}",
-    summary="Add an entity or replace it, while serving",
+    summary="Add or replace an entity while serving",
     response_model=EditedEntity,
     responses={
         201: {"model": EditedEntity, "description": "The entity is new"},
@@ -61,20 +61,23 @@ async def put_entity(request: Request, entity_id: str) -> Response:
     _check_id(entity_id)
     settings = recognizer.settings
     body = await read_body(request, settings.max_body_bytes, settings.receive_timeout_s)
-    record, given = record_of(body, request.headers.get("content-type", ""))
-    wanted = _entity(record)
+    record, image = record_of(body, request.headers.get("content-type", ""))
+    entity = _entity(record)
     with recognizer.admission.admit(1), recognizer.acquire() as snapshot:
         editor = _editor(snapshot)
-        fetcher: ImageFetcher = request.app.state.fetcher
-        image = await fetcher.fetch(given.url) if isinstance(given, ImageUrl) else given
-        edited = await recognizer.edit(snapshot, lambda: editor.put(entity_id, wanted, image))
-    answer = EditedEntity(**dict(entity_answer(edited.entity)), bundle=snapshot.label_at(edited.revision))
-    return json_response(answer, status=HTTPStatus.CREATED if edited.created else HTTPStatus.OK)
+        if isinstance(image, ImageUrl):
+            fetcher: ImageFetcher = request.app.state.fetcher
+            image_bytes: bytes | None = await fetcher.fetch(image.url)
+        else:
+            image_bytes = image
+        put = await recognizer.edit(snapshot, lambda: editor.put(entity_id, entity, image_bytes))
+    answer = EditedEntity(**dict(entity_answer(put.entity)), bundle=snapshot.label_at(put.revision))
+    return json_response(answer, status=HTTPStatus.CREATED if put.created else HTTPStatus.OK)
 
 
 @router.delete(
     "/entities/{entity_id:path}",
-    summary="Take an entity out of all answers, while serving",
+    summary="Delete an entity while serving",
     status_code=HTTPStatus.NO_CONTENT,
     responses=schemas.problems(401, 403, 404, 429, 503, 504),
     openapi_extra=schemas.ADMIN_ONLY,
@@ -89,7 +92,7 @@ async def delete_entity(request: Request, entity_id: str) -> Response:
 
 def _editor(snapshot: Snapshot) -> Editor:
     if snapshot.generation.editor is None:
-        raise Forbidden("entities cannot be changed here: the service keeps no changes; set WIKICLIP_LIVE_DIR")
+        raise Forbidden("live changes are off; set WIKICLIP_LIVE_DIR to allow them")
     return snapshot.generation.editor
 
 
@@ -105,12 +108,12 @@ def _entity(record: Any) -> schemas.EntityRequest:
         return schemas.EntityRequest.model_validate(record)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the record"
-        raise BadParameter(f"{where}: {first['msg']}; see PUT /entities in /docs") from error
+        field = ".".join(str(part) for part in first["loc"]) or "record"
+        raise BadParameter(f"{field}: {first['msg']}; see PUT /entities in /docs") from error
 
 
-async def _wanted(request: Request, timeout_s: float) -> schemas.BundleRequest:
-    # By hand: the framework reads a body of any size, and before it asks for the token.
+async def _bundle_request(request: Request, timeout_s: float) -> schemas.BundleRequest:
+    # FastAPI would read a body of any size, and before the dependency checks the token.
     body = await read_body(request, _MAX_BODY_BYTES, timeout_s)
     try:
         return schemas.BundleRequest.model_validate_json(body)

@@ -1,4 +1,4 @@
-"""What a service can be told: environment variables `WIKICLIP_*`, each also a flag of `wikiclip serve`."""
+"""The settings of a service. Each is an environment variable `WIKICLIP_*` and a flag of `wikiclip serve`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import UserError
@@ -18,108 +18,118 @@ from service.limits import Rate
 
 ENV_PREFIX = "WIKICLIP_"
 MILVUS = "milvus:"
-_BATCH, _BATCH_A_THREAD = 32, 8  # images encoded at once, at most; the latter on a CPU
+_MAX_BATCH, _MAX_BATCH_PER_THREAD = 32, 8  # the second applies on a CPU
 
-_SECRET = frozenset(("admin_token", "api_keys", "index", "redis_url"))  # their values are never told
+_SECRET = frozenset(("admin_token", "api_keys", "index", "redis_url"))  # error messages never quote these values
+
+_URL_PREFIXES = {
+    "index": (MILVUS,),
+    "otlp_endpoint": ("http://", "https://"),
+    "redis_url": ("redis://", "rediss://", "unix://"),
+}
 
 Device = Literal["auto", "cpu", "cuda"]
 
 
 class Settings(BaseSettings):
-    """The one list of settings. Precedence: argument (a flag), then environment, then default."""
+    """All settings. Precedence: argument (from a flag), then environment, then default."""
 
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
     bundle: Path | str | None = Field(
-        default=None, description="The bundle to serve: a folder, or a URI as s3://bucket/prefix, pulled first."
+        default=None,
+        description="Bundle to serve: a folder, or a URI such as s3://bucket/prefix, which is downloaded first.",
     )
-    bundle_cache: Path | None = Field(default=None, description="Folder that keeps bundles which are given by URI.")
+    bundle_cache: Path | None = Field(default=None, description="Folder for downloaded bundles.")
     index: str | None = Field(
         default=None,
         repr=False,
-        description="Search in Milvus instead of the bundle's own index, milvus:http://[USER:PASSWORD@]HOST:PORT.",
+        description="Search in Milvus instead of the bundle's own index: milvus:http://[USER:PASSWORD@]HOST:PORT.",
     )
     live_dir: Path | None = Field(
-        default=None, description="Folder that keeps entities which are put and deleted while serving."
+        default=None, description="Folder for live changes: entities added, replaced or deleted while serving."
     )
-    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
-    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 takes a free one.")
-    device: Device = Field(default="auto", description="Where the image encoder runs; auto takes CUDA where it works.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is all interfaces.")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one.")
+    device: Device = Field(default="auto", description="Where the image encoder runs; auto uses CUDA if it works.")
     precision: Literal["auto", "float"] = Field(
         default="auto",
-        description="Which encoder of the bundle runs; auto takes int8 on a CPU, float16 on a GPU where there is one.",
+        description="Precision of the image encoder; auto uses int8 on a CPU and float16 on a GPU if available.",
     )
     search_device: Literal["same", "auto", "cpu", "cuda"] = Field(
-        default="same", description="Where the search runs: same is where the image encoder is to run."
+        default="same", description="Where the search runs; same means on the image encoder's device."
     )
     threads: int = Field(
-        default=0, ge=0, le=1024, description="Threads of the encoder and of the search; 0 is one a core."
+        default=0, ge=0, le=1024, description="Threads for the encoder and the search; 0 is one per core."
     )
-    decode_threads: int = Field(default=0, ge=0, le=1024, description="Threads that decode images; 0 is two a core.")
-    cache: Literal["on", "off"] = Field(default="on", description="Keep embeddings and answers of images seen before.")
-    cache_max_bytes: int = Field(default=64 * 1024**2, ge=1, description="Size in bytes of the cache in the process.")
+    decode_threads: int = Field(default=0, ge=0, le=1024, description="Threads that decode images; 0 is two per core.")
+    cache: Literal["on", "off"] = Field(default="on", description="Cache embeddings and answers by image.")
+    cache_max_bytes: int = Field(default=64 * 1024**2, ge=1, description="Bytes of the in-process cache.")
     redis_url: str | None = Field(
-        default=None, description="Redis that several processes share as cache, redis://host:port/db."
+        default=None, description="Redis that processes share for the cache and rate limits: redis://host:port/db."
     )
     redis_timeout_ms: int = Field(
-        default=100, ge=1, description="Milliseconds that Redis may take; then a request goes on without it."
+        default=100, ge=1, description="Milliseconds to wait for Redis before a request continues without it."
     )
     max_batch: int = Field(
         default=0, ge=0, le=1024,
-        description="Images encoded at once, at most; 0 is 32 on a GPU, and 8 a thread up to 32 on a CPU.",
+        description="Maximum images encoded together; 0 is 32 on a GPU and 8 per thread, up to 32, on a CPU.",
     )  # fmt: skip
-    max_batch_images: int = Field(
-        default=32, ge=1, le=1024, description="Images in one POST /recognize/batch, at most."
+    max_batch_images: int = Field(default=32, ge=1, le=1024, description="Maximum images in one POST /recognize/batch.")
+    queue_limit: int = Field(
+        default=256,
+        ge=1,
+        description="Maximum images accepted and not yet answered; more get 429, as do requests that would miss the "
+        "deadline at the current speed.",
     )
-    queue_limit: int = Field(default=256, ge=1, description="Images accepted and not yet answered; more get a 429.")
     deadline_ms: int = Field(
-        default=10_000, ge=1, description="Milliseconds an accepted request may take; then it gets a 504."
+        default=10_000, ge=1, description="Milliseconds an accepted request may take before it gets 504."
     )
     stuck_ms: int = Field(
         default=20_000,
         ge=1,
-        description="Milliseconds without a sign of life after which the engine is not ready; above its longest batch.",
+        description="Milliseconds without progress after which the engine is unready; must exceed its longest batch.",
     )
     receive_timeout_ms: int = Field(
-        default=30_000, ge=1, description="Milliseconds for a request's head to arrive, and as many for its body."
+        default=30_000, ge=1, description="Milliseconds for a request's head to arrive, and again for its body."
     )
-    max_body_bytes: int = Field(default=20 * 1024**2, ge=1, description="Bytes of a request body, at most.")
-    max_pixels: int = Field(default=64_000_000, ge=1, description="Pixels of an image, width times height, at most.")
+    max_body_bytes: int = Field(default=20 * 1024**2, ge=1, description="Maximum bytes of a request body.")
+    max_pixels: int = Field(default=64_000_000, ge=1, description="Maximum pixels of an image, width times height.")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
         repr=False,
-        description="Keys of which one is needed to ask, separated by commas, plain or as sha256:HEX of the key.",
+        description="API keys, comma-separated, plain or as sha256:HEX; requests then need one of them.",
     )
     admin_token: str | None = Field(
         default=None,
         repr=False,
-        description="Token that lets its holder change what is served, plain or as sha256:HEX of the token.",
+        description="Token that permits changes to what is served, plain or as sha256:HEX.",
     )
     rate_limit: str | None = Field(
         default=None,
-        description="Images that one key, or without keys one address, may send: N/second, N/minute or N/hour.",
+        description="Maximum images per API key, or per address without keys: N/second, N/minute or N/hour.",
     )
     url_allowlist: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="Hosts whose images may be given by URL, separated by commas, as a.org or *.a.org."
+        default=(), description="Hosts that images may be fetched from, comma-separated, such as a.org or *.a.org."
     )
     url_timeout_ms: int = Field(
-        default=5000, ge=1, description="Milliseconds that fetching an image by URL may take, in all."
+        default=5000, ge=1, description="Milliseconds to fetch an image by URL, redirects included."
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="Origins whose pages may call the service, separated by commas; * for any."
+        default=(), description="Origins whose pages may call the service, comma-separated; * is any."
     )
     otlp_endpoint: str | None = Field(
-        default=None, description="OpenTelemetry collector that is sent traces, as http://127.0.0.1:4318."
+        default=None, description="OpenTelemetry collector that receives traces, such as http://127.0.0.1:4318."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="What is logged on stderr."
+        default="info", description="Lowest level that is logged to stderr."
     )
 
     @field_validator("bundle")
     @classmethod
-    def _a_folder_unless_a_uri(cls, value: Path | str | None) -> Path | str | None:
+    def _parse_bundle(cls, value: Path | str | None) -> Path | str | None:
         return value if value is None or is_uri(value) else Path(value)
 
     @field_validator("api_keys", "url_allowlist", "cors_origins", mode="before")
@@ -131,59 +141,46 @@ class Settings(BaseSettings):
 
     @field_validator("api_keys")
     @classmethod
-    def _only_digests(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _hash_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(digest_of(key) for key in value)
 
     @field_validator("admin_token")
     @classmethod
-    def _only_a_digest(cls, value: str | None) -> str | None:
+    def _hash_token(cls, value: str | None) -> str | None:
         return digest_of(value) if value else None
 
     @field_validator("url_allowlist")
     @classmethod
-    def _only_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(host_pattern(host) for host in value)
 
     @field_validator("rate_limit")
     @classmethod
-    def _a_rate(cls, value: str | None) -> str | None:
+    def _check_rate(cls, value: str | None) -> str | None:
         if value:
             Rate.parse(value)
         return value or None
 
-    @field_validator("redis_url")
+    @field_validator(*_URL_PREFIXES)
     @classmethod
-    def _known_scheme(cls, value: str | None) -> str | None:
-        if value and not value.startswith(("redis://", "rediss://", "unix://")):
-            raise ValueError("start it with redis://, rediss:// or unix://")
-        return value or None
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _over_http(cls, value: str | None) -> str | None:
-        if value and not value.startswith(("http://", "https://")):
-            raise ValueError("start it with http:// or https://")
-        return value or None
-
-    @field_validator("index")
-    @classmethod
-    def _a_milvus(cls, value: str | None) -> str | None:
-        if value and not value.startswith(MILVUS):
-            raise ValueError("start it with milvus: and the URI, as milvus:http://127.0.0.1:19530")
+    def _check_prefix(cls, value: str | None, info: ValidationInfo) -> str | None:
+        prefixes = _URL_PREFIXES[info.field_name or ""]
+        if value and not value.startswith(prefixes):
+            raise ValueError(f"must begin with {' or '.join(prefixes)}")
         return value or None
 
     @model_validator(mode="after")
-    def _one_place_for_changes(self) -> Self:
+    def _check_live_dir(self) -> Self:
         if self.index is not None and self.live_dir is not None:
-            raise ValueError("with index milvus: changes are kept in Milvus; leave out live_dir")
+            raise ValueError("with index milvus:..., live changes are stored in Milvus; remove live_dir")
         return self
 
     @model_validator(mode="after")
-    def _a_full_batch_fits(self) -> Self:
+    def _check_queue_limit(self) -> Self:
         if self.queue_limit < self.max_batch_images:
             raise ValueError(
                 f"queue_limit {self.queue_limit} is below max_batch_images {self.max_batch_images}: "
-                "a full batch could never be accepted; raise queue_limit or lower max_batch_images"
+                "a full batch would never be accepted; raise queue_limit or lower max_batch_images"
             )
         return self
 
@@ -200,21 +197,25 @@ class Settings(BaseSettings):
         return self.threads or usable_cores()
 
     def batch_limit(self, device: str) -> int:
-        """Images encoded at once on `cuda` or `cpu`, at most. On a CPU more than a few a thread gain nothing: what the
-        network computes on the way then falls out of the cache."""
-        return self.max_batch or (_BATCH if device == "cuda" else min(_BATCH, _BATCH_A_THREAD * self.thread_count))
+        """Return the maximum images encoded together on `cuda` or `cpu`.
+
+        On a CPU, larger batches are not faster, because activations no longer fit into the CPU's cache.
+        """
+        if self.max_batch:
+            return self.max_batch
+        return _MAX_BATCH if device == "cuda" else min(_MAX_BATCH, _MAX_BATCH_PER_THREAD * self.thread_count)
 
     @property
     def decode_thread_count(self) -> int:
-        # With one a core, what is decoded comes to the engine in uneven batches, and the slowest answers wait for two.
+        # With one per core, batches reach the engine unevenly and the slowest requests wait for two of them.
         return self.decode_threads or 2 * usable_cores()
 
 
-def load_settings(**given: Any) -> Settings:
-    """Settings from what was given, then the environment, then the defaults; an empty variable counts as unset.
+def load_settings(**arguments: Any) -> Settings:
+    """Load settings from arguments, environment and defaults. Empty variables count as unset.
 
-    Raises `UserError`, one line, for a value that does not fit and for a `WIKICLIP_*` variable that is no setting: a
-    protection that someone believes to have switched on must not be ignored in silence.
+    Raises `UserError` for an invalid value and for an unknown `WIKICLIP_*` variable: a misspelled protection must not
+    be ignored silently.
     """
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     unknown = sorted(
@@ -223,9 +224,9 @@ def load_settings(**given: Any) -> Settings:
         if value and name.startswith(ENV_PREFIX) and name.upper() not in known
     )
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: no such setting; unset it (`wikiclip serve --help` lists them)")
+        raise UserError(f"{', '.join(unknown)}: unknown setting; unset it (see `wikiclip serve --help`)")
     try:
-        return Settings(**given)
+        return Settings(**arguments)
     except ValidationError as error:
         raise UserError("; ".join(_one_line(problem) for problem in error.errors())) from error
 

@@ -1,15 +1,20 @@
-"""API keys: who is let in, and what stays open."""
+"""API keys and the admin token."""
 
 from __future__ import annotations
 
 import hashlib
 
 import pytest
+from starlette.datastructures import Headers
 
-from core.errors import Unauthorized
+from core.errors import Forbidden, Unauthorized, UserError
+from service.auth import AdminToken
+from service.settings import Settings, load_settings
 from wikiclip.client import Client
 
 KEYS = ("first-key", "sha256:" + hashlib.sha256("zweiter Schlüssel".encode()).hexdigest())
+TOKEN = "let-me-change-things"
+DIGEST = "sha256:" + hashlib.sha256(TOKEN.encode()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def ask(guarded, image, headers):
         {"X-API-Key": "zweiter Schlüssel".encode()},
     ],
 )
-def test_each_key_opens_in_each_header(guarded, giraffe, headers):
+def test_every_key_is_accepted_in_either_header(guarded, giraffe, headers):
     assert ask(guarded, giraffe, headers).status_code == 200
 
 
@@ -47,7 +52,7 @@ def test_each_key_opens_in_each_header(guarded, giraffe, headers):
         {"Authorization": "Bearer wrong", "X-API-Key": "first-key"},
     ],
 )
-def test_without_a_known_key_there_is_a_401(guarded, giraffe, headers):
+def test_missing_and_unknown_keys_get_401(guarded, giraffe, headers):
     answer = ask(guarded, giraffe, headers)
     assert answer.status_code == 401
     assert answer.headers["www-authenticate"].startswith("Bearer")
@@ -56,12 +61,12 @@ def test_without_a_known_key_there_is_a_401(guarded, giraffe, headers):
 
 
 @pytest.mark.parametrize("path", ["/entities?query=lion", "/entities/Q140", "/entities/Q140/thumbnail"])
-def test_entities_are_behind_the_keys(guarded, path):
+def test_entities_need_a_key(guarded, path):
     assert guarded.get(path).status_code == 401
     assert guarded.get(path, headers={"X-API-Key": "first-key"}).status_code in (200, 404)
 
 
-def test_a_parameter_is_not_judged_before_the_key(guarded):
+def test_keys_are_checked_before_parameters(guarded):
     assert guarded.post("/recognize?top_k=0", content=b"x").status_code == 401
     assert guarded.post("/recognize/batch", content=b"x").status_code == 401
 
@@ -69,16 +74,16 @@ def test_a_parameter_is_not_judged_before_the_key(guarded):
 @pytest.mark.parametrize(
     "path", ["/livez", "/readyz", "/metrics", "/info", "/docs", "/openapi.json", "/", "/page/page.js", "/docs/docs.js"]
 )
-def test_operations_and_pages_stay_open(guarded, path):
+def test_operations_and_pages_need_no_key(guarded, path):
     assert guarded.get(path).status_code == 200
 
 
-def test_a_large_body_without_a_key_still_gets_its_answer(guarded):
+def test_a_large_body_without_a_key_gets_401(guarded):
     assert ask(guarded, b"\0" * (4 * 1024**2), {}).status_code == 401
     assert guarded.get("/livez").status_code == 200
 
 
-def test_the_api_description_tells_of_keys_only_where_they_are_needed(guarded, service):
+def test_the_api_description_lists_keys_only_if_they_are_needed(guarded, service):
     guarded_document, open_document = (client.get("/openapi.json").json() for client in (guarded, service))
     assert guarded_document["paths"]["/recognize"]["post"]["security"] == [{"bearer": []}, {"header": []}]
     assert "security" not in guarded_document["paths"]["/info"]["get"]
@@ -90,3 +95,37 @@ def test_the_client_sends_its_key(guarded, giraffe):
         assert client.recognize(giraffe).predictions[0].entity_id == "Q15083"
     with Client(str(guarded.base_url)) as client, pytest.raises(Unauthorized):
         client.recognize(giraffe)
+
+
+def admin_token(setting: str | None) -> AdminToken:
+    return AdminToken(Settings(admin_token=setting).admin_token)
+
+
+@pytest.mark.parametrize("setting", [TOKEN, DIGEST, DIGEST.upper().replace("SHA256", "sha256")])
+@pytest.mark.parametrize("headers", [{"authorization": f"Bearer {TOKEN}"}, {"x-api-key": TOKEN}])
+def test_the_admin_token_is_accepted(setting, headers):
+    admin_token(setting).check(Headers(headers))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"authorization": "Bearer"}, {"authorization": "Bearer wrong"}, {"authorization": f"Bearer {DIGEST}"}],
+)
+def test_other_admin_tokens_are_refused(headers):
+    with pytest.raises(Unauthorized, match="admin token"):
+        admin_token(TOKEN).check(Headers(headers))
+
+
+@pytest.mark.parametrize("setting", [None, ""])
+def test_without_an_admin_token_changes_are_forbidden(setting):
+    with pytest.raises(Forbidden, match="WIKICLIP_ADMIN_TOKEN"):
+        admin_token(setting).check(Headers({"authorization": "Bearer "}))
+
+
+def test_the_admin_token_is_never_shown():
+    settings = Settings(admin_token=TOKEN)
+    assert TOKEN not in repr(settings)
+    assert settings.admin_token == DIGEST
+    with pytest.raises(UserError) as error:
+        load_settings(admin_token="sha256:" + TOKEN)
+    assert TOKEN not in str(error.value)

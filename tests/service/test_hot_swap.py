@@ -207,7 +207,7 @@ def test_only_the_holder_of_the_token_may(serve, bundles):
         assert swap(service, bundles / "b").status_code == 403
 
 
-def test_a_hangup_loads_the_configured_path_anew(bundles, tmp_path):
+def test_sighup_reloads_the_configured_path(bundles, tmp_path):
     link = tmp_path / "current"
     link.symlink_to(bundles / "a")
     command = [sys.executable, "-m", "wikiclip", "serve", "--bundle", str(link), "--port", "0", "--threads", "1"]
@@ -221,7 +221,7 @@ def test_a_hangup_loads_the_configured_path_anew(bundles, tmp_path):
                     for _ in range(1000):
                         if service.get("/info").json()["bundle"].startswith(f"{name}@"):
                             return
-                        time.sleep(0.01)  # another process: asking again is all there is
+                        time.sleep(0.01)  # another process: polling is the only way to see its state
                     raise AssertionError(f"never answers from {name}")
 
                 until_answers_from("a")
@@ -231,7 +231,7 @@ def test_a_hangup_loads_the_configured_path_anew(bundles, tmp_path):
                 until_answers_from("b")
                 link.unlink()
                 os.kill(process.pid, signal.SIGHUP)
-                assert any("changes nothing" in line for line in process.stderr)
+                assert any("was not reloaded" in line for line in process.stderr)
                 assert service.get("/info").json()["bundle"].startswith("b@")
         finally:
             process.terminate()
