@@ -1,6 +1,6 @@
-// What the page asks of the service, and how a refusal reaches the reader.
+// Requests to the service.
 
-/** A refusal that can be shown: the service's problem+json, or its absence. */
+/** An error to show to the user: the service's problem+json, or a failed connection. */
 export class Problem extends Error {
   constructor({ title, detail, status = 0, requestId = null, retryAfterS = null }) {
     super(detail);
@@ -17,7 +17,7 @@ async function problemOf(response) {
   const retryAfter = response.headers.get("retry-after");
   return new Problem({
     title: body.title ?? `The service answered ${response.status}`,
-    detail: body.detail ?? "It gave no reason.",
+    detail: body.detail ?? "The response gives no reason.",
     status: response.status,
     requestId: body.request_id ?? response.headers.get("x-request-id"),
     retryAfterS: retryAfter === null ? null : Number(retryAfter),
@@ -26,28 +26,28 @@ async function problemOf(response) {
 
 const KEY_NAME = "wikiclip-api-key";
 
-/** Keep an API key until the tab is closed. */
-export function keepKey(key) {
+/** Store an API key until the tab is closed. */
+export function storeKey(key) {
   sessionStorage.setItem(KEY_NAME, key);
 }
 
 function withKey(options) {
   const key = sessionStorage.getItem(KEY_NAME);
   if (!key) return options;
-  const bytes = String.fromCharCode(...new TextEncoder().encode(key)); // a header takes bytes, not characters
+  const bytes = String.fromCharCode(...new TextEncoder().encode(key)); // headers are bytes, not characters
   return { ...options, headers: { Authorization: `Bearer ${bytes}` } };
 }
 
-async function ask(path, options = {}) {
+async function requestJson(path, options = {}) {
   let response;
   try {
     response = await fetch(path, withKey(options));
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Problem({
-      title: "No answer",
+      title: "No response",
       detail: options.body
-        ? "The connection closed before an answer came: the file may be too large, or the service is not running."
+        ? "The connection closed before a response arrived. The file may be too large, or the service may be down."
         : "The service cannot be reached.",
     });
   }
@@ -56,8 +56,8 @@ async function ask(path, options = {}) {
 }
 
 /**
- * POST /recognize. `box` is {x, y, w, h} in fractions of the image, or null for all of it.
- * Returns the answer and `roundTripMs`, as the browser saw it.
+ * POST /recognize. `box` is {x, y, w, h} in fractions of the image, or null for the whole image.
+ * Returns the answer and the time of the request as `roundTripMs`.
  */
 export async function recognize(image, { topK, types, box, explain, signal }) {
   const parameters = new URLSearchParams({ top_k: String(topK) });
@@ -67,21 +67,21 @@ export async function recognize(image, { topK, types, box, explain, signal }) {
   const form = new FormData();
   form.append("image", image, image.name ?? "image");
   const startedMs = performance.now();
-  const answer = await ask(`/recognize?${parameters}`, { method: "POST", body: form, signal });
+  const answer = await requestJson(`/recognize?${parameters}`, { method: "POST", body: form, signal });
   return { answer, roundTripMs: performance.now() - startedMs };
 }
 
 export function serviceInfo() {
-  return ask("/info");
+  return requestJson("/info");
 }
 
-/** GET /entities: records whose title matches. */
+/** GET /entities: records with matching titles. */
 export async function searchEntities(query, { limit, signal }) {
-  const found = await ask(`/entities?${new URLSearchParams({ query, limit: String(limit) })}`, { signal });
-  return Array.isArray(found) ? found : found.entities;
+  const { entities } = await requestJson(`/entities?${new URLSearchParams({ query, limit: String(limit) })}`, { signal });
+  return entities;
 }
 
-/** Where an image element finds a thumbnail: with a key it is fetched here, since an element cannot send one. */
+/** Return a URL for an image element. With an API key the image is fetched here, because an element cannot send one. */
 export async function thumbnailUrl(entityId) {
   const path = `/entities/${encodeURIComponent(entityId)}/thumbnail`;
   if (!sessionStorage.getItem(KEY_NAME)) return path;

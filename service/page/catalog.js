@@ -1,10 +1,10 @@
-// Title search over the catalog being served.
+// Title search in the bundle's catalog.
 
 import { Problem, searchEntities } from "./api.js";
 import { element, entityTile, entityTitle, entityTypes } from "./entity.js";
 
 const LIMIT = 12;
-const PAUSE_MS = 180; // long enough to type a word through, short enough to feel at once
+const DEBOUNCE_MS = 180;
 
 function entityItem(entity, onType) {
   const item = element("li", "entity");
@@ -15,10 +15,10 @@ function entityItem(entity, onType) {
   return item;
 }
 
-/** Search as the reader types. `onType(type)` when a type is pressed; `onFound(entities)` after each search. */
+/** Search while the user types. Calls `onType(type)` for a pressed type and `onFound(entities)` after each search. */
 export function startCatalogSearch({ input, list, note, onType, onFound }) {
   const firstNote = note.textContent;
-  let pause = 0;
+  let debounce = 0;
   let controller = null;
 
   async function search() {
@@ -34,7 +34,7 @@ export function startCatalogSearch({ input, list, note, onType, onFound }) {
       const entities = await searchEntities(query, { limit: LIMIT, signal: controller.signal });
       list.replaceChildren(...entities.map((entity) => entityItem(entity, onType)));
       note.textContent = entities.length === 0 ? `No title matches “${query}”.`
-        : entities.length === LIMIT ? `The first ${LIMIT} titles that match.`
+        : entities.length === LIMIT ? `The first ${LIMIT} matching titles.`
         : entities.length === 1 ? "One title matches." : `${entities.length} titles match.`;
       onFound(entities);
     } catch (error) {
@@ -46,7 +46,7 @@ export function startCatalogSearch({ input, list, note, onType, onFound }) {
   }
 
   input.addEventListener("input", () => {
-    clearTimeout(pause);
-    pause = setTimeout(search, PAUSE_MS);
+    clearTimeout(debounce);
+    debounce = setTimeout(search, DEBOUNCE_MS);
   });
 }

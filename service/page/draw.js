@@ -1,4 +1,4 @@
-// A small drawing board: strokes are kept as a list, so undo is exact and the picture can be redrawn at will.
+// A small drawing board. It stores a list of strokes and redraws them all after each change, so undo is exact.
 
 const COLOURS = [
   ["black", "#1f2024"], ["grey", "#8d939e"], ["white", "#ffffff"], ["brown", "#7a4a2b"],
@@ -12,14 +12,14 @@ export class Board {
   #canvas;
   #context;
   #strokes = [];
-  #live = null;
+  #current = null;
   #colour = COLOURS[0][1];
   #shape = "brush";
   #sizePx = 18;
   #pen = { x: 256, y: 256, down: false };
   #onChange;
 
-  /** `onChange(isEmpty)` is called whenever a stroke ends, or is taken back. */
+  /** `onChange(isEmpty)` is called after each stroke, undo and clear. */
   constructor(canvas, { palette, shapes, size, onChange }) {
     this.#canvas = canvas;
     this.#context = canvas.getContext("2d");
@@ -57,7 +57,7 @@ export class Board {
     this.#onChange(true);
   }
 
-  /** The picture as a PNG blob, without the keyboard's crosshair. */
+  /** Return the drawing as a PNG blob, without the keyboard's crosshair. */
   blob() {
     this.#paint({ crosshair: false });
     return new Promise((resolve) => this.#canvas.toBlob((blob) => {
@@ -89,7 +89,7 @@ export class Board {
   }
 
   #begin(point) {
-    this.#live = { shape: this.#shape, colour: this.#colour, sizePx: this.#sizePx, points: [point] };
+    this.#current = { shape: this.#shape, colour: this.#colour, sizePx: this.#sizePx, points: [point] };
   }
 
   #down(event) {
@@ -101,17 +101,17 @@ export class Board {
   }
 
   #move(event) {
-    if (!this.#live || this.#pen.down || !event.isPrimary) return;
-    // Coalesced events keep a fast stroke round where one event a frame would make it angular.
+    if (!this.#current || this.#pen.down || !event.isPrimary) return;
+    // Coalesced events keep fast strokes smooth: without them there is one point per frame.
     const events = event.getCoalescedEvents?.() ?? [];
-    for (const each of events.length ? events : [event]) this.#live.points.push(this.#point(each));
+    for (const each of events.length ? events : [event]) this.#current.points.push(this.#point(each));
     this.#paint();
   }
 
   #finish() {
-    if (!this.#live) return;
-    this.#strokes.push(this.#live);
-    this.#live = null;
+    if (!this.#current) return;
+    this.#strokes.push(this.#current);
+    this.#current = null;
     this.#paint();
     this.#onChange(false);
   }
@@ -131,7 +131,7 @@ export class Board {
     const limit = this.#canvas.width;
     this.#pen.x = Math.max(0, Math.min(limit, this.#pen.x + direction[0] * KEY_STEP_PX));
     this.#pen.y = Math.max(0, Math.min(limit, this.#pen.y + direction[1] * KEY_STEP_PX));
-    if (this.#pen.down) this.#live.points.push({ x: this.#pen.x, y: this.#pen.y });
+    if (this.#pen.down) this.#current.points.push({ x: this.#pen.x, y: this.#pen.y });
     this.#paint();
   }
 
@@ -139,7 +139,7 @@ export class Board {
     const context = this.#context;
     context.fillStyle = "#ffffff";
     context.fillRect(0, 0, this.#canvas.width, this.#canvas.height);
-    for (const stroke of this.#live ? [...this.#strokes, this.#live] : this.#strokes) paintStroke(context, stroke);
+    for (const stroke of this.#current ? [...this.#strokes, this.#current] : this.#strokes) paintStroke(context, stroke);
     if (crosshair && this.#canvas.matches(":focus-visible")) this.#paintCrosshair();
   }
 

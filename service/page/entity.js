@@ -1,16 +1,16 @@
-// How an entity looks: its tile (thumbnail, symbol or monogram), title, types and description.
+// The parts of an entity: tile (thumbnail, symbol or monogram), title and types.
 
 import { thumbnailUrl } from "./api.js";
 
-/** Make an element: `element("p", "hint", "text")`. Text is never parsed as HTML. */
+/** Create an element: `element("p", "hint", "text")`. Text is never parsed as HTML. */
 export function element(tag, className = "", text = "") {
-  const made = document.createElement(tag);
-  if (className) made.className = className;
-  if (text) made.textContent = text;
-  return made;
+  const node = document.createElement(tag);
+  if (className) node.className = className;
+  if (text) node.textContent = text;
+  return node;
 }
 
-/** A hue in degrees that stays with an entity wherever it is shown. */
+/** Return a hue in degrees that depends only on the entity id. */
 function hueOf(entityId) {
   let hash = 2166136261;
   for (const character of entityId) hash = Math.imul(hash ^ character.codePointAt(0), 16777619);
@@ -40,31 +40,31 @@ export function entityTile(entity) {
   tile.alt = "";
   tile.width = tile.height = 64;
   tile.loading = "lazy";
-  const giveUp = () => {
-    const instead = symbolOrMonogram(entity);
-    instead.setAttribute("aria-hidden", "true");
-    tile.replaceWith(instead);
+  const useFallback = () => {
+    const fallback = symbolOrMonogram(entity);
+    fallback.setAttribute("aria-hidden", "true");
+    tile.replaceWith(fallback);
   };
-  tile.addEventListener("error", giveUp);
+  tile.addEventListener("error", useFallback);
   tile.addEventListener("load", () => URL.revokeObjectURL(tile.src));
-  thumbnailUrl(entity.entity_id).then((url) => { tile.src = url; }, giveUp);
+  thumbnailUrl(entity.entity_id).then((url) => { tile.src = url; }, useFallback);
   return tile;
 }
 
 export function entityTitle(entity) {
-  // Only http(s): a catalog is not trusted to keep `javascript:` out of its links.
+  // Only http(s): an untrusted catalog could contain `javascript:` links.
   if (!/^https?:\/\//i.test(entity.url ?? "")) return element("span", "title", entity.title);
   const link = element("a", "title", entity.title);
   link.href = entity.url;
   link.target = "_blank";
   link.rel = "noopener noreferrer";
-  const elsewhere = element("span", "elsewhere", "↗");
-  elsewhere.setAttribute("aria-hidden", "true");
-  link.append(elsewhere, element("span", "sr-only", " (opens Wikipedia in a new tab)"));
+  const arrow = element("span", "elsewhere", "↗");
+  arrow.setAttribute("aria-hidden", "true");
+  link.append(arrow, element("span", "sr-only", " (opens in a new tab)"));
   return link;
 }
 
-/** The types as buttons; pressing one calls `onType(type)`. */
+/** Return the types as buttons that call `onType(type)`. */
 export function entityTypes(entity, onType) {
   const row = element("span", "types");
   for (const type of entity.types ?? []) {

@@ -1,26 +1,25 @@
-// Example query images, drawn here and now: a few flags from rectangles and circles, and characters of the
-// reader's own emoji font, so no picture has to be shipped.
+// Example query images, drawn in the browser: flags made of shapes, and emoji from the user's own font.
 
 const SIZE_PX = 256;
 
 function canvas() {
-  const made = document.createElement("canvas");
-  made.width = made.height = SIZE_PX;
-  const context = made.getContext("2d");
+  const square = document.createElement("canvas");
+  square.width = square.height = SIZE_PX;
+  const context = square.getContext("2d");
   context.fillStyle = "#ffffff";
   context.fillRect(0, 0, SIZE_PX, SIZE_PX);
-  return [made, context];
+  return [square, context];
 }
 
-/** A flag 2:3 in the middle of a white square; `paint(context)` draws in a field of 240 by 160. */
+/** Return a 2:3 flag on a white square. `paint(context)` draws it on 240 by 160 pixels. */
 function flag(paint) {
-  const [made, context] = canvas();
+  const [square, context] = canvas();
   context.translate(8, 48);
   context.beginPath();
   context.rect(0, 0, 240, 160);
   context.clip();
   paint(context);
-  return made;
+  return square;
 }
 
 function fill(context, colour, x, y, w, h) {
@@ -55,16 +54,16 @@ function nordicCross(field, cross) {
 }
 
 function emoji(character) {
-  const [made, context] = canvas();
+  const [square, context] = canvas();
   context.font = `${SIZE_PX * 0.72}px "Apple Color Emoji", "Segoe UI Emoji", "Noto Color Emoji", sans-serif`;
   context.textAlign = "center";
   context.textBaseline = "middle";
   context.fillStyle = "#000000";
   context.fillText(character, SIZE_PX / 2, SIZE_PX * 0.53);
-  return isColoured(context) ? made : null;
+  return isColoured(context) ? square : null;
 }
 
-/** Without an emoji font a character comes out as a black outline or an empty box: no pixel has a colour. */
+/** Return whether any pixel has a colour. Without an emoji font, a character is a black outline or an empty box. */
 function isColoured(context) {
   const { data } = context.getImageData(0, 0, SIZE_PX, SIZE_PX);
   for (let i = 0; i < data.length; i += 16) {
@@ -86,7 +85,7 @@ const EXAMPLES = [
   ["Three upright stripes: green, white, orange", () => stripes(["#1f9a5f", "#ffffff", "#f58a3c"], { upright: true })],
 ];
 
-/** Fill `row` with buttons; pressing one calls `onPick(blob, name)`. */
+/** Fill `row` with buttons that call `onPick(blob, name)`. */
 export function showExamples(row, onPick) {
   for (const [name, draw] of EXAMPLES) {
     const picture = draw();

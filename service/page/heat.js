@@ -1,9 +1,9 @@
-// Where in the query image a prediction matches: its heat map, laid over the image.
+// The heat map of a prediction, drawn over the query image.
 
 import { contentOf } from "./region.js";
 
-const COLDEST = 0.05; // of the opacity, so that the image stays to be seen
-const HOTTEST = 0.62;
+const MIN_OPACITY = 0.05;
+const MAX_OPACITY = 0.62; // the image stays visible
 
 export class HeatMap {
   #stage;
@@ -23,7 +23,7 @@ export class HeatMap {
     this.#canvas.hidden = true;
   }
 
-  /** Draw an explanation of the service, or nothing where it has no heat map. */
+  /** Draw the heat map of an explanation. Hide the canvas if there is none. */
   show(explanation) {
     if (!explanation?.heat_map) {
       this.hide();
@@ -38,10 +38,10 @@ export class HeatMap {
     const range = Math.max(...values) - low || 1;
     const context = this.#canvas.getContext("2d");
     const pixels = context.createImageData(this.#canvas.width, this.#canvas.height);
-    values.forEach((value, place) => {
+    values.forEach((value, index) => {
       const share = (value - low) / range;
-      const alpha = COLDEST + share * (HOTTEST - COLDEST);
-      pixels.data.set([255, 40 + 150 * (1 - share), 20, 255 * alpha], 4 * place);
+      const alpha = MIN_OPACITY + share * (MAX_OPACITY - MIN_OPACITY);
+      pixels.data.set([255, 40 + 150 * (1 - share), 20, 255 * alpha], 4 * index);
     });
     context.putImageData(pixels, 0, 0);
     this.#canvas.hidden = false;

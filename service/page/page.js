@@ -1,4 +1,4 @@
-// The page: takes an image in, asks the service, shows what came back.
+// The page: takes an image, sends it to the service and shows the predictions.
 
 import { Problem, recognize, serviceInfo } from "./api.js";
 import { startCatalogSearch } from "./catalog.js";
@@ -9,41 +9,44 @@ import { Region } from "./region.js";
 import { showAnswer, showProblem, showWaiting } from "./results.js";
 
 const $ = (id) => document.getElementById(id);
-const SETTLE_MS = 350; // a run of key presses or strokes is one question
+const DEBOUNCE_MS = 350; // several key presses or strokes make one request
 
-let picked = null; // the file, paste or example last taken in
-let drawn = null; // the drawing as it stands
-let image = null; // the query image: one of the two, by mode
-let asked = null; // the AbortController of the question under way
-let settling = 0;
+let photo = null; // the last file, paste or example
+let drawing = null; // the current drawing
+let image = null; // the query image: the photo or the drawing, by mode
+let pending = null; // the AbortController of the current request
+let debounce = 0;
 const knownTypes = new Set();
 
-async function ask() {
-  clearTimeout(settling);
+async function recognizeImage() {
+  clearTimeout(debounce);
   if (!image) return;
-  asked?.abort();
+  pending?.abort();
   const controller = new AbortController();
-  asked = controller;
+  pending = controller;
   const topK = Number($("top-k").value);
   const types = $("types").value.split(",").map((type) => type.trim()).filter(Boolean);
   showWaiting(topK);
   try {
     const { answer, roundTripMs } = await recognize(image, {
-      topK, types, box: region.box, explain: image === picked && $("explain").checked, signal: controller.signal,
+      topK, types, box: region.box, explain: image === photo && $("explain").checked, signal: controller.signal,
     });
     showAnswer(answer, roundTripMs, { onType: filterByType, onExplain: (explanation) => heat.show(explanation) });
     learnTypes(answer.predictions);
   } catch (error) {
-    if (error.name === "AbortError") return; // a newer question has taken its place
+    if (error.name === "AbortError") return; // superseded by a newer request
     if (!(error instanceof Problem)) throw error;
+    if (error.status === 415) {
+      error.message = `${image.name ?? "The file"} is not an image. Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.`;
+    }
     heat.hide();
-    showProblem(error, ask);
+    showProblem(error, recognizeImage);
   }
 }
 
-function askSoon() {
-  clearTimeout(settling);
-  settling = setTimeout(ask, SETTLE_MS);
+function recognizeSoon() {
+  clearTimeout(debounce);
+  debounce = setTimeout(recognizeImage, DEBOUNCE_MS);
 }
 
 function learnTypes(entities) {
@@ -58,7 +61,7 @@ function learnTypes(entities) {
 
 function filterByType(type) {
   $("types").value = $("types").value === type ? "" : type;
-  ask();
+  recognizeImage();
 }
 
 // ---- the stage: empty, an image, or the drawing board ----
@@ -69,7 +72,7 @@ const region = new Region({
   mark: $("region"),
   onChange: (box) => {
     $("clear-region").hidden = box === null;
-    askSoon();
+    recognizeSoon();
   },
 });
 
@@ -82,32 +85,32 @@ const board = new Board($("board"), {
   onChange: async (isEmpty) => {
     $("undo").disabled = $("clear").disabled = isEmpty;
     $("board-hint").hidden = !isEmpty;
-    drawn = image = isEmpty ? null : await board.blob();
-    if (drawn) askSoon();
-    else clearTimeout(settling);
+    drawing = image = isEmpty ? null : await board.blob();
+    if (drawing) recognizeSoon();
+    else clearTimeout(debounce);
   },
 });
 
 function setMode(mode) {
-  const drawing = mode === "draw";
+  const isDrawing = mode === "draw";
   heat.hide();
-  image = drawing ? drawn : picked;
-  $("stage").dataset.mode = drawing ? "draw" : picked ? "image" : "empty";
-  $("mode-image").setAttribute("aria-pressed", String(!drawing));
-  $("mode-draw").setAttribute("aria-pressed", String(drawing));
-  $("tools-image").hidden = drawing;
-  $("tools-draw").hidden = !drawing;
-  $("board").hidden = !drawing;
-  $("board-hint").hidden = !drawing || !board.isEmpty;
+  image = isDrawing ? drawing : photo;
+  $("stage").dataset.mode = isDrawing ? "draw" : photo ? "image" : "empty";
+  $("mode-image").setAttribute("aria-pressed", String(!isDrawing));
+  $("mode-draw").setAttribute("aria-pressed", String(isDrawing));
+  $("tools-image").hidden = isDrawing;
+  $("tools-draw").hidden = !isDrawing;
+  $("board").hidden = !isDrawing;
+  $("board-hint").hidden = !isDrawing || !board.isEmpty;
   $("stage-empty").hidden = $("stage").dataset.mode !== "empty";
   $("preview").hidden = $("stage").dataset.mode !== "image";
   $("preview-blind").hidden = true;
-  if (drawing) region.reset();
+  if (isDrawing) region.reset();
   $("clear-region").hidden = region.box === null;
 }
 
 function takeImage(blob, name) {
-  picked = blob;
+  photo = blob;
   region.reset();
   const preview = $("preview");
   if (preview.src) URL.revokeObjectURL(preview.src);
@@ -117,22 +120,22 @@ function takeImage(blob, name) {
   $("image-hint").textContent = name;
   $("image-hint").title = name;
   setMode("image");
-  ask();
-  // Stacked, the answers begin below the fold.
+  recognizeImage();
+  // On narrow screens the predictions are below the fold.
   if (matchMedia("(max-width: 900px)").matches) $("answers").scrollIntoView({ block: "start" });
 }
 
 $("preview").addEventListener("load", () => {
   $("mark-region").disabled = false;
   $("preview-blind").hidden = true;
-  $("image-hint").textContent = "Drag over the image to ask about a part of it.";
+  $("image-hint").textContent = "Drag over the image to recognise a part of it.";
 });
 $("preview").addEventListener("error", () => {
   $("preview").hidden = true;
   $("preview-blind").hidden = false;
 });
 
-// ---- ways in ----
+// ---- file, camera, drop and paste ----
 
 for (const [button, input] of [["choose", "file"], ["choose-first", "file"], ["camera", "photo"]]) {
   $(button).addEventListener("click", () => $(input).click());
@@ -141,11 +144,11 @@ for (const input of [$("file"), $("photo")]) {
   input.addEventListener("change", () => {
     const [file] = input.files;
     if (file) takeImage(file, file.name);
-    input.value = ""; // so that choosing the same file again asks again
+    input.value = ""; // so that choosing the same file again fires "change"
   });
 }
 
-let dragDepth = 0; // dragenter and dragleave come for every child crossed
+let dragDepth = 0; // dragenter and dragleave also fire for every child element
 const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
 document.addEventListener("dragenter", (event) => {
   if (carriesFiles(event)) { dragDepth += 1; document.body.classList.add("dropping"); }
@@ -164,7 +167,7 @@ document.addEventListener("drop", (event) => {
 });
 document.addEventListener("paste", (event) => {
   const [file] = event.clipboardData.files;
-  if (!file) return; // text pasted into a field is none of ours
+  if (!file) return; // pasted text
   event.preventDefault();
   takeImage(file, "pasted image");
 });
@@ -175,11 +178,9 @@ $("undo").addEventListener("click", () => board.undo());
 $("clear").addEventListener("click", () => board.clear());
 $("mark-region").addEventListener("click", () => region.start());
 $("clear-region").addEventListener("click", () => region.clear());
-$("top-k").addEventListener("change", ask);
-$("explain").addEventListener("change", ask);
-$("types").addEventListener("change", ask);
+for (const id of ["top-k", "explain", "types"]) $(id).addEventListener("change", recognizeImage);
 
-// ---- what is being served ----
+// ---- the bundle ----
 
 async function showInfo() {
   const chip = $("bundle");

@@ -1,12 +1,12 @@
-// The region of the query image that is meant: dragged with the pointer, or moved and resized with the keyboard.
+// The region of the query image to recognise, drawn with the pointer or moved and resized with the keyboard.
 
-const SMALLEST = 0.04; // a side shorter than this fraction of the image was a click, not a region
+const MIN_SIDE = 0.04; // in fractions of the image; a smaller drag counts as a click
 const KEY_STEP = 0.02;
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
 
-/** Where an image's pixels lie inside the stage (it is fitted, not stretched), in CSS pixels. */
+/** Return the rectangle, in CSS pixels, that an image fitted into the stage covers. */
 export function contentOf(stage, image) {
   const width = stage.clientWidth;
   const height = stage.clientHeight;
@@ -25,7 +25,7 @@ export class Region {
   #marking = false;
   #onChange;
 
-  /** `onChange(box)` gets {x, y, w, h} in fractions of the image, or null for the whole image. */
+  /** `onChange(box)` receives {x, y, w, h} in fractions of the image, or null for the whole image. */
   constructor({ stage, image, mark, onChange }) {
     this.#stage = stage;
     this.#image = image;
@@ -44,20 +44,20 @@ export class Region {
     return this.#box;
   }
 
-  /** Forget the region without telling: the image has changed. */
+  /** Remove the region without calling `onChange`, for a new image. */
   reset() {
     this.#box = this.#drag = null;
     this.#setMarking(false);
     this.#show();
   }
 
-  /** Back to the whole image. */
+  /** Remove the region and call `onChange(null)`. */
   clear() {
     this.reset();
     this.#onChange(null);
   }
 
-  /** Put a region in the middle, ready for the keyboard; touch can drag from now on. */
+  /** Place a region in the middle, focus it for the keyboard, and let touch draw regions. */
   start() {
     this.#setMarking(true);
     this.#box ??= { x: 0.25, y: 0.25, w: 0.5, h: 0.5 };
@@ -86,7 +86,7 @@ export class Region {
 
   #down(event) {
     const ready = this.#stage.dataset.mode === "image" && this.#image.naturalWidth > 0;
-    // On touch a drag scrolls the page until the reader asks to mark a region.
+    // A touch drag scrolls the page, unless the user chose to mark a region.
     if (!ready || !event.isPrimary || event.button !== 0 || (event.pointerType === "touch" && !this.#marking)) return;
     const at = this.#fraction(event);
     const inside = this.#box && event.target === this.#mark;
@@ -109,7 +109,7 @@ export class Region {
     const { before, moving } = this.#drag;
     this.#drag = null;
     const drawn = this.#box;
-    if (!moving && (drawn === before || drawn === null || drawn.w < SMALLEST || drawn.h < SMALLEST)) {
+    if (!moving && (drawn === before || drawn === null || drawn.w < MIN_SIDE || drawn.h < MIN_SIDE)) {
       this.#box = before;
       this.#show();
       return;
@@ -136,7 +136,7 @@ export class Region {
     const { x, y, w, h } = this.#box;
     const [dx, dy] = [direction[0] * KEY_STEP, direction[1] * KEY_STEP];
     this.#box = event.shiftKey
-      ? { x, y, w: clamp(w + dx, SMALLEST, 1 - x), h: clamp(h + dy, SMALLEST, 1 - y) }
+      ? { x, y, w: clamp(w + dx, MIN_SIDE, 1 - x), h: clamp(h + dy, MIN_SIDE, 1 - y) }
       : { x: clamp(x + dx, 0, 1 - w), y: clamp(y + dy, 0, 1 - h), w, h };
     this.#show();
     this.#onChange(this.#box);

@@ -1,6 +1,6 @@
-// The answer side: predictions, the abstention, problems, and where the time went.
+// The results: predictions, abstention, problems and timings.
 
-import { keepKey } from "./api.js";
+import { storeKey } from "./api.js";
 import { element, entityTile, entityTitle, entityTypes } from "./entity.js";
 
 const $ = (id) => document.getElementById(id);
@@ -10,19 +10,19 @@ function milliseconds(value) {
   return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 }
 
-/** Never 0 nor 100 %: no calibration can know that. */
+/** Format a confidence. Never 0 or 100 %: no calibration is that certain. */
 function percent(confidence) {
   const rounded = Math.round(confidence * 100);
   return rounded > 99 ? "> 99 %" : rounded < 1 ? "< 1 %" : `${rounded} %`;
 }
 
-/** A problem's one line, as a sentence. */
+/** Return a problem's detail as a sentence. */
 function sentence(line) {
   const upper = line.charAt(0).toLocaleUpperCase() + line.slice(1);
   return /[.!?]$/.test(upper) ? upper : `${upper}.`;
 }
 
-/** How sure, too, unless the answer is that the entity is probably none of these. */
+/** Show the score, and the confidence unless the service abstained. */
 function scoreBar(prediction, abstained) {
   const row = element("div", "score");
   const track = element("span", "track");
@@ -40,8 +40,8 @@ function scoreBar(prediction, abstained) {
   return row;
 }
 
-/** Show where in the image this one matches. */
-function pointOut(item, prediction, onExplain) {
+/** Show the heat map of a prediction. */
+function explain(item, prediction, onExplain) {
   for (const other of $("predictions").children) other.classList.toggle("explained", other === item);
   onExplain(prediction.explanation);
 }
@@ -57,13 +57,13 @@ function predictionItem(prediction, abstained, onType, onExplain) {
   text.append(heading);
   if (prediction.description) text.append(element("p", "description", prediction.description));
   const words = prediction.explanation?.words;
-  if (words) text.append(element("p", "description", `Its text, by what weighed most: ${words.slice(0, 6).map(({ word }) => word).join(", ")}`));
+  if (words) text.append(element("p", "description", `Most important words: ${words.slice(0, 6).map(({ word }) => word).join(", ")}`));
   text.append(scoreBar(prediction, abstained));
   item.append(rank, entityTile(prediction), text);
   if (prediction.explanation?.heat_map) {
     item.tabIndex = 0;
-    item.addEventListener("pointerenter", () => pointOut(item, prediction, onExplain));
-    item.addEventListener("focusin", () => pointOut(item, prediction, onExplain));
+    item.addEventListener("pointerenter", () => explain(item, prediction, onExplain));
+    item.addEventListener("focusin", () => explain(item, prediction, onExplain));
   }
   return item;
 }
@@ -76,7 +76,7 @@ function skeletonItem() {
   return item;
 }
 
-/** Before the answer: old predictions fade in place; with none, as many skeletons as will come. */
+/** Show that a request is running: fade the old predictions, or show placeholders. */
 export function showWaiting(topK) {
   const list = $("predictions");
   $("answer-list").dataset.state = "waiting";
@@ -95,7 +95,7 @@ function settle(state) {
   $("predictions").removeAttribute("aria-hidden");
 }
 
-/** `onExplain(explanation)` is told which prediction to show in the image, null for none. */
+/** Show an answer. `onExplain(explanation)` is called to draw a heat map, with null to remove it. */
 export function showAnswer(answer, roundTripMs, { onType, onExplain }) {
   settle("answered");
   $("problem").hidden = true;
@@ -106,16 +106,16 @@ export function showAnswer(answer, roundTripMs, { onType, onExplain }) {
   list.hidden = answer.predictions.length === 0;
   $("answers-empty").hidden = answer.predictions.length > 0;
   if (answer.predictions.length === 0) {
-    showEmpty("No entity passes", "Nothing in the catalog matches the type asked for. Clear it to see all.");
+    showEmpty("No entity of this type", "No entity in the catalog has this type. Clear the type to see all entities.");
   }
   showTimes(answer, roundTripMs);
   const [best] = answer.predictions;
-  if (best?.explanation) pointOut(list.firstElementChild, best, onExplain);
+  if (best?.explanation) explain(list.firstElementChild, best, onExplain);
   else onExplain(null);
-  const doubt = answer.abstained ? "Probably not in the catalog. " : "";
+  const prefix = answer.abstained ? "Probably not in the catalog. " : "";
   $("status").textContent = best
-    ? `${doubt}Best match: ${best.title}, score ${best.score.toFixed(2)}. ${answer.predictions.length} shown.`
-    : "No entity passes.";
+    ? `${prefix}Best match: ${best.title}, score ${best.score.toFixed(2)}. ${answer.predictions.length} shown.`
+    : "No entity of this type.";
 }
 
 function showEmpty(heading, text) {
@@ -123,7 +123,7 @@ function showEmpty(heading, text) {
   $("answers-empty").hidden = false;
 }
 
-/** A field for an API key; `onKey` is called once one is given. */
+/** Return a form for an API key. `onKey` is called after the key is stored. */
 function keyForm(onKey) {
   const form = element("form", "key-form");
   const label = element("label", "", "API key ");
@@ -133,16 +133,16 @@ function keyForm(onKey) {
   field.required = true;
   field.autocomplete = "off";
   label.append(field);
-  form.append(label, element("button", "button", "Use it"));
+  form.append(label, element("button", "button", "Use key"));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    keepKey(field.value.trim());
+    storeKey(field.value.trim());
     onKey();
   });
   return form;
 }
 
-/** A refusal, with what to do next; `onRetry` is offered where asking again can help. */
+/** Show a problem. If a retry can help, a button calls `onRetry`. */
 export function showProblem(problem, onRetry) {
   settle("refused");
   $("abstained").hidden = true;
@@ -150,13 +150,13 @@ export function showProblem(problem, onRetry) {
   $("predictions").hidden = true;
   $("times").hidden = true;
   $("status").textContent = "";
-  showEmpty("No answer", "Try another image, or change what was asked.");
+  showEmpty("No results", "Try another image or other options.");
   const box = $("problem");
   box.replaceChildren(element("strong", "", problem.title), element("p", "", sentence(problem.message)));
   if (problem.status === 401) box.append(keyForm(onRetry));
-  const foot = element("p", "problem-foot");
-  const worthRetrying = problem.status === 0 || problem.status === 429 || problem.status >= 500;
-  if (worthRetrying) {
+  const actions = element("p", "problem-foot");
+  const canRetry = problem.status === 0 || problem.status === 429 || problem.status >= 500;
+  if (canRetry) {
     const wait = problem.retryAfterS ? ` in ${Math.ceil(problem.retryAfterS)} s` : "";
     const retry = element("button", "button", `Try again${wait}`);
     retry.type = "button";
@@ -165,10 +165,10 @@ export function showProblem(problem, onRetry) {
       setTimeout(() => { retry.disabled = false; retry.textContent = "Try again"; }, problem.retryAfterS * 1000);
     }
     retry.addEventListener("click", onRetry);
-    foot.append(retry);
+    actions.append(retry);
   }
-  if (problem.requestId) foot.append(element("span", "request-id", `request ${problem.requestId}`));
-  if (foot.childElementCount) box.append(foot);
+  if (problem.requestId) actions.append(element("span", "request-id", `request ${problem.requestId}`));
+  if (actions.childElementCount) box.append(actions);
   box.hidden = false;
 }
 
@@ -195,10 +195,10 @@ function showTimes(answer, roundTripMs) {
     entry.append(swatch, name, element("span", "ms", milliseconds(ms)));
     return entry;
   }));
-  $("times-total").textContent = `${milliseconds(total)} in the service, ${milliseconds(roundTripMs)} there and back`;
+  $("times-total").textContent = `${milliseconds(total)} in the service, ${milliseconds(roundTripMs)} including the network`;
   $("cached").hidden = !answer.cached;
   $("provenance").replaceChildren(
-    "Answered by ", element("code", "", answer.model), " from ", element("code", "", answer.bundle),
+    "Model ", element("code", "", answer.model), ", bundle ", element("code", "", answer.bundle),
   );
   $("raw").textContent = JSON.stringify(answer, null, 2);
   $("times").hidden = false;

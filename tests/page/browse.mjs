@@ -1,5 +1,5 @@
-// Drives the page in headless Chromium and prints, as one JSON object, what was seen in each scenario.
-// What ought to have been seen is asserted in test_page.py.
+// Drive the page in headless Chromium and print the findings of each scenario as one JSON object.
+// test_page.py makes the assertions.
 //   node browse.mjs BASE_URL CHROMIUM FOLDER_OF_IMAGES [SCENARIO ...]
 
 import { readFile } from "node:fs/promises";
@@ -8,7 +8,7 @@ import process from "node:process";
 import { chromium } from "playwright-core";
 
 const [base, executablePath, folder, ...only] = process.argv.slice(2);
-const TIMEOUT_MS = 60_000; // of one step: a busy machine may be slow, and a hanging page is still found
+const TIMEOUT_MS = 60_000; // for one step; long enough for a busy machine
 const FLAGS = [
   "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
   "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -17,24 +17,24 @@ const MEDIA_TYPES = { ".png": "image/png", ".jpg": "image/jpeg", ".txt": "text/p
 
 const file = (name) => join(folder, name);
 
-/** Drop or paste a file the way a browser hands it over: an event that carries a DataTransfer. */
+/** Drop or paste a file as a browser does: an event with a DataTransfer. */
 async function hand(page, kind, name) {
   const bytes = [...await readFile(file(name))];
   await page.evaluate(({ kind, bytes, name, type }) => {
-    const carried = new DataTransfer();
-    carried.items.add(new File([new Uint8Array(bytes)], name, { type }));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([new Uint8Array(bytes)], name, { type }));
     const event = kind === "drop"
-      ? new DragEvent("drop", { dataTransfer: carried, bubbles: true, cancelable: true })
-      : new ClipboardEvent("paste", { clipboardData: carried, bubbles: true, cancelable: true });
+      ? new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true })
+      : new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true, cancelable: true });
     document.getElementById("stage").dispatchEvent(event);
   }, { kind, bytes, name: basename(name), type: MEDIA_TYPES[extname(name)] });
 }
 
-const isQuestion = (response) => response.url().includes("/recognize?");
+const isRecognition = (response) => response.url().includes("/recognize?");
 
-/** Do something that asks the service; returns the answer, once the page shows it. */
+/** Run `act`, which sends a request. Return the response once the page shows it. */
 async function asking(page, act) {
-  const [response] = await Promise.all([page.waitForResponse(isQuestion), act()]);
+  const [response] = await Promise.all([page.waitForResponse(isRecognition), act()]);
   await page.locator("#answers:not([aria-busy])").waitFor();
   await page.locator('#answer-list:is([data-state="answered"], [data-state="refused"])').waitFor();
   const parameters = Object.fromEntries(new URL(response.url()).searchParams);
@@ -241,7 +241,7 @@ const SCENARIOS = {
   },
 
   async steady(page) {
-    await page.setViewportSize({ width: 1280, height: 1500 }); // only what is in sight counts as a shift
+    await page.setViewportSize({ width: 1280, height: 1500 }); // only visible shifts count
     await page.evaluate(() => {
       window.shift = 0;
       new PerformanceObserver((list) => { for (const entry of list.getEntries()) window.shift += entry.value; })
@@ -288,7 +288,6 @@ async function play(browser, act) {
   return seen;
 }
 
-// playwright gives each launch a new profile folder, and removes it.
 const browser = await chromium.launch({ executablePath, headless: true, args: FLAGS });
 const report = {};
 try {

@@ -1,4 +1,4 @@
-"""A real service with the small bundle, and one browser session over its page."""
+"""A service with the small bundle and one browser session that plays all scenarios."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ HERE = Path(__file__).resolve().parent
 READY_TIMEOUT_S = 60
 SESSION_TIMEOUT_S = 600
 
-# The names under which scenarios pick their files, and the entities they show.
+# The files that scenarios use and the entities they show.
 QUERY_IMAGES = {"giraffe.png": "Q15083", "lion.png": "Q140", "apple.png": "Q89"}
 
 
 @pytest.fixture(scope="session")
 def service_url(small_bundle: Path) -> Iterator[str]:
-    """`wikiclip serve` in a process of its own, ready."""
+    """Run `wikiclip serve` in a process and return its address."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WIKICLIP_")}
     script = str(Path(sys.executable).with_name("wikiclip"))
     command = [script, "serve", "--bundle", str(small_bundle), "--port", "0"]
@@ -34,11 +34,11 @@ def service_url(small_bundle: Path) -> Iterator[str]:
         assert process.stderr is not None
         log: list[str] = []
         url = address_in(process.stderr, log)
-        # The rest of the log is taken too: a full pipe would stop the service.
+        # Read the rest of the log: a full pipe would block the service.
         reader = threading.Thread(target=log.extend, args=(process.stderr,))
         reader.start()
         try:
-            # The address is told just before it listens: connecting is tried again, with growing pauses.
+            # The service logs its address just before it listens, so connecting may need retries.
             with httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=READY_TIMEOUT_S) as client:
                 ready = client.get(f"{url}/readyz")
             assert ready.status_code == 200, ready.text
@@ -49,7 +49,7 @@ def service_url(small_bundle: Path) -> Iterator[str]:
 
 
 def address_in(lines: Iterable[str], log: list[str]) -> str:
-    """The address that the service says it serves on; fails with its log if it ends without a word of it."""
+    """Return the address in the service's log. Fails with the log if there is none."""
     for line in lines:
         log.append(line)
         if found := re.search(r"on (http://127\.0\.0\.1:\d+)", line):
@@ -59,7 +59,7 @@ def address_in(lines: Iterable[str], log: list[str]) -> str:
 
 @pytest.fixture(scope="session")
 def find_chromium() -> Callable[[], str]:
-    """Finds the browser, or fails: a page that nobody looked at is a page that nobody tested."""
+    """Return a function that finds Chromium or fails the test."""
     return chromium_path
 
 
@@ -78,7 +78,7 @@ def browsed(
     find_chromium: Callable[[], str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict[str, Any]]:
-    """All scenarios of browse.mjs, played once, one after the other, each in a fresh browser context."""
+    """Play all scenarios of browse.mjs, each in a fresh browser context, and return their findings."""
     chromium = find_chromium()
     node = shutil.which("node")
     if node is None or not (HERE / "node_modules" / "playwright-core").is_dir():
