@@ -1,4 +1,4 @@
-"""Bodies that mean harm: whatever is sent, no fault of ours and no leak, and the next image is recognised."""
+"""Hostile bodies: no internal error, no leaked detail, and the next image is recognised."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def encoded(kind: str) -> bytes:
 
 
 def mutants(kind: str):
-    """The file with bytes flipped, cut out, doubled and cut off, most of them near its head, where sizes stand."""
+    """Yield copies of a file with changed, removed, doubled or truncated bytes, mostly near its header."""
     whole = encoded(kind)
     rng = np.random.default_rng(sum(map(ord, kind)))
     for number in range(MUTANTS_OF_A_KIND):
@@ -61,16 +61,16 @@ def check_next(service, giraffe) -> None:
 def test_mutated_files(service, giraffe, kind):
     statuses = set()
     for number, data in enumerate(mutants(kind)):
-        # What is declared may be a lie.
+        # The declared type may be wrong.
         declared = f"image/{kind.lower()}" if number % 3 else "image/jpeg"
         answer = service.post("/recognize", content=data, headers={"Content-Type": declared})
         check(answer)
         statuses.add(answer.status_code)
-    assert statuses & set(REFUSALS)  # the mutation bites
+    assert statuses & set(REFUSALS)  # some mutants are refused
     check_next(service, giraffe)
 
 
-def test_mutated_files_in_one_batch_are_answered_each(service, giraffe):
+def test_mutated_files_in_one_batch_each_get_a_result(service, giraffe):
     files = [data for kind in KINDS for data in list(mutants(kind))[:4]] + [giraffe]
     answer = service.post("/recognize/batch", files=[("image", data) for data in files])
     assert answer.status_code == 200
@@ -80,7 +80,7 @@ def test_mutated_files_in_one_batch_are_answered_each(service, giraffe):
     assert results[-1]["predictions"][0]["entity_id"] == "Q15083"
 
 
-def test_polyglots_are_what_their_first_bytes_are(service, giraffe):
+def test_polyglots_are_read_by_their_first_bytes(service, giraffe):
     script, archive = b"<script>alert(1)</script>", b"PK\x03\x04" + b"\0" * 26
     for tail in (script, archive, encoded("JPEG"), b"%PDF-1.7"):
         answer = service.post("/recognize", content=giraffe + tail, headers={"Content-Type": "image/png"})

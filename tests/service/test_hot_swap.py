@@ -1,4 +1,4 @@
-"""Another bundle while requests come: none fails, each answer is its bundle's, and a bad bundle changes nothing."""
+"""Bundle swaps under load: no request fails, every answer comes from one bundle, a bad bundle changes nothing."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import pytest
 
 from tests.conftest import write_small_bundle
 
-TIMEOUT_S = 120  # generous: a busy machine is no failure
+TIMEOUT_S = 120  # long enough for a busy machine
 TOKEN = "change-me"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory):
-    """Three bundles of the same images, each with ids of its own; `b` has another encoder than the other two."""
+    """Three bundles of the same images with different entity ids. `b` has a different encoder."""
     folder = tmp_path_factory.mktemp("swapped")
     write_small_bundle(folder / "a", prefix="a:")
     write_small_bundle(folder / "b", prefix="b:", encoder_seed=12)
@@ -41,13 +41,13 @@ def recognize(service, image: bytes):
 
 
 def check(answer: httpx.Response, *entity_ids: str) -> str:
-    """The name of the bundle that answered, having checked that all that is told is from it."""
+    """Check that the whole answer comes from one bundle and return its name."""
     assert answer.status_code == 200, answer.text
     content = answer.json()
     name = content["bundle"].partition("@")[0]
     results = content.get("results", [content])
     assert {result["bundle"] for result in results} == {content["bundle"]}
-    # Each image is found by the bundle's own encoder, in the bundle's own index, under the bundle's own name for it.
+    # Encoder, index and entity ids all belong to that bundle.
     assert [result["predictions"][0]["entity_id"] for result in results] == [f"{name}:{each}" for each in entity_ids]
     assert all(result["predictions"][0]["score"] > 0.999 for result in results)
     return str(name)
@@ -80,7 +80,9 @@ def test_twenty_swaps_under_load_fail_no_request_and_mix_no_answers(serve, bundl
                 assert answer.json()["bundle"].startswith(f"{name}@")
                 assert answer.json()["previous"].startswith(f"{'ab'[step % 2]}@")
                 entity_id, image = images[step % len(images)]
-                assert check(recognize(service, image), entity_id) == name  # from the answer on, the new one answers
+                assert (
+                    check(recognize(service, image), entity_id) == name
+                )  # the new bundle answers as soon as the swap has returned
         finally:
             over.set()
         names = [name for each in loads for name in each.result(TIMEOUT_S)]
@@ -90,7 +92,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_mix_no_answers(serve, bundl
     assert metrics.count("\nwikiclip_bundle{") == 1
 
 
-def test_a_request_in_flight_is_finished_by_the_bundle_it_began_with(serve, bundles, small_images):
+def test_a_request_in_flight_finishes_with_its_first_bundle(serve, bundles, small_images):
     class GatedEncoder:
         device = "cpu"
 
@@ -100,7 +102,7 @@ def test_a_request_in_flight_is_finished_by_the_bundle_it_began_with(serve, bund
 
         def encode(self, pixels_BHW3):
             self.entered.release()
-            blank = not pixels_BHW3.any()  # the check of a bundle
+            blank = not pixels_BHW3.any()  # Recognizer checks a new bundle with a blank image
             assert blank or self.gate.wait(TIMEOUT_S)
             return np.ones((len(pixels_BHW3), 16), np.float32)
 
@@ -118,18 +120,18 @@ def test_a_request_in_flight_is_finished_by_the_bundle_it_began_with(serve, bund
         assert recognize(service, image).json()["bundle"].startswith("b@")
 
 
-def test_the_same_encoder_keeps_the_embeddings_and_another_does_not(serve, bundles, small_images):
+def test_cached_embeddings_survive_a_swap_only_with_the_same_encoder(serve, bundles, small_images):
     image = small_images["Q140"]
     with serve(bundles / "a", admin_token=TOKEN) as service:
         check(recognize(service, image), "Q140")
         assert swap(service, bundles / "same").status_code == 200
-        kept = recognize(service, image)
-        assert check(kept, "Q140") == "same"
-        assert (kept.json()["cached"], "encode" in kept.json()["timings_ms"]) == (True, False)
+        cached = recognize(service, image)
+        assert check(cached, "Q140") == "same"
+        assert (cached.json()["cached"], "encode" in cached.json()["timings_ms"]) == (True, False)
         assert swap(service, bundles / "b").status_code == 200
-        anew = recognize(service, image)
-        assert check(anew, "Q140") == "b"
-        assert anew.json()["cached"] is False
+        uncached = recognize(service, image)
+        assert check(uncached, "Q140") == "b"
+        assert uncached.json()["cached"] is False
 
 
 def altered(bundles, tmp_path):
@@ -191,17 +193,17 @@ def test_a_bundle_whose_encoder_fails_is_refused_and_leaves_nothing_behind(serve
     ("body", "status"),
     [(b"", 400), (b"{", 422), (b"[]", 422), (b'{"path": ""}', 422), (b'{"path": 3}', 422), (b" " * 100_000, 413)],
 )
-def test_a_request_that_names_no_bundle(serve, bundles, body, status):
+def test_an_invalid_swap_request_is_refused(serve, bundles, body, status):
     with serve(bundles / "a", admin_token=TOKEN) as service:
         assert service.post("/admin/bundle", content=body, headers=ADMIN).status_code == status
 
 
-def test_only_the_holder_of_the_token_may(serve, bundles):
+def test_a_swap_needs_the_admin_token(serve, bundles):
     with serve(bundles / "a", admin_token=TOKEN, api_keys=("key",)) as service:
         for headers in ({}, {"X-API-Key": "key"}, {"Authorization": "Bearer key"}):
             assert swap(service, bundles / "b", headers).status_code == 401
         assert swap(service, bundles / "b", {"X-API-Key": TOKEN}).status_code == 200
-        assert service.get("/entities/Q140", headers=ADMIN).status_code == 401  # it is no API key
+        assert service.get("/entities/Q140", headers=ADMIN).status_code == 401  # the admin token is not an API key
         assert service.get("/openapi.json").json()["paths"]["/admin/bundle"]["post"]["security"] == [{"admin": []}]
     with serve(bundles / "a") as service:
         assert swap(service, bundles / "b").status_code == 403

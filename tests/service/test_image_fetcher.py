@@ -1,4 +1,4 @@
-"""Images by URL: what is fetched, and all that is not. Names and addresses are made up; the servers behind are real."""
+"""Images by URL: which are fetched and which are refused. DNS is fake, the HTTP server is real."""
 
 from __future__ import annotations
 
@@ -53,18 +53,18 @@ class Handler(BaseHTTPRequestHandler):
 
 class QuietServer(ThreadingHTTPServer):
     def handle_error(self, *_):
-        pass  # a client that leaves is what some tests are about
+        pass  # some tests disconnect early
 
 
 class Network(httpcore.AsyncNetworkBackend):
-    """Leads every connection to the test's own server, and notes where it was meant to go."""
+    """Connects every connection to the test's server and records the intended address."""
 
     def __init__(self, port: int):
         self.port = port
-        self.meant: list[tuple[str, int]] = []
+        self.intended: list[tuple[str, int]] = []
 
     async def connect_tcp(self, host, port, timeout=None, local_address=None, socket_options=None):
-        self.meant.append((host, port))
+        self.intended.append((host, port))
         return await httpcore.AnyIOBackend().connect_tcp("127.0.0.1", self.port, timeout)
 
 
@@ -96,9 +96,9 @@ def fetch(network, url, **given):
     return asyncio.run(fetcher_over(network, **given).fetch(url))
 
 
-def test_an_image_is_fetched_from_the_address_that_was_checked(network, server):
+def test_an_image_is_fetched_from_the_checked_address(network, server):
     assert fetch(network, "http://IMAGES.test/a.png?b=1#c") == b"image"
-    assert network.meant == [(PUBLIC, 80)]
+    assert network.intended == [(PUBLIC, 80)]
     ((host, path, headers),) = server.asked
     assert (host, path) == ("images.test", "/a.png?b=1")
     assert not {"Cookie", "Authorization"} & set(headers)
@@ -106,7 +106,7 @@ def test_an_image_is_fetched_from_the_address_that_was_checked(network, server):
     assert len(fetch(network, "http://images.test/full")) == MAX_BYTES
 
 
-def test_no_proxy_is_taken_from_the_environment(network, monkeypatch):
+def test_proxies_in_the_environment_are_ignored(network, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     assert fetch(network, "http://images.test/") == b"image"
@@ -137,11 +137,11 @@ def test_no_proxy_is_taken_from_the_environment(network, monkeypatch):
         "http://half-inside.test/",
     ],
 )
-def test_what_may_not_be_fetched_is_not_asked_for(network, url):
+def test_forbidden_urls_are_not_requested(network, url):
     with pytest.raises(Forbidden) as refused:
         fetch(network, url)
-    assert network.meant == []
-    assert "10.0.0.1" not in str(refused.value)  # what a name means inside stays inside
+    assert network.intended == []
+    assert "10.0.0.1" not in str(refused.value)  # internal addresses are not revealed
 
 
 @pytest.mark.parametrize(
@@ -156,13 +156,13 @@ def test_what_may_not_be_fetched_is_not_asked_for(network, url):
         "http://images.test/" + "a" * 5000,
     ],
 )
-def test_what_is_no_plain_url_is_refused(network, url):
+def test_malformed_urls_are_refused(network, url):
     with pytest.raises(BadRequest):
         fetch(network, url)
-    assert network.meant == []
+    assert network.intended == []
 
 
-def test_without_a_list_there_is_no_fetching(network):
+def test_without_an_allow_list_nothing_is_fetched(network):
     with pytest.raises(Forbidden, match="disabled"):
         fetch(network, "http://images.test/", allowlist=())
 
@@ -182,19 +182,19 @@ def test_without_a_list_there_is_no_fetching(network):
 def test_each_redirect_is_checked_again(network, to):
     with pytest.raises(Forbidden):
         fetch(network, f"http://images.test/redirect?to={to}")
-    assert network.meant == [(PUBLIC, 80)]
+    assert network.intended == [(PUBLIC, 80)]
 
 
-def test_a_redirect_to_a_listed_host_is_followed_but_not_for_ever(network):
+def test_redirects_to_allowed_hosts_are_followed_up_to_a_limit(network):
     assert fetch(network, "http://images.test/redirect?to=http://a.many.test/x") == b"image"
     assert fetch(network, "http://images.test/redirect?to=/x") == b"image"
-    network.meant.clear()
+    network.intended.clear()
     with pytest.raises(FetchFailed, match="more than 3"):
         fetch(network, "http://images.test/loop")
-    assert len(network.meant) == 4
+    assert len(network.intended) == 4
 
 
-def test_a_name_that_changes_its_address_is_looked_up_once_a_step(network):
+def test_each_hop_resolves_its_name_once(network):
     answers = iter([[PUBLIC], ["127.0.0.1"]])
 
     async def rebinding(host, port):
@@ -202,12 +202,12 @@ def test_a_name_that_changes_its_address_is_looked_up_once_a_step(network):
 
     fetcher = ImageFetcher(ALLOWED, max_bytes=MAX_BYTES, timeout_s=5, resolver=rebinding, network=network)
     assert asyncio.run(fetcher.fetch("http://images.test/")) == b"image"
-    assert network.meant == [(PUBLIC, 80)]
+    assert network.intended == [(PUBLIC, 80)]
     with pytest.raises(Forbidden):
         asyncio.run(fetcher.fetch("http://images.test/"))
 
 
-def test_more_bytes_than_allowed_are_not_taken(network):
+def test_images_over_the_limit_are_refused(network):
     with pytest.raises(TooLarge):
         fetch(network, "http://images.test/big")
 
@@ -223,18 +223,18 @@ def test_more_bytes_than_allowed_are_not_taken(network):
         "https://images.test/",
     ],
 )
-def test_what_does_not_come_is_told(network, url):
+def test_failed_fetches_raise(network, url):
     with pytest.raises(FetchFailed):
         fetch(network, url)
 
 
-def test_a_server_that_does_not_answer_is_told(network):
+def test_an_unreachable_server_raises(network):
     network.port = 1
     with pytest.raises(FetchFailed):
         fetch(network, "http://images.test/")
 
 
-def test_a_slow_server_gets_its_time_and_no_more(network):
+def test_a_slow_server_times_out(network):
     started_at = time.monotonic()
     with pytest.raises(FetchFailed, match=r"within 0\.3 s"):
         fetch(network, "http://images.test/slow", timeout_s=0.3)
@@ -285,12 +285,12 @@ def test_addresses_that_are_public(address):
 @pytest.mark.parametrize(
     "text", ["https://a.org", "a.org/x", "a.org:80", "*", "*.", "a.*", "*.*.org", "[::1]", "a..org", ""]
 )
-def test_what_is_no_host_is_refused_as_a_setting(text):
+def test_invalid_host_patterns_are_refused(text):
     with pytest.raises(ValueError, match="without scheme"):
         host_pattern(text)
 
 
-def test_a_host_is_compared_as_a_whole():
+def test_hosts_match_whole_labels():
     assert host_allowed("b.a.org", (host_pattern("*.A.org"),))
     assert not host_allowed("ba.org", ("*.a.org",))
     assert not host_allowed(".a.org", ("*.a.org",))

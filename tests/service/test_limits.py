@@ -1,4 +1,4 @@
-"""Rates: the bucket on a clock of its own, and over HTTP with and without Redis."""
+"""Rate limits: token buckets on a fake clock, and over HTTP with and without Redis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Clock:
         return self.now_s
 
 
-def test_a_bucket_empties_at_once_and_refills_evenly():
+def test_a_bucket_refills_evenly():
     clock = Clock()
     buckets = Buckets(Rate.parse("4/second"), now=clock)
     assert [buckets.take("a", 1) for _ in range(5)] == [0, 0, 0, 0, 0.25]
@@ -31,7 +31,7 @@ def test_a_bucket_empties_at_once_and_refills_evenly():
     assert [buckets.take("a", 4), buckets.take("a", 1)] == [0, 0.25]  # never more than full
 
 
-def test_more_than_a_full_bucket_is_paid_off_afterwards():
+def test_a_request_above_the_capacity_leaves_a_debt():
     clock = Clock()
     buckets = Buckets(Rate.parse("4/second"), now=clock)
     assert buckets.take("a", 12) == 0
@@ -49,12 +49,12 @@ def test_the_number_of_buckets_is_bounded():
 
 
 @pytest.mark.parametrize("text", ["", "0/second", "5", "5/day", "-1/hour", "1.5/second", "5/second "])
-def test_what_is_no_rate_is_refused(text):
+def test_invalid_rates_are_refused(text):
     with pytest.raises(ValueError, match="10/second"):
         Rate.parse(text)
 
 
-def test_an_address_is_a_client_and_an_ipv6_network_is_one():
+def test_clients_are_keys_ipv4_addresses_or_ipv6_networks():
     assert client_name("ab", "1.2.3.4") == "key ab"
     assert client_name(None, "2001:db8::1") == client_name(None, "2001:db8::ffff:1")
     assert client_name(None, "2001:db8::1") != client_name(None, "2001:db8:0:1::1")
@@ -65,7 +65,7 @@ def ask(service, image, **headers):
     return service.post("/recognize", content=image, headers={"Content-Type": "image/png", **headers})
 
 
-def test_each_key_has_its_own_rate_and_operations_none(serve, small_bundle, giraffe):
+def test_each_key_has_its_own_limit_and_operations_have_none(serve, small_bundle, giraffe):
     with serve(small_bundle, api_keys=("one", "two"), rate_limit="2/hour") as service:
         statuses = [ask(service, giraffe, **{"X-API-Key": "one"}).status_code for _ in range(2)]
         refused = ask(service, giraffe, **{"X-API-Key": "one"})
@@ -88,7 +88,7 @@ def test_a_batch_counts_its_images(serve, small_bundle, giraffe):
         assert [batch(4), batch(2), batch(1), batch(1)] == [200, 429, 200, 429]
 
 
-def test_processes_share_their_count_in_redis(redis_server):
+def test_processes_share_buckets_in_redis(redis_server):
     _, url = redis_server()
     rate = Rate.parse("3/hour")
 
@@ -103,28 +103,28 @@ def test_processes_share_their_count_in_redis(redis_server):
     assert asyncio.run(take_turns()) == [True, True, True, False, False, True]
 
 
-def test_redis_and_the_process_tell_the_same_wait(redis_server):
+def test_redis_and_the_process_agree_on_the_wait(redis_server):
     _, url = redis_server()
     rate = Rate.parse("60/minute")
 
     async def waits(limiter: RateLimiter) -> list[float]:
         await limiter.take("a", 100)
-        told = []
+        found_s = []
         for images in (1, 60, 500):
             with pytest.raises(TooManyRequests) as refused:
                 await limiter.take("a", images)
-            told.append(refused.value.retry_after_s)
+            found_s.append(refused.value.retry_after_s)
         await limiter.close()
-        return told
+        return found_s
 
     assert asyncio.run(waits(RateLimiter(rate, RedisLink(url, 5.0)))) == pytest.approx([41, 100, 100], abs=1)
     assert asyncio.run(waits(RateLimiter(rate))) == pytest.approx([41, 100, 100], abs=1)
 
 
-def test_without_its_redis_a_process_counts_for_itself(redis_server):
+def test_a_process_falls_back_to_its_own_buckets_without_redis(redis_server):
     process, url = redis_server()
 
-    async def through_its_end() -> list[bool]:
+    async def with_redis_killed() -> list[bool]:
         limiter = RateLimiter(Rate.parse("2/hour"), RedisLink(url, 5.0))
         granted = [await granted_by(limiter, "a") for _ in range(3)]
         process.kill()
@@ -135,7 +135,7 @@ def test_without_its_redis_a_process_counts_for_itself(redis_server):
         await limiter.close()
         return granted
 
-    assert asyncio.run(through_its_end()) == [True, True, False, True, True, False]
+    assert asyncio.run(with_redis_killed()) == [True, True, False, True, True, False]
 
 
 async def granted_by(limiter: RateLimiter, client: str) -> bool:

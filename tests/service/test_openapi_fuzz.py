@@ -1,5 +1,4 @@
-"""Requests drawn from /openapi.json by schemathesis, good ones and bad ones: no fault of ours, and what is answered is
-what the document says."""
+"""Valid and invalid requests that schemathesis generates from /openapi.json: responses conform, no internal errors."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 
 OPERATIONS = 12
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
-# Always the same examples, none of them shrunk, and no time limit: a busy machine is no failure.
+# Deterministic examples, no shrinking, no time limit.
 SETTINGS = settings(
     max_examples=12,
     derandomize=True,
@@ -27,7 +26,7 @@ SETTINGS = settings(
 
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-def test_whatever_is_asked_is_answered_as_the_document_says(service, giraffe, mode):
+def test_responses_conform_to_the_document(service, giraffe, mode):
     document = service.get("/openapi.json").json()
     operations = [found.ok() for found in schemathesis.openapi.from_dict(document).get_all_operations()]
     assert len(operations) == OPERATIONS
@@ -46,7 +45,7 @@ def test_whatever_is_asked_is_answered_as_the_document_says(service, giraffe, mo
 
     drawn = set()
     for operation in operations:
-        with suppress(Unsatisfiable):  # nothing can be wrong about a request without parameters
+        with suppress(Unsatisfiable):  # a request without parameters cannot be invalid
             check(operation)
             drawn.add(operation.path)
     assert {"/recognize", "/recognize/batch", "/entities"} <= drawn

@@ -1,4 +1,4 @@
-"""Batching by concurrency, the deadline, a full queue, clients that leave: with an encoder that waits at a gate."""
+"""Batching, deadlines, a full queue and disconnecting clients, with an encoder that blocks at a gate."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 
-TIMEOUT_S = 120  # generous: a busy machine is no failure
-DEADLINE_MS = 3000  # of tests in which it passes: long enough that a busy machine decodes within it
+TIMEOUT_S = 120  # long enough for a busy machine
+DEADLINE_MS = 3000  # long enough for a busy machine to decode an image
 
 
 @pytest.fixture
@@ -35,11 +35,11 @@ def until(service, name: str, value: float) -> None:
     while time.monotonic() < over_at:
         if f"\n{name} {value}\n" in service.get("/metrics").text:
             return
-        time.sleep(0.01)  # the state is on the other side of a socket: asking again is all there is
+        time.sleep(0.01)  # the service is in another thread: polling is the only way to see its state
     raise AssertionError(f"{name} never was {value}")
 
 
-def test_requests_that_wait_are_encoded_together(serve, small_bundle, encoder, images):
+def test_waiting_requests_are_encoded_together(serve, small_bundle, encoder, images):
     with serve(small_bundle, encoder=encoder, max_batch=32) as service, ThreadPoolExecutor(11) as pool:
         first = pool.submit(ask, service, images[0])
         assert encoder.entered.acquire(timeout=TIMEOUT_S)
@@ -50,7 +50,7 @@ def test_requests_that_wait_are_encoded_together(serve, small_bundle, encoder, i
     assert encoder.sizes == [1, len(images) - 1]
 
 
-def test_no_more_than_a_few_a_thread_are_encoded_together_on_a_cpu(serve, small_bundle, encoder, images):
+def test_the_batch_limit_on_a_cpu_depends_on_threads(serve, small_bundle, encoder, images):
     with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(11) as pool:
         asked = [pool.submit(ask, service, images[0])]
         assert encoder.entered.acquire(timeout=TIMEOUT_S)
@@ -61,7 +61,7 @@ def test_no_more_than_a_few_a_thread_are_encoded_together_on_a_cpu(serve, small_
     assert encoder.sizes == [1, 8, len(images) - 9]
 
 
-def test_equal_images_at_the_same_time_are_encoded_once(serve, small_bundle, encoder, images):
+def test_concurrent_equal_images_are_encoded_once(serve, small_bundle, encoder, images):
     with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(ask, service, images[0]) for _ in range(8)]
         assert encoder.entered.acquire(timeout=TIMEOUT_S)
@@ -73,7 +73,7 @@ def test_equal_images_at_the_same_time_are_encoded_once(serve, small_bundle, enc
     assert encoder.sizes == [1]
 
 
-def test_an_image_asked_about_in_several_ways_at_the_same_time_is_encoded_once(serve, small_bundle, encoder, images):
+def test_concurrent_requests_with_different_options_encode_an_image_once(serve, small_bundle, encoder, images):
     def ask_for(top_k: int):
         headers = {"Content-Type": "image/png"}
         return service.post("/recognize", params={"top_k": top_k}, content=images[0], headers=headers)
@@ -90,7 +90,7 @@ def test_an_image_asked_about_in_several_ways_at_the_same_time_is_encoded_once(s
     assert encoder.sizes == [1]
 
 
-def test_past_the_deadline_is_a_504_and_what_waited_costs_nothing(serve, small_bundle, encoder, images):
+def test_past_the_deadline_is_a_504_and_waiting_images_are_dropped(serve, small_bundle, encoder, images):
     with serve(small_bundle, encoder=encoder, deadline_ms=DEADLINE_MS) as service, ThreadPoolExecutor(3) as pool:
         first = pool.submit(ask, service, images[0])
         assert encoder.entered.acquire(timeout=TIMEOUT_S)
@@ -104,7 +104,7 @@ def test_past_the_deadline_is_a_504_and_what_waited_costs_nothing(serve, small_b
     assert encoder.sizes == [1, 1]  # the two that waited were dropped
 
 
-def test_a_full_queue_is_a_429_that_says_when(serve, small_bundle, encoder, images):
+def test_a_full_queue_is_a_429_with_retry_after(serve, small_bundle, encoder, images):
     with (
         serve(small_bundle, encoder=encoder, queue_limit=3, max_batch_images=3) as service,
         ThreadPoolExecutor(3) as pool,
@@ -234,7 +234,7 @@ def test_an_idle_connection_is_closed_after_an_early_response(serve, small_bundl
         assert first.result(TIMEOUT_S).status_code == 200
 
 
-def test_a_client_that_leaves_frees_its_place_and_is_not_computed_for(serve, small_bundle, encoder, images):
+def test_a_disconnected_client_frees_its_place_and_is_not_encoded(serve, small_bundle, encoder, images):
     with serve(small_bundle, encoder=encoder) as service, ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, service, images[0])
         assert encoder.entered.acquire(timeout=TIMEOUT_S)
@@ -250,25 +250,25 @@ def test_a_client_that_leaves_frees_its_place_and_is_not_computed_for(serve, sma
     assert encoder.sizes == [1]
 
 
-def test_a_fault_of_ours_is_a_500_that_tells_nothing(serve, small_bundle, images):
+def test_internal_errors_are_a_500_without_details(serve, small_bundle, images):
     class FaultyEncoder:
         device = "cpu"
 
         def encode(self, pixels_BHW3):
-            raise RuntimeError("secret of the house")
+            raise RuntimeError("internal detail")
 
     with serve(small_bundle, encoder=FaultyEncoder()) as service:
         answer = ask(service, images[0])
         assert answer.status_code == 500
         assert answer.headers["content-type"] == "application/problem+json"
-        assert "secret" not in answer.text
+        assert "internal detail" not in answer.text
         assert "Traceback" not in answer.text
         assert answer.json()["request_id"] == answer.headers["x-request-id"]
         assert service.get("/readyz").status_code == 200
 
 
-class MoodyEncoder:
-    """Dies in the mood for it."""
+class DyingEncoder:
+    """Kills the engine thread while `dies` is true."""
 
     device = "cpu"
     dies = True
@@ -280,7 +280,7 @@ class MoodyEncoder:
 
 
 def test_an_engine_that_dies_is_replaced(serve, small_bundle, images):
-    encoder = MoodyEncoder()
+    encoder = DyingEncoder()
     with serve(small_bundle, encoder=encoder) as service:
         assert [ask(service, image).status_code for image in images[:2]] == [500, 500]
         encoder.dies = False
@@ -292,7 +292,7 @@ def test_an_engine_that_dies_is_replaced(serve, small_bundle, images):
 
 
 def test_a_dead_engine_is_not_ready_but_alive(serve, small_bundle, images):
-    with serve(small_bundle, encoder=MoodyEncoder()) as service:
+    with serve(small_bundle, encoder=DyingEncoder()) as service:
         assert [ask(service, image).status_code for image in images[:3]] == [500] * 3
         until(service, "wikiclip_ready", 0.0)
         refused = service.get("/readyz")

@@ -1,4 +1,4 @@
-"""Entities, operations and pages."""
+"""Entity records, operations, pages and the API description."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_an_entity_record(service):
     assert "row" not in record
 
 
-def test_an_id_with_characters_that_mean_something_in_urls(service):
+def test_ids_may_contain_reserved_characters(service):
     answer = service.get("/entities/brand%3Aa%26b")
     assert answer.json()["entity_id"] == "brand:a&b"
     thumbnail = service.get("/entities/brand%3Aa%26b/thumbnail")
@@ -48,7 +48,7 @@ def test_info(service):
     assert "image/jpeg" in info["image_types"]
 
 
-def test_metrics_count_what_happened(service, giraffe):
+def test_metrics_count_requests_images_and_stages(service, giraffe):
     def count(line_start: str) -> float:
         lines = service.get("/metrics").text.splitlines()
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(line_start))
@@ -56,7 +56,7 @@ def test_metrics_count_what_happened(service, giraffe):
     before = count('wikiclip_requests_total{route="/recognize",status="422"}')
     service.post("/recognize", content=b"no image", headers={"Content-Type": "image/png"})
     assert count('wikiclip_requests_total{route="/recognize",status="422"}') == before + 1
-    # An entity id must not make a series of its own.
+    # An entity id must not create a metric series.
     service.get("/entities/Q123456")
     assert "Q123456" not in service.get("/metrics").text
     service.post("/recognize", params={"top_k": 99}, content=giraffe, headers={"Content-Type": "image/png"})
@@ -65,7 +65,7 @@ def test_metrics_count_what_happened(service, giraffe):
     assert count("wikiclip_ready ") == 1
 
 
-def test_the_api_description_is_whole(service):
+def test_the_api_description_is_complete(service):
     document = service.get("/openapi.json").json()
     assert {
         "/recognize",
@@ -85,7 +85,7 @@ def test_the_api_description_is_whole(service):
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_pages_load_nothing_from_elsewhere(service, path):
+def test_pages_load_nothing_from_other_hosts(service, path):
     answer = service.get(path)
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/html")
@@ -102,7 +102,7 @@ def test_pages_load_nothing_from_elsewhere(service, path):
     assert not re.search(r"<script(?![^>]*src=)|\sstyle=|\son\w+=", answer.text)  # the policy would block it
 
 
-def test_the_documentation_names_every_kind_of_problem_that_is_answered(service):
+def test_the_api_description_lists_problem_types(service):
     answered = service.post("/recognize", content=b"x", headers={"Content-Type": "image/png"}).json()["type"]
-    told = service.get("/openapi.json").json()["components"]["schemas"]["Problem"]["x-types"]
-    assert answered in [each["type"] for each in told]
+    document = service.get("/openapi.json").json()
+    assert answered in [each["type"] for each in document["components"]["schemas"]["Problem"]["x-types"]]

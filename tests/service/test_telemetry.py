@@ -1,5 +1,4 @@
-"""Traces: a span for each request and stage, in the caller's trace; nothing without an endpoint, and no harm without
-a collector."""
+"""Traces: a span for each request and stage, in the caller's trace, and none without an endpoint."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ def exporter():
 
 
 def traced(exporter):
-    """The spans that were kept, once the service has ended: requests by `request_id`, each with its stages by name."""
+    """Return the exported request spans by `request_id`, and for each its stage spans by name."""
     spans = exporter.get_finished_spans()
     requests = {span.attributes["request_id"]: span for span in spans if span.kind is SpanKind.SERVER}
     stages = {
@@ -46,7 +45,7 @@ def test_each_request_is_a_span_with_its_stages(serve, small_bundle, giraffe, ex
         assert ask(service, b"no image", **{"X-Request-ID": "refused"}).status_code == 422
         assert service.get("/entities/Q15083", headers={"X-Request-ID": "entity"}).status_code == 200
     requests, stages = traced(exporter)
-    assert set(requests) == {"first", "again", "refused", "entity"}  # and no probe
+    assert set(requests) == {"first", "again", "refused", "entity"}  # probes are not traced
     assert requests["first"].name == "POST /recognize"
     assert requests["first"].attributes["http.response.status_code"] == 200
     assert requests["first"].resource.attributes["service.name"] == "wikiclip-serve"
@@ -57,12 +56,12 @@ def test_each_request_is_a_span_with_its_stages(serve, small_bundle, giraffe, ex
     assert set(stages["refused"]) == {"body"}
     begun = requests["first"].start_time
     for span in stages["first"].values():
-        # One after the other, within the request; clocks are rounded to nanoseconds on the way.
+        # Stages follow each other within the request. Times are rounded to nanoseconds.
         assert begun - 1000 <= span.start_time <= span.end_time <= requests["first"].end_time + 1000
         begun = span.end_time
 
 
-def test_a_request_goes_on_the_trace_of_its_caller(serve, small_bundle, giraffe, exporter):
+def test_a_request_joins_the_trace_of_its_caller(serve, small_bundle, giraffe, exporter):
     with serve(small_bundle, tracing=Tracing(exporter)) as service:
         ask(service, giraffe, traceparent=CALLER)
         ask(service, giraffe, traceparent="nonsense")
@@ -71,14 +70,14 @@ def test_a_request_goes_on_the_trace_of_its_caller(serve, small_bundle, giraffe,
     assert other.parent is None
 
 
-def test_what_the_sampler_leaves_out_is_answered_all_the_same(serve, small_bundle, giraffe, exporter, monkeypatch):
+def test_unsampled_requests_are_answered(serve, small_bundle, giraffe, exporter, monkeypatch):
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
     with serve(small_bundle, tracing=Tracing(exporter)) as service:
         assert ask(service, giraffe).status_code == 200
     assert exporter.get_finished_spans() == ()
 
 
-def test_a_fault_of_ours_is_marked(serve, small_bundle, giraffe, exporter):
+def test_internal_errors_are_marked(serve, small_bundle, giraffe, exporter):
     class FaultyEncoder:
         device = "cpu"
 
@@ -89,24 +88,24 @@ def test_a_fault_of_ours_is_marked(serve, small_bundle, giraffe, exporter):
         assert ask(service, giraffe).status_code == 500
     (span,) = (span for span in exporter.get_finished_spans() if span.kind is SpanKind.SERVER)
     assert span.status.status_code is StatusCode.ERROR
-    assert not span.events  # no stack trace leaves the process this way
+    assert not span.events  # no stack trace leaves the process
 
 
-def test_a_collector_that_is_not_there_harms_nobody(serve, small_bundle, giraffe):
+def test_requests_are_answered_without_a_collector(serve, small_bundle, giraffe):
     tracing = open_tracing(Settings(otlp_endpoint="http://127.0.0.1:9"))
     assert tracing is not None
     with serve(small_bundle, tracing=tracing) as service:
         assert [ask(service, giraffe).status_code for _ in range(3)] == [200] * 3
 
 
-def test_off_by_default_and_then_not_even_imported():
+def test_tracing_is_off_and_not_imported_by_default():
     assert open_tracing(Settings()) is None
-    # The SDK itself is imported by others where it is installed.
+    # Other packages may import the SDK itself.
     probe = "import sys, service.app, service.telemetry; print(any('otlp' in name for name in sys.modules))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_an_endpoint_that_is_none_is_refused():
+def test_an_invalid_endpoint_is_refused():
     with pytest.raises(UserError, match="otlp_endpoint"):
         load_settings(otlp_endpoint="collector:4318")
