@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.export_models import large_encoders, make_checkpoint, write_catalog, write_large_encoders
 from benchmarks.generative.models import ENCODERS, open_encoder, quantised_file, write_encoder
-from benchmarks.gpu import GpuWatch
+from benchmarks.gpu import gpu_figures, sample_gpu
 from benchmarks.sizing import WIKI6M_ENTITIES
 from catalog import EntityRecord, read_catalog
 from catalog.images import LocalImages
@@ -130,10 +130,10 @@ def _throughput(setup: _Setup, root: Path) -> dict[str, Any]:
         chunks = list(preparer_of(config, checkpoint, pool, None).chunks(counted))
     entities = sum(len(shard.records) for shard in counted)
     taken: dict[str, list[float]] = {}
-    gpu = GpuWatch()
+    gpu_samples: list[str] = []
     _alone_s(checkpoint, chunks[:1], config.batch_size)  # what is planned, compiled and allocated once
     for number in tqdm(range(setup.rounds), desc="throughput", unit="round"):
-        with gpu:
+        with sample_gpu(gpu_samples):
             taken.setdefault("export", []).append(_export_s(config, checkpoint, root / f"spool{number}"))
         for stage, stage_s in _alone_s(checkpoint, chunks, config.batch_size).items():
             taken.setdefault(stage, []).append(stage_s)
@@ -145,7 +145,7 @@ def _throughput(setup: _Setup, root: Path) -> dict[str, Any]:
     share = float(np.median(alone_s / export_s))
     return {
         "models": setup.models, "entities": entities, "rounds": setup.rounds, "text": "300 words",
-        "image": "JPEG 320x320", "gpu": gpu.figures(),
+        "image": "JPEG 320x320", "gpu": gpu_figures(gpu_samples),
         "entities_per_s": round(entities / medians["export"], 2),
         "hours_for_wikipedia": round(WIKI6M_ENTITIES * medians["export"] / entities / 3600, 2),
         "stages_alone_per_s": {stage: round(entities / medians[stage], 2) for stage in stages},

@@ -4,7 +4,7 @@ A closed loop sends the next request of a connection when the response is there.
 times (Poisson), however long responses take. Users' own load tests are written with Locust (`locustfile.py`); Locust
 cannot offer ten times the capacity of a service from one core, and costs more than the latencies compared here.
 
-`python -m benchmarks.generator` reads a `Job` as JSON from standard input and writes a `Run` as JSON.
+`python -m benchmarks.generator` is the process of one `Job`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -78,21 +78,55 @@ class Run:
 
 
 def generate(job: Job) -> Run:
-    """Run a job in a process of its own. Raise `RuntimeError` if the process fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.generator"], input=json.dumps(asdict(job)), stdout=subprocess.PIPE,
-        text=True, cwd=Path(__file__).parents[1], check=False,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"the load generator ended with exit code {done.returncode}; see its message above")
-    run = json.loads(done.stdout)
-    return Run(responses=[Response(*each) for each in run["responses"]], busy=run["busy"])
+    """Run a job in a process of its own."""
+    (run,) = generate_together([job])
+    return run
 
 
-def generate_together(jobs: Sequence[Job]) -> list[Run]:
-    """Run jobs at the same time, each in a process of its own."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        return list(pool.map(generate, jobs))
+def generate_together(jobs: Sequence[Job], during: Callable[[], object] = lambda: None) -> list[Run]:
+    """Run jobs at the same time, each in a process of its own. Call `during` when all have started."""
+    runs = run_workers("benchmarks.generator", [asdict(job) for job in jobs], during)
+    return [Run(responses=[Response(*each) for each in run["responses"]], busy=run["busy"]) for run in runs]
+
+
+def run_workers(module: str, jobs: Sequence[Any], during: Callable[[], object] = lambda: None) -> list[Any]:
+    """Run a module in one process for each job, and return what they write.
+
+    The main function of the module calls `read_job`, prepares itself, calls `wait_for_start` and writes JSON. All
+    processes start at the same time. Raise `RuntimeError` if one fails.
+    """
+    with ExitStack() as stack:
+        processes = []
+        for job in jobs:
+            command, root = [sys.executable, "-m", module], Path(__file__).parents[1]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+            processes.append(stack.enter_context(process))
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        outputs = [process.stdout for process in processes if process.stdout is not None]
+        for output in outputs:
+            output.readline()  # "ready"
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.close()
+        during()
+        results = [output.read() for output in outputs]
+    if failed := [process.returncode for process in processes if process.returncode]:
+        raise RuntimeError(f"{module} ended with exit code {failed[0]}; see its message above")
+    return [json.loads(result) for result in results]
+
+
+def read_job() -> Any:
+    """Return the job of this process."""
+    return json.loads(sys.stdin.readline())
+
+
+def wait_for_start() -> None:
+    """Return when all processes are ready."""
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
+    sys.stdin.read()
 
 
 def closed_loop(job: Job, *, warm_up_s: float) -> dict[str, Any]:
@@ -271,9 +305,10 @@ def run_job(job: Job) -> Run:
 
 
 def main() -> None:
-    """Read a job from standard input, run it on its cores, and write the run."""
-    job = Job(**json.load(sys.stdin))
+    """Run a job on its cores, and write the run."""
+    job = Job(**read_job())
     os.sched_setaffinity(0, job.cores)
+    wait_for_start()
     json.dump(asdict(run_job(job)), sys.stdout)
 
 

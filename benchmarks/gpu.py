@@ -17,15 +17,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import click
-import httpx
 import numpy as np
 
 from benchmarks.generator import Job, generate_together, summarise
@@ -124,79 +124,51 @@ def measure(folder: Path, processes: str, generator_cores: int, out: Path | None
         "seconds": setup.seconds, "connections": setup.connections, "max_batch": setup.max_batch,
         "generator_cores": len(generator), "service_cores": len(service),
     }  # fmt: skip
-    report = _Report({**describe_run(settings), "gpu": gpu_name(), "figures": {"limited_by_rule": RULE}}, out)
-    for part in ("encoder", "search"):
-        report.phase(f"{part}_alone", partial(_run_alone, part, setup))
+    figures: Figures = {"limited_by_rule": RULE}
+    outcome = {**describe_run(settings), "gpu": gpu_name(), "figures": figures}
+    failed: list[str] = []
+
+    def phase(name: str, measure_phase: Callable[[], Figures]) -> None:
+        """Store the figures of a phase, or its error. The other phases run even if one fails."""
+        click.echo(f"{name} ...", err=True)
+        started = time.perf_counter()
+        try:
+            figures[name] = measure_phase()
+        except Exception as error:
+            failed.append(name)
+            figures[name] = {"error": f"{type(error).__name__}: {error}"}
+        figures[name]["phase_s"] = round(time.perf_counter() - started, 1)
+        click.echo(json.dumps({name: figures[name]}), err=True)
+        if out is not None:
+            atomic_write_bytes(out, json.dumps(outcome, indent=1).encode())
+
+    phase("encoder_alone", partial(_run_alone, measure_encoder, setup))
+    phase("search_alone", partial(_run_alone, measure_search, setup))
     with tempfile.TemporaryDirectory() as work:
         images = {}
         for width, height in IMAGE_SIZES:
             (subfolder := Path(work) / f"{width}x{height}").mkdir()
             images[subfolder.name] = write_photographs(subfolder, IMAGES, width, height)
         for number, count in enumerate(int(part) for part in processes.split(",")):
-            measure_services = partial(_measure_services, setup, count, images, report.figures, single=number == 0)
-            report.phase(f"services_{count}", measure_services)
-    click.echo(json.dumps(report.content))
-    if report.failed:
+            phase(f"services_{count}", partial(_measure_services, setup, count, images, figures, single=number == 0))
+    click.echo(json.dumps(outcome))
+    if failed:
         sys.exit(1)
-
-
-class _Report:
-    """The figures so far, and the file that they are written to."""
-
-    def __init__(self, content: Figures, out: Path | None) -> None:
-        self.content = content
-        self.figures: Figures = content["figures"]
-        self.failed = False
-        self._out = out
-
-    def phase(self, name: str, measure: Callable[[], Figures]) -> None:
-        """Store the figures of a phase, or its error."""
-        click.echo(f"{name} ...", err=True)
-        started = time.perf_counter()
-        try:
-            self.figures[name] = measure()
-        except Exception as error:  # the other phases must still run
-            self.failed = True
-            self.figures[name] = {"error": f"{type(error).__name__}: {error}"}
-        self.figures[name]["phase_s"] = round(time.perf_counter() - started, 1)
-        click.echo(json.dumps({name: self.figures[name]}), err=True)
-        if self._out is not None:
-            atomic_write_bytes(self._out, json.dumps(self.content, indent=1).encode())
 
 
 # ---- encoder and search alone ----
 
 
-def _run_alone(part: str, setup: Setup) -> Figures:
-    """Measure a part in a process of its own, which frees the GPU's memory at its end. Raise `UserError`."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "alone", part]
-    job = json.dumps({**asdict(setup), "bundle": str(setup.bundle.resolve())})
-    try:
-        done = subprocess.run(
-            command, input=job, capture_output=True, text=True, cwd=Path(__file__).parents[1],
-            timeout=setup.start_timeout_s, check=False,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise UserError(f"{part} alone took longer than {setup.start_timeout_s:g} s") from error
-    if done.returncode:
-        raise UserError(f"{part} alone ended with exit code {done.returncode}: {done.stderr[-2000:]}")
-    figures: Figures = json.loads(done.stdout)
-    return figures
+def _run_alone(measure_part: Callable[[Setup], Figures], setup: Setup) -> Figures:
+    """Call a function in a process of its own, which frees the GPU's memory at its end."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measure_part, setup).result()
 
 
-@main.command(hidden=True)
-@click.argument("part", type=click.Choice(["encoder", "search"]))
-def alone(part: str) -> None:
-    """Read a setup from standard input, and write the figures of one part."""
-    job = json.load(sys.stdin)
-    setup = Setup(**{**job, "bundle": Path(job["bundle"])})
-    measure_part = {"encoder": measure_encoder, "search": measure_search}[part]
-    sys.stdout.write(json.dumps(measure_part(Bundle.open(setup.bundle), setup)))
-
-
-def measure_encoder(bundle: Bundle, setup: Setup) -> Figures:
+def measure_encoder(setup: Setup) -> Figures:
     """Return images per second by batch size: of the encoder as the service runs it (`encode`), of converting pixels to
     floats on the CPU (`normalise`) and of the session alone (`session`), the last also for mixed sizes up to 32."""
+    bundle = Bundle.open(setup.bundle)
     batches = [batch for batch in BATCHES if batch <= setup.largest_batch]
     started = time.perf_counter()
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
@@ -235,9 +207,10 @@ def measure_encoder(bundle: Bundle, setup: Setup) -> Figures:
     }
 
 
-def measure_search(bundle: Bundle, setup: Setup) -> Figures:
+def measure_search(setup: Setup) -> Figures:
     """Return milliseconds of searching for one query and for 32: of the candidates on the GPU (`candidates`), and with
     the exact ranking and grouping by entity on the CPU (`search`)."""
+    bundle = Bundle.open(setup.bundle)
     started = time.perf_counter()
     index = bundle.index(setup.device)
     faiss.omp_set_num_threads(Settings().thread_count)
@@ -269,29 +242,28 @@ def measure_search(bundle: Bundle, setup: Setup) -> Figures:
 
 
 def _images_per_s(call: Callable[[int], object], sizes: list[int], seconds: float) -> float:
-    """Return images per second of `call(size)` for these sizes in turn, after two calls to warm up."""
-    for size in sizes[:2]:
-        call(size)
-    images, number = 0, 0
-    started = time.perf_counter()
-    while (took := time.perf_counter() - started) < seconds or number < len(sizes):
-        size = sizes[number % len(sizes)]
-        call(size)
-        images, number = images + size, number + 1
-    return round(images / took, 1)
+    """Return images per second of `call(size)` for these sizes in turn."""
+    took_s = _time_calls(lambda i: call(sizes[i % len(sizes)]), seconds, at_least=len(sizes))
+    return round(sum(sizes[i % len(sizes)] for i in range(len(took_s))) / sum(took_s), 1)
 
 
 def _call_ms(call: Callable[[Float32Array], object], batches: list[Float32Array], seconds: float) -> dict[str, float]:
-    """Return median and p99 in ms of `call(batch)` for these batches in turn, after three calls to warm up."""
-    for batch in batches[:3]:
-        call(batch)
-    took_ms: list[float] = []
+    """Return median and p99 in ms of `call(batch)` for these batches in turn."""
+    took_s = _time_calls(lambda i: call(batches[i % len(batches)]), seconds)
+    p50, p99 = np.percentile(took_s, (50, 99)).tolist()
+    return {"p50": round(1000 * p50, 3), "p99": round(1000 * p99, 3)}
+
+
+def _time_calls(call: Callable[[int], object], seconds: float, at_least: int = 1) -> list[float]:
+    """Return the durations of `call(0)`, `call(1)` and so on for this long, after a few calls to warm up."""
+    for i in range(3):
+        call(i)
+    took_s: list[float] = []
     end = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end or not took_ms:
-        call(batches[len(took_ms) % len(batches)])
-        took_ms.append(1000 * (time.perf_counter() - started))
-    p50, p99 = np.percentile(took_ms, (50, 99)).round(3).tolist()
-    return {"p50": p50, "p99": p99}
+    while (started := time.perf_counter()) < end or len(took_s) < at_least:
+        call(len(took_s))
+        took_s.append(time.perf_counter() - started)
+    return took_s
 
 
 # ---- services under load ----
@@ -313,8 +285,11 @@ def _measure_services(
     with running_services(setup, count) as services:
         found["ready_s"] = round(time.perf_counter() - started, 1)
         for size, paths in images.items():
-            found[size] = {"one_at_a_time": one_at_a_time(services[0], paths, setup.seconds / 2)} if single else {}
-            full = saturate(setup, services, paths)
+            found[size] = {}
+            if single:
+                one = run_load(setup, services[:1], paths, connections=1, seconds=setup.seconds / 2)
+                found[size]["one_at_a_time"] = {**one, "requests": one["answers"]}
+            full = run_load(setup, services, paths, connections=setup.connections, seconds=setup.seconds)
             if (gpu_ms := gpu_ms_per_image(figures)) is not None:
                 full["gpu_work_share"] = round(full["per_s"] * gpu_ms / 1000, 3)
                 full["of_encoder_loop"] = round(full["per_s"] / _largest_service_batch(figures)["encode_per_s"], 3)
@@ -343,57 +318,36 @@ def running_services(setup: Setup, count: int) -> Iterator[list[Service]]:
         ]
 
 
-def one_at_a_time(service: Service, images: Sequence[str], seconds: float) -> Figures:
-    """Return p50 and p99 of one request after the other, and the median of each stage in `Server-Timing`."""
-    bodies = [Path(path).read_bytes() for path in images]
-    took_ms: list[float] = []
-    stages_ms: dict[str, list[float]] = {}
-    with httpx.Client(base_url=service.url, timeout=30, headers={"Content-Type": "image/jpeg"}) as client:
-        for body in bodies:  # warm up
-            client.post(TARGET, content=body).raise_for_status()
-        end = time.perf_counter() + seconds
-        while not took_ms or time.perf_counter() < end:
-            started = time.perf_counter()
-            response = client.post(TARGET, content=bodies[len(took_ms) % len(bodies)]).raise_for_status()
-            took_ms.append(1000 * (time.perf_counter() - started))
-            for stage, value_ms in parse_server_timing(response.headers["Server-Timing"]).items():
-                stages_ms.setdefault(stage, []).append(value_ms)
-    p50, p99 = np.percentile(took_ms, (50, 99)).round(3).tolist()
-    medians = {stage: round(float(np.median(values)), 3) for stage, values in stages_ms.items()}
-    return {"p50_ms": p50, "p99_ms": p99, "requests": len(took_ms), "stages_ms": medians}
-
-
-def parse_server_timing(header: str) -> dict[str, float]:
-    """Return milliseconds by name from a header such as `decode;dur=1.2, queue;dur=0.1`."""
-    parts = (part.strip().partition(";dur=") for part in header.split(","))
-    return {name: float(value) for name, _, value in parts}
-
-
-def saturate(setup: Setup, services: Sequence[Service], images: list[str]) -> Figures:
-    """Return throughput and latency of all services at saturation, and how busy each part was."""
-    generators = max(len(setup.generator_cores), len(services))
-    warm_up_s = min(WARM_UP_S, setup.seconds)
+def run_load(
+    setup: Setup, services: Sequence[Service], images: list[str], *, connections: int, seconds: float
+) -> Figures:
+    """Return throughput and latency of a closed loop over all services, and how busy each part was."""
+    generators = min(connections, max(len(setup.generator_cores), len(services)))
+    warm_up_s = min(WARM_UP_S, seconds)
     jobs = [
         Job(
             url=services[number % len(services)].url + TARGET, images=images,
             cores=[setup.generator_cores[number % len(setup.generator_cores)]],
-            connections=max(1, setup.connections // generators), seconds=warm_up_s + setup.seconds,
+            connections=connections // generators, seconds=warm_up_s + seconds,
         )
         for number in range(generators)
     ]  # fmt: skip
-    with ThreadPoolExecutor(1) as pool:
-        generating = pool.submit(generate_together, jobs)
+    snapshots: list[list[Snapshot]] = []
+    gpu_samples: list[str] = []
+
+    def watch() -> None:
         time.sleep(warm_up_s)
-        before = [_snapshot(service) for service in services]
-        with GpuWatch() as watch:
-            time.sleep(setup.seconds)  # the generators started later than this clock, so they are still running
-        after = [_snapshot(service) for service in services]
-        runs = generating.result()
+        snapshots.append([_snapshot(service) for service in services])
+        with sample_gpu(gpu_samples):
+            time.sleep(seconds)
+        snapshots.append([_snapshot(service) for service in services])
+
+    runs = generate_together(jobs, watch)
     return {
-        **summarise(runs, warm_up_s=warm_up_s, seconds=setup.seconds),
+        **summarise(runs, warm_up_s=warm_up_s, seconds=seconds),
         "connections": sum(job.connections for job in jobs),
-        **busy(before, after, sum(service.cores for service in services)),
-        "gpu": watch.figures(),
+        **busy(snapshots[0], snapshots[1], sum(service.cores for service in services)),
+        "gpu": gpu_figures(gpu_samples),
     }
 
 
@@ -520,38 +474,29 @@ def gpu_name() -> str | None:
     return ", ".join(done.stdout.splitlines())
 
 
-class GpuWatch:
-    """Samples the first GPU with nvidia-smi while its block runs. It can be entered several times."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self._output = ""
-
-    def __enter__(self) -> Self:
+@contextmanager
+def sample_gpu(samples: list[str]) -> Iterator[None]:
+    """Add what nvidia-smi reports of the first GPU while the block runs, four times a second, to `samples`."""
+    try:
         command = _nvidia_smi("utilization.gpu,memory.used,power.draw", "--id=0", "-lms", "250")
-        with suppress(FileNotFoundError):
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._output += self._process.communicate()[0]
-
-    def figures(self) -> dict[str, float] | None:
-        """Return the figures of all samples so far, or None without a GPU."""
-        return gpu_figures(self._output)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        process.terminate()
+        samples += process.communicate()[0].splitlines()
 
 
-def gpu_figures(output: str) -> dict[str, float] | None:
+def gpu_figures(samples: Sequence[str]) -> dict[str, float] | None:
     """Return median utilisation (the share of time in which anything ran), the most memory, and median power."""
     rows = []
-    for line in output.splitlines():
-        try:
+    for line in samples:
+        with suppress(ValueError):  # "[N/A]", or a truncated last line
             utilisation, memory_mib, power_w = map(float, line.split(","))
-        except ValueError:
-            continue  # "[N/A]", or a truncated last line
-        rows.append((utilisation / 100, memory_mib, power_w))
+            rows.append((utilisation / 100, memory_mib, power_w))
     if not rows:
         return None
     utilisation, _, power_w = np.median(rows, axis=0).tolist()

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.generator import Job, closed_loop
+from benchmarks.generator import Job, closed_loop, read_job, run_workers, wait_for_start
 from benchmarks.measure import median_interval
 from benchmarks.server import ANSWERED, running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.synthetic import encoder_bundles, write_photographs
@@ -115,32 +113,14 @@ def run_loops(bundle: Path, images: list[str], cores: list[set[int]]) -> dict[st
 
     Return the images per second of all loops, and the medians of the first in ms.
     """
-    with ExitStack() as stack:
-        processes = []
-        for loop_cores in cores:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.service"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                cwd=Path(__file__).parents[1],
-            )  # fmt: skip
-            stack.enter_context(process)
-            assert process.stdin is not None
-            job = {"bundle": str(bundle.resolve()), "images": images, "cores": [*loop_cores]}
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-            processes.append(process)
-        for process in processes:
-            assert process.stdout is not None
-            process.stdout.readline()  # "ready"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()  # starts the loop
-        figures = [json.loads(process.stdout.read()) for process in processes if process.stdout is not None]
+    jobs = [{"bundle": str(bundle.resolve()), "images": images, "cores": [*loop_cores]} for loop_cores in cores]
+    figures = run_workers("benchmarks.service", jobs)
     return {**figures[0], "per_s": round(sum(each["per_s"] for each in figures), 2)}
 
 
 def main() -> None:
-    """Read a job from standard input, load the bundle, wait until the input is closed, and write the figures."""
-    job = json.loads(sys.stdin.readline())
+    """Run a plain loop, and write its figures."""
+    job = read_job()
     os.sched_setaffinity(0, job["cores"])
     threads = len(job["cores"])
     images = [Path(path).read_bytes() for path in job["images"]]
@@ -150,9 +130,7 @@ def main() -> None:
     index = bundle.index()
     faiss.omp_set_num_threads(threads)
     top_k = TOP_K if bundle.calibration is None else max(TOP_K, CANDIDATES)  # as the service searches
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+    wait_for_start()
     counted_from = time.perf_counter() + WARM_UP_S
     end = counted_from + SECONDS
     durations: list[tuple[float, float, float]] = []

@@ -18,7 +18,6 @@ from benchmarks.gpu import (
     gpu_figures,
     gpu_ms_per_image,
     limited_by,
-    parse_server_timing,
     split_cores,
 )
 
@@ -92,12 +91,11 @@ def test_busy_between_two_snapshots() -> None:
     assert found["engine_busy"] == 0.05  # two batches of 50 ms in two seconds
 
 
-def test_output_of_nvidia_smi_and_server_timing() -> None:
-    assert gpu_figures("98, 1000, 500.5\n[N/A], 1, 2\n100, 1200, 510.5\n97, 11") == {
+def test_output_of_nvidia_smi() -> None:
+    assert gpu_figures(["98, 1000, 500.5", "[N/A], 1, 2", "100, 1200, 510.5", "97, 11"]) == {
         "utilisation": 0.99, "memory_mib": 1200.0, "power_w": 505.5, "samples": 2,
     }  # fmt: skip
-    assert gpu_figures("") is None
-    assert parse_server_timing("decode;dur=1.250, total;dur=3.000") == {"decode": 1.25, "total": 3.0}
+    assert gpu_figures([]) is None
 
 
 def test_a_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
