@@ -1,9 +1,9 @@
-"""`python -m benchmarks.catalog_scale --records 1000000`: an export of a made catalog, its memory, and three kills.
+"""`python -m benchmarks.catalog_scale --records 1000000`: export a large synthetic catalog, killed and undisturbed.
 
-One export runs undisturbed, a second is killed (SIGKILL) three times at random moments and resumed; every file of the
-two bundles must be equal but for times. The encoders are tiny, so that everything besides them shows. Memory is that of
-the process and its workers (Linux's proportional set size): `anonymous` is what they hold, `total` has mapped files,
-too, which the system may take back at any time.
+One export runs undisturbed. A second is killed (SIGKILL) three times at random moments and resumed. Every file of the
+two bundles must be equal, except for times. The encoders are tiny, so that the cost of everything else shows. Memory is
+the proportional set size of the process and its workers: `anonymous` is their own, `total` includes mapped files, which
+the system may reclaim at any time. Linux only.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
+import torch
 
-from benchmarks.export_models import make_checkpoint, write_catalog, write_small_encoders
+from benchmarks.export import make_checkpoint, write_catalog, write_tokenizer
 from benchmarks.measure import write_results
 from core.files import atomic_write_bytes, sha256_file
 from core.runtime import describe_run
-from evaluation.pages import Series, line_plot, page, section, table
+from evaluation.pages import Series, figures_table, line_plot, page, section
+from imaging import Preprocessing
+from model.encoders.tiny import TinyConfig, TinyEncoder, save_tiny
 
 KILLS = 3
-_SHARD, _LOOK_EVERY_S = 4096, 1.0
+_SHARD, _SAMPLE_EVERY_S = 4096, 1.0
 _TIMES = ("created_at", "elapsed_s")
 
 
 @dataclass(kw_only=True)
 class Run:
-    """One or more processes after each other that make a bundle; `curve` has seconds, total and anonymous MB."""
+    """An export in one or more processes. `curve` has (seconds, total MB, anonymous MB)."""
 
     out: Path
     seconds: float = 0.0
@@ -43,95 +46,104 @@ class Run:
 
     @property
     def peak_mb(self) -> dict[str, float]:
-        return {
-            "total": round(max(total for _, total, _ in self.curve), 1),
-            "anonymous": round(max(anonymous for _, _, anonymous in self.curve), 1),
-        }
+        return {kind: max(point[column] for point in self.curve) for column, kind in ((1, "total"), (2, "anonymous"))}
+
+
+def write_small_encoders(folder: Path) -> tuple[str, str]:
+    """Write encoders that cost next to nothing. Return their specs."""
+    from transformers import BertConfig, BertModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=32, size_px=32)
+    grey = (0.5, 0.5, 0.5)
+    preprocessing = Preprocessing(
+        size_px=32, resize="squash", crop="none", interpolation="bilinear", mean=grey, std=grey
+    )
+    save_tiny(TinyEncoder(config).eval(), preprocessing, folder / "small.safetensors")
+    text = BertConfig(
+        vocab_size=write_tokenizer(folder / "text"), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    BertModel(text).save_pretrained(folder / "text")
+    return f"tiny:{folder / 'small.safetensors'}", f"hf:{folder / 'text'}"
 
 
 def measure(records: int, folder: Path) -> dict[str, Any]:
-    """Make catalog and checkpoint in `folder`, export twice, compare. Linux only."""
+    """Write catalog and checkpoint to `folder`, export twice, and compare."""
     catalog = write_catalog(folder, records, words=20, size_px=48, image_every=3)
     image_encoder, text_encoder = write_small_encoders(folder)
     checkpoint = make_checkpoint(folder / "checkpoint", image_encoder, text_encoder, width=32)
-    command = [sys.executable, "-m", "wikiclip", "export", "--resume", "--catalog", str(catalog), "--name", "made"]
-    command += ["--image-encoder", image_encoder, "--text-encoder", text_encoder]
-    command += ["--checkpoint", str(checkpoint), "--shard-size", str(_SHARD), "--batch-size", "128", "--workers", "1"]
-    undisturbed, disturbed = Run(out=folder / "undisturbed"), Run(out=folder / "disturbed")
+    command = [
+        sys.executable, "-m", "wikiclip", "export", "--resume", "--catalog", str(catalog), "--name", "made",
+        "--image-encoder", image_encoder, "--text-encoder", text_encoder, "--checkpoint", str(checkpoint),
+        "--shard-size", str(_SHARD), "--batch-size", "128", "--workers", "1",
+    ]  # fmt: skip
+    undisturbed, killed = Run(out=folder / "undisturbed"), Run(out=folder / "disturbed")
     _run(command, undisturbed)
     shards = -(-records // _SHARD)
-    drawn = random.Random(records)
-    moments = sorted(drawn.sample(range(shards), min(KILLS, shards)))
-    for moment in moments:
-        _run(command, disturbed, kill_at=moment, kill_after_s=drawn.uniform(0, 2))
-    _run(command, disturbed)
-    sums = [_checksums(run.out) for run in (undisturbed, disturbed)]
+    rng = random.Random(records)
+    kill_at = sorted(rng.sample(range(shards), min(KILLS, shards)))
+    for finished_shards in kill_at:
+        _run(command, killed, kill_at=finished_shards, kill_after_s=rng.uniform(0, 2))
+    _run(command, killed)
+    checksums = [_checksums(run.out) for run in (undisturbed, killed)]
     return {
         "records": records,
         "seconds": round(undisturbed.seconds, 1),
         "entities_per_s": round(records / undisturbed.seconds, 1),
         "peak_mb": undisturbed.peak_mb,
-        "kills": disturbed.kills,
-        "killed_after_shards": moments,
-        "seconds_killed_and_resumed": round(disturbed.seconds, 1),
-        "peak_mb_killed_and_resumed": disturbed.peak_mb,
-        "files": len(sums[0]),
-        "checksums_equal": sums[0] == sums[1],
+        "kills": killed.kills,
+        "killed_after_shards": kill_at,
+        "seconds_killed_and_resumed": round(killed.seconds, 1),
+        "peak_mb_killed_and_resumed": killed.peak_mb,
+        "files": len(checksums[0]),
+        "checksums_equal": checksums[0] == checksums[1],
         "bundle_mb": round(sum(file.stat().st_size for file in _files(undisturbed.out)) / 1e6, 1),
-        "curves": {name: run.curve for name, run in (("undisturbed", undisturbed), ("killed", disturbed))},
+        "curves": {"undisturbed": undisturbed.curve, "killed": killed.curve},
     }
 
 
 def _run(command: list[str], run: Run, *, kill_at: int | None = None, kill_after_s: float = 0.0) -> None:
-    """Run an export to its end, or kill it so long after as many shards were finished."""
-    started, before = time.monotonic(), run.seconds
+    """Run an export to its end, or kill it `kill_after_s` seconds after `kill_at` shards are finished."""
+    started, previous_s = time.monotonic(), run.seconds
     shards = run.out / ".partial" / "shards"
-    killed_at_s: float | None = None
+    kill_time: float | None = None
     with subprocess.Popen(
         [*command, "--out", str(run.out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as child:
-        next_look = started
+        next_sample = started
         while child.poll() is None:
-            if kill_at is not None and killed_at_s is None and len(list(shards.glob("0*.jsonl"))) >= kill_at:
-                killed_at_s = time.monotonic() + kill_after_s
-            if killed_at_s is not None and time.monotonic() >= killed_at_s:
+            if kill_at is not None and kill_time is None and len(list(shards.glob("0*.jsonl"))) >= kill_at:
+                kill_time = time.monotonic() + kill_after_s
+            if kill_time is not None and time.monotonic() >= kill_time:
                 child.kill()
-            if time.monotonic() >= next_look:
-                total_mb, anonymous_mb = _memory_mb(child.pid)
-                run.curve.append((round(before + time.monotonic() - started, 1), total_mb, anonymous_mb))
-                next_look += _LOOK_EVERY_S
+            if time.monotonic() >= next_sample:
+                run.curve.append((round(previous_s + time.monotonic() - started, 1), *_memory_mb(child.pid)))
+                next_sample += _SAMPLE_EVERY_S
             time.sleep(0.05)
         assert child.stderr is not None, "it is a pipe"
         errors = child.stderr.read()
     run.kills += child.returncode == -signal.SIGKILL
     if kill_at is None and child.returncode:
         raise click.ClickException(errors.decode(errors="replace").splitlines()[-1])
-    run.seconds = before + time.monotonic() - started
+    run.seconds = previous_s + time.monotonic() - started
 
 
 def _memory_mb(pid: int) -> tuple[float, float]:
-    """Total and anonymous proportional set size of a process and all below it, in MB; 0 of what has just ended."""
-    total = anonymous = 0.0
-    for process in (pid, *_children(pid)):
-        try:
-            lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        sizes = {line.partition(":")[0]: int(line.split()[1]) / 1e3 for line in lines[1:]}
-        total += sizes.get("Pss", 0.0)
-        anonymous += sizes.get("Pss_Anon", 0.0) + sizes.get("Pss_Shmem", 0.0)
+    """Return total and anonymous proportional set size of a process and its descendants, without those that ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+        tasks = [task.read_text() for task in Path(f"/proc/{pid}/task").glob("*/children")]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0, 0.0
+    sizes = {line.partition(":")[0]: int(line.split()[1]) / 1e3 for line in lines}
+    total, anonymous = sizes.get("Pss", 0.0), sizes.get("Pss_Anon", 0.0) + sizes.get("Pss_Shmem", 0.0)
+    for child in " ".join(tasks).split():
+        child_total, child_anonymous = _memory_mb(int(child))
+        total, anonymous = total + child_total, anonymous + child_anonymous
     return round(total, 1), round(anonymous, 1)
-
-
-def _children(pid: int) -> list[int]:
-    found: list[int] = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            for child in map(int, path.read_text().split()):
-                found += [child, *_children(child)]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
 
 
 def _files(bundle: Path) -> list[Path]:
@@ -139,7 +151,7 @@ def _files(bundle: Path) -> list[Path]:
 
 
 def _checksums(bundle: Path) -> dict[str, Any]:
-    """The SHA-256 of each file; of a manifest its content without times."""
+    """Return the SHA-256 of each file, and the content of manifests without times."""
     sums: dict[str, Any] = {}
     for path in _files(bundle):
         name = path.relative_to(bundle).as_posix()
@@ -151,25 +163,25 @@ def _checksums(bundle: Path) -> dict[str, Any]:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """The memory curves as an HTML page."""
+    """Return the figures and memory curves as an HTML page."""
     series = [
         Series(name=f"{name}, {kind}", points=[(point[0], point[column]) for point in curve])
         for name, curve in figures["curves"].items()
         for column, kind in ((1, "total"), (2, "anonymous"))
     ]
     plot = line_plot(series, title="Memory", x_label="seconds of work", y_label="MB")
-    rows = [[key, str(value)] for key, value in figures.items() if key != "curves"]
-    return page("An export of a made catalog", section("Memory", plot) + table(("", ""), rows))
+    others = {key: value for key, value in figures.items() if key != "curves"}
+    return page("An export of a synthetic catalog", section("Memory", plot) + figures_table(others))
 
 
 @click.command()
-@click.option("--records", type=click.IntRange(min=1), default=100_000, show_default=True, help="Entities to make.")
+@click.option("--records", type=click.IntRange(min=1), default=100_000, show_default=True, help="Entities to export.")
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), help="Folder to work in.  [default: a temporary one]"
 )
 @click.option("--results", default="benchmarks/results", show_default=True, type=click.Path(path_type=Path))
 def main(records: int, work: Path | None, results: Path) -> None:
-    """Export a made catalog twice, once killed three times, and compare."""
+    """Export a synthetic catalog twice, once killed three times, and compare."""
     run = describe_run({"records": records})
     with TemporaryDirectory(prefix="scale.", dir=work) as folder:
         figures = measure(records, Path(folder))

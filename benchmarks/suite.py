@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.measure import results_folder, write_results
 from core.files import atomic_write_bytes
 from core.runtime import describe_run
-from evaluation.pages import body_of, page, section, table
+from evaluation.pages import body_of, figures_table, page, section, table
 
 MINUTES, SMOKE_MINUTES = 14.0, 0.75
 _GRACE_S = 20  # for a benchmark that is told to end to stop what it started
@@ -182,28 +182,9 @@ def report(benchmarks: Mapping[str, str], outcome: dict[str, Any]) -> str:
     parts = [section("What this ran on", table(["", ""], rows))]
     for name, figures in outcome["figures"].items():
         module = importlib.import_module(benchmarks[name])
-        body = body_of(module.report(figures)) if hasattr(module, "report") else _figures_table(figures)
+        body = body_of(module.report(figures)) if hasattr(module, "report") else figures_table(figures)
         parts.append(f'<article id="{name}"><h1>{name.capitalize()}</h1>\n{body}</article>')
     if left_out := outcome["settings"]["left_out"]:
         parts.append(section("Left out", table(["benchmark", "why"], [list(row) for row in left_out.items()])))
     links = " · ".join(f'<a href="#{name}">{name}</a>' for name in outcome["figures"])
     return page(f"Benchmarks on {hardware['name']}", "\n".join((f"<p>{links}</p>", *parts)))
-
-
-def _figures_table(figures: Any) -> str:
-    return table(["figure", "value"], [list(row) for row in _flat(figures)])
-
-
-def _flat(figures: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Every single figure by its path; of a metric with samples its median and interval."""
-    if isinstance(figures, dict) and {"median", "interval", "samples"} <= figures.keys():
-        low, high = figures["interval"]
-        yield path, f"{figures['median']} {figures.get('unit', '')} ({low} to {high})"
-    elif isinstance(figures, dict):
-        for name, below in figures.items():
-            yield from _flat(below, f"{path} {name}".strip())
-    elif isinstance(figures, list) and any(isinstance(each, dict | list) for each in figures):
-        for number, below in enumerate(figures):
-            yield from _flat(below, f"{path} {number}".strip())
-    else:
-        yield path, ", ".join(map(str, figures)) if isinstance(figures, list) else str(figures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -102,6 +102,25 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return render("table.html", header=header, rows=rows)
 
 
+def figures_table(figures: Any) -> str:
+    """Return a table of all figures by their path. A metric with samples shows its median and interval."""
+    return table(["figure", "value"], list(_flat(figures)))
+
+
+def _flat(figures: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(figures, dict) and {"median", "interval", "samples"} <= figures.keys():
+        low, high = figures["interval"]
+        yield path, f"{figures['median']} {figures.get('unit', '')} ({low} to {high})"
+    elif isinstance(figures, dict):
+        for name, below in figures.items():
+            yield from _flat(below, f"{path} {name}".strip())
+    elif isinstance(figures, list) and any(isinstance(each, dict | list) for each in figures):
+        for number, below in enumerate(figures):
+            yield from _flat(below, f"{path} {number}".strip())
+    else:
+        yield path, ", ".join(map(str, figures)) if isinstance(figures, list) else str(figures)
+
+
 def data_uri(data: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
@@ -171,7 +190,7 @@ def _check(values: Sequence[float], *, log: bool) -> None:
         raise ValueError("nothing to plot: no value, one that is not finite, or one below 0 on a logarithmic axis")
 
 
-def _svg(draw: Any, title: str, *, height: float) -> str:
+def _svg(draw: Callable[[Axes], None], title: str, *, height: float) -> str:
     """Return the SVG element of a figure, without XML prolog, fixed size or metadata."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as NewFigure

@@ -1,0 +1,330 @@
+"""`wikiclip bench export`: the speed of an export relative to its models alone, and what int8 gains and costs.
+
+Throughput: shards of a synthetic catalog through the whole export (read, decode, tokenise, models, write), and each
+model stage alone on chunks in memory. Without a GPU the stages share the cores, so an export can at most be as fast as
+the three stages one after another. A machine whose models run elsewhere has to keep up with the slowest stage alone.
+With `--device cuda` the models have the shapes of CLIP ViT-L/14 and Llama 3.2 1B in 16 bits, and the figures include
+the time for Wikipedia's six million entities. `python -m benchmarks.catalog_scale` exports a large catalog.
+
+int8: the file that `wikiclip export --int8` writes in turn with the float file, one image on one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+
+from benchmarks.generative.models import ENCODERS, open_encoder, quantised_file, write_encoder
+from benchmarks.gpu import gpu_figures, sample_gpu
+from benchmarks.measure import ratio_interval
+from benchmarks.sizing import WIKI6M_ENTITIES
+from benchmarks.synthetic import photograph
+from catalog import EntityRecord, read_catalog
+from catalog.images import LocalImages
+from demo.build import BUILD
+from evaluation.pages import Bar, bar_plot, figures_table, page, section
+from export.calibrate import read_queries, row_of
+from export.config import ExportConfig, load_checkpoint
+from export.embed import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder
+from export.embed_catalog import SAMPLED_ENTITIES, read_shards
+from export.engine import decode_pool, embed_shards, preparer_of
+from export.int8 import catalog_images, measure_cost
+from export.onnx_export import INPUT, OUTPUTS
+from export.prepare import Chunk
+from export.quantise import quantise
+from export.sample import CatalogImages, Reservoir
+from export.staging import StagingDir
+from export.stream import StageTimes
+from export.write import ShardWriter
+from imaging import Preprocessing
+from index.bundle import Bundle
+from model.adaptor import Adaptor, AdaptorConfig
+from model.checkpoint import Checkpoint, save_checkpoint
+from model.encoders import open_image_encoder, open_text_encoder, resolve_device
+from service.encoder import OnnxEncoder
+
+_TARGET_SHARE, _TARGET_SPEED, _TARGET_LOSS = 0.9, 2.0, 0.5
+_WARM_UP_SHARDS = 1
+_WORDS = ("river", "stone", "tower", "bird", "market", "north", "island", "castle", "music", "harbour", "forest", "sea")
+_IMAGES = 1000  # different ones; a larger catalog repeats them
+Figures = Mapping[str, Any]
+
+
+# ---- synthetic catalogs and checkpoints ----
+
+
+def write_catalog(folder: Path, records: int, *, words: int, size_px: int, image_every: int) -> Path:
+    """Write a catalog of entities with texts of `words` words. Each `image_every`th has an image of `size_px`."""
+    (folder / "images").mkdir(parents=True)
+    for number in range(min(_IMAGES, -(-records // image_every))):
+        (folder / "images" / f"{number}.jpg").write_bytes(photograph(number, size_px, size_px))
+    rng = np.random.default_rng(0)
+    path = folder / "catalog.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(records):
+            has_image = number % image_every == 0
+            row = {
+                "entity_id": f"Q{number}",
+                "title": f"Thing {number}",
+                "text": f"Thing {number}. " + " ".join(rng.choice(_WORDS, words)),
+                "images": [f"images/{number // image_every % _IMAGES}.jpg"] if has_image else [],
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def make_checkpoint(folder: Path, image_encoder: str, text_encoder: str, *, width: int, heads: int = 2) -> Path:
+    """Write a checkpoint with a random adaptor for two encoder specs."""
+    image, text = open_image_encoder(image_encoder), open_text_encoder(text_encoder)
+    config = AdaptorConfig(
+        patch_dim=image.patch_dim, text_dim=text.dim, embedding_dim=image.embedding_dim, width=width, layers=2,
+        heads=heads,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    save_checkpoint(
+        folder, adaptor=Adaptor(config), logit_scale=10.0, image_encoder=image, text_encoder=text, training={}
+    )
+    return folder
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Write a tokenizer with one token per word. Return the size of its vocabulary."""
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(("[UNK]", *_WORDS))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
+    return len(vocabulary)
+
+
+def _write_large_encoders(folder: Path) -> None:
+    """Write random encoders of the shapes of CLIP ViT-L/14 and Llama 3.2 1B, in 16 bits."""
+    from transformers import CLIPVisionModelWithProjection, LlamaConfig, LlamaModel
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+    from transformers.utils import IMAGE_PROCESSOR_NAME, logging
+
+    logging.disable_progress_bar()
+    shape = ENCODERS["vit-l14"]
+    text = LlamaConfig(
+        vocab_size=128_256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    CLIPVisionModelWithProjection(shape.config()).half().save_pretrained(folder / "image")
+    processor = {
+        "do_resize": True, "size": {"shortest_edge": shape.size_px}, "resample": 3, "do_center_crop": True,
+        "crop_size": {"height": shape.size_px, "width": shape.size_px}, "do_rescale": True, "rescale_factor": 1 / 255,
+        "do_normalize": True, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD, "do_convert_rgb": True,
+    }  # fmt: skip
+    (folder / "image" / IMAGE_PROCESSOR_NAME).write_text(json.dumps(processor), encoding="utf-8")
+    LlamaModel(text).bfloat16().save_pretrained(folder / "text")
+    write_tokenizer(folder / "text")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Setup:
+    """A catalog of `shards` of `shard_size` entities and a checkpoint, both in `folder`."""
+
+    models: str
+    folder: Path
+    shards: int
+    shard_size: int
+    rounds: int
+    device: str
+
+    def write(self) -> ExportConfig:
+        """Write both unless they exist. Return the settings of an export."""
+        checkpoint, image_encoder, text_encoder = self.folder / "checkpoint", "tiny", "minilm"
+        if self.device != "cpu":
+            image_encoder, text_encoder = f"hf:{self.folder / 'image'}", f"hf:{self.folder / 'text'}"
+        if not checkpoint.exists():
+            write_catalog(self.folder, self.shards * self.shard_size, words=300, size_px=320, image_every=1)
+            if self.device == "cpu":
+                make_checkpoint(checkpoint, image_encoder, text_encoder, width=128)
+            else:
+                _write_large_encoders(self.folder)
+                make_checkpoint(checkpoint, image_encoder, text_encoder, width=768, heads=12)
+        return ExportConfig(
+            catalog=self.folder / "catalog.jsonl", checkpoint=checkpoint, out=self.folder / "out",
+            shard_size=self.shard_size, device=self.device, image_encoder=image_encoder, text_encoder=text_encoder,
+        )  # fmt: skip
+
+
+# ---- measuring ----
+
+
+def measure(bundle_path: Path, *, smoke: bool, device: str = "cpu", folder: Path | None = None) -> dict[str, object]:
+    """Return throughput and the effect of int8; `int8_symbols` only if the demo's data were built.
+
+    `folder` keeps catalog and checkpoint for the next run. Raise `UserError` if the device does not exist.
+    """
+    with TemporaryDirectory(prefix="bench.") as temporary:
+        root = Path(temporary)
+        if resolve_device(device).type == "cuda":
+            setup = _Setup(
+                models="CLIP ViT-L/14, Llama 3.2 1B", folder=folder or root / "made", shards=3, shard_size=1024,
+                rounds=1 if smoke else 2, device=device,
+            )  # fmt: skip
+            reason = "not measured: int8 is for CPUs"
+            return {"throughput": _throughput(setup, root), "int8_speed": {}, "int8_symbols": reason}
+        shards, shard_size, rounds = (3, 32, 1) if smoke else (4, 128, 3)
+        setup = _Setup(
+            models="tiny, MiniLM", folder=folder or root / "made", shards=shards, shard_size=shard_size, rounds=rounds,
+            device=device,
+        )  # fmt: skip
+        throughput = _throughput(setup, root)
+        if smoke:
+            speed = {"ViT-B/32, 2 of 12 layers": _int8_speed(root, "vit-b32-2-layers", images=4, repeats=8)}
+        else:
+            vits = {"ViT-B/32": "vit-b32", "ViT-B/16": "vit-b16"}
+            speed = {label: _int8_speed(root, name, images=32, repeats=30) for label, name in vits.items()}
+        symbols = _int8_symbols(bundle_path, root, queries=200 if smoke else None)
+    return {"throughput": throughput, "int8_speed": speed, "int8_symbols": symbols}
+
+
+def _throughput(setup: _Setup, root: Path) -> dict[str, Any]:
+    config = setup.write()
+    checkpoint = load_checkpoint(config, setup.device)
+    counted = [*read_shards(config)][_WARM_UP_SHARDS:]
+    with decode_pool(config, checkpoint) as pool:
+        chunks = list(preparer_of(config, checkpoint, pool, None).chunks(counted))
+    entities = sum(len(shard.records) for shard in counted)
+    seconds: dict[str, list[float]] = {}
+    gpu_samples: list[str] = []
+    _stage_seconds(checkpoint, chunks[:1], config.batch_size)  # warm up
+    for number in tqdm(range(setup.rounds), desc="throughput", unit="round"):
+        with sample_gpu(gpu_samples):
+            seconds.setdefault("export", []).append(_export_seconds(config, checkpoint, root / f"staging{number}"))
+        for stage, stage_s in _stage_seconds(checkpoint, chunks, config.batch_size).items():
+            seconds.setdefault(stage, []).append(stage_s)
+    stages = [stage for stage in seconds if stage != "export"]
+    medians = {name: float(np.median(each)) for name, each in seconds.items()}
+    slowest = max(stages, key=medians.__getitem__)
+    export_s = np.array(seconds["export"])
+    share = float(np.median(np.array(seconds[slowest]) / export_s))
+    share_of_all = float(np.median(np.sum([seconds[stage] for stage in stages], axis=0) / export_s))
+    return {
+        "models": setup.models, "entities": entities, "rounds": setup.rounds, "text": "300 words",
+        "image": "JPEG 320x320", "gpu": gpu_figures(gpu_samples),
+        "entities_per_s": round(entities / medians["export"], 2),
+        "hours_for_wikipedia": round(WIKI6M_ENTITIES * medians["export"] / entities / 3600, 2),
+        "stages_alone_per_s": {stage: round(entities / medians[stage], 2) for stage in stages},
+        "slowest": slowest,
+        "share_of_slowest": round(share, 3),
+        "share_of_all_models": round(share_of_all, 3),
+        "aim": f"{_TARGET_SHARE} of the slowest: {'reached' if share >= _TARGET_SHARE else 'missed'}",
+    }  # fmt: skip
+
+
+def _export_seconds(config: ExportConfig, checkpoint: Checkpoint, out: Path) -> float:
+    """Return the seconds from the end of the warm-up shards to the last shard on disk."""
+    times, staging = StageTimes(), StagingDir(out)
+    staging.begin({})
+    started = 0.0
+    shards = embed_shards(replace(config, out=out), checkpoint, read_shards(config), times)
+    with ShardWriter(staging, checkpoint.text_encoder, times) as writer, closing(shards):
+        for number, embedded in enumerate(shards, start=1):
+            writer.write(embedded)
+            if number == _WARM_UP_SHARDS:
+                started = time.perf_counter()
+    return time.perf_counter() - started
+
+
+def _stage_seconds(checkpoint: Checkpoint, chunks: Sequence[Chunk], batch_size: int) -> dict[str, float]:
+    """Return the seconds of each model stage on prepared chunks."""
+    times = StageTimes()
+    embedder = Embedder(checkpoint, batch_size=batch_size, times=times)
+    for chunk in chunks:
+        embedder.embed(chunk)
+    return {stage: times.seconds[stage] for stage in (IMAGE_STAGE, TEXT_STAGE, ADAPTOR_STAGE)}
+
+
+def _int8_speed(root: Path, name: str, *, images: int, repeats: int) -> dict[str, Any]:
+    """Time a random CLIP tower in float32 and int8."""
+    path, _ = write_encoder(name, root / "vit")
+    shape = ENCODERS[name]
+    files = {"float32": path, "int8": quantised_file(path, shape.size_px, root / "vit", images=images)}
+    encoders = {precision: open_encoder(file, shape, threads=1) for precision, file in files.items()}
+    return _time_in_turn(encoders, shape.size_px, repeats)
+
+
+def _time_in_turn(encoders: Mapping[str, OnnxEncoder], size_px: int, repeats: int) -> dict[str, Any]:
+    pixels_1HW3 = np.random.default_rng(0).integers(0, 256, (1, size_px, size_px, 3), np.uint8)
+    latency_ms: dict[str, list[float]] = {name: [] for name in encoders}
+    for _ in range(repeats):
+        for name, encoder in encoders.items():
+            started = time.perf_counter()
+            encoder.encode(pixels_1HW3)
+            latency_ms[name].append(1000 * (time.perf_counter() - started))
+    times = float(np.median(latency_ms["float32"]) / np.median(latency_ms["int8"]))
+    return {
+        "float32_ms": round(float(np.median(latency_ms["float32"])), 2),
+        "int8_ms": round(float(np.median(latency_ms["int8"])), 2),
+        "times": round(times, 2),
+        "interval": ratio_interval(latency_ms["float32"], latency_ms["int8"]),
+        "aim": f"{_TARGET_SPEED} times: {'reached' if times >= _TARGET_SPEED else 'missed'}",
+    }
+
+
+def _int8_symbols(bundle_path: Path, root: Path, *, queries: int | None) -> dict[str, Any] | str:
+    """Return the top-1 and the speed of the bundle's encoder in float and int8 on held-out drawings."""
+    catalog, query_file = BUILD / "catalog.jsonl", BUILD / "queries_test_clean.jsonl"
+    bundle = Bundle.open(bundle_path)
+    if bundle.name != "symbols" or not query_file.is_file():
+        return "not measured: it needs demo/bundle, and the demo's data, which `make symbols` builds"
+    preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+    reservoir: Reservoir[CatalogImages] = Reservoir(SAMPLED_ENTITIES // 2)
+    for row, record in enumerate(read_catalog(catalog)):
+        assert isinstance(record, EntityRecord), "the demo's own catalog has no bad record"
+        reservoir.add(CatalogImages(row=row, images=tuple(record.images)))
+    calibration = [pixels for _, pixels in catalog_images(LocalImages(), preprocessing, reservoir.items)]
+    quantised = root / "symbols.int8.onnx"
+    quantise(bundle.image_encoder_path, quantised, np.stack(calibration), preprocessing, input_name=INPUT)
+    with bundle.store() as store:
+        labelled = [(row_of(q.entity_id, store), q.pixels_HW3) for q in read_queries(query_file, preprocessing, [])]
+    chosen = labelled if queries is None else labelled[:: -(-len(labelled) // queries)]
+    cost = measure_cost(bundle.image_encoder_path, quantised, chosen, preprocessing, bundle.index())
+    files = {"float32": bundle.image_encoder_path, "int8": quantised}
+    encoders = {
+        precision: OnnxEncoder(
+            file, preprocessing, input_name=INPUT, patches_name=OUTPUTS[0], embedding_name=OUTPUTS[1],
+            embedding_dim=bundle.manifest.embedding_dim, device="cpu", threads=1,
+        )
+        for precision, file in files.items()
+    }  # fmt: skip
+    lost = round(cost["top_1_float"] - cost["top_1_int8"], 2)
+    return {
+        "queries": len(chosen),
+        "calibrated_on": len(calibration),
+        **cost,
+        "points_lost": lost,
+        "aim": f"at most {_TARGET_LOSS} points lost: {'reached' if lost <= _TARGET_LOSS else 'missed'}",
+        "speed": _time_in_turn(encoders, preprocessing.size_px, 30),
+    }
+
+
+def report(figures: Figures) -> str:
+    """Return the figures as an HTML page."""
+    throughput = figures["throughput"]
+    bars = [Bar(name="whole export", value=throughput["entities_per_s"])]
+    bars += [Bar(name=f"{stage} alone", value=each) for stage, each in throughput["stages_alone_per_s"].items()]
+    speed = [
+        Bar(name=f"{name}, {precision}", value=each[f"{precision}_ms"])
+        for name, each in figures["int8_speed"].items()
+        for precision in ("float32", "int8")
+    ]
+    plots = [bar_plot(bars, title="Entities per second", x_label="entities/s")]
+    plots += [bar_plot(speed, title="int8 and float32, ms per image on one thread", x_label="ms")] if speed else []
+    return page("The exporter", section("Plots", *plots) + section("Figures", figures_table(figures)))
