@@ -46,8 +46,8 @@ from core.runtime import faiss, usable_cores
 from demo.build import BUILD
 from evaluation.pages import Bar, bar_plot, page, section, table
 from imaging import Preprocessing, load_pixels, normalise
-from index.candidates import CpuCandidates
 from index.embeddings import Embeddings
+from index.faiss_index import CpuCandidates
 from index.search import EntityIndex
 
 CLAIM = 100

@@ -30,13 +30,12 @@ from core.cli import run
 from core.files import atomic_write_bytes
 from core.runtime import describe_run, faiss, usable_cores
 from evaluation.pages import Series, line_plot, page, section, table
+from index.autotune import K, Targets, exact_positions, held_out_queries
 from index.build import build_index
 from index.bundle import Bundle
-from index.choose import Targets
 from index.embeddings import Embeddings, EmbeddingShards
-from index.factory import SEED, one_thread
+from index.faiss_index import SEED, one_thread
 from index.manifest import EMBEDDINGS_FOLDER, IndexManifest
-from index.tune import K, exact_positions, held_out_queries
 
 TARGETS = Targets(budget_ms=4.0, recall=0.98, memory_gb=4.0)
 WORK = Path("build/bench-index")

@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks.measure import percentiles_ms
 from core.runtime import faiss
+from index.autotune import K
 from index.bundle import Bundle
-from index.tune import K
 
 _BATCH = 64
 

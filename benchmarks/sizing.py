@@ -16,7 +16,7 @@ import click
 
 from core.cli import run
 from core.files import atomic_write_bytes
-from index.choose import candidates
+from index.autotune import candidates
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

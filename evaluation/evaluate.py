@@ -21,8 +21,7 @@ from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
 from index.bundle import Bundle
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
-from index.selection import Selection
-from index.store import StoredEntity
+from index.store import Selection, StoredEntity
 from model.data import Pair, read_pairs
 from service.recognizer import Recognizer
 from wikiclip.answers import Recognition, RecognizeOptions

@@ -35,7 +35,7 @@ class BaseEntity:
     image_count: int
     embeddings_kD: npt.NDArray[np.float16]
     thumbnail: bytes | None
-    heard: tuple[tuple[int, int, float], ...]
+    attended_words: tuple[tuple[int, int, float], ...]
 
 
 class BaseEntities:
@@ -61,7 +61,7 @@ class BaseEntities:
     def fits(self, model: Mapping[str, Any], *, thumbnail_px: int, store_text: bool) -> bool:
         """Whether anything can be copied: the same models and thumbnails made the base.
 
-        Where texts are stored, the base has to have stored them, too: the words that were heard lie beside them.
+        Where texts are stored, the base has to have stored them, too: the attended words are stored with them.
         """
         ours = self._manifest
         return (
@@ -82,7 +82,7 @@ class BaseEntities:
                 image_count=entity.image_count,
                 embeddings_kD=self._embeddings.stored(np.arange(*positions)),
                 thumbnail=thumbnails.get(entity.row),
-                heard=self._store.heard(entity.row),
+                attended_words=self._store.attended_words(entity.row),
             )
         return found
 

@@ -119,7 +119,7 @@ class Preparer:
                 out.copied.append((row, copied.embeddings_kD))
                 entity = self._stored(record, row, copied.image_count)
                 if self._store_text:
-                    entity = replace(entity, heard=copied.heard)
+                    entity = replace(entity, attended_words=copied.attended_words)
                 out.entities.append((entity, copied.thumbnail))
                 continue
             if not decoded.pixels:

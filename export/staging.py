@@ -95,7 +95,7 @@ class StagingDir:
     def finish_shard(self, number: int, shard: StagedShard) -> None:
         """Record a shard as finished; its embeddings must be in place."""
         rows: list[dict[str, Any]] = [
-            {"entity": asdict(entity), "thumbnail": None if webp is None else base64.b64encode(webp).decode()}
+            {"entity": entity.to_dict(), "thumbnail": None if webp is None else base64.b64encode(webp).decode()}
             for entity, webp in shard.entities
         ]
         rows += [{"rejected": asdict(rejected)} for rejected in shard.rejected]
@@ -123,11 +123,9 @@ class StagingDir:
             for line in file:
                 row = json.loads(line)
                 if "entity" in row:
-                    fields = row["entity"]
-                    heard = tuple((start, end, weight) for start, end, weight in fields["heard"])
-                    entity = StoredEntity(**{**fields, "types": tuple(fields["types"]), "heard": heard})
                     webp = row["thumbnail"]
-                    entities.append((entity, None if webp is None else base64.b64decode(webp)))
+                    thumbnail = None if webp is None else base64.b64decode(webp)
+                    entities.append((StoredEntity.from_dict(row["entity"]), thumbnail))
                 elif "rejected" in row:
                     rejected.append(Rejected(**row["rejected"]))
                 else:

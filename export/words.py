@@ -11,7 +11,9 @@ MAX_WORDS = 12
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
-def heard_words(text: str, spans_T: Sequence[Span], weights_T: Sequence[float]) -> tuple[tuple[int, int, float], ...]:
+def find_attended_words(
+    text: str, spans_T: Sequence[Span], weights_T: Sequence[float]
+) -> tuple[tuple[int, int, float], ...]:
     """Up to 12 words as (start, end, weight), heaviest first.
 
     A word weighs what its tokens weigh together, of the attention to the whole text; what goes to punctuation and to

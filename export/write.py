@@ -16,7 +16,7 @@ from export.base import write_hashes
 from export.engine import Attention, EmbeddedShard
 from export.staging import StagedShard, StagingDir
 from export.stream import StageTimes
-from export.words import heard_words
+from export.words import find_attended_words
 from index.embeddings import write_shard
 from index.store import StoredEntity
 from model.encoders import TextEncoder
@@ -75,4 +75,4 @@ class ShardWriter:
         assert entity.text is not None, "words are only kept beside the text"
         (spans_T,) = self._text_encoder.token_spans([entity.text])
         mean_T = np.mean(attention[entity.row], axis=0).tolist()
-        return replace(entity, heard=heard_words(entity.text, spans_T, mean_T))
+        return replace(entity, attended_words=find_attended_words(entity.text, spans_T, mean_T))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -12,15 +13,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from core.runtime import faiss
-from index.choose import Targets, choose
+from index.autotune import QUERIES, Targets, cheapest, choose, curve, exact_positions, held_out_queries
 from index.embeddings import EmbeddingShards, Float32Array
-from index.factory import SEED, factory_index, fill, gpu_count, train
-from index.flat_file import is_flat, write_flat
+from index.faiss_index import SEED, factory_index, fill, train, untuned_parameters, visible_gpus
 from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
 from index.search import EntityIndex
-from index.tune import QUERIES, cheapest, curve, exact_positions, held_out_queries
+
+_FLAT_HEADER_BYTES = 45  # bytes 8 to 16 are the number of vectors, the last 8 the number of floats
 
 
 def build_index(
@@ -33,15 +35,15 @@ def build_index(
     created_at: str | None = None,
     progress: bool = False,
 ) -> IndexManifest:
-    """Index all `embeddings` and write the result durably below `bundle`; one that was there is replaced.
+    """Build an index of all embeddings. It replaces the bundle's existing one.
 
-    `factory` is any string faiss's `index_factory` takes, or `auto`: then `targets` decide. With `targets` the search
-    parameters are tuned at full size; without they are on the side of finding more. `device` is `auto`, `cpu` or
-    `cuda`, and says where lists are trained. Raises `UserError` for a factory faiss cannot make or train, for targets
-    that no index is expected to meet, and where cuda is asked for and faiss has none.
+    `factory` is a faiss factory string, or `auto` for the first candidate that meets the targets. With `targets`, the
+    search parameters are tuned at full size, otherwise they favour recall. `device` (`auto`, `cpu`, `cuda`) is where
+    lists are trained. Raise `UserError` if faiss cannot make or train the index, if no candidate is expected to meet
+    the targets, or if there is no GPU for `cuda`.
     """
     started = time.perf_counter()
-    gpus = gpu_count(device)
+    gpus = _training_gpus(device)
     choice: dict[str, Any] = {}
     why = "exact search, nothing is lost" if factory == "Flat" else "given on the command line"
     if factory == "auto":
@@ -50,19 +52,21 @@ def build_index(
         factory, why = chosen.factory, chosen.why
         choice["candidates"] = chosen.candidates
     index = factory_index(embeddings.dim, factory)
-    parameters: Mapping[str, Any] = _untuned(index)
+    parameters: Mapping[str, Any] = untuned_parameters(index)
     path = bundle / INDEX_FILE
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as temporary:
-        batches = _shown(embeddings, progress)
-        if is_flat(index):  # nothing to train or to compute, so memory for all of them is not wanted
-            write_flat(temporary, index, embeddings, batches)
+        batches = _with_progress(embeddings, progress)
+        if type(faiss.downcast_index(index)) is faiss.IndexFlatIP:
+            _write_flat(temporary, index, embeddings, batches)
         else:
-            _fill(index, embeddings, factory, gpus, batches)
+            train(index, embeddings, factory, gpus)
+            _reserve(index, len(embeddings))
+            fill(index, batches)
             faiss.write_index(index, str(temporary))
-        del index  # what is tuned is what will be served: the file, mapped
+        del index  # tuning uses the memory-mapped file, as serving does
         if targets is not None and len(embeddings):
-            parameters, measured = _tuned(temporary, embeddings, targets, parameters)
+            parameters, measured = _tune(temporary, embeddings, targets, parameters)
             choice |= {"targets": asdict(targets), "seed": SEED, **measured}
             why = f"{why}; {measured['verdict']}"
     manifest = IndexManifest(
@@ -82,22 +86,38 @@ def build_index(
     return manifest
 
 
-def _fill(index: Any, embeddings: EmbeddingShards, factory: str, gpus: int, batches: Iterator[Float32Array]) -> None:
-    train(index, embeddings, factory, gpus)
-    _reserve(index, len(embeddings))
-    fill(index, batches)
+def _training_gpus(device: str) -> int:
+    gpus = visible_gpus()
+    if device == "cuda" and gpus == 0:
+        raise UserError(
+            "--device cuda: this faiss sees no GPU; install the `gpu` extra on a machine with one, or use --device cpu"
+        )
+    return 0 if device == "cpu" else gpus
 
 
-def _shown(embeddings: EmbeddingShards, progress: bool) -> Iterator[Float32Array]:
-    """The embeddings of each shard, under a progress bar."""
+def _with_progress(embeddings: EmbeddingShards, progress: bool) -> Iterator[Float32Array]:
     with tqdm(total=len(embeddings), desc="index", unit="embedding", disable=not progress) as bar:
         for embeddings_nD in embeddings:
             yield embeddings_nD
             bar.update(len(embeddings_nD))
 
 
+def _write_flat(path: Path, index: Any, embeddings: EmbeddingShards, batches: Iterator[Float32Array]) -> None:
+    """Write the file of an exact index without holding all vectors in memory, as faiss would.
+
+    The layout is that of `IndexFlatIP` in faiss/impl/index_write.cpp: a header, then float32 [N, D].
+    """
+    header = faiss.serialize_index(index).tobytes()
+    assert len(header) == _FLAT_HEADER_BYTES, "this version of faiss writes another layout"
+    count = len(embeddings)
+    with path.open("wb") as file:
+        file.write(header[:8] + struct.pack("<q", count) + header[16:-8] + struct.pack("<Q", count * embeddings.dim))
+        for embeddings_nD in batches:
+            file.write(embeddings_nD.tobytes())
+
+
 def _reserve(index: Any, count: int) -> None:
-    """Room for all codes at once: growing by doubling would hold them up to three times."""
+    """Allocate all codes at once. Growing by doubling would need up to three times their size."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexHNSW):
         index = faiss.downcast_index(index.storage)
@@ -106,10 +126,10 @@ def _reserve(index: Any, count: int) -> None:
         index.codes.resize(0)
 
 
-def _tuned(
+def _tune(
     path: Path, embeddings: EmbeddingShards, targets: Targets, untuned: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """The quickest parameters that reach the recall at full size, and what was measured for them."""
+    """Return the fastest parameters that reach the recall at full size, and the measurements."""
     positions_Q = np.random.default_rng(SEED).integers(len(embeddings), size=QUERIES)
     queries_QD = held_out_queries(embeddings, positions_Q, SEED)
     points = curve(
@@ -121,27 +141,6 @@ def _tuned(
         verdict = f"measured over all: recall@10 no more than {best.recall:.4f}, {targets.recall} was asked for"
     else:
         within = "within" if best.p50_ms <= targets.budget_ms else "NOT within"
-        # The time itself is in the curve: this sentence is part of the bundle's fingerprint.
+        # The verdict is part of the bundle's fingerprint, so it leaves out the measured time.
         verdict = f"measured over all: recall@10 {best.recall:.4f}, {within} {targets.budget_ms:g} ms"
     return best.parameters, {"verdict": verdict, "curve": [asdict(point) for point in points]}
-
-
-def _untuned(index: Any) -> dict[str, Any]:
-    """The search parameters that go with an index: untuned, on the side of finding more."""
-    parameters: dict[str, Any] = {}
-    index = faiss.downcast_index(index)
-    while True:
-        if isinstance(index, faiss.IndexPreTransform):
-            index = faiss.downcast_index(index.index)
-        elif isinstance(index, faiss.IndexRefine):
-            parameters["k_factor"] = 10
-            index = faiss.downcast_index(index.base_index)
-        else:
-            break
-    if isinstance(index, faiss.IndexIVF):
-        parameters["nprobe"] = max(1, round(2 * index.nlist**0.5))
-    elif isinstance(index, faiss.IndexHNSW):
-        parameters["efSearch"] = 128
-    if isinstance(index, (faiss.IndexPQ, faiss.IndexIVFPQ, faiss.IndexFastScan, faiss.IndexIVFFastScan)):
-        parameters["k_factor"] = 50
-    return parameters

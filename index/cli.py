@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from index.release import Transferred
+    from index.transfer import Transferred
 
 _BUNDLE = click.Path(path_type=Path)
 
@@ -93,9 +93,9 @@ def index(
             raise click.UsageError("give --compact, --live-dir and --out together, and no --factory")
         _compact(bundle, live_dir, out, as_json=as_json)
         return
+    from index.autotune import Targets
     from index.build import build_index
     from index.bundle import open_embeddings, open_manifest
-    from index.choose import Targets
 
     # Not Bundle.open: a broken index must not stand in the way of its own repair.
     embeddings = open_embeddings(bundle, open_manifest(bundle))
@@ -167,7 +167,7 @@ def bundle() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was transferred as one JSON object.")
 def push(bundle: Path, uri: str, verify: bool, as_json: bool) -> None:
     """Bring BUNDLE to URI, every file checked before; cut off, run it again: only what is missing is sent."""
-    from index.release import push as push_bundle
+    from index.transfer import push as push_bundle
 
     _tell_transfer(push_bundle(bundle, uri, verify=verify, progress=True), f"is at {uri}", as_json=as_json)
 
@@ -178,7 +178,7 @@ def push(bundle: Path, uri: str, verify: bool, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print what was transferred as one JSON object.")
 def pull(uri: str, folder: Path, as_json: bool) -> None:
     """Bring the bundle at URI into FOLDER, every byte hashed; cut off, run it again: it goes on where it was."""
-    from index.release import pull as pull_bundle
+    from index.transfer import pull as pull_bundle
 
     _tell_transfer(pull_bundle(uri, folder, progress=True), f"is in {folder}", as_json=as_json)
 

@@ -55,14 +55,14 @@ def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = Fa
         live = LiveSegment(live_dir, bundle, store)
         try:
             delta = live.delta
-            if delta.generation <= live.from_generation:
+            if delta.revision <= live.base_revision:
                 raise UserError(f"{live_dir} holds no changes to this bundle; there is nothing to fold in")
             partial = out.resolve().with_name(f".{out.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             (partial / EMBEDDINGS_FOLDER).mkdir(parents=True)
             content = _write(bundle, store, live, delta, partial, started, progress=progress)
             # Before the bundle is there: nobody can serve it without its changes being known as its own.
-            live.rebase(content, bundle.name, delta.generation)
+            live.rebase(content, bundle.name, delta.revision)
         finally:
             live.close()
     os.replace(partial, out)
@@ -109,7 +109,7 @@ def _write(
         counts=Counts(**counted, embeddings=len(embeddings), rejected=old.rejected, images_failed=old.images_failed),
         export={
             **bundle.manifest.export,
-            "compacted": {"from": bundle.fingerprint, "generation": delta.generation},
+            "compacted": {"from": bundle.fingerprint, "generation": delta.revision},
         },
         files=list_files(folder),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,9 +1,9 @@
-"""The changes to a bundle that is being served, in memory: what was put, what it hides, and what was deleted.
+"""Live changes in memory: the entities that were put, with their embeddings, and the rows of the base that they hide.
 
-A `Delta` never changes, so that a search and all that follows from it see one state; `DeltaBuilder` makes the next one
-from the changes since. Both share the arrays: they only grow, and a delta looks no further than its own end.
+A `Delta` is one immutable revision, so that a search and everything after it see the same state. `DeltaBuilder` makes
+the next one. Revisions share arrays, which only grow. A delta reads no further than its own length.
 
-Shapes: M entities put so far (each has one embedding), D embedding width, H rows of the base, B queries, K results.
+Shapes: M entities put so far (one embedding each), D embedding width, H rows of the base, B queries, K results.
 """
 
 from __future__ import annotations
@@ -12,62 +12,58 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from index.embeddings import BoolArray, Float32Array, Int64Array
 from index.store import StoredEntity
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
-
 _FIRST_CAPACITY = 64
-_FORGET_FROM = 1024  # entities that were replaced or deleted and still take room
+_MIN_GARBAGE = 1024  # replaced or deleted entities before the arrays are compacted
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """One state of the changes. `rows_M` rise and lie above all rows of the base; `hidden_H` are rows of the base.
+    """One revision of the changes. `rows_M` rise and are above all rows of the base. `hidden_H` are rows of the base.
 
-    `latest` says of each changed entity its row, None where it is deleted; it is the one part that moves on.
+    `latest` maps each changed entity to its row, or None if it was deleted. It is shared with later revisions and
+    reflects the latest one.
     """
 
-    generation: int
+    revision: int
     rows_M: Int64Array
     embeddings_MD: Float32Array
-    alive_M: npt.NDArray[np.bool_]
+    alive_M: BoolArray
     hidden_H: Int64Array
     alive_count: int
     entities: Mapping[int, StoredEntity]
     latest: Mapping[str, int | None]
 
-    def with_types(self, types: Sequence[str]) -> npt.NDArray[np.bool_]:
-        """Which of the entities put are there and have one of `types` or more: bool [M]."""
-        wanted, fits_M = set(types), self.alive_M.copy()
-        for place in np.flatnonzero(fits_M).tolist():
-            fits_M[place] = not wanted.isdisjoint(self.entities[int(self.rows_M[place])].types)
-        return fits_M
+    def with_types(self, types: Sequence[str]) -> BoolArray:
+        """Return bool [M]: which entities exist and have any of `types`."""
+        selected_M = self.alive_M.copy()
+        for place in np.flatnonzero(selected_M).tolist():
+            selected_M[place] = not set(types).isdisjoint(self.entities[int(self.rows_M[place])].types)
+        return selected_M
 
-    def search(
-        self, queries_BD: Float32Array, top_k: int, allowed_M: npt.NDArray[np.bool_]
-    ) -> tuple[Int64Array, Float32Array]:
-        """The best `top_k` of those entities put that are allowed, exactly: rows int64 and cosines float32 [B, K].
+    def search(self, queries_BD: Float32Array, top_k: int, allowed_M: BoolArray) -> tuple[Int64Array, Float32Array]:
+        """Return the best `top_k` allowed entities of L2-normalised queries, by exact search and in no order.
 
-        They stand in no order. Queries are L2-normalised. Fewer than `top_k` columns where there are fewer entities.
+        Rows int64 and cosines float32 [B, K], with fewer columns if there are fewer entities.
         """
         allowed = np.flatnonzero(allowed_M)
         scores_BM = (queries_BD @ self.embeddings_MD.T)[:, allowed]
         rows_M = self.rows_M[allowed]
-        if len(allowed) > top_k:
-            best_BK = np.argpartition(-scores_BM, top_k - 1, axis=1)[:, :top_k]
-            # Equal scores stand in row order, so of those at the edge the lowest rows stay.
-            edge_B1 = np.take_along_axis(scores_BM, best_BK, axis=1).min(axis=1, keepdims=True)
-            if np.any((scores_BM >= edge_B1).sum(axis=1) > top_k):
-                best_BK = np.argsort(-scores_BM, axis=1, kind="stable")[:, :top_k]
-            return rows_M[best_BK], np.take_along_axis(scores_BM, best_BK, axis=1)
-        return np.broadcast_to(rows_M, scores_BM.shape), scores_BM
+        if len(allowed) <= top_k:
+            return np.broadcast_to(rows_M, scores_BM.shape), scores_BM
+        best_BK = np.argpartition(-scores_BM, top_k - 1, axis=1)[:, :top_k]
+        # Of equal scores the lowest rows win, which partitioning does not guarantee.
+        lowest_B1 = np.take_along_axis(scores_BM, best_BK, axis=1).min(axis=1, keepdims=True)
+        if np.any((scores_BM >= lowest_B1).sum(axis=1) > top_k):
+            best_BK = np.argsort(-scores_BM, axis=1, kind="stable")[:, :top_k]
+        return rows_M[best_BK], np.take_along_axis(scores_BM, best_BK, axis=1)
 
 
 class DeltaBuilder:
-    """Gathers changes and makes the `Delta` after them. One thread at a time."""
+    """Collects changes and makes the next `Delta`. Not thread-safe."""
 
     def __init__(self, embedding_dim: int) -> None:
         self._embeddings = np.empty((_FIRST_CAPACITY, embedding_dim), np.float32)
@@ -80,8 +76,8 @@ class DeltaBuilder:
         self._latest: dict[str, int | None] = {}
 
     def put(self, entity: StoredEntity, embedding_D: Float32Array, *, base_row: int | None) -> None:
-        """Take in an entity at a row higher than any before; `base_row` is where the base has it, None if nowhere."""
-        self._drop(entity.entity_id, base_row)
+        """Add an entity at a row above all others. `base_row` is its row in the base, if it has one."""
+        self._remove(entity.entity_id, base_row)
         if self._count == len(self._rows):
             self._embeddings = np.concatenate([self._embeddings, np.empty_like(self._embeddings)])
             self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
@@ -93,18 +89,18 @@ class DeltaBuilder:
         self._count += 1
 
     def delete(self, entity_id: str, *, base_row: int | None) -> None:
-        """Take an entity out, of what was put and of the base."""
-        self._drop(entity_id, base_row)
+        """Remove an entity, whether it was put or is in the base."""
+        self._remove(entity_id, base_row)
         self._latest[entity_id] = None
 
-    def delta(self, generation: int) -> Delta:
-        """The state after all changes so far."""
-        if len(self._dead) > max(_FORGET_FROM, self._count // 2):
-            self._forget_the_dead()
+    def delta(self, revision: int) -> Delta:
+        """Return the state after all changes so far."""
+        if len(self._dead) > max(_MIN_GARBAGE, self._count // 2):
+            self._compact()
         alive_M = np.ones(self._count, np.bool_)
         alive_M[list(self._dead)] = False
         return Delta(
-            generation=generation,
+            revision=revision,
             rows_M=self._rows[: self._count],
             embeddings_MD=self._embeddings[: self._count],
             alive_M=alive_M,
@@ -114,22 +110,22 @@ class DeltaBuilder:
             latest=self._latest,
         )
 
-    def _drop(self, entity_id: str, base_row: int | None) -> None:
+    def _remove(self, entity_id: str, base_row: int | None) -> None:
         if (place := self._place_of.pop(entity_id, None)) is not None:
             self._dead.add(place)
         if base_row is not None:
             self._hidden.add(base_row)
 
-    def _forget_the_dead(self) -> None:
-        """Begin new arrays and tables without them: deltas that were made before keep the old ones."""
+    def _compact(self) -> None:
+        """Copy what is alive to new arrays and tables. Earlier deltas keep the old ones."""
         alive = np.array(sorted(self._place_of.values()), np.int64)
-        self._embeddings, self._rows = self._embeddings[alive], self._rows[alive]
-        rows = self._rows.tolist()
+        dim = self._embeddings.shape[1]
+        free = max(_FIRST_CAPACITY - len(alive), 0)  # doubling needs a length above 0
+        self._embeddings = np.concatenate([self._embeddings[alive], np.empty((free, dim), np.float32)])
+        self._rows = np.concatenate([self._rows[alive], np.empty(free, np.int64)])
+        self._count = len(alive)
+        self._dead = set()
+        rows = self._rows[: self._count].tolist()
         self._place_of = {self._entities[row].entity_id: place for place, row in enumerate(rows)}
         self._entities = {row: self._entities[row] for row in rows}
-        self._latest = dict(self._latest)  # it names rows of the new table from now on
-        self._count = len(rows)
-        self._dead = set()
-        if not rows:  # doubling needs something to double
-            self._embeddings = np.empty((_FIRST_CAPACITY, self._embeddings.shape[1]), np.float32)
-            self._rows = np.empty(_FIRST_CAPACITY, np.int64)
+        self._latest = dict(self._latest)

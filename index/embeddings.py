@@ -1,6 +1,6 @@
-"""Entity embeddings on disk: float16 shards `embeddings/00000.npy` [n, D] with `embeddings/00000.rows.npy` int64 [n].
+"""Entity embeddings on disk: float16 shards `embeddings/00000.npy` [n, D], and `embeddings/00000.rows.npy` int64 [n].
 
-Shapes: N embeddings of the whole bundle, n those of one shard, D the embedding width.
+Shapes: N embeddings of the bundle, n of a shard, K of a selection, D embedding width.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from core.files import atomic_write
 Float16Array = npt.NDArray[np.float16]
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 
@@ -30,7 +31,7 @@ def rows_file(shard: int) -> str:
 
 
 def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Float16Array | Float32Array) -> None:
-    """Write one shard durably; `rows_n` holds the entity row of each L2-normalised embedding, in rising order."""
+    """Write a shard of L2-normalised embeddings. `rows_n` holds the entity row of each and never falls."""
     assert len(rows_n) == len(embeddings_nD), "each embedding has one row"
     for name, array in ((rows_file(shard), rows_n), (vectors_file(shard), embeddings_nD.astype(np.float16))):
         with atomic_write(folder / name) as temporary, temporary.open("wb") as file:
@@ -38,14 +39,14 @@ def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Flo
 
 
 class Embeddings:
-    """Embeddings in parts, each float16 [n, D] with the entity rows int64 [n]; a position counts through the parts.
+    """Embeddings in parts of float16 [n, D]. Positions count through all parts.
 
-    `rows_N` int64 holds the entity row of each position, in rising order.
+    `rows_N` int64 holds the entity row of each position and never falls.
     """
 
     def __init__(self, dim: int, vectors: Sequence[Float16Array], rows: Sequence[Int64Array]) -> None:
         self.dim = dim
-        self._vectors = [np.asarray(vectors_nD) for vectors_nD in vectors]  # a view of a memmap is slow to make
+        self._vectors = [np.asarray(vectors_nD) for vectors_nD in vectors]  # slicing an ndarray beats slicing a memmap
         self.rows_N = np.concatenate(rows) if rows else np.empty(0, np.int64)
         self._starts = np.cumsum([0] + [len(vectors_nD) for vectors_nD in self._vectors])
 
@@ -58,35 +59,32 @@ class Embeddings:
 
     @property
     def parts(self) -> int:
-        """How many there are."""
         return len(self._vectors)
 
     def part(self, number: int) -> Float32Array:
-        """The embeddings [n, D] of one part, as iterating gives them. Any thread may ask."""
+        """Return the normalised embeddings [n, D] of a part. Thread-safe."""
         return normalised(self._vectors[number])
 
     def at(self, positions_K: Int64Array) -> Float32Array:
-        """The L2-normalised embeddings [K, D] at positions of 0 to N - 1."""
+        """Return the normalised embeddings [K, D] at those positions."""
         return normalised(self.stored(positions_K))
 
     def stored(self, positions_K: Int64Array) -> Float16Array:
-        """The vectors [K, D] at positions of 0 to N - 1 as they are stored: normalised but for the rounding."""
+        """Return the stored vectors [K, D] at those positions: normalised except for rounding."""
         if not len(positions_K):
             return np.empty((0, self.dim), np.float16)
-        shards_K = np.searchsorted(self._starts, positions_K, side="right") - 1
-        offsets_K = positions_K - self._starts[shards_K]
-        if (shards_K == shards_K[0]).all():
-            vectors_KD: Float16Array = self._vectors[shards_K[0]][offsets_K]
+        parts_K = np.searchsorted(self._starts, positions_K, side="right") - 1
+        offsets_K = positions_K - self._starts[parts_K]
+        if (parts_K == parts_K[0]).all():
+            vectors_KD: Float16Array = self._vectors[parts_K[0]][offsets_K]
             return vectors_KD
-        # Few candidates lie over thousands of shards: a view a row is faster than a selection a shard.
-        rows = [
-            self._vectors[shard][offset] for shard, offset in zip(shards_K.tolist(), offsets_K.tolist(), strict=True)
-        ]
+        # A few candidates in thousands of shards: one view per row is faster than one selection per shard.
+        rows = [self._vectors[part][offset] for part, offset in zip(parts_K.tolist(), offsets_K.tolist(), strict=True)]
         return np.concatenate(rows).reshape(-1, self.dim)
 
 
 class EmbeddingShards(Embeddings):
-    """All embeddings of a bundle, memory-mapped. Raises `BundleIncomplete` or `BundleAltered`."""
+    """All embeddings of a bundle, memory-mapped. Raise `BundleIncomplete` or `BundleAltered`."""
 
     def __init__(self, folder: Path, embedding_dim: int) -> None:
         paths: list[Path] = []
@@ -99,7 +97,7 @@ class EmbeddingShards(Embeddings):
             if vectors_nD.ndim != 2 or vectors_nD.shape[1] != embedding_dim or rows_n.shape != vectors_nD.shape[:1]:
                 raise BundleAltered(
                     f"{vectors_path} has shape {vectors_nD.shape} and {rows_path.name} {rows_n.shape}, "
-                    f"[n, {embedding_dim}] and [n] are wanted; export the bundle again"
+                    f"expected [n, {embedding_dim}] and [n]; export the bundle again"
                 )
             paths.append(vectors_path)
             vectors.append(vectors_nD)
@@ -107,16 +105,16 @@ class EmbeddingShards(Embeddings):
         super().__init__(embedding_dim, vectors, rows)
         self._paths = paths
         if np.any(np.diff(self.rows_N) < 0):
-            raise BundleAltered(f"{folder} does not hold its embeddings in row order; export the bundle again")
+            raise BundleAltered(f"the embeddings in {folder} are not in row order; export the bundle again")
 
     def part(self, number: int) -> Float32Array:
-        """The embeddings [n, D] of one shard."""
-        # Read and not mapped: pages of a map that were touched once stay in memory, of all shards together.
+        """Return the normalised embeddings [n, D] of a shard. Thread-safe."""
+        # Not from the memory map: every page that was touched once would stay in memory.
         return normalised(np.load(self._paths[number], allow_pickle=False))
 
 
 def normalised(vectors_nD: Float16Array | Float32Array) -> Float32Array:
-    """The vectors as float32 of length 1; a zero vector stays one."""
+    """Return the vectors as float32 with length 1. Zero vectors stay zero."""
     embeddings_nD = vectors_nD.astype(np.float32)
     embeddings_nD /= np.maximum(np.linalg.norm(embeddings_nD, axis=1, keepdims=True), np.float32(1e-12))
     return embeddings_nD
@@ -128,7 +126,7 @@ def _map(path: Path, dtype: np.dtype[Scalar]) -> npt.NDArray[Scalar]:
     except FileNotFoundError:
         raise BundleIncomplete(f"{path} is missing; export the bundle again") from None
     except (ValueError, EOFError) as error:
-        raise BundleAltered(f"{path} is no array file: {error}; export the bundle again") from error
+        raise BundleAltered(f"{path} is not a NumPy array: {error}; export the bundle again") from error
     if array.dtype != dtype:
-        raise BundleAltered(f"{path} holds {array.dtype}, {dtype} is wanted; export the bundle again")
+        raise BundleAltered(f"{path} holds {array.dtype}, expected {dtype}; export the bundle again")
     return array

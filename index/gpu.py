@@ -21,9 +21,8 @@ import numpy as np
 
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
-from index.candidates import BoolArray, Candidates, CpuCandidates, Float32Array, Int64Array, list_efforts
-from index.embeddings import Embeddings
-from index.factory import faiss_reason
+from index.embeddings import BoolArray, Embeddings, Float32Array, Int64Array
+from index.faiss_index import Candidates, CpuCandidates, faiss_reason, list_efforts, visible_gpus
 
 SCRATCH_BYTES = 2 * 1024**3  # of each GPU for faiss's intermediate results
 RESERVED_BYTES = 2 * 1024**3  # of each GPU for ONNX Runtime, whose arena grows with the batches
@@ -258,8 +257,7 @@ def _too_large(free_bytes: Sequence[int], count: int, bytes_each: int) -> str:
 
 def _free_bytes() -> list[int]:
     """What each GPU that faiss sees has free now, in faiss's order. Raises `NotOnGpuError` where there is none."""
-    # The CPU wheel has the function, but always answers 0.
-    gpus = int(faiss.get_num_gpus()) if hasattr(faiss, "StandardGpuResources") else 0
+    gpus = visible_gpus()
     if gpus == 0:
         raise NotOnGpuError("this faiss sees no GPU; its extra is `gpu`")
     try:

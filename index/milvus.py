@@ -17,7 +17,7 @@ import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit, urlunsplit
 
@@ -151,8 +151,8 @@ def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str) -> 
     key = hashed(entity.entity_id)
     row = PUT_FROM + key // 2
     thumbnail = thumbnail if len(thumbnail) <= RECORD_BYTES else ""
-    changed = {"row": row, "types": list(entity.types), "heard": [], "has_thumbnail": bool(thumbnail)}
-    record = json.dumps({**asdict(entity), **changed}, ensure_ascii=False)
+    stored = replace(entity, row=row, attended_words=(), has_thumbnail=bool(thumbnail))
+    record = json.dumps(stored.to_dict(), ensure_ascii=False)
     if len(record.encode()) > RECORD_BYTES:
         raise UserError(f"the record has {len(record.encode())} bytes, Milvus takes {RECORD_BYTES}; shorten its text")
     titles = {word for title in (entity.title, *entity.titles.values()) for word in words(title)}
@@ -171,8 +171,7 @@ def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str) -> 
 
 def read_record(text: str) -> StoredEntity:
     """An entity as `put_row` wrote it."""
-    content: dict[str, Any] = json.loads(text)
-    return StoredEntity(**{**content, "types": tuple(content["types"]), "heard": ()})
+    return StoredEntity.from_dict(json.loads(text))
 
 
 def _insert_all(client: MilvusClient, name: str, bundle: Bundle, progress: bool) -> None:

@@ -24,11 +24,9 @@ import numpy as np
 from core.errors import BadParameter, UnknownEntity, UserError
 from index import milvus
 from index.bundle import Bundle
-from index.embeddings import normalised
+from index.embeddings import Float32Array, Int64Array, normalised
 from index.milvus import MOST, PUT_FROM
-from index.selection import Selection
-from index.store import EntityStore, StoredEntity, distinct
-from index.view import Float32Array, Int64Array, Put
+from index.store import EntityStore, Selection, StoredEntity, distinct
 
 _ANSWER_S = 10.0
 _STRONG_FOR_S = 10.0  # after a change was seen; later, what may be 5 s old (`Bounded`) has it, and is sooner there
@@ -40,7 +38,7 @@ _FEWEST = 20
 class MilvusState:
     """How many changes all processes made, and how many more entities there are by them."""
 
-    generation: int
+    revision: int
     added: int
 
 
@@ -50,7 +48,7 @@ class MilvusEntities:
     Raises `BundleError` where the bundle is not loaded, `UserError` where Milvus cannot be reached.
     """
 
-    look_every_s = 0.5
+    poll_interval_s = 0.5
 
     def __init__(self, uri: str, bundle: Bundle, store: EntityStore) -> None:
         self._client = milvus.connect(uri)
@@ -87,7 +85,7 @@ class MilvusEntities:
             self._state = state
         return self._state
 
-    def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> Put:
+    def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool:
         """Add an entity or replace it, for all hosts. Raises `Unavailable`, `BadParameter` for too large a record."""
         picture = "" if thumbnail is None else base64.b64encode(thumbnail).decode()
         try:
@@ -98,15 +96,16 @@ class MilvusEntities:
             created = not self._rows_of(entity.entity_id)
             self._client.upsert(self._name, [row], timeout=_ANSWER_S)
             self._client.delete(self._name, filter=f"key == {row['key']} and pk < {PUT_FROM}", timeout=_ANSWER_S)
-        return Put(delta=self._count(added=int(created)), created=created)
+        self._count(added=int(created))
+        return created
 
-    def delete(self, entity_id: str) -> MilvusState:
+    def delete(self, entity_id: str) -> None:
         """Take an entity out, for all hosts. Raises `UnknownEntity`, `Unavailable`."""
         with milvus.answered():
             if not self._rows_of(entity_id):
                 raise UnknownEntity(f"no entity {entity_id!r} here; look for it by title")
             self._client.delete(self._name, filter=f"key == {milvus.hashed(entity_id)}", timeout=_ANSWER_S)
-        return self._count(added=-1)
+        self._count(added=-1)
 
     def search(self, queries_BD: Float32Array, count: int, condition: str) -> list[list[dict[str, Any]]]:
         """Up to `count` hits [B, F] of each query, nearest first. Raises `Unavailable`."""
@@ -168,11 +167,11 @@ class MilvusEntities:
     def _rows_of(self, entity_id: str) -> list[dict[str, Any]]:
         return self.query(f"key == {milvus.hashed(entity_id)}", ["row", "record"])
 
-    def _count(self, added: int) -> MilvusState:
+    def _count(self, added: int) -> None:
         self._made, self._added = self._made + 1, self._added + added
         with milvus.answered():
             milvus.count_change(self._client, self._counters, self._writer, changes=self._made, added=self._added)
-        return self.refresh()
+        self.refresh()
 
     def _read_state(self) -> MilvusState:
         with milvus.answered():
@@ -185,7 +184,7 @@ class MilvusEntities:
                 timeout=_ANSWER_S,
             )
         changes, added = (sum(int(row[each]) for row in rows) for each in ("changes", "added"))
-        return MilvusState(generation=changes, added=added)
+        return MilvusState(revision=changes, added=added)
 
     def _consistency(self) -> str:
         return "Strong" if time.monotonic() - self._changed_at < _STRONG_FOR_S else "Bounded"
@@ -206,7 +205,7 @@ class MilvusView:
         self._store = entities.store
         self.delta = entities.delta
         self.entity_count = entities.base_count + self.delta.added
-        self.version = f"+{self.delta.generation}" if self.delta.generation else ""
+        self.version = f"+{self.delta.revision}" if self.delta.revision else ""
 
     def select(self, types: tuple[str, ...]) -> Selection:
         """Milvus filters by itself: nothing is looked up."""
@@ -243,7 +242,7 @@ class MilvusView:
         base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < PUT_FROM])}
         return [base[row] if row < PUT_FROM else self._entities.by_row(int(row)) for row in rows]
 
-    def kept(self, rows: Sequence[int]) -> list[StoredEntity] | None:
+    def cached(self, rows: Sequence[int]) -> list[StoredEntity] | None:
         """What `by_rows` gives where that asks no file and no server: never."""
         return None
 
@@ -252,9 +251,9 @@ class MilvusView:
         found = self._entities.query(f"row == {int(row)}", ["embedding"])
         return normalised(np.array([each["embedding"] for each in found], np.float32))
 
-    def heard(self, row: int) -> tuple[tuple[int, int, float], ...]:
+    def attended_words(self, row: int) -> tuple[tuple[int, int, float], ...]:
         """As `EntityStore.heard`; nothing is kept of what was put while serving."""
-        return self._store.heard(row) if row < PUT_FROM else ()
+        return self._store.attended_words(row) if row < PUT_FROM else ()
 
     def get(self, entity_id: str) -> StoredEntity:
         """The entity of that id. Raises `UnknownEntity`."""

@@ -12,19 +12,14 @@ from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import numpy.typing as npt
 
 from core.errors import BundleAltered
 from core.runtime import faiss
-from index.candidates import Candidates
-from index.embeddings import Embeddings, EmbeddingShards, normalised
-from index.factory import faiss_reason
+from index.embeddings import BoolArray, Embeddings, EmbeddingShards, Float32Array, Int64Array, normalised
+from index.faiss_index import Candidates, faiss_reason
 from index.gpu import placement
-from index.selection import Selection
+from index.store import Selection
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 Found = tuple[Int64Array, Float32Array]  # entity rows and their cosines, falling
 
 _NOTHING: Found = (np.empty(0, np.int64), np.empty(0, np.float32))

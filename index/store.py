@@ -1,4 +1,4 @@
-"""The entity store: one SQLite file with the records by row and by entity_id, and full-text title search."""
+"""The entity store: one SQLite file of entity records, with a full-text index of the titles."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
 from core.files import atomic_write
-from index.selection import Selection
 
 SCHEMA = """
 CREATE TABLE entity (
@@ -45,27 +45,35 @@ CREATE UNIQUE INDEX entity_by_id ON entity (entity_id);
 CREATE INDEX entity_by_title ON entity (title COLLATE NOCASE);
 CREATE INDEX entity_by_types ON entity (types);
 """
-_OPTIMIZE = """
-INSERT INTO title_search (title_search) VALUES ('optimize');
-"""
-_MAX_DESCRIPTION = 200  # characters
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
-Value = TypeVar("Value")
+_OPTIMIZE = "INSERT INTO title_search (title_search) VALUES ('optimize');"
 _COLUMNS = (
     "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text, "
     "EXISTS (SELECT 1 FROM thumbnail WHERE thumbnail.row = entity.row) AS has_thumbnail"
 )
-_RANKED_AT_MOST = 10_000  # titles with the words asked for
-_ROWS_PER_QUERY = 500  # SQLite limits the variables of one statement
-_KEPT, _KEPT_TEXT = 2048, 4096  # entities in memory of a store that never changes, and characters of text of one
+_MAX_DESCRIPTION = 200  # characters
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
+_MAX_RANKED = 10_000  # title matches
+_ROWS_PER_QUERY = 500  # SQLite limits the variables of a statement
+_CACHED_ENTITIES, _CACHED_TEXT = 2048, 4096  # characters
+
+AttendedWords = tuple[tuple[int, int, float], ...]
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """A filter on entity rows: `allowed_E` bool [E]. Searches that share a selection object can be batched."""
+
+    types: tuple[str, ...]
+    allowed_E: npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredEntity:
-    """An entity as a bundle holds it: `titles` by language, `text` only where the bundle was told to keep it.
+    """An entity record of a bundle. `titles` are by language. `text` is None unless the bundle stores texts.
 
-    `heard` are the words of the text that the adaptor listened to most, as (start, end, weight). They go into a store
-    with the entity, and come out by `heard` alone. `has_thumbnail` is said by the store that an entity comes out of.
+    `attended_words` are the words of the text with the most attention in the adaptor: (start, end, weight). They are
+    stored with the record but read separately, by `EntityStore.attended_words`. `has_thumbnail` is set on reading.
     """
 
     row: int
@@ -79,20 +87,29 @@ class StoredEntity:
     image_count: int
     has_text: bool
     text: str | None = None
-    heard: tuple[tuple[int, int, float], ...] = ()
+    attended_words: AttendedWords = ()
     has_thumbnail: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form, which names the attended words `heard`."""
+        content = asdict(self)
+        content["heard"] = content.pop("attended_words")
+        return content
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Self:
+        content = dict(content)
+        words = tuple((start, end, weight) for start, end, weight in content.pop("heard"))
+        return cls(**{**content, "types": tuple(content["types"]), "attended_words": words})
 
 
 def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]]) -> None:
-    """Write entities, each with its WebP thumbnail or None, durably to a new store at `path`.
-
-    One pass, one transaction for all rows and a VACUUM: the same entities give the same bytes.
-    """
+    """Write entities, each with its WebP thumbnail or None, to a new store. Equal entities give equal bytes."""
     with atomic_write(path) as temporary:
         temporary.unlink(missing_ok=True)
         connection = sqlite3.connect(temporary, isolation_level=None)
         try:
-            # The file is not visible under its own name until it is whole, so no journal is needed.
+            # No journal: the file gets its name when it is complete.
             connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + SCHEMA)
             connection.execute("BEGIN")
             for entity, thumbnail in entities:
@@ -104,7 +121,7 @@ def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]
 
 
 def insert_entity(connection: sqlite3.Connection, entity: StoredEntity, thumbnail: bytes | None) -> None:
-    """Add an entity to a store that is open for writing; its row and its id are not in use."""
+    """Add an entity whose row and id are not in use."""
     connection.execute(
         "INSERT INTO entity VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
@@ -125,15 +142,15 @@ def insert_entity(connection: sqlite3.Connection, entity: StoredEntity, thumbnai
         "INSERT INTO title_search (rowid, title, other_titles) VALUES (?, ?, ?)",
         (entity.row, entity.title, _other_titles(entity)),
     )
-    if entity.heard:
-        connection.execute("INSERT INTO heard VALUES (?, ?)", (entity.row, json.dumps(entity.heard)))
+    if entity.attended_words:
+        connection.execute("INSERT INTO heard VALUES (?, ?)", (entity.row, json.dumps(entity.attended_words)))
     if thumbnail is not None:
         connection.execute("INSERT INTO thumbnail VALUES (?, ?)", (entity.row, thumbnail))
 
 
 def remove_entity(connection: sqlite3.Connection, entity: StoredEntity) -> None:
-    """Take an entity, as it stands there, out of a store that is open for writing."""
-    # The full-text table keeps no content: what it is to forget has to be told.
+    """Remove an entity, given as it is stored."""
+    # A full-text table without content needs the indexed text to delete it.
     connection.execute(
         "INSERT INTO title_search (title_search, rowid, title, other_titles) VALUES ('delete', ?, ?, ?)",
         (entity.row, entity.title, _other_titles(entity)),
@@ -145,21 +162,31 @@ def remove_entity(connection: sqlite3.Connection, entity: StoredEntity) -> None:
 def select_entities(
     connection: sqlite3.Connection, clause: str, parameters: Sequence[object] = ()
 ) -> list[StoredEntity]:
-    """The entities that an SQL clause after `FROM entity` names. The connection's rows are `sqlite3.Row`."""
-    found = connection.execute(f"SELECT {_COLUMNS} FROM entity {clause}", parameters)
-    return [_entity(values) for values in found]
-
-
-def _other_titles(entity: StoredEntity) -> str:
-    return "\n".join(title for title in dict.fromkeys(entity.titles.values()) if title != entity.title)
+    """Return the entities that match an SQL clause after `FROM entity`. The row factory must be `sqlite3.Row`."""
+    return [
+        StoredEntity(
+            row=values["row"],
+            entity_id=values["entity_id"],
+            title=values["title"],
+            titles=json.loads(values["titles"]),
+            description=values["description"],
+            url=values["url"],
+            types=tuple(json.loads(values["types"])),
+            symbol=values["symbol"],
+            image_count=values["image_count"],
+            has_text=bool(values["has_text"]),
+            text=values["text"],
+            has_thumbnail=bool(values["has_thumbnail"]),
+        )
+        for values in connection.execute(f"SELECT {_COLUMNS} FROM entity {clause}", parameters)
+    ]
 
 
 class EntityStore:
-    """Read-only access to a store, from any number of threads: each gets a connection of its own.
+    """Read access to a store from any thread. Each thread has its own connection.
 
-    A bundle's store never changes (`immutable`), and what was asked for by row lately is kept in memory; a live one
-    does, and each question sees all that was committed.
-    Raises `BundleIncomplete` where there is no file, `BundleAltered` where it is no store.
+    A bundle's store is `immutable`, and recently read rows are cached. The live store changes, and every read sees all
+    committed changes. Raise `BundleIncomplete` if the file is missing, `BundleAltered` if it is not a store.
     """
 
     def __init__(self, path: Path, *, immutable: bool = True) -> None:
@@ -168,18 +195,18 @@ class EntityStore:
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
-        self._kept: dict[int, StoredEntity] = {}
+        self._cache: dict[int, StoredEntity] = {}
         if not path.is_file():
             raise BundleIncomplete(f"{path} is missing; export the bundle again")
         try:
-            # The bundle never changes, so a maximum asked for once holds: `row` is dense from 0.
-            (self._count,) = self._connection().execute("SELECT coalesce(max(row) + 1, 0) FROM entity").fetchone()
-            self._connection().execute("SELECT row FROM thumbnail LIMIT 1").fetchone()
-            tables = self._connection().execute("SELECT name FROM sqlite_master WHERE name = 'heard'")
-            self._has_heard = tables.fetchone() is not None
+            # Rows count from 0 without gaps.
+            (self._count,) = self._execute("SELECT coalesce(max(row) + 1, 0) FROM entity").fetchone()
+            self._execute("SELECT row FROM thumbnail LIMIT 1").fetchone()
+            tables = self._execute("SELECT name FROM sqlite_master WHERE name = 'heard'")
+            self._has_attended_words = tables.fetchone() is not None
         except sqlite3.DatabaseError as error:
             self.close()
-            raise BundleAltered(f"{path} is no entity store: {error}; export the bundle again") from error
+            raise BundleAltered(f"{path} is not an entity store: {error}; export the bundle again") from error
 
     def __len__(self) -> int:
         return int(self._count)
@@ -191,7 +218,7 @@ class EntityStore:
         self.close()
 
     def close(self) -> None:
-        """Close every thread's connection. No thread may be using the store."""
+        """Close the connections of all threads. No thread may be using the store."""
         with self._lock:
             for connection in self._connections:
                 connection.close()
@@ -199,49 +226,45 @@ class EntityStore:
             self._local = threading.local()
 
     def get(self, entity_id: str) -> StoredEntity:
-        """The entity of that id. Raises `UnknownEntity`."""
+        """Return the entity with that id. Raise `UnknownEntity`."""
         found = self._select("WHERE entity_id = ?", (_storable(entity_id),))
         if not found:
-            raise _unknown(entity_id)
+            raise unknown_entity(entity_id)
         return found[0]
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
-        """The entities of those rows, in the order asked for. A row outside the store is an `IndexError`."""
-        if (kept := self.kept(rows)) is not None:
-            return kept
-        wanted = [int(row) for row in rows]
-        found = {row: entity for row in wanted if (entity := self._kept.get(row)) is not None}
-        for part in _parts([row for row in wanted if row not in found]):
-            marks = ",".join("?" * len(part))
-            read = {entity.row: entity for entity in self._select(f"WHERE row IN ({marks})", part)}
-            found |= read
-            self._keep({row: each for row, each in read.items() if len(each.text or "") <= _KEPT_TEXT})
-        if missing := set(wanted) - found.keys():
-            raise IndexError(f"no entity at row {min(missing)}, the store has {len(self)}")
-        return [found[row] for row in wanted]
+        """Return the entities at those rows, in that order. Raise `IndexError` for a row outside the store."""
+        if (cached := self.cached(rows)) is not None:
+            return cached
+        rows = [int(row) for row in rows]
+        found = {row: entity for row in rows if (entity := self._cache.get(row)) is not None}
+        missing = [row for row in rows if row not in found]
+        read = {entity.row: entity for entity in self._select_in("row", missing)}
+        self._add_to_cache(read)
+        found |= read
+        if unknown := set(missing) - found.keys():
+            raise IndexError(f"no entity at row {min(unknown)}, the store has {len(self)}")
+        return [found[row] for row in rows]
 
-    def kept(self, rows: Sequence[int]) -> list[StoredEntity] | None:
-        """What `by_rows` gives where all of it is in memory; None where a file would have to be asked."""
-        found = [entity for row in rows if (entity := self._kept.get(row)) is not None]
+    def cached(self, rows: Sequence[int]) -> list[StoredEntity] | None:
+        """Return what `by_rows` does if all of it is in memory, otherwise None."""
+        found = [entity for row in rows if (entity := self._cache.get(row)) is not None]
         return found if len(found) == len(rows) else None
 
     def by_ids(self, entity_ids: Sequence[str]) -> dict[str, StoredEntity]:
-        """Those of the entities that are there, by id."""
-        found: dict[str, StoredEntity] = {}
-        for part in _parts([_storable(entity_id) for entity_id in entity_ids]):
-            marks = ",".join("?" * len(part))
-            found.update((entity.entity_id, entity) for entity in self._select(f"WHERE entity_id IN ({marks})", part))
-        return found
+        """Return those of the entities that exist, by id."""
+        found = self._select_in("entity_id", [_storable(entity_id) for entity_id in entity_ids])
+        return {entity.entity_id: entity for entity in found}
 
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
-        """Up to `limit` entities whose title fits any user text: equal first, then starting so, then with those words.
+        """Return up to `limit` entities: titles equal to the query first, then prefix matches, then word matches.
 
-        Case and accents do not matter to words; the last word may be unfinished; titles in other languages count too.
+        Word matches ignore case and accents, include titles in other languages, and allow an unfinished last word.
         """
         return distinct(itertools.chain.from_iterable(self.title_matches(query, limit)), limit)
 
     def title_matches(self, query: str, limit: int) -> Iterator[list[StoredEntity]]:
-        """The three kinds of match of `search_titles`, up to `limit` each; an entity may be in several."""
+        """Yield the three kinds of match of `search_titles`, up to `limit` each. An entity may be in several."""
         text = " ".join(_storable(query).replace("\0", " ").split())
         if not text or limit < 1:
             return
@@ -250,19 +273,19 @@ class EntityStore:
             "WHERE title >= ? COLLATE NOCASE AND title < ? COLLATE NOCASE ORDER BY title COLLATE NOCASE, row LIMIT ?",
             (text, text + "\U0010ffff", limit),
         )
-        # A phrase without a letter or digit has no token, and would make the whole match empty.
+        # A phrase without a letter or digit has no token and would match nothing.
         words = [word for word in text.split() if any(character.isalnum() for character in word)]
         if words:
             phrases = " ".join('"' + word.replace('"', '""') + '"' for word in words) + "*"
-            yield self._with_words(phrases, limit)
+            yield self._word_matches(phrases, limit)
 
-    def _with_words(self, phrases: str, limit: int) -> list[StoredEntity]:
-        """Titles that match, best first; where millions do, the shortest of some: ranking all would take minutes."""
+    def _word_matches(self, phrases: str, limit: int) -> list[StoredEntity]:
+        """Return titles that match, best first. Ranking millions takes minutes: then the shortest of some."""
         some = "SELECT rowid FROM title_search WHERE title_search MATCH ? LIMIT ?"
-        found = self._connection().execute(f"SELECT count(*) FROM ({some})", (phrases, _RANKED_AT_MOST + 1)).fetchone()
-        if found[0] > _RANKED_AT_MOST:
+        (count,) = self._execute(f"SELECT count(*) FROM ({some})", (phrases, _MAX_RANKED + 1)).fetchone()
+        if count > _MAX_RANKED:
             return self._select(
-                f"WHERE row IN ({some}) ORDER BY length(title), row LIMIT ?", (phrases, _RANKED_AT_MOST, limit)
+                f"WHERE row IN ({some}) ORDER BY length(title), row LIMIT ?", (phrases, _MAX_RANKED, limit)
             )
         return self._select(
             "JOIN title_search ON title_search.rowid = entity.row WHERE title_search MATCH ? "
@@ -271,65 +294,69 @@ class EntityStore:
         )
 
     def select(self, types: Sequence[str]) -> Selection:
-        """The entities that have one of `types` or more. With millions of entities a matter of a second: keep it."""
-        wanted = set(types)
-        fitting = [text for text in self._types_texts if not wanted.isdisjoint(json.loads(text))]
+        """Select the entities with any of `types`. Takes about a second for millions of entities: cache the result."""
+        matching = [text for text in self._type_lists if not set(types).isdisjoint(json.loads(text))]
         allowed_E = np.zeros(len(self), np.bool_)
-        for part in _parts(fitting):
-            marks = ",".join("?" * len(part))
-            found = self._connection().execute(f"SELECT row FROM entity WHERE types IN ({marks})", part)
+        for part in _parts(matching):
+            found = self._execute(f"SELECT row FROM entity WHERE types IN ({_marks(part)})", part)
             allowed_E[np.fromiter((values[0] for values in found), np.int64)] = True
         return Selection(tuple(types), allowed_E)
 
     @cached_property
-    def _types_texts(self) -> list[str]:
-        """Each combination of types that entities have, as it is stored."""
-        return [values[0] for values in self._connection().execute("SELECT DISTINCT types FROM entity")]
+    def _type_lists(self) -> list[str]:
+        """The distinct lists of types, as JSON."""
+        return [values[0] for values in self._execute("SELECT DISTINCT types FROM entity")]
 
     def thumbnail(self, entity_id: str) -> bytes | None:
-        """The WebP thumbnail of an entity, None where the bundle has none. Raises `UnknownEntity`."""
-        # One statement, so that a store which changes meanwhile cannot give half an answer.
-        found = self._connection().execute(
+        """Return the entity's WebP thumbnail, if it has one. Raise `UnknownEntity`."""
+        # One statement, so that a concurrent change cannot separate the entity from its thumbnail.
+        values = self._execute(
             "SELECT webp FROM entity LEFT JOIN thumbnail USING (row) WHERE entity_id = ?", (_storable(entity_id),)
-        )
-        values = found.fetchone()
+        ).fetchone()
         if values is None:
-            raise _unknown(entity_id)
+            raise unknown_entity(entity_id)
         return None if values["webp"] is None else bytes(values["webp"])
 
-    def heard(self, row: int) -> tuple[tuple[int, int, float], ...]:
-        """The words of an entity's text that the adaptor listened to, as (start, end, weight), heaviest first.
-
-        Empty where the bundle keeps no texts, or was made before these were kept.
-        """
-        if not self._has_heard:
-            return ()
-        found = self._connection().execute("SELECT words FROM heard WHERE row = ?", (row,)).fetchone()
-        return () if found is None else tuple((start, end, weight) for start, end, weight in json.loads(found[0]))
-
     def thumbnails(self, rows: Sequence[int]) -> dict[int, bytes]:
-        """The WebP thumbnails of those rows that have one."""
+        """Return the WebP thumbnails of those rows that have one."""
         found: dict[int, bytes] = {}
         for part in _parts(rows):
-            marks = ",".join("?" * len(part))
-            query = f"SELECT row, webp FROM thumbnail WHERE row IN ({marks})"
-            found.update((values["row"], bytes(values["webp"])) for values in self._connection().execute(query, part))
+            values = self._execute(f"SELECT row, webp FROM thumbnail WHERE row IN ({_marks(part)})", part)
+            found |= {row: bytes(webp) for row, webp in values}
         return found
 
-    def _keep(self, read: Mapping[int, StoredEntity]) -> None:
-        """Any thread may: each step is atomic, and what is forgotten is read again."""
+    def attended_words(self, row: int) -> AttendedWords:
+        """Return the words of an entity's text with the most attention, as (start, end, weight), heaviest first.
+
+        Empty if the bundle stores no texts, or is older than this table.
+        """
+        if not self._has_attended_words:
+            return ()
+        found = self._execute("SELECT words FROM heard WHERE row = ?", (row,)).fetchone()
+        return () if found is None else tuple((start, end, weight) for start, end, weight in json.loads(found[0]))
+
+    def _add_to_cache(self, read: Mapping[int, StoredEntity]) -> None:
+        """Add entities without very long texts. Each step is atomic, so no lock is needed."""
         if self._immutable:
-            if len(self._kept) + len(read) > _KEPT:
-                self._kept.clear()
-            self._kept.update(itertools.islice(read.items(), _KEPT))
+            short = {row: entity for row, entity in read.items() if len(entity.text or "") <= _CACHED_TEXT}
+            if len(self._cache) + len(short) > _CACHED_ENTITIES:
+                self._cache.clear()
+            self._cache.update(itertools.islice(short.items(), _CACHED_ENTITIES))
 
     def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
         return select_entities(self._connection(), clause, parameters)
 
+    def _select_in(self, column: str, values: Sequence[object]) -> Iterator[StoredEntity]:
+        for part in _parts(values):
+            yield from self._select(f"WHERE {column} IN ({_marks(part)})", part)
+
+    def _execute(self, statement: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
+        return self._connection().execute(statement, parameters)
+
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
-            # Immutable: no locks and no look at the disk for a change that never comes.
+            # `immutable` skips locks and checks for changes.
             uri = self._path.resolve().as_uri() + ("?mode=ro&immutable=1" if self._immutable else "?mode=ro")
             connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
             connection.row_factory = sqlite3.Row
@@ -340,7 +367,7 @@ class EntityStore:
 
 
 def distinct(entities: Iterable[StoredEntity], limit: int) -> list[StoredEntity]:
-    """The first `limit` entities in their order, each once; no more are taken than that needs."""
+    """Return the first `limit` different entities, in order."""
     found: dict[int, StoredEntity] = {}
     for entity in entities:
         found.setdefault(entity.row, entity)
@@ -349,35 +376,8 @@ def distinct(entities: Iterable[StoredEntity], limit: int) -> list[StoredEntity]
     return list(found.values())
 
 
-def _entity(values: sqlite3.Row) -> StoredEntity:
-    return StoredEntity(
-        row=values["row"],
-        entity_id=values["entity_id"],
-        title=values["title"],
-        titles=json.loads(values["titles"]),
-        description=values["description"],
-        url=values["url"],
-        types=tuple(json.loads(values["types"])),
-        symbol=values["symbol"],
-        image_count=values["image_count"],
-        has_text=bool(values["has_text"]),
-        text=values["text"],
-        has_thumbnail=bool(values["has_thumbnail"]),
-    )
-
-
-def _unknown(entity_id: str) -> UnknownEntity:
-    return UnknownEntity(f"no entity {entity_id!r} in this bundle; look for it by title")
-
-
-def _parts(values: Sequence[Value]) -> Iterator[Sequence[Value]]:
-    for start in range(0, len(values), _ROWS_PER_QUERY):
-        yield values[start : start + _ROWS_PER_QUERY]
-
-
-def _storable(text: str) -> str:
-    """A user's text may hold lone surrogates, which SQLite refuses; no stored text has one, so `?` finds as little."""
-    return text.encode("utf-8", "replace").decode()
+def unknown_entity(entity_id: str) -> UnknownEntity:
+    return UnknownEntity(f"no entity {entity_id!r} in this bundle; search by title to find its id")
 
 
 def first_sentence(text: str) -> str | None:
@@ -389,3 +389,21 @@ def first_sentence(text: str) -> str | None:
     if len(sentence) <= _MAX_DESCRIPTION:
         return sentence
     return sentence[: _MAX_DESCRIPTION - 1].rsplit(" ", 1)[0].rstrip(",;: ") + "…"
+
+
+def _other_titles(entity: StoredEntity) -> str:
+    return "\n".join(title for title in dict.fromkeys(entity.titles.values()) if title != entity.title)
+
+
+def _parts(values: Sequence[Value]) -> Iterator[Sequence[Value]]:
+    for start in range(0, len(values), _ROWS_PER_QUERY):
+        yield values[start : start + _ROWS_PER_QUERY]
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))
+
+
+def _storable(text: str) -> str:
+    """Replace lone surrogates, which SQLite refuses. No stored text has one."""
+    return text.encode("utf-8", "replace").decode()

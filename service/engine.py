@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import TooManyRequests, Unavailable
-from index.selection import Selection
+from index.store import Selection
 
 _IDLE_BEAT_S = 1.0
 _DEATHS_IN_A_ROW = 3

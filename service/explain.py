@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from index.overlay import EntityView
 from index.store import StoredEntity
-from index.view import EntityView
 from service.join import Ranking
 from wikiclip.answers import AttendedWord, Box, Explanation
 
@@ -45,11 +45,11 @@ def _explanation(entities: EntityView, entity: StoredEntity, evidence: Evidence)
 
 
 def _words(entities: EntityView, entity: StoredEntity) -> tuple[AttendedWord, ...] | None:
-    heard = entities.heard(entity.row)
-    if entity.text is None or not heard:
+    words = entities.attended_words(entity.row)
+    if entity.text is None or not words:
         return None
     return tuple(
-        AttendedWord(word=entity.text[start:end], start=start, end=end, weight=weight) for start, end, weight in heard
+        AttendedWord(word=entity.text[start:end], start=start, end=end, weight=weight) for start, end, weight in words
     )
 
 

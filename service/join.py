@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from index.calibration import CANDIDATES, Calibration, background
-from index.selection import Selection
-from index.store import StoredEntity
-from index.view import EntityView
+from index.overlay import EntityView
+from index.store import Selection, StoredEntity
 from service.engine import Found
 from wikiclip.answers import Prediction, RecognizeOptions
 
@@ -54,7 +53,7 @@ class Joiner:
 
     def at_hand(self, found: Found, options: RecognizeOptions) -> list[StoredEntity] | None:
         """The first entities of an answer where naming and explaining them asks no file, else None."""
-        return None if options.explain else self._store.kept(found.rows[: options.top_k].tolist())
+        return None if options.explain else self._store.cached(found.rows[: options.top_k].tolist())
 
     def join(self, found: Found, options: RecognizeOptions, first: Sequence[StoredEntity] | None = None) -> Ranking:
         """The answer; `first` are its entities where they are at hand."""

@@ -20,9 +20,8 @@ from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
-from index.merged import MergedView
+from index.overlay import EntityView, LiveChanges, LiveState, OverlayView
 from index.store import EntityStore
-from index.view import EntityView, LiveChanges, LiveState
 from service.encoder import OnnxEncoder, wanted_device
 from service.engine import Encoder, Engine
 from service.join import SELECTIONS_KEPT, Joiner
@@ -208,7 +207,7 @@ class _OwnIndex:
         self.live = None if settings.live_dir is None else LiveSegment(settings.live_dir, bundle, store)
 
     def view(self) -> EntityView:
-        return MergedView(self._index, self._store, self.live, select=self._select)
+        return OverlayView(self._index, self._store, self.live, select=self._select)
 
 
 class _InMilvus:

@@ -21,8 +21,7 @@ import numpy.typing as npt
 
 from core.errors import Unavailable
 from imaging import load_region
-from index.selection import Selection
-from index.store import StoredEntity
+from index.store import Selection, StoredEntity
 from service.engine import Found
 from service.explain import Evidence, explain
 from service.join import Ranking

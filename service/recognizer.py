@@ -33,7 +33,7 @@ from core.errors import (
     UserError,
 )
 from index.bundle import Bundle
-from index.release import local_bundle
+from index.transfer import local_bundle
 from service.admission import Admission
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder

@@ -30,8 +30,8 @@ from index.entity_encoder import (
     TOKENIZER_FILE,
     EntityEncoder,
 )
+from index.overlay import LiveChanges
 from index.store import StoredEntity, first_sentence
-from index.view import LiveChanges, LiveState
 from service.encoder import open_session
 from service.schemas import EntityRequest
 
@@ -128,7 +128,7 @@ class Editor:
         """
         return self._executor.submit(self._put, entity_id, record, image)
 
-    def delete(self, entity_id: str) -> Future[LiveState]:
+    def delete(self, entity_id: str) -> Future[None]:
         """Delete an entity. The future raises as `LiveChanges.delete` does."""
         return self._executor.submit(self.live.delete, entity_id)
 
@@ -151,8 +151,8 @@ class Editor:
             text=record.text if self._store_text else None,
             has_thumbnail=thumbnail is not None,
         )
-        put = self.live.put(entity, embedding_D, thumbnail)
-        return PutResult(entity=entity, created=put.created, revision=put.delta.generation)
+        created = self.live.put(entity, embedding_D, thumbnail)
+        return PutResult(entity=entity, created=created, revision=self.live.delta.revision)
 
     def _embedding(self, record: EntityRequest, image: bytes | None) -> Float32Array:
         if record.embedding is not None:
@@ -177,7 +177,7 @@ class Editor:
         return self._embedder.embed(pixels_HW3, record.text)
 
     def _sync(self) -> None:
-        while not self._closing.wait(self.live.look_every_s):
+        while not self._closing.wait(self.live.poll_interval_s):
             try:
                 self.live.refresh()
             except (LiveDirError, Unavailable, sqlite3.Error) as error:

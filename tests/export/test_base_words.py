@@ -57,11 +57,12 @@ def test_what_is_unchanged_is_copied_with_its_words(config: ExportConfig, tmp_pa
         for other in set(range(len(old))) - {row}:
             entity_id = old.by_rows([other])[0].entity_id
             assert new.get(entity_id) == old.get(entity_id)
-            assert new.heard(other) == old.heard(other)
+            assert new.attended_words(other) == old.attended_words(other)
             assert new.thumbnail(entity_id) == old.thumbnail(entity_id)
         text = new.get(changed["entity_id"]).text or ""
-        assert {text[start:end] for start, end, _ in new.heard(row)} <= {"It", "flies", "by", "night", "and", "hums"}
-        assert new.heard(row)
+        words = {text[start:end] for start, end, _ in new.attended_words(row)}
+        assert words
+        assert words <= {"It", "flies", "by", "night", "and", "hums"}
 
 
 def test_a_base_that_keeps_no_words_gives_none(config: ExportConfig, tmp_path: Path) -> None:
@@ -71,4 +72,4 @@ def test_a_base_that_keeps_no_words_gives_none(config: ExportConfig, tmp_path: P
     assert not summary.base_fits
     assert summary.copied_entities == 0
     with Bundle.open(tmp_path / "second").store() as store:
-        assert any(store.heard(row) for row in range(len(store)))
+        assert any(store.attended_words(row) for row in range(len(store)))

@@ -10,7 +10,7 @@ import pytest
 
 from export.config import ExportConfig
 from export.pipeline import export_bundle
-from export.words import MAX_WORDS, heard_words
+from export.words import MAX_WORDS, find_attended_words
 from index.bundle import Bundle
 from model.encoders import open_text_encoder
 
@@ -32,7 +32,7 @@ def test_pieces_of_a_word_are_one_word_and_punctuation_is_none() -> None:
         (0, 0),
     ]
     weights = [0.3, 0.01, 0.1, 0.2, 0.05, 0.02, 0.04, 0.01, 0.02, 0.09, 0.06, 0.1]
-    words = heard_words(text, spans, weights)
+    words = find_attended_words(text, spans, weights)
     assert [(text[start:end], weight) for start, end, weight in words] == [
         ("okapi", 0.3), ("kin", 0.09), ("giraffe's", 0.07), ("a", 0.02), ("The", 0.01),
     ]  # fmt: skip
@@ -41,9 +41,9 @@ def test_pieces_of_a_word_are_one_word_and_punctuation_is_none() -> None:
 def test_the_heaviest_stay_and_equal_ones_stand_in_order() -> None:
     text = " ".join(f"w{number:02d}" for number in range(20))
     spans = [(4 * number, 4 * number + 3) for number in range(20)]
-    words = heard_words(text, spans, [0.05] * 19 + [0.06])
+    words = find_attended_words(text, spans, [0.05] * 19 + [0.06])
     assert [text[start:end] for start, end, _ in words] == ["w19", *(f"w{n:02d}" for n in range(MAX_WORDS - 1))]
-    assert heard_words("", [], []) == ()
+    assert find_attended_words("", [], []) == ()
 
 
 @pytest.mark.parametrize("text", ["Okapi: the forest giraffe.", "\n\t élan — 2nd 🦒 word ", "   "])
@@ -67,13 +67,13 @@ def test_words_are_kept_with_the_text_and_only_with_it(catalog: Any, checkpoint:
     kept = 0
     with bundles[0].store() as store, bundles[1].store() as plain:
         for entity in store.by_rows(range(len(store))):
-            words = store.heard(entity.row)
+            words = store.attended_words(entity.row)
             assert entity.text is not None
             assert bool(words) == bool(entity.text.strip())
             weights = [weight for _, _, weight in words]
             assert weights == sorted(weights, reverse=True)
             assert sum(weights) <= 1.001
             assert all(entity.text[start:end].strip() for start, end, _ in words)
-            assert plain.heard(entity.row) == ()
+            assert plain.attended_words(entity.row) == ()
             kept += len(words)
     assert kept > 0

@@ -13,13 +13,12 @@ import pytest
 from core.errors import UserError
 from index import gpu
 from index.build import build_index
-from index.candidates import CpuCandidates
 from index.embeddings import Embeddings, EmbeddingShards, write_shard
-from index.factory import one_thread
+from index.faiss_index import CpuCandidates, one_thread
 from index.gpu import GpuCandidates, NotOnGpuError, equal_shares, placement, sharded_flat, shares
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
-from index.selection import Selection
+from index.store import Selection
 
 DIM = 16
 KEPT = gpu.SCRATCH_BYTES + gpu.RESERVED_BYTES

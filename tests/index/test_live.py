@@ -20,7 +20,7 @@ from core.errors import LiveDirError, Unavailable, UnknownEntity, UserError
 from index.bundle import Bundle
 from index.delta import DeltaBuilder
 from index.live import LIVE_FILE, LiveSegment
-from index.merged import MergedView
+from index.overlay import OverlayView
 from index.search import EntityIndex
 from index.store import EntityStore, StoredEntity
 
@@ -36,9 +36,9 @@ class Opened:
     live: LiveSegment
 
     @property
-    def view(self) -> MergedView:
+    def view(self) -> OverlayView:
         self.live.refresh()
-        return MergedView(self.index, self.store, self.live)
+        return OverlayView(self.index, self.store, self.live)
 
     def close(self) -> None:
         self.live.close()
@@ -86,15 +86,15 @@ def vector(seed: int, dim: int = 16) -> Vector:
     return (drawn / np.linalg.norm(drawn)).astype(np.float16).astype(np.float32)
 
 
-def found_ids(view: MergedView, query_D: Vector, top_k: int = 3) -> list[str]:
+def found_ids(view: OverlayView, query_D: Vector, top_k: int = 3) -> list[str]:
     rows_BK, _ = view.search(query_D[None], top_k)
     return [found.entity_id for found in view.by_rows([int(row) for row in rows_BK[0] if row >= 0])]
 
 
 def test_what_is_put_is_found_named_and_searched_by_title(edited: Opened) -> None:
     giraffe = entity("Q15083", "Okapi", titles={"fr": "Okapi", "de": "Waldgiraffe"}, types=("animal",), symbol="O")
-    assert not edited.live.put(giraffe, vector(1), b"webp").created
-    assert edited.live.put(entity("new", "Lion statue"), vector(2), None).created
+    assert not edited.live.put(giraffe, vector(1), b"webp")
+    assert edited.live.put(entity("new", "Lion statue"), vector(2), None)
     view = edited.view
     assert view.entity_count == 13
     assert view.version == "+2"
@@ -125,7 +125,7 @@ def test_what_is_deleted_is_nowhere_and_the_number_asked_for_still_comes(edited:
         edited.live.delete(before[0])
     with pytest.raises(UnknownEntity):
         edited.live.delete("never there")
-    assert edited.live.put(entity(before[0]), vector(4), None).created
+    assert edited.live.put(entity(before[0]), vector(4), None)
 
 
 def test_a_view_stays_as_it_was(edited: Opened) -> None:
@@ -196,7 +196,7 @@ class Model:
         }
 
 
-def check_search(view: MergedView, model: Model, query_D: Vector, top_k: int, types: tuple[str, ...]) -> None:
+def check_search(view: OverlayView, model: Model, query_D: Vector, top_k: int, types: tuple[str, ...]) -> None:
     rows_BK, scores_BK = view.search(query_D[None], top_k, selection=view.select(types) if types else None)
     found = view.by_rows([int(row) for row in rows_BK[0] if row >= 0])
     scores = model.scores(query_D)
@@ -229,7 +229,7 @@ def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Pat
             embedding_D = vector(int(rng.integers(1000)))  # equal embeddings come up too
             kinds = tuple(rng.choice(["animal", "fruit", "flag"], int(rng.integers(3)), replace=False).tolist())
             new = entity(entity_id, f"Thing {rng.integers(9)} of n{number}", types=kinds)
-            assert process.live.put(new, embedding_D, None).created == model.put(new, embedding_D)
+            assert process.live.put(new, embedding_D, None) == model.put(new, embedding_D)
         elif kind == "delete":
             if model.delete(entity_id):
                 process.live.delete(entity_id)
@@ -310,7 +310,7 @@ def test_what_was_acknowledged_is_there_after_kill_9(small_bundle: Path, live_di
         for entity_id, title in titles.items():
             possible = {title, f"Version {last + 1}"} if entity_id == unheard else {title}
             assert after.view.get(entity_id).title in possible
-        assert int(after.view.version.removeprefix("+")) - after.live.from_generation >= last + 1
+        assert int(after.view.version.removeprefix("+")) - after.live.base_revision >= last + 1
         after.close()
         with sqlite3.connect(live_dir / LIVE_FILE) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
@@ -412,5 +412,5 @@ def test_a_writer_that_hangs_is_told_of_and_nothing_is_half_done(edited: Opened,
         edited.live.put(entity("a"), vector(5), None)
     hanging.execute("ROLLBACK")
     hanging.close()
-    assert edited.live.put(entity("a"), vector(5), None).created
+    assert edited.live.put(entity("a"), vector(5), None)
     assert edited.view.version == "+1"

@@ -169,8 +169,8 @@ class TestChanges:
         (new_D,) = vectors(1, seed=60)
         okapi = entity("Q15083", "Okapi", titles={"de": "Waldgiraffe"}, types=("animal", 'a"b'))
         before = other.delta
-        assert not one.put(okapi, 5 * new_D, b"webp").created
-        assert one.put(entity("new", "Żółw", types=("animal",)), -new_D, None).created
+        assert not one.put(okapi, 5 * new_D, b"webp")
+        assert one.put(entity("new", "Żółw", types=("animal",)), -new_D, None)
         assert other.refresh() is not before
         view = MilvusView(other)
         assert (view.version, view.entity_count) == ("+2", 13)
@@ -181,7 +181,7 @@ class TestChanges:
         assert found == replace(okapi, row=found.row, has_thumbnail=True) == view.get("Q15083")
         assert not view.get("new").has_thumbnail
         assert (view.thumbnail("Q15083"), view.thumbnail("new")) == (b"webp", None)
-        assert view.heard(found.row) == ()
+        assert view.attended_words(found.row) == ()
         assert [each.title for each in view.search_titles("waldgir")] == ["Okapi"]
         assert [each.title for each in view.search_titles("zołw")] == ["Żółw"]
         assert [each.title for each in view.search_titles("zolw")] == []  # ł is no accent
@@ -208,7 +208,7 @@ class TestChanges:
                 view.get(missing)
             with pytest.raises(UnknownEntity):
                 one.delete(missing)
-        assert one.put(entity(before[0]), query_D[0], None).created
+        assert one.put(entity(before[0]), query_D[0], None)
 
     def test_random_changes_of_two_hosts_are_those_of_a_dict(
         self, hosts: tuple[MilvusEntities, MilvusEntities], small_bundle: Path
@@ -223,7 +223,7 @@ class TestChanges:
             host, name = hosts[step % 2], str(rng.choice(names))
             if rng.random() < 0.5:
                 embedding_D = vectors(1, seed=100 + step)
-                assert host.put(entity(name), embedding_D[0], None).created == (name not in model)
+                assert host.put(entity(name), embedding_D[0], None) == (name not in model)
                 model[name] = embedding_D
             elif name in model:
                 host.delete(name)
@@ -242,7 +242,7 @@ class TestChanges:
     def test_a_record_that_is_too_large_is_told(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
         with pytest.raises(BadParameter, match="65535"):
             hosts[0].put(entity("long", text="x" * 70_000), vectors(1, seed=62)[0], None)
-        assert hosts[0].refresh().generation == 0
+        assert hosts[0].refresh().revision == 0
 
     def test_records_that_were_let_go_are_asked_for(
         self, hosts: tuple[MilvusEntities, MilvusEntities], monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,7 @@ from index.build import build_index
 from index.embeddings import EmbeddingShards, write_shard
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
-from index.selection import Selection
+from index.store import Selection
 
 DIM = 24
 
@@ -236,7 +236,7 @@ def test_shards_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(BundleAltered, match=r"00000\.npy has shape"):
         EmbeddingShards(tmp_path / "embeddings", DIM + 1)
     (tmp_path / "embeddings/00000.npy").write_bytes(b"x")
-    with pytest.raises(BundleAltered, match="is no array file"):
+    with pytest.raises(BundleAltered, match="is not a NumPy array"):
         EmbeddingShards(tmp_path / "embeddings", DIM)
 
 

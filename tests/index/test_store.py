@@ -91,15 +91,15 @@ def test_more_rows_than_one_statement_takes(tmp_path: Path) -> None:
 
 def test_what_was_asked_for_is_not_read_again(store: EntityStore, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [3, 0, 2]
-    assert store.kept(rows) is None
+    assert store.cached(rows) is None
     first = store.by_rows(rows)
     assert {found.row for found in first if found.has_thumbnail} == set(store.thumbnails(rows))
     monkeypatch.setattr(store, "_connection", lambda: pytest.fail("the file was asked"))
     assert store.by_rows(rows) == first
-    assert store.kept(rows[:2]) == first[:2]
+    assert store.cached(rows[:2]) == first[:2]
 
 
-@pytest.mark.parametrize(("bound", "value", "most"), [("_KEPT", 2, 2), ("_KEPT_TEXT", -1, 0)])
+@pytest.mark.parametrize(("bound", "value", "most"), [("_CACHED_ENTITIES", 2, 2), ("_CACHED_TEXT", -1, 0)])
 def test_no_more_is_kept_than_a_bound_and_no_long_text(
     store: EntityStore, monkeypatch: pytest.MonkeyPatch, bound: str, value: int, most: int
 ) -> None:
@@ -163,7 +163,7 @@ def test_title_search_takes_any_text(store: EntityStore, query: str) -> None:
 def test_words_of_very_many_titles_give_the_shortest_of_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"Painting {'of ' * (9 - row % 10)}{row}" for row in range(30)]
     write_store(tmp_path / "s", ((entity(row, title), None) for row, title in enumerate(names)))
-    monkeypatch.setattr("index.store._RANKED_AT_MOST", 20)
+    monkeypatch.setattr("index.store._MAX_RANKED", 20)
     with EntityStore(tmp_path / "s") as store:
         found = titles(store, "of painting", 5)
         assert len(found) == 5
@@ -217,10 +217,10 @@ def test_files_that_are_no_store(tmp_path: Path) -> None:
     with pytest.raises(BundleIncomplete, match=r"none\.sqlite is missing"):
         EntityStore(tmp_path / "none.sqlite")
     (tmp_path / "text.sqlite").write_text("no database, just text" * 100)
-    with pytest.raises(BundleAltered, match=r"text\.sqlite is no entity store"):
+    with pytest.raises(BundleAltered, match=r"text\.sqlite is not an entity store"):
         EntityStore(tmp_path / "text.sqlite")
     (tmp_path / "empty.sqlite").write_bytes(b"")
-    with pytest.raises(BundleAltered, match=r"empty\.sqlite is no entity store"):
+    with pytest.raises(BundleAltered, match=r"empty\.sqlite is not an entity store"):
         EntityStore(tmp_path / "empty.sqlite")
 
 

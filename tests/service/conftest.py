@@ -19,7 +19,7 @@ import redis
 import uvicorn
 
 from index.bundle import Bundle
-from index.release import local_bundle
+from index.transfer import local_bundle
 from service.app import create_app
 from service.recognizer import Recognizer
 from service.server import server_config

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from benchmarks.server import free_port, wait_until_ready
-from index.release import push
+from index.transfer import push
 from tests.conftest import write_small_bundle
 
 TIMEOUT_S = 120

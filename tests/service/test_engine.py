@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from core.errors import TooManyRequests, Unavailable
-from index.selection import Selection
+from index.store import Selection
 from service.engine import Engine
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure

@@ -12,7 +12,7 @@ from PIL import Image
 
 from imaging import Preprocessing, load_region
 from index.bundle import Bundle
-from index.merged import MergedView
+from index.overlay import OverlayView
 from index.store import EntityStore, write_store
 from service.engine import Found
 from service.explain import Evidence, explain, match_map
@@ -87,11 +87,11 @@ def test_words_are_told_where_the_text_is_kept(
     with bundle.store() as store:
         entities = store.by_rows(range(len(store)))
     text = "The giraffe, tall."
-    entities[0] = replace(entities[0], text=text, heard=((4, 11, 0.5), (13, 17, 0.25)))
+    entities[0] = replace(entities[0], text=text, attended_words=((4, 11, 0.5), (13, 17, 0.25)))
     entities[1] = replace(entities[1], text="Never heard.")
     write_store(tmp_path / "entities.sqlite", ((entity, None) for entity in entities))
     with EntityStore(tmp_path / "entities.sqlite") as store:
-        view = MergedView(bundle.index(), store)
+        view = OverlayView(bundle.index(), store)
         joiner = Joiner(view, None)
         rows, scores = view.search(bundle.embeddings().at(np.arange(1)), 12)
         found = Found(embedding_D=EMBEDDING_D, rows=rows[0], scores=scores[0])

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
+from index.autotune import K, Targets, candidates, choose, exact_positions, expected_ms, held_out_queries, lists
 from index.build import build_index
-from index.choose import Targets, candidates, choose, expected_ms, lists
 from index.embeddings import Embeddings, EmbeddingShards, write_shard
-from index.factory import centroids, exact_lists, factory_index, train
+from index.faiss_index import centroids, exact_lists, factory_index, train
 from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
 from index.search import EntityIndex
-from index.tune import K, exact_positions, held_out_queries
 
 DIM = 32
 COUNT = 3000

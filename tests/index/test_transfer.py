@@ -18,8 +18,7 @@ from core.errors import BundleAltered, BundleIncomplete, BundleMissing, Transfer
 from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
 from index.manifest import FileEntry
-from index.release import local_bundle, pull, push
-from index.remote import Remote
+from index.transfer import Remote, local_bundle, pull, push
 from tests.conftest import write_small_bundle
 
 TIMEOUT_S = 120
@@ -100,7 +99,7 @@ def flipped(data: bytes) -> bytes:
 
 @everywhere
 def test_what_is_pulled_is_what_was_pushed(small_bundle, place, tmp_path, monkeypatch):
-    monkeypatch.setattr("index.remote.CHUNK_BYTES", 10_000)  # several requests a file
+    monkeypatch.setattr("index.transfer.CHUNK_BYTES", 10_000)  # several requests a file
     sent = push(small_bundle, place, verify=True)
     assert (sent.files, sent.kept_files) == (files_of(small_bundle), 0)
     got = pull(place, tmp_path / "pulled")
@@ -116,8 +115,8 @@ def test_what_is_pulled_is_what_was_pushed(small_bundle, place, tmp_path, monkey
 KILLED = """
 import os, shutil, signal
 from pathlib import Path
-from index import release
-from index.remote import Remote
+from index import transfer
+from index.transfer import Remote
 
 begun = []
 put, chunks = Remote.put, Remote.chunks
@@ -156,7 +155,7 @@ def killed(call: str) -> None:
 
 @durably
 def test_a_push_that_was_killed_sends_only_what_is_missing(small_bundle, place, tmp_path):
-    killed(f"release.push(Path({str(small_bundle)!r}), {place!r})")
+    killed(f"transfer.push(Path({str(small_bundle)!r}), {place!r})")
     filesystem, root = other(place)
     assert not filesystem.exists(f"{root}/manifest.json")
     with pytest.raises(BundleIncomplete, match="push` again"):
@@ -171,7 +170,7 @@ def test_a_push_that_was_killed_sends_only_what_is_missing(small_bundle, place, 
 def test_a_pull_that_was_killed_fetches_only_what_is_missing(small_bundle, place, tmp_path):
     push(small_bundle, place)
     folder = tmp_path / "pulled"
-    killed(f"release.pull({place!r}, Path({str(folder)!r}))")
+    killed(f"transfer.pull({place!r}, Path({str(folder)!r}))")
     with pytest.raises(BundleIncomplete):
         Bundle.open(folder)
     got = pull(place, folder)
@@ -183,7 +182,7 @@ def test_a_pull_that_was_killed_fetches_only_what_is_missing(small_bundle, place
 def test_a_file_goes_on_where_it_was_cut_off(small_bundle, tmp_path, monkeypatch, damaged):
     store, folder = str(tmp_path / "store"), tmp_path / "pulled"
     push(small_bundle, store)
-    killed(f"release.pull({store!r}, Path({str(folder)!r}))")
+    killed(f"transfer.pull({store!r}, Path({str(folder)!r}))")
     name = "entities.sqlite"
     data = (small_bundle / name).read_bytes()
     (folder / name).unlink(missing_ok=True)
@@ -328,7 +327,7 @@ def test_services_that_share_a_cache_pull_one_after_the_other(small_bundle, tmp_
     store, cache = f"file://{tmp_path}/store", tmp_path / "cache"
     push(small_bundle, store)
     call = f"local_bundle({store!r}, Path({str(cache)!r}))"
-    script = f"from pathlib import Path; from index.release import local_bundle; {call}"
+    script = f"from pathlib import Path; from index.transfer import local_bundle; {call}"
     started = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(3)]
     assert [process.wait(TIMEOUT_S) for process in started] == [0] * 3
     (folder,) = (path for path in cache.iterdir() if path.is_dir())

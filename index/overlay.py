@@ -1,0 +1,221 @@
+"""What the service searches: a bundle's index and store with the live changes on top.
+
+`EntityView` and `LiveChanges` are what the service needs of a backend. `OverlayView` and `index.live` are the backend
+with faiss and SQLite, `index.milvus_view` is the one with Milvus.
+
+Shapes: B queries, K entities asked for, I images of an entity, F candidates fetched from the base, M entities put,
+H hidden rows of the base, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from typing import Protocol
+
+import numpy as np
+
+from core.errors import UnknownEntity
+from index.delta import Delta
+from index.embeddings import BoolArray, Float32Array, Int64Array, normalised
+from index.live import LiveSegment
+from index.search import EntityIndex
+from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct
+
+_SPARE = 32  # hidden entities that the first search of the base allows for
+
+
+class LiveState(Protocol):
+    """One immutable state of the live changes."""
+
+    @property
+    def revision(self) -> int: ...
+
+
+class EntityView(Protocol):
+    """One state of the entities. Only the engine's thread calls `search`; any thread may call the rest.
+
+    `delta` is None if nothing can change. `version` is appended to the bundle's label.
+    """
+
+    @property
+    def delta(self) -> LiveState | None: ...
+    @property
+    def entity_count(self) -> int: ...
+    @property
+    def version(self) -> str: ...
+
+    def select(self, types: tuple[str, ...]) -> Selection: ...
+
+    def search(
+        self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None = None
+    ) -> tuple[Int64Array, Float32Array]: ...
+
+    def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]: ...
+    def cached(self, rows: Sequence[int]) -> list[StoredEntity] | None: ...
+    def images_of(self, row: int) -> Float32Array: ...
+    def attended_words(self, row: int) -> AttendedWords: ...
+    def get(self, entity_id: str) -> StoredEntity: ...
+    def thumbnail(self, entity_id: str) -> bytes | None: ...
+    def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]: ...
+
+
+class LiveChanges(Protocol):
+    """Puts and deletes entities while serving.
+
+    `delta` is the state at the last `refresh`, which is due every `poll_interval_s` for changes of other processes.
+    `put` returns whether the entity is new. Both changes are in `delta` when they return.
+    """
+
+    @property
+    def poll_interval_s(self) -> float: ...
+    @property
+    def delta(self) -> LiveState: ...
+
+    def refresh(self) -> LiveState: ...
+    def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool: ...
+    def delete(self, entity_id: str) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class _OverlaySelection(Selection):
+    """`base` is shared by all states of a bundle. `allowed_M` bool [M] selects entities of the delta."""
+
+    base: Selection
+    allowed_M: BoolArray
+
+
+class OverlayView:
+    """One state of a bundle and its live changes: rows that `search` returns are valid in the same view.
+
+    Without `live` it is the bundle alone. `get`, `thumbnail` and `search_titles` see the latest state.
+    """
+
+    def __init__(
+        self,
+        index: EntityIndex,
+        store: EntityStore,
+        live: LiveSegment | None = None,
+        *,
+        select: Callable[[tuple[str, ...]], Selection] | None = None,
+    ) -> None:
+        """`select` may cache what `store.select` returns, for all states of the bundle."""
+        self._index = index
+        self._store = store
+        self._live = live
+        self._select = select or store.select
+        self._base_count = len(store)
+        self.delta: Delta | None = None if live is None else live.delta
+        self.entity_count = index.entity_count
+        self.version = ""
+        if live is not None and self.delta is not None:
+            self.entity_count += self.delta.alive_count - len(self.delta.hidden_H)
+            if self.delta.revision > live.base_revision:
+                self.version = f"+{self.delta.revision}"
+
+    def select(self, types: tuple[str, ...]) -> Selection:
+        """Select the entities with any of `types`, for searches of this view."""
+        base = self._select(types)
+        if self.delta is None:
+            return base
+        return _OverlaySelection(types, base.allowed_E, base, self.delta.with_types(types))
+
+    def search(
+        self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None = None
+    ) -> tuple[Int64Array, Float32Array]:
+        """Search as `EntityIndex.search` does. `selection` comes from this view's `select`."""
+        base = selection.base if isinstance(selection, _OverlaySelection) else selection
+        if self.delta is None or not (len(self.delta.rows_M) or len(self.delta.hidden_H)):
+            return self._index.search(query_embeddings_BD, top_k, selection=base)
+        allowed_M = selection.allowed_M if isinstance(selection, _OverlaySelection) else self.delta.alive_M
+        base_rows_BF, base_scores_BF = self._search_base(query_embeddings_BD, top_k, self.delta.hidden_H, base)
+        rows_BM, scores_BM = self.delta.search(normalised(query_embeddings_BD), top_k, allowed_M)
+        rows_BF = np.concatenate([base_rows_BF, rows_BM], axis=1)
+        scores_BF = np.concatenate([base_scores_BF, np.minimum(scores_BM, np.float32(1.0))], axis=1)
+        order_BK = np.lexsort((rows_BF, np.where(rows_BF < 0, np.inf, -scores_BF)))[:, :top_k]
+        return np.take_along_axis(rows_BF, order_BK, axis=1), np.take_along_axis(scores_BF, order_BK, axis=1)
+
+    def _search_base(
+        self, queries_BD: Float32Array, top_k: int, hidden_H: Int64Array, selection: Selection | None
+    ) -> tuple[Int64Array, Float32Array]:
+        """Return at least the best `top_k` of the base. Hidden ones are replaced by row -1 with score 0."""
+        fetch = top_k + min(len(hidden_H), _SPARE)
+        while True:
+            rows_BF, scores_BF = self._index.search(queries_BD, fetch, selection=selection)
+            visible_BF = (rows_BF >= 0) & ~np.isin(rows_BF, hidden_H)
+            exhausted_B = (rows_BF[:, -1] < 0) | (fetch >= top_k + len(hidden_H))
+            if np.all(exhausted_B | (visible_BF.sum(axis=1) >= top_k)):
+                return np.where(visible_BF, rows_BF, -1), np.where(visible_BF, scores_BF, np.float32(0))
+            fetch = min(2 * fetch, top_k + len(hidden_H))
+
+    def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
+        """Return the entities at rows that `search` of this view returned, in the same order."""
+        if self.delta is None:
+            return self._store.by_rows(rows)
+        base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < self._base_count])}
+        put = self.delta.entities
+        return [base[row] if row < self._base_count else put[row] for row in rows]
+
+    def cached(self, rows: Sequence[int]) -> list[StoredEntity] | None:
+        """Return what `by_rows` does if that reads no file, otherwise None."""
+        return self._store.cached(rows) if self.delta is None else None
+
+    def images_of(self, row: int) -> Float32Array:
+        """Return the embeddings [I, D] of an entity's images."""
+        if row < self._base_count or self.delta is None:
+            return self._index.images_of(row)
+        put_ID: Float32Array = self.delta.embeddings_MD[self.delta.rows_M == row]
+        return put_ID
+
+    def attended_words(self, row: int) -> AttendedWords:
+        """Return what `EntityStore.attended_words` does. Entities that were put have none."""
+        return self._store.attended_words(row) if row < self._base_count else ()
+
+    def get(self, entity_id: str) -> StoredEntity:
+        """Return the entity with that id. Raise `UnknownEntity`."""
+        delta = self.delta
+        if delta is None or entity_id not in delta.latest:
+            return self._store.get(entity_id)
+        row = delta.latest[entity_id]
+        if row is None:
+            raise UnknownEntity(f"entity {entity_id!r} was deleted; search by title for another")
+        return delta.entities[row]
+
+    def thumbnail(self, entity_id: str) -> bytes | None:
+        """Return the entity's WebP thumbnail, if it has one. Raise `UnknownEntity`."""
+        row = self.get(entity_id).row
+        if row < self._base_count or self._live is None:
+            return self._store.thumbnail(entity_id)
+        return self._live.thumbnail(row)
+
+    def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
+        """Search as `EntityStore.search_titles` does. Equally good matches alternate between base and delta."""
+        delta, live = self.delta, self._live
+        if delta is None or live is None:
+            return self._store.search_titles(query, limit)
+        hidden = set(delta.hidden_H.tolist())
+        base = _matches(self._store, query, limit, len(hidden), lambda entity: None if entity.row in hidden else entity)
+        put = _matches(
+            live.store,
+            query,
+            limit,
+            live.compacted_count,
+            lambda entity: delta.entities.get(self._base_count + entity.row),
+        )
+        kinds = (_alternate(*kind) for kind in zip_longest(base, put, fillvalue=()))
+        return distinct(chain.from_iterable(kinds), limit)
+
+
+def _matches(
+    store: EntityStore, query: str, limit: int, hidden: int, visible: Callable[[StoredEntity], StoredEntity | None]
+) -> Iterator[list[StoredEntity]]:
+    """Yield a store's kinds of title match, up to `limit` visible ones each."""
+    for matches in store.title_matches(query, limit + hidden):
+        yield [entity for found in matches if (entity := visible(found)) is not None][:limit]
+
+
+def _alternate(base: Sequence[StoredEntity], put: Sequence[StoredEntity]) -> Iterator[StoredEntity]:
+    for pair in zip_longest(base, put):
+        yield from (entity for entity in pair if entity is not None)
