@@ -10,7 +10,6 @@ import asyncio
 import re
 import ssl
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import SplitResult, urljoin, urlsplit
 
@@ -23,6 +22,11 @@ MAX_REDIRECTS = 3
 _PORTS = {"http": 80, "https": 443}
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _MAX_URL_CHARACTERS = 4096
+_REQUEST_HEADERS: dict[bytes | str, bytes | str] = {
+    "User-Agent": "wikiclip-serve",
+    "Accept": "image/*",
+    "Accept-Encoding": "identity",  # a small compressed body could grow past max_bytes
+}
 _HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 
 
@@ -40,22 +44,6 @@ def host_allowed(host: str, patterns: Sequence[str]) -> bool:
         host.endswith(pattern[1:]) and host != pattern[1:] if pattern.startswith("*.") else host == pattern
         for pattern in patterns
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Target:
-    """A URL that passed the checks that need no network."""
-
-    url: str
-    scheme: str
-    host: str
-    port: int
-    path_and_query: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Redirect:
-    location: str
 
 
 class ImageFetcher:
@@ -97,18 +85,20 @@ class ImageFetcher:
             ) from None
 
     async def _follow(self, url: str) -> bytes:
-        target = self._target(url)
+        checked = self._check(url)
         for _ in range(MAX_REDIRECTS + 1):
-            response = await self._get(target)
-            if isinstance(response, bytes):
-                return response
+            result = await self._get(checked)
+            if isinstance(result, bytes):
+                return result
             try:
-                target = self._target(urljoin(target.url, response.location))
+                url = urljoin(url, result)
+                checked = self._check(url)
             except (ValueError, BadRequest):
                 raise FetchFailed("the URL redirects to a malformed URL; check it") from None
         raise FetchFailed(f"the URL redirects more than {MAX_REDIRECTS} times; send the final URL of the image")
 
-    def _target(self, url: str) -> _Target:
+    def _check(self, url: str) -> httpcore.URL:
+        """Parse a URL and apply the checks that need no network."""
         if not self._allowlist:
             raise Forbidden("URL input is disabled; send the image itself")
         parts, port = _split(url)
@@ -123,29 +113,20 @@ class ImageFetcher:
         if not host_allowed(host, self._allowlist):
             raise Forbidden("the URL's host is not on this service's allow-list; send the image itself")
         path_and_query = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        return _Target(url=url, scheme=parts.scheme, host=host, port=port, path_and_query=path_and_query)
+        return httpcore.URL(scheme=parts.scheme, host=host, port=port, target=path_and_query.encode("ascii"))
 
-    async def _get(self, target: _Target) -> bytes | _Redirect:
-        default_port = target.port == _PORTS[target.scheme]
-        request_headers: dict[bytes | str, bytes | str] = {
-            "Host": target.host if default_port else f"{target.host}:{target.port}",
-            "User-Agent": "wikiclip-serve",
-            "Accept": "image/*",
-            "Accept-Encoding": "identity",  # a small compressed body could grow past max_bytes
-        }
+    async def _get(self, url: httpcore.URL) -> bytes | str:
+        """Return the image as bytes, or the location of a redirect as str."""
         pool = httpcore.AsyncConnectionPool(
-            ssl_context=self._ssl_context if target.scheme == "https" else None,
+            ssl_context=self._ssl_context if url.scheme == b"https" else None,
             network_backend=self._network,
             max_connections=1,
         )
-        url = httpcore.URL(
-            scheme=target.scheme, host=target.host, port=target.port, target=target.path_and_query.encode("ascii")
-        )
         try:
-            async with pool, pool.stream("GET", url, headers=request_headers) as response:
+            async with pool, pool.stream("GET", url, headers=_REQUEST_HEADERS) as response:
                 headers = {name.lower(): value for name, value in response.headers}
                 if response.status in _REDIRECTS and b"location" in headers:
-                    return _Redirect(location=headers[b"location"].decode("latin-1"))
+                    return headers[b"location"].decode("latin-1")
                 if response.status != 200:
                     raise FetchFailed(f"the URL's server answered {response.status}; check the URL")
                 if headers.get(b"content-encoding", b"identity").lower() != b"identity":

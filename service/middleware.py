@@ -60,10 +60,9 @@ class RequestContext:
         if self._tracing is None:
             await self._respond(scope, receive, send, request_id)
             return
-        with self._tracing.request(scope, request_id) as trace:
+        with self._tracing.request(scope, request_id) as set_response:
             status = await self._respond(scope, receive, send, request_id)
-            if trace is not None:
-                trace.set_response(_route(scope), status)
+            set_response(_route(scope), status)
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
         """Run the app and return the response's status, 0 if there was no response."""
@@ -136,23 +135,11 @@ def with_common_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str)
 
 
 def _log_access(scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
-    if not access_log.isEnabledFor(logging.INFO):
-        return
-    client = scope.get("client")
-    access_log.info(
-        "%s %s %d",
-        scope["method"],
-        scope["path"],
-        status,
-        extra={
-            "request_id": request_id,
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status,
-            "elapsed_ms": round(1000 * elapsed_s, 2),
-            "client": client[0] if client else None,
-        },
-    )
+    if access_log.isEnabledFor(logging.INFO):
+        method, path, client = scope["method"], scope["path"], scope.get("client")
+        fields = {"request_id": request_id, "method": method, "path": path, "status": status}
+        fields |= {"elapsed_ms": round(1000 * elapsed_s, 2), "client": client[0] if client else None}
+        access_log.info("%s %s %d", method, path, status, extra=fields)
 
 
 def _route(scope: Scope) -> str:

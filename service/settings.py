@@ -6,7 +6,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import UserError
@@ -31,6 +39,18 @@ _URL_PREFIXES = {
 Device = Literal["auto", "cpu", "cuda"]
 
 
+def _split_commas(value: Any) -> Any:
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+_SPLIT_COMMAS = BeforeValidator(_split_commas)
+_Key = Annotated[str, AfterValidator(digest_of)]
+_Host = Annotated[str, AfterValidator(host_pattern)]
+_Bundle = Annotated[Path | str, AfterValidator(lambda value: value if is_uri(value) else Path(value))]
+
+
 class Settings(BaseSettings):
     """All settings. Precedence: argument (from a flag), then environment, then default."""
 
@@ -38,7 +58,7 @@ class Settings(BaseSettings):
         env_prefix=ENV_PREFIX, frozen=True, extra="forbid", env_ignore_empty=True, hide_input_in_errors=True
     )
 
-    bundle: Path | str | None = Field(
+    bundle: _Bundle | None = Field(
         default=None,
         description="Bundle to serve: a folder, or a URI such as s3://bucket/prefix, which is downloaded first.",
     )
@@ -97,12 +117,12 @@ class Settings(BaseSettings):
     )
     max_body_bytes: int = Field(default=20 * 1024**2, ge=1, description="Maximum bytes of a request body.")
     max_pixels: int = Field(default=64_000_000, ge=1, description="Maximum pixels of an image, width times height.")
-    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+    api_keys: Annotated[tuple[_Key, ...], NoDecode, _SPLIT_COMMAS] = Field(
         default=(),
         repr=False,
         description="API keys, comma-separated, plain or as sha256:HEX; requests then need one of them.",
     )
-    admin_token: str | None = Field(
+    admin_token: _Key | None = Field(
         default=None,
         repr=False,
         description="Token that permits changes to what is served, plain or as sha256:HEX.",
@@ -111,13 +131,13 @@ class Settings(BaseSettings):
         default=None,
         description="Maximum images per API key, or per address without keys: N/second, N/minute or N/hour.",
     )
-    url_allowlist: Annotated[tuple[str, ...], NoDecode] = Field(
+    url_allowlist: Annotated[tuple[_Host, ...], NoDecode, _SPLIT_COMMAS] = Field(
         default=(), description="Hosts that images may be fetched from, comma-separated, such as a.org or *.a.org."
     )
     url_timeout_ms: int = Field(
         default=5000, ge=1, description="Milliseconds to fetch an image by URL, redirects included."
     )
-    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+    cors_origins: Annotated[tuple[str, ...], NoDecode, _SPLIT_COMMAS] = Field(
         default=(), description="Origins whose pages may call the service, comma-separated; * is any."
     )
     otlp_endpoint: str | None = Field(
@@ -127,47 +147,25 @@ class Settings(BaseSettings):
         default="info", description="Lowest level that is logged to stderr."
     )
 
-    @field_validator("bundle")
+    @field_validator("admin_token", "rate_limit", *_URL_PREFIXES, mode="before")
     @classmethod
-    def _parse_bundle(cls, value: Path | str | None) -> Path | str | None:
-        return value if value is None or is_uri(value) else Path(value)
-
-    @field_validator("api_keys", "url_allowlist", "cors_origins", mode="before")
-    @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
-
-    @field_validator("api_keys")
-    @classmethod
-    def _hash_keys(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(digest_of(key) for key in value)
-
-    @field_validator("admin_token")
-    @classmethod
-    def _hash_token(cls, value: str | None) -> str | None:
-        return digest_of(value) if value else None
-
-    @field_validator("url_allowlist")
-    @classmethod
-    def _check_hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(host_pattern(host) for host in value)
+    def _empty_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
 
     @field_validator("rate_limit")
     @classmethod
     def _check_rate(cls, value: str | None) -> str | None:
-        if value:
+        if value is not None:
             Rate.parse(value)
-        return value or None
+        return value
 
     @field_validator(*_URL_PREFIXES)
     @classmethod
     def _check_prefix(cls, value: str | None, info: ValidationInfo) -> str | None:
         prefixes = _URL_PREFIXES[info.field_name or ""]
-        if value and not value.startswith(prefixes):
+        if value is not None and not value.startswith(prefixes):
             raise ValueError(f"must begin with {' or '.join(prefixes)}")
-        return value or None
+        return value
 
     @model_validator(mode="after")
     def _check_live_dir(self) -> Self:

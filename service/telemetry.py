@@ -6,7 +6,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -25,8 +25,8 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
 
-_SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
-_IMAGES_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 _UNTRACED_PATHS = frozenset(("/livez", "/readyz", "/metrics"))  # polled every few seconds
 _EXPORT_TIMEOUT_S = 5.0  # also the longest that an unreachable collector delays shutdown
@@ -40,52 +40,45 @@ class Metrics:
     content_type = CONTENT_TYPE_LATEST
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
-        self.requests = Counter("wikiclip_requests", "Requests answered.", ["route", "status"], registry=self.registry)
+        registry = self.registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        self.requests = Counter("wikiclip_requests", "Requests answered.", ["route", "status"], registry=registry)
         self.request_seconds = Histogram(
-            "wikiclip_request_seconds",
-            "Time to answer a request.",
-            ["route"],
-            buckets=_SECONDS_BUCKETS,
-            registry=self.registry,
+            "wikiclip_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS, registry=registry
         )
         self.stage_seconds = Histogram(
             "wikiclip_stage_seconds",
             "Time an image spent in a stage: decode, queue, encode (its whole batch), search.",
             ["stage"],
-            buckets=_SECONDS_BUCKETS,
-            registry=self.registry,
+            buckets=_SECONDS,
+            registry=registry,
         )
         self.images = Counter(
             "wikiclip_images",
             "Images by outcome: answered, full (queue limit), rate (rate limit), deadline, abandoned (client "
             "disconnected), undecodable, too_large, refused (other client errors), failed (internal errors).",
             ["outcome"],
-            registry=self.registry,
+            registry=registry,
         )
         self.batch_images = Histogram(
-            "wikiclip_batch_images", "Images encoded together.", buckets=_IMAGES_BUCKETS, registry=self.registry
+            "wikiclip_batch_images", "Images encoded together.", buckets=_IMAGES, registry=registry
         )
         self.cache_lookups = Counter(
-            "wikiclip_cache_lookups",
-            "Cache lookups by what was found: answer, embedding, or miss.",
-            ["found"],
-            registry=self.registry,
+            "wikiclip_cache_lookups", "Lookups by result: answer, embedding or miss.", ["found"], registry=registry
         )
         self.engine_deaths = Counter(
-            "wikiclip_engine_deaths", "Times that the engine thread died and was replaced.", registry=self.registry
+            "wikiclip_engine_deaths", "Times that the engine thread died and was replaced.", registry=registry
         )
         self.bundle_swaps = Counter(
-            "wikiclip_bundle_swaps", "Bundle swaps by outcome: loaded or refused.", ["outcome"], registry=self.registry
+            "wikiclip_bundle_swaps", "Bundle swaps by outcome: loaded or refused.", ["outcome"], registry=registry
         )
-        self.bundle = Gauge("wikiclip_bundle", "1 for the current bundle.", ["model", "bundle"], registry=self.registry)
-        self.redis_errors = Counter("wikiclip_redis_errors", "Failed Redis calls.", registry=self.registry)
+        self.bundle = Gauge("wikiclip_bundle", "1 for the current bundle.", ["model", "bundle"], registry=registry)
+        self.redis_errors = Counter("wikiclip_redis_errors", "Failed Redis calls.", registry=registry)
         self.in_flight_images = Gauge(
-            "wikiclip_in_flight_images", "Images accepted and not yet answered.", registry=self.registry
+            "wikiclip_in_flight_images", "Images accepted and not yet answered.", registry=registry
         )
-        self.queue_images = Gauge("wikiclip_queue_images", "Images waiting for the engine.", registry=self.registry)
-        self.ready = Gauge("wikiclip_ready", "1 while the service can answer requests.", registry=self.registry)
+        self.queue_images = Gauge("wikiclip_queue_images", "Images waiting for the engine.", registry=registry)
+        self.ready = Gauge("wikiclip_ready", "1 while the service can answer requests.", registry=registry)
 
     def count_images(self, outcome: str, images: int = 1) -> None:
         self.images.labels(outcome).inc(images)
@@ -106,40 +99,20 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-class RequestTrace:
-    """The span of one request and the spans of its stages."""
-
-    def __init__(self, tracer: Any, span: Any, method: str) -> None:
-        from opentelemetry.trace import set_span_in_context
-
-        self._tracer, self._span, self._method = tracer, span, method
-        self._context = set_span_in_context(span)
-        self._epoch_ns = time.time_ns() - int(1e9 * time.monotonic())
-
-    def add_stage(self, name: str, started_at: float, ended_at: float) -> None:
-        """Add the span of a stage. Times are `time.monotonic`."""
-        started_ns, ended_ns = (self._epoch_ns + int(1e9 * at) for at in (started_at, ended_at))
-        self._tracer.start_span(name, self._context, start_time=started_ns).end(ended_ns)
-
-    def set_response(self, route: str, status: int) -> None:
-        """Name the span by route and record the status."""
-        from opentelemetry.trace import StatusCode
-
-        self._span.update_name(f"{self._method} {route}")
-        self._span.set_attributes({"http.route": route, "http.response.status_code": status})
-        if status >= 500:
-            self._span.set_status(StatusCode.ERROR)
-
-
-_current_trace: ContextVar[RequestTrace | None] = ContextVar("trace", default=None)
+# The OpenTelemetry tracer and context of the request that this task answers.
+_current_request: ContextVar[tuple[Any, Any] | None] = ContextVar("current_request", default=None)
 
 
 def record_stages(times: Mapping[str, tuple[float, float]]) -> None:
     """Add stages (name -> start and end by `time.monotonic`) to the current request's trace, if there is one."""
-    trace = _current_trace.get()
-    if trace is not None:
-        for name, (started_at, ended_at) in times.items():
-            trace.add_stage(name, started_at, ended_at)
+    current = _current_request.get()
+    if current is None:
+        return
+    tracer, context = current
+    epoch_ns = time.time_ns() - int(1e9 * time.monotonic())
+    for name, at in times.items():
+        started_ns, ended_ns = (epoch_ns + int(1e9 * each) for each in at)
+        tracer.start_span(name, context, start_time=started_ns).end(ended_ns)
 
 
 @contextmanager
@@ -156,10 +129,10 @@ class Tracing:
     """Creates a span for each request and exports spans from a background thread. `close` sends the remaining ones.
 
     The OpenTelemetry SDK reads its own variables, such as OTEL_TRACES_SAMPLER and OTEL_RESOURCE_ATTRIBUTES.
+    Its imports are local because the extra `otel` is optional.
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
-        # Imported here because the extra `otel` is optional.
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -172,23 +145,33 @@ class Tracing:
         self._tracer = self._provider.get_tracer("wikiclip.service", release)
 
     @contextmanager
-    def request(self, scope: Scope, request_id: str) -> Iterator[RequestTrace | None]:
-        """Open a span for the block. A `traceparent` header makes it part of the caller's trace."""
-        if scope["path"] in _UNTRACED_PATHS:
-            yield None
-            return
-        from opentelemetry.trace import SpanKind
+    def request(self, scope: Scope, request_id: str) -> Iterator[Callable[[str, int], None]]:
+        """Open a span for the block and yield a function that takes the route and the status of the response.
+
+        A `traceparent` header makes the span part of the caller's trace.
+        """
+        from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+        if scope["path"] in _UNTRACED_PATHS:
+            yield lambda route, status: None
+            return
+        method = scope["method"]
         parent = TraceContextTextMapPropagator().extract(dict(Headers(scope=scope)))
-        attributes = {"http.request.method": scope["method"], "request_id": request_id}
-        span = self._tracer.start_span(scope["method"], parent, SpanKind.SERVER, attributes)
-        trace = RequestTrace(self._tracer, span, scope["method"])
-        token = _current_trace.set(trace)
+        attributes = {"http.request.method": method, "request_id": request_id}
+        span = self._tracer.start_span(method, parent, SpanKind.SERVER, attributes)
+
+        def set_response(route: str, status: int) -> None:
+            span.update_name(f"{method} {route}")
+            span.set_attributes({"http.route": route, "http.response.status_code": status})
+            if status >= 500:
+                span.set_status(StatusCode.ERROR)
+
+        token = _current_request.set((self._tracer, set_span_in_context(span)))
         try:
-            yield trace
+            yield set_response
         finally:
-            _current_trace.reset(token)
+            _current_request.reset(token)
             span.end()
 
     def close(self) -> None:
