@@ -1,4 +1,4 @@
-"""Rate limits: token buckets for each client, in the process or shared through Redis."""
+"""Admission, which bounds the images in flight, and rate limits, which bound the images of each client."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import ipaddress
 import math
 import re
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
 from core.errors import TooManyRequests
 from service.redis_link import RedisLink
+
+_THROUGHPUT_WINDOW_S = 10.0
+_MIN_BUSY_S = 0.5  # a throughput measured over less time means nothing
+_DEADLINE_SHARE = 0.7  # leaves a margin for a throughput that varies
+_MAX_RETRY_AFTER_S = 60
 
 _PERIODS_S = {"second": 1.0, "minute": 60.0, "hour": 3600.0}
 _RATE = re.compile(r"([1-9][0-9]{0,8})/(second|minute|hour)")
@@ -39,6 +45,85 @@ redis.call('HSET', KEYS[1], 'tokens', string.format('%.9f', tokens), 'at', strin
 redis.call('PEXPIRE', KEYS[1], math.ceil(1000 * (capacity - tokens) / per_s) + 1000)
 return 0
 """
+
+
+class Admission:
+    """Counts images from acceptance to answer, for single and batch requests alike. For one event loop.
+
+    At most `limit` images are in flight. Fewer, if at the recent throughput more would not be answered within most of
+    `deadline_s`, but always `minimum`. `on_refusal` is called with the number of images of each refused request.
+    """
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        minimum: int = 1,
+        deadline_s: float = math.inf,
+        on_refusal: Callable[[int], None] = lambda images: None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.in_flight = 0
+        self._limit = limit
+        self._minimum = min(minimum, limit)
+        self._deadline_s = deadline_s
+        self._on_refusal = on_refusal
+        self._now = now
+        self._done: deque[tuple[float, int, float]] = deque()  # time, images, busy seconds since the previous entry
+        self._done_images, self._done_busy_s = 0, 0.0  # the sums over _done
+        self._busy_since = 0.0
+
+    def refuse_if_full(self, images: int) -> None:
+        """Raise `TooManyRequests` if there is no room for `images`."""
+        throughput = self._throughput()
+        room = self._room(throughput)
+        if self.in_flight + images > room:
+            self._on_refusal(images)
+            excess = self.in_flight + images - room
+            wait_s = 1 if throughput is None else min(max(math.ceil(excess / throughput), 1), _MAX_RETRY_AFTER_S)
+            raise TooManyRequests(
+                f"{self.in_flight} images are in flight and the current limit is {room}; retry in {wait_s} s",
+                retry_after_s=wait_s,
+            )
+
+    @property
+    def room(self) -> int:
+        """The number of images that may be in flight now."""
+        return self._room(self._throughput())
+
+    @contextmanager
+    def admit(self, images: int) -> Iterator[None]:
+        """Count `images` as in flight during the block. Raises `TooManyRequests` if there is no room."""
+        self.refuse_if_full(images)
+        if self.in_flight == 0:
+            self._busy_since = self._now()
+        self.in_flight += images
+        try:
+            yield
+        finally:
+            now = self._now()
+            self.in_flight -= images
+            busy_s = now - self._busy_since
+            self._done.append((now, images, busy_s))
+            self._done_images += images
+            self._done_busy_s += busy_s
+            self._busy_since = now
+
+    def _room(self, throughput: float | None) -> int:
+        if throughput is None or not math.isfinite(self._deadline_s):
+            return self._limit
+        return min(self._limit, max(self._minimum, int(throughput * self._deadline_s * _DEADLINE_SHARE)))
+
+    def _throughput(self) -> float | None:
+        """Return the recent images per busy second, None if there were too few. Idle time does not count."""
+        horizon = self._now() - _THROUGHPUT_WINDOW_S
+        while self._done and self._done[0][0] < horizon:
+            _, images, busy_s = self._done.popleft()
+            self._done_images -= images
+            self._done_busy_s -= busy_s
+        if self._done_busy_s < _MIN_BUSY_S:
+            return None
+        return self._done_images / self._done_busy_s
 
 
 @dataclass(frozen=True, kw_only=True)

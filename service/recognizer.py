@@ -34,9 +34,9 @@ from core.errors import (
 )
 from index.bundle import Bundle
 from index.transfer import local_bundle
-from service.admission import Admission
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
+from service.limits import Admission
 from service.loaded_bundle import LoadedBundle, Snapshot
 from service.passage import Passage, Passed
 from service.settings import Settings
@@ -72,7 +72,7 @@ class Recognizer:
         self.metrics = Metrics()
         self.admission = Admission(
             settings.queue_limit,
-            always=max(settings.batch_limit("cuda"), settings.max_batch_images),
+            minimum=max(settings.batch_limit("cuda"), settings.max_batch_images),
             deadline_s=settings.deadline_ms / 1000,
             on_refusal=partial(self.metrics.count_images, "full"),
         )

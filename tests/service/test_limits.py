@@ -1,4 +1,4 @@
-"""Rate limits: token buckets on a fake clock, and over HTTP with and without Redis."""
+"""Admission and rate limits, on a fake clock and over HTTP, with and without Redis."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 import pytest
 
 from core.errors import TooManyRequests
-from service.limits import Buckets, Rate, RateLimiter, client_name
+from service.limits import Admission, Buckets, Rate, RateLimiter, client_name
 from service.redis_link import RedisLink
 
 
@@ -20,8 +20,83 @@ class Clock:
         return self.now_s
 
 
-def test_a_bucket_refills_evenly():
-    clock = Clock()
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def work(admission, clock, *, images: int, each_s: float) -> None:
+    """Admit one image after the other."""
+    for _ in range(images):
+        with admission.admit(1):
+            clock.now_s += each_s
+
+
+def test_admission_is_limited(clock):
+    refused = []
+    admission = Admission(3, on_refusal=refused.append, now=clock)
+    with admission.admit(1):
+        with pytest.raises(TooManyRequests), admission.admit(3):
+            pass
+        with admission.admit(2):
+            assert admission.in_flight == 3
+        assert admission.in_flight == 1
+    assert admission.in_flight == 0
+    assert refused == [3]
+
+
+def test_a_failed_request_frees_its_place(clock):
+    admission = Admission(1, now=clock)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), admission.admit(1):
+            raise ZeroDivisionError
+    assert admission.in_flight == 0
+
+
+def test_the_limit_falls_with_the_throughput(clock):
+    admission = Admission(256, minimum=4, deadline_s=10.0, now=clock)
+    assert admission.room == 256  # no throughput known yet
+    work(admission, clock, images=30, each_s=0.1)
+    assert admission.room == 70  # 0.7 of the images of 10 s
+    work(admission, clock, images=200, each_s=0.01)
+    assert admission.room == 256
+    work(admission, clock, images=12, each_s=1.0)
+    assert admission.room == 7
+    work(admission, clock, images=3, each_s=5.0)
+    assert admission.room == 4  # the minimum
+
+
+def test_idle_time_does_not_lower_the_throughput(clock):
+    admission = Admission(256, minimum=4, deadline_s=10.0, now=clock)
+    for _ in range(60):
+        work(admission, clock, images=1, each_s=0.01)
+        clock.now_s += 0.1
+    assert admission.room == 256
+
+
+def test_old_throughput_is_forgotten(clock):
+    admission = Admission(256, minimum=4, deadline_s=10.0, now=clock)
+    work(admission, clock, images=5, each_s=2.0)
+    assert admission.room == 4
+    clock.now_s += 11
+    assert admission.room == 256
+
+
+def test_retry_after_follows_the_throughput(clock):
+    admission = Admission(10, now=clock)
+
+    def retry_after_s(images: int) -> float:
+        with pytest.raises(TooManyRequests) as refused:
+            admission.refuse_if_full(images)
+        return refused.value.retry_after_s
+
+    assert retry_after_s(11) == 1
+    work(admission, clock, images=20, each_s=0.5)  # two per second
+    with admission.admit(10):
+        assert [retry_after_s(images) for images in (1, 8, 1000)] == [1, 4, 60]
+
+
+def test_a_bucket_refills_evenly(clock):
     buckets = Buckets(Rate.parse("4/second"), now=clock)
     assert [buckets.take("a", 1) for _ in range(5)] == [0, 0, 0, 0, 0.25]
     assert buckets.take("b", 4) == 0  # each client has its own
@@ -31,8 +106,7 @@ def test_a_bucket_refills_evenly():
     assert [buckets.take("a", 4), buckets.take("a", 1)] == [0, 0.25]  # never more than full
 
 
-def test_a_request_above_the_capacity_leaves_a_debt():
-    clock = Clock()
+def test_a_request_above_the_capacity_leaves_a_debt(clock):
     buckets = Buckets(Rate.parse("4/second"), now=clock)
     assert buckets.take("a", 12) == 0
     assert buckets.take("a", 1) == pytest.approx(2.25)
