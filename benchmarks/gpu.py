@@ -42,8 +42,7 @@ from index.embeddings import Embeddings
 from index.gpu import placement
 from index.manifest import MANIFEST_FILE
 from index.search import DEFAULT_K_FACTOR
-from service.encoder import open_session
-from service.loaded_bundle import open_encoder
+from service.encoder import open_encoder, open_session
 from service.settings import Settings
 
 IMAGE_SIZES = ((640, 480), (1280, 960))

@@ -26,7 +26,7 @@ from PIL import Image
 from benchmarks.server import free_port, wait_until_ready
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
-from service.loaded_bundle import open_encoder
+from service.encoder import open_encoder
 from service.settings import Settings
 
 OPERATIONS, SMOKE_OPERATIONS = 10_000, 120

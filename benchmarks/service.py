@@ -29,7 +29,7 @@ from evaluation.pages import Bar, bar_plot, page, section, table
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from index.calibration import CANDIDATES
-from service.loaded_bundle import open_encoder
+from service.encoder import open_encoder
 from service.settings import Settings
 
 IMAGES = 16

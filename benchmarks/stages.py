@@ -28,7 +28,7 @@ from core.runtime import faiss
 from evaluation.pages import Bar, Series, bar_plot, line_plot, page, section, table
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
-from service.loaded_bundle import open_encoder
+from service.encoder import open_encoder
 from service.settings import Settings
 
 MAX_PIXELS = 64_000_000

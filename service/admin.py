@@ -14,7 +14,7 @@ from service import schemas
 from service.auth import require_admin
 from service.body import ImageUrl, read_body, record_of
 from service.image_fetcher import ImageFetcher
-from service.loaded_bundle import Snapshot
+from service.loaded_bundle import BundleView
 from service.recognizer import Recognizer
 from service.routes import entity_answer, json_response, recognizer_of
 from service.updates import Editor
@@ -40,7 +40,7 @@ async def change_bundle(request: Request) -> Response:
     path = (await _bundle_request(request, recognizer.settings.receive_timeout_s)).path
     previous = recognizer.label
     new = await recognizer.swap(path)
-    current = new.snapshot()
+    current = new.view()
     return json_response(
         BundleChange(bundle=current.label, previous=previous, model=new.model, entities=current.entities.entity_count)
     )
@@ -63,15 +63,15 @@ async def put_entity(request: Request, entity_id: str) -> Response:
     body = await read_body(request, settings.max_body_bytes, settings.receive_timeout_s)
     record, image = record_of(body, request.headers.get("content-type", ""))
     entity = _entity(record)
-    with recognizer.admission.admit(1), recognizer.acquire() as snapshot:
-        editor = _editor(snapshot)
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        editor = _editor(view)
         if isinstance(image, ImageUrl):
             fetcher: ImageFetcher = request.app.state.fetcher
             image_bytes: bytes | None = await fetcher.fetch(image.url)
         else:
             image_bytes = image
-        put = await recognizer.edit(snapshot, lambda: editor.put(entity_id, entity, image_bytes))
-    answer = EditedEntity(**dict(entity_answer(put.entity)), bundle=snapshot.label_at(put.revision))
+        put = await recognizer.edit(view, editor.put(entity_id, entity, image_bytes))
+    answer = EditedEntity(**dict(entity_answer(put.entity)), bundle=view.label_at(put.revision))
     return json_response(answer, status=HTTPStatus.CREATED if put.created else HTTPStatus.OK)
 
 
@@ -84,16 +84,16 @@ async def put_entity(request: Request, entity_id: str) -> Response:
 )
 async def delete_entity(request: Request, entity_id: str) -> Response:
     recognizer = recognizer_of(request)
-    with recognizer.admission.admit(1), recognizer.acquire() as snapshot:
-        editor = _editor(snapshot)
-        await recognizer.edit(snapshot, lambda: editor.delete(entity_id))
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        editor = _editor(view)
+        await recognizer.edit(view, editor.delete(entity_id))
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
-def _editor(snapshot: Snapshot) -> Editor:
-    if snapshot.generation.editor is None:
+def _editor(view: BundleView) -> Editor:
+    if view.loaded.editor is None:
         raise Forbidden("live changes are off; set WIKICLIP_LIVE_DIR to allow them")
-    return snapshot.generation.editor
+    return view.loaded.editor
 
 
 def _check_id(entity_id: str) -> None:

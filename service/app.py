@@ -159,13 +159,13 @@ def _add_operations(app: FastAPI) -> None:
 
 def _info(recognizer: Recognizer) -> Info:
     settings = recognizer.settings
-    with recognizer.acquire() as snapshot:
-        loaded = snapshot.generation
+    with recognizer.acquire() as view:
+        loaded = view.loaded
     return Info(
         version=version("wikiclip-serve"),
         model=loaded.model,
-        bundle=snapshot.label,
-        entities=snapshot.entities.entity_count,
+        bundle=view.label,
+        entities=view.entities.entity_count,
         embeddings=loaded.bundle.manifest.counts.embeddings,
         embedding_dim=loaded.bundle.manifest.embedding_dim,
         device=loaded.encoder.device,

@@ -1,6 +1,6 @@
 """The bundle's image encoder on ONNX Runtime.
 
-Shapes: B batch, H/W pixels, D embedding width.
+Shapes: B batch, H/W pixels, P patches, C patch channels, D embedding width.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import numpy.typing as npt
 from core.errors import BundleAltered, UserError
 from core.runtime import onnxruntime
 from imaging import Preprocessing, normalise
-from service.settings import Device
+from index.bundle import Bundle
+from service.settings import Device, Settings
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_FASTEST_PRECISION = {"cpu": "int8", "cuda": "float16"}
 
 log = logging.getLogger("wikiclip.encoder")
 
 
 class OnnxEncoder:
-    """Pixels to query embeddings. One thread is to own it.
+    """Turns pixels into query embeddings.
 
-    On a GPU a batch of `max_batch` is run once before this is ready: memory is taken then, for all that come. Raises
-    `UserError` if CUDA is asked for and does not work, `BundleAltered` if the file is no such encoder.
+    On a GPU it runs a batch of `max_batch` once, so that all memory is allocated at the start.
+
+    Raises `UserError` if CUDA is requested and does not work, `BundleAltered` if the file is not such an encoder.
     """
 
     def __init__(
@@ -51,27 +54,29 @@ class OnnxEncoder:
         self._embedding_name = embedding_name
         self._session = open_session(path, device, threads)
         self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
-        names = {node.name for node in self._session.get_inputs()}, {node.name for node in self._session.get_outputs()}
-        if input_name not in names[0] or not {patches_name, embedding_name} <= names[1]:
+        inputs = {node.name for node in self._session.get_inputs()}
+        outputs = {node.name for node in self._session.get_outputs()}
+        if input_name not in inputs or not {patches_name, embedding_name} <= outputs:
             raise BundleAltered(
-                f"{path} has no {input_name!r} in or no {patches_name!r} and {embedding_name!r} out; export it again"
+                f"{path} lacks the input {input_name!r} or an output, {patches_name!r} or {embedding_name!r}; "
+                "export it again"
             )
-        # The first pass allocates and is slow: it is not to be some user's.
+        # The first pass allocates memory and is slow. No request should wait for it.
         blank_BHW3 = np.zeros((max_batch, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
         if self.device == "cuda":
             self.encode(blank_BHW3)
         shape = self.encode(blank_BHW3[:1]).shape
         if shape != (1, embedding_dim):
             raise BundleAltered(
-                f"{path} gives embeddings {shape}, the manifest says width {embedding_dim}; export again"
+                f"{path} outputs embeddings of shape {shape}, but the manifest says width {embedding_dim}; export again"
             )
 
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 `[B, H, W, 3]` to float32 `[B, D]`."""
+        """Return the embeddings [B, D]."""
         return self._run(self._embedding_name, pixels_BHW3)
 
     def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """uint8 `[B, H, W, 3]` to float32 `[B, P, C]`. Any thread may ask, also while another encodes."""
+        """Return the patch tokens [B, P, C]. Thread-safe."""
         return self._run(self._patches_name, pixels_BHW3)
 
     def _run(self, output_name: str, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -80,51 +85,77 @@ class OnnxEncoder:
         return np.asarray(output, np.float32)
 
 
-def wanted_device(device: Device) -> str:
-    """Where a session for this device is to run: `auto` takes CUDA where it is compiled in, which may yet not load."""
+def open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
+    """Open the bundle's image encoder in the precision that is fastest on the device, if the bundle has it."""
+    encoder = _open_file(bundle, _file_for(bundle, settings, expected_device(settings.device)), preprocessing, settings)
+    if encoder.file != (file := _file_for(bundle, settings, encoder.device)):  # CUDA was expected but did not load
+        encoder = _open_file(bundle, file, preprocessing, settings)
+    return encoder
+
+
+def _file_for(bundle: Bundle, settings: Settings, device: str) -> str:
+    files = bundle.manifest.image_encoder.files
+    precision = _FASTEST_PRECISION[device] if settings.precision == "auto" else "float"
+    return files.get(precision, files["float"])
+
+
+def _open_file(bundle: Bundle, file: str, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
+    entry = bundle.manifest.image_encoder
+    return OnnxEncoder(
+        bundle.path / file,
+        preprocessing,
+        input_name=entry.input,
+        patches_name=entry.outputs[0],
+        embedding_name=entry.outputs[1],
+        embedding_dim=bundle.manifest.embedding_dim,
+        device=settings.device,
+        threads=settings.thread_count,
+        max_batch=settings.batch_limit("cuda"),  # only used on a GPU
+    )
+
+
+def expected_device(device: Device) -> str:
+    """Return where a session should run. `auto` means CUDA if it is compiled in, though it may still fail to load."""
     if device == "auto":
         return "cuda" if _CUDA in onnxruntime.get_available_providers() else "cpu"
     return device
 
 
 def open_session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
-    """A session of ONNX Runtime on the device. Raises as `OnnxEncoder` does."""
+    """Open a session of ONNX Runtime. Raises as `OnnxEncoder` does."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Spinning threads burn the cores that the decoders need while there is nothing to encode.
+    # Without this, idle threads spin and take cores from decoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    missing = ""
+    cuda_error = ""
     providers: list[str | tuple[str, dict[str, str]]] = [_CPU]
-    if wanted_device(device) == "cuda":
-        # The default search for algorithms runs anew for each batch size, for seconds.
+    if expected_device(device) == "cuda":
+        # The default, an exhaustive search for algorithms, takes seconds for each new batch size.
         providers.insert(0, (_CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}))
         if _CUDA not in onnxruntime.get_available_providers():
             raise UserError("device cuda: this onnxruntime has no CUDA; install the `gpu` extra, or use --device cpu")
-        missing = load_cuda_libraries()
+        cuda_error = load_cuda_libraries()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=providers)
     except Exception as error:
-        # ONNX Runtime's exceptions share no base class; whatever it says, the file cannot be run here.
+        # ONNX Runtime's exceptions have no common base class.
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BundleAltered(f"{path} cannot be loaded ({reason}); export the bundle again") from error
-    # What was asked for and what was got can differ: a CUDA library that does not load leaves the CPU, silently.
+    # If a CUDA library does not load, ONNX Runtime silently uses the CPU.
     if len(providers) == 2 and _CUDA not in session.get_providers():
-        why = f" ({missing})" if missing else ""
+        why = f" ({cuda_error})" if cuda_error else ""
         if device == "cuda":
-            raise UserError(
-                f"device cuda: CUDA was not got, its libraries or driver do not load{why}; fix that or use --device cpu"
-            )
+            raise UserError(f"device cuda: CUDA's libraries or driver do not load{why}; fix that or use --device cpu")
         log.warning("CUDA is compiled in but does not load%s: the encoder runs on the CPU", why)
     return session
 
 
 @cache
 def load_cuda_libraries() -> str:
-    """Load CUDA and cuDNN, once in a process, from pip's `nvidia-*` wheels where they are installed: those lie where no
-    linker looks, and ONNX Runtime goes by the linker. What could not be loaded, as it says it, empty if nothing."""
-    said = io.StringIO()
-    with redirect_stdout(said):  # stdout is for answers
+    """Load CUDA and cuDNN from pip's `nvidia-*` wheels, which the linker does not search. Return the error, if any."""
+    output = io.StringIO()
+    with redirect_stdout(output):  # stdout is for answers
         onnxruntime.preload_dlls()
-    return said.getvalue().partition("\n")[0].strip()
+    return output.getvalue().partition("\n")[0].strip()

@@ -1,6 +1,6 @@
-"""The one thread that owns the image encoder and the index.
+"""The one thread that runs the image encoder and searches the index.
 
-Shapes: B batch, H/W pixels, D embedding width, K results.
+Shapes: B batch, H/W pixels, P patches, C patch channels, D embedding width, K results.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,11 @@ import numpy.typing as npt
 from core.errors import TooManyRequests, Unavailable
 from index.store import Selection
 
-_IDLE_BEAT_S = 1.0
-_DEATHS_IN_A_ROW = 3
-_SEARCHED_TOGETHER = 128  # a job that wants more results than this is searched alone: it would slow the others
+_IDLE_WAKE_S = 1.0
+_MAX_DEATHS_IN_A_ROW = 3
+_MAX_SHARED_TOP_K = 128  # a job that wants more results is searched alone, because it would slow the others down
 
+Float32Array = npt.NDArray[np.float32]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 log = logging.getLogger("wikiclip.engine")
@@ -32,55 +33,56 @@ log = logging.getLogger("wikiclip.engine")
 class Encoder(Protocol):
     device: str
 
-    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
 
-    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]: ...
+    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
 
 
 class Index(Protocol):
     def search(
-        self, query_embeddings_BD: npt.NDArray[np.float32], top_k: int, *, selection: Selection | None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]: ...
+        self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None
+    ) -> tuple[npt.NDArray[np.int64], Float32Array]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What one job gave: the query embedding, entity rows with cosines (falling), and where the time went.
+    """The result of one job: the query embedding, and entity rows with their cosines, best first.
 
-    `stages` has when `queue`, `encode` (not of a job that was a search only) and `search` began and ended, by
-    `time.monotonic`. `unfiltered_scores` are the best cosines of the whole catalog, where they were asked for.
+    `stages` maps `queue`, `encode` (images only) and `search` to start and end, by `time.monotonic`.
+    `unfiltered_scores` are the best cosines without the selection, `patch_tokens_PC` the patches of the image; both are
+    None unless the job asked for them.
     """
 
-    embedding_D: npt.NDArray[np.float32]
+    embedding_D: Float32Array
     rows: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float32]
+    scores: Float32Array
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    unfiltered_scores: npt.NDArray[np.float32] | None = None
-    patch_tokens_PC: npt.NDArray[np.float32] | None = None  # only where it was submitted with `explain`
+    unfiltered_scores: Float32Array | None = None
+    patch_tokens_PC: Float32Array | None = None
 
 
 @dataclass(kw_only=True, eq=False)
 class _Job:
-    pixels_HW3: npt.NDArray[np.uint8] | None
-    embedding_D: npt.NDArray[np.float32] | None
+    pixels_HW3: npt.NDArray[np.uint8] | None  # None for a query that is an embedding
+    embedding_D: Float32Array | None  # None for an image until it is encoded
     top_k: int
     selection: Selection | None
     index: Index
-    unfiltered: bool = False
-    explain: bool = False
-    alone: bool = False  # taken before, in a batch that the thread died of: whichever it was, the next dies by itself
-    future: Future[Found]
+    unfiltered: bool
+    explain: bool
+    future: Future[Found] = field(default_factory=Future)
     queued_at: float = field(default_factory=time.monotonic)
+    isolated: bool = False  # it was in a batch that killed the thread, so it runs in a batch of its own
+    patch_tokens_PC: Float32Array | None = None
+    unfiltered_scores_K: Float32Array | None = None
 
 
 class Engine:
-    """A bounded queue and the thread that empties it.
+    """A bounded queue and the thread that processes it in batches.
 
-    The thread takes what is there, up to `max_batch`, as soon as it is free: while it works the queue fills, and that
-    is the batching. A job whose future was cancelled (the client went, or its deadline passed) is dropped unprocessed.
-    If a batch fails its jobs are tried one by one, so one bad item fails alone. The same holds where the thread dies of
-    a batch: another takes its place and tries each job once more, by itself; only one that kills it again fails. After
-    three such in a row, none answered between, the engine is given up.
+    As soon as the thread is free, it takes what is queued, up to `max_batch`. It skips jobs whose future was cancelled.
+    If a batch fails, its jobs are retried one by one, so that only the bad one fails. If the thread dies, a new thread
+    retries the jobs of that batch one by one. After three deaths in a row the engine stops for good.
     """
 
     def __init__(
@@ -104,13 +106,13 @@ class Engine:
         self._queue: deque[_Job] = deque()
         self._wake = threading.Condition()
         self._closing = False
-        self._beat = time.monotonic()
+        self._last_sign_of_life = time.monotonic()
         self._deaths_in_a_row = 0
         self._start_thread()
 
     @property
     def depth(self) -> int:
-        """Jobs waiting."""
+        """Return how many jobs are queued."""
         return len(self._queue)
 
     @property
@@ -119,91 +121,60 @@ class Engine:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the thread last showed that it moves; it does so between batches and while idle."""
-        return time.monotonic() - self._beat
+        """Return the seconds since the thread last started a batch or, when idle, woke up."""
+        return time.monotonic() - self._last_sign_of_life
 
     def submit(
         self,
-        pixels_HW3: npt.NDArray[np.uint8],
+        query: npt.NDArray[Any],
         top_k: int,
         selection: Selection | None = None,
         index: Index | None = None,
         *,
         unfiltered: bool = False,
         explain: bool = False,
-        future: Future[Found] | None = None,
     ) -> Future[Found]:
-        """Encode, and search among what `selection` allows; `index` is one state of the engine's own, to search that.
+        """Search for an image, uint8 [H, W, 3], which is encoded first, or for an embedding, float32 [D].
 
-        With `unfiltered`, also find the best scores without the selection. With `explain`, also compute the patch
-        tokens, which takes a second pass of the encoder. A given `future` is the one returned, so the caller can cancel
-        it before this method returns.
-
-        Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed.
+        `index` is the revision of the index to search, by default the engine's own. `unfiltered` adds the best scores
+        without the selection, `explain` the patch tokens of an image (a second pass of the encoder). Raises
+        `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed.
         """
-        index = index or self._index
-        return self._put(
-            _Job(
-                pixels_HW3=pixels_HW3,
-                embedding_D=None,
-                top_k=top_k,
-                selection=selection,
-                index=index,
-                unfiltered=unfiltered,
-                explain=explain,
-                future=future or Future(),
-            )
+        is_image = query.ndim == 3
+        job = _Job(
+            pixels_HW3=query if is_image else None,
+            embedding_D=None if is_image else query,
+            top_k=top_k,
+            selection=selection,
+            index=index or self._index,
+            unfiltered=unfiltered,
+            explain=explain,
         )
-
-    def search(
-        self,
-        embedding_D: npt.NDArray[np.float32],
-        top_k: int,
-        selection: Selection | None = None,
-        index: Index | None = None,
-        *,
-        unfiltered: bool = False,
-        future: Future[Found] | None = None,
-    ) -> Future[Found]:
-        """Search only, for an embedding that is known. `future` and what it raises are as with `submit`."""
-        return self._put(
-            _Job(
-                pixels_HW3=None,
-                embedding_D=embedding_D,
-                top_k=top_k,
-                selection=selection,
-                index=index or self._index,
-                unfiltered=unfiltered,
-                future=future or Future(),
-            )
-        )
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise Unavailable("the service is stopping or its engine has died; retry later or elsewhere")
+            if len(self._queue) >= self._queue_limit:
+                raise TooManyRequests(f"{len(self._queue)} images are waiting; retry later", retry_after_s=1)
+            self._queue.append(job)
+            self._wake.notify()
+        return job.future
 
     def close(self, timeout_s: float) -> bool:
-        """Take no more, finish what was taken, and stop. False if that took longer than `timeout_s`."""
+        """Accept no more jobs, finish those accepted and stop. Return False if that takes longer than `timeout_s`."""
         with self._wake:
             self._closing = True
             self._wake.notify()
-        until = time.monotonic() + timeout_s
+        deadline = time.monotonic() + timeout_s
         while True:
             thread = self._thread
-            thread.join(max(0.0, until - time.monotonic()))
-            if thread is self._thread:  # else it died meanwhile, and another finishes its work
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread is self._thread:  # otherwise it died and a new thread finishes its work
                 return not thread.is_alive()
 
     def _start_thread(self) -> None:
         thread = threading.Thread(target=self._run, name="engine", daemon=True)
         thread.start()
-        self._thread = thread  # only now: whoever asks meanwhile whether it is alive asks about the one before
-
-    def _put(self, job: _Job) -> Future[Found]:
-        with self._wake:
-            if self._closing or not self._thread.is_alive():
-                raise Unavailable("the service is stopping or its engine has died; try again later or elsewhere")
-            if len(self._queue) >= self._queue_limit:
-                raise TooManyRequests(f"{len(self._queue)} images are waiting; try again later", retry_after_s=1)
-            self._queue.append(job)
-            self._wake.notify()
-        return job.future
+        self._thread = thread  # after its start, so that `alive` never reports a thread that has not started
 
     def _run(self) -> None:
         batch: list[_Job] = []
@@ -217,43 +188,43 @@ class Engine:
                 elif self._closing and not self._queue:  # in this order: once closing, the queue only shrinks
                     return
         except BaseException:
-            # Nothing is above this to raise to: what must go on goes on in another thread.
+            # The thread has no caller to raise to.
             log.critical("the engine thread dies of a batch of %d", len(batch), exc_info=True)
             self._on_death()
-            self._bury(batch)
+            self._recover(batch)
 
-    def _bury(self, batch: list[_Job]) -> None:
-        """Settle what the thread that dies leaves behind, and start the next one unless that is of no use."""
-        left = [job for job in batch if not job.future.done()]
+    def _recover(self, batch: list[_Job]) -> None:
+        """Queue the jobs of the batch that killed this thread again and start the next thread, or stop for good."""
+        unfinished = [job for job in batch if not job.future.done()]
         with self._wake:
-            if len(left) == 1 and left[0].alone:
+            if len(unfinished) == 1 and unfinished[0].isolated:
                 self._deaths_in_a_row += 1
-                left.pop().future.set_exception(RuntimeError("the engine thread died of this image"))
-            for job in reversed(left):
-                job.alone = True
+                unfinished.pop().future.set_exception(RuntimeError("the engine thread died of this image"))
+            for job in reversed(unfinished):
+                job.isolated = True
                 self._queue.appendleft(job)
-            if batch and self._deaths_in_a_row < _DEATHS_IN_A_ROW:
+            if batch and self._deaths_in_a_row < _MAX_DEATHS_IN_A_ROW:
                 self._start_thread()
                 return
             self._closing = True
-            waiting = [job for job in self._queue if job.alone or job.future.set_running_or_notify_cancel()]
+            waiting = [job for job in self._queue if job.isolated or job.future.set_running_or_notify_cancel()]
             self._queue.clear()
         for job in waiting:
-            job.future.set_exception(Unavailable("the engine has died; try again later or elsewhere"))
+            job.future.set_exception(Unavailable("the engine has died; retry later or elsewhere"))
 
     def _take(self) -> list[_Job]:
-        """The next batch, empty when the engine closes or nothing came for a while. Dropped jobs cost nothing."""
+        """Return the next batch. It is empty if the engine closes or is idle for a while."""
         batch: list[_Job] = []
         with self._wake:
-            self._beat = time.monotonic()
+            self._last_sign_of_life = time.monotonic()
             if not self._queue and not self._closing:
-                self._wake.wait(_IDLE_BEAT_S)
-                self._beat = time.monotonic()
+                self._wake.wait(_IDLE_WAKE_S)
+                self._last_sign_of_life = time.monotonic()
             while self._queue and len(batch) < self._max_batch:
-                if batch and (batch[0].alone or self._queue[0].alone):
+                if batch and (batch[0].isolated or self._queue[0].isolated):
                     break
                 job = self._queue.popleft()
-                if job.alone or job.future.set_running_or_notify_cancel():
+                if job.isolated or job.future.set_running_or_notify_cancel():
                     batch.append(job)
         return batch
 
@@ -264,77 +235,75 @@ class Engine:
             if len(batch) == 1:
                 batch[0].future.set_exception(error)
                 return
-            log.warning("a batch of %d failed (%s): trying one by one", len(batch), error)
+            log.warning("a batch of %d failed (%s): retrying its images one by one", len(batch), error)
             for job in batch:
-                self._beat = time.monotonic()
+                self._last_sign_of_life = time.monotonic()
                 self._serve([job])
 
     def _process(self, batch: Sequence[_Job]) -> None:
         started_at = time.monotonic()
-        to_encode = [job for job in batch if job.embedding_D is None]
-        embeddings: dict[int, npt.NDArray[np.float32]] = {}
-        if to_encode:
-            encoded_BD = self._encoder.encode(
-                _stacked([job.pixels_HW3 for job in to_encode if job.pixels_HW3 is not None])
-            )
-            embeddings = {id(job): encoded_BD[place] for place, job in enumerate(to_encode)}
-            self._on_batch(len(to_encode))
-        explained = [job for job in to_encode if job.explain]
-        patch_tokens: dict[int, npt.NDArray[np.float32]] = {}
-        if explained:
-            tokens_BPC = self._encoder.patch_tokens(
-                _stacked([job.pixels_HW3 for job in explained if job.pixels_HW3 is not None])
-            )
-            patch_tokens = {id(job): tokens_BPC[place] for place, job in enumerate(explained)}
+        self._encode(batch)
         encoded_at = time.monotonic()
-        queries = embeddings | {id(job): job.embedding_D for job in batch if job.embedding_D is not None}
-        unfiltered: dict[int, npt.NDArray[np.float32]] = {}
-        for group in _search_groups([job for job in batch if job.unfiltered], selected=False):
-            _, scores_BK = group[0].index.search(
-                _stacked([queries[id(job)] for job in group]), max(job.top_k for job in group), selection=None
-            )
-            unfiltered |= {id(job): scores_K[: job.top_k] for job, scores_K in zip(group, scores_BK, strict=True)}
+        for group in _search_groups([job for job in batch if job.unfiltered], by_selection=False):
+            _, scores_BK = _search(group, None)
+            for job, scores_K in zip(group, scores_BK, strict=True):
+                job.unfiltered_scores_K = scores_K[: job.top_k]
         results: list[tuple[_Job, Found]] = []
         for group in _search_groups(batch):
-            queries_BD = _stacked([queries[id(job)] for job in group])
-            began_at = time.monotonic()
-            rows_BK, scores_BK = group[0].index.search(
-                queries_BD, max(job.top_k for job in group), selection=group[0].selection
-            )
-            search = (began_at, time.monotonic())
-            for place, job in enumerate(group):
-                found_K = rows_BK[place, : job.top_k] >= 0
+            search_started_at = time.monotonic()
+            rows_BK, scores_BK = _search(group, group[0].selection)
+            search = (search_started_at, time.monotonic())
+            for job, rows_K, scores_K in zip(group, rows_BK, scores_BK, strict=True):
+                assert job.embedding_D is not None
+                found_K = rows_K[: job.top_k] >= 0
+                stages = {"queue": (job.queued_at, started_at)}
+                if job.pixels_HW3 is not None:
+                    stages["encode"] = (started_at, encoded_at)
                 found = Found(
-                    embedding_D=queries_BD[place],
-                    rows=rows_BK[place, : job.top_k][found_K],
-                    scores=scores_BK[place, : job.top_k][found_K],
-                    stages={
-                        "queue": (job.queued_at, started_at),
-                        **({"encode": (started_at, encoded_at)} if job.embedding_D is None else {}),
-                        "search": search,
-                    },
-                    unfiltered_scores=unfiltered.get(id(job)),
-                    patch_tokens_PC=patch_tokens.get(id(job)),
+                    embedding_D=job.embedding_D,
+                    rows=rows_K[: job.top_k][found_K],
+                    scores=scores_K[: job.top_k][found_K],
+                    stages={**stages, "search": search},
+                    unfiltered_scores=job.unfiltered_scores_K,
+                    patch_tokens_PC=job.patch_tokens_PC,
                 )
                 results.append((job, found))
-        # Only now, when nothing can fail any more: a job has one outcome.
+        # Last, when nothing can fail any more: a future is set once.
         for job, found in results:
             job.future.set_result(found)
 
+    def _encode(self, batch: Sequence[_Job]) -> None:
+        to_encode = [job for job in batch if job.pixels_HW3 is not None]
+        if to_encode:
+            embeddings_BD = self._encoder.encode(_stack([job.pixels_HW3 for job in to_encode]))
+            for job, embedding_D in zip(to_encode, embeddings_BD, strict=True):
+                job.embedding_D = embedding_D
+            self._on_batch(len(to_encode))
+        to_explain = [job for job in to_encode if job.explain]
+        if to_explain:
+            patch_tokens_BPC = self._encoder.patch_tokens(_stack([job.pixels_HW3 for job in to_explain]))
+            for job, patch_tokens_PC in zip(to_explain, patch_tokens_BPC, strict=True):
+                job.patch_tokens_PC = patch_tokens_PC
 
-def _stacked(arrays: Sequence[npt.NDArray[Scalar]]) -> npt.NDArray[Scalar]:
-    """`np.stack`, without a copy of what is alone."""
-    return arrays[0][None] if len(arrays) == 1 else np.stack(arrays)
+
+def _search(group: Sequence[_Job], selection: Selection | None) -> tuple[npt.NDArray[np.int64], Float32Array]:
+    queries_BD = _stack([job.embedding_D for job in group])
+    return group[0].index.search(queries_BD, max(job.top_k for job in group), selection=selection)
 
 
-def _search_groups(batch: Sequence[_Job], *, selected: bool = True) -> list[list[_Job]]:
-    """Jobs of one state and one selection (whichever, if not `selected`) are searched together, but for those that want
-    many results."""
-    together: dict[tuple[int, Selection | None], list[_Job]] = {}
+def _stack(arrays: Sequence[npt.NDArray[Scalar] | None]) -> npt.NDArray[Scalar]:
+    """Stack arrays, a single one without copying it."""
+    present = [array for array in arrays if array is not None]
+    return present[0][None] if len(present) == 1 else np.stack(present)
+
+
+def _search_groups(batch: Sequence[_Job], *, by_selection: bool = True) -> list[list[_Job]]:
+    """Group the jobs that one search can answer: those of one index and one selection, except with a large `top_k`."""
+    shared: dict[tuple[int, Selection | None], list[_Job]] = {}
     alone: list[list[_Job]] = []
     for job in batch:
-        if job.top_k <= _SEARCHED_TOGETHER:
-            together.setdefault((id(job.index), job.selection if selected else None), []).append(job)
+        if job.top_k <= _MAX_SHARED_TOP_K:
+            shared.setdefault((id(job.index), job.selection if by_selection else None), []).append(job)
         else:
             alone.append([job])
-    return [*together.values(), *alone]
+    return [*shared.values(), *alone]

@@ -20,7 +20,7 @@ from service.auth import require_key
 from service.body import ImageUrl, image_of, images_of, read_body
 from service.image_fetcher import ImageFetcher
 from service.limits import RateLimiter, client_name
-from service.loaded_bundle import Snapshot
+from service.loaded_bundle import BundleView
 from service.query import options_of, query_parameters
 from service.recognizer import Recognizer
 from service.telemetry import timed
@@ -110,26 +110,26 @@ async def recognize_batch(request: Request) -> Response:
     await _count(request, len(images))
     request_id = request.state.request_id
 
-    async def result(image: bytes | WikiclipError, snapshot: Snapshot) -> Recognition | Problem:
+    async def result(image: bytes | WikiclipError, view: BundleView) -> Recognition | Problem:
         try:
             if isinstance(image, WikiclipError):
                 raise image
-            recognition = await recognizer.recognize(image, options, snapshot)
+            recognition = await recognizer.recognize(image, options, view)
         except WikiclipError as error:
             return problems.problem_of(error, request_id)
         return recognition.model_copy(update={"request_id": request_id})
 
-    async def all_results(snapshot: Snapshot) -> list[Recognition | Problem]:
-        return await asyncio.gather(*(result(image, snapshot) for image in images))
+    async def all_results(view: BundleView) -> list[Recognition | Problem]:
+        return await asyncio.gather(*(result(image, view) for image in images))
 
     # One state for all of them: a bundle swapped meanwhile is for the next request.
-    with recognizer.admission.admit(len(images)), recognizer.acquire() as snapshot:
-        results = await _while_connected(request, all_results(snapshot))
+    with recognizer.admission.admit(len(images)), recognizer.acquire() as view:
+        results = await _while_connected(request, all_results(view))
     return json_response(
         BatchRecognition(
             request_id=request_id,
-            model=snapshot.generation.model,
-            bundle=snapshot.label,
+            model=view.loaded.model,
+            bundle=view.label,
             results=tuple(results),
         )
     )
@@ -148,8 +148,8 @@ def search_entities(
     ],
     limit: Annotated[int, Query(ge=1, le=100, description="Entities, at most.")] = 20,
 ) -> Response:
-    with recognizer_of(request).acquire() as snapshot:
-        found = snapshot.entities.search_titles(query, limit)
+    with recognizer_of(request).acquire() as view:
+        found = view.entities.search_titles(query, limit)
     return json_response(Entities(entities=tuple(entity_answer(entity) for entity in found)))
 
 
@@ -161,13 +161,13 @@ def search_entities(
     responses={200: {"content": {"image/webp": {}}}, **schemas.problems(401, 404, 503)},
 )
 def get_thumbnail(request: Request, entity_id: str) -> Response:
-    with recognizer_of(request).acquire() as snapshot:
-        thumbnail = snapshot.entities.thumbnail(entity_id)
+    with recognizer_of(request).acquire() as view:
+        thumbnail = view.entities.thumbnail(entity_id)
     if thumbnail is None:
         raise NotFound("the bundle has no thumbnail of this entity; show its symbol or title")
     # What may be changed at any time is asked for each time.
-    keep = "public, max-age=3600" if snapshot.delta is None else "no-cache"
-    headers = {"Cache-Control": keep, "ETag": f'"{snapshot.label.rpartition("@")[2]}"'}
+    keep = "public, max-age=3600" if view.delta is None else "no-cache"
+    headers = {"Cache-Control": keep, "ETag": f'"{view.label.rpartition("@")[2]}"'}
     return Response(thumbnail, media_type="image/webp", headers=headers)
 
 
@@ -178,8 +178,8 @@ def get_thumbnail(request: Request, entity_id: str) -> Response:
     responses=schemas.problems(401, 404, 503),
 )
 def get_entity(request: Request, entity_id: str) -> Response:
-    with recognizer_of(request).acquire() as snapshot:
-        entity = snapshot.entities.get(entity_id)
+    with recognizer_of(request).acquire() as view:
+        entity = view.entities.get(entity_id)
     return json_response(entity_answer(entity))
 
 

@@ -18,7 +18,7 @@ from imaging import load_pixels
 from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from model.checkpoint import Checkpoint
-from service import loaded_bundle
+from service import encoder
 from service.recognizer import Recognizer
 from service.schemas import EntityRequest
 from service.settings import Settings
@@ -62,13 +62,13 @@ def test_an_entity_is_embedded_as_the_export_does(live_bundle: Path, catalog: Ca
     ):
         side = bundle.entity_encoder()
         assert side is not None
-        embedder = EntityEmbedder(bundle, side, held.generation.encoder)  # type: ignore[arg-type]
+        embedder = EntityEmbedder(bundle, side, held.loaded.encoder)  # type: ignore[arg-type]
         kinds = set()
         for row in rows[10:22]:
             image = catalog.images.get(row["entity_id"])
             pixels = None
             if image is not None:
-                pixels = load_pixels(image.read_bytes(), held.generation.preprocessing, max_pixels=10**6)
+                pixels = load_pixels(image.read_bytes(), held.loaded.preprocessing, max_pixels=10**6)
             kinds.add((pixels is None, not row["text"]))
             found_D = embedder.embed(pixels, row["text"])
             at = np.flatnonzero(embeddings.rows_N == store.get(row["entity_id"]).row)[:1]
@@ -82,7 +82,7 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
     image = catalog.images["Q4"].read_bytes()
     with Recognizer.open(live_bundle, settings) as recognizer:
         with recognizer.acquire() as held:
-            editor = held.generation.editor
+            editor = held.loaded.editor
             assert editor is not None
             wanted = EntityRequest(title="Seen anew", text="Thing number 4 is a thing.")
             edited = editor.put("new", wanted, image).result()
@@ -92,7 +92,7 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             assert held.entities.thumbnail("new") is not None
             assert held.entities.get("new").title == "Seen anew"
             assert held.entities.get("new").has_thumbnail
-            text_only = held.generation.editor.put("words", wanted, None).result()  # type: ignore[union-attr]
+            text_only = held.loaded.editor.put("words", wanted, None).result()  # type: ignore[union-attr]
             assert not text_only.entity.has_thumbnail
 
 
@@ -122,8 +122,8 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
     settings = Settings(threads=1, live_dir=tmp_path / "live")
     with Recognizer.open(out, settings) as recognizer:
         with recognizer.acquire() as held:
-            assert held.generation.precision == "int8"
-            editor = held.generation.editor
+            assert held.loaded.precision == "int8"
+            editor = held.loaded.editor
             assert editor is not None
             wanted = EntityRequest(title="Again", text=row["text"])
             editor.put("again", wanted, catalog.images["Q4"].read_bytes()).result()
@@ -134,17 +134,17 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
 
     opened: list[str] = []
 
-    class OnGpu(loaded_bundle.OnnxEncoder):
+    class OnGpu(encoder.OnnxEncoder):
         def __init__(self, path: Path, *given: Any, **options: Any) -> None:
             super().__init__(path, *given, **{**options, "device": "cpu"})
             opened.append(path.name)
             self.device = "cuda"
 
-    monkeypatch.setattr(loaded_bundle, "wanted_device", lambda asked_for: "cuda")
-    monkeypatch.setattr(loaded_bundle, "OnnxEncoder", OnGpu)
+    monkeypatch.setattr(encoder, "expected_device", lambda requested: "cuda" if requested == "auto" else requested)
+    monkeypatch.setattr(encoder, "OnnxEncoder", OnGpu)
     settings = settings.model_copy(update={"search_device": "cpu"})
     with Recognizer.open(out, settings) as recognizer, recognizer.acquire() as held:
-        assert held.generation.precision == "float16"
+        assert held.loaded.precision == "float16"
     assert opened == ["image_encoder.float16.onnx", "image_encoder.onnx"]  # queries, what is put
 
 

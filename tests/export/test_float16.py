@@ -30,7 +30,7 @@ from index.manifest import FLOAT16_ENCODER_FILE
 from index.report import describe, describe_lines
 from model.encoders import ImageEncoder, open_image_encoder
 from model.encoders.torch_module import TorchImageEncoder
-from service.loaded_bundle import open_encoder
+from service.encoder import open_encoder
 from service.settings import Settings
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import

@@ -21,7 +21,7 @@ from imaging import load_pixels
 from index.bundle import Bundle
 from index.calibration import Calibration
 from index.manifest import INT8_ENCODER_FILE
-from service.loaded_bundle import open_encoder
+from service.encoder import open_encoder
 from service.settings import Settings
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import

@@ -8,8 +8,7 @@ import pytest
 
 from core.errors import UserError
 from index.bundle import Bundle
-from service.encoder import load_cuda_libraries
-from service.loaded_bundle import open_encoder
+from service.encoder import load_cuda_libraries, open_encoder
 from service.settings import Settings
 from tests.conftest import PREPROCESSING, SIZE_PX
 

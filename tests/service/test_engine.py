@@ -119,7 +119,7 @@ def test_what_the_query_scores_anyway_comes_along_where_it_is_asked_for(encoder)
     engine = Engine(encoder, index, max_batch=4, queue_limit=8)
     some = Selection(("a",), np.ones(1, np.bool_))
     with_anyway = engine.submit(image(5), 3, some, unfiltered=True).result(TIMEOUT_S)
-    without = engine.search(np.array([5, 5], np.float32), 3, some).result(TIMEOUT_S)
+    without = engine.submit(np.array([5, 5], np.float32), 3, some).result(TIMEOUT_S)
     engine.close(TIMEOUT_S)
     assert with_anyway.unfiltered_scores.tolist() == [5, 5, 5]
     assert with_anyway.scores.tolist() == without.scores.tolist() == [0.5, 0.5, 0.5]
@@ -134,7 +134,7 @@ def test_padding_is_cut_off(encoder):
 
 
 def test_a_search_encodes_nothing(engine, encoder):
-    found = engine.search(np.array([0.25, 0.5], np.float32), 2).result(TIMEOUT_S)
+    found = engine.submit(np.array([0.25, 0.5], np.float32), 2).result(TIMEOUT_S)
     assert list(found.scores) == [0.25, 0.25]
     assert list(found.stages) == ["queue", "search"]
     assert encoder.batches == []
@@ -218,7 +218,7 @@ def test_a_search_that_dies_counts_as_any_other(encoder):
     deaths: list[None] = []
     engine = Engine(encoder, FatalIndex(), max_batch=4, queue_limit=8, on_death=lambda: deaths.append(None))
     with pytest.raises(RuntimeError):
-        engine.search(np.ones(2, np.float32), 1).result(TIMEOUT_S)
+        engine.submit(np.ones(2, np.float32), 1).result(TIMEOUT_S)
     assert engine.close(TIMEOUT_S)
     assert len(deaths) == 2  # it was tried once more
 

@@ -15,8 +15,7 @@ from index.bundle import Bundle
 from index.overlay import OverlayView
 from index.store import EntityStore, write_store
 from service.engine import Found
-from service.explain import Evidence, explain, match_map
-from service.join import Joiner
+from service.ranking import Ranker, heat_map
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import AttendedWord, Recognition, RecognizeOptions
@@ -28,7 +27,7 @@ def test_the_map_is_the_cosine_of_each_patch() -> None:
     rng = np.random.default_rng(0)
     patches, entity = rng.normal(size=(9, 5)).astype(np.float32), rng.normal(size=5).astype(np.float32)
     entity /= np.linalg.norm(entity)
-    found = match_map(patches, entity)
+    found = heat_map(patches, entity)
     assert found is not None
     for number, patch in enumerate(patches):
         expected = float(patch @ entity / np.linalg.norm(patch))
@@ -37,7 +36,7 @@ def test_the_map_is_the_cosine_of_each_patch() -> None:
 
 @pytest.mark.parametrize("shape", [(9, 6), (10, 5)])
 def test_patches_of_another_width_or_no_square_have_no_map(shape: tuple[int, int]) -> None:
-    assert match_map(np.ones(shape, np.float32), np.ones(5, np.float32)) is None
+    assert heat_map(np.ones(shape, np.float32), np.ones(5, np.float32)) is None
 
 
 def test_the_region_is_what_the_pixels_show() -> None:
@@ -66,21 +65,21 @@ def test_the_best_image_of_the_entity_is_compared(small_bundle: Path, small_imag
         )
         assert isinstance(explained, Recognition)
         assert isinstance(plain, Recognition)
-        with recognizer.acquire() as snapshot:
-            pixels, region = load_region(small_images["Q7378"], snapshot.generation.preprocessing, max_pixels=10**6)
-            patches = snapshot.generation.encoder.patch_tokens(pixels[None])[0]
-            embedding = snapshot.generation.encoder.encode(pixels[None])[0]
+        with recognizer.acquire() as view:
+            pixels, region = load_region(small_images["Q7378"], view.loaded.preprocessing, max_pixels=10**6)
+            patches = view.loaded.encoder.patch_tokens(pixels[None])[0]
+            embedding = view.loaded.encoder.encode(pixels[None])[0]
     best = explained.predictions[0]
     assert best.explanation is not None
     assert best.explanation.region == pytest.approx(region)
-    expected = match_map(patches, embedding)  # the entity's embedding is that of this very image
+    expected = heat_map(patches, embedding)  # the entity's embedding is that of this very image
     assert expected is not None
     assert np.array(best.explanation.heat_map) == pytest.approx(np.array(expected), abs=2e-3)
     assert all(each.explanation is not None for each in explained.predictions)
     assert all(each.explanation is None for each in plain.predictions)
 
 
-def test_words_are_told_where_the_text_is_kept(
+def test_words_are_shown_where_the_bundle_has_texts(
     small_bundle: Path, small_images: dict[str, bytes], tmp_path: Path
 ) -> None:
     bundle = Bundle.open(small_bundle)
@@ -92,11 +91,11 @@ def test_words_are_told_where_the_text_is_kept(
     write_store(tmp_path / "entities.sqlite", ((entity, None) for entity in entities))
     with EntityStore(tmp_path / "entities.sqlite") as store:
         view = OverlayView(bundle.index(), store)
-        joiner = Joiner(view, None)
+        ranker = Ranker(view, None)
         rows, scores = view.search(bundle.embeddings().at(np.arange(1)), 12)
-        found = Found(embedding_D=EMBEDDING_D, rows=rows[0], scores=scores[0])
-        evidence = Evidence(embedding_D=EMBEDDING_D, patch_tokens_PC=np.ones((4, 16), np.float32), region=(0, 0, 1, 1))
-        explained = explain(view, joiner.join(found, RecognizeOptions(top_k=12)), evidence).predictions
+        patch_tokens_PC = np.ones((4, 16), np.float32)
+        found = Found(embedding_D=EMBEDDING_D, rows=rows[0], scores=scores[0], patch_tokens_PC=patch_tokens_PC)
+        explained = ranker.rank(found, RecognizeOptions(top_k=12, explain=True), (0, 0, 1, 1)).predictions
     assert len(explained) == 12
     words = {each.entity_id: each.explanation.words for each in explained if each.explanation}
     assert words.pop("Q15083") == (

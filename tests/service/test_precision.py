@@ -14,8 +14,9 @@ import pytest
 from core.errors import BundleAltered
 from index.bundle import Bundle, list_files
 from index.manifest import FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
-from service import loaded_bundle
-from service.loaded_bundle import encoder_hash, open_encoder
+from service import encoder
+from service.encoder import open_encoder
+from service.loaded_bundle import encoder_hash
 from service.recognizer import Recognizer
 from service.settings import Settings
 
@@ -48,7 +49,7 @@ def test_int8_on_a_cpu_and_float_where_it_is_asked_for(with_int8: Bundle, small_
             Recognizer(with_int8, Settings(threads=1, precision=precision)) as recognizer,
             recognizer.acquire() as held,
         ):
-            generation = held.generation
+            generation = held.loaded
             size_px = generation.preprocessing.size_px
             embedding_1D = generation.encoder.encode(pixels_1HW3[:, :size_px, :size_px])
             found[precision] = (generation.precision, generation.encoder_hash, embedding_1D)
@@ -102,18 +103,18 @@ def test_each_device_has_its_own_file(
 ) -> None:
     """On a GPU float16, where it is asked for and got: here by an encoder that says so."""
 
-    class OnDevice(loaded_bundle.OnnxEncoder):
+    class OnDevice(encoder.OnnxEncoder):
         def __init__(self, path: Path, *given: Any, **settings: Any) -> None:
             super().__init__(path, *given, **{**settings, "device": "cpu"})
             self.device = device
 
-    monkeypatch.setattr(loaded_bundle, "wanted_device", lambda asked_for: device)
-    monkeypatch.setattr(loaded_bundle, "OnnxEncoder", OnDevice)
+    monkeypatch.setattr(encoder, "expected_device", lambda requested: device if requested == "auto" else requested)
+    monkeypatch.setattr(encoder, "OnnxEncoder", OnDevice)
     settings = Settings(threads=1, precision=precision, search_device="cpu")
     with Recognizer(with_both, settings) as recognizer, recognizer.acquire() as held:
-        assert held.generation.encoder.file == file
-        assert file == with_both.manifest.image_encoder.files[held.generation.precision]
-        plain = open_encoder(Bundle.open(small_bundle), held.generation.preprocessing, settings)
+        assert held.loaded.encoder.file == file
+        assert file == with_both.manifest.image_encoder.files[held.loaded.precision]
+        plain = open_encoder(Bundle.open(small_bundle), held.loaded.preprocessing, settings)
     assert plain.file == "image_encoder.onnx"
 
 
@@ -122,15 +123,15 @@ def test_where_cuda_was_wanted_and_not_got_the_file_is_a_cpus(
 ) -> None:
     opened: list[str] = []
 
-    class Noted(loaded_bundle.OnnxEncoder):
+    class Noted(encoder.OnnxEncoder):
         def __init__(self, path: Path, *given: Any, **settings: Any) -> None:
             opened.append(path.name)
             super().__init__(path, *given, **{**settings, "device": "cpu"})
 
-    monkeypatch.setattr(loaded_bundle, "wanted_device", lambda asked_for: "cuda")
-    monkeypatch.setattr(loaded_bundle, "OnnxEncoder", Noted)
+    monkeypatch.setattr(encoder, "expected_device", lambda requested: "cuda" if requested == "auto" else requested)
+    monkeypatch.setattr(encoder, "OnnxEncoder", Noted)
     with Recognizer(with_both, Settings(threads=1)) as recognizer, recognizer.acquire() as held:
-        assert held.generation.precision == "int8"
+        assert held.loaded.precision == "int8"
     assert opened == [FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE]
 
 

@@ -120,8 +120,8 @@ def test_cuda_that_cannot_be_had_is_an_error_and_never_the_cpu(small_bundle):
         pytest.skip("this onnxruntime has CUDA")
     with pytest.raises(UserError, match="cuda"):
         Recognizer.open(small_bundle, Settings(device="cuda"))
-    with Recognizer.open(small_bundle, Settings(device="auto")) as recognizer, recognizer.acquire() as snapshot:
-        assert snapshot.generation.encoder.device == "cpu"
+    with Recognizer.open(small_bundle, Settings(device="auto")) as recognizer, recognizer.acquire() as view:
+        assert view.loaded.encoder.device == "cpu"
 
 
 def test_the_service_never_imports_torch():

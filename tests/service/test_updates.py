@@ -42,9 +42,9 @@ def embedding_of(client, small_bundle, image: bytes) -> list[float]:
     from service.recognizer import Recognizer
     from service.settings import Settings
 
-    with Recognizer.open(small_bundle, Settings(threads=1)) as recognizer, recognizer.acquire() as snapshot:
-        pixels = load_pixels(image, snapshot.generation.preprocessing, max_pixels=recognizer.settings.max_pixels)
-        return [float(value) for value in snapshot.generation.engine.submit(pixels, 1).result(WAIT_S).embedding_D]
+    with Recognizer.open(small_bundle, Settings(threads=1)) as recognizer, recognizer.acquire() as view:
+        pixels = load_pixels(image, view.loaded.preprocessing, max_pixels=recognizer.settings.max_pixels)
+        return [float(value) for value in view.loaded.engine.submit(pixels, 1).result(WAIT_S).embedding_D]
 
 
 def test_a_put_entity_is_in_the_next_answer(live, small_bundle, giraffe):

@@ -1,0 +1,124 @@
+"""One image from bytes to predictions: decode, encode, search, rank.
+
+Shapes: H/W pixels, D embedding width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import Unavailable
+from imaging import load_region
+from service.loaded_bundle import BundleView
+from service.ranking import Ranking
+from wikiclip.answers import Box, RecognizeOptions
+
+_LOOKUP_THREADS = 2
+
+Float32Array = npt.NDArray[np.float32]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineResult:
+    """What one image, or one embedding, led to.
+
+    `stages` maps `decode`, `queue`, `encode`, `search` and `join` (names and confidence), as far as they took place, to
+    start and end, by `time.monotonic`.
+    """
+
+    ranking: Ranking
+    embedding_D: Float32Array
+    stages: Mapping[str, tuple[float, float]]
+
+    @property
+    def timings_ms(self) -> dict[str, float]:
+        """Return the time of each stage but `join`, which only counts towards the total."""
+        return {name: round(1000 * (end - start), 3) for name, (start, end) in self.stages.items() if name != "join"}
+
+
+class RecognitionPipeline:
+    """Two thread pools, for decoding and for the entity store, around the engine of a bundle.
+
+    The entity store has its own pool, so that a lookup does not wait for all queued images to be decoded.
+    """
+
+    def __init__(self, *, decode_threads: int, max_pixels: int) -> None:
+        self._decode_pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+        self._lookup_pool = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
+        self._max_pixels = max_pixels
+
+    async def run(self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView) -> PipelineResult:
+        """Recognise an image, or an embedding [D].
+
+        Cancelling it drops stages that have not begun. Raises what a stage raises, for example `UndecodableImage`.
+        """
+        with view.loaded.in_use():
+            return await self._run(image, options, view)
+
+    async def _run(self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView) -> PipelineResult:
+        ranker = view.ranker
+        selection = await self._lookup(view, lambda: ranker.selection(options)) if options.types else None
+        query: npt.NDArray[np.uint8] | Float32Array
+        region: Box | None = None
+        stages: dict[str, tuple[float, float]] = {}
+        if isinstance(image, bytes):
+            decoded = await _submit(self._decode_pool, lambda: self._decode(image, options, view))
+            query, region, stages["decode"] = decoded
+        else:
+            query = image
+        found = await asyncio.wrap_future(
+            view.loaded.engine.submit(
+                query,
+                ranker.top_k(options),
+                selection,
+                view.entities,
+                unfiltered=ranker.needs_unfiltered_scores(options),
+                explain=options.explain,
+            )
+        )
+        join_started_at = time.monotonic()
+        if ranker.needs_file_access(found, options):
+            ranking = await self._lookup(view, lambda: ranker.rank(found, options, region))
+        else:
+            ranking = ranker.rank(found, options)
+        stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
+        return PipelineResult(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
+
+    def close(self) -> None:
+        """Finish the stages that are running or queued, then stop."""
+        self._decode_pool.shutdown()
+        self._lookup_pool.shutdown()
+
+    def _decode(
+        self, data: bytes, options: RecognizeOptions, view: BundleView
+    ) -> tuple[npt.NDArray[np.uint8], Box, tuple[float, float]]:
+        started_at = time.monotonic()
+        pixels_HW3, region = load_region(data, view.loaded.preprocessing, max_pixels=self._max_pixels, box=options.box)
+        return pixels_HW3, region, (started_at, time.monotonic())
+
+    async def _lookup(self, view: BundleView, work: Callable[[], T]) -> T:
+        """Run `work` in the lookup pool. The bundle stays open until it ends, even if the caller is cancelled."""
+        view.loaded.acquire()
+        return await _submit(self._lookup_pool, work, on_end=view.loaded.release)
+
+
+async def _submit(pool: ThreadPoolExecutor, work: Callable[[], T], on_end: Callable[[], None] = lambda: None) -> T:
+    try:
+        pending: Future[T] = pool.submit(work)
+    except RuntimeError:
+        on_end()
+        raise Unavailable("the service is stopping; retry later or elsewhere") from None
+    pending.add_done_callback(lambda _: on_end())
+    try:
+        return await asyncio.wrap_future(pending)
+    finally:
+        del pending  # an exception refers to this frame, and the future to the exception: a reference cycle

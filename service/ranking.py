@@ -1,0 +1,134 @@
+"""From search results to predictions: records, confidence, abstention, explanations.
+
+Shapes: P patches, D embedding width (also the width of patches that can be compared with entities), I images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from index.calibration import CANDIDATES, Calibration, background
+from index.overlay import EntityView
+from index.store import Selection, StoredEntity
+from service.engine import Found
+from wikiclip.answers import AttendedWord, Box, Explanation, Prediction, RecognizeOptions
+
+MAX_CACHED_SELECTIONS = 32  # one byte per entity each
+
+Float32Array = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """`in_catalog_probability` and `abstained` are None without calibration."""
+
+    predictions: tuple[Prediction, ...]
+    in_catalog_probability: float | None
+    abstained: bool | None
+
+
+class Ranker:
+    """Turns what a search of `entities` found into predictions. Thread-safe."""
+
+    def __init__(self, entities: EntityView, calibration: Calibration | None) -> None:
+        self._entities = entities
+        self._calibration = calibration
+        self._select = lru_cache(maxsize=MAX_CACHED_SELECTIONS)(entities.select)
+
+    def selection(self, options: RecognizeOptions) -> Selection | None:
+        """Return the entities to search, None for all. The first call for some types may take a second."""
+        return self._select(options.types) if options.types else None
+
+    def top_k(self, options: RecognizeOptions) -> int:
+        """Return how many entities to search for: the number requested, or the number that confidence depends on."""
+        return max(options.top_k, CANDIDATES if self._calibration else 1)
+
+    def needs_unfiltered_scores(self, options: RecognizeOptions) -> bool:
+        """Return whether confidence depends on scores of entities outside the selection."""
+        return bool(options.types) and self._calibration is not None
+
+    def needs_file_access(self, found: Found, options: RecognizeOptions) -> bool:
+        """Return whether `rank` has to read files, because a record is not in memory."""
+        return options.explain or self._entities.cached(_rows(found, options)) is None
+
+    def rank(self, found: Found, options: RecognizeOptions, region: Box | None = None) -> Ranking:
+        """Return the predictions, for patch tokens that cover `region` of the image.
+
+        Confidence and abstention are judged before `min_score` drops predictions.
+        """
+        scores: list[float] = found.scores.tolist()
+        records = self._entities.by_rows(_rows(found, options))
+        confidences: Sequence[float | None] = [None] * len(scores)
+        in_catalog_probability: float | None = None
+        abstained: bool | None = None
+        if self._calibration is not None:
+            all_scores = scores if found.unfiltered_scores is None else found.unfiltered_scores.tolist()
+            judged, probability = self._calibration.judge(scores, background(all_scores), found.embedding_D)
+            confidences, in_catalog_probability = [round(each, 6) for each in judged], round(probability, 6)
+            abstained = self._calibration.abstains(in_catalog_probability)
+        # There are fewer records than scores: confidence needs more entities than are shown.
+        shown = [
+            (record, score, confidence)
+            for record, score, confidence in zip(records, scores, confidences, strict=False)
+            if options.min_score is None or score >= options.min_score
+        ]
+        predictions = tuple(
+            Prediction(
+                rank=rank,
+                entity_id=record.entity_id,
+                title=record.title if options.lang is None else record.titles.get(options.lang, record.title),
+                score=round(score, 6),
+                confidence=confidence,
+                description=record.description,
+                url=record.url,
+                symbol=record.symbol,
+                types=record.types,
+                has_thumbnail=record.has_thumbnail,
+                explanation=self._explain(record, found, region) if options.explain else None,
+            )
+            for rank, (record, score, confidence) in enumerate(shown, start=1)
+        )
+        return Ranking(predictions=predictions, in_catalog_probability=in_catalog_probability, abstained=abstained)
+
+    def _explain(self, record: StoredEntity, found: Found, region: Box | None) -> Explanation | None:
+        """Return where the image matches the entity best and which words of its text shaped its embedding."""
+        if found.patch_tokens_PC is None or region is None:
+            return None
+        images_ID = self._entities.images_of(record.row)
+        nearest_D = images_ID[np.argmax(images_ID @ found.embedding_D)]
+        return Explanation(
+            heat_map=heat_map(found.patch_tokens_PC, nearest_D), region=region, words=self._attended_words(record)
+        )
+
+    def _attended_words(self, record: StoredEntity) -> tuple[AttendedWord, ...] | None:
+        spans = self._entities.attended_words(record.row)
+        if record.text is None or not spans:
+            return None
+        return tuple(
+            AttendedWord(word=record.text[start:end], start=start, end=end, weight=weight)
+            for start, end, weight in spans
+        )
+
+
+def heat_map(patch_tokens_PC: Float32Array, entity_embedding_D: Float32Array) -> tuple[tuple[float, ...], ...] | None:
+    """Return the cosine of each patch with the entity, in rows from the top of the image.
+
+    Returns None if the widths differ or the patches do not form a square.
+    """
+    side = math.isqrt(len(patch_tokens_PC))
+    if patch_tokens_PC.shape[1] != len(entity_embedding_D) or side * side != len(patch_tokens_PC):
+        return None
+    norms_P = np.maximum(np.linalg.norm(patch_tokens_PC, axis=1), np.float32(1e-12))
+    cosines_P = patch_tokens_PC @ entity_embedding_D / norms_P
+    return tuple(tuple(round(float(cosine), 4) for cosine in row) for row in cosines_P.reshape(side, side))
+
+
+def _rows(found: Found, options: RecognizeOptions) -> list[int]:
+    rows: list[int] = found.rows[: options.top_k].tolist()
+    return rows
