@@ -23,8 +23,8 @@ import click
 import torch
 
 from benchmarks.export import make_checkpoint, write_catalog, write_tokenizer
-from benchmarks.measure import write_results
-from core.files import atomic_write_bytes, sha256_file
+from benchmarks.measure import write_report, write_results
+from core.files import sha256_file
 from core.runtime import describe_run
 from evaluation.pages import Series, figures_table, line_plot, page, section
 from imaging import Preprocessing
@@ -186,7 +186,7 @@ def main(records: int, work: Path | None, results: Path) -> None:
     with TemporaryDirectory(prefix="scale.", dir=work) as folder:
         figures = measure(records, Path(folder))
     path = write_results(results, f"export-{records}", {**run, "figures": figures})
-    atomic_write_bytes(path.with_suffix(".html"), report(figures).encode())
+    write_report(path, lambda: report(figures))
     click.echo(json.dumps({key: value for key, value in figures.items() if key != "curves"}, indent=1))
     click.echo(f"written to {path}", err=True)
 

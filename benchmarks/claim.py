@@ -44,7 +44,7 @@ from benchmarks.synthetic import photograph
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
 from demo.build import BUILD
-from evaluation.pages import Bar, bar_plot, page, section, table
+from evaluation.pages import Bar, bar_plot, figures_table, page, section
 from imaging import Preprocessing, load_pixels, normalise
 from index.embeddings import Embeddings
 from index.faiss_index import CpuCandidates
@@ -53,16 +53,6 @@ from index.search import EntityIndex
 CLAIM = 100
 # Latencies that the paper reports for its own hardware: OVEN Entity validation, ms per image.
 PAPER_MS = {"AutoVER 7B": 993, "AutoVER 13B": 1569, "WikiCLIP-L": 14.49}
-_PAPER_TABLE = (
-    # method, kind, latency in ms, top-1 on unseen and seen entities, HM
-    ("GiT-Large (REW-47M)", "generative", 83.95, 25.1, 36.0, 29.6),
-    ("AutoVER 7B", "generative", 993, 21.7, 61.5, 32.1),
-    ("AutoVER 13B", "generative", 1569, 24.5, 63.6, 35.6),
-    ("CLIP2CLIP", "contrastive", 13.84, 10.5, 12.6, 11.5),
-    ("CLIP Fusion", "contrastive", 15.93, 4.8, 33.6, 8.4),
-    ("WikiCLIP-S", "contrastive", 14.49, 27.0, 36.8, 31.1),
-    ("WikiCLIP-L", "contrastive", 14.49, 28.5, 35.5, 31.6),
-)
 _LABELS = {"wikiclip": "retrieval", "faithful": "generation, faithful", "optimised": "generation, optimised"}
 _MODES = ("faithful", "optimised")
 _BATCH = 8  # images per batch where throughput is measured
@@ -372,63 +362,26 @@ def verdict(precision: str, ratio: dict[str, float], intervals: dict[str, list[f
 
 
 def report(figures: dict[str, Any]) -> str:
-    """Return an HTML page: verdict, time per stage in each precision, settings, and the paper's table."""
+    """Return an HTML page: verdict, time per stage in each precision, and all figures."""
     verdicts = "".join(f"<li>{escape(line)}</li>" for line in figures["verdict"])
     bars = [
         Bar(name=f"{mode}, {precision}", value=times, interval=tuple(each["ratio_interval"][mode]))
         for precision, each in figures["precisions"].items()
         for mode, times in each["ratio"].items()
     ]
-    knobs = figures["knobs"] | {f"parameters, {k}": f"{n / 1e6:.0f} M" for k, n in figures["parameters"].items()}
-    paper_note = (
-        "<p>Measured by the authors on their GPUs with an EVA-CLIP-8B of about 7.5 B parameters as the encoder: "
-        f"{993 / 14.49:.0f} and {1569 / 14.49:.0f} times.</p>"
-    )
-    paper = [[str(cell) for cell in row] for row in _PAPER_TABLE]
     parts = [
         section(
             "Verdict",
             f"<p>The claim is that retrieval is {CLAIM} times as fast as generation. Here:</p><ul>{verdicts}</ul>",
             bar_plot(bars, title="How many times faster", x_label="times faster than generation, 95 % interval"),
-        ),
-        *(_precision(name, each, figures["peak_gflops"]) for name, each in figures["precisions"].items()),
-        section("Settings", table(["setting", "value"], [[key, str(value)] for key, value in knobs.items()])),
-        section("The paper's table", paper_note, table(["method", "kind", "ms", "unseen", "seen", "HM"], paper)),
+        )
     ]
+    for precision, each in figures["precisions"].items():
+        stages = [
+            Bar(name=f"{_LABELS[name]}: {stage}", value=stage_ms)
+            for name, system in each["systems"].items()
+            for stage, stage_ms in system["stages_ms"].items()
+        ]
+        parts.append(section(f"Time per stage, {precision}", bar_plot(stages, title=precision, x_label="ms")))
+    parts.append(section("Figures", figures_table(figures)))
     return page("Retrieval against generation", "\n".join(parts))
-
-
-def _precision(name: str, figures: dict[str, Any], peak_gflops: float) -> str:
-    rows, bars, stages = [], [], []
-    for key, label in _LABELS.items():
-        system = figures["systems"][key]
-        low, high = system["latency"]["interval"]
-        batch, per_second = max(system["images_per_s"].items(), key=lambda item: float(item[1]))
-        rows.append(
-            [label, f"{system['median_ms']:.1f}", f"{low:.1f} to {high:.1f}", f"{system['cpu_seconds']['median']:.3f}",
-             f"{per_second} ({batch})", str(system.get("tokens", "–"))]
-        )  # fmt: skip
-        total_ms = sum(system["stages_ms"].values())
-        for stage, stage_ms in system["stages_ms"].items():
-            bars.append(Bar(name=f"{label}: {stage}", value=stage_ms))
-            stages.append([label, stage, f"{stage_ms:.2f}", f"{100 * stage_ms / total_ms:.1f} %"])
-    gflops = figures["systems"]["optimised"]["gflops"]
-    intervals = figures["cpu_seconds_ratio_interval"]
-    ratios = [
-        f"{mode} {times} times ({intervals[mode][0]} to {intervals[mode][1]})"
-        for mode, times in figures["cpu_seconds_ratio"].items()
-    ]
-    note = (
-        f"<p>{figures['images']} images. In CPU-seconds per image, which depend less on other work on the machine: "
-        f"{', '.join(ratios)}. The optimised baseline's matrix products run at {gflops['image tower']:.0f} GFLOP/s in "
-        f"the image tower and {gflops['prefill']:.0f} in the language model, and at {gflops['a CPU-second']:.0f} GFLOP "
-        "per CPU-second overall. The fastest large product in this run (float32; 16-bit on a GPU) reached "
-        f"{peak_gflops:.0f} GFLOP/s.</p>"
-    )
-    return section(
-        name,
-        table(["system", "median, ms", "95 % interval", "CPU s per image", "most images/s", "tokens"], rows),
-        note,
-        bar_plot(bars, title=f"Time per stage, {name}", x_label="ms"),
-        table(["system", "stage", "ms", "share"], stages),
-    )

@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
+# Module and help text of each.
 BENCHMARKS = {
-    "claim": "benchmarks.claim",
-    "service": "benchmarks.service",
-    "index": "benchmarks.index",
-    "train": "benchmarks.training",
-    "live": "benchmarks.live",
-    "load": "benchmarks.load",
-    "peers": "benchmarks.peers.runner",
-    "stages": "benchmarks.stages",
-    "overload": "benchmarks.overload",
-    "faults": "benchmarks.faults",
-    "export": "benchmarks.export",
-}
-# What `--help` says of each.
-TOLD = {
-    "all": "All that time allows, as one JSON file and one HTML report.",
-    "claim": "Retrieval against generation, both on this machine: how many times faster.",
-    "service": "What HTTP adds to decode, encode and search.",
-    "index": "How long a search takes, one query and many.",
-    "train": "What the feature cache saves in training.",
-    "live": "Live changes against a dict, killed again and again.",
-    "load": "Latency against offered load, and the knee.",
-    "peers": "LitServe, mosec and BentoML serving the same encoder, beside this service.",
-    "overload": "Ten times the load that it can answer: goodput, refusals, memory, recovery.",
-    "faults": "Under load: Redis and the engine killed, bundles swapped, clients that leave, hostile bodies.",
-    "export": "An export against its models alone; int8 against float32.",
-    "stages": "Decode, encode, search, end to end, the cache, and growth with the catalog.",
+    "claim": ("benchmarks.claim", "Retrieval against generation on this machine: how many times faster."),
+    "service": ("benchmarks.service", "What HTTP adds to decode, encode and search."),
+    "index": ("benchmarks.index", "Search time for one query and many."),
+    "train": ("benchmarks.training", "What the feature cache saves in training."),
+    "live": ("benchmarks.live", "Live changes checked against a dict, with kills and restarts."),
+    "load": ("benchmarks.load", "Latency against offered load, and the knee."),
+    "peers": ("benchmarks.peers.runner", "LitServe, mosec and BentoML with the same encoder and vectors."),
+    "stages": ("benchmarks.stages", "Decode, encode, search, end to end, the cache, and growth with the catalog."),
+    "overload": ("benchmarks.overload", "Ten times the peak load: goodput, refusals, memory, recovery."),
+    "faults": (
+        "benchmarks.faults",
+        "Under load: Redis and the engine killed, bundles swapped, clients that leave, hostile bodies.",
+    ),
+    "export": ("benchmarks.export", "An export against its models alone; int8 against float32."),
 }
 _COMMON = [
     click.Option(
@@ -54,8 +43,8 @@ _COMMON = [
 _MINUTES = click.Option(
     ["--minutes"], type=click.FloatRange(min=0, min_open=True), help="End by itself within about this time."
 )
-# What single benchmarks take beside that; each is an argument of its `measure`.
-OPTIONS: dict[str, Sequence[click.Option]] = {
+# Further options by benchmark. Each is an argument of its `measure`.
+_OPTIONS: dict[str, Sequence[click.Option]] = {
     "all": [_MINUTES],
     "stages": [_MINUTES],
     "claim": [
@@ -70,69 +59,81 @@ OPTIONS: dict[str, Sequence[click.Option]] = {
         ),
         click.Option(["--entities"], type=click.IntRange(min=1), help="Size of the catalog.  [default: 100000]"),
         click.Option(["--repeats"], type=click.IntRange(min=2), help="Images.  [default: 12]"),
-        click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one a core]"),
+        click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one per core]"),
         click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where both run.  [default: cpu]"),
     ],
     "export": [
         click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where the models run.  [default: cpu]"),
         click.Option(
             ["--folder"], type=click.Path(path_type=Path, file_okay=False),
-            help="Keep what is exported there, for the next run.  [default: made anew]",
+            help="Keep catalog and checkpoint there for the next run.  [default: a temporary folder]",
         ),
     ],
 }  # fmt: skip
 
 
 class _Benchmarks(click.Group):
-    """`wikiclip bench NAME`: a command for each benchmark, made when it is named; none is imported before it runs."""
+    """A command for each benchmark. Its module is imported when it runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*BENCHMARKS, "all", "compare"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in BENCHMARKS and cmd_name != "all":
+        if cmd_name in BENCHMARKS:
+            callback: Callable[..., None] = partial(_run, cmd_name)
+            help_text = BENCHMARKS[cmd_name][1]
+        elif cmd_name == "all":
+            callback, help_text = _run_all, "All that the time allows, as one JSON file and one HTML report."
+        else:
             return super().get_command(ctx, cmd_name)
-        told = TOLD.get(cmd_name)
-        options: list[click.Parameter] = [*_COMMON, *OPTIONS.get(cmd_name, ())]
-        return click.Command(cmd_name, params=options, help=told, callback=partial(_run, cmd_name))
+        options: list[click.Parameter] = [*_COMMON, *_OPTIONS.get(cmd_name, ())]
+        return click.Command(cmd_name, params=options, help=help_text, callback=callback)
 
 
 @click.group(cls=_Benchmarks)
 def bench() -> None:
-    """Measure: one benchmark, all, or what changed between two runs."""
+    """Run one benchmark or all, or compare two runs."""
 
 
-def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, **given: Any) -> None:
+def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, **options: Any) -> None:
     import importlib
     import json
 
-    from benchmarks.measure import write_results
+    from benchmarks.measure import write_report, write_results
     from core.files import atomic_write_bytes
     from core.runtime import describe_run
 
-    given = {option: value for option, value in given.items() if value is not None}
-    if name == "all":
-        from benchmarks.suite import run_all
+    module = importlib.import_module(BENCHMARKS[name][0])
+    options = {option: value for option, value in options.items() if value is not None}
+    run = describe_run({"bundle": bundle.name, "smoke": smoke, "benchmarks": [name], **options})
+    figures = module.measure(bundle, smoke=smoke, **options)
+    outcome = {**run, "figures": figures}
+    path = write_results(results, name, outcome)
+    if hasattr(module, "report"):
+        write_report(path, lambda: module.report(figures))
+    if hasattr(module, "as_csv"):
+        atomic_write_bytes(path.with_suffix(".csv"), module.as_csv(figures).encode())
+    if not as_json:
+        click.echo("\n".join(f"{key}: {json.dumps(value)}" for key, value in _without_samples(figures).items()))
+    _finish(path, outcome, as_json)
 
-        path, outcome = run_all(BENCHMARKS, bundle, results, smoke=smoke, minutes=given.get("minutes"))
-    else:
-        module = importlib.import_module(BENCHMARKS[name])
-        run = describe_run({"bundle": bundle.name, "smoke": smoke, "benchmarks": [name], **given})
-        figures = module.measure(bundle, smoke=smoke, **given)
-        outcome = {**run, "figures": figures}
-        path = write_results(results, name, outcome)
-        for kind in ("html", "csv"):
-            if make := getattr(module, {"html": "report", "csv": "as_csv"}[kind], None):
-                atomic_write_bytes(path.with_suffix(f".{kind}"), make(figures).encode())
-        if not as_json:
-            click.echo("\n".join(f"{key}: {json.dumps(value)}" for key, value in _without_samples(figures).items()))
+
+def _run_all(bundle: Path, smoke: bool, results: Path, as_json: bool, minutes: float | None) -> None:
+    from benchmarks.suite import run_all
+
+    path, outcome = run_all(BENCHMARKS, bundle, results, smoke=smoke, minutes=minutes)
+    _finish(path, outcome, as_json)
+
+
+def _finish(path: Path, outcome: dict[str, Any], as_json: bool) -> None:
+    import json
+
     click.echo(f"written to {path}", err=True)
     if as_json:
         click.echo(json.dumps(outcome))
 
 
 def _without_samples(figures: Any) -> Any:
-    """For a terminal: figures, without the single samples that they are of."""
     if not isinstance(figures, dict):
         return figures
     return {k: _without_samples(v) for k, v in figures.items() if k not in ("samples", "reference_ms")}
@@ -147,10 +148,9 @@ def _without_samples(figures: Any) -> Any:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last.")
 def compare(before: Path, after: Path, threshold: float, as_json: bool) -> None:
-    """Say what changed from A to B beyond noise; exit code 1 on a regression past the threshold.
+    """Report what changed from A to B beyond noise. The exit code is 1 on a regression past the threshold.
 
-    A and B are JSON files of `wikiclip bench`, or folders of them. Runs keep every sample, and a reference that was
-    timed beside each: docs/benchmarks.md says how two of them are told apart.
+    A and B are JSON files of `wikiclip bench`, or folders of them. docs/benchmarks.md describes the test.
     """
     import json
 

@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from benchmarks import synthetic
 from benchmarks.index_probe import memory_after_searching, overlap, probing, read_reply
-from benchmarks.measure import percentiles_ms, write_results
+from benchmarks.measure import percentiles_ms, write_report, write_results
 from core.cli import run
-from core.files import atomic_write_bytes
 from core.runtime import describe_run, faiss, usable_cores
 from evaluation.pages import Series, line_plot, page, section, table
 from index.autotune import K, Targets, exact_positions, held_out_queries
@@ -369,7 +368,7 @@ def main(bundle: Path, work: Path, results: Path, **scale_options: Any) -> None:
     ran = describe_run({"bundle": bundle.name, "smoke": False, "benchmarks": ["index"], **vars(scale)})
     figures = measure(bundle, smoke=False, scale=scale, work=work)
     path = write_results(results, "index", {**ran, "figures": figures})
-    atomic_write_bytes(path.with_suffix(".html"), report(figures).encode())
+    write_report(path, lambda: report(figures))
     click.echo(json.dumps(figures))
     click.echo(f"written to {path}", err=True)
 

@@ -15,11 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 from tqdm import tqdm
 
+from core.errors import UserError
 from core.files import atomic_write_bytes
 from evaluation.metrics import RESAMPLINGS, Interval, percentile_interval
+from evaluation.pages import require_libraries
 
 BEFORE = ".before.json"  # suffix of the previous run's file
 _MAX_CALLS_PER_ROUND = 200
@@ -161,6 +164,16 @@ def write_results(folder: Path, name: str, outcome: dict[str, Any]) -> Path:
         path.replace(path.with_name(f"{name}{BEFORE}"))
     atomic_write_bytes(path, json.dumps(outcome, indent=1).encode())
     return path
+
+
+def write_report(results: Path, make: Callable[[], str]) -> None:
+    """Write an HTML report next to a result file. Without the packages it needs, print what to install instead."""
+    try:
+        require_libraries()
+    except UserError as error:
+        click.echo(f"no HTML report: {error}", err=True)
+    else:
+        atomic_write_bytes(results.with_suffix(".html"), make().encode())
 
 
 def results_folder(folder: Path, run: dict[str, Any]) -> Path:

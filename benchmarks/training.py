@@ -1,8 +1,7 @@
-"""`wikiclip bench train`: an epoch of the adaptor on cached features against one that computes them anew.
+"""`wikiclip bench train`: an epoch of the adaptor on cached features, and one that recomputes them for every batch.
 
-Both take the same steps on the same made-up photographs and texts, with the built-in image encoder and `minilm`. What
-is computed anew is decoded and encoded batch by batch and kept nowhere; it is rounded to float16 as the cache rounds
-it, so the losses differ by the order of sums at most.
+Both take the same steps on the same synthetic photographs and texts, with the built-in image encoder and `minilm`.
+Recomputed features are rounded to float16 like cached ones, so the losses differ only by the order of sums.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class _Data:
 
 
 class _Recomputing(FeatureStore):
-    """A store that remembers nothing: every batch costs what the encoders cost."""
+    """A store that runs the encoders for every batch."""
 
     def __init__(self, cached: FeatureStore, root: Path, data: _Data) -> None:
         super().__init__(root, cached.image_encoder, cached.text_encoder)
@@ -76,7 +75,7 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
-    """Seconds an epoch and mean loss of both, and how much longer the one without a cache takes. No bundle is read."""
+    """Return seconds per epoch and mean loss of both, and their ratio. No bundle is read."""
     entities = 96 if smoke else 512
     with TemporaryDirectory() as folder:
         root = Path(folder)
@@ -85,7 +84,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         data = _make(root, store, entities)
         filled_s = time.perf_counter() - started
         cached_s, cached_loss = _epoch(store, data)
-        anew_s, anew_loss = _epoch(_Recomputing(store, root / "none", data), data)
+        recomputed_s, recomputed_loss = _epoch(_Recomputing(store, root / "none", data), data)
     return {
         "pairs": len(data.pairs),
         "image": "JPEG 640x480",
@@ -93,15 +92,15 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cache_filled_s": round(filled_s, 3),
         "cached_epoch_s": round(cached_s, 3),
-        "recomputed_epoch_s": round(anew_s, 3),
-        "ratio": round(anew_s / cached_s, 1),
+        "recomputed_epoch_s": round(recomputed_s, 3),
+        "ratio": round(recomputed_s / cached_s, 1),
         "cached_loss": round(cached_loss, 6),
-        "recomputed_loss": round(anew_loss, 6),
+        "recomputed_loss": round(recomputed_loss, 6),
     }
 
 
 def _make(root: Path, store: FeatureStore, count: int) -> _Data:
-    """Entities with one image and a text of about 60 words, each asked for by a photograph of its own; all cached."""
+    """Write and cache `count` entities, each with an image, a text of 60 words and a query image."""
     random = np.random.default_rng(0)
     images: dict[bytes, bytes] = {}
     sources = []
@@ -128,7 +127,7 @@ def _unexpected(rejected: Rejected) -> None:
 
 
 def _epoch(store: FeatureStore, data: _Data) -> tuple[float, float]:
-    """Seconds and mean loss of one epoch from the same start, after one step that is not counted."""
+    """Return seconds and mean loss of one epoch after a warm-up step, always from the same weights."""
     config = AdaptorConfig(
         patch_dim=store.image_encoder.patch_dim,
         text_dim=store.text_encoder.dim,

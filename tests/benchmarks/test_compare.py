@@ -1,4 +1,4 @@
-"""Two runs compared: noise is no change, a change is one, whichever way the metric counts."""
+"""`wikiclip bench compare`: noise is no change, and a slowdown is found for metrics of both directions."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from core.errors import UserError
 METRICS = 30
 
 
-def made_run(
+def synthetic_run(
     seed: int, *, slower: float = 1.0, machine: float = 1.0, rounds: int = 12, speed_seen: bool = True
 ) -> dict[str, Any]:
-    """A run of made-up metrics on a machine with neighbours: samples get worse by a random share, in bursts that the
-    reference sees or not, and one metric of each kind is `slower`."""
+    """Return a synthetic run on a shared machine. Samples get worse in bursts, which the reference sees or not. One
+    metric of each direction is `slower`."""
     rng = np.random.default_rng(seed)
     metrics = {}
     for number in range(METRICS):
@@ -43,41 +43,41 @@ def made_run(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_two_runs_of_one_thing_are_no_regression(seed: int) -> None:
-    comparison = compare(made_run(seed), made_run(100 + seed, speed_seen=seed % 2 == 0))
+    comparison = compare(synthetic_run(seed), synthetic_run(100 + seed, speed_seen=seed % 2 == 0))
     assert comparison.regressions == []
     assert len(comparison.changes) == METRICS
     assert "no regression past 20 %" in as_text(comparison)
 
 
 def test_a_slower_machine_is_no_regression() -> None:
-    assert compare(made_run(1), made_run(2, machine=1.8)).regressions == []
+    assert compare(synthetic_run(1), synthetic_run(2, machine=1.8)).regressions == []
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_slowed_version_is_caught_and_nothing_else(seed: int) -> None:
-    comparison = compare(made_run(seed), made_run(50 + seed, slower=1.7))
+    comparison = compare(synthetic_run(seed), synthetic_run(50 + seed, slower=1.7))
     assert {change.name for change in comparison.regressions} == {"made/group/3", "made/group/4"}
     for change in comparison.regressions:
         assert change.interval[0] > 1.2
         assert change.worse == pytest.approx(1.7, rel=0.15)
-    back = compare(made_run(50 + seed, slower=1.7), made_run(seed))
+    back = compare(synthetic_run(50 + seed, slower=1.7), synthetic_run(seed))
     assert {c.name for c in back.changes if c.verdict == "improvement"} == {"made/group/3", "made/group/4"}
     assert back.regressions == []
 
 
 def test_a_threshold_that_is_not_passed_is_no_regression() -> None:
-    comparison = compare(made_run(1), made_run(2, slower=1.7), threshold=1.0)
+    comparison = compare(synthetic_run(1), synthetic_run(2, slower=1.7), threshold=1.0)
     assert comparison.regressions == []
     assert "no regression past 100 %" in as_text(comparison)
 
 
-def test_few_samples_tell_nothing() -> None:
-    comparison = compare(made_run(1, rounds=4), made_run(2, rounds=4, slower=5))
-    assert {change.verdict for change in comparison.changes} == {"fewer than 5 samples: cannot be told"}
+def test_few_samples_are_undecided() -> None:
+    comparison = compare(synthetic_run(1, rounds=4), synthetic_run(2, rounds=4, slower=5))
+    assert {change.verdict for change in comparison.changes} == {"fewer than 5 samples: undecided"}
 
 
 def test_a_call_slowed_on_purpose_is_caught_for_real() -> None:
-    """Real times, in turns on this machine: one of three pieces of work is done five times over in the second run."""
+    """Real times on this machine: in the second run, one of three pieces of work is repeated five times."""
 
     def work(times: int) -> Any:
         return lambda _: [sum(range(4000)) for _ in range(times)]
@@ -87,25 +87,25 @@ def test_a_call_slowed_on_purpose_is_caught_for_real() -> None:
         return {"figures": nested(sample(probes, rounds=12, moment_s=0.005))}
 
     before, after = run(1), run(5)
-    # What else the machine does may slow one of the others too: that one is found is what counts.
+    # Other work on the machine may slow the others too.
     assert "b" in {change.name for change in compare(before, after, threshold=0.5).regressions}
 
 
-def test_a_run_that_is_told_to_end_ends_with_two_rounds() -> None:
+def test_a_run_past_its_time_ends_after_two_rounds() -> None:
     metrics = sample([Probe(name="x", call=lambda i: i)], rounds=50, moment_s=0, until=time.monotonic() - 1)
     assert len(metrics["x"].samples) == 2
 
 
 def test_the_command_exits_1_on_a_regression(tmp_path: Path) -> None:
-    for name, run in (("a", made_run(1)), ("same", made_run(2)), ("slow", made_run(3, slower=2))):
+    for name, run in (("a", synthetic_run(1)), ("same", synthetic_run(2)), ("slow", synthetic_run(3, slower=2))):
         (tmp_path / f"{name}.json").write_text(json.dumps(run))
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / "all.json").write_text(json.dumps(made_run(4)))
+    (folder / "all.json").write_text(json.dumps(synthetic_run(4)))
 
     def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        given = [sys.executable, "-m", "wikiclip", "bench", "compare", *map(str, arguments)]
-        return subprocess.run(given, capture_output=True, text=True, check=False, timeout=120)
+        call = [sys.executable, "-m", "wikiclip", "bench", "compare", *map(str, arguments)]
+        return subprocess.run(call, capture_output=True, text=True, check=False, timeout=120)
 
     done = command(tmp_path / "a.json", folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -118,10 +118,10 @@ def test_the_command_exits_1_on_a_regression(tmp_path: Path) -> None:
     assert "nowhere.json cannot be read" in done.stderr
 
 
-def test_what_is_no_result_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no results"):
+def test_missing_results_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no results"):
         read_run(tmp_path)
     with pytest.raises(UserError, match="no metric with samples in common"):
-        compare({"figures": {}}, made_run(1))
+        compare({"figures": {}}, synthetic_run(1))
     found = dict(metrics_of({"a": {"b": {"samples": [1.0], "better": "lower"}, "c": 3}, "d": [1]}))
     assert list(found) == ["a/b"]

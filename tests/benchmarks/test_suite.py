@@ -1,4 +1,4 @@
-"""`wikiclip bench all`: what fits is run, what does not is taken from before or left out, and all is one report."""
+"""`wikiclip bench all` runs what fits in the time, adds earlier results, and writes one report."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from benchmarks.suite import run_all
 from core.runtime import describe_run
 from evaluation.pages import body_of, page
 
-MINUTES = 5.0  # far more than is needed: how long a busy machine takes decides nothing
+MINUTES = 5.0  # far more than needed, also on a busy machine
 
 
-def some(*names: str) -> dict[str, str]:
+def some(*names: str) -> dict[str, tuple[str, str]]:
     return {name: BENCHMARKS[name] for name in names}
 
 
-def test_what_is_run_and_what_is_not_make_one_report(small_bundle: Path, tmp_path: Path) -> None:
+def test_new_and_earlier_results_make_one_report(small_bundle: Path, tmp_path: Path) -> None:
     folder = results_folder(tmp_path, describe_run({}))
     folder.mkdir()
     kept = {"settings": {"bundle": small_bundle.name, "smoke": True}, "figures": {"p50_ms": 12.5}}
     (folder / "load.json").write_text(json.dumps({**kept, "figures": {"x": 1}, "settings": {"bundle": "another"}}))
     (folder / "train.json").write_text(json.dumps(kept))
-    # A smoke run has time for neither `load` nor `train`, whatever the budget.
+    # A smoke run leaves out `load`, `index` and `train` with any budget.
     benchmarks = some("stages", "index", "load", "train")
     path, outcome = run_all(benchmarks, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
     assert path == folder / "all.json"
@@ -48,13 +48,13 @@ def test_what_is_run_and_what_is_not_make_one_report(small_bundle: Path, tmp_pat
     assert all(f'id="{name}"' in html for name in outcome["figures"])
     assert body_of(stages_report(outcome["figures"]["stages"])) in html
     assert "12.5" in html
-    # A second run keeps the first, to be compared with.
+    # A second run keeps the first, for comparison.
     _, again = run_all({}, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
     assert again["figures"] == {}
     assert json.loads((folder / "all.before.json").read_bytes()) == outcome
 
 
-def test_one_that_fails_is_named_and_spoils_no_other(tmp_path: Path) -> None:
+def test_a_failing_benchmark_is_named_with_its_reason(tmp_path: Path) -> None:
     _, outcome = run_all(some("service"), tmp_path / "nowhere", tmp_path, smoke=True, minutes=MINUTES)
     assert outcome["figures"] == {}
     assert "nowhere" in outcome["settings"]["left_out"]["service"]
@@ -62,19 +62,19 @@ def test_one_that_fails_is_named_and_spoils_no_other(tmp_path: Path) -> None:
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["in the foreground", "in the background"])
 def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What a shell leaves of interrupts to what it starts there."""
+    """Set the SIGINT handler that a shell gives to foreground and background processes."""
     before = signal.signal(signal.SIGINT, request.param)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interrupts")
-def test_one_past_its_time_is_told_to_end(small_bundle: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("benchmarks.suite._OVERTIME_S", -1e9)
+def test_a_benchmark_past_its_time_is_interrupted(small_bundle: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("benchmarks.suite._SMOKE_OVERTIME_S", -1e9)
     _, outcome = run_all(some("service"), small_bundle, tmp_path, smoke=True, minutes=MINUTES)
     assert outcome["figures"] == {}
     assert "stopped after" in outcome["settings"]["left_out"]["service"]
 
 
-def test_a_body_is_what_a_page_was_made_of() -> None:
+def test_the_body_of_a_page_is_returned_as_it_was() -> None:
     assert body_of(page("Title", "<p>one</p>\n<p>two</p>")) == "<p>one</p>\n<p>two</p>"
