@@ -1,8 +1,10 @@
-"""What each part of the method brings on Symbols: `python -m demo.ablation`, or `make ablation`.
+"""The effect of each part of the method on Symbols: `python -m demo.ablation`, or `make ablation`.
 
-Trains small adaptors on cached features, each arm with several seeds, and measures them on the held-out drawings over
-the whole catalog. A finished run is a line of `runs.jsonl` and is not done again; the figures go to
-`demo/ablation.json`, and as a table into `docs/ablation.md`.
+Each arm trains small adaptors on cached features, with several seeds, and is measured on the held-out artists' drawings
+over the whole catalog. Finished runs are lines of `runs.jsonl` and are not repeated. Figures go to `demo/ablation.json`
+and, as a table, into `docs/ablation.md`.
+
+Shapes: N images of the catalog, E entities, Q queries, D embedding, L text channels.
 """
 
 from __future__ import annotations
@@ -11,20 +13,21 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.jsonl import RejectLog
 from core.runtime import describe_run
-from demo.ablation_reasons import reasons
-from demo.ablation_table import ARMS, Arm, fill_in, table
-from demo.build import BUILD, read_drawings
+from demo.build import BUILD, build_option, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
 from model.data import Pair, balance_pairs, known_pairs, load_entities, load_pairs
 from model.encoders import open_image_encoder, open_text_encoder
@@ -36,30 +39,65 @@ from model.validation import ValidationSet, validate_each
 
 DEMO = Path(__file__).parent
 PAGE = DEMO.parent / "docs" / "ablation.md"
+START, END = "<!-- ablation: written by `make ablation` -->", "<!-- /ablation -->"
 _CPU = torch.device("cpu")
-_HOW = ("clean", "photo")
+_VIEWS = ("clean", "photo")  # of the test drawings
+_BATCH = 512
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One row of the table: the modalities that the adaptor sees, and how it is trained."""
+
+    name: str
+    paper: float | None = None  # overall accuracy in percent: InfoSeek, knowledge base of 100 k
+    trained: bool = True
+    image: bool = True
+    text: bool = True
+    hard_negatives: str = "none"
+    residual: bool = True
+    centre: bool = False
+    unfamiliar: bool = False  # trains only on drawings by artists that the image encoder never saw
+
+    def key(self) -> dict[str, Any]:
+        """Return the fields that a result depends on."""
+        return {name: value for name, value in asdict(self).items() if name not in ("name", "paper")}
+
+
+ARMS = (
+    Arm(name="mean patch token, untrained", trained=False, text=False),
+    Arm(name="image only", paper=44.8, text=False),
+    Arm(name="text only", paper=50.8, image=False),
+    Arm(name="image and text (VGKA)", paper=59.7),
+    Arm(name="VGKA, clusters", paper=59.7, hard_negatives="clusters"),
+    Arm(name="VGKA, synthesis", paper=58.9, hard_negatives="synthesis"),
+    Arm(name="VGKA, both", paper=61.2, hard_negatives="both"),
+    Arm(name="VGKA, no residual", residual=False),
+    Arm(name="VGKA, centred", centre=True),
+    Arm(name="VGKA, unfamiliar artists", unfamiliar=True),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Symbols:
-    """Symbols as keys of cached features. `pairs` may be by any artist, `unfamiliar` only by such as the encoder never
-    saw; `digest` says what all of it is.
-    """
+    """Symbols as keys of cached features. "Unfamiliar" drawings are by artists that the image encoder never saw."""
 
     store: FeatureStore
     entities: list[EntityKeys]
-    pairs: list[TrainingPair]
+    pairs: list[TrainingPair]  # by any artist
     unfamiliar: list[TrainingPair]
-    drawings: list[TrainingPair]  # clean ones to train on, by artists that the encoder was trained on
-    unfamiliar_drawings: list[TrainingPair]
-    queries: list[ValidationSet]  # test drawings, clean and photographed
-    digest: str
+    drawings: list[TrainingPair]  # clean, by artists that the encoder was trained on
+    unfamiliar_drawings: list[TrainingPair]  # clean
+    queries: list[ValidationSet]  # test drawings, one set for each of _VIEWS
+    digest: str  # of all this data
 
 
 def load_symbols(
     build: Path, cache: Path, *, image_encoder: str, text_encoder: str, max_per_entity: int, max_tokens: int = 256
 ) -> Symbols:
-    """Read Symbols and compute the features that `cache` lacks. Raises `UserError` where Symbols is not built."""
+    """Read Symbols and compute the features that `cache` lacks. Raises `UserError` if Symbols is not built."""
     if not (build / "drawings.jsonl").is_file():
         raise UserError(f"Symbols is not built in {build}; run `make symbols`, or name its folder with --build")
     cache.mkdir(parents=True, exist_ok=True)
@@ -72,54 +110,46 @@ def load_symbols(
     rows = {entity.entity_id: row for row, entity in enumerate(records)}
     entities = store.entity_keys(records, rejects.add)
 
-    def keyed(pairs: Sequence[Pair], what: str) -> list[tuple[Pair, bytes]]:
-        keys = store.image_keys([pair.image for pair in pairs], rejects.add, what)
-        return [(pair, key) for pair, key in zip(pairs, keys, strict=True) if key is not None]
-
     def training(pairs: Sequence[Pair]) -> list[TrainingPair]:
-        few = balance_pairs(pairs, max_per_entity, seed=0) if pairs else []
-        return [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed(few, "query images")]
+        if not pairs:
+            return []
+        keyed = store.pair_keys(balance_pairs(pairs, max_per_entity, seed=0), rejects, "query images")
+        return [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
 
     labelled = known_pairs(load_pairs(build / "pairs_train.jsonl", None, rejects), records, catalog, rejects)
-    unfamiliar = {(d.artist, d.entity_id) for d in read_drawings(build) if d.role == "adapt"}
-    queries = []
-    for how in _HOW:
-        asked = keyed(load_pairs(build / f"queries_test_{how}.jsonl", None, rejects), "test images")
-        queries.append(
-            ValidationSet(
-                query_embeddings_QD=store.query_embeddings([key for _, key in asked]),
-                entity_Q=np.array([rows[pair.entity_id] for pair, _ in asked], np.int64),
-                seen_Q=[pair.seen for pair, _ in asked],
-            )
-        )
-    pairs = training(labelled)
+    adapt_only = {(d.artist, d.entity_id) for d in read_drawings(build) if d.role == "adapt"}
+    unfamiliar = [pair for pair in labelled if _drawing(pair) in adapt_only]
     clean = [pair for pair in labelled if pair.data_id.startswith("clean:")]
+    queries = []
+    for view in _VIEWS:
+        pairs = load_pairs(build / f"queries_test_{view}.jsonl", None, rejects)
+        queries.append(ValidationSet.from_pairs(store.pair_keys(pairs, rejects, "test images"), rows, store))
+    training_pairs = training(labelled)
     if rejects.count:
-        raise UserError(f"{rejects.count} record(s) of Symbols cannot be used, see {rejects.path}; build it anew")
-
+        raise UserError(f"{rejects.count} record(s) of Symbols cannot be used, see {rejects.path}; build it again")
     encoders = {"image": store.image_encoder.content_hash, "text": store.text_encoder.content_hash}
     return Symbols(
         store=store,
         entities=entities,
-        pairs=pairs,
-        unfamiliar=training([pair for pair in labelled if _drawn(pair) in unfamiliar]),
-        drawings=training([pair for pair in clean if _drawn(pair) not in unfamiliar]),
-        unfamiliar_drawings=training([pair for pair in clean if _drawn(pair) in unfamiliar]),
+        pairs=training_pairs,
+        unfamiliar=training(unfamiliar),
+        drawings=training([pair for pair in clean if _drawing(pair) not in adapt_only]),
+        unfamiliar_drawings=training([pair for pair in clean if _drawing(pair) in adapt_only]),
         queries=queries,
-        digest=fingerprint(encoders, entities, pairs, queries),
+        digest=fingerprint(encoders, entities, training_pairs, queries),
     )
 
 
-def _drawn(pair: Pair) -> tuple[str, str]:
-    """Artist and entity of a pair of Symbols: `clean:ARTIST:ENTITY_ID`."""
+def _drawing(pair: Pair) -> tuple[str, str]:
+    """Return artist and entity of a pair of Symbols, whose id is `clean:ARTIST:ENTITY_ID`."""
     _, artist, entity_id = pair.data_id.split(":", 2)
     return artist, entity_id
 
 
 def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict[str, Any]:
-    """Train one arm with one seed; seen, unseen and HM from 0 to 1, by how the queries were made.
+    """Train one arm with one seed. Return seen, unseen and HM from 0 to 1, for each view of the test drawings.
 
-    The adaptor of the last epoch counts: nothing is chosen by accuracy.
+    It measures the adaptor of the last epoch, so nothing is selected by accuracy.
     """
     store = symbols.store
     config = AdaptorConfig(
@@ -137,55 +167,170 @@ def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict
     ]
     if arm.trained:
         pairs = symbols.unfamiliar if arm.unfamiliar else symbols.pairs
-        # As many steps on few pairs as on many.
+        # Every arm takes the same number of steps.
         epochs = max(1, round(settings.epochs * len(symbols.pairs) / len(pairs)))
         settings = replace(settings, epochs=epochs, hard_negatives=arm.hard_negatives)
         adaptor = train_adaptor(
-            config, settings, store, entities, pairs, validation=None, device=_CPU, log=lambda row: None
+            config, settings, store, entities, pairs, validation=None, device=_CPU, log=None
         ).adaptor
     else:
-        adaptor = Adaptor(config).eval()  # the residual's start: the mean patch token, whatever the weights
+        adaptor = Adaptor(config).eval()  # its output is the residual, the mean patch token
     accuracies = validate_each(adaptor, store, entities, symbols.queries, _CPU)
-    return {how: accuracy.to_dict() for how, accuracy in zip(_HOW, accuracies, strict=True)}
+    return {view: accuracy.to_dict() for view, accuracy in zip(_VIEWS, accuracies, strict=True)}
 
 
 def run_all(
-    arms: Sequence[Arm], symbols: Symbols, settings: TrainSettings, width: int, seeds: int, done: Path
+    arms: Sequence[Arm], symbols: Symbols, settings: TrainSettings, width: int, seeds: int, runs: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Every arm with every seed, by the arm's name; runs that stand in the file `done` are taken from there."""
+    """Return the results of every arm with every seed, by the arm's name. Finished ones are read from `runs`."""
     finished = {}
-    if done.exists():
-        for line in done.read_text(encoding="utf-8").splitlines():
+    if runs.exists():
+        for line in runs.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             finished[row["run"]] = row["accuracy"]
     results: dict[str, list[dict[str, Any]]] = {}
     plan = [(arm, seed) for seed in range(seeds) for arm in arms if arm.trained or seed == 0]
     for arm, seed in tqdm(plan, desc="runs", unit="run"):
-        own = replace(settings, seed=seed)
-        # Named by all that the result depends on.
-        key = fingerprint({"arm": arm.key(), "settings": own.to_dict(), "width": width, "data": symbols.digest})
+        seeded = replace(settings, seed=seed)
+        key = fingerprint({"arm": arm.key(), "settings": seeded.to_dict(), "width": width, "data": symbols.digest})
         if key not in finished:
-            finished[key] = run(arm, symbols, own, width)
+            finished[key] = run(arm, symbols, seeded, width)
             line = json.dumps({"run": key, "arm": arm.name, "seed": seed, "accuracy": finished[key]})
-            earlier = done.read_bytes() if done.exists() else b""
-            atomic_write_bytes(done, earlier + line.encode() + b"\n")
+            earlier = runs.read_bytes() if runs.exists() else b""
+            atomic_write_bytes(runs, earlier + line.encode() + b"\n")
         results.setdefault(arm.name, []).append(finished[key])
     return results
+
+
+def measure_headroom(symbols: Symbols) -> dict[str, float | None]:
+    """Return figures in percent, without training, that show how much an adaptor could gain on Symbols.
+
+    The first three are how often the nearest other drawing in the catalog is of the right entity, for clean drawings: a
+    photograph would find its own drawing. The last is about entities that test drawings are mistaken for: the median
+    share of the catalog whose text is less like the right entity's. None without data.
+    """
+    catalog = [(key, row) for row, entity in enumerate(symbols.entities) for key in entity.images]
+    keys = [key for key, _ in catalog]
+    owner_N = np.array([row for _, row in catalog], np.int64)
+    images_ND = symbols.store.query_embeddings(keys)
+
+    def found(queries: Sequence[TrainingPair]) -> float | None:
+        if not queries:
+            return None
+        own_Q = [pair.query for pair in queries]
+        nearest_Q = _nearest(symbols.store.query_embeddings(own_Q), images_ND, owner_N, own=own_Q, keys=keys)
+        return 100 * float((nearest_Q == [pair.entity for pair in queries]).mean())
+
+    test = symbols.queries[0]
+    nearest_Q = _nearest(test.query_embeddings_QD, images_ND, owner_N)
+    wrong_Q = nearest_Q != test.entity_Q
+    texts_EL = _mean_text_tokens(symbols.store, symbols.entities)
+    return {
+        "training_drawings": found(symbols.drawings),
+        "unfamiliar_drawings": found(symbols.unfamiliar_drawings),
+        "test_drawings": 100 * float(1 - wrong_Q.mean()),
+        "text_nearer_than": _text_nearer_than(texts_EL, test.entity_Q[wrong_Q], nearest_Q[wrong_Q]),
+    }
+
+
+def _nearest(
+    queries_QD: Floats, images_ND: Floats, owner_N: Ints, *, own: Sequence[bytes] = (), keys: Sequence[bytes] = ()
+) -> Ints:
+    """Return the entity of each query's nearest image, other than its own image."""
+    row_of = {key: row for row, key in enumerate(keys)}
+    nearest = []
+    for start in range(0, len(queries_QD), _BATCH):
+        cosines_BN = queries_QD[start : start + _BATCH] @ images_ND.T
+        for row, key in enumerate(own[start : start + _BATCH]):
+            if key in row_of:
+                cosines_BN[row, row_of[key]] = -1
+        nearest.append(owner_N[cosines_BN.argmax(axis=1)])
+    return np.concatenate(nearest)
+
+
+def _mean_text_tokens(store: FeatureStore, entities: Sequence[EntityKeys]) -> torch.Tensor:
+    """Return the L2-normalised mean token of each entity's text, `[E, L]`; zero without text."""
+    parts = []
+    for start in range(0, len(entities), _BATCH):
+        batch = store.batch([(None, entity.text) for entity in entities[start : start + _BATCH]], _CPU)
+        parts.append(F.normalize((batch.text_tokens_BTL * batch.text_mask_BT[:, :, None]).sum(dim=1), dim=1))
+    return torch.cat(parts)
+
+
+def _text_nearer_than(texts_EL: torch.Tensor, right_Q: Ints, found_Q: Ints) -> float | None:
+    """Return the median percentage of entities whose text is less like the right entity's than the found one's."""
+    if not len(right_Q):
+        return None
+    cosines_QE = texts_EL[torch.from_numpy(right_Q)] @ texts_EL.T
+    found_Q1 = cosines_QE.gather(1, torch.from_numpy(found_Q)[:, None])
+    return 100 * float((cosines_QE < found_Q1).float().mean(dim=1).median())
+
+
+def table(figures: dict[str, Any]) -> str:
+    """Return the figures as Markdown: top-1 in percent, mean over the seeds ± standard deviation, one arm per line."""
+    lines = [
+        "| entity side | clean: seen | unseen | HM | photographed: seen | unseen | HM | paper |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    paper = {arm.name: arm.paper for arm in ARMS}
+    for name, runs in figures["arms"].items():
+        cells = [_cell([run[view][part] for run in runs]) for view in _VIEWS for part in ("seen", "unseen", "hm")]
+        reported = paper.get(name)
+        lines.append(f"| {name} | {' | '.join(cells)} | {'' if reported is None else reported} |")
+    settings = figures["settings"]
+    lines += [
+        "",
+        _describe_headroom(figures["reasons"]),
+        "",
+        f"{settings['seeds']} seed(s), {settings['epochs']} epoch(s) of {settings['pairs']} pairs in batches of "
+        f"{settings['batch_size']}, n-sync {settings['n_sync']}, learning rate {settings['lr']}, width "
+        f"{settings['width']}; {figures['hardware']['name']}, {figures['date']}.",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_headroom(headroom: dict[str, float | None]) -> str:
+    found = {
+        "training drawings": headroom["training_drawings"],
+        "drawings by artists that the encoder never saw": headroom["unfamiliar_drawings"],
+        "test drawings": headroom["test_drawings"],
+    }
+    shares = ", ".join(f"{share:.1f} % of the {whose}" for whose, share in found.items() if share is not None)
+    text = f"Without an adaptor, the nearest other drawing is of the right entity for {shares}."
+    nearer = headroom["text_nearer_than"]
+    if nearer is not None:
+        text += (
+            " The entity that a test drawing is mistaken for has a text nearer to the right one's than "
+            f"{nearer:.1f} % of the catalog (median)."
+        )
+    return text
+
+
+def _cell(shares: Sequence[float]) -> str:
+    percent = [100 * share for share in shares]
+    return f"{mean(percent):.1f}" + (f" ± {stdev(percent):.1f}" if len(percent) > 1 else "")
+
+
+def fill_in(page: str, text: str) -> str:
+    """Return the page with `text` between its two markers. Raises `UserError` if they are missing."""
+    before, start, rest = page.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise UserError(f"the page has no place for the table; add two lines, {START} and {END}")
+    return f"{before}{START}\n\n{text}\n\n{END}{after}"
 
 
 @click.command(context_settings={"show_default": True})
 @click.option("--arm", "only", multiple=True, type=click.Choice([arm.name for arm in ARMS]), help="Only these arms.")
 @click.option("--seeds", default=3, type=click.IntRange(min=1), help="Runs of each arm.")
 @click.option("--epochs", default=3, type=click.IntRange(min=1), help="Passes over the pairs in each run.")
-@click.option("--max-per-entity", default=2, type=click.IntRange(min=1), help="Pairs of an entity that are trained on.")
+@click.option("--max-per-entity", default=2, type=click.IntRange(min=1), help="Training pairs per entity.")
 @click.option("--batch-size", default=128, help="Pairs in a batch.")
-@click.option("--lr", default=5e-4, help="Highest learning rate.")
-@click.option("--n-sync", default=2, help="Texts that each image is read with for synthetic negatives.")
+@click.option("--lr", default=5e-4, help="Peak learning rate.")
+@click.option("--n-sync", default=2, help="Synthetic negatives per image.")
 @click.option("--width", default=128, help="Channels inside the adaptor.")
 @click.option("--image-encoder", default="tiny", help="tiny, onnx:PATH or hf:ID_OR_PATH.")
-@click.option(
-    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
-)
+@build_option
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), default=BUILD / "ablation",
     help="Folder of cached features and finished runs.",
@@ -212,7 +357,7 @@ def main(
     out: Path,
     page: Path,
 ) -> None:
-    """Train every arm on Symbols, measure it, and write the figures; cut off, it goes on where it was."""
+    """Train every arm on Symbols, measure it and write the figures. An interrupted command resumes."""
     settings = TrainSettings(
         epochs=epochs, batch_size=batch_size, lr=lr, n_sync=n_sync, cluster_size=batch_size // 4, modality_dropout=0.1
     )
@@ -226,8 +371,7 @@ def main(
          "image_encoder": image_encoder.partition(":")[0], "pairs": len(symbols.pairs),
          "unfamiliar_pairs": len(symbols.unfamiliar), "data": symbols.digest}
     )  # fmt: skip
-    why = reasons(symbols.store, symbols.entities, symbols.drawings, symbols.unfamiliar_drawings, symbols.queries[0])
-    figures = {**described, "arms": results, "reasons": why}
+    figures = {**described, "arms": results, "reasons": measure_headroom(symbols)}
     atomic_write_bytes(out, (json.dumps(figures, indent=1) + "\n").encode())
     atomic_write_bytes(page, fill_in(page.read_text(encoding="utf-8"), table(figures)).encode())
     click.echo(table(figures))

@@ -1,14 +1,15 @@
 """Builds Symbols under `demo/build/`: `python -m demo.build`, or `make symbols`.
 
-- `sources/`: the public packages, as fetched
-- `drawings/`: one 128 px RGBA image per entity and artist
-- `photos/`: held-out artists' drawings and the training drawings, photographed
-- `drawings.jsonl`: who drew what, and what it may be used for
-- `catalog.jsonl`: every entity with the drawings of the artists that are not held out
-- `pairs_train.jsonl`: seen entities, training artists, clean and photographed: all that anything is trained on
-- `queries_{val,test}_{clean,photo}.jsonl`: held-out artists' drawings, `data_split` ending in seen or unseen
+- `sources/`: the npm packages
+- `drawings/`: one RGBA image of 128 px per entity and artist
+- `photos/`: photographs of the held-out artists' drawings and of the training drawings
+- `drawings.jsonl`: the artist, entity, split and role of each drawing
+- `catalog.jsonl`: every entity, with the drawings of the artists that are not held out
+- `pairs_train.jsonl`: seen entities by training artists, clean and photographed
+- `queries_{val,test}_{clean,photo}.jsonl`: the held-out artists' drawings
+- `queries_calibration.jsonl`: drawings by artists that the image encoder never saw, to fit confidence on
 
-What is there already is kept: a second run only adds what is missing.
+A second run adds only missing files.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -30,28 +32,57 @@ from tqdm import tqdm
 from core.files import atomic_write, atomic_write_bytes
 from demo.entities import Symbol, build_symbols
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
-from demo.render import is_blank, main_colours, render
-from demo.sources import IconSet, fetch
+from demo.sources import IconSet, fetch, render
 
 BUILD = Path(__file__).parent / "build"
 HELD_OUT_ARTISTS = ("emojione", "flagpack", "devicon")
-ADAPTOR_ARTISTS = ("streamline-emojis", "cif", "material-icon-theme")
+ADAPTOR_ARTISTS = ("streamline-emojis", "cif", "material-icon-theme")  # the image encoder never trains on these
 CATALOG_ROLES = ("train", "catalog")
 UNSEEN_SHARE = 0.2
 VALIDATION_SHARE = 0.25
 SPLIT_SEED = 20260310
 PHOTO_SEED = 9921
 PHOTO_PX = 256
-CALIBRATION_PHOTOS = 5  # of a drawing that confidences are fitted to
+CALIBRATION_PHOTOS = 5  # per drawing that confidence is fitted to
+
+# Reference points for naming colours, sRGB.
+_COLOURS = {
+    "black": (20, 20, 20),
+    "grey": (128, 128, 128),
+    "light grey": (200, 200, 200),
+    "white": (250, 250, 250),
+    "red": (215, 40, 45),
+    "dark red": (130, 20, 25),
+    "orange": (245, 140, 30),
+    "brown": (130, 80, 45),
+    "yellow": (252, 210, 50),
+    "beige": (235, 210, 170),
+    "light green": (150, 205, 80),
+    "green": (30, 150, 60),
+    "dark green": (15, 85, 45),
+    "turquoise": (40, 190, 180),
+    "light blue": (110, 190, 240),
+    "blue": (30, 100, 210),
+    "dark blue": (20, 35, 110),
+    "purple": (130, 60, 170),
+    "pink": (240, 130, 175),
+}
+
+build_option = click.option(
+    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Folder of Symbols."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing:
     """One artist's drawing of one entity.
 
-    `role` is `train` (in the catalog too), `catalog` (an unseen entity: never trained on), `adapt` (a seen entity by an
-    artist that only the adaptor's queries are by: the image encoder never trains on it) or `query` (held-out artist);
-    or `icon`, which is not of Symbols (`demo/icons.py`).
+    Roles:
+    - `train`: a seen entity, in the catalog and in training
+    - `catalog`: an unseen entity, in the catalog only
+    - `adapt`: a seen entity by one of `ADAPTOR_ARTISTS`, only for training the adaptor
+    - `query`: by a held-out artist
+    - `icon`: not of Symbols (`demo/icons.py`)
     """
 
     entity_id: str
@@ -69,7 +100,7 @@ def read_drawings(build: Path) -> list[Drawing]:
 
 
 def split_entities(symbols: Iterable[Symbol]) -> dict[str, str]:
-    """`{entity_id: val_seen | val_unseen | test_seen | test_unseen}`, each kind split alike, fixed by `SPLIT_SEED`."""
+    """Map entity ids to val_seen, val_unseen, test_seen or test_unseen, in equal shares of each kind of entity."""
     by_kind: dict[str, list[str]] = {}
     for symbol in symbols:
         by_kind.setdefault(symbol.kind, []).append(symbol.entity_id)
@@ -85,7 +116,7 @@ def split_entities(symbols: Iterable[Symbol]) -> dict[str, str]:
 
 
 def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Drawing]:
-    """Every drawing with its role; an entity that only held-out artists drew has none."""
+    """Return every drawing with its role, except of entities that only held-out or adaptor artists drew."""
     drawings = []
     for symbol in symbols:
         if not set(symbol.drawings) - set(HELD_OUT_ARTISTS + ADAPTOR_ARTISTS):
@@ -102,17 +133,8 @@ def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Dra
                 else "train"
             )  # fmt: skip
             image = f"drawings/{artist}/{symbol.entity_id.replace(':', '_')}.png"
-            drawings.append(
-                Drawing(
-                    entity_id=symbol.entity_id,
-                    kind=symbol.kind,
-                    artist=artist,
-                    icon=icon,
-                    image=image,
-                    split=split,
-                    role=role,
-                )
-            )
+            entity = {"entity_id": symbol.entity_id, "kind": symbol.kind, "split": split, "role": role}
+            drawings.append(Drawing(artist=artist, icon=icon, image=image, **entity))
     return drawings
 
 
@@ -121,8 +143,7 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
 
 
 def render_missing(drawings: Iterable[Drawing], set_of: Callable[[str], Path], build: Path) -> None:
-    """Render what is not there yet, on all cores; `set_of` says where the icon set of an artist lies. What shows
-    nothing gets no file."""
+    """Render missing drawings on all cores. A blank drawing gets no file. `set_of` maps artists to icon sets."""
     missing: dict[str, list[Drawing]] = {}
     for drawing in drawings:
         if not (build / drawing.image).exists():
@@ -144,7 +165,7 @@ def _render_set(file: Path, drawings: list[Drawing], build: Path) -> None:
 
 
 def visible(drawings: Iterable[Drawing], build: Path) -> list[Drawing]:
-    """The drawings that show something, once what was missing is rendered."""
+    """Return the drawings that rendered to something visible."""
     return [drawing for drawing in drawings if (build / drawing.image).exists()]
 
 
@@ -173,7 +194,7 @@ def _queries(queries: list[Drawing], part: str, how: str) -> Iterable[dict[str, 
 
 
 def _labelled(drawing: Drawing, how: str, data_split: str, number: int = 1) -> dict[str, object]:
-    """A row of a pairs or queries file: the drawing itself (`clean`) or one of its photographs (`photo`)."""
+    """Return a row of a pairs or queries file: the drawing (`clean`) or one of its photographs (`photo`)."""
     return {
         "data_id": f"{how}{number if number > 1 else ''}:{drawing.artist}:{drawing.entity_id}",
         "image": drawing.image if how == "clean" else _photo(drawing, number),
@@ -182,8 +203,10 @@ def _labelled(drawing: Drawing, how: str, data_split: str, number: int = 1) -> d
     }
 
 
-def build_symbols_files(build: Path) -> None:
-    """Fetch, render, photograph and write every file of Symbols into `build`."""
+@click.command()
+@build_option
+def main(build: Path) -> None:
+    """Build Symbols: fetch the icon packages, render every drawing, write catalog, pairs and queries."""
     fetch(build / "sources")
     symbols = {symbol.entity_id: symbol for symbol in build_symbols(build / "sources")}
     splits = split_entities(symbols.values())
@@ -209,7 +232,7 @@ def build_symbols_files(build: Path) -> None:
     for part in ("val", "test"):
         for how in ("clean", "photo"):
             _write_jsonl(build / f"queries_{part}_{how}.jsonl", _queries(queries, part, how))
-    # By artists that the image encoder never saw: confidences are fitted to all of their drawings but the test's.
+    # All drawings by artists that the image encoder never saw, except test queries.
     unfamiliar = [d for d in queries if d.split.startswith("val")] + [d for d in training if d.role == "adapt"]
     views = [("clean", 1), *(("photo", number) for number in range(1, CALIBRATION_PHOTOS + 1))]
     for number in range(2, CALIBRATION_PHOTOS + 1):
@@ -238,11 +261,27 @@ def _record(symbol: Symbol, drawn: list[Drawing], build: Path) -> dict[str, obje
     }
 
 
-@click.command()
-@click.option("--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Folder to build in.")
-def main(build: Path) -> None:
-    """Build Symbols: fetch the icon packages, render every drawing, write catalog, pairs and queries."""
-    build_symbols_files(build)
+def is_blank(rgba: npt.NDArray[np.uint8], *, on_white: bool = False) -> bool:
+    """Whether nothing is visible, as when the renderer lacks a feature of the SVG.
+
+    `on_white` also treats a white mark as blank.
+    """
+    visible = rgba[..., 3] > 16
+    if on_white:
+        visible &= (rgba[..., :3] < 240).any(axis=-1)
+    return bool(visible.mean() < 0.005)
+
+
+def main_colours(rgba: npt.NDArray[np.uint8], *, most: int = 3, least_share: float = 0.1) -> list[str]:
+    """Return the names of the colours that cover most of the visible pixels, the largest first."""
+    visible = rgba[rgba[..., 3] > 128][:, :3].astype(np.float32)
+    if not len(visible):
+        return []
+    names = list(_COLOURS)
+    reference = np.array(list(_COLOURS.values()), dtype=np.float32)
+    nearest = ((visible[:, None, :] - reference[None]) ** 2).sum(-1).argmin(1)
+    share = np.bincount(nearest, minlength=len(names)) / len(visible)
+    return [names[i] for i in np.argsort(-share, kind="stable")[:most] if share[i] >= least_share]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Makes the committed demo: `python -m demo.bundle`, or `make demo-bundle`.
+"""Build the committed demo: `python -m demo.bundle`, or `make demo-bundle`.
 
-Runs the commands a user would: `wikiclip train` on Symbols with the tiny image encoder, `wikiclip export`,
-`wikiclip evaluate` on the held-out artists' drawings, and `wikiclip recognize` on images that show nothing. Writes
-`demo/checkpoint/`, `demo/bundle/` and `demo/accuracy.json`.
+It runs `wikiclip train` on Symbols with the tiny image encoder, `wikiclip export`, `wikiclip evaluate` on the held-out
+artists' drawings, and `wikiclip recognize` on images of nothing. It writes `demo/checkpoint/`, `demo/bundle/` and
+`demo/accuracy.json`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import click
 from PIL import Image
 
 from core.files import atomic_write_bytes
-from demo.build import BUILD
+from demo.build import build_option
 from export.open_set import outlier_images
 from model.encoders.tiny import BUILT_IN
 
 DEMO = Path(__file__).parent
-LEFT_OUT = "0.2"  # share of the entities that are unknown when unknowns are told from the rest
+LEFT_OUT = "0.2"  # share of entities to remove from the catalog, to measure open-set recognition
 TRAINING = "--epochs 1 --width 128 --batch-size 256 --lr 1e-5 --modality-dropout 0.15 --dropout 0.2 --seed 0"
-NOTHINGS = 400  # images that show nothing
+NOTHINGS = 400  # images of nothing
 FACTORY = "SQfp16"  # exact, since embeddings are float16, and half the size of Flat
 
 
 def _wikiclip(*arguments: str | Path) -> str:
     done = subprocess.run([sys.executable, "-m", "wikiclip", *map(str, arguments)], stdout=subprocess.PIPE, check=False)
     if done.returncode:
-        raise SystemExit(done.returncode)  # the command has said why
+        raise SystemExit(done.returncode)  # the command has printed the reason
     return done.stdout.decode()
 
 
@@ -46,8 +46,8 @@ def _evaluate(build: Path, bundle: Path, how: str, *options: str) -> dict[str, o
     return figures
 
 
-def _of_nothing(bundle: Path) -> dict[str, object]:
-    """How many images that show nothing, others than the bundle was fitted to, it abstains from."""
+def _evaluate_nothing(bundle: Path) -> dict[str, object]:
+    """Count abstentions on images of nothing that the bundle was not fitted to."""
     folder, answers = bundle.parent / "nothing", bundle.parent / "answers_nothing.jsonl"
     folder.mkdir(exist_ok=True)
     for number, pixels_SS3 in enumerate(outlier_images(NOTHINGS, 256, seed=1)):
@@ -68,8 +68,8 @@ def accuracy_table(accuracy: dict[str, Any]) -> str:
     for kind, name in ((None, "all"), ("flag", "flags"), ("emoji", "emoji"), ("brand", "brands")):
         for part in ("seen", "unseen"):
             rows = [
-                side[part if kind is None else f"{kind}_{how}_{part}"]
-                for side, how in ((clean, "clean"), (photo, "photo"))
+                recall[part if kind is None else f"{kind}_{how}_{part}"]
+                for recall, how in ((clean, "clean"), (photo, "photo"))
             ]
             figures = [f"{row[f'recall_at_{k}']:.1f}" for row in rows for k in (1, 5)]
             lines.append(f"| {name}, {part} entities | {rows[0]['queries']} | {' | '.join(figures)} |")
@@ -78,9 +78,7 @@ def accuracy_table(accuracy: dict[str, Any]) -> str:
 
 
 @click.command()
-@click.option(
-    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
-)
+@build_option
 @click.option(
     "--image-encoder", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=BUILT_IN,
     help="The tiny encoder's weights, as `make tiny` writes them.",
@@ -105,10 +103,10 @@ def main(build: Path, image_encoder: Path) -> None:
     accuracy |= {
         f"{how}_left_out": _evaluate(build, bundle, how, "--leave-out", LEFT_OUT) for how in ("clean", "photo")
     }
-    accuracy["nothing"] = _of_nothing(bundle)
-    for made, kept in ((checkpoint, DEMO / "checkpoint"), (bundle, DEMO / "bundle")):
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(made, kept)
+    accuracy["nothing"] = _evaluate_nothing(bundle)
+    for folder in (checkpoint, bundle):
+        shutil.rmtree(DEMO / folder.name, ignore_errors=True)
+        shutil.copytree(folder, DEMO / folder.name)
     atomic_write_bytes(DEMO / "accuracy.json", json.dumps(accuracy, indent=1).encode())
     click.echo(accuracy_table(accuracy))
 

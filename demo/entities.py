@@ -1,7 +1,7 @@
-"""The entities of Symbols: flags, emoji and brand marks, with who drew each and what is known of it.
+"""The entities of Symbols: flags, emoji and brand marks, with their drawings, titles and texts.
 
-Ids: `emoji:<HEXCODE>`, `flag:<ISO 3166 alpha-2>`, `brand:<slug>`. Titles, descriptions and knowledge texts are composed
-here from facts.
+Ids are `emoji:<HEXCODE>`, `flag:<ISO 3166 alpha-2>` and `brand:<slug>`. Titles, descriptions and knowledge texts are
+composed from facts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from demo.sources import IconSet
-from demo.wordnet import WordNet
+from demo.sources import IconSet, WordNet
 
 EMOJI_ARTISTS = (
     "noto", "twemoji", "openmoji", "fluent-emoji-flat", "emojione",
@@ -22,16 +21,16 @@ EMOJI_ARTISTS = (
 )  # fmt: skip
 FLAG_ARTISTS = ("circle-flags", "flag", "flagpack", "cif")
 BRAND_ARTISTS = ("logos", "devicon", "skill-icons", "simple-icons")
-# Sets of file types and apps that hold the marks of many brands among other things: they draw brands, but make none.
+# Sets of file types and apps with many brand marks. They add drawings to brands, but no brands.
 MORE_BRAND_ARTISTS = ("cib", "vscode-icons", "file-icons", "material-icon-theme")
 ARTISTS = (*EMOJI_ARTISTS, *FLAG_ARTISTS, *BRAND_ARTISTS, *MORE_BRAND_ARTISTS)
 LANGUAGES = ("de", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "uk", "zh")
 
-# A label names one Wikipedia article only where it names a concrete thing: nature, food, places, activities, objects.
+# Only labels of concrete things name a Wikipedia article: nature, food, places, activities, objects.
 _CONCRETE_GROUPS = {3, 4, 5, 6, 7}
 _VARIANT_SUFFIXES = ("icon", "wordmark", "dark", "light", "original", "plain", "line", "auto")
-_INITIALS = re.compile(r"^[bcdfghjklmnpqrstvwxz]{2,4}$")  # no vowel: `jcb` is spoken letter by letter
-# Countries whose English name takes an article, as in `Flag of the Netherlands`.
+_INITIALS = re.compile(r"^[bcdfghjklmnpqrstvwxz]{2,4}$")  # without a vowel, as in JCB
+# Countries whose English name takes an article: Flag of the Netherlands.
 _WITH_ARTICLE = re.compile(
     r"^(Netherlands|Philippines|Bahamas|Gambia|Maldives|Comoros|Seychelles|Vatican City|Czech Republic|"
     r"Central African Republic|Dominican Republic|European Union|Isle of Man|Republic of the Congo)$|"
@@ -41,7 +40,7 @@ _WITH_ARTICLE = re.compile(
 
 @dataclass(kw_only=True)
 class Symbol:
-    """One entity. `drawings` maps artist to icon name; `knowledge` lacks the colours, which rendering adds."""
+    """One entity. `drawings` maps artists to icon names. `knowledge` is the text except for colours."""
 
     entity_id: str
     kind: str
@@ -84,13 +83,13 @@ class Facts:
 
 
 def hexcode(code_points: str) -> str:
-    """Code points in the form of the entity ids: upper case, joined by `-`, without FE0F, at least four digits each."""
+    """Return code points as in entity ids: upper case, at least four digits each, joined by `-`, without FE0F."""
     parts = [part.zfill(4) for part in code_points.upper().split("-")]
     return "-".join(part for part in parts if part != "FE0F")
 
 
 def slug(text: str) -> str:
-    """Lower-case ASCII words joined by `-`: how the icon sets name their icons."""
+    """Return lower-case ASCII words joined by `-`, as in the icon sets' names."""
     plain = (
         unicodedata.normalize("NFKD", text.replace("&", " and "))
         .encode("ascii", "ignore")
@@ -102,15 +101,15 @@ def slug(text: str) -> str:
 
 
 def build_symbols(sources: Path) -> list[Symbol]:
-    """Every entity with at least one drawing, in a fixed order: flags, emoji, brands."""
+    """Return every entity with at least one drawing: flags, emoji, brands."""
     facts = Facts.load(sources)
     sets = {name: IconSet(sources / name / "icons.json") for name in ARTISTS}
     flags, emoji = _flags(facts), _emoji(facts)
     by_code = {hexcode(e["hexcode"]): e for e in facts.emoji}
     _assign_emoji_drawings(sets, emoji, flags, by_code)
     for alpha2, flag in flags.items():
-        for artist, icon in (("circle-flags", ""), ("flag", "-4x3"), ("flagpack", ""), ("cif", "")):
-            name = alpha2.lower() + icon
+        for artist in FLAG_ARTISTS:
+            name = alpha2.lower() + ("-4x3" if artist == "flag" else "")
             if name in sets[artist].names:
                 flag.drawings[artist] = name
     symbols = [*flags.values(), *emoji.values(), *_brands(sets)]
@@ -122,7 +121,7 @@ def build_symbols(sources: Path) -> list[Symbol]:
 # ---- emoji
 
 
-def _is_left_out(entry: dict[str, Any], facts: Facts) -> bool:
+def _is_excluded(entry: dict[str, Any], facts: Facts) -> bool:
     group = entry.get("group")
     component = group is None or facts.groups[group] == "components"
     digits = entry["label"].startswith("keycap: ")
@@ -130,14 +129,14 @@ def _is_left_out(entry: dict[str, Any], facts: Facts) -> bool:
 
 
 def _is_flag(entry: dict[str, Any]) -> bool:
-    """True for a flag that an ISO 3166 alpha-2 code names: two regional indicators. A subdivision's is an emoji."""
+    """Whether it is a flag with an ISO 3166 alpha-2 code. Flags of subdivisions count as emoji."""
     return bool(entry["label"].startswith("flag: ") and ord(entry["emoji"][0]) != 0x1F3F4)
 
 
 def _emoji(facts: Facts) -> dict[str, Symbol]:
     symbols = {}
     for entry in facts.emoji:
-        if _is_left_out(entry, facts):
+        if _is_excluded(entry, facts):
             continue
         label, group = entry["label"].replace("flag: ", "Flag of "), facts.groups[entry["group"]]
         subgroup = facts.subgroups[entry["subgroup"]]
@@ -180,11 +179,10 @@ def _capitalised(text: str) -> str:
 def _assign_emoji_drawings(
     sets: dict[str, IconSet], emoji: dict[str, Symbol], flags: dict[str, Symbol], by_code: dict[str, dict[str, Any]]
 ) -> None:
-    """Give each emoji and flag its drawings by the emoji artists.
+    """Add the emoji artists' drawings to the emoji and flags.
 
-    Sets that carry code points say which drawing is whose; a set that carries none is matched by name: the names of the
-    other sets and the labels of the emoji, themselves or through the set's aliases; else the Unicode name, run together
-    as fxemoji has it, or the name without the number of a variant, as Streamline has it.
+    Most sets list code points. Others are matched by name or alias to the names in those sets and to emoji labels;
+    fxemoji also to Unicode names without spaces, and Streamline after removing variant numbers.
     """
     flag_of_code = {code: flags[_alpha2(entry["emoji"])] for code, entry in by_code.items() if _is_flag(entry)}
     symbol_of_code = {**emoji, **flag_of_code}
@@ -221,7 +219,7 @@ def _assign_emoji_drawings(
 
 
 def _alpha2(flag_emoji: str) -> str:
-    """`DE` for the two regional indicators of the flag of Germany."""
+    """Return the code of a flag emoji, which consists of two regional indicators: `DE` for Germany's."""
     return "".join(chr(ord(c) - 0x1F1E6 + ord("A")) for c in flag_emoji[:2])
 
 
@@ -266,7 +264,7 @@ def _flags(facts: Facts) -> dict[str, Symbol]:
 
 
 def _stem(icon: str) -> list[str]:
-    """The words of an icon's name without variant suffixes: `angular-icon`, `angular-wordmark`: both `angular`."""
+    """Return the words of an icon's name without variant suffixes: `angular` for `angular-wordmark`."""
     words = icon.split("-")
     while len(words) > 1 and words[-1] in _VARIANT_SUFFIXES:
         words.pop()
@@ -274,12 +272,12 @@ def _stem(icon: str) -> list[str]:
 
 
 def _rank(icon: str) -> tuple[bool, bool, int, str]:
-    """The mark alone before the mark with the name, then the shortest name."""
+    """Sort marks without a name first, then shorter icon names."""
     return ("wordmark" in icon, "-icon" not in icon, len(icon), icon)
 
 
 def _brands(sets: dict[str, IconSet]) -> list[Symbol]:
-    """Brands that at least two artists have drawn: a brand drawn once can be neither query nor entity of the other."""
+    """Return the brands that at least two artists have drawn, enough for a query and an entity image."""
     drawings: dict[str, dict[str, str]] = {}
     words: dict[str, list[str]] = {}
     for artist in BRAND_ARTISTS:

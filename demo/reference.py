@@ -1,7 +1,6 @@
-"""What an image encoder does alone: `python -m demo.reference --image-encoder SPEC`.
+"""Accuracy of an image encoder alone, without adaptor and text: `python -m demo.reference --image-encoder SPEC`.
 
-No adaptor and no text: the nearest drawing in the catalog, on the same held-out queries that the demo is judged by.
-Says what the tiny encoder, or any other (`onnx:PATH`, `hf:ID_OR_PATH`), brings along by itself.
+It finds the nearest drawing in the catalog for each of the demo's test queries.
 
 Shapes: B images, D embedding width.
 """
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from core.jsonl import Rejected
-from demo.build import BUILD, CATALOG_ROLES, read_drawings
+from demo.build import CATALOG_ROLES, build_option, read_drawings
 from evaluation.metrics import RECALL_AT, AnsweredQuery, as_table, rank_of, summarise
 from imaging import load_pixels
 from model.data import read_pairs
@@ -29,7 +28,7 @@ _MAX_PIXELS = 64_000_000
 
 
 def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
-    """L2-normalised embeddings `[B, D]` of image files."""
+    """Return the L2-normalised embeddings `[B, D]` of image files."""
     embeddings = []
     for start in tqdm(range(0, len(paths), _BATCH), desc="images", unit="batch"):
         batch = paths[start : start + _BATCH]
@@ -39,7 +38,7 @@ def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
 
 
 def nearest_entities(similarity: torch.Tensor, entity_ids: Sequence[str], count: int) -> list[str]:
-    """The `count` best entities of one query, each once, at its best drawing."""
+    """Return the `count` best entities of one query, each by its best drawing."""
     found: dict[str, None] = {}
     for position in similarity.argsort(descending=True).tolist():
         found.setdefault(entity_ids[position])
@@ -50,17 +49,15 @@ def nearest_entities(similarity: torch.Tensor, entity_ids: Sequence[str], count:
 
 @click.command()
 @click.option("--image-encoder", default="tiny", show_default=True, help="tiny, onnx:PATH or hf:ID_OR_PATH.")
-@click.option(
-    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
-)
+@build_option
 def main(image_encoder: str, build: Path) -> None:
-    """Measure an image encoder alone on Symbols' test queries, clean and photographed."""
+    """Measure an image encoder alone on the test queries, clean and photographed."""
     encoder = open_image_encoder(image_encoder)
     catalog = [drawing for drawing in read_drawings(build) if drawing.role in CATALOG_ROLES]
     entity_ids = [drawing.entity_id for drawing in catalog]
     catalog_ND = embed(encoder, [build / drawing.image for drawing in catalog])
-    for how in ("clean", "photo"):
-        queries = [item for item in read_pairs(build / f"queries_test_{how}.jsonl") if not isinstance(item, Rejected)]
+    for view in ("clean", "photo"):
+        queries = [item for item in read_pairs(build / f"queries_test_{view}.jsonl") if not isinstance(item, Rejected)]
         answered = []
         for query, embedding_D in zip(queries, embed(encoder, [q.image.path for q in queries]), strict=True):
             found = nearest_entities(catalog_ND @ embedding_D, entity_ids, max(RECALL_AT))

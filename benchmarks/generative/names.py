@@ -9,8 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from core.errors import UserError
-from demo.sources import FACTS, fetch_package
-from demo.wordnet import nouns
+from demo.sources import FACTS, fetch_package, nouns
 from index.bundle import Bundle
 
 END, IMAGE, RETRIEVE, START = "</s>", "<image>", "<retrieve>", "<s>"

@@ -1,4 +1,4 @@
-"""Symbols as planned from the public packages, without rendering a drawing."""
+"""The plan of Symbols from the npm packages, without rendering drawings."""
 
 from __future__ import annotations
 

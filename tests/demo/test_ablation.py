@@ -1,4 +1,4 @@
-"""The ablation from files to table on a few drawings, cut off and gone on with; and the committed table."""
+"""The ablation on a few drawings, interrupted and resumed, and the committed table."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from PIL import Image
 
 import demo
 from core.errors import UserError
-from demo.ablation import main
-from demo.ablation_reasons import _nearest
-from demo.ablation_table import ARMS, END, START, fill_in, table
+from demo.ablation import ARMS, END, START, _nearest, fill_in, main, table
 
 DEMO = Path(demo.__file__).parent
 SOME = ["mean patch token, untrained", "text only", "VGKA, both", "VGKA, unfamiliar artists"]
@@ -27,7 +25,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    """Six entities drawn by two artists, by a third that the encoder never saw, and by a fourth who is asked."""
+    """Six entities by two training artists, by a third that the encoder never saw, and by a held-out one."""
     build = tmp_path / "build"
     build.mkdir()
     random = np.random.default_rng(0)
@@ -73,7 +71,7 @@ def ablate(build: Path, out: Path, arms: list[str]) -> dict[str, Any]:
     return figures
 
 
-def test_what_is_finished_is_not_done_again(build: Path, tmp_path: Path) -> None:
+def test_finished_runs_are_not_repeated(build: Path, tmp_path: Path) -> None:
     first = ablate(build, tmp_path / "first.json", SOME[:2])
     runs = tmp_path / "work" / "runs.jsonl"
     lines = runs.read_text().splitlines()
@@ -87,7 +85,7 @@ def test_what_is_finished_is_not_done_again(build: Path, tmp_path: Path) -> None
     assert rows[2:6] == [f"| {name}" for name in SOME]
 
 
-def test_symbols_that_is_not_built(tmp_path: Path) -> None:
+def test_missing_symbols_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("")
     arguments = ["--build", str(tmp_path), "--out", str(tmp_path / "o.json"), "--page", str(tmp_path / "page.md")]
     done = CliRunner().invoke(main, arguments)
@@ -95,12 +93,12 @@ def test_symbols_that_is_not_built(tmp_path: Path) -> None:
     assert "make symbols" in str(done.exception)
 
 
-def test_a_page_without_a_place_for_the_table() -> None:
+def test_a_page_without_markers_is_an_error() -> None:
     with pytest.raises(UserError, match="no place for the table"):
         fill_in(f"text\n{START}\n", "table")
 
 
-def test_the_nearest_image_is_another_one() -> None:
+def test_the_nearest_image_is_never_the_query_itself() -> None:
     images_ND = np.eye(3, dtype=np.float32)
     queries_QD = np.array([[0.9, 0.4, 0.1], [0.1, 0.2, 0.9]], np.float32)
     owner_N = np.array([7, 8, 9])
@@ -109,7 +107,7 @@ def test_the_nearest_image_is_another_one() -> None:
     assert _nearest(queries_QD, images_ND, owner_N, own=[b"x", b"q"], keys=keys).tolist() == [8, 9]
 
 
-def test_no_two_arms_are_the_same_run() -> None:
+def test_all_arms_differ() -> None:
     assert len({json.dumps(arm.key()) for arm in ARMS}) == len({arm.name for arm in ARMS}) == len(ARMS)
 
 

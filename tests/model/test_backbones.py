@@ -1,4 +1,4 @@
-"""The paper's own backbones and their kin: code that comes with a repository, families, and shapes at real size."""
+"""The paper's backbones and related ones: remote code, model families, and shapes at real size."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PIXELS_BHW3 = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with its own code and no image processor, as EVA-CLIP's are."""
+    """A repository with remote code and without an image processor, like EVA-CLIP's."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "small-eva"
     folder.mkdir()
@@ -70,7 +70,7 @@ def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_repositorys_own_code_runs_by_flag(remote: Path, tmp_path: Path) -> None:
+def test_remote_code_runs_with_the_flag(remote: Path, tmp_path: Path) -> None:
     encoder = open_image_encoder(f"hf:{remote}", trust_remote_code=True)
     assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 20, 20)
     clip = CLIPImageProcessorPil()
@@ -87,8 +87,8 @@ def test_a_repositorys_own_code_runs_by_flag(remote: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("model_type", ["small_eva", "clip"])
-def test_and_never_without(remote: Path, model_type: str) -> None:
-    """Neither where transformers does not know the type, nor where it would take another network for it."""
+def test_remote_code_never_runs_without_the_flag(remote: Path, model_type: str) -> None:
+    """Neither for a model type unknown to transformers, nor for one that it maps to another network."""
     config = remote / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": model_type}))
     with pytest.raises(EncoderSpecError, match="--trust-remote-code") as caught:
@@ -111,8 +111,8 @@ def test_metaclip_2_is_a_clip_tower(tmp_path: Path) -> None:
     assert features.patch_tokens_BPC.shape == (3, 16, 20)
 
 
-def test_naflex_gives_what_it_gives_for_square_images(tmp_path: Path) -> None:
-    """Its positions, learned on a grid of 8 x 8, are resized to the 4 x 4 patches that its processor allows."""
+def test_naflex_equals_the_original_on_square_images(tmp_path: Path) -> None:
+    """Positions learned on a grid of 8 x 8 are resized to the 4 x 4 patches that the processor allows."""
     torch.manual_seed(0)
     model = Siglip2Model(Siglip2Config(vision_config={**VISION, "num_patches": 64}, text_config=TEXT)).eval()
     model.save_pretrained(tmp_path)
@@ -130,7 +130,7 @@ def test_naflex_gives_what_it_gives_for_square_images(tmp_path: Path) -> None:
 
 
 def test_the_papers_backbones_at_real_size() -> None:
-    """On the meta device, where weights have shapes and no values: EVA-CLIP-8B's sizes, LLaMA 3.2's 1B and 3B."""
+    """Check the sizes of EVA-CLIP-8B and LLaMA 3.2 1B and 3B on the meta device, which allocates no weights."""
     with torch.device("meta"):
         eva = CLIPVisionConfig(
             hidden_size=4096,

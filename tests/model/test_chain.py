@@ -1,4 +1,4 @@
-"""An encoder of one's own through the whole chain, each command as a user runs it: train, export, evaluate, serve."""
+"""A custom ONNX encoder through all commands: train, export, evaluate, serve."""
 
 from __future__ import annotations
 

@@ -42,9 +42,7 @@ def arguments() -> tuple[torch.Tensor, ...]:
 
 
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-7), (True, 2e-3)])
-def test_what_is_loaded_is_what_was_saved(
-    tmp_path: Path, tiny_spec: str, text_spec: str, half: bool, tolerance: float
-) -> None:
+def test_save_and_load(tmp_path: Path, tiny_spec: str, text_spec: str, half: bool, tolerance: float) -> None:
     adaptor = save(tmp_path / "c", tiny_spec, text_spec, half=half)
     loaded = Checkpoint.load(tmp_path / "c", text_encoder_spec=text_spec)
     with torch.no_grad():
@@ -58,7 +56,7 @@ def test_what_is_loaded_is_what_was_saved(
     json.dumps(loaded.describe())
 
 
-def test_a_tiny_encoder_travels_with_it(tmp_path: Path, tiny_spec: str, text_spec: str) -> None:
+def test_a_tiny_encoder_is_saved_with_it(tmp_path: Path, tiny_spec: str, text_spec: str) -> None:
     tiny = tmp_path / "elsewhere.safetensors"
     shutil.copy(tiny_spec.removeprefix("tiny:"), tiny)
     save(tmp_path / "c", f"tiny:{tiny}", text_spec)
@@ -68,9 +66,7 @@ def test_a_tiny_encoder_travels_with_it(tmp_path: Path, tiny_spec: str, text_spe
     assert loaded.image_encoder.content_hash == open_image_encoder(tiny_spec).content_hash
 
 
-def test_it_may_replace_the_checkpoint_that_its_own_encoder_lies_in(
-    tmp_path: Path, tiny_spec: str, text_spec: str
-) -> None:
+def test_saving_can_replace_the_checkpoint_of_its_own_encoder(tmp_path: Path, tiny_spec: str, text_spec: str) -> None:
     save(tmp_path / "c", tiny_spec, text_spec)
     (tmp_path / "c" / "NOTES.md").write_text("kept")
     save(tmp_path / "c", f"tiny:{tmp_path / 'c' / 'image_encoder.safetensors'}", text_spec)
@@ -91,7 +87,7 @@ def test_no_file_names_a_folder_of_this_machine(tmp_path: Path, tiny_spec: str, 
             assert str(tmp_path.parent).encode() not in file.read_bytes()
 
 
-def test_encoders_that_were_files_must_be_named(tmp_path: Path, onnx_spec: str, text_spec: str) -> None:
+def test_encoders_from_files_must_be_named(tmp_path: Path, onnx_spec: str, text_spec: str) -> None:
     save(tmp_path / "c", onnx_spec, text_spec)
     with pytest.raises(CheckpointError, match=r"--image-encoder onnx:PATH"):
         Checkpoint.load(tmp_path / "c", text_encoder_spec=text_spec)
@@ -101,7 +97,7 @@ def test_encoders_that_were_files_must_be_named(tmp_path: Path, onnx_spec: str, 
     assert loaded.image_encoder.patch_dim == 24
 
 
-def test_another_encoder_is_refused(
+def test_another_encoder_is_rejected(
     tmp_path: Path, onnx_spec: str, text_spec: str, save_onnx: Callable[..., Path]
 ) -> None:
     save(tmp_path / "c", onnx_spec, text_spec)
@@ -168,7 +164,7 @@ def rehash(folder: Path) -> None:
         (other_shape, "size mismatch"),
     ],
 )
-def test_damage_is_named(
+def test_errors_name_the_damage(
     tmp_path: Path, tiny_spec: str, text_spec: str, *, damage: Callable[[Path], None], message: str
 ) -> None:
     save(tmp_path / "c", tiny_spec, text_spec)
@@ -191,7 +187,7 @@ def test_an_adaptor_of_other_widths_is_not_saved(tmp_path: Path, tiny_spec: str)
     assert not (tmp_path / "c").exists()
 
 
-def test_a_file_in_the_way(tmp_path: Path, tiny_spec: str, text_spec: str) -> None:
+def test_a_file_at_the_path_is_rejected(tmp_path: Path, tiny_spec: str, text_spec: str) -> None:
     (tmp_path / "c").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         save(tmp_path / "c", tiny_spec, text_spec)

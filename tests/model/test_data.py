@@ -1,6 +1,9 @@
+"""Pairs and entities from files, OVEN's annotations as released, balancing and catalog pairs."""
+
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +11,8 @@ import pytest
 
 from core.errors import CatalogError
 from core.jsonl import RejectLog
-from model.data import load_entities, load_pairs
+from model.data import OVEN_TABLE, ImageSource, Pair, balance_pairs, load_entities, load_pairs
+from model.features import EntityKeys, TrainingPair, catalog_pairs
 
 
 def write(path: Path, *rows: Mapping[str, object]) -> Path:
@@ -16,7 +20,7 @@ def write(path: Path, *rows: Mapping[str, object]) -> Path:
     return path
 
 
-def test_images_lie_beside_the_pairs_or_under_the_root(tmp_path: Path) -> None:
+def test_image_paths_are_relative_to_the_pairs_or_the_root(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for folder in (tmp_path, tmp_path / "images"):
         (folder / "a.png").write_bytes(b"x")
@@ -27,7 +31,7 @@ def test_images_lie_beside_the_pairs_or_under_the_root(tmp_path: Path) -> None:
     assert rejects.count == 0
 
 
-def test_an_entity_outlives_its_bad_images(tmp_path: Path) -> None:
+def test_an_entity_stays_without_its_bad_images(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     images = ["a.png", "gone.png", "https://example.org/x.png"]
     catalog = write(
@@ -45,9 +49,113 @@ def test_an_entity_outlives_its_bad_images(tmp_path: Path) -> None:
     assert any("URL" in reason for reason in reasons)
 
 
-def test_only_the_entities_asked_for(tmp_path: Path) -> None:
+def test_only_selected_entities(tmp_path: Path) -> None:
     catalog = write(tmp_path / "c.jsonl", *({"entity_id": f"Q{n}", "title": "T"} for n in range(5)))
     rejects = RejectLog(tmp_path / "rejected.jsonl")
     assert [entity.entity_id for entity in load_entities(catalog, None, rejects, only={"Q3", "Q1"})] == ["Q1", "Q3"]
     with pytest.raises(CatalogError, match="none of the entities"):
         load_entities(catalog, None, rejects, only={"Q9"})
+
+
+def row(number: int, split: str = "val_seen") -> dict[str, object]:
+    return {
+        "data_id": f"oven_entity_val_{number}",
+        "image_id": f"oven_{number:08d}",
+        "question": "what is shown?",
+        "entity_id": f"Q{number}",
+        "entity_text": "One",
+        "data_split": split,
+    }
+
+
+@pytest.fixture
+def released(tmp_path: Path) -> Path:
+    """Images at the table's path (1), at the snapshot's path (2, 400000), and missing (3, 4, 5)."""
+    root = tmp_path / "images"
+    for name in ("inat/a/one.jpg", "oven_images/00/oven_00000002.jpg", "oven_images/00/oven_00400000.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    (tmp_path / "outside.jpg").write_bytes(b"x")
+    table = {1: "inat/a/one.jpg", 2: "/inat/b/two.jpg", 400000: "coco/x.png", 3: "inat/c.jpg", 4: "../outside.jpg"}
+    lines = "".join(f"oven_{number:08d},{path}\n" for number, path in table.items())
+    (tmp_path / OVEN_TABLE).write_text(lines, encoding="utf-8")
+    rows = [row(1), row(2, "val_unseen"), row(400000), row(3), row(4), row(5), {**row(1), "entity_id": None}]
+    (tmp_path / "oven_entity_val.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    return tmp_path
+
+
+def test_rows_find_their_images_by_id(released: Path) -> None:
+    rejects = RejectLog(released / "rejected.jsonl")
+    pairs = load_pairs(released / "oven_entity_val.jsonl", released / "images", rejects)
+    assert [(pair.data_id, pair.entity_id, pair.seen) for pair in pairs] == [
+        ("oven_entity_val_1", "Q1", True),
+        ("oven_entity_val_2", "Q2", False),
+        ("oven_entity_val_400000", "Q400000", True),
+    ]
+    names = [pair.image.path.relative_to(released / "images").as_posix() for pair in pairs]
+    assert names == ["inat/a/one.jpg", "oven_images/00/oven_00000002.jpg", "oven_images/00/oven_00400000.png"]
+    rejected = [json.loads(line) for line in rejects.path.read_text().splitlines()]
+    assert [each["line"] for each in rejected] == [4, 5, 6, 7]
+    assert "image_id" in rejected[3]["reason"]
+
+
+def test_the_table_can_be_named_or_in_the_image_root(released: Path) -> None:
+    elsewhere = released / "tables" / "ids.csv"
+    elsewhere.parent.mkdir()
+    (released / OVEN_TABLE).rename(elsewhere)
+    rejects = RejectLog(released / "rejected.jsonl")
+    pairs = released / "oven_entity_val.jsonl"
+    assert len(load_pairs(pairs, released / "images", rejects, ovenid2impath=elsewhere)) == 3
+    with pytest.raises(CatalogError, match="--ovenid2impath"):
+        load_pairs(pairs, released / "images", rejects)
+    elsewhere.rename(released / "images" / OVEN_TABLE)
+    assert len(load_pairs(pairs, released / "images", rejects)) == 3
+
+
+def test_invalid_tables(released: Path) -> None:
+    rejects = RejectLog(released / "rejected.jsonl")
+    pairs, table = released / "oven_entity_val.jsonl", released / "other.csv"
+    table.write_text("oven_00000001,a.jpg,extra\n")
+    with pytest.raises(CatalogError, match="line 1 has 3 columns"):
+        load_pairs(pairs, released / "images", rejects, ovenid2impath=table)
+    with pytest.raises(CatalogError, match="cannot be read"):
+        load_pairs(pairs, released / "images", rejects, ovenid2impath=released / "nowhere.csv")
+
+
+def labelled(*entity_ids: str) -> list[Pair]:
+    image = ImageSource(path=Path("x"), line=1, record="")
+    return [
+        Pair(data_id=str(number), entity_id=entity_id, data_split="train", image=image)
+        for number, entity_id in enumerate(entity_ids)
+    ]
+
+
+def test_balancing_limits_pairs_per_entity_and_keeps_their_order() -> None:
+    pairs = labelled(*["a"] * 50, "b", *["c"] * 3, *["a"] * 50)
+    kept = balance_pairs(pairs, 3, seed=1)
+    assert Counter(pair.entity_id for pair in kept) == {"a": 3, "b": 1, "c": 3}
+    assert [int(pair.data_id) for pair in kept] == sorted(int(pair.data_id) for pair in kept)
+    assert balance_pairs(pairs, 3, seed=1) == kept
+    assert {pair.data_id for seed in range(20) for pair in balance_pairs(pairs, 3, seed) if pair.entity_id == "a"} > {
+        pair.data_id for pair in kept if pair.entity_id == "a"
+    }
+    assert balance_pairs(pairs, 200, seed=0) == pairs
+
+
+def test_catalog_pairs_need_another_image_or_a_text() -> None:
+    entities = [
+        EntityKeys(images=(b"a", b"b"), text=b"t"),
+        EntityKeys(images=(b"c",), text=b"t"),
+        EntityKeys(images=(b"d",), text=None),
+        EntityKeys(images=(b"e", b"f"), text=None),
+        EntityKeys(images=(), text=b"t"),
+        EntityKeys(images=(b"g", b"g"), text=None),
+    ]
+    expected = [(b"a", 0), (b"b", 0), (b"c", 1), (b"e", 3), (b"f", 3)]
+    assert [(pair.query, pair.entity) for pair in catalog_pairs(entities, Counter(), None)] == expected
+
+
+def test_catalog_pairs_fill_up_to_the_limit() -> None:
+    entities = [EntityKeys(images=(b"a", b"b", b"c"), text=b"t") for _ in range(3)]
+    made = catalog_pairs(entities, Counter({0: 2, 1: 5}), 3)
+    assert made == [TrainingPair(query=b"a", entity=0), *(TrainingPair(query=q, entity=2) for q in (b"a", b"b", b"c"))]

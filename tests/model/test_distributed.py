@@ -1,4 +1,4 @@
-"""Two processes, started by torch's own launcher, against one that holds the whole batch."""
+"""Two processes started by torchrun equal one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from model.distributed import Group
 def train(
     dataset: Any, tiny_spec: str, text_spec: str, out: Path, *, processes: int, batch_size: int, more: tuple[str, ...]
 ) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
-    """The rows of the log, and the weights."""
+    """Return the rows of the log and the weights."""
     values: dict[str, Any] = {
         "catalog": dataset.catalog,
         "pairs": dataset.pairs,
@@ -76,7 +76,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(
 
 
 def test_two_processes_synthesise(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
-    """Before the first step the weights are the same, and so are the pairs of the only batch."""
+    """Before the first step, weights and pairs of the only batch are equal."""
     more = ("--no-residual", "--modality-dropout", "0", "--epochs", "1")
     hard = ("--hard-negatives", "synthesis", "--n-sync", "2")
     losses = [

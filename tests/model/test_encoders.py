@@ -1,4 +1,4 @@
-"""Small random models of each family, saved as their authors save theirs, then loaded by spec."""
+"""Small random models of each family, saved in their usual format and opened by spec."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def pixels(batch: int = 3, size_px: int = 32) -> npt.NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_clip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp_path: Path, whole: bool) -> None:
+def test_clip_embeddings_and_patch_tokens_equal_the_models(tmp_path: Path, whole: bool) -> None:
     model = save_clip(tmp_path, whole=whole)
     encoder = open_image_encoder(f"hf:{tmp_path}")
     assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 20, 20)
@@ -100,7 +100,7 @@ def test_clip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp_p
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_siglip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp_path: Path, whole: bool) -> None:
+def test_siglip_embeddings_and_patch_tokens_equal_the_models(tmp_path: Path, whole: bool) -> None:
     model: Any = save_siglip(tmp_path, whole=whole)
     encoder = open_image_encoder(f"hf:{tmp_path}")
     assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 32, 32)
@@ -114,7 +114,7 @@ def test_siglip_gives_the_models_own_embedding_and_its_patches_in_that_space(tmp
     torch.testing.assert_close(features.patch_tokens_BPC[:, 5], alone_BD)
 
 
-def test_preprocessing_is_the_models_own(tmp_path: Path) -> None:
+def test_preprocessing_is_the_models(tmp_path: Path) -> None:
     save_clip(tmp_path / "clip", whole=True)
     save_siglip(tmp_path / "siglip", whole=True)
     clip = open_image_encoder(f"hf:{tmp_path / 'clip'}").preprocessing
@@ -134,7 +134,7 @@ def test_towers_can_be_exported(tmp_path: Path, save: Callable[..., Any]) -> Non
     assert parity.max_abs_diff < 1e-3
 
 
-def test_the_hash_follows_weights_and_preprocessing_and_not_the_folder(tmp_path: Path) -> None:
+def test_the_hash_depends_on_weights_and_preprocessing_only(tmp_path: Path) -> None:
     model = save_clip(tmp_path / "a", whole=True)
     save_clip(tmp_path / "b", whole=True)
     first = open_image_encoder(f"hf:{tmp_path / 'a'}").content_hash
@@ -160,9 +160,7 @@ def test_the_hash_follows_weights_and_preprocessing_and_not_the_folder(tmp_path:
         (None, "preprocessor_config.json"),
     ],
 )
-def test_an_image_processor_that_cannot_be_followed(
-    tmp_path: Path, change: dict[str, Any] | None, message: str
-) -> None:
+def test_unsupported_image_processors_are_rejected(tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
     save_clip(tmp_path, whole=True)
     processor = tmp_path / "preprocessor_config.json"
     if change is None:
@@ -173,7 +171,7 @@ def test_an_image_processor_that_cannot_be_followed(
         open_image_encoder(f"hf:{tmp_path}")
 
 
-def test_what_is_no_clip_tower(tmp_path: Path, text_spec: str) -> None:
+def test_other_models_are_rejected_as_image_towers(tmp_path: Path, text_spec: str) -> None:
     CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(tmp_path / "unprojected")
     with pytest.raises(EncoderSpecError, match="projection"):
         open_image_encoder(f"hf:{tmp_path / 'unprojected'}")
@@ -185,21 +183,21 @@ def test_what_is_no_clip_tower(tmp_path: Path, text_spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", ["", "hf:", "onnx:", "clip", "pth:x"])
-def test_specs_that_name_nothing(spec: str) -> None:
+def test_unknown_specs(spec: str) -> None:
     with pytest.raises(EncoderSpecError, match="use "):
         open_image_encoder(spec)
     with pytest.raises(EncoderSpecError, match="use "):
         open_text_encoder(spec)
 
 
-def test_devices_that_are_not_there() -> None:
+def test_unknown_devices() -> None:
     for device in ("abacus", "meta", "cuda:99"):
         with pytest.raises(UserError, match="device"):
             open_text_encoder("minilm", device=device)
 
 
 class TestOnnx:
-    def test_gives_what_onnx_runtime_gives(self, onnx_spec: str) -> None:
+    def test_equals_onnx_runtime(self, onnx_spec: str) -> None:
         encoder: Any = open_image_encoder(onnx_spec)
         assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (4, 24, 24)
         features = encoder.encode(pixels(5, 16))
@@ -209,9 +207,7 @@ class TestOnnx:
         expected = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
         np.testing.assert_allclose(features.image_embedding_BD.numpy(), expected, rtol=1e-4, atol=1e-5)
 
-    def test_external_data_counts_into_the_hash_and_may_not_be_missing(
-        self, tmp_path: Path, save_onnx: Callable[..., Path]
-    ) -> None:
+    def test_external_data_is_hashed_and_required(self, tmp_path: Path, save_onnx: Callable[..., Path]) -> None:
         path = save_onnx(tmp_path)
         onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=1000)
         first = open_image_encoder(f"onnx:{path}").content_hash
@@ -222,7 +218,7 @@ class TestOnnx:
         with pytest.raises(EncoderSpecError, match=r"weights\.bin"):
             open_image_encoder(f"onnx:{path}")
 
-    def test_files_that_are_missing_or_no_onnx(self, tmp_path: Path, save_onnx: Callable[..., Path]) -> None:
+    def test_missing_and_invalid_files(self, tmp_path: Path, save_onnx: Callable[..., Path]) -> None:
         with pytest.raises(EncoderSpecError, match="does not exist"):
             open_image_encoder(f"onnx:{tmp_path / 'nothing.onnx'}")
         path = save_onnx(tmp_path)
@@ -241,13 +237,13 @@ class TestOnnx:
             ({"pooled_rank": 3}, "`image_embedding` must be"),
         ],
     )
-    def test_other_outputs(
+    def test_wrong_outputs(
         self, tmp_path: Path, save_onnx: Callable[..., Path], change: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(EncoderSpecError, match=re.escape(message)):
             open_image_encoder(f"onnx:{save_onnx(tmp_path, **change)}")
 
-    def test_a_size_that_is_not_the_files(self, tmp_path: Path, save_onnx: Callable[..., Path]) -> None:
+    def test_wrong_size(self, tmp_path: Path, save_onnx: Callable[..., Path]) -> None:
         path = save_onnx(tmp_path)
         preprocessing = path.with_suffix(".json")
         preprocessing.write_text(json.dumps({**json.loads(preprocessing.read_text()), "size_px": 24}))
@@ -270,7 +266,7 @@ TEXTS = ["a red flag", "", "the big round yellow star of a cat " * 3, "bird", " 
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-def test_a_text_in_a_batch_is_the_text_alone(family: str, text_spec: str, llama_spec: str) -> None:
+def test_batching_does_not_change_a_text(family: str, text_spec: str, llama_spec: str) -> None:
     encoder = open_text_encoder(text_spec if family == "bert" else llama_spec, max_tokens=16)
     together = encoder.encode(TEXTS)
     assert together.mask_BT.sum(dim=1).tolist() == [5, 0, 16, 3, 0, 5]  # words and two special tokens, cut at 16
@@ -281,7 +277,7 @@ def test_a_text_in_a_batch_is_the_text_alone(family: str, text_spec: str, llama_
         torch.testing.assert_close(together.text_tokens_BTC[row, : len(alone)], alone, atol=1e-5, rtol=1e-4)
 
 
-def test_a_causal_models_states_are_its_own(llama_spec: str) -> None:
+def test_states_of_a_causal_model(llama_spec: str) -> None:
     encoder = open_text_encoder(llama_spec)
     model = LlamaForCausalLM.from_pretrained(llama_spec.removeprefix("hf:")).eval()
     with torch.no_grad():
@@ -293,13 +289,13 @@ def test_a_causal_models_states_are_its_own(llama_spec: str) -> None:
     assert second.content_hash != encoder.content_hash
 
 
-def test_no_text_at_all(text_spec: str) -> None:
+def test_blank_texts_only(text_spec: str) -> None:
     features = open_text_encoder(text_spec, max_tokens=16).encode(["", " "])
     assert features.text_tokens_BTC.shape == (2, 0, 16)
     assert features.mask_BT.shape == (2, 0)
 
 
-def test_megabytes_of_text_are_cut_before_they_are_tokenised(text_spec: str) -> None:
+def test_long_texts_are_cut_before_tokenising(text_spec: str) -> None:
     encoder = open_text_encoder(text_spec, max_tokens=16)
     long = encoder.encode(["the cat " * 2_000_000])
     torch.testing.assert_close(long.text_tokens_BTC, encoder.encode(["the cat " * 8]).text_tokens_BTC)
@@ -308,12 +304,12 @@ def test_megabytes_of_text_are_cut_before_they_are_tokenised(text_spec: str) -> 
 @pytest.mark.parametrize(
     ("options", "message"), [({"max_tokens": 33}, "32 tokens"), ({"max_tokens": 16, "layer": 3}, "layers -3 to 2")]
 )
-def test_settings_that_the_model_does_not_have(text_spec: str, options: dict[str, int], message: str) -> None:
+def test_unsupported_settings(text_spec: str, options: dict[str, int], message: str) -> None:
     with pytest.raises(EncoderSpecError, match=message):
         open_text_encoder(text_spec, **options)  # type: ignore[arg-type]
 
 
-def test_text_models_that_cannot_be_used(tmp_path: Path, word_tokenizer: Any) -> None:
+def test_unsupported_text_models(tmp_path: Path, word_tokenizer: Any) -> None:
     config = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     T5Model(config).save_pretrained(tmp_path)
     word_tokenizer.save_pretrained(tmp_path)
@@ -325,7 +321,7 @@ def test_text_models_that_cannot_be_used(tmp_path: Path, word_tokenizer: Any) ->
 
 
 def test_a_masked_language_model_has_one_hash(tmp_path: Path, word_tokenizer: Any) -> None:
-    """Its checkpoint has no pooler, which must not be made up."""
+    """Its checkpoint has no pooler. A random one would change the hash."""
     config = BertConfig(**TEXT, max_position_embeddings=32)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     word_tokenizer.save_pretrained(tmp_path)
@@ -334,7 +330,7 @@ def test_a_masked_language_model_has_one_hash(tmp_path: Path, word_tokenizer: An
     assert first.encode(["a cat"]).text_tokens_BTC.shape == (1, 4, 16)
 
 
-def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, llama_spec: str) -> None:
+def test_missing_weights_are_an_error(tmp_path: Path, llama_spec: str) -> None:
     folder = tmp_path / "llama"
     shutil.copytree(llama_spec.removeprefix("hf:"), folder)
     weights = load_file(folder / "model.safetensors")
@@ -344,7 +340,7 @@ def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, llama_spec: st
         open_text_encoder(f"hf:{folder}")
 
 
-def test_minilm_knows_what_is_near() -> None:
+def test_minilm_ranks_similar_texts_first() -> None:
     encoder = open_text_encoder("minilm")
     assert (encoder.dim, encoder.max_tokens) == (384, 256)
     features = encoder.encode(
@@ -361,7 +357,7 @@ def test_minilm_knows_what_is_near() -> None:
     assert cosines[0, 2] < 0.15
 
 
-def test_minilm_reads_past_the_128_tokens_of_its_own_tokenizer() -> None:
+def test_minilm_reads_more_than_the_128_tokens_of_its_tokenizer() -> None:
     features = open_text_encoder("minilm").encode(["giraffe " * 400, "giraffe"])
     assert features.mask_BT.shape[1] == 256
     assert features.mask_BT.sum(dim=1)[1] < 10

@@ -21,7 +21,7 @@ def features(seed: int, count: int) -> tuple[list[bytes], np.ndarray, np.ndarray
     return keys, rng.normal(size=(count, 4, 6)).astype(np.float32), rng.normal(size=(count, 8)).astype(np.float32)
 
 
-def test_images_come_back_as_they_went_in_after_reopening(tmp_path: Path) -> None:
+def test_images_are_read_back_after_reopening(tmp_path: Path) -> None:
     cache = ImageFeatureCache(tmp_path, HASH)
     for seed in (1, 2):
         cache.add(*features(seed, 3))
@@ -36,7 +36,7 @@ def test_images_come_back_as_they_went_in_after_reopening(tmp_path: Path) -> Non
     assert content_key(b"other") not in again
 
 
-def test_texts_of_any_length_come_back(tmp_path: Path) -> None:
+def test_texts_of_any_length_are_read_back(tmp_path: Path) -> None:
     texts = [np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32) for n in (3, 1, 7, 2)]
     keys = [content_key(bytes([n])) for n in range(4)]
     cache = TextFeatureCache(tmp_path, HASH)
@@ -47,7 +47,7 @@ def test_texts_of_any_length_come_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(again.text_tokens(key), text.astype(np.float16))
 
 
-def test_another_encoder_sees_nothing(tmp_path: Path) -> None:
+def test_encoders_do_not_share_features(tmp_path: Path) -> None:
     cache = ImageFeatureCache(tmp_path, HASH)
     keys, *arrays = features(1, 2)
     cache.add(keys, arrays[0], arrays[1])
@@ -76,25 +76,25 @@ for number in range(100000):
 """
 
 
-def test_killed_while_writing_leaves_whole_segments_only(tmp_path: Path) -> None:
+def test_a_kill_while_writing_leaves_only_complete_segments(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    told = -1
+    written = -1
     for line in process.stdout:
-        told = int(line)
-        if told >= 5:
+        written = int(line)
+        if written >= 5:
             break
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     cache = ImageFeatureCache(tmp_path, HASH)
-    for number in range(told + 1):
+    for number in range(written + 1):
         for row in (0, 49):
             key = content_key(b"%d-%d" % (number, row))
             assert set(cache.patch_tokens(key).ravel().tolist()) == {number % 1000}
             assert set(cache.image_embedding(key).tolist()) == {number}
 
 
-def test_a_segment_without_its_keys_does_not_exist(tmp_path: Path) -> None:
+def test_a_segment_without_keys_is_ignored(tmp_path: Path) -> None:
     cache = ImageFeatureCache(tmp_path, HASH)
     keys, tokens, embeddings = features(1, 2)
     cache.add(keys, tokens, embeddings)
@@ -104,7 +104,7 @@ def test_a_segment_without_its_keys_does_not_exist(tmp_path: Path) -> None:
     assert keys[0] not in ImageFeatureCache(tmp_path, HASH)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_errors_name_an_unwritable_folder(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match="--cache-dir"):

@@ -1,4 +1,4 @@
-"""A run that was cut off and goes on ends where an undisturbed one does."""
+"""A resumed run ends with the same result as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.trainer import TrainSettings
 
 
 def request(dataset: Any, tiny_spec: str, text_spec: str, out: Path, cache: Path, **changes: Any) -> TrainRequest:
-    """Eight pairs in batches of three, two to a step: 2 steps an epoch, 6 in all; everything that is random is on."""
+    """Eight pairs in batches of three, two batches per step: 6 steps in all, with every random option on."""
     settings = {
         "epochs": 3,
         "batch_size": 3,
@@ -48,7 +48,7 @@ def request(dataset: Any, tiny_spec: str, text_spec: str, out: Path, cache: Path
 
 
 def result_of(out: Path) -> tuple[list[bytes], list[dict[str, Any]]]:
-    """The checkpoint's files, and the log but for speed."""
+    """Return the checkpoint's files, and the log without speeds."""
     rows = [json.loads(line) for line in out.with_name(f"{out.name}.train.jsonl").read_text().splitlines()]
     for row in rows:
         row.pop("pairs_per_s", None)
@@ -60,7 +60,7 @@ class CutOff(Exception):
 
 
 @pytest.mark.parametrize("hard_negatives", ["none", "both"])
-def test_every_step_is_one_to_go_on_from(
+def test_resuming_from_every_step(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hard_negatives: str
 ) -> None:
     def asked(out: Path, **changes: Any) -> TrainRequest:
@@ -89,7 +89,7 @@ def test_every_step_is_one_to_go_on_from(
         assert not list(tmp_path.glob("*.snapshot.pt"))
 
 
-def test_killed_outright_it_goes_on(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+def test_resuming_after_a_kill(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
     def command(out: Path, *more: str) -> list[str]:
         values: dict[str, Any] = {
             "catalog": dataset.catalog,
@@ -128,15 +128,13 @@ def test_killed_outright_it_goes_on(dataset: Any, tiny_spec: str, text_spec: str
     assert result_of(out) == result_of(tmp_path / "undisturbed")
 
 
-def test_resuming_without_a_snapshot_starts_from_the_beginning(
-    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
-) -> None:
+def test_resuming_without_a_snapshot_starts_over(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
     for name in ("a", "b"):
         run_training(request(dataset, tiny_spec, text_spec, tmp_path / name, tmp_path / "cache", resume=name == "b"))
     assert result_of(tmp_path / "a") == result_of(tmp_path / "b")
 
 
-def test_another_runs_snapshot_or_a_torn_one_is_refused(
+def test_damaged_snapshots_and_those_of_other_runs_are_rejected(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

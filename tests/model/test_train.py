@@ -1,9 +1,11 @@
-"""The command from files to checkpoint, run in process through the real console script's group."""
+"""`wikiclip train` from files to a checkpoint, run in process, and the log of a run."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from model.cli import train
 from model.data import load_entities
 from model.encoders import open_image_encoder, open_text_encoder
 from model.features import EntityKeys, FeatureStore, TrainingPair
-from model.train import train_adaptor
+from model.train import open_log, train_adaptor
 from model.trainer import TrainSettings, draw_modalities
 
 
@@ -49,7 +51,7 @@ def test_trains_validates_and_writes_a_checkpoint(dataset: Any, tiny_spec: str, 
     assert loaded.values["training"]["best_epoch"] == best["epoch"]
 
 
-def test_the_second_run_computes_nothing_and_gives_the_same(
+def test_a_second_run_uses_the_cache_and_gives_the_same_result(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
 ) -> None:
     first = report(run(dataset, tiny_spec, text_spec, tmp_path / "a", "--json"))
@@ -91,9 +93,7 @@ def test_bad_records_are_counted_and_named(dataset: Any, tiny_spec: str, text_sp
     }
 
 
-def test_a_pairs_file_without_one_usable_pair_is_an_error(
-    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
-) -> None:
+def test_a_file_without_usable_pairs_is_an_error(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text('{"data_id": "1", "image": "gone.png", "entity_id": "Q1", "data_split": "train"}\n')
     result = run(dataset, tiny_spec, text_spec, tmp_path / "e", "--pairs", str(pairs))
@@ -102,7 +102,7 @@ def test_a_pairs_file_without_one_usable_pair_is_an_error(
     assert not (tmp_path / "e").exists()
 
 
-def test_diverging_leaves_the_earlier_checkpoint(
+def test_divergence_keeps_the_earlier_checkpoint(
     dataset: Any, tiny_spec: str, text_spec: str, nan_onnx_spec: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "f"
@@ -133,7 +133,7 @@ def test_diverging_leaves_the_earlier_checkpoint(
         (["--max-tokens", "1000"], "32 tokens"),
     ],
 )
-def test_settings_that_cannot_work(
+def test_invalid_settings(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, *, arguments: list[str], message: str
 ) -> None:
     result = run(dataset, tiny_spec, text_spec, tmp_path / "g", *arguments)
@@ -179,7 +179,7 @@ def test_only_the_adaptor_changes(dataset: Any, tiny_spec: str, text_spec: str, 
     assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
-def test_the_query_itself_is_never_its_entitys_image() -> None:
+def test_the_query_is_never_its_entitys_image() -> None:
     rng = np.random.default_rng(0)
     entity = EntityKeys(images=(b"a", b"b", b"c"), text=b"t")
     drawn = {draw_modalities(entity, b"b", 0.0, rng) for _ in range(100)}
@@ -187,7 +187,7 @@ def test_the_query_itself_is_never_its_entitys_image() -> None:
     assert draw_modalities(EntityKeys(images=(b"b",), text=b"t"), b"b", 0.0, rng) == (None, b"t")
 
 
-def test_modality_dropout_hides_each_as_often_as_asked_and_never_both() -> None:
+def test_modality_dropout_hides_each_at_its_rate_and_never_both() -> None:
     rng = np.random.default_rng(0)
     both = EntityKeys(images=(b"a",), text=b"t")
     drawn = [draw_modalities(both, b"q", 0.2, rng) for _ in range(2000)]
@@ -198,10 +198,8 @@ def test_modality_dropout_hides_each_as_often_as_asked_and_never_both() -> None:
     assert {draw_modalities(only_image, b"q", 0.5, rng) for _ in range(50)} == {(b"a", None)}
 
 
-def test_the_catalog_adds_pairs_and_a_limit_takes_them(
-    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
-) -> None:
-    """Eleven entities have two images each, and the eight seen ones a labelled pair besides."""
+def test_catalog_pairs_and_their_limit(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    """Eleven entities have two images each, and the eight seen ones also a labelled pair."""
     plain = report(run(dataset, tiny_spec, text_spec, tmp_path / "k", "--catalog-pairs", "--json"))
     assert (plain["pairs"], plain["catalog_pairs"], plain["entities"]) == (8 + 22, 22, 12)
     limit = ["--catalog-pairs", "--max-per-entity", "2", "--json"]
@@ -209,7 +207,7 @@ def test_the_catalog_adds_pairs_and_a_limit_takes_them(
     assert (limited["pairs"], limited["catalog_pairs"]) == (8 + 8 + 6, 14)
 
 
-def test_the_catalog_alone_can_be_trained_on(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+def test_training_on_catalog_pairs_alone(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
     arguments = ["--catalog", dataset.catalog, "--image-encoder", tiny_spec, "--text-encoder", text_spec]
     arguments += ["--out", tmp_path / "k", "--cache-dir", tmp_path / "cache", "--epochs", 2, "--width", 16]
     arguments += ["--heads", 2, "--max-tokens", 16, "--device", "cpu", "--json"]
@@ -222,7 +220,7 @@ def test_the_catalog_alone_can_be_trained_on(dataset: Any, tiny_spec: str, text_
         CliRunner().invoke(train, given, catch_exceptions=False)
 
 
-def test_a_catalog_that_gives_no_pair_is_told(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+def test_a_catalog_without_pairs_is_an_error(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in dataset.catalog.read_text().splitlines()]
     bare = [
         {**line, "images": [str(dataset.folder / name) for name in line["images"][:1]], "text": ""} for line in lines
@@ -236,7 +234,7 @@ def test_a_catalog_that_gives_no_pair_is_told(dataset: Any, tiny_spec: str, text
 
 
 @pytest.mark.parametrize("how", ["clusters", "synthesis", "both"])
-def test_hard_negatives_start_with_their_epoch(
+def test_hard_negatives_start_at_their_epoch(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, how: str
 ) -> None:
     def losses(out: str, *more: str) -> list[float]:
@@ -256,7 +254,7 @@ def test_hard_negatives_start_with_their_epoch(
     assert early == losses("again", *hard)
 
 
-def test_half_precision_is_stored_where_it_costs_nothing(
+def test_half_precision_is_stored_if_it_changes_nothing(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
 ) -> None:
     figures = report(run(dataset, tiny_spec, text_spec, tmp_path / "i", "--json"))
@@ -267,7 +265,7 @@ def test_half_precision_is_stored_where_it_costs_nothing(
     assert {t.dtype for t in load_file(tmp_path / "j" / "adaptor.safetensors").values()} == {torch.float32}
 
 
-def test_smoke_takes_the_same_path_on_little_and_leaves_the_checkpoint(
+def test_smoke_runs_on_little_data_and_keeps_the_checkpoint(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
 ) -> None:
     out = tmp_path / "m"
@@ -288,3 +286,54 @@ def test_smoke_takes_the_same_path_on_little_and_leaves_the_checkpoint(
     assert figures["validation"] is not None
     assert Checkpoint.load(tmp_path / "m.smoke", text_encoder_spec=text_spec).values["training"]["epochs"] == 1
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+class Recorder:
+    """Record the calls to TensorBoard's writer."""
+
+    asked: list[Any]
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        Recorder.asked = [(Path(folder).name, purge_step)]
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        Recorder.asked.append((tag, scalar_value, global_step))
+
+    def close(self) -> None:
+        Recorder.asked.append("closed")
+
+
+@pytest.fixture
+def tensorboard(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = Recorder  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return Recorder
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_resumed_run_has_one_log_without_repeated_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.train.jsonl"
+    with open_log(path, tmp_path / "x.tensorboard", after_step=0) as log:
+        for step in (10, 20, 30):
+            log({"step": step, "loss": 1.0})
+            log({"step": step, "mean_loss": 1.0})
+    with path.open("a") as file:
+        file.write('{"step": 4')  # cut off
+    with open_log(path, tmp_path / "x.tensorboard", after_step=20) as log:
+        log({"step": 20, "mean_loss": 0.5})
+        log({"step": 30, "loss": 0.5})
+    assert steps(path) == [10, 10, 20, 20, 30]
+    assert json.loads(path.read_text().splitlines()[-1])["loss"] == 0.5
+    with open_log(path, tmp_path / "x.tensorboard", after_step=0) as log:
+        log({"step": 1})
+    assert steps(path) == [1]
+
+
+def test_tensorboard_gets_the_figures_if_installed(tensorboard: type[Recorder], tmp_path: Path) -> None:
+    with open_log(tmp_path / "x.train.jsonl", tmp_path / "x.tensorboard", after_step=7) as log:
+        log({"step": 10, "loss": 0.5, "validation": {"hm": 0.25, "unseen": None}})
+    assert tensorboard.asked == [("x.tensorboard", 8), ("loss", 0.5, 10), ("validation/hm", 0.25, 10), "closed"]

@@ -34,7 +34,7 @@ def test_one_split_alone_has_no_harmonic_mean() -> None:
 @pytest.mark.parametrize(
     ("split", "seen"), [("val_seen", True), ("val_unseen", False), ("test_unseen", False), ("train", None)]
 )
-def test_a_split_is_told_by_the_end_of_its_name(split: str, seen: bool | None) -> None:
+def test_the_end_of_a_splits_name_says_seen_or_unseen(split: str, seen: bool | None) -> None:
     image = ImageSource(path=Path("x"), line=1, record="")
     assert Pair(data_id="1", entity_id="Q1", data_split=split, image=image).seen is seen
 
@@ -43,8 +43,8 @@ def unexpected(rejected: Rejected) -> None:
     pytest.fail(rejected.reason)
 
 
-def test_an_entity_answers_at_its_best_image(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
-    """With the residual's start an embedding is the image's own, so a query with any of its images finds the entity."""
+def test_an_entity_is_found_by_its_best_image(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    """An untrained adaptor returns the image's embedding, so each of an entity's images finds it."""
     store = FeatureStore(tmp_path / "cache", open_image_encoder(tiny_spec), open_text_encoder(text_spec, max_tokens=16))
     entities = store.entity_keys(
         load_entities(dataset.catalog, None, RejectLog(tmp_path / "rejected.jsonl")), unexpected

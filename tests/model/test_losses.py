@@ -1,6 +1,9 @@
+"""InfoNCE, and batches and negatives of hard negative synthesis."""
+
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +11,61 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.losses import NO_DONOR, cluster_batches, draw_donors, harden, info_nce, synthetic_cosines
+from model.losses import (
+    MAX_LOGIT_SCALE,
+    NO_DONOR,
+    LogitScale,
+    cluster_batches,
+    draw_donors,
+    harden,
+    info_nce,
+    synthetic_cosines,
+)
+
+
+def slow_info_nce(cosines: list[list[float]], entities: list[int], scale: float) -> float:
+    total = 0.0
+    for i, row in enumerate(cosines):
+        denominator = 0.0
+        for j, cosine in enumerate(row):
+            if i == j or entities[i] != entities[j]:
+                denominator += math.exp(scale * cosine)
+        total += -math.log(math.exp(scale * row[i]) / denominator)
+    return total / len(cosines)
+
+
+@pytest.mark.parametrize("entities", [[0, 1, 2, 3, 4, 5], [0, 1, 0, 2, 1, 0], [7, 7, 7, 7, 7, 8]])
+def test_info_nce_equals_the_formula(entities: list[int]) -> None:
+    torch.manual_seed(0)
+    queries, values = (F.normalize(torch.randn(6, 5, dtype=torch.float64), dim=1) for _ in range(2))
+    cosines_BB = queries @ values.T
+    loss = info_nce(cosines_BB, torch.tensor(entities), torch.tensor(9.0, dtype=torch.float64))
+    assert loss.item() == pytest.approx(slow_info_nce(cosines_BB.tolist(), entities, 9.0), rel=1e-9)
+
+
+def test_another_pair_of_the_same_entity_gets_no_gradient() -> None:
+    cosines_BB = torch.rand(3, 3, requires_grad=True)
+    loss = info_nce(cosines_BB, torch.tensor([4, 9, 4]), torch.tensor(5.0))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert cosines_BB.grad is not None
+    assert cosines_BB.grad[0, 2] == cosines_BB.grad[2, 0] == 0
+    assert cosines_BB.grad[0, 1] > 0 > cosines_BB.grad[0, 0]
+
+
+def test_a_batch_of_one_entity_has_no_loss_and_no_nan() -> None:
+    assert info_nce(torch.rand(4, 4), torch.tensor([1, 1, 1, 1]), torch.tensor(5.0)).item() == 0
+
+
+def test_the_scale_is_clamped_and_recovers() -> None:
+    scale = LogitScale()
+    with torch.no_grad():
+        scale.log_scale.fill_(20.0)
+    scale.clamp_()
+    assert scale().item() == pytest.approx(MAX_LOGIT_SCALE)
+    scale().backward()
+    assert scale.log_scale.grad is not None
+    assert scale.log_scale.grad.item() == pytest.approx(MAX_LOGIT_SCALE, rel=1e-4)
+
 
 ENTITIES = [0, 1, 0, 2, 3, 4, 4]
 TEXTS = [10, 11, 10, 11, -1, 12, 12]  # entities 1 and 2 have the same words, entity 3 has none
@@ -19,7 +76,7 @@ def unit(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def blobs(groups: int, each: int) -> npt.NDArray[np.float32]:
-    """Groups of queries round far centres, one after another."""
+    """Return groups of queries around distant centres, one group after another."""
     rng = np.random.default_rng(0)
     centres = np.eye(groups, 16, dtype=np.float32)
     points = np.repeat(centres, each, axis=0) + rng.normal(0, 0.02, (groups * each, 16)).astype(np.float32)
@@ -40,8 +97,8 @@ def test_every_pair_once_in_batches_of_even_clusters(pairs: int, cluster_size: i
         assert max(len(batch) for batch in batches) - min(len(batch) for batch in batches) <= 1
 
 
-def test_queries_that_look_alike_share_a_batch() -> None:
-    """Of two queries in a batch at random, one in seven is of the same group."""
+def test_similar_queries_share_a_batch() -> None:
+    """In random batches, one in seven pairs of queries would be of the same group."""
 
     def alike(batch: npt.NDArray[np.int64]) -> float:
         groups = batch // 8
@@ -52,12 +109,12 @@ def test_queries_that_look_alike_share_a_batch() -> None:
         assert np.mean([alike(batch) for batch in batches]) > 0.5
 
 
-def test_a_batch_of_several_clusters_holds_each_of_them_whole() -> None:
+def test_a_batch_has_whole_clusters() -> None:
     small, large = (cluster_batches(blobs(6, 8), cluster_size=8, batch_size=size, seed=(0, 1)) for size in (8, 16))
     assert [batch.tolist() for batch in large] == [[*small[row], *small[row + 1]] for row in (0, 2, 4)]
 
 
-def test_clusters_follow_the_seed() -> None:
+def test_clusters_depend_on_the_seed() -> None:
     embeddings = unit(60, 12).float().numpy()
 
     def drawn(seed: tuple[int, int]) -> list[list[int]]:
@@ -68,7 +125,7 @@ def test_clusters_follow_the_seed() -> None:
     assert groups[0] != groups[1]
 
 
-def test_donors_are_other_entities_with_other_words() -> None:
+def test_donors_are_other_entities_with_other_texts() -> None:
     entity_B, text_B = np.array(ENTITIES), np.array(TEXTS)
     drawn: list[set[int]] = [set() for _ in ENTITIES]
     for seed in range(200):
@@ -87,7 +144,7 @@ def test_donors_are_other_entities_with_other_words() -> None:
     assert drawn == allowed
 
 
-def test_fewer_texts_than_draws_leave_places_empty() -> None:
+def test_fewer_texts_than_draws_leave_gaps() -> None:
     donors_BS = draw_donors(np.array([0, 1, 1]), np.array([5, 6, 6]), 4, np.random.default_rng(0))
     assert (donors_BS != NO_DONOR).sum(axis=1).tolist() == [1, 1, 1]
     assert donors_BS[1, 0] == donors_BS[2, 0] == 0
@@ -98,7 +155,7 @@ def test_fewer_texts_than_draws_leave_places_empty() -> None:
 def slow_harden(
     cosines: torch.Tensor, queries: torch.Tensor, read: torch.Tensor, donors: npt.NDArray[np.int64]
 ) -> list[list[float]]:
-    """From the formula: v_j gives way to its hardest synthetic one, where that is harder than v_j."""
+    """The formula: replace v_j by its hardest synthetic negative if that is harder."""
     result = cosines.tolist()
     for i, j in itertools.product(range(len(cosines)), repeat=2):
         if ENTITIES[i] == ENTITIES[j]:
@@ -111,7 +168,7 @@ def slow_harden(
 
 
 @pytest.mark.parametrize("draws", [1, 3, 8])
-def test_equals_the_formula(draws: int) -> None:
+def test_harden_equals_the_formula(draws: int) -> None:
     queries_BD, values_BD, read_BBD = unit(7, 5), unit(7, 5, seed=1), unit(7, 7, 5, seed=2)
     entity_B, text_B = np.array(ENTITIES), np.array(TEXTS)
     donors_BS = draw_donors(entity_B, text_B, draws, np.random.default_rng(draws))
@@ -127,7 +184,7 @@ def test_equals_the_formula(draws: int) -> None:
     assert (hardened > cosines_BB).any()
 
 
-def test_the_loss_grows_and_only_who_won_gets_its_gradient() -> None:
+def test_only_the_hardest_negative_gets_a_gradient() -> None:
     queries_BD = unit(3, 5)
     cosines_BB = (queries_BD @ unit(3, 5, seed=1).T).requires_grad_()
     synthetic_BBS = torch.full((3, 3, 2), -0.9, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""One step against loops written from the formula."""
+"""One training step compared with loops written from the formula."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def unexpected(rejected: Rejected) -> None:
 def stored(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[FeatureStore, list[EntityKeys]]:
-    """Entities with one image each at most, so that which one is drawn is no matter of chance."""
+    """Entities with at most one image each, so the draw of an image is not random."""
     folder = tmp_path_factory.mktemp("features")
     store = FeatureStore(folder / "cache", open_image_encoder(tiny_spec), open_text_encoder(text_spec, max_tokens=16))
     entities = load_entities(dataset.catalog, None, RejectLog(folder / "rejected.jsonl"))
@@ -39,7 +39,7 @@ def stored(
 
 
 def trainer(stored: tuple[FeatureStore, list[EntityKeys]], **changes: Any) -> Trainer:
-    """With an output layer that is not zero, so that texts show in the embeddings."""
+    """Return a trainer whose adaptor's output layer is not zero, so embeddings depend on texts."""
     settings = TrainSettings(**{"batch_size": 8, "modality_dropout": 0.0, "lr": 1e-3, "warmup": 0.0, **changes})
     made = Trainer(
         config=CONFIG, settings=settings, store=stored[0], entities=stored[1], steps=10, device=CPU, group=Group()
@@ -53,11 +53,11 @@ ROWS = [0, 3, 5, 5, 8, 11]
 
 
 def batch_of(entities: list[EntityKeys], rows: list[int] = ROWS) -> list[TrainingPair]:
-    """Each entity asked for by another entity's image, so that the batch is no trivial one."""
+    """Pair each entity with another entity's image, so the batch is not trivial."""
     return [TrainingPair(query=entities[(row + 1) % 11].images[0], entity=row) for row in rows]
 
 
-def test_a_step_with_synthesis_has_the_loss_of_the_formula(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+def test_the_loss_with_synthesis_equals_the_formula(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
     store, entities = stored
     made = trainer(stored, hard_negatives="synthesis", n_sync=3, seed=4)
     twin = Adaptor(CONFIG)
@@ -101,12 +101,12 @@ def test_a_step_with_synthesis_has_the_loss_of_the_formula(stored: tuple[Feature
     assert made.step([batch], synthesise=True) == pytest.approx(total / len(batch), rel=1e-4)
 
 
-def test_synthesis_makes_the_loss_no_smaller(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+def test_synthesis_never_lowers_the_loss(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
     plain, hard = (trainer(stored).step([batch_of(stored[1])], synthesise=synthesise) for synthesise in (False, True))
     assert hard > plain
 
 
-def test_accumulated_batches_have_the_mean_of_their_gradients(
+def test_accumulation_averages_gradients(
     stored: tuple[FeatureStore, list[EntityKeys]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("model.trainer._GRADIENT_NORM", math.inf)
@@ -134,7 +134,7 @@ def test_the_encoders_get_no_gradient(stored: tuple[FeatureStore, list[EntityKey
     assert all(parameter.grad is not None for parameter in made.adaptor.parameters())
 
 
-def test_tokens_are_hidden_at_the_share_asked_for_and_never_all() -> None:
+def test_tokens_are_hidden_at_the_given_share_but_never_all() -> None:
     torch.manual_seed(0)
     mask_BT = torch.ones(400, 20, dtype=torch.bool)
     mask_BT[0] = False
