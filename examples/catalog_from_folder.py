@@ -139,7 +139,7 @@ def slug(title: str) -> str:
 def record(entity: Entity, images: Sequence[Path], out: Path) -> dict[str, Any]:
     """Return a line of the catalog, with paths relative to its folder."""
     types = [name.strip() for name in re.split(r"[;|]", entity.fields.get("types", "")) if name.strip()]
-    optional = {name: entity.fields[name] for name in ("description", "url", "symbol") if name in entity.fields}
+    optional = {name: value for name, value in entity.fields.items() if name in ("description", "url", "symbol")}
     return {
         "entity_id": entity.entity_id,
         "title": entity.title,
@@ -152,17 +152,15 @@ def record(entity: Entity, images: Sequence[Path], out: Path) -> dict[str, Any]:
 
 @click.command()
 @click.argument("pictures", type=click.Path(path_type=Path))
-@click.option(
-    "--table", type=click.Path(path_type=Path), help="CSV file that describes the images.  [default: folder names]"
-)
+@click.option("--table", type=click.Path(path_type=Path), help="CSV file about the images.  [default: folder names]")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the files.")
 @click.option("--train", type=click.IntRange(min=0), default=0, help="Images of each entity to make pairs of.")
 @click.option("--validation", type=click.IntRange(min=0), default=0, help="Images of each entity to fit confidence on.")
 @click.option("--test", type=click.IntRange(min=0), default=0, help="Images of each entity to measure with.")
 def main(pictures: Path, table: Path | None, out: Path, train: int, validation: int, test: int) -> None:
-    """Write catalog.jsonl, and pairs.jsonl, validation.jsonl and test.jsonl where images are set aside for them.
+    """Write catalog.jsonl, and on request pairs.jsonl, validation.jsonl and test.jsonl.
 
-    They are the entity's last images and are not in the catalog. An entity always keeps its first image.
+    Those three take an entity's last images, which are then not in the catalog. An entity always keeps its first image.
     """
     if not pictures.is_dir():
         raise UserError(f"{pictures} is not a folder; name the folder of the images")
