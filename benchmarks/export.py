@@ -36,17 +36,13 @@ from demo.build import BUILD
 from evaluation.pages import Bar, bar_plot, figures_table, page, section
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig, load_checkpoint
-from export.embed import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder
-from export.embed_catalog import SAMPLED_ENTITIES, read_shards
-from export.engine import decode_pool, embed_shards, preparer_of
-from export.int8 import catalog_images, measure_cost
-from export.onnx_export import INPUT, OUTPUTS
-from export.prepare import Chunk
-from export.quantise import quantise
-from export.sample import CatalogImages, Reservoir
-from export.staging import StagingDir
-from export.stream import StageTimes
-from export.write import ShardWriter
+from export.local import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder, chunk_size, embed_shards
+from export.onnx import INPUT, OUTPUTS
+from export.pipeline import SAMPLED_ENTITIES
+from export.precision import catalog_images, measure_cost, quantise
+from export.prepare import Chunk, Preparer, decode_pool
+from export.shards import EntityImages, Reservoir, StageTimes, read_shards
+from export.staging import ShardWriter, StagingDir
 from imaging import Preprocessing
 from index.bundle import Bundle
 from model.adaptor import Adaptor, AdaptorConfig
@@ -198,8 +194,9 @@ def _throughput(setup: _Setup, root: Path) -> dict[str, Any]:
     config = setup.write()
     checkpoint = load_checkpoint(config, setup.device)
     counted = [*read_shards(config)][_WARM_UP_SHARDS:]
-    with decode_pool(config, checkpoint) as pool:
-        chunks = list(preparer_of(config, checkpoint, pool, None).chunks(counted))
+    with decode_pool(config, checkpoint.image_encoder.preprocessing) as pool:
+        size = chunk_size(checkpoint, config.batch_size)
+        chunks = list(Preparer(config, pool, checkpoint.text_encoder, chunk_size=size).chunks(counted))
     entities = sum(len(shard.records) for shard in counted)
     seconds: dict[str, list[float]] = {}
     gpu_samples: list[str] = []
@@ -285,13 +282,13 @@ def _int8_symbols(bundle_path: Path, root: Path, *, queries: int | None) -> dict
     if bundle.name != "symbols" or not query_file.is_file():
         return "not measured: it needs demo/bundle, and the demo's data, which `make symbols` builds"
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
-    reservoir: Reservoir[CatalogImages] = Reservoir(SAMPLED_ENTITIES // 2)
+    reservoir: Reservoir[EntityImages] = Reservoir(SAMPLED_ENTITIES // 2)
     for row, record in enumerate(read_catalog(catalog)):
         assert isinstance(record, EntityRecord), "the demo's own catalog has no bad record"
-        reservoir.add(CatalogImages(row=row, images=tuple(record.images)))
+        reservoir.add((row, tuple(record.images)))
     calibration = [pixels for _, pixels in catalog_images(LocalImages(), preprocessing, reservoir.items)]
     quantised = root / "symbols.int8.onnx"
-    quantise(bundle.image_encoder_path, quantised, np.stack(calibration), preprocessing, input_name=INPUT)
+    quantise(bundle.image_encoder_path, quantised, np.stack(calibration), preprocessing)
     with bundle.store() as store:
         labelled = [(row_of(q.entity_id, store), q.pixels_HW3) for q in read_queries(query_file, preprocessing, [])]
     chosen = labelled if queries is None else labelled[:: -(-len(labelled) // queries)]

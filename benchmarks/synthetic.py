@@ -348,8 +348,8 @@ def _write_float16_encoder(shape: EncoderShape, path: Path) -> None:
     import torch
 
     from benchmarks.generative.models import build_tower
-    from export.float16 import InFloat16
-    from export.onnx_export import Normalised, export_normalised
+    from export.onnx import Normalised, export_normalised
+    from export.precision import InFloat16
 
     torch.manual_seed(0)
     export_normalised(Normalised(InFloat16(build_tower(shape))), shape.size_px, path)
@@ -381,7 +381,7 @@ def write_placeholder_index(bundle: Path, dim: int, count: int) -> None:
 def _encoder_fields(shape: EncoderShape) -> dict[str, Any]:
     """Return the manifest's fields about an image encoder of that shape."""
     from benchmarks.generative.models import clip_preprocessing
-    from export.onnx_export import INPUT, OUTPUTS
+    from export.onnx import INPUT, OUTPUTS
 
     return {
         "preprocessing": clip_preprocessing(shape.size_px).to_dict(),

@@ -1,1 +1,1 @@
-"""Catalog in, bundle out."""
+"""Export: a catalog and a checkpoint in, a bundle out."""

@@ -13,89 +13,93 @@ _PATH = click.Path(path_type=Path)
 
 @click.command()
 @click.option(
-    "--catalog", type=_PATH, required=True, help="Entity records: JSONL(.gz), Parquet, OVEN's or E-VQA's file."
+    "--catalog", type=_PATH, required=True, help="Entity records: JSONL(.gz), Parquet, or OVEN's or E-VQA's file."
 )
 @click.option("--checkpoint", type=_PATH, required=True, help="Folder written by `wikiclip train`.")
-@click.option("--out", type=_PATH, required=True, help="Folder for the bundle, new or empty.")
-@click.option("--resume", is_flag=True, help="Finish an export that was interrupted; begins one where there is none.")
+@click.option("--out", type=_PATH, required=True, help="New or empty folder for the bundle.")
+@click.option("--resume", is_flag=True, help="Finish an interrupted export, or begin one.")
 @click.option(
-    "--limit", type=click.IntRange(min=1), help="Take only this many entities from the catalog.  [default: all]"
+    "--limit", type=click.IntRange(min=1), help="Export only the first entities of the catalog.  [default: all]"
 )
 @click.option(
     "--shard-size",
     type=click.IntRange(min=1),
     default=4096,
     show_default=True,
-    help="Entities in a shard, the unit of work that an interruption can cost.",
+    help="Entities per shard. An interruption loses at most one unfinished shard.",
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images in a pass of the models."
+    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images per batch of the models."
 )
 @click.option(
-    "--validation", type=_PATH, help="Labelled queries (JSONL) to fit confidence and abstaining on.  [default: none]"
+    "--validation",
+    type=_PATH,
+    help="Labelled queries (JSONL), to fit confidence and the abstain threshold.  [default: none]",
 )
-@click.option("--name", help="Name of the bundle.  [default: name of the output folder]")
+@click.option("--name", help="Name of the bundle.  [default: the output folder's]")
 @click.option(
     "--thumbnails",
     "thumbnail_px",
     type=click.IntRange(min=0, max=1024),
     default=0,
     show_default=True,
-    help="Longer side in pixels of a thumbnail kept for each entity; 0: none.",
+    help="Longer side of each entity's thumbnail, in pixels. 0: no thumbnails.",
 )
 @click.option(
     "--half/--no-half",
     default=True,
     show_default=True,
-    help="Store the image encoder's weights in float16 where that moves no embedding.",
+    help="Store the image encoder's weights in float16 if that changes no embedding.",
 )
 @click.option(
     "--int8",
     is_flag=True,
-    help="Add the image encoder in int8, for queries on a CPU, and measure what that costs.",
+    help="Add an int8 image encoder, for queries on a CPU, and measure its accuracy.",
 )
-@click.option("--float16", is_flag=True, help="Add the image encoder computing in float16, for queries on a GPU.")
+@click.option("--float16", is_flag=True, help="Add an image encoder that computes in float16, for queries on a GPU.")
 @click.option(
-    "--live", is_flag=True, help="Add what embeds entities that are put while serving; with --resume to a whole bundle."
+    "--live",
+    is_flag=True,
+    help="Add the entity encoder, for edits while serving. With --resume also to a complete bundle.",
 )
-@click.option("--store-text", is_flag=True, help="Keep the entities' text in the bundle.")
+@click.option("--store-text", is_flag=True, help="Store the entities' texts in the bundle.")
 @click.option(
     "--images", type=_PATH, help="Folder written by `wikiclip fetch-images`, for images by URL.  [default: none]"
 )
-@click.option("--image-root", type=_PATH, help="Folder that holds OVEN's wikipedia_images_full.  [default: none]")
-@click.option(
-    "--image-encoder", metavar="SPEC", help="Where the checkpoint's image encoder lies.  [default: as it says]"
-)
-@click.option("--text-encoder", metavar="SPEC", help="Where the checkpoint's text encoder lies.  [default: as it says]")
+@click.option("--image-root", type=_PATH, help="Folder that contains OVEN's wikipedia_images_full.  [default: none]")
+@click.option("--image-encoder", metavar="SPEC", help="The checkpoint's image encoder.  [default: as recorded in it]")
+@click.option("--text-encoder", metavar="SPEC", help="The checkpoint's text encoder.  [default: as recorded in it]")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where the models run; auto: a GPU if there is one.",
+    help="Device of the models. auto: a GPU if there is one.",
 )
 @click.option(
-    "--base", type=_PATH, help="A bundle to copy from what has the same text, images and models.  [default: none]"
+    "--base",
+    type=_PATH,
+    help="Earlier bundle, to copy entities with the same text, images and models.  [default: none]",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1, max=256), help="Processes that decode images.  [default: one a core]"
+    "--workers", type=click.IntRange(min=1, max=256), help="Image decoding processes.  [default: one per core]"
 )
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="ray: on all machines of a Ray cluster (extra `ray`), the one that RAY_ADDRESS names.",
+    help="ray: on all machines of the Ray cluster at RAY_ADDRESS (extra `ray`).",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Let `hf:` encoders run code that comes with their weights.")
+@click.option("--trust-remote-code", is_flag=True, help="Allow `hf:` encoders to run code from their repositories.")
 @click.option(
-    "--dry-run", is_flag=True, help="Write nothing; say what it will take, from the whole catalog and a timed sample."
+    "--dry-run", is_flag=True, help="Write nothing. Estimate size and time from the whole catalog and a timed sample."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def export(as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Write a servable bundle, with an exact index, from a catalog and a checkpoint.
+    """Write a servable bundle with an exact index from a catalog and a checkpoint.
 
-    Killed at any moment, --resume finishes it; the result is that of an undisturbed run.
+    --resume finishes an interrupted export, with the same result as an uninterrupted one.
     """
     from dataclasses import asdict
 
@@ -105,10 +109,10 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
 
     config = ExportConfig(**options, progress=True)
     if dry_run:
-        from export.plan import plan_export, plan_lines
+        from export.estimate import estimate_export, estimate_lines
 
-        plan = plan_export(config)
-        click.echo(json.dumps(asdict(plan)) if as_json else "\n".join(plan_lines(plan, config)))
+        estimate = estimate_export(config)
+        click.echo(json.dumps(asdict(estimate)) if as_json else "\n".join(estimate_lines(estimate, config)))
         return
     summary = export_bundle(config)
     if as_json:
@@ -116,18 +120,18 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         return
     counts = summary.counts
     if summary.already_complete:
-        click.echo(f"{summary.bundle} is complete already, nothing to do")
+        click.echo(f"{summary.bundle} is already complete")
     click.echo(
         f"bundle {summary.bundle} ({summary.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings, "
         f"{counts.without_image} without an image, {counts.without_text} without text; "
-        f"{summary.shards} shards, {summary.resumed_shards} of them from an earlier run; {summary.elapsed_s:.1f} s"
+        f"{summary.shards} shards, {summary.resumed_shards} from an earlier run; {summary.elapsed_s:.1f} s"
     )
     if summary.int8 is not None:
         click.echo(f"int8: {int8_line(asdict(summary.int8))}")
     if summary.float16 is not None:
         click.echo(f"float16: {parity_line(asdict(summary.float16))}")
     if options["base"] is not None:
-        why = "" if summary.base_fits else ": other models or thumbnails made it, or it keeps no texts"
+        why = "" if summary.base_fits else " (its models or thumbnails differ, or it has no texts)"
         click.echo(f"{summary.copied_entities} entities copied from {options['base']}{why}")
     if summary.stages_s:
         click.echo("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stages_s.items()))

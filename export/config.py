@@ -1,4 +1,4 @@
-"""What an export is told, what of it the bundle's content depends on, and what makes it impossible from the start."""
+"""The options of an export, checks of its input files, and the settings that the bundle's content depends on."""
 
 from __future__ import annotations
 
@@ -12,46 +12,46 @@ import torch
 from catalog.images import TarImages
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
-from export.float16 import torch_module
-from export.staging import foreign_files, is_unfinished
-from index.manifest import MANIFEST_FILE
+from export.onnx import torch_module
 from model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What `wikiclip export` is told. `thumbnail_px` 0 stores no thumbnails; `limit` None takes the whole catalog."""
+    """The options of `wikiclip export`."""
 
     catalog: Path
     checkpoint: Path
     out: Path
     resume: bool = False
-    limit: int | None = None
+    limit: int | None = None  # None: the whole catalog
     shard_size: int = 4096
     batch_size: int = 32
     validation: Path | None = None
-    name: str | None = None  # default: the output folder's
-    thumbnail_px: int = 0
+    name: str | None = None  # None: the name of the output folder
+    thumbnail_px: int = 0  # 0: no thumbnails
     store_text: bool = False
-    half: bool = True  # weights of the ONNX file in float16 where that moves no embedding
-    int8: bool = False  # also a quantised file, for queries on a CPU
-    float16: bool = False  # also a file that computes in float16, for queries on a GPU
-    live: bool = False  # with what embeds entities that are put while serving
+    half: bool = True  # store the ONNX weights in float16 if that changes no embedding
+    int8: bool = False
+    float16: bool = False
+    live: bool = False  # also write the entity encoder
     image_root: Path | None = None
-    images: Path | None = None  # tar shards that images named by URL are read from
+    images: Path | None = None  # folder of tar shards, for images by URL
     image_encoder: str | None = None
     text_encoder: str | None = None
     device: str = "auto"
     trust_remote_code: bool = False
-    base: Path | None = None  # a bundle from which unchanged entities are copied
-    workers: int | None = None  # processes that decode images; default: one a core
+    base: Path | None = None  # bundle from which unchanged entities are copied
+    workers: int | None = None  # decoding processes; None: one per core
     engine: Literal["local", "ray"] = "local"
     progress: bool = False
 
 
 def load_checkpoint(config: ExportConfig, device: torch.device | str) -> Checkpoint:
-    """The checkpoint with the encoders that the config names. Raises as `Checkpoint.load` does, and `EncoderSpecError`
-    where the image encoder cannot be exported as the config says."""
+    """Load the checkpoint with the configured encoders.
+
+    Raises what `Checkpoint.load` raises, and `EncoderSpecError` if `--float16` does not apply to the image encoder.
+    """
     checkpoint = Checkpoint.load(
         config.checkpoint,
         image_encoder_spec=config.image_encoder,
@@ -65,7 +65,7 @@ def load_checkpoint(config: ExportConfig, device: torch.device | str) -> Checkpo
 
 
 def check_inputs(config: ExportConfig) -> None:
-    """Look for the input files before the models are loaded, which takes a while. Raises `CatalogError`."""
+    """Check that the input files exist, before the models are loaded. Raises `CatalogError`, `UserError`."""
     if not config.catalog.is_file():
         raise CatalogError(f"{config.catalog} does not exist; check --catalog")
     if config.images is not None:
@@ -78,28 +78,13 @@ def check_inputs(config: ExportConfig) -> None:
 
 
 def check_image_root(config: ExportConfig) -> None:
-    """Raise `CatalogError` where the folder of all images is not there, or not any more."""
+    """Raise `CatalogError` if the image root is missing, for example because it was unmounted."""
     if config.image_root is not None and not config.image_root.is_dir():
-        raise CatalogError(f"the image root {config.image_root} is not there; bring it back, or check --image-root")
-
-
-def check_output(config: ExportConfig) -> None:
-    """Refuse an output folder in which something else would be touched. Raises `UserError`."""
-    out = config.out
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise UserError(f"--out {out} is a file; name a folder")
-    if not config.resume and (out / MANIFEST_FILE).exists():
-        raise UserError(f"--out {out} holds a bundle already, which never changes; choose another folder")
-    if not config.resume and is_unfinished(out):
-        raise UserError(f"--out {out} holds an unfinished export; finish it with --resume, or remove the folder")
-    if not (out / MANIFEST_FILE).exists() and (files := foreign_files(out)):
-        raise UserError(f"--out {out} is not empty (it holds {files[0]}); choose an empty or a new folder")
+        raise CatalogError(f"the image root {config.image_root} does not exist; mount it, or check --image-root")
 
 
 def content_settings(config: ExportConfig, checkpoint: Checkpoint, device: str) -> dict[str, Any]:
-    """Everything that the bundle's content depends on, and no path."""
+    """Return everything that the bundle's content depends on, as hashes and values without paths."""
     return {
         "catalog_sha256": sha256_file(config.catalog),
         "checkpoint_sha256": checkpoint.sha256,
@@ -110,25 +95,25 @@ def content_settings(config: ExportConfig, checkpoint: Checkpoint, device: str) 
         "store_text": config.store_text,
         "half": config.half,
         "int8": config.int8,
-        **({"float16": True} if config.float16 else {}),  # a bundle without keeps the fingerprint it always had
+        **({"float16": True} if config.float16 else {}),  # absent when false, to keep older fingerprints
         "device": device,
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
     }
 
 
 def refuse_differences(
-    out: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Collection[str] = ()
+    out: Path, earlier: Mapping[str, Any], current: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> None:
-    """Raise `UserError` where an export that was begun is not the one wanted now."""
-    begun, wanted = ({"int8": False, "float16": False, **settings} for settings in (begun, wanted))
-    differing = [key for key in wanted if key not in ignored and begun.get(key) != wanted[key]]
+    """Raise `UserError` if the settings differ from those of an earlier run."""
+    earlier, current = ({"int8": False, "float16": False, **settings} for settings in (earlier, current))
+    differing = [key for key in current if key not in ignored and earlier.get(key) != current[key]]
     if differing:
         names = ", ".join(key.removesuffix("_sha256").replace("_", " ") for key in differing)
         raise UserError(f"{out} was made with another {names}; resume with the same, or choose another --out")
 
 
 def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The manifest's `model`: which encoders and adaptor made the embeddings."""
+    """Return the manifest's `model`: the encoders and the adaptor."""
     described = checkpoint.describe()
     return {
         "image_encoder": described["image_encoder"]["spec"],

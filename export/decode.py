@@ -1,7 +1,6 @@
-"""The images of entities, read and decoded in worker processes: no torch here, for each worker imports this module.
+"""Read and decode images in worker processes. Each worker imports this module, so it does not import torch.
 
-A file that takes its worker down with it (a decoder that crashes, memory that runs out) is rejected like any other that
-does not decode, and nothing else is lost. Shapes: H = W = size_px.
+A file that crashes its worker is rejected like any other file that does not decode. Shapes: H = W = size_px.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -28,19 +26,18 @@ from core.errors import TooLarge, UndecodableImage
 from core.runtime import usable_cores
 from imaging import Preprocessing, load_pixels, make_thumbnail
 
-# A catalog is its operator's own: this only keeps one absurd file from taking all memory.
-MAX_PIXELS = 200_000_000
+MAX_PIXELS = 200_000_000  # catalogs are trusted; this only keeps one file from exhausting memory
 HASH_BYTES = 16
 _ENTITIES_PER_JOB = 8
-_JOBS_AHEAD = 3  # of each worker
-_NICENESS = 19  # of workers: what the models need of the cores comes first, and they wait for each other at each step
+_JOBS_PER_WORKER = 3
+_NICENESS = 19  # of workers; the models have priority on the cores
 
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageJob:
-    """The images of one entity. A bundle that has it knows its content by `known_hash`, with `known_images` in use."""
+    """The images of an entity, and the content hash and image count of the same entity in the base."""
 
     images: Sequence[str]
     text_hash: bytes
@@ -50,17 +47,16 @@ class ImageJob:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedImages:
-    """What came of an entity's images: `pixels` uint8 [H, W, 3] of each that can be used, `failures` of the others.
+    """The decoded images of an entity, uint8 [H, W, 3]. An `unchanged` entity is not decoded.
 
-    `content_hash` is that of text and images together, empty where it cannot be told. An entity that is `unchanged`
-    has not been decoded.
+    `content_hash` covers text and images. It is empty if the worker crashed.
     """
 
     content_hash: bytes
     unchanged: bool = False
     pixels: list[Pixels] = field(default_factory=list)
     thumbnail: bytes | None = None
-    failures: list[tuple[str, str]] = field(default_factory=list)  # image, reason
+    failures: list[tuple[str, str]] = field(default_factory=list)  # image and reason
 
 
 def hash_text(text: str) -> bytes:
@@ -68,14 +64,12 @@ def hash_text(text: str) -> bytes:
 
 
 def default_workers() -> int:
-    """One for each core that this process may use, up to 16."""
+    """Return one worker per usable core, at most 16."""
     return min(16, usable_cores())
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoder:
-    """What a worker does with a job."""
-
     reader: ImageReader
     preprocessing: Preprocessing
     thumbnail_px: int
@@ -94,7 +88,7 @@ class _Decoder:
                 readable.append((image, data))
                 digest.update(b"image" + hashlib.blake2b(data, digest_size=HASH_BYTES).digest())
         content_hash = digest.digest()
-        # Where an image did not decode the last time it is tried again, for its reason was not kept.
+        # An entity with an image that failed to decode is decoded again, because the reason is not stored.
         if content_hash == job.known_hash and len(readable) == job.known_images:
             return DecodedImages(content_hash=content_hash, unchanged=True, failures=list(failures.items()))
         pixels: list[Pixels] = []
@@ -108,15 +102,18 @@ class _Decoder:
                 failures[image] = str(error)
                 continue
             pixels.append(pixels_HW3)
-        in_order = [(image, failures[image]) for image in job.images if image in failures]
-        return DecodedImages(content_hash=content_hash, pixels=pixels, thumbnail=thumbnail, failures=in_order)
+        ordered = [(image, failures[image]) for image in job.images if image in failures]
+        return DecodedImages(content_hash=content_hash, pixels=pixels, thumbnail=thumbnail, failures=ordered)
 
     def decode_all(self, jobs: Sequence[ImageJob]) -> list[DecodedImages]:
         return [self.decode(job) for job in jobs]
 
 
+_Pending = tuple[list[ImageJob], Future[list[DecodedImages]] | None]
+
+
 class DecodePool:
-    """Worker processes that decode, started at the first image. Raises whatever the reader does but `UnusableImage`."""
+    """A pool of decoding processes, started at the first image. Raises the reader's errors except `UnusableImage`."""
 
     def __init__(self, reader: ImageReader, preprocessing: Preprocessing, *, thumbnail_px: int, workers: int) -> None:
         self._decoder = _Decoder(reader=reader, preprocessing=preprocessing, thumbnail_px=thumbnail_px)
@@ -126,33 +123,31 @@ class DecodePool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop()
 
     def map(self, jobs: Iterable[ImageJob]) -> Iterator[DecodedImages]:
-        """The outcome of each job, in order, while the workers are a bounded number of jobs ahead."""
-        pending: deque[tuple[list[ImageJob], Future[list[DecodedImages]] | None]] = deque()
+        """Yield the result of each job, in order. The workers are at most a few jobs ahead."""
+        pending: deque[_Pending] = deque()
         jobs = iter(jobs)
         while group := list(islice(jobs, _ENTITIES_PER_JOB)):
             pending.append((group, self._submit(group)))
-            if len(pending) >= _JOBS_AHEAD * self._workers:
-                yield from self._outcome(pending)
+            if len(pending) >= _JOBS_PER_WORKER * self._workers:
+                yield from self._result(pending)
         while pending:
-            yield from self._outcome(pending)
+            yield from self._result(pending)
 
-    def _outcome(
-        self, pending: deque[tuple[list[ImageJob], Future[list[DecodedImages]] | None]]
-    ) -> Sequence[DecodedImages]:
+    def _result(self, pending: deque[_Pending]) -> Sequence[DecodedImages]:
         group, future = pending.popleft()
         try:
             return self._decoder.decode_all(group) if future is None else future.result()
         except BrokenProcessPool:
-            # One of the files ahead took its worker down, and all jobs with it: those at the head are tried alone.
+            # A file crashed its worker, which ends the pool. Decode this group one by one, and submit the rest again.
             self._stop()
-            outcome = [self._decode_alone(job) for job in group]
+            results = [self._decode_alone(job) for job in group]
             for position, (jobs, _) in enumerate(pending):
                 pending[position] = (jobs, self._submit(jobs))
-            return outcome
+            return results
 
     def _decode_alone(self, job: ImageJob) -> DecodedImages:
         future = self._submit([job])
@@ -160,20 +155,20 @@ class DecodePool:
             return self._decoder.decode(job) if future is None else future.result()[0]
         except BrokenProcessPool:
             self._stop()
-            reason = "the process that decoded it died (a damaged file, or memory ran out)"
+            reason = "the decoding process crashed (a damaged file, or out of memory)"
             return DecodedImages(content_hash=b"", failures=[(image, reason) for image in job.images])
 
     def _submit(self, jobs: list[ImageJob]) -> Future[list[DecodedImages]] | None:
-        """None where there is no image: that is quicker done here."""
+        """Submit jobs to the pool. Returns None if they have no image, which is faster in this process."""
         if not any(job.images for job in jobs):
             return None
         if self._pool is None:
-            # Not forked: this process has threads, and libraries that do not survive it.
+            # Forking is unsafe in a process with threads.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_begin_worker)
+            self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_worker)
         try:
             return self._pool.submit(self._decoder.decode_all, jobs)
-        except BrokenProcessPool:  # noticed here before at a result
+        except BrokenProcessPool:  # raised by submit before any result
             failed: Future[list[DecodedImages]] = Future()
             failed.set_exception(BrokenProcessPool())
             return failed
@@ -184,20 +179,18 @@ class DecodePool:
             self._pool = None
 
 
-def _begin_worker() -> None:
+def _start_worker() -> None:
     os.nice(_NICENESS)
     _follow_parent()
 
 
 def _follow_parent() -> None:
-    """End with the parent, and not before: a worker whose parent was killed would wait for work forever, and Ctrl-C,
-    which reaches all processes of a terminal, is the parent's to answer.
-    """
+    """End this worker when its parent ends, and ignore Ctrl-C, which the parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:
         parent = multiprocessing.parent_process()
-        assert parent is not None, "runs in workers only"
+        assert parent is not None, "only workers run this"
         parent.join()
         os._exit(1)
 

@@ -1,4 +1,4 @@
-"""The entity side of a bundle as ONNX: adaptor and text encoder, each compared with the original on made-up input.
+"""Export the entity encoder (adaptor and text encoder) to ONNX, and compare it with the originals on synthetic input.
 
 Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D embedding width.
 """
@@ -17,7 +17,7 @@ from torch import nn
 from core.errors import EncoderSpecError
 from core.files import atomic_write_bytes
 from core.runtime import onnxruntime
-from export.onnx_export import MIN_COSINE, export_module
+from export.onnx import MIN_COSINE, export_module
 from index.entity_encoder import (
     ADAPTOR_FILE,
     ADAPTOR_INPUTS,
@@ -42,14 +42,13 @@ _SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens
 def export_entity_encoder(
     checkpoint: Checkpoint, bundle: Path, *, on_file: Callable[[], object] = lambda: None
 ) -> EntityEncoder:
-    """Write `entity_side/` into a bundle made from this checkpoint; its manifest last. `on_file` is told of each model.
+    """Write `entity_side/` into a bundle of this checkpoint, its manifest last. `on_file` is called after each model.
 
-    Raises `EncoderSpecError` where the text encoder cannot be exported, or where a file's results are further than a
-    cosine of 0.999 from the original's.
+    Raises `EncoderSpecError` if the text encoder cannot be exported, or if a cosine to the originals is below 0.999.
     """
     text_encoder = checkpoint.text_encoder
     if not isinstance(text_encoder, TokenStateEncoder):
-        raise EncoderSpecError("this text encoder cannot be exported; leave --live out, and send embeddings instead")
+        raise EncoderSpecError("this text encoder cannot be exported; omit --live, and send embeddings instead")
     folder = bundle / ENTITY_ENCODER_FOLDER
     folder.mkdir(exist_ok=True)
     parity = {ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE)}
@@ -57,7 +56,7 @@ def export_entity_encoder(
     parity[TEXT_ENCODER_FILE] = _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE)
     on_file()
     atomic_write_bytes(folder / TOKENIZER_FILE, text_encoder.tokenizer_json().encode())
-    side = EntityEncoder(
+    encoder = EntityEncoder(
         format_version=FORMAT_VERSION,
         checkpoint_sha256=checkpoint.sha256,
         text_encoder=text_encoder.spec.rpartition("/")[2],
@@ -68,8 +67,8 @@ def export_entity_encoder(
         parity=parity,
         files={file.name: FileEntry.of(file) for file in sorted(folder.glob("[!.m]*"))},
     )
-    side.write(bundle)
-    return side
+    encoder.write(bundle)
+    return encoder
 
 
 def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
@@ -78,7 +77,7 @@ def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
 
     def sample(batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
         text_mask_BT = torch.ones(batch, tokens, dtype=torch.bool)
-        text_mask_BT[batch // 2, tokens // 2 :] = False  # a text that is shorter, or none at all
+        text_mask_BT[batch // 2, tokens // 2 :] = False  # a shorter text, or an empty one
         return (
             torch.randn(batch, patches, adaptor.config.patch_dim, generator=generator),
             torch.arange(batch) % 2 == 0,
@@ -99,7 +98,7 @@ def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
 
 
 class _LastStates(nn.Module):
-    """A language model as the text encoder uses it: ids and mask in, float32 states of one layer out."""
+    """A language model that returns the float32 states of one layer."""
 
     def __init__(self, model: nn.Module, layer: int | None) -> None:
         super().__init__()
@@ -133,10 +132,10 @@ def _export_text_encoder(encoder: TokenStateEncoder, path: Path) -> dict[str, fl
             dynamic_shapes=(shape, shape),
         )
     except Exception as error:
-        # What the exporter raises for a network it cannot follow has no common base.
+        # The exporter's errors have no common base class.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EncoderSpecError(
-            f"text encoder {encoder.spec} cannot be exported to ONNX ({reason}); leave --live out, and send embeddings "
+            f"text encoder {encoder.spec} cannot be exported to ONNX ({reason}); omit --live, and send embeddings "
             "instead of images and texts"
         ) from error
     samples = [sample(*size) for size in _SIZES]
@@ -152,17 +151,17 @@ def _parity(
     samples: Sequence[tuple[torch.Tensor, ...]],
     name: str,
 ) -> dict[str, float]:
-    """Compare a file with the module it was made from. Raises `EncoderSpecError` where they differ."""
+    """Compare a file with its module. Raises `EncoderSpecError` if they differ."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     min_cosine, max_abs_diff = 1.0, 0.0
     for sample in samples:
-        wanted = module(*sample).double().numpy()
+        exact = module(*sample).double().numpy()
         (found,) = session.run([output], {key: value.numpy() for key, value in zip(inputs, sample, strict=True)})
-        lengths = np.linalg.norm(wanted, axis=-1) * np.linalg.norm(found, axis=-1)
-        min_cosine = min(min_cosine, float(((wanted * found).sum(-1) / lengths).min()))
-        max_abs_diff = max(max_abs_diff, float(np.abs(wanted - found).max()))
+        lengths = np.linalg.norm(exact, axis=-1) * np.linalg.norm(found, axis=-1)
+        min_cosine = min(min_cosine, float(((exact * found).sum(-1) / lengths).min()))
+        max_abs_diff = max(max_abs_diff, float(np.abs(exact - found).max()))
     if not min_cosine >= MIN_COSINE:
         raise EncoderSpecError(
-            f"the ONNX file of {name} differs from the original: least cosine {min_cosine:.6f}, {MIN_COSINE} is wanted"
+            f"the ONNX file of {name} differs from the original: minimum cosine {min_cosine:.6f}, required {MIN_COSINE}"
         )
     return {"min_cosine": round(min_cosine, 6), "max_abs_diff": float(f"{max_abs_diff:.2g}")}

@@ -1,45 +1,74 @@
-"""Catalog and checkpoint in, bundle out, restartable at any moment.
+"""The export: catalog and checkpoint in, bundle out, resumable at any moment.
 
-Shards are finished one by one; then everything that depends on all of them is written in one go, so that an export that
-was killed and resumed gives the bytes of one that was not.
+Shards are written one by one. Everything that depends on all shards is written in one pass at the end, so a resumed
+export has the same bytes as an uninterrupted one.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from core.errors import UserError
+from catalog.formats import count_hint
+from core.errors import CatalogError, UserError
 from core.files import report_disk_full
-from export.assemble import assemble, rejects_path
+from core.jsonl import RejectLog
+from export.calibrate import calibrate
 from export.config import (
     ExportConfig,
+    check_image_root,
     check_inputs,
-    check_output,
     content_settings,
+    describe_model,
     load_checkpoint,
     refuse_differences,
 )
-from export.embed_catalog import Outcome, embed_catalog
 from export.entity_encoder import export_entity_encoder
-from export.float16 import add_float16
-from export.onnx_export import export_image_encoder
-from export.staging import StagingDir, is_unfinished
-from export.stream import StageTimes
-from index.bundle import Bundle
+from export.local import embed_shards
+from export.onnx import INPUT, OUTPUTS, export_image_encoder
+from export.precision import add_float16, add_int8
+from export.reuse import open_base
+from export.shards import EntityImages, Reservoir, Shard, StageTimes, read_shards
+from export.staging import ShardWriter, StagingDir, check_output, is_unfinished
+from index.build import build_index
+from index.bundle import Bundle, list_files
+from index.calibration import Calibration
+from index.embeddings import EmbeddingShards
 from index.entity_encoder import EntityEncoder
-from index.manifest import FLOAT16_ENCODER_FILE, MANIFEST_FILE, Counts, Float16Entry, Int8Entry
+from index.manifest import (
+    FLOAT16_ENCODER_FILE,
+    IMAGE_ENCODER_FILE,
+    INDEX_FILE,
+    INT8_ENCODER_FILE,
+    MANIFEST_FILE,
+    OPEN_SET_FILE,
+    SCHEMA_VERSION,
+    STORE_FILE,
+    Counts,
+    Float16Entry,
+    ImageEncoderEntry,
+    Int8Entry,
+    Manifest,
+)
+from index.search import EntityIndex
+from index.store import EntityStore, write_store
 from model.checkpoint import Checkpoint
 from model.encoders import resolve_device
+
+SAMPLED_ENTITIES = 512  # with images, to calibrate and judge the int8 encoder
+_RESUME = "go on with --resume"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSummary:
-    """What an export made, or found: `resumed_shards` were there already, `rejects` names the log if there is one."""
+    """What an export made or found. `rejects` is the path of the reject log, or empty."""
 
     bundle: str
     fingerprint: str
@@ -53,68 +82,46 @@ class ExportSummary:
     rejects: str
     elapsed_s: float
     copied_entities: int = 0  # from the base
-    base_fits: bool = True  # false where nothing could be copied, since other models or thumbnails made it
-    stages_s: dict[str, float] = field(default_factory=dict)  # seconds in which nothing else went on in the main thread
+    base_fits: bool = True  # false if nothing could be copied from the base
+    stages_s: dict[str, float] = field(default_factory=dict)  # of the main thread, one after the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Embedded:
+    resumed_shards: int
+    copied_entities: int
+    base_fits: bool
+    sample: Sequence[EntityImages]  # of the whole catalog, the same one each time
 
 
 def export_bundle(config: ExportConfig) -> ExportSummary:
-    """Write a servable bundle to `config.out`, with an exact index; catalog rejects go to `rejected.jsonl` beside it.
+    """Write a bundle with an exact index to `config.out`, and rejects to `rejected.jsonl` next to it.
 
-    Killed at any moment, the same call with `resume` finishes it. Raises `UserError` where the output holds a bundle
-    or an unfinished one and `resume` is not set, or where it was begun with other settings; `CatalogError`,
-    `CheckpointError`, `EncoderSpecError`. What is finished stays, whatever fails.
+    After an interruption, the same call with `resume` finishes it. Raises `UserError` if the output has other files, an
+    unfinished export without `resume`, or one with other settings; `CatalogError`, `CheckpointError`,
+    `EncoderSpecError`. Finished work is kept after any error.
     """
     started = time.perf_counter()
     check_inputs(config)
-    check_output(config)
+    check_output(config.out, resume=config.resume)
     device = resolve_device(config.device)
     checkpoint = load_checkpoint(config, device)
     settings = content_settings(config, checkpoint, device.type)
     if (config.out / MANIFEST_FILE).exists():
         return _already_complete(config, checkpoint, settings, started)
-    spool = StagingDir(config.out)
-    with spool.held():
-        _check_settings(config, spool, settings)
-        outcome = None
-        times = StageTimes()
-        if not spool.is_ready_to_publish:
-            with report_disk_full(config.out, again="go on with --resume"):
-                if spool.parity() is None:
-                    with times.measure("ONNX files"), _files(config, "image encoder", 1) as bar:
-                        parity = export_image_encoder(
-                            checkpoint.image_encoder,
-                            spool.bundle,
-                            half=config.half,
-                            centre_D=checkpoint.adaptor.centre_D,
-                        )
-                        bar.update()
-                    spool.finish_image_encoder(parity)
-                spool.discard(FLOAT16_ENCODER_FILE)
-                float16 = None
-                if config.float16:  # before the shards: an encoder that does not bear it is told of soon
-                    with times.measure("ONNX files"), _files(config, "float16", 1) as bar:
-                        float16 = add_float16(checkpoint.image_encoder, spool.bundle, checkpoint.adaptor.centre_D)
-                        bar.update()
-                outcome = embed_catalog(config, checkpoint, spool, times)
+    staging, times = StagingDir(config.out), StageTimes()
+    embedded = None
+    with staging.locked():
+        _begin_or_resume(config, staging, settings)
+        if not staging.is_ready_to_publish:
+            with report_disk_full(config.out, again=_RESUME):
+                float16 = _write_encoders(config, checkpoint, staging, times)
+                embedded = _embed_catalog(config, checkpoint, staging, times)
                 with times.measure("store, index, manifest"):
-                    assemble(config, checkpoint, spool, settings, started, outcome.sample, float16)
-        spool.publish()
+                    _assemble(config, checkpoint, staging, settings, started, embedded.sample, float16)
+        staging.publish()
     _add_entity_encoder(config, checkpoint)
-    return _summary(config, started, outcome, times)
-
-
-def _check_settings(config: ExportConfig, spool: StagingDir, settings: Mapping[str, Any]) -> None:
-    """Begin, or make sure that what was begun is the same export."""
-    image_root = None if config.image_root is None else str(config.image_root.resolve())
-    base = None if config.base is None else Bundle.open(config.base).fingerprint
-    begun = spool.settings()
-    images = None if config.images is None else str(config.images.resolve())
-    wanted = {**settings, "image_root": image_root, "images": images, "base": base}
-    if begun is None:
-        spool.begin(wanted)
-        return
-    # No shard depends on them: they may be given, changed or left out when an export is taken up again.
-    refuse_differences(config.out, begun, wanted, ignored={"validation_sha256", "int8", "float16"})
+    return _summary(config, started, embedded, times)
 
 
 def _already_complete(
@@ -123,47 +130,228 @@ def _already_complete(
     bundle = Bundle.open(config.out)
     refuse_differences(config.out, bundle.manifest.export, settings)
     if config.name is not None and config.name != bundle.name:
-        raise UserError(f"{config.out} holds a bundle named {bundle.name}; leave --name out, or choose another --out")
-    if is_unfinished(config.out):  # killed after the manifest was in place: only the clearing up is left
-        spool = StagingDir(config.out)
-        with spool.held():
-            spool.remove()
+        raise UserError(f"{config.out} has a bundle named {bundle.name}; omit --name, or choose another --out")
+    if is_unfinished(config.out):  # killed between moving the manifest and deleting the staging folder
+        staging = StagingDir(config.out)
+        with staging.locked():
+            staging.remove()
     _add_entity_encoder(config, checkpoint)
     return _summary(config, started, None, StageTimes(), already_complete=True)
 
 
+def _begin_or_resume(config: ExportConfig, staging: StagingDir, settings: Mapping[str, Any]) -> None:
+    """Store the settings, or raise `UserError` if the export was begun with others."""
+    current = {
+        **settings,
+        "image_root": None if config.image_root is None else str(config.image_root.resolve()),
+        "images": None if config.images is None else str(config.images.resolve()),
+        "base": None if config.base is None else Bundle.open(config.base).fingerprint,
+    }
+    earlier = staging.settings()
+    if earlier is None:
+        staging.begin(current)
+    else:  # shards do not depend on the ignored settings
+        refuse_differences(config.out, earlier, current, ignored={"validation_sha256", "int8", "float16"})
+
+
+def _write_encoders(
+    config: ExportConfig, checkpoint: Checkpoint, staging: StagingDir, times: StageTimes
+) -> Float16Entry | None:
+    """Write the ONNX files of the image encoder before the shards, so that a failure is noticed early."""
+    encoder, centre_D = checkpoint.image_encoder, checkpoint.adaptor.centre_D
+    if staging.parity() is None:
+        with times.measure("ONNX files"), _file_bar(config, "image encoder", 1) as bar:
+            parity = export_image_encoder(encoder, staging.bundle, half=config.half, centre_D=centre_D)
+            bar.update()
+        staging.finish_image_encoder(parity)
+    staging.discard(FLOAT16_ENCODER_FILE)
+    if not config.float16:
+        return None
+    with times.measure("ONNX files"), _file_bar(config, "float16", 1) as bar:
+        float16 = add_float16(encoder, staging.bundle, centre_D)
+        bar.update()
+    return float16
+
+
+def _embed_catalog(config: ExportConfig, checkpoint: Checkpoint, staging: StagingDir, times: StageTimes) -> _Embedded:
+    """Embed and write every shard that is not finished yet. Raises `CatalogError` if the catalog has no entity."""
+    entities = resumed_entities = resumed_shards = finished_entities = copied = 0
+    sample: Reservoir[EntityImages] = Reservoir(SAMPLED_ENTITIES)
+    total = config.limit or (count_hint(config.catalog) if config.progress else None)
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(desc="entities", unit="entity", total=total, disable=not config.progress))
+        base = open_base(config, checkpoint)
+        if base is not None:
+            stack.callback(base.close)
+
+        def unfinished() -> Iterator[Shard]:
+            nonlocal entities, resumed_entities, resumed_shards
+            for shard in read_shards(config):
+                entities += len(shard.records)
+                for row, record in enumerate(shard.records, shard.first_row):
+                    if record.images:
+                        sample.add((row, tuple(record.images)))
+                if staging.has_shard(shard.number):
+                    resumed_shards += 1
+                    resumed_entities += len(shard.records)
+                else:
+                    yield shard
+
+        def advance(count: int) -> None:
+            bar.update(max(0, count - bar.n))
+
+        writer = stack.enter_context(ShardWriter(staging, checkpoint.text_encoder, times))
+        if config.engine == "ray":
+            from export.ray import embed_shards_on_ray
+
+            numbers = [shard.number for shard in unfinished()]
+            shards = embed_shards_on_ray(config, checkpoint, numbers, copy_from_base=base is not None)
+        else:
+            shards = embed_shards(
+                config, checkpoint, unfinished(), times, base=base, on_row=lambda row: advance(row + 1)
+            )
+        for embedded in stack.enter_context(closing(shards)):
+            check_image_root(config)  # otherwise a shard whose images all seem missing would count as finished
+            copied += len(embedded.records.copied)
+            finished_entities += len(embedded.records.entities)
+            advance(resumed_entities + finished_entities)
+            writer.write(embedded)
+    if entities == 0:
+        staging.remove()
+        raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
+    return _Embedded(
+        resumed_shards=resumed_shards,
+        copied_entities=copied,
+        base_fits=config.base is None or base is not None,
+        sample=sample.items,
+    )
+
+
+def _assemble(
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    staging: StagingDir,
+    settings: Mapping[str, Any],
+    started: float,
+    sample: Sequence[EntityImages],
+    float16: Float16Entry | None,
+) -> None:
+    """Write everything that needs all shards: store, index, calibration, int8 encoder, reject log; manifest last."""
+    created_at = datetime.now(UTC).isoformat(timespec="seconds")
+    parity = staging.parity()
+    assert parity is not None, "the image encoder is written before the shards"
+    bundle, encoder = staging.bundle, checkpoint.image_encoder
+    hidden = not config.progress
+    write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden))
+    embeddings = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
+    index_manifest = build_index(bundle, embeddings, device="cpu", created_at=created_at, progress=config.progress)
+    log = RejectLog(_rejects_path(config.out))
+    counts = _count_and_log(staging, log, len(embeddings))
+    calibration: Calibration | None = None
+    int8: Int8Entry | None = None
+    staging.discard(INT8_ENCODER_FILE)
+    staging.discard(OPEN_SET_FILE)
+    if config.validation is not None or config.int8:
+        index = EntityIndex.read(bundle / INDEX_FILE, embeddings, index_manifest.parameters)
+        with EntityStore(bundle / STORE_FILE) as store:
+            if config.validation is not None:
+                calibration, unusable = calibrate(
+                    config.validation,
+                    checkpoint,
+                    index,
+                    store,
+                    batch_size=config.batch_size,
+                    progress=config.progress,
+                )
+                if calibration.open_set_model is not None:
+                    calibration.open_set_model.write(bundle / OPEN_SET_FILE)
+                for rejected in unusable:
+                    log.add(rejected)
+            if config.int8:
+                int8 = add_int8(config, checkpoint, bundle, sample, index, store)
+    Manifest(
+        schema_version=SCHEMA_VERSION,
+        name=config.name or config.out.resolve().name,
+        model=describe_model(checkpoint),
+        preprocessing=encoder.preprocessing.to_dict(),
+        embedding_dim=encoder.embedding_dim,
+        patches=encoder.patches,
+        counts=counts,
+        calibration=None if calibration is None else calibration.to_dict(),
+        image_encoder=ImageEncoderEntry(
+            file=IMAGE_ENCODER_FILE,
+            input=INPUT,
+            outputs=OUTPUTS,
+            parity={"max_abs_diff": parity.max_abs_diff, "min_cosine": parity.min_cosine},
+            int8=int8,
+            float16=float16,
+        ),
+        export=settings,
+        files=list_files(bundle),
+        created_at=created_at,
+        elapsed_s=round(time.perf_counter() - started, 3),
+    ).write(bundle / MANIFEST_FILE)
+
+
+def _count_and_log(staging: StagingDir, log: RejectLog, embeddings: int) -> Counts:
+    entities = without_image = without_text = rejected = images_failed = 0
+    for shard in staging.shards():
+        entities += len(shard.entities)
+        without_image += sum(entity.image_count == 0 for entity, _ in shard.entities)
+        without_text += sum(not entity.has_text for entity, _ in shard.entities)
+        rejected += len(shard.rejected)
+        images_failed += len(shard.images_failed)
+        for item in sorted((*shard.rejected, *shard.images_failed), key=lambda item: item.line):
+            log.add(item)
+    return Counts(
+        entities=entities,
+        embeddings=embeddings,
+        without_image=without_image,
+        without_text=without_text,
+        rejected=rejected,
+        images_failed=images_failed,
+    )
+
+
 def _add_entity_encoder(config: ExportConfig, checkpoint: Checkpoint) -> None:
-    """The last step: like the index it is no part of the bundle's identity, so a finished bundle may be given it."""
+    """Add the entity encoder, which is not part of the bundle's identity, to a finished bundle."""
     if config.live and EntityEncoder.open(config.out, checkpoint.sha256) is None:
-        again = "go on with --resume"
-        with report_disk_full(config.out, again=again), _files(config, "entity side", 2) as bar:
+        with report_disk_full(config.out, again=_RESUME), _file_bar(config, "entity encoder", 2) as bar:
             export_entity_encoder(checkpoint, config.out, on_file=bar.update)
 
 
-def _files(config: ExportConfig, name: str, total: int) -> tqdm[Any]:
+def _file_bar(config: ExportConfig, name: str, total: int) -> tqdm[Any]:
     return tqdm(desc=name, unit="file", total=total, disable=not config.progress)
 
 
+def _rejects_path(out: Path) -> Path:
+    """Return the path next to the bundle, which has only what a service needs."""
+    return out.resolve().parent / "rejected.jsonl"
+
+
 def _summary(
-    config: ExportConfig, started: float, outcome: Outcome | None, times: StageTimes, *, already_complete: bool = False
+    config: ExportConfig,
+    started: float,
+    embedded: _Embedded | None,
+    times: StageTimes,
+    *,
+    already_complete: bool = False,
 ) -> ExportSummary:
     bundle = Bundle.open(config.out)
-    counts = bundle.manifest.counts
-    shards = sum(name.endswith(".rows.npy") for name in bundle.manifest.files)
-    rejects = rejects_path(config.out)
+    rejects = _rejects_path(config.out)
     return ExportSummary(
         bundle=str(config.out),
         fingerprint=bundle.fingerprint,
-        counts=counts,
-        shards=shards,
-        resumed_shards=0 if outcome is None else outcome.resumed_shards,
+        counts=bundle.manifest.counts,
+        shards=sum(name.endswith(".rows.npy") for name in bundle.manifest.files),
+        resumed_shards=0 if embedded is None else embedded.resumed_shards,
         already_complete=already_complete,
         calibrated=bundle.calibration is not None,
         int8=bundle.manifest.image_encoder.int8,
         float16=bundle.manifest.image_encoder.float16,
         rejects=str(rejects) if rejects.exists() else "",
         elapsed_s=round(time.perf_counter() - started, 3),
-        copied_entities=0 if outcome is None else outcome.copied_entities,
-        base_fits=outcome is None or config.base is None or outcome.base_fits,
+        copied_entities=0 if embedded is None else embedded.copied_entities,
+        base_fits=embedded is None or embedded.base_fits,
         stages_s={stage: round(seconds, 3) for stage, seconds in times.seconds.items()},
     )

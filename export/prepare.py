@@ -1,51 +1,30 @@
-"""From catalog records to what the models take: images decoded, texts tokenised, in chunks that never cross a shard.
+"""Turn catalog records into chunks of model inputs: decoded images and tokenised texts. A chunk never crosses a shard.
 
-Runs beside the models. A sample is an image, or an entity without one. Shapes: k embeddings of one entity, D embedding
-width, H = W = size_px.
+A sample is an image with its entity's text, or the text alone for an entity without images. Shapes: H = W = size_px.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from catalog import EntityRecord
+from catalog.images import ImageReader, LocalImages, TarImages
 from core.jsonl import Rejected
-from export.base import BaseEntities, BaseEntity
-from export.decode import DecodePool, ImageJob, Pixels, hash_text
+from export.config import ExportConfig
+from export.decode import DecodePool, ImageJob, Pixels, default_workers, hash_text
+from export.reuse import BaseEntities, BaseEntity
+from export.shards import Shard, ShardRecords
+from imaging import Preprocessing
 from index.store import StoredEntity, first_sentence
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shard:
-    """Records of the catalog as they go into shard `number`, the first of them at entity row `first_row`."""
-
-    number: int
-    first_row: int
-    records: Sequence[EntityRecord]
-    rejected: Sequence[Rejected]
-
-
-@dataclass(kw_only=True)
-class ShardRecords:
-    """What a shard has besides embeddings to compute: entities with thumbnails, content hashes, embeddings copied."""
-
-    shard: Shard
-    entities: list[tuple[StoredEntity, bytes | None]] = field(default_factory=list)
-    content_hashes: list[bytes] = field(default_factory=list)
-    images_failed: list[Rejected] = field(default_factory=list)
-    copied: list[tuple[int, npt.NDArray[np.float16]]] = field(default_factory=list)  # entity row, its embeddings [k, D]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Samples for the models: `rows` says which entity each belongs to, `text_of` which of the distinct `tokens`.
+    """Inputs of the models. Sample `i` belongs to the entity at `rows[i]` and has the text `tokens[text_of[i]]`.
 
-    `pixels` is None of a sample without an image. `ends` is set on the last chunk of a shard, which may be empty.
+    `pixels` is None for a sample without an image. `ends` is set on the last chunk of a shard, which may be empty.
     """
 
     rows: Sequence[int]
@@ -67,25 +46,25 @@ class Tokenizer(Protocol):
 
 
 class Preparer:
-    """Makes chunks of `chunk_size` samples. `base` holds the entities whose embeddings may be copied."""
+    """Makes chunks of `chunk_size` samples. Unchanged entities of `base` are copied instead."""
 
     def __init__(
         self,
+        config: ExportConfig,
         pool: DecodePool,
         tokenizer: Tokenizer,
         *,
         chunk_size: int,
-        store_text: bool = False,
         base: BaseEntities | None = None,
     ) -> None:
         self._pool = pool
         self._tokenizer = tokenizer
         self._chunk_size = chunk_size
-        self._store_text = store_text
+        self._store_text = config.store_text
         self._base = base
 
     def chunks(self, shards: Iterable[Shard]) -> Generator[Chunk]:
-        """The chunks of some shards, each shard's last one with `ends`."""
+        """Yield the chunks of each shard, the last one with `ends`."""
         for shard in shards:
             records = ShardRecords(shard=shard)
             samples: list[_Sample] = []
@@ -101,12 +80,13 @@ class Preparer:
         return Chunk(
             rows=[sample.row for sample in samples],
             pixels=[sample.pixels for sample in samples],
-            tokens=self._tokenizer.tokenize(list(texts)),  # images of one entity share theirs
+            tokens=self._tokenizer.tokenize(list(texts)),  # once for all images of an entity
             text_of=[texts[sample.text] for sample in samples],
             ends=ends,
         )
 
     def _samples(self, shard: Shard, out: ShardRecords) -> Iterator[_Sample]:
+        """Yield the samples of a shard's entities, and add everything else to `out`."""
         known = {} if self._base is None else self._base.find([record.entity_id for record in shard.records])
         jobs = (_job(record, known.get(record.entity_id)) for record in shard.records)
         for row, (record, decoded) in enumerate(zip(shard.records, self._pool.map(jobs), strict=True), shard.first_row):
@@ -145,12 +125,21 @@ class Preparer:
 
 
 def _job(record: EntityRecord, known: BaseEntity | None) -> ImageJob:
-    text_hash = hash_text(record.text)
+    job = ImageJob(images=record.images, text_hash=hash_text(record.text))
     if known is None:
-        return ImageJob(images=record.images, text_hash=text_hash)
-    return ImageJob(
-        images=record.images,
-        text_hash=text_hash,
-        known_hash=known.content_hash,
-        known_images=known.image_count,
+        return job
+    return replace(job, known_hash=known.content_hash, known_images=known.image_count)
+
+
+def decode_pool(config: ExportConfig, preprocessing: Preprocessing) -> DecodePool:
+    """Return a pool of processes that read and decode the catalog's images."""
+    return DecodePool(
+        image_reader(config),
+        preprocessing,
+        thumbnail_px=config.thumbnail_px,
+        workers=config.workers or default_workers(),
     )
+
+
+def image_reader(config: ExportConfig) -> ImageReader:
+    return LocalImages() if config.images is None else TarImages(config.images)

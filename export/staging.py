@@ -1,10 +1,12 @@
-"""The work folder of an export: what is finished so far, so that a killed one can be taken up again.
+"""The staging folder of an export, which makes it resumable, and the thread that writes shards into it.
 
 OUT/.partial/
-    settings.json           what the content depends on; a resume must match it
-    image_encoder.json      written once the ONNX file is in place: its parity
-    shards/00000.jsonl      written once a shard's embeddings are in place: its records and rejects
-    bundle/                 the bundle being made; moved into OUT at the end, manifest last
+    settings.json           what the content depends on; a resumed export must match it
+    image_encoder.json      parity of the ONNX file, written after the file
+    shards/00000.jsonl      records and rejects of a shard, written after its embeddings
+    bundle/                 the unfinished bundle; moved into OUT at the end, manifest last
+
+Shapes: n embeddings of a shard, T text tokens, D embedding width.
 """
 
 from __future__ import annotations
@@ -13,47 +15,58 @@ import base64
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from core.errors import UserError
 from core.files import atomic_write_bytes, sync
 from core.jsonl import Rejected
-from export.onnx_export import Parity
+from export.onnx import Parity
+from export.reuse import write_hashes
+from export.shards import EmbeddedShard, StageTimes
+from index.embeddings import write_shard
 from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE
 from index.store import StoredEntity
+from model.encoders import TextEncoder
 
-WORK_FOLDER = ".partial"
-_BUNDLE_PARTS = (EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, STORE_FILE, "index", MANIFEST_FILE)
+STAGING_FOLDER = ".partial"
+WRITING = "waiting for the disk"
+MAX_WORDS = 12
+_BUNDLE_PARTS = (EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, STORE_FILE, "index", MANIFEST_FILE)  # in the order of moving
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StagedShard:
-    """What a shard leaves besides its embeddings: its entities with their thumbnails, and what it had to leave out."""
+    """A finished shard without its embeddings: entities with thumbnails, bad records and failed images."""
 
     entities: Sequence[tuple[StoredEntity, bytes | None]]
-    rejected: Sequence[Rejected]  # catalog records
+    rejected: Sequence[Rejected]
     images_failed: Sequence[Rejected]
 
 
 class StagingDir:
-    """The work folder below an output folder. One process may hold it at a time."""
+    """The staging folder of an output folder."""
 
     def __init__(self, out: Path) -> None:
         self._out = out
-        self._work = out / WORK_FOLDER
-        self.bundle = self._work / "bundle"
+        self._folder = out / STAGING_FOLDER
+        self.bundle = self._folder / "bundle"
         self.embeddings = self.bundle / EMBEDDINGS_FOLDER
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the work folder, made if missing, and clear it of half-written files. Raises `UserError` if taken."""
-        self._work.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._work, os.O_RDONLY)
+    def locked(self) -> Iterator[None]:
+        """Create and lock the folder, and delete half-written files. Raises `UserError` if another process has it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self._folder, os.O_RDONLY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,31 +74,31 @@ class StagingDir:
                 raise UserError(
                     f"another export is writing {self._out}; wait for it to end, or choose another --out"
                 ) from None
-            for leftover in self._work.rglob(".*.partial"):
+            for leftover in self._folder.rglob(".*.partial"):
                 leftover.unlink()
             yield
         finally:
             os.close(descriptor)
 
     def settings(self) -> dict[str, Any] | None:
-        """The settings this export was begun with, None at its begin."""
-        return _read(self._work / "settings.json")
+        """Return the settings the export was begun with, or None for a new one."""
+        return _read_json(self._folder / "settings.json")
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        for folder in (self.embeddings, self._work / "shards"):
+        for folder in (self.embeddings, self._folder / "shards"):
             folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(self._work / "settings.json", json.dumps(settings, indent=2).encode())
+        atomic_write_bytes(self._folder / "settings.json", json.dumps(settings, indent=2).encode())
 
     def parity(self) -> Parity | None:
-        """None until the image encoder's ONNX file is in place."""
-        content = _read(self._work / "image_encoder.json")
+        """Return the image encoder's parity, or None before its ONNX file is complete."""
+        content = _read_json(self._folder / "image_encoder.json")
         return None if content is None else Parity(**content)
 
     def finish_image_encoder(self, parity: Parity) -> None:
-        atomic_write_bytes(self._work / "image_encoder.json", json.dumps(asdict(parity)).encode())
+        atomic_write_bytes(self._folder / "image_encoder.json", json.dumps(asdict(parity)).encode())
 
     def discard(self, file: str) -> None:
-        """Take away a file, of ONNX with its data, which an export that goes on without it has left."""
+        """Delete a file of the bundle, with its external data, that an earlier run may have left."""
         for each in self.bundle.glob(f"{file}*"):
             each.unlink()
 
@@ -93,7 +106,7 @@ class StagingDir:
         return self._shard_path(number).exists()
 
     def finish_shard(self, number: int, shard: StagedShard) -> None:
-        """Record a shard as finished; its embeddings must be in place."""
+        """Record a shard as finished. Its embeddings must have been written."""
         rows: list[dict[str, Any]] = [
             {"entity": entity.to_dict(), "thumbnail": None if webp is None else base64.b64encode(webp).decode()}
             for entity, webp in shard.entities
@@ -104,14 +117,14 @@ class StagingDir:
         atomic_write_bytes(self._shard_path(number), text.encode())
 
     def shards(self) -> Iterator[StagedShard]:
-        """The finished shards, in order."""
+        """Yield the finished shards, in order."""
         number = 0
         while self.has_shard(number):
             yield self._read_shard(number)
             number += 1
 
     def entities(self) -> Iterator[tuple[StoredEntity, bytes | None]]:
-        """The entities of the finished shards, in row order."""
+        """Yield the entities of the finished shards, in row order."""
         for shard in self.shards():
             yield from shard.entities
 
@@ -133,15 +146,15 @@ class StagingDir:
         return StagedShard(entities=entities, rejected=rejected, images_failed=images_failed)
 
     def _shard_path(self, number: int) -> Path:
-        return self._work / "shards" / f"{number:05d}.jsonl"
+        return self._folder / "shards" / f"{number:05d}.jsonl"
 
     @property
     def is_ready_to_publish(self) -> bool:
-        """The bundle is whole; at most some of it has been moved already."""
+        """Whether the bundle is complete. Some of its parts may have been moved already."""
         return (self.bundle / MANIFEST_FILE).exists()
 
     def publish(self) -> None:
-        """Move the bundle into the output folder, manifest last, and remove the work folder."""
+        """Move the bundle into the output folder, manifest last, and delete the staging folder."""
         extras = sorted(entry.name for entry in self.bundle.iterdir() if entry.name not in _BUNDLE_PARTS)
         for name in (*extras, *_BUNDLE_PARTS):
             if (self.bundle / name).exists():  # not yet moved by an earlier attempt
@@ -152,24 +165,104 @@ class StagingDir:
         self.remove()
 
     def remove(self) -> None:
-        shutil.rmtree(self._work)
+        shutil.rmtree(self._folder)
 
 
 def is_unfinished(out: Path) -> bool:
-    """Whether an export to this folder was begun and not ended."""
-    return (out / WORK_FOLDER).exists()
+    """Return whether the folder has an unfinished export."""
+    return (out / STAGING_FOLDER).exists()
 
 
-def foreign_files(out: Path) -> list[str]:
-    """What lies in an output folder without a manifest and was put there by no export that can be taken up again."""
-    spool = StagingDir(out)
-    if spool.is_ready_to_publish:  # some of its parts may have been moved already
-        return []
-    return sorted(entry.name for entry in out.iterdir() if entry.name != WORK_FOLDER)
+def check_output(out: Path, *, resume: bool) -> None:
+    """Raise `UserError` if the output folder has anything but an export that may be resumed."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file; name a folder")
+    if not resume and (out / MANIFEST_FILE).exists():
+        raise UserError(f"--out {out} already has a bundle, which never changes; choose another folder")
+    if not resume and is_unfinished(out):
+        raise UserError(f"--out {out} has an unfinished export; finish it with --resume, or remove the folder")
+    if (out / MANIFEST_FILE).exists() or StagingDir(out).is_ready_to_publish:
+        return  # parts of the bundle may have been moved already
+    if files := sorted(entry.name for entry in out.iterdir() if entry.name != STAGING_FOLDER):
+        raise UserError(f"--out {out} is not empty (it has {files[0]}); choose an empty or a new folder")
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_bytes())
     return content
+
+
+class ShardWriter:
+    """Writes a shard in a thread while the models embed the next one."""
+
+    def __init__(self, staging: StagingDir, text_encoder: TextEncoder, times: StageTimes) -> None:
+        self._staging = staging
+        self._text_encoder = text_encoder
+        self._times = times
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._pending: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._thread.shutdown()
+        if kind is None and self._pending is not None:
+            self._pending.result()
+
+    def write(self, embedded: EmbeddedShard) -> None:
+        """Wait until the previous shard is written, and begin with this one. Raises the previous one's error."""
+        if self._pending is not None:
+            with self._times.measure(WRITING):
+                self._pending.result()
+        self._pending = self._thread.submit(self._write, embedded)
+
+    def _write(self, embedded: EmbeddedShard) -> None:
+        records = embedded.records
+        number, copied = records.shard.number, records.copied
+        rows_n = np.array([*embedded.rows, *(row for row, copied_kD in copied for _ in copied_kD)], np.int64)
+        all_nD = np.concatenate([embedded.embeddings_nD.astype(np.float16), *(copied_kD for _, copied_kD in copied)])
+        order_n = np.argsort(rows_n, kind="stable")
+        write_shard(self._staging.embeddings, number, rows_n[order_n], all_nD[order_n])
+        write_hashes(self._staging.embeddings, number, records.content_hashes)
+        self._staging.finish_shard(
+            number,
+            StagedShard(
+                entities=[(self._with_words(entity, embedded), webp) for entity, webp in records.entities],
+                rejected=records.shard.rejected,
+                images_failed=records.images_failed,
+            ),
+        )
+
+    def _with_words(self, entity: StoredEntity, embedded: EmbeddedShard) -> StoredEntity:
+        """Add the most attended words of the entity's text, by the mean attention over its images."""
+        if entity.row not in embedded.attention:
+            return entity
+        assert entity.text is not None, "attention is recorded only with --store-text"
+        (spans_T,) = self._text_encoder.token_spans([entity.text])
+        mean_T = np.mean(embedded.attention[entity.row], axis=0).tolist()
+        return replace(entity, attended_words=find_attended_words(entity.text, spans_T, mean_T))
+
+
+def find_attended_words(
+    text: str, spans_T: Sequence[tuple[int, int]], weights_T: Sequence[float]
+) -> tuple[tuple[int, int, float], ...]:
+    """Return up to 12 words as (start, end, weight), heaviest first.
+
+    `spans_T` are the characters of each token. A word's weight is the sum over its tokens. Tokens of punctuation and
+    special tokens belong to no word.
+    """
+    words = [match.span() for match in _WORD.finditer(text)]
+    weight_of: dict[tuple[int, int], float] = {}
+    place = 0
+    for (start, end), weight in sorted(zip(spans_T, weights_T, strict=True)):
+        while place < len(words) and words[place][1] <= start:
+            place += 1
+        if start < end and place < len(words) and words[place][0] < end:
+            weight_of[words[place]] = weight_of.get(words[place], 0.0) + weight
+    heaviest = sorted(weight_of.items(), key=lambda item: (-item[1], item[0]))[:MAX_WORDS]
+    return tuple((start, end, round(weight, 4)) for (start, end), weight in heaviest)

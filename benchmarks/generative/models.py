@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.synthetic import photograph
-from export.onnx_export import INPUT, OUTPUTS, export_module
-from export.quantise import quantise
+from export.onnx import INPUT, OUTPUTS, export_module
+from export.precision import quantise
 from imaging import Preprocessing, load_pixels
 from service.encoder import OnnxEncoder
 
@@ -193,7 +193,7 @@ def quantised_file(path: Path, size_px: int, folder: Path, *, images: int = _CAL
         folder.mkdir(parents=True, exist_ok=True)
         preprocessing = clip_preprocessing(size_px)
         pixels = [load_pixels(photograph(number), preprocessing, max_pixels=MAX_PIXELS) for number in range(images)]
-        quantise(path, out, np.stack(pixels), preprocessing, input_name=INPUT)
+        quantise(path, out, np.stack(pixels), preprocessing)
     return out
 
 

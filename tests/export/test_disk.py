@@ -65,7 +65,7 @@ def test_a_vanished_image_root(catalog: CatalogFiles, checkpoint: Path, tmp_path
     config = ExportConfig(
         catalog=catalog.path, checkpoint=checkpoint, out=tmp_path / "out", image_root=tmp_path / "gone", device="cpu"
     )
-    with pytest.raises(CatalogError, match="gone is not there"):
+    with pytest.raises(CatalogError, match="gone does not exist"):
         export_bundle(config)
     assert not config.out.exists()
     os.mkdir(tmp_path / "gone")

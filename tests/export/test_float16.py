@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.errors import EncoderSpecError, UserError
-from export import float16 as float16_step
-from export import onnx_export
+from export import onnx as onnx_step
+from export import precision
 from export.config import ExportConfig
-from export.float16 import add_float16
-from export.onnx_export import Parity, export_image_encoder, measure_parity
+from export.estimate import estimate_export
+from export.onnx import Parity, export_image_encoder, measure_parity
 from export.pipeline import export_bundle
-from export.plan import plan_export
+from export.precision import add_float16
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
 from index.manifest import FLOAT16_ENCODER_FILE
@@ -55,7 +55,7 @@ def test_the_manifest_says_how_far_it_is(config: ExportConfig) -> None:
     report = describe(config.out, "quick")
     assert report["image_encoder"]["float16"] == dataclasses.asdict(entry)
     assert any(line.startswith("float16      least cosine ") for line in describe_lines(report))
-    plan = plan_export(config)
+    plan = estimate_export(config)
     size_bytes = (config.out / FLOAT16_ENCODER_FILE).stat().st_size
     assert plan.disk_bytes["float16 encoder"] == pytest.approx(size_bytes, rel=0.5, abs=100_000)
 
@@ -94,7 +94,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a model of gigabytes does, with a lower limit."""
-    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM_BYTES", 1000)
+    monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
     large = dataclasses.replace(config, out=tmp_path / "large")
     export_bundle(large)
     bundle = Bundle.open(large.out, verify="full")
@@ -148,7 +148,7 @@ def test_what_overflows_is_refused_though_a_cpu_runs_the_file(tmp_path: Path) ->
     )
     encoder = TorchImageEncoder(_Large(), preprocessing, saved_config={}, spec="hf:large", device=torch.device("cpu"))
     assert export_image_encoder(encoder, tmp_path).min_cosine > 0.9999
-    with pytest.raises(EncoderSpecError, match=r"does not bear float16: least cosine nan .* without --float16"):
+    with pytest.raises(EncoderSpecError, match=r"loses too much in float16: minimum cosine nan .* without --float16"):
         add_float16(encoder, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["image_encoder.onnx"]
 
@@ -173,8 +173,8 @@ def test_an_encoder_that_does_not_bear_it_is_told_before_the_shards(
 ) -> None:
     change = dataclasses.replace(config, out=tmp_path / "b")
     with monkeypatch.context() as patch:
-        patch.setattr(float16_step, "MIN_COSINE", 1.1)
-        with pytest.raises(EncoderSpecError, match="go on with --resume, without --float16"):
+        patch.setattr(precision, "MIN_COSINE", 1.1)
+        with pytest.raises(EncoderSpecError, match="continue with --resume, without --float16"):
             export_bundle(change)
     assert not list((change.out / ".partial" / "shards").iterdir())
     assert export_bundle(dataclasses.replace(change, float16=False, resume=True)).float16 is None

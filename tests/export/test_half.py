@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from export import onnx_export
-from export.float16 import InFloat16
+from export import onnx as onnx_step
+from export.precision import InFloat16
 from model.encoders import ImageEncoder
 from model.encoders.huggingface import ClipTower
 
@@ -37,9 +37,9 @@ def module(request: pytest.FixtureRequest, image_encoder: ImageEncoder) -> nn.Mo
 def export(module: nn.Module, path: Path) -> None:
     example = torch.zeros(2, 3, SIZE_PX, SIZE_PX)
     batch = {0: torch.export.Dim("batch")}
-    names = {"inputs": (onnx_export.INPUT,), "outputs": onnx_export.OUTPUTS}
+    names = {"inputs": (onnx_step.INPUT,), "outputs": onnx_step.OUTPUTS}
     # The inputs of `InFloat16` are one argument to the exporter, a tuple.
-    onnx_export.export_module(InFloat16(module), (example,), path, dynamic_shapes=((batch,),), **names)  # type: ignore[arg-type]
+    onnx_step.export_module(InFloat16(module), (example,), path, dynamic_shapes=((batch,),), **names)  # type: ignore[arg-type]
 
 
 def test_it_computes_in_float16_what_the_module_does(module: nn.Module, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_it_computes_in_float16_what_the_module_does(module: nn.Module, tmp_path
     half = InFloat16(module)
     for count in (1, 2, 5):
         pixels_B3HW = torch.randn(count, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(count))
-        found = session.run(list(onnx_export.OUTPUTS), {onnx_export.INPUT: pixels_B3HW.numpy()})
+        found = session.run(list(onnx_step.OUTPUTS), {onnx_step.INPUT: pixels_B3HW.numpy()})
         with torch.no_grad():
             wanted, halved = module(pixels_B3HW), half(pixels_B3HW)
         for of_file, of_half, of_module in zip(found, halved, wanted, strict=True):
@@ -70,16 +70,14 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(module, whole := tmp_path / "whole.onnx")
-    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM_BYTES", 1000)
+    monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
     export(module, path := tmp_path / "half.onnx")
     data = tmp_path / "half.onnx.data"
     weights_bytes = sum(2 * parameter.numel() for parameter in module.parameters())
     assert weights_bytes * 0.9 < data.stat().st_size < weights_bytes * 1.2 + 10_000  # half of float32
     pixels_B3HW = np.random.default_rng(0).normal(size=(3, 3, SIZE_PX, SIZE_PX)).astype(np.float32)
     found, wanted = (
-        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(
-            None, {onnx_export.INPUT: pixels_B3HW}
-        )
+        onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {onnx_step.INPUT: pixels_B3HW})
         for file in (path, whole)
     )
     for one, other in zip(found, wanted, strict=True):
@@ -100,7 +98,7 @@ def test_a_single_output_a_shared_weight_and_ids(tmp_path: Path) -> None:
 
     ids, batch = torch.tensor([[1, 2, 3], [4, 5, 6]]), {0: torch.export.Dim("batch")}
     tied = Tied().eval()
-    onnx_export.export_module(
+    onnx_step.export_module(
         InFloat16(tied), (ids,), tmp_path / "tied.onnx", inputs=("ids",), outputs=("logits",),
         dynamic_shapes=((batch,),),  # type: ignore[arg-type]
     )  # fmt: skip

@@ -12,11 +12,11 @@ import onnx
 import pytest
 
 from core.errors import EncoderSpecError, UserError
-from export import int8 as int8_step
-from export import onnx_export, pipeline
+from export import onnx as onnx_step
+from export import pipeline, precision
 from export.config import ExportConfig
 from export.pipeline import export_bundle
-from export.sample import Reservoir
+from export.shards import Reservoir
 from imaging import load_pixels
 from index.bundle import Bundle
 from index.calibration import Calibration
@@ -106,7 +106,7 @@ def test_validation_queries_are_what_it_is_judged_on(
     calibration = Calibration(
         slope=20.0, none_offset=10.0, none_slope=0.0, abstain_below=0.5, queries=1, correct=1, unknown=0
     )
-    monkeypatch.setattr("export.assemble.calibrate", lambda *_, **__: (calibration, []))
+    monkeypatch.setattr("export.pipeline.calibrate", lambda *_, **__: (calibration, []))
     summary = export_bundle(dataclasses.replace(config, out=tmp_path / "b", validation=validation))
     assert summary.int8 is not None
     assert summary.int8.judged_on == "validation queries"
@@ -121,11 +121,11 @@ def test_what_cannot_be_quantised_is_told_and_costs_nothing(
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"entity_id": "Q1", "title": "One", "text": "One.", "images": []}\n')
     change = dataclasses.replace(config, catalog=texts, out=tmp_path / "texts")
-    with pytest.raises(UserError, match="--int8 needs images of the catalog"):
+    with pytest.raises(UserError, match="--int8 needs catalog images"):
         export_bundle(change)
     assert export_bundle(dataclasses.replace(change, int8=False, resume=True)).resumed_shards == 1
-    monkeypatch.setattr(int8_step, "MIN_MEAN_COSINE", 1.1)
-    with pytest.raises(EncoderSpecError, match=r"does not bear int8: mean cosine 0\.9"):
+    monkeypatch.setattr(precision, "MIN_MEAN_COSINE", 1.1)
+    with pytest.raises(EncoderSpecError, match=r"loses too much in int8: mean cosine 0\.9"):
         export_bundle(dataclasses.replace(config, out=tmp_path / "b"))
 
 
@@ -133,7 +133,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     config: ExportConfig, catalog: CatalogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a model of gigabytes does, with a lower limit."""
-    monkeypatch.setattr(onnx_export, "EXTERNAL_FROM_BYTES", 1000)
+    monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
     large = dataclasses.replace(config, out=tmp_path / "large")
     export_bundle(large)
     names = {path.name for path in large.out.iterdir()}
@@ -141,9 +141,9 @@ def test_weights_too_large_for_one_file_lie_beside_it(
     bundle, small = Bundle.open(large.out, verify="full"), Bundle.open(config.out)
     assert bundle.unlisted_files() == []
     images = list(catalog.images.values())
-    for precision in ("float", "auto"):
-        found, wanted = (embed(each, images, precision) for each in (bundle, small))
-        assert (found * wanted).sum(1).min() > 0.99
+    for kind in ("float", "auto"):
+        found, expected = (embed(each, images, kind) for each in (bundle, small))
+        assert (found * expected).sum(1).min() > 0.99
     moved = tmp_path / "moved"
     large.out.rename(moved)
     embed(Bundle.open(moved), images, "auto")

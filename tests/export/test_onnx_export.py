@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from core.errors import EncoderSpecError
-from export.onnx_export import export_image_encoder, measure_parity
+from export.onnx import export_image_encoder, measure_parity
 from imaging import Preprocessing, normalise
 from model.encoders import ImageEncoder, open_image_encoder
 from model.encoders.torch_module import TorchImageEncoder

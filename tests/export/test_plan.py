@@ -10,8 +10,8 @@ import pytest
 
 from core.errors import CatalogError
 from export.config import ExportConfig
+from export.estimate import estimate_export, estimate_lines
 from export.pipeline import export_bundle
-from export.plan import plan_export, plan_lines
 
 CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
 
@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Export
 
 
 def test_a_plan_is_what_comes_of_it(config: ExportConfig) -> None:
-    plan = plan_export(config)
+    plan = estimate_export(config)
     assert not config.out.exists()
     assert [path.name for path in config.out.parent.iterdir()] == ["catalog.jsonl"]
     bundle = export_bundle(config)
@@ -47,16 +47,16 @@ def test_a_plan_is_what_comes_of_it(config: ExportConfig) -> None:
     assert plan.total_s == pytest.approx(sum(plan.seconds.values()))
     assert plan.seconds[plan.bottleneck] == max(plan.seconds.values()) > 0
     assert {"image encoder", "text encoder", "adaptor", "reading, decoding and tokenising"} <= plan.seconds.keys()
-    text = "\n".join(plan_lines(plan, config))
+    text = "\n".join(estimate_lines(plan, config))
     assert "300 entities, 0 of them with an image, 2 record(s) rejected" in text
     assert f"bottleneck: {plan.bottleneck}" in text
 
 
 def test_a_plan_for_a_few_and_for_none(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
     few = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=tmp_path / "b", limit=3, device="cpu")
-    plan = plan_export(few)
+    plan = estimate_export(few)
     assert (plan.entities, plan.with_image, plan.measured_entities) == (3, 3, 3)
     assert plan.embeddings == 4
     (tmp_path / "bad.jsonl").write_text("{}\n")
     with pytest.raises(CatalogError, match="no usable entity record"):
-        plan_export(ExportConfig(catalog=tmp_path / "bad.jsonl", checkpoint=checkpoint, out=tmp_path / "b"))
+        estimate_export(ExportConfig(catalog=tmp_path / "bad.jsonl", checkpoint=checkpoint, out=tmp_path / "b"))

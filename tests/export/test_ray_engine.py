@@ -18,7 +18,7 @@ from catalog.images import TarShards
 from core.errors import CatalogError, UserError
 from export.config import ExportConfig
 from export.pipeline import export_bundle
-from export.write import ShardWriter
+from export.staging import ShardWriter
 from index.bundle import Bundle
 
 ray = pytest.importorskip("ray")

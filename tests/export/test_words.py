@@ -10,7 +10,7 @@ import pytest
 
 from export.config import ExportConfig
 from export.pipeline import export_bundle
-from export.words import MAX_WORDS, find_attended_words
+from export.staging import MAX_WORDS, find_attended_words
 from index.bundle import Bundle
 from model.encoders import open_text_encoder
 

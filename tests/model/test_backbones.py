@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from core.errors import EncoderSpecError
-from export.onnx_export import export_image_encoder
+from export.onnx import export_image_encoder
 from imaging import normalise
 from model.adaptor import Adaptor, AdaptorConfig
 from model.encoders import open_image_encoder

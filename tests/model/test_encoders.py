@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from core.errors import EncoderSpecError, UserError
-from export.onnx_export import export_image_encoder
+from export.onnx import export_image_encoder
 from imaging import normalise
 from model.encoders import open_image_encoder, open_text_encoder
 

@@ -200,7 +200,7 @@ def test_native_libraries_are_imported_through_core_runtime(package: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "module", ["service.recognizer", "service.app", "export.onnx_export", "wikiclip; wikiclip.Recognizer"]
+    "module", ["service.recognizer", "service.app", "export.onnx", "wikiclip; wikiclip.Recognizer"]
 )
 def test_onnx_runtime_sends_no_telemetry(module: str, tmp_path: Path) -> None:
     """With telemetry on, importing it would write an id of the machine into the user's cache folder."""

@@ -1,4 +1,4 @@
-"""The image encoder as ONNX: exported from torch, or copied where it is ONNX already; its parity measured.
+"""Export the image encoder to ONNX (or copy it if it is an ONNX file), and measure its parity with the original.
 
 Shapes: B batch, P patches, C patch channels, D embedding width, H = W = size_px.
 """
@@ -30,16 +30,15 @@ from core.runtime import onnxruntime
 from imaging import normalise
 from index.manifest import IMAGE_ENCODER_FILE
 from model.encoders import ImageEncoder, ImageFeatures
+from model.encoders.onnx import external_data
 
 INPUT = "pixel_values"
 OUTPUTS = ("patch_tokens", "image_embedding")
 MIN_COSINE = 0.999
-# Weights are stored in float16 where no embedding of the sample moves further than this from the original's.
-HALF_MIN_COSINE = 0.9999
-_HALVED_FROM = 1024  # values; smaller tensors are biases and norms, and save nothing
+HALF_MIN_COSINE = 0.9999  # weights are stored in float16 only if every sample embedding stays this close
+_HALVED_FROM_VALUES = 1024  # smaller tensors are biases and norms
 _BATCHES = (1, 2, 5)
-EXTERNAL_FROM_BYTES = 1_500_000_000  # of weights, which then lie in a file of their own: protobuf ends at 2 GB
-
+EXTERNAL_FROM_BYTES = 1_500_000_000  # larger weights get a file of their own, because protobuf is limited to 2 GB
 
 # Pixel values [B, 3, H, W] to patch tokens [B, P, C] and image embeddings [B, D].
 Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
@@ -47,17 +46,17 @@ Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far the exported encoder is from the original: over patch tokens and embeddings of a few batches."""
+    """The largest difference of patch tokens and embeddings from the original encoder, over a few batches."""
 
     max_abs_diff: float
     min_cosine: float  # of image embeddings
 
     def holds(self, min_cosine: float) -> bool:
-        """Whether no embedding is further than that, and nothing is infinite or no number."""
+        """Return whether every cosine is at least `min_cosine` and every value finite."""
         return math.isfinite(self.max_abs_diff) and self.min_cosine >= min_cosine
 
     def with_worst_of(self, other: Parity) -> Parity:
-        """The greater difference and the lesser cosine of the two."""
+        """Return the larger difference and the smaller cosine of the two."""
         return Parity(
             max_abs_diff=float(np.maximum(self.max_abs_diff, other.max_abs_diff)),
             min_cosine=float(np.minimum(self.min_cosine, other.min_cosine)),
@@ -67,25 +66,18 @@ class Parity:
 def export_image_encoder(
     encoder: ImageEncoder, folder: Path, *, half: bool = False, centre_D: torch.Tensor | None = None
 ) -> Parity:
-    """Write `image_encoder.onnx` (and external data, if it needs any) into `folder`; the same encoder, the same bytes.
-    `half` stores the weights in float16 where that moves no embedding. `centre_D` is taken off the image embedding,
-    which is brought to length 1 again: whoever runs the file need not know of it.
+    """Write `image_encoder.onnx`, with external data if it is large. The same encoder gives the same bytes.
 
-    Raises `EncoderSpecError` if it can be neither exported nor copied, or if an embedding of the result is further
-    than a cosine of 0.999 from the original's.
+    `half` stores the weights in float16 if that changes no embedding. `centre_D` is subtracted from the normalised
+    image embedding, which is then normalised again.
+    Raises `EncoderSpecError` if the encoder cannot be exported, or if a cosine to the original is below 0.999.
     """
     path = folder / IMAGE_ENCODER_FILE
     source: Path | None = getattr(encoder, "onnx_path", None)
     if source is not None:
         _copy(source, path)
     else:
-        module: nn.Module | None = getattr(encoder, "module", None)
-        if module is None:
-            raise EncoderSpecError(
-                f"image encoder {encoder.spec} has neither a torch module nor an ONNX file to export"
-            )
-        # A copy, since the encoder itself may be on a GPU or in half precision and is used on.
-        copied = copy.deepcopy(module).to("cpu", torch.float32)
+        copied = copy.deepcopy(torch_module(encoder)).to("cpu", torch.float32)  # the encoder itself is still in use
         export_normalised(Normalised(copied), encoder.preprocessing.size_px, path)
         if half:
             _halve_weights(encoder, path)
@@ -94,14 +86,25 @@ def export_image_encoder(
     parity = measure_parity(encoder, path, centre_D)
     if not parity.holds(MIN_COSINE):
         raise EncoderSpecError(
-            f"the ONNX file of {encoder.spec} differs from the original: least cosine {parity.min_cosine:.6f}, "
-            f"{MIN_COSINE} is wanted; export it by hand and name it as onnx:PATH"
+            f"the ONNX file of {encoder.spec} differs from the original: minimum cosine {parity.min_cosine:.6f}, "
+            f"required {MIN_COSINE}; export it by hand and give it as onnx:PATH"
         )
     return parity
 
 
+def torch_module(encoder: ImageEncoder) -> nn.Module:
+    """Return the torch module of an encoder. Raises `EncoderSpecError` if it is an ONNX file."""
+    module: nn.Module | None = getattr(encoder, "module", None)
+    if module is None:
+        raise EncoderSpecError(
+            f"--float16 needs an image encoder in torch, but {encoder.spec} is an ONNX file; omit --float16, or "
+            "convert the file by hand (float32 inputs and outputs), and train and export with the result"
+        )
+    return module
+
+
 def measure_parity(encoder: ImageEncoder, path: Path, centre_D: torch.Tensor | None = None) -> Parity:
-    """Compare an ONNX file with the encoder it was made from, on made-up images in batches of 1, 2 and 5."""
+    """Compare an ONNX file with its encoder on synthetic images, in batches of 1, 2 and 5."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(pixels_B3HW: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
@@ -112,7 +115,7 @@ def measure_parity(encoder: ImageEncoder, path: Path, centre_D: torch.Tensor | N
 
 
 def compare(encoder: ImageEncoder, run: Run, centre_D: torch.Tensor | None = None) -> Parity:
-    """Compare what `run` gives with the encoder, as `measure_parity` does. What is no number is the worst there is."""
+    """Compare the outputs of `run` with the encoder's. NaN counts as the worst value."""
     parity = Parity(max_abs_diff=0.0, min_cosine=1.0)
     for batch in _BATCHES:
         pixels_BHW3 = _sample_pixels(batch, encoder.preprocessing.size_px)
@@ -123,14 +126,14 @@ def compare(encoder: ImageEncoder, run: Run, centre_D: torch.Tensor | None = Non
         if centre_D is not None:
             expected_BD = F.normalize(expected_BD - centre_D.cpu(), dim=1)
         min_cosine = float((embedding_BD * F.normalize(expected_BD.double(), dim=1)).sum(1).min())
-        for found, wanted in ((patch_tokens_BPC, expected.patch_tokens_BPC.cpu()), (embedding_BD, expected_BD)):
-            max_abs_diff = float((found.double() - wanted.double()).abs().max())
+        for found, exact in ((patch_tokens_BPC, expected.patch_tokens_BPC.cpu()), (embedding_BD, expected_BD)):
+            max_abs_diff = float((found.double() - exact.double()).abs().max())
             parity = parity.with_worst_of(Parity(max_abs_diff=max_abs_diff, min_cosine=min_cosine))
     return Parity(max_abs_diff=float(f"{parity.max_abs_diff:.2g}"), min_cosine=round(parity.min_cosine, 6))
 
 
 class Normalised(nn.Module):
-    """What goes into the file: float32 out, the embedding L2-normalised, whatever the encoder's own module returns."""
+    """An encoder's module with float32 outputs and L2-normalised embeddings."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -142,8 +145,8 @@ class Normalised(nn.Module):
 
 
 def export_normalised(module: Normalised, size_px: int, path: Path) -> None:
-    """Write an image encoder's file from a module on the CPU that takes and gives what such a file does."""
-    # Two images: a batch of one would be taken for a fixed size.
+    """Write the ONNX file of an image encoder on the CPU."""
+    # A batch of two, because the exporter treats a dimension of 1 as fixed.
     example = torch.zeros(2, 3, size_px, size_px)
     export_module(
         module.eval(),
@@ -164,8 +167,8 @@ def export_module(
     outputs: Sequence[str],
     dynamic_shapes: tuple[Mapping[int, Any], ...],
 ) -> None:
-    """Write a module in evaluation mode, on the CPU, as one ONNX file, and its data beside it where it is too large."""
-    with _quiet(), torch.no_grad():
+    """Write a module in evaluation mode, on the CPU, as an ONNX file, with external data if it is large."""
+    with quiet(), torch.no_grad():
         program: Any = torch.onnx.export(
             module,
             example,
@@ -186,33 +189,28 @@ def export_module(
 
 
 def stored_bytes(encoder: ImageEncoder, *, half: bool) -> int:
-    """About how large `image_encoder.onnx` and its data will be: its weights."""
-    from model.encoders.onnx import external_data
-
+    """Estimate the size of `image_encoder.onnx` with its data, from its weights."""
     source: Path | None = getattr(encoder, "onnx_path", None)
     if source is not None:
         return sum(file.stat().st_size for file in (source, *external_data(source)))
-    module: nn.Module | None = getattr(encoder, "module", None)
-    values = 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+    values = sum(parameter.numel() for parameter in torch_module(encoder).parameters())
     return values * (2 if half and 4 * values <= EXTERNAL_FROM_BYTES else 4)
 
 
 def is_large(path: Path) -> bool:
-    """Whether an ONNX file, or one made from it, has to have its data beside it."""
-    from model.encoders.onnx import external_data
-
+    """Return whether an ONNX file, or one made from it, needs external data."""
     return sum(file.stat().st_size for file in (path, *external_data(path))) > EXTERNAL_FROM_BYTES
 
 
 def _halve_weights(encoder: ImageEncoder, path: Path) -> None:
-    """Halve the file where that costs nothing: float16 weights, cast back to float32 once, when a session is opened."""
+    """Store the weights in float16, unless that changes embeddings. ONNX Runtime casts them back on loading."""
     model = onnx.load(path, load_external_data=False)
     casts = []
     for tensor in model.graph.initializer:
-        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _HALVED_FROM:
+        if tensor.data_type != onnx.TensorProto.FLOAT or np.prod(tensor.dims) < _HALVED_FROM_VALUES:
             continue
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            return  # a file beside the model: of gigabytes, and made for a GPU
+            return  # files of this size are used on GPUs
         name = tensor.name
         half = onnx.numpy_helper.to_array(tensor).astype(np.float16)
         tensor.CopyFrom(onnx.numpy_helper.from_array(half, f"{name}.half"))
@@ -230,7 +228,7 @@ def _halve_weights(encoder: ImageEncoder, path: Path) -> None:
 
 
 def fold_centre(path: Path, centre_D: torch.Tensor) -> None:
-    """Put three nodes behind the embedding, of operators that all opsets have: length 1, less centre, length 1."""
+    """Append nodes that normalise the embedding, subtract the centre and normalise again."""
     model = onnx.load(path, load_external_data=False)
     embedding = OUTPUTS[1]
     raw, normalised, centre, shifted = (f"{embedding}.{step}" for step in ("raw", "normalised", "centre", "shifted"))
@@ -249,7 +247,7 @@ def fold_centre(path: Path, centre_D: torch.Tensor) -> None:
 
 
 def _strip(model: Any) -> None:
-    """Take out where on this machine each node came from: stack traces, module paths, names of the exporter's."""
+    """Remove the exporter's metadata, such as stack traces with paths of this machine."""
     model.metadata_props.clear()
     model.doc_string = None
     graphs = [model.graph, *model.functions.values()]
@@ -267,11 +265,11 @@ def _strip(model: Any) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter tells its steps on stdout, which belongs to our own reports, and warns of what it does not need."""
+def quiet() -> Iterator[None]:
+    """Suppress the output of the ONNX tools, which print to stdout, warn and log."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(logging.ERROR)
         try:
             yield
         finally:
@@ -279,26 +277,24 @@ def _quiet() -> Iterator[None]:
 
 
 def _copy(source: Path, path: Path) -> None:
-    from model.encoders.onnx import external_data
-
     for data in external_data(source):
         name = PurePath(data).relative_to(source.parent)
         if ".." in name.parts:
             raise EncoderSpecError(
-                f"onnx:{source} has external data outside its folder ({name}); save it beside the file"
+                f"onnx:{source} has external data outside its folder ({name}); save it in the same folder"
             )
         (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
-        _copy_durably(data, path.parent / name)
-    _copy_durably(source, path)
+        _copy_file(data, path.parent / name)
+    _copy_file(source, path)
 
 
-def _copy_durably(source: Path, path: Path) -> None:
+def _copy_file(source: Path, path: Path) -> None:
     with atomic_write(path) as temporary:
         shutil.copyfile(source, temporary)
 
 
 def _sample_pixels(batch: int, size_px: int) -> npt.NDArray[np.uint8]:
-    """Images uint8 [B, H, W, 3] with coarse and fine structure, the same ones each time."""
+    """Return images uint8 [B, H, W, 3] with coarse and fine structure, the same ones for each batch size."""
     rng = np.random.default_rng(batch)
     coarse_BHW3 = rng.integers(0, 256, size=(batch, 4, 4, 3)).repeat(-(-size_px // 4), 1).repeat(-(-size_px // 4), 2)
     noise_BHW3 = rng.normal(0, 24, size=(batch, size_px, size_px, 3))

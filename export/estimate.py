@@ -1,0 +1,208 @@
+"""Estimate an export before it begins (`--dry-run`): counts from the whole catalog, times from a sample of it.
+
+The sample passes through the same overlapping stages as an export, so the times of the main thread add up.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from catalog import EntityRecord
+from core.errors import CatalogError
+from core.jsonl import Rejected
+from export.config import ExportConfig, check_inputs, load_checkpoint
+from export.decode import HASH_BYTES
+from export.local import WAITING, embed_shards
+from export.onnx import stored_bytes
+from export.reuse import open_base
+from export.shards import Reservoir, Shard, StageTimes, read_records
+from export.staging import STAGING_FOLDER, WRITING, ShardWriter, StagingDir
+from index.manifest import STORE_FILE
+from index.store import write_store
+from model.checkpoint import Checkpoint
+from model.encoders import resolve_device
+
+_SAMPLE_ENTITIES = 2048
+_MEASURED_S = 10.0
+_WARM_UP_SHARDS, _WARM_UP_S = 3, 5.0
+_NPY_HEADER_BYTES = 128
+_STORE = "store"
+_STAGE_NAMES = {WAITING: "reading, decoding and tokenising", WRITING: "writing shards"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportEstimate:
+    """The expected size and duration of an export.
+
+    `work_bytes` are needed in addition to `disk_bytes` until the bundle is complete. `seconds` are those of the main
+    thread by stage, and add up to `total_s`. They exclude the ONNX files, whose time does not depend on the catalog.
+    """
+
+    entities: int
+    with_image: int
+    rejected: int
+    embeddings: int
+    shards: int
+    disk_bytes: dict[str, int]  # by part of the bundle
+    work_bytes: int
+    seconds: dict[str, float]
+    total_s: float
+    entities_per_s: float
+    bottleneck: str
+    measured_entities: int
+    device: str
+
+
+def estimate_export(config: ExportConfig) -> ExportEstimate:
+    """Read the whole catalog and export a sample of it to a temporary folder.
+
+    Raises `CatalogError`, `CheckpointError`, `EncoderSpecError`.
+    """
+    check_inputs(config)
+    device = resolve_device(config.device)
+    checkpoint = load_checkpoint(config, device)
+    sample: Reservoir[EntityRecord] = Reservoir(_SAMPLE_ENTITIES)
+    rejected = with_image = 0
+    for item in tqdm(read_records(config), desc="reading", unit="record", disable=not config.progress):
+        if isinstance(item, Rejected):
+            rejected += 1
+        else:
+            sample.add(item)
+            with_image += bool(item.images)
+    if not sample.seen:
+        raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
+    measured = _measure(config, checkpoint, sample.items)
+    entities, shards = sample.seen, -(-sample.seen // config.shard_size)
+    embeddings = round(entities * measured.embeddings_per_entity)
+    encoder, dim = checkpoint.image_encoder, checkpoint.image_encoder.embedding_dim
+    disk_bytes = {
+        "embeddings": embeddings * (2 * dim + 8) + entities * HASH_BYTES + 3 * shards * _NPY_HEADER_BYTES,
+        "index": embeddings * 4 * dim,
+        "store": round(entities * measured.store_bytes_per_entity),
+        "image encoder": stored_bytes(encoder, half=config.half),
+    }
+    if config.int8:
+        disk_bytes["int8 encoder"] = stored_bytes(encoder, half=False) // 4
+    if config.float16:
+        disk_bytes["float16 encoder"] = stored_bytes(encoder, half=False) // 2
+    seconds = {stage: round(entities * each_s, 3) for stage, each_s in measured.seconds_per_entity.items()}
+    total_s = sum(seconds.values())
+    return ExportEstimate(
+        entities=entities,
+        with_image=with_image,
+        rejected=rejected,
+        embeddings=embeddings,
+        shards=shards,
+        disk_bytes=disk_bytes,
+        work_bytes=round(entities * measured.work_bytes_per_entity),
+        seconds=seconds,
+        total_s=round(total_s, 3),
+        entities_per_s=round(entities / total_s, 2) if total_s else 0.0,
+        bottleneck=max(seconds, key=seconds.__getitem__),
+        measured_entities=measured.entities,
+        device=device.type,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    entities: int
+    embeddings_per_entity: float
+    seconds_per_entity: dict[str, float]
+    store_bytes_per_entity: float
+    work_bytes_per_entity: float
+
+
+def _measure(config: ExportConfig, checkpoint: Checkpoint, records: list[EntityRecord]) -> _Measured:
+    """Export the records as small shards. The first shards warm up processes and memory, and are not counted."""
+    times = StageTimes()
+    size = config.batch_size
+    shards = [
+        Shard(number=number, first_row=first, records=records[first : first + size], rejected=())
+        for number, first in enumerate(range(0, len(records), size))
+    ]
+    warm_up = min(_WARM_UP_SHARDS, len(shards) // 2)
+    measured = all_entities = embeddings = 0
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory(prefix="plan.")))
+        staging = StagingDir(folder)
+        staging.begin({})
+        base = open_base(config, checkpoint)
+        if base is not None:
+            stack.callback(base.close)
+        bar = stack.enter_context(tqdm(desc="sample", unit="entity", total=len(records), disable=not config.progress))
+        started = time.monotonic()
+        with (
+            ShardWriter(staging, checkpoint.text_encoder, times) as writer,
+            closing(embed_shards(config, checkpoint, shards, times, base=base)) as embedded_shards,
+        ):
+            for number, embedded in enumerate(embedded_shards):
+                writer.write(embedded)
+                count = len(embedded.records.entities)
+                bar.update(count)
+                all_entities += count
+                embeddings += len(embedded.rows) + sum(len(copied_kD) for _, copied_kD in embedded.records.copied)
+                elapsed_s = time.monotonic() - started
+                if number >= warm_up:
+                    measured += count
+                    if elapsed_s > _MEASURED_S:
+                        break
+                elif number == warm_up - 1 or elapsed_s > _WARM_UP_S:
+                    warm_up = number  # the next shard is the first that counts
+                    times.seconds.clear()
+                    started = time.monotonic()
+        store = folder / STORE_FILE
+        with times.measure(_STORE):
+            write_store(store, staging.entities())
+        store_s = times.seconds.pop(_STORE)
+        write_store(folder / "empty.sqlite", iter(()))
+        work_bytes = sum(file.stat().st_size for file in (folder / STAGING_FOLDER / "shards").iterdir())
+        store_bytes = store.stat().st_size - (folder / "empty.sqlite").stat().st_size
+    seconds = {_STAGE_NAMES.get(stage, stage): each_s / measured for stage, each_s in times.seconds.items()}
+    return _Measured(
+        entities=measured,
+        embeddings_per_entity=embeddings / all_entities,
+        seconds_per_entity={**seconds, _STORE: store_s / all_entities},
+        store_bytes_per_entity=store_bytes / all_entities,
+        work_bytes_per_entity=work_bytes / all_entities,
+    )
+
+
+def estimate_lines(estimate: ExportEstimate, config: ExportConfig) -> list[str]:
+    """Return an estimate as lines of text."""
+    parts = ", ".join(f"{name} {_size(each)}" for name, each in estimate.disk_bytes.items())
+    lines = [
+        f"{estimate.entities} entities, {estimate.with_image} with an image, {estimate.rejected} record(s) rejected; "
+        f"about {estimate.embeddings} embeddings in {estimate.shards} shard(s) of {config.shard_size}",
+        f"disk: {_size(sum(estimate.disk_bytes.values()))} ({parts}), and {_size(estimate.work_bytes)} temporarily",
+        f"time by stage, from {estimate.measured_entities} entities on {estimate.device}:",
+    ]
+    for stage, stage_s in estimate.seconds.items():
+        lines.append(f"  {stage:<34}{1000 * stage_s / estimate.entities:10.2f} ms/entity{_duration(stage_s):>14}")
+    share = 100 * estimate.seconds[estimate.bottleneck] / estimate.total_s if estimate.total_s else 0.0
+    lines.append(
+        f"total about {_duration(estimate.total_s)}, {estimate.entities_per_s:.1f} entities/s, without ONNX files; "
+        f"bottleneck: {estimate.bottleneck} ({share:.0f} %)"
+    )
+    return lines
+
+
+def _size(count: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest_s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest_s} s" if minutes else f"{seconds:.1f} s"

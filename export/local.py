@@ -1,0 +1,145 @@
+"""The local engine: shards through the models on this machine, image encoder, text encoder and adaptor in batches.
+
+Shapes: B samples of a chunk, I those with an image, P patches, C patch channels, T text tokens, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from export.config import ExportConfig
+from export.prepare import Chunk, Preparer, decode_pool
+from export.reuse import BaseEntities
+from export.shards import EmbeddedChunk, EmbeddedShard, Shard, StageTimes, join_chunks, prefetch
+from model.adaptor import embed_with_attention
+from model.checkpoint import Checkpoint
+
+WAITING = "waiting for images and texts"
+IMAGE_STAGE, TEXT_STAGE, ADAPTOR_STAGE = "image encoder", "text encoder", "adaptor"
+_CHUNKS_AHEAD = 2
+_CHUNK_BYTES = 512 * 1024 * 1024  # of features
+_MAX_CHUNK_BATCHES = 32  # larger chunks are not faster
+
+
+def embed_shards(
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    shards: Iterable[Shard],
+    times: StageTimes,
+    *,
+    base: BaseEntities | None = None,
+    on_row: Callable[[int], object] = lambda row: None,
+) -> Generator[EmbeddedShard]:
+    """Embed shards in order, while a thread prepares the next chunks.
+
+    Unchanged entities of `base` are copied. `on_row` is called with the last entity row of each embedded chunk.
+    """
+    embedder = Embedder(checkpoint, batch_size=config.batch_size, record_attention=config.store_text, times=times)
+    with decode_pool(config, checkpoint.image_encoder.preprocessing) as pool:
+        size = chunk_size(checkpoint, config.batch_size)
+        preparer = Preparer(config, pool, checkpoint.text_encoder, chunk_size=size, base=base)
+        embedded: list[EmbeddedChunk] = []
+        with closing(prefetch(preparer.chunks(shards), _CHUNKS_AHEAD)) as chunks:
+            while (chunk := times.next(WAITING, chunks)) is not None:
+                embedded.append(embedder.embed(chunk))
+                if chunk.rows:
+                    on_row(chunk.rows[-1])
+                if chunk.ends is not None:
+                    yield join_chunks(embedded)
+                    embedded = []
+
+
+def chunk_size(checkpoint: Checkpoint, batch_size: int) -> int:
+    """Return the samples per chunk, a multiple of `batch_size`: enough to sort texts by length, limited by memory."""
+    image, text = checkpoint.image_encoder, checkpoint.text_encoder
+    bytes_per_sample = 4 * (image.patches * image.patch_dim + text.max_tokens * text.dim)
+    batches = _CHUNK_BYTES // (bytes_per_sample * batch_size)
+    return batch_size * max(1, min(_MAX_CHUNK_BATCHES, batches))
+
+
+class Embedder:
+    """Embeds chunks. The result depends only on the chunk and on `batch_size`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        batch_size: int,
+        record_attention: bool = False,
+        times: StageTimes | None = None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._batch_size = batch_size
+        self._record_attention = record_attention
+        self._times = times or StageTimes()
+        self._device = next(checkpoint.adaptor.parameters()).device
+
+    @torch.no_grad()
+    def embed(self, chunk: Chunk) -> EmbeddedChunk:
+        """Return the embeddings of a chunk's samples, in order."""
+        embeddings_BD = np.empty((len(chunk.rows), self._checkpoint.image_encoder.embedding_dim), np.float32)
+        if not chunk.rows:
+            return EmbeddedChunk(rows=(), embeddings_BD=embeddings_BD, ends=chunk.ends)
+        with self._times.measure(IMAGE_STAGE):
+            patch_tokens_IPC = self._encode_images(chunk)
+        with self._times.measure(TEXT_STAGE):
+            text = self._checkpoint.text_encoder.encode_tokens(chunk.tokens)
+            self._synchronize()
+        attention: dict[int, npt.NDArray[np.float32]] = {}  # by sample
+        with self._times.measure(ADAPTOR_STAGE):
+            image_of_B = np.cumsum([pixels is not None for pixels in chunk.pixels]) - 1
+            lengths = [len(chunk.tokens[number]) for number in chunk.text_of]
+            by_length = sorted(range(len(chunk.rows)), key=lengths.__getitem__)
+            for start in range(0, len(by_length), self._batch_size):
+                batch = by_length[start : start + self._batch_size]
+                longest = lengths[batch[-1]]
+                with_image = [sample for sample in batch if chunk.pixels[sample] is not None]
+                image_mask_B = torch.tensor([chunk.pixels[sample] is not None for sample in batch], device=self._device)
+                patch_tokens_BPC = self._blank_patches(len(batch))
+                patch_tokens_BPC[image_mask_B] = patch_tokens_IPC[image_of_B[with_image]]
+                text_of_B = torch.tensor([chunk.text_of[sample] for sample in batch], device=self._device)
+                inputs = (
+                    patch_tokens_BPC,
+                    image_mask_B,
+                    text.text_tokens_BTC[:, :longest].to(self._device)[text_of_B],
+                    text.mask_BT[:, :longest].to(self._device)[text_of_B],
+                )
+                batch_BD: torch.Tensor
+                if self._record_attention:
+                    batch_BD, weights_BT = embed_with_attention(self._checkpoint.adaptor, *inputs)
+                    for sample, weights_T in zip(batch, weights_BT.float().cpu().numpy(), strict=True):
+                        attention[sample] = weights_T[: lengths[sample]].copy()
+                else:
+                    batch_BD = self._checkpoint.adaptor(*inputs)
+                embeddings_BD[batch] = batch_BD.float().cpu().numpy()
+        return EmbeddedChunk(
+            rows=chunk.rows,
+            embeddings_BD=embeddings_BD,
+            attention=[attention[sample] for sample in sorted(attention)],
+            ends=chunk.ends,
+        )
+
+    def _encode_images(self, chunk: Chunk) -> torch.Tensor:
+        """Return patch tokens [I, P, C] of the samples that have an image, in order."""
+        images = [pixels for pixels in chunk.pixels if pixels is not None]
+        encoder, size = self._checkpoint.image_encoder, self._batch_size
+        batches = [
+            encoder.encode(np.stack(images[start : start + size])).patch_tokens_BPC.to(self._device)
+            for start in range(0, len(images), size)
+        ]
+        self._synchronize()
+        return torch.cat(batches) if batches else self._blank_patches(0)
+
+    def _blank_patches(self, count: int) -> torch.Tensor:
+        encoder = self._checkpoint.image_encoder
+        return torch.zeros(count, encoder.patches, encoder.patch_dim, device=self._device)
+
+    def _synchronize(self) -> None:
+        """Wait for the GPU, so that its time is counted in the stage that used it."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)

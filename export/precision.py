@@ -1,0 +1,283 @@
+"""Reduced-precision image encoders: float16 for queries on a GPU, int8 for queries on a CPU. The cost is measured.
+
+int8 uses ONNX Runtime's static quantisation, with activations u8 and weights s8 per channel. Ranges are the mean of the
+batches' minima and maxima, which a few extreme values do not stretch (docs/LOG.md compares the methods).
+
+Shapes: B batch, N images, P patches, C patch channels, D embedding width, H = W = size_px.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from catalog.images import ImageReader, UnusableImage
+from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
+from core.files import atomic_write, sync
+from core.jsonl import read_jsonl
+from core.runtime import onnxruntime
+from export.calibrate import read_queries, row_of
+from export.config import ExportConfig
+from export.decode import MAX_PIXELS
+from export.onnx import (
+    INPUT,
+    MIN_COSINE,
+    OUTPUTS,
+    Normalised,
+    compare,
+    export_normalised,
+    fold_centre,
+    is_large,
+    measure_parity,
+    quiet,
+    torch_module,
+)
+from export.prepare import image_reader
+from export.shards import EntityImages, Reservoir
+from imaging import Preprocessing, load_pixels, normalise
+from index.manifest import FLOAT16_ENCODER_FILE, IMAGE_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
+from index.search import EntityIndex
+from index.store import EntityStore
+from model.checkpoint import Checkpoint
+from model.encoders import ImageEncoder
+
+MIN_MEAN_COSINE = 0.9  # an int8 encoder below it is refused
+_MAX_QUERIES = 1000
+_BATCH = 32
+_QUANTISED_OPERATORS = ["Conv", "MatMul", "Gemm"]
+
+LabelledImage = tuple[int, npt.NDArray[np.uint8]]  # row of the right entity (-1: none) and pixels [H, W, 3]
+OnImages = Callable[[int], object]  # called with the number of images of each finished batch
+
+
+class InFloat16(nn.Module):
+    """A float16 copy of a module on the CPU, in evaluation mode, with float32 inputs and outputs.
+
+    Integer and boolean tensors are passed through.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        # deepcopy takes these tensors instead of copying the originals, because a float32 copy may need 30 GB.
+        halves: dict[int, Any] = {
+            id(parameter): nn.Parameter(_half(parameter), requires_grad=False) for parameter in module.parameters()
+        }
+        halves.update({id(buffer): _half(buffer) for buffer in module.buffers()})
+        self.module = copy.deepcopy(module, halves).eval()
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        outputs = self.module(*(_cast(tensor, torch.float16) for tensor in inputs))
+        if isinstance(outputs, torch.Tensor):
+            return _cast(outputs, torch.float32)
+        return tuple(_cast(tensor, torch.float32) for tensor in outputs)
+
+
+def _half(tensor: torch.Tensor) -> torch.Tensor:
+    return _cast(tensor.detach().to("cpu"), torch.float16)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def add_float16(encoder: ImageEncoder, bundle: Path, centre_D: torch.Tensor | None = None) -> Float16Entry:
+    """Write `image_encoder.float16.onnx` and return its parity with the encoder.
+
+    On a CPU, ONNX Runtime computes the file in float32, where nothing overflows. So ONNX Runtime checks the file's
+    operators, torch checks the float16 arithmetic, and the worse parity counts. Raises `EncoderSpecError` if a
+    cosine is below 0.999, a value is not finite, or the encoder is an ONNX file.
+    """
+    path = bundle / FLOAT16_ENCODER_FILE
+    module = Normalised(InFloat16(torch_module(encoder)))
+
+    @torch.no_grad()
+    def run(pixels_B3HW: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
+        patch_tokens_BPC, embedding_BD = module(torch.from_numpy(pixels_B3HW))
+        if centre_D is not None:
+            embedding_BD = embedding_BD - centre_D.cpu()
+        return patch_tokens_BPC.numpy(), embedding_BD.numpy()
+
+    parity = compare(encoder, run, centre_D)
+    if parity.holds(MIN_COSINE):
+        export_normalised(module, encoder.preprocessing.size_px, path)
+        if centre_D is not None:
+            fold_centre(path, centre_D)
+        parity = parity.with_worst_of(measure_parity(encoder, path, centre_D))
+    if not parity.holds(MIN_COSINE):
+        raise EncoderSpecError(
+            f"the encoder loses too much in float16: minimum cosine {parity.min_cosine:.6f} to its own embeddings, "
+            f"required {MIN_COSINE}; continue with --resume, without --float16"
+        )
+    return Float16Entry(file=FLOAT16_ENCODER_FILE, **asdict(parity))
+
+
+def add_int8(
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    bundle: Path,
+    sample: Sequence[EntityImages],
+    index: EntityIndex,
+    store: EntityStore,
+) -> Int8Entry:
+    """Write `image_encoder.int8.onnx` into a bundle with encoder, index and store, and measure what it costs.
+
+    Every other image of the sample calibrates the ranges. Raises `UserError` if the sample has no usable image,
+    `EncoderSpecError` if the int8 encoder is too inaccurate.
+    """
+    preprocessing = checkpoint.image_encoder.preprocessing
+    images = list(catalog_images(image_reader(config), preprocessing, sample))
+    if not images:
+        raise UserError("--int8 needs catalog images, and none is usable; continue with --resume, without --int8")
+    calibration = images[::2]
+    source, target = bundle / IMAGE_ENCODER_FILE, bundle / INT8_ENCODER_FILE
+    judged_on, judged = "catalog images", images[1::2] or images
+    if config.validation is not None and (queries := _queries(config.validation, preprocessing, store)):
+        judged_on, judged = "validation queries", queries
+    total = len(calibration) + 2 * len(judged)
+    with tqdm(desc="int8", unit="image", total=total, disable=not config.progress) as bar:
+        pixels_BHW3 = np.stack([pixels for _, pixels in calibration])
+        quantise(source, target, pixels_BHW3, preprocessing, on_images=bar.update)
+        cost = measure_cost(source, target, judged, preprocessing, index, on_images=bar.update)
+    if not cost["mean_cosine"] >= MIN_MEAN_COSINE:
+        raise EncoderSpecError(
+            f"the encoder loses too much in int8: mean cosine {cost['mean_cosine']:.3f} to its own embeddings, "
+            f"required {MIN_MEAN_COSINE}; continue with --resume, without --int8"
+        )
+    return Int8Entry(
+        file=INT8_ENCODER_FILE, calibrated_on=len(calibration), judged_on=judged_on, images=len(judged), **cost
+    )
+
+
+def catalog_images(
+    reader: ImageReader, preprocessing: Preprocessing, sample: Sequence[EntityImages]
+) -> Iterator[LabelledImage]:
+    """Yield the first usable image of each sampled entity. Unusable ones are in the reject log already."""
+    for row, images in sample:
+        for image in images:
+            try:
+                pixels_HW3 = load_pixels(reader.read(image), preprocessing, max_pixels=MAX_PIXELS)
+            except (UnusableImage, UndecodableImage, TooLarge):
+                continue
+            yield row, pixels_HW3
+            break
+
+
+def _queries(path: Path, preprocessing: Preprocessing, store: EntityStore) -> list[LabelledImage]:
+    """Return a sample of the validation queries."""
+    lines: Reservoir[int] = Reservoir(_MAX_QUERIES)
+    for item in read_jsonl(path):
+        if isinstance(item, tuple):
+            lines.add(item[0])
+    queries = read_queries(path, preprocessing, [], lines=frozenset(lines.items))
+    return [(row_of(query.entity_id, store), query.pixels_HW3) for query in queries]
+
+
+def quantise(
+    source: Path,
+    target: Path,
+    pixels_BHW3: npt.NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    *,
+    on_images: OnImages = lambda images: None,
+) -> None:
+    """Write the ONNX file `source` in int8, calibrated on some images. The same inputs give the same bytes."""
+    from onnxruntime.quantization import QuantType, quantize_static  # onnxruntime itself is configured above
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    large = is_large(source)
+    with TemporaryDirectory(prefix="quantise.") as folder, quiet():
+        prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
+        # This makes float16 weights float32 constants, and folds the scales of norms into the weights.
+        quant_pre_process(source, prepared, skip_symbolic_shape=True, save_as_external_data=large)
+        quantize_static(
+            prepared,
+            quantised,
+            _CalibrationImages(pixels_BHW3, preprocessing, on_images),
+            op_types_to_quantize=_QUANTISED_OPERATORS,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=large,
+            extra_options={"CalibMovingAverage": True},
+        )
+        model = onnx.load(quantised)
+    model.producer_name, model.producer_version = "", ""
+    del model.metadata_props[:]
+    if large:
+        data = target.with_name(f"{target.name}.data")
+        data.unlink(missing_ok=True)  # onnx appends to an existing file
+        onnx.external_data_helper.convert_model_to_external_data(model, location=data.name, size_threshold=1024)
+        onnx.external_data_helper.write_external_data_tensors(model, str(target.parent))
+        sync(data)
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(model.SerializeToString(deterministic=True))
+
+
+class _CalibrationImages:
+    """Implements ONNX Runtime's `CalibrationDataReader`."""
+
+    def __init__(self, pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing, on_images: OnImages) -> None:
+        self._pixels_BHW3, self._preprocessing, self._on_images = pixels_BHW3, preprocessing, on_images
+        self._starts = iter(range(0, len(pixels_BHW3), _BATCH))
+
+    def get_next(self) -> Any:
+        start = next(self._starts, None)
+        if start is None:
+            return None
+        batch_BHW3 = self._pixels_BHW3[start : start + _BATCH]
+        self._on_images(len(batch_BHW3))
+        return {INPUT: normalise(batch_BHW3, self._preprocessing)}
+
+
+def measure_cost(
+    source: Path,
+    target: Path,
+    judged: Sequence[LabelledImage],
+    preprocessing: Preprocessing,
+    index: EntityIndex,
+    *,
+    on_images: OnImages = lambda images: None,
+) -> dict[str, float]:
+    """Compare the embeddings and the best entities of two encoder files: cosines, and percentages."""
+    own_N = np.array([row for row, _ in judged])
+    float_ND, int8_ND = (_encode(file, judged, preprocessing, on_images) for file in (source, target))
+    cosines_N = (float_ND * int8_ND).sum(axis=1)
+    float_N, int8_N = (index.search(embeddings_ND, 1)[0][:, 0] for embeddings_ND in (float_ND, int8_ND))
+    return {
+        "min_cosine": round(float(cosines_N.min()), 6),
+        "mean_cosine": round(float(cosines_N.mean()), 6),
+        "same_top_1": _percent(float_N == int8_N),
+        "top_1_float": _percent(float_N == own_N),
+        "top_1_int8": _percent(int8_N == own_N),
+    }
+
+
+def _encode(
+    path: Path, images: Sequence[LabelledImage], preprocessing: Preprocessing, on_images: OnImages
+) -> npt.NDArray[np.float32]:
+    """Return embeddings [N, D], L2-normalised."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    pending, embeddings = iter(images), []
+    while batch := list(islice(pending, _BATCH)):
+        pixels_BHW3 = np.stack([pixels_HW3 for _, pixels_HW3 in batch])
+        embeddings += session.run([OUTPUTS[1]], {INPUT: normalise(pixels_BHW3, preprocessing)})
+        on_images(len(batch))
+    all_ND: npt.NDArray[np.float32] = np.concatenate(embeddings)
+    all_ND /= np.linalg.norm(all_ND, axis=1, keepdims=True)
+    return all_ND
+
+
+def _percent(hits_N: npt.NDArray[np.bool_]) -> float:
+    return round(100 * float(hits_N.mean()), 2)

@@ -1,0 +1,109 @@
+"""Reuse the embeddings of unchanged entities from an earlier bundle (`--base`).
+
+`embeddings/00000.content.npy` uint8 [n, 16] has a hash of the text and image bytes of each entity of a shard. Every
+export reads and hashes the images, because sizes and times of files do not prove equal content, and hashing is cheap
+compared with embedding.
+
+Shapes: n entities of a shard, N entities of the bundle, k embeddings of one entity, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from core.errors import UserError
+from core.files import atomic_write
+from export.config import ExportConfig, describe_model
+from export.decode import HASH_BYTES
+from index.bundle import Bundle
+from index.manifest import EMBEDDINGS_FOLDER
+from model.checkpoint import Checkpoint
+
+_MODEL_KEYS = ("image_encoder_hash", "text_encoder_hash", "checkpoint_sha256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseEntity:
+    """An entity of the base. `embeddings_kD` is float16, as stored."""
+
+    content_hash: bytes
+    image_count: int
+    embeddings_kD: npt.NDArray[np.float16]
+    thumbnail: bytes | None
+    attended_words: tuple[tuple[int, int, float], ...]
+
+
+class BaseEntities:
+    """The entities of a bundle, by id. Raises `BundleError`, and `UserError` for a bundle without content hashes."""
+
+    def __init__(self, path: Path) -> None:
+        bundle = Bundle.open(path)
+        self.manifest = bundle.manifest
+        self._hashes = _read_hashes(path, bundle.manifest.counts.entities)
+        self._embeddings = bundle.embeddings()
+        self._store = bundle.store()
+
+    def close(self) -> None:
+        self._store.close()
+
+    def find(self, entity_ids: Sequence[str]) -> dict[str, BaseEntity]:
+        """Return the entities that the base has, by id."""
+        stored = self._store.by_ids(entity_ids)
+        thumbnails = self._store.thumbnails([entity.row for entity in stored.values()])
+        found = {}
+        for entity_id, entity in stored.items():
+            positions = np.searchsorted(self._embeddings.rows_N, [entity.row, entity.row + 1])
+            found[entity_id] = BaseEntity(
+                content_hash=self._hashes[entity.row].tobytes(),
+                image_count=entity.image_count,
+                embeddings_kD=self._embeddings.stored(np.arange(*positions)),
+                thumbnail=thumbnails.get(entity.row),
+                attended_words=self._store.attended_words(entity.row),
+            )
+        return found
+
+
+def open_base(config: ExportConfig, checkpoint: Checkpoint) -> BaseEntities | None:
+    """Open the bundle of `--base`. Returns None without one, or if nothing can be copied from it.
+
+    Models and thumbnails must be the same. With `--store-text`, the base must have texts too, because their attended
+    words are copied with the embeddings.
+    """
+    if config.base is None:
+        return None
+    base = BaseEntities(config.base)
+    model, settings = describe_model(checkpoint), base.manifest.export
+    if (
+        all(base.manifest.model.get(key) == model[key] for key in _MODEL_KEYS)
+        and settings.get("thumbnail_px") == config.thumbnail_px
+        and (not config.store_text or settings.get("store_text"))
+    ):
+        return base
+    base.close()
+    return None
+
+
+def write_hashes(folder: Path, shard: int, content_hashes: Sequence[bytes]) -> None:
+    """Write the content hashes of a shard's entities. Missing ones are zero."""
+    hashes = b"".join(content_hash or bytes(HASH_BYTES) for content_hash in content_hashes)
+    with atomic_write(folder / _hashes_file(shard)) as temporary, temporary.open("wb") as file:
+        np.save(file, np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES), allow_pickle=False)
+
+
+def _hashes_file(shard: int) -> str:
+    return f"{shard:05d}.content.npy"
+
+
+def _read_hashes(path: Path, entities: int) -> npt.NDArray[np.uint8]:
+    shards: list[npt.NDArray[np.uint8]] = []
+    while (file := path / EMBEDDINGS_FOLDER / _hashes_file(len(shards))).exists():
+        shards.append(np.load(file, allow_pickle=False))
+    if sum(map(len, shards)) != entities:
+        raise UserError(f"--base {path} has no content hashes of its entities; export it once in full without --base")
+    hashes_N16: npt.NDArray[np.uint8] = np.concatenate(shards)
+    return hashes_N16
