@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 _PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=0)
 
 
 def _codes(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -26,44 +27,32 @@ def _items(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     return tuple(int(word[1:]) for word in words)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option(
-    "--content", type=_PATH, required=True, multiple=True,
-    help="CirrusSearch content dump: a file or its folder. Repeatable.",
-)  # fmt: skip
-@click.option(
-    "--page-props", type=_PATH, multiple=True,
-    help="The wiki's page_props.sql.gz, for page images. Repeatable.  [default: none]",
-)  # fmt: skip
-@click.option(
-    "--wikidata", type=_PATH, help="Wikidata's all.json.gz or .bz2, for types, titles and images.  [default: none]"
+    "--content", type=_PATH, required=True, multiple=True, help="CirrusSearch dump: file or folder. Repeatable."
 )
+@click.option(
+    "--page-props", type=_PATH, multiple=True, help="The wiki's page_props.sql.gz. Repeatable.  [default: none]"
+)
+@click.option("--wikidata", type=_PATH, help="Wikidata's all.json.gz or .bz2: types, titles, images.  [default: none]")
 @click.option("--base", type=_PATH, help="Earlier catalog to bring up to date.  [default: none]")
 @click.option("--out", type=_PATH, required=True, help="The catalog: .jsonl, .jsonl.gz or .parquet.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted build, or begin one.")
 @click.option("--language", metavar="CODE", help="Only articles in this language.  [default: any]")
+@click.option("--titles", metavar="CODES", callback=_codes, help="Languages of further titles: de,fr.  [default: none]")
 @click.option(
-    "--titles", metavar="CODES", callback=_codes, help="Languages of further titles, such as de,fr.  [default: none]"
-)
-@click.option(
-    "--types", metavar="ITEMS", callback=_items, default="",
+    "--types", metavar="ITEMS", callback=_items, default="", show_default=False,
     help="Only items of these types or their subclasses, such as Q16521,Q811979.  [default: all]",
 )  # fmt: skip
 @click.option(
     "--without-types", metavar="ITEMS", callback=_items,
     help="Exclude these types and their subclasses.  [default: disambiguation pages, lists, categories, templates]",
 )  # fmt: skip
-@click.option(
-    "--min-links",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Minimum incoming links of an article.",
-)
-@click.option("--max-text", type=click.IntRange(min=0), default=4000, show_default=True, help="Characters per article.")
+@click.option("--min-links", type=_COUNT, default=0, help="Minimum incoming links of an article.")
+@click.option("--max-text", type=_COUNT, default=4000, help="Characters per article.")
 @click.option(
     "--image-width", "image_width_px", type=click.Choice(["0", "250", "330", "500", "960", "1280"]), default="500",
-    show_default=True, help="Width of images in pixels, one of Wikimedia's standard sizes. 0: as uploaded.",
+    help="Width of images in pixels, one of Wikimedia's standard sizes. 0: as uploaded.",
 )  # fmt: skip
 @click.option("--free-images", is_flag=True, help="Only page images with a free licence.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")

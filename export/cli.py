@@ -9,63 +9,38 @@ from typing import Any
 import click
 
 _PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(min=1)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option(
-    "--catalog", type=_PATH, required=True, help="Entity records: JSONL(.gz), Parquet, or OVEN's or E-VQA's file."
+    "--catalog", type=_PATH, required=True, help="Entity records: JSONL(.gz), Parquet, OVEN's or E-VQA's file."
 )
 @click.option("--checkpoint", type=_PATH, required=True, help="Folder written by `wikiclip train`.")
 @click.option("--out", type=_PATH, required=True, help="New or empty folder for the bundle.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted export, or begin one.")
-@click.option(
-    "--limit", type=click.IntRange(min=1), help="Export only the first entities of the catalog.  [default: all]"
-)
-@click.option(
-    "--shard-size",
-    type=click.IntRange(min=1),
-    default=4096,
-    show_default=True,
-    help="Entities per shard. An interruption loses at most one unfinished shard.",
-)
-@click.option(
-    "--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images per batch of the models."
-)
-@click.option(
-    "--validation",
-    type=_PATH,
-    help="Labelled queries (JSONL), to fit confidence and the abstain threshold.  [default: none]",
-)
+@click.option("--limit", type=_COUNT, help="Export only the first entities of the catalog.  [default: all]")
+@click.option("--shard-size", type=_COUNT, default=4096, help="Entities per shard. An interruption loses at most one.")
+@click.option("--batch-size", type=_COUNT, default=32, help="Images per batch of the models.")
+@click.option("--validation", type=_PATH, help="Labelled queries (JSONL) to fit confidence on.  [default: none]")
 @click.option("--name", help="Name of the bundle.  [default: the output folder's]")
 @click.option(
     "--thumbnails",
     "thumbnail_px",
     type=click.IntRange(min=0, max=1024),
     default=0,
-    show_default=True,
     help="Longer side of each entity's thumbnail, in pixels. 0: no thumbnails.",
 )
 @click.option(
-    "--half/--no-half",
-    default=True,
-    show_default=True,
-    help="Store the image encoder's weights in float16 if that changes no embedding.",
+    "--half/--no-half", default=True, help="Store the encoder's weights in float16 if that changes no embedding."
 )
-@click.option(
-    "--int8",
-    is_flag=True,
-    help="Add an int8 image encoder, for queries on a CPU, and measure its accuracy.",
-)
+@click.option("--int8", is_flag=True, help="Add an int8 image encoder, for queries on a CPU, and measure its accuracy.")
 @click.option("--float16", is_flag=True, help="Add an image encoder that computes in float16, for queries on a GPU.")
 @click.option(
-    "--live",
-    is_flag=True,
-    help="Add the entity encoder, for edits while serving. With --resume also to a complete bundle.",
+    "--live", is_flag=True, help="Add the entity encoder, for edits while serving; with --resume at any time."
 )
 @click.option("--store-text", is_flag=True, help="Store the entities' texts in the bundle.")
-@click.option(
-    "--images", type=_PATH, help="Folder written by `wikiclip fetch-images`, for images by URL.  [default: none]"
-)
+@click.option("--images", type=_PATH, help="Folder of `wikiclip fetch-images`, for images by URL.  [default: none]")
 @click.option("--image-root", type=_PATH, help="Folder that contains OVEN's wikipedia_images_full.  [default: none]")
 @click.option("--image-encoder", metavar="SPEC", help="The checkpoint's image encoder.  [default: as recorded in it]")
 @click.option("--text-encoder", metavar="SPEC", help="The checkpoint's text encoder.  [default: as recorded in it]")
@@ -73,28 +48,18 @@ _PATH = click.Path(path_type=Path)
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
-    help="Device of the models. auto: a GPU if there is one.",
+    help="Device of the models. auto: a GPU if any.",
 )
-@click.option(
-    "--base",
-    type=_PATH,
-    help="Earlier bundle, to copy entities with the same text, images and models.  [default: none]",
-)
-@click.option(
-    "--workers", type=click.IntRange(min=1, max=256), help="Image decoding processes.  [default: one per core]"
-)
+@click.option("--base", type=_PATH, help="Earlier bundle, to copy unchanged entities from.  [default: none]")
+@click.option("--workers", type=click.IntRange(1, 256), help="Image decoding processes.  [default: one per core]")
 @click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),
     default="local",
-    show_default=True,
     help="ray: on all machines of the Ray cluster at RAY_ADDRESS (extra `ray`).",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Allow `hf:` encoders to run code from their repositories.")
-@click.option(
-    "--dry-run", is_flag=True, help="Write nothing. Estimate size and time from the whole catalog and a timed sample."
-)
+@click.option("--dry-run", is_flag=True, help="Write nothing. Estimate size and time from a timed sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """Write a servable bundle with an exact index from a catalog and a checkpoint.

@@ -109,7 +109,7 @@ class _Decoder:
         return [self.decode(job) for job in jobs]
 
 
-_Pending = tuple[list[ImageJob], Future[list[DecodedImages]] | None]
+_Pending = tuple[list[ImageJob], Future[list[DecodedImages]]]
 
 
 class DecodePool:
@@ -140,7 +140,7 @@ class DecodePool:
     def _result(self, pending: deque[_Pending]) -> Sequence[DecodedImages]:
         group, future = pending.popleft()
         try:
-            return self._decoder.decode_all(group) if future is None else future.result()
+            return future.result()
         except BrokenProcessPool:
             # A file crashed its worker, which ends the pool. Decode this group one by one, and submit the rest again.
             self._stop()
@@ -150,28 +150,27 @@ class DecodePool:
             return results
 
     def _decode_alone(self, job: ImageJob) -> DecodedImages:
-        future = self._submit([job])
         try:
-            return self._decoder.decode(job) if future is None else future.result()[0]
+            return self._submit([job]).result()[0]
         except BrokenProcessPool:
             self._stop()
             reason = "the decoding process crashed (a damaged file, or out of memory)"
             return DecodedImages(content_hash=b"", failures=[(image, reason) for image in job.images])
 
-    def _submit(self, jobs: list[ImageJob]) -> Future[list[DecodedImages]] | None:
-        """Submit jobs to the pool. Returns None if they have no image, which is faster in this process."""
+    def _submit(self, jobs: list[ImageJob]) -> Future[list[DecodedImages]]:
+        future: Future[list[DecodedImages]] = Future()
         if not any(job.images for job in jobs):
-            return None
+            future.set_result(self._decoder.decode_all(jobs))  # faster than through the pool
+            return future
         if self._pool is None:
             # Forking is unsafe in a process with threads.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_worker)
         try:
             return self._pool.submit(self._decoder.decode_all, jobs)
-        except BrokenProcessPool:  # raised by submit before any result
-            failed: Future[list[DecodedImages]] = Future()
-            failed.set_exception(BrokenProcessPool())
-            return failed
+        except BrokenProcessPool as error:  # raised by submit before any result
+            future.set_exception(error)
+            return future
 
     def _stop(self) -> None:
         if self._pool is not None:

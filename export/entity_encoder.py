@@ -6,7 +6,7 @@ Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ from model.adaptor import Adaptor
 from model.checkpoint import Checkpoint
 from model.encoders.text import MAX_CHARACTERS_PER_TOKEN, TokenStateEncoder
 
-_BATCH, _TOKENS = torch.export.Dim("batch"), torch.export.Dim("tokens")
+_PER_BATCH: Mapping[int, Any] = {0: torch.export.Dim("batch")}  # dynamic dimensions
+_PER_TOKEN: Mapping[int, Any] = {**_PER_BATCH, 1: torch.export.Dim("tokens")}
 _SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens
 
 
@@ -85,16 +86,8 @@ def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
             text_mask_BT,
         )
 
-    per_batch, per_token = {0: _BATCH}, {0: _BATCH, 1: _TOKENS}
-    export_module(
-        adaptor,
-        sample(2, 5),
-        path,
-        inputs=ADAPTOR_INPUTS,
-        outputs=(ADAPTOR_OUTPUT,),
-        dynamic_shapes=(per_batch, per_batch, per_token, per_token),
-    )
-    return _parity(adaptor, path, ADAPTOR_INPUTS, ADAPTOR_OUTPUT, [sample(*size) for size in _SIZES], "the adaptor")
+    shapes = (_PER_BATCH, _PER_BATCH, _PER_TOKEN, _PER_TOKEN)
+    return _export(adaptor, path, sample, ADAPTOR_INPUTS, ADAPTOR_OUTPUT, shapes, "the adaptor")
 
 
 class _LastStates(nn.Module):
@@ -121,42 +114,37 @@ def _export_text_encoder(encoder: TokenStateEncoder, path: Path) -> dict[str, fl
         ids = torch.randint(encoder.vocabulary_size, (batch, min(tokens, encoder.max_tokens)), generator=generator)
         return ids, torch.ones_like(ids)
 
-    shape = {0: _BATCH, 1: _TOKENS}
-    try:
-        export_module(
-            model,
-            sample(2, 5),
-            path,
-            inputs=TEXT_INPUTS,
-            outputs=(TEXT_OUTPUT,),
-            dynamic_shapes=(shape, shape),
-        )
-    except Exception as error:
-        # The exporter's errors have no common base class.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise EncoderSpecError(
-            f"text encoder {encoder.spec} cannot be exported to ONNX ({reason}); omit --live, and send embeddings "
-            "instead of images and texts"
-        ) from error
-    samples = [sample(*size) for size in _SIZES]
-    return _parity(model, path, TEXT_INPUTS, TEXT_OUTPUT, samples, f"text encoder {encoder.spec}")
+    name = f"text encoder {encoder.spec}"
+    return _export(model, path, sample, TEXT_INPUTS, TEXT_OUTPUT, (_PER_TOKEN, _PER_TOKEN), name)
 
 
 @torch.no_grad()
-def _parity(
-    module: Callable[..., torch.Tensor],
+def _export(
+    module: nn.Module,
     path: Path,
+    sample: Callable[[int, int], tuple[torch.Tensor, ...]],
     inputs: Sequence[str],
     output: str,
-    samples: Sequence[tuple[torch.Tensor, ...]],
+    dynamic_shapes: tuple[Mapping[int, Any], ...],
     name: str,
 ) -> dict[str, float]:
-    """Compare a file with its module. Raises `EncoderSpecError` if they differ."""
+    """Write a module as an ONNX file and return its parity. `sample` makes inputs for a batch and token count.
+
+    Raises `EncoderSpecError` if the module cannot be exported, or if the file differs from it.
+    """
+    try:
+        export_module(module, sample(2, 5), path, inputs=inputs, outputs=(output,), dynamic_shapes=dynamic_shapes)
+    except Exception as error:  # the exporter's errors have no common base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EncoderSpecError(
+            f"{name} cannot be exported to ONNX ({reason}); omit --live, and send embeddings instead"
+        ) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     min_cosine, max_abs_diff = 1.0, 0.0
-    for sample in samples:
-        exact = module(*sample).double().numpy()
-        (found,) = session.run([output], {key: value.numpy() for key, value in zip(inputs, sample, strict=True)})
+    for batch, tokens in _SIZES:
+        tensors = sample(batch, tokens)
+        exact = module(*tensors).double().numpy()
+        (found,) = session.run([output], {key: value.numpy() for key, value in zip(inputs, tensors, strict=True)})
         lengths = np.linalg.norm(exact, axis=-1) * np.linalg.norm(found, axis=-1)
         min_cosine = min(min_cosine, float(((exact * found).sum(-1) / lengths).min()))
         max_abs_diff = max(max_abs_diff, float(np.abs(exact - found).max()))

@@ -1,4 +1,4 @@
-"""A small checkpoint of random weights and a catalog with everything that can be wrong in one."""
+"""A small checkpoint of random weights, and a catalog with every kind of bad record."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SIZE_PX = 32
 
 @dataclass(frozen=True, kw_only=True)
 class CatalogFiles:
-    """`entities` are the records that are usable, `rejected` those that are not, `images_failed` images."""
+    """A catalog and its counts. `rejected` counts bad records, `images_failed` unusable images."""
 
     path: Path
     images: dict[str, Path]  # the first image of each entity that has one
@@ -101,9 +101,7 @@ def write_catalog(folder: Path) -> CatalogFiles:
     without_image = without_text = images_failed = 0
     for number in range(ENTITIES):
         row: dict[str, Any] = {"entity_id": f"Q{number}", "title": f"Thing {number}", "types": ["thing"]}
-        row["text"] = (
-            "" if number % 6 == 5 else f"Thing number {number} is a thing. It has a long story, told elsewhere."
-        )
+        row["text"] = "" if number % 6 == 5 else f"Thing number {number} is a thing. It has a long story."
         without_text += number % 6 == 5
         names = [f"images/{number}_{view}.png" for view in range({0: 2, 3: 0}.get(number % 4, 1))]
         for view, name in enumerate(names):

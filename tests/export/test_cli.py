@@ -1,4 +1,4 @@
-"""`wikiclip export` as a user runs it."""
+"""The command `wikiclip export`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from index.bundle import Bundle
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -23,7 +23,7 @@ def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_export_ends_by_saying_what_it_left_out(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
+def test_export_prints_a_summary(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ("export", "--catalog", catalog.path, "--checkpoint", checkpoint, "--out", tmp_path / "b")
     arguments = (*arguments, "--float16")
     done = wikiclip(*arguments)
@@ -38,7 +38,7 @@ def test_export_ends_by_saying_what_it_left_out(catalog: CatalogFiles, checkpoin
     assert json.loads(resumed.stdout)["already_complete"] is True
 
 
-def test_a_missing_catalog_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_catalog_is_reported_in_one_line(checkpoint: Path, tmp_path: Path) -> None:
     done = wikiclip(
         "export", "--catalog", tmp_path / "none.jsonl", "--checkpoint", checkpoint, "--out", tmp_path / "out"
     )

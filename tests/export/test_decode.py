@@ -1,4 +1,4 @@
-"""Images decoded in worker processes: in order, and one that kills its worker costs only itself."""
+"""Decoding in worker processes: results are in order, and an image that crashes its worker is rejected alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from imaging import Preprocessing, load_pixels
 PREPROCESSING = Preprocessing(
     size_px=16, resize="squash", crop="none", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
-# Workers import it by name, so it has to be a module of its own.
+# Workers import it by name, so it is written as a module.
 READER = """
 import os, signal
 from catalog.images import LocalImages
@@ -65,7 +65,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> object:
     return importlib.import_module(name).Reader()
 
 
-def test_an_image_that_kills_its_worker_is_rejected_and_nothing_else(images: list[str], reader: object) -> None:
+def test_only_the_image_that_crashes_its_worker_is_rejected(images: list[str], reader: object) -> None:
     jobs = [job(image) for image in images]
     jobs[3], jobs[30] = job("poison 1"), job("poison 2")
     with pool(reader) as workers:
@@ -80,12 +80,12 @@ def test_an_image_that_kills_its_worker_is_rejected_and_nothing_else(images: lis
             assert not found.failures
 
 
-def test_a_disk_that_fails_is_no_fault_of_an_image(images: list[str], reader: object) -> None:
+def test_a_failing_disk_ends_the_export(images: list[str], reader: object) -> None:
     with pool(reader) as workers, pytest.raises(CatalogError, match="the disk is gone"):
         list(workers.map([job(images[0]), job("unplugged"), job(images[1])]))
 
 
-def test_content_is_text_and_image_bytes_in_order(images: list[str]) -> None:
+def test_content_hashes_depend_on_text_and_image_bytes_in_order(images: list[str]) -> None:
     one, other = images[:2]
     jobs = [job(one, other), job(one, other), job(other, one), job(one), job(one, other, text="x"), job()]
     with pool(LocalImages()) as workers:
@@ -97,7 +97,7 @@ def test_content_is_text_and_image_bytes_in_order(images: list[str]) -> None:
     assert unchanged == [True, False]
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path), "nowhere.png", "nul\0.png", "https://x.org/a.png"):
         with pytest.raises(UnusableImage):

@@ -1,4 +1,4 @@
-"""A disk that takes no more, and images that vanish: one line, exit 2, and what was finished is kept."""
+"""A full disk and a missing image root: one line, exit status 2, and finished shards are kept."""
 
 from __future__ import annotations
 
@@ -21,28 +21,31 @@ from core.files import report_disk_full
 from export.config import ExportConfig
 from export.pipeline import export_bundle
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
-    told = partial(report_disk_full, Path("out"), again="go on with --resume")
-    with pytest.raises(UserError, match=r"the disk of out is full; free some space and go on with --resume"), told():
+def test_a_full_disk_is_reported(tmp_path: Path) -> None:
+    reported = partial(report_disk_full, Path("out"), again="go on with --resume")
+    with (
+        pytest.raises(UserError, match=r"the disk of out is full; free some space and go on with --resume"),
+        reported(),
+    ):
         Path("/dev/full").write_bytes(b"x")
     with closing(sqlite3.connect(tmp_path / "small.sqlite")) as connection:
         connection.executescript("PRAGMA max_page_count = 3; CREATE TABLE t (x);")
-        with pytest.raises(UserError, match="the disk of out is full"), told():
+        with pytest.raises(UserError, match="the disk of out is full"), reported():
             connection.execute("INSERT INTO t VALUES (zeroblob(100000))")
-    with pytest.raises(FileNotFoundError), told():
+    with pytest.raises(FileNotFoundError), reported():
         Path("nowhere").read_bytes()
 
 
-def test_export_goes_on_after_room_was_made(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
+def test_an_export_resumes_after_space_was_freed(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in catalog.path.read_text().splitlines() if line.startswith('{"entity_id": "Q')]
     for row in rows:
         row["images"] = []
     next(row for row in rows if row["entity_id"] == "Q8")["text"] = (
         "long " * 2_000_000
-    )  # 10 MB, which --store-text has to write
+    )  # 10 MB, written because of --store-text
     path = tmp_path / "catalog.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
@@ -61,7 +64,7 @@ def test_export_goes_on_after_room_was_made(catalog: CatalogFiles, checkpoint: P
     assert json.loads(done.stdout)["resumed_shards"] == 2
 
 
-def test_a_vanished_image_root(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_missing_image_root(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
     config = ExportConfig(
         catalog=catalog.path, checkpoint=checkpoint, out=tmp_path / "out", image_root=tmp_path / "gone", device="cpu"
     )

@@ -1,4 +1,4 @@
-"""`wikiclip export --live`: the service embeds an entity as the export does, and says so where it cannot."""
+"""`wikiclip export --live`: the service embeds entities as the export does."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def live_bundle(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles,
     out = tmp_path_factory.mktemp("live") / "bundle"
     config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=out, thumbnail_px=24)
     plain = export_bundle(config)
-    # To a bundle that is whole already it is added, and nothing else changes.
+    # Adding it to a complete bundle changes nothing else.
     added = export_bundle(ExportConfig(**{**config.__dict__, "live": True, "resume": True}))
     assert added.already_complete
     assert added.fingerprint == plain.fingerprint
@@ -74,7 +74,7 @@ def test_an_entity_is_embedded_as_the_export_does(live_bundle: Path, catalog: Ca
             at = np.flatnonzero(embeddings.rows_N == store.get(row["entity_id"]).row)[:1]
             np.testing.assert_allclose(embeddings.at(at)[0], found_D, atol=2e-3)  # stored as float16
             assert np.linalg.norm(found_D) == pytest.approx(1, abs=1e-5)
-        assert len(kinds) >= 3  # with both, without a text, without an image
+        assert len(kinds) >= 3  # text and image, image only, text only
 
 
 def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: CatalogFiles, tmp_path: Path) -> None:
@@ -84,26 +84,26 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
         with recognizer.acquire() as held:
             editor = held.loaded.editor
             assert editor is not None
-            wanted = EntityRequest(title="Seen anew", text="Thing number 4 is a thing.")
+            wanted = EntityRequest(title="New title", text="Thing number 4 is a thing.")
             edited = editor.put("new", wanted, image).result()
         assert edited.created
         assert edited.entity.has_thumbnail
         with recognizer.acquire() as held:
             assert held.entities.thumbnail("new") is not None
-            assert held.entities.get("new").title == "Seen anew"
+            assert held.entities.get("new").title == "New title"
             assert held.entities.get("new").has_thumbnail
             text_only = held.loaded.editor.put("words", wanted, None).result()  # type: ignore[union-attr]
             assert not text_only.entity.has_thumbnail
 
 
-def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
+def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(
     catalog: CatalogFiles,
     checkpoint: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is put lies beside embeddings that were made in floats; and an export tells how far it is with each file."""
+    """The catalog was embedded in float32. The export also shows its progress for each file."""
     out = tmp_path / "both"
     config = ExportConfig(
         catalog=catalog.path,
@@ -116,8 +116,8 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
         progress=True,
     )
     export_bundle(config)
-    told = capsys.readouterr().err
-    assert all(f"{stage}: 100%" in told for stage in ("image encoder", "float16", "int8", "entity side"))
+    shown = capsys.readouterr().err
+    assert all(f"{stage}: 100%" in shown for stage in ("image encoder", "float16", "int8", "entity encoder"))
     row = next(row for row in map(json.loads, catalog.path.read_text().splitlines()) if row["entity_id"] == "Q4")
     settings = Settings(threads=1, live_dir=tmp_path / "live")
     with Recognizer.open(out, settings) as recognizer:
@@ -130,7 +130,7 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
         with recognizer.acquire() as held:
             exported_row, put_row = (held.entities.get(entity_id).row for entity_id in ("Q4", "again"))
             exported_1D, put_1D = held.entities.images_of(exported_row), held.entities.images_of(put_row)
-    np.testing.assert_allclose(put_1D[0], exported_1D[0], atol=2e-3)  # stored as float16; int8 is a hundredth off
+    np.testing.assert_allclose(put_1D[0], exported_1D[0], atol=2e-3)  # stored as float16; int8 differs by 0.01
 
     opened: list[str] = []
 
@@ -145,10 +145,10 @@ def test_what_is_put_where_queries_are_in_int8_or_float16_is_embedded_in_floats(
     settings = settings.model_copy(update={"search_device": "cpu"})
     with Recognizer.open(out, settings) as recognizer, recognizer.acquire() as held:
         assert held.loaded.precision == "float16"
-    assert opened == ["image_encoder.float16.onnx", "image_encoder.onnx"]  # queries, what is put
+    assert opened == ["image_encoder.float16.onnx", "image_encoder.onnx"]  # queries, entities
 
 
-def test_what_was_altered_is_refused(live_bundle: Path, tmp_path: Path) -> None:
+def test_an_altered_entity_encoder_is_refused(live_bundle: Path, tmp_path: Path) -> None:
     altered = tmp_path / "altered"
     shutil.copytree(live_bundle, altered)
     bundle = Bundle.open(altered)
@@ -169,8 +169,8 @@ def test_what_was_altered_is_refused(live_bundle: Path, tmp_path: Path) -> None:
     assert bundle.entity_encoder() is None
 
 
-def test_a_text_encoder_that_cannot_be_exported_is_told(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_text_encoder_that_cannot_be_exported_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     loaded = Checkpoint.load(checkpoint)
     object.__setattr__(loaded, "text_encoder", object())
-    with pytest.raises(EncoderSpecError, match="leave --live out"):
+    with pytest.raises(EncoderSpecError, match="omit --live"):
         export_entity_encoder(loaded, tmp_path)

@@ -1,4 +1,4 @@
-"""The encoder of a bundle computing in float16: parity is recorded, what float16 cannot hold is refused."""
+"""The float16 encoder of a bundle: its parity is recorded, and an encoder that overflows is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from model.encoders.torch_module import TorchImageEncoder
 from service.encoder import open_encoder
 from service.settings import Settings
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, chec
     return config
 
 
-def test_the_manifest_says_how_far_it_is(config: ExportConfig) -> None:
+def test_parity_is_in_the_manifest(config: ExportConfig) -> None:
     bundle = Bundle.open(config.out, verify="full")
     entry = bundle.manifest.image_encoder.float16
     assert entry is not None
@@ -60,9 +60,7 @@ def test_the_manifest_says_how_far_it_is(config: ExportConfig) -> None:
     assert plan.disk_bytes["float16 encoder"] == pytest.approx(size_bytes, rel=0.5, abs=100_000)
 
 
-def test_a_resume_may_take_it_in_or_leave_it_out(
-    config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_may_add_or_drop_it(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = dataclasses.replace(config, out=tmp_path / "things", resume=True)
     part = again.out / ".partial" / "bundle" / FLOAT16_ENCODER_FILE
 
@@ -81,7 +79,7 @@ def test_a_resume_may_take_it_in_or_leave_it_out(
     assert (again.out / FLOAT16_ENCODER_FILE).read_bytes() == (config.out / FLOAT16_ENCODER_FILE).read_bytes()
     assert Bundle.open(again.out, verify="full").fingerprint == Bundle.open(config.out).fingerprint
     assert export_bundle(without).float16 is None
-    # What a bundle without it says of itself is what it said before there was any.
+    # The manifest of a bundle without it has no float16 field.
     manifest = json.loads((without.out / "manifest.json").read_text())
     assert "float16" not in manifest["image_encoder"]
     assert "float16" not in manifest["export"]
@@ -90,10 +88,8 @@ def test_a_resume_may_take_it_in_or_leave_it_out(
             export_bundle(dataclasses.replace(made, float16=wanted))
 
 
-def test_weights_too_large_for_one_file_lie_beside_it(
-    config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As a model of gigabytes does, with a lower limit."""
+def test_large_weights_are_external_data(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is lowered to simulate a model of gigabytes."""
     monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
     large = dataclasses.replace(config, out=tmp_path / "large")
     export_bundle(large)
@@ -121,12 +117,12 @@ def test_a_centre_is_folded_in(image_encoder: ImageEncoder, tmp_path: Path) -> N
         ["image_embedding"], {"pixel_values": normalise(pixels_BHW3, image_encoder.preprocessing)}
     )
     np.testing.assert_allclose(found_BD, F.normalize(embedding_BD - centre_D, dim=1), atol=5e-3)
-    np.testing.assert_allclose(np.linalg.norm(found_BD, axis=1), 1, atol=1e-5)  # brought to length 1 in float32
+    np.testing.assert_allclose(np.linalg.norm(found_BD, axis=1), 1, atol=1e-5)  # normalised in float32
     assert onnx.load(tmp_path / FLOAT16_ENCODER_FILE).graph.node[-1].op_type == "LpNormalization"
 
 
 class _Large(nn.Module):
-    """A network with a value on its way that float16 has not, for all that it takes and gives is small."""
+    """A network with small inputs and outputs whose intermediate value overflows in float16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +137,7 @@ class _Large(nn.Module):
         return mean[:, None], mean
 
 
-def test_what_overflows_is_refused_though_a_cpu_runs_the_file(tmp_path: Path) -> None:
+def test_overflow_is_refused_although_a_cpu_runs_the_file(tmp_path: Path) -> None:
     grey = (0.5, 0.5, 0.5)
     preprocessing = Preprocessing(
         size_px=8, resize="squash", crop="none", interpolation="bilinear", mean=grey, std=grey
@@ -153,7 +149,7 @@ def test_what_overflows_is_refused_though_a_cpu_runs_the_file(tmp_path: Path) ->
     assert [file.name for file in tmp_path.iterdir()] == ["image_encoder.onnx"]
 
 
-def test_what_is_no_number_is_the_worst_there_is(image_encoder: ImageEncoder, tmp_path: Path) -> None:
+def test_nan_is_the_worst_parity(image_encoder: ImageEncoder, tmp_path: Path) -> None:
     assert not Parity(max_abs_diff=float("inf"), min_cosine=1.0).holds(0.999)
     assert not Parity(max_abs_diff=0.0, min_cosine=float("nan")).holds(-1.0)
     export_image_encoder(image_encoder, tmp_path)
@@ -168,7 +164,7 @@ def test_what_is_no_number_is_the_worst_there_is(image_encoder: ImageEncoder, tm
     assert not parity.holds(0.0)
 
 
-def test_an_encoder_that_does_not_bear_it_is_told_before_the_shards(
+def test_an_inaccurate_encoder_is_refused_before_the_shards(
     config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change = dataclasses.replace(config, out=tmp_path / "b")
@@ -189,7 +185,7 @@ def test_an_onnx_encoder_is_refused(image_encoder: ImageEncoder, tmp_path: Path)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA")
-def test_a_gpu_takes_it_and_embeds_as_a_cpu_does_in_floats(config: ExportConfig) -> None:
+def test_embeddings_on_a_gpu_are_close_to_those_of_float32(config: ExportConfig) -> None:
     bundle = Bundle.open(config.out)
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
     on_gpu = open_encoder(bundle, preprocessing, Settings(device="cuda", max_batch=8))

@@ -1,4 +1,4 @@
-"""Images out of tar shards give the embeddings of the same images out of a folder."""
+"""Images in tar shards give the same embeddings as in a folder."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from export.config import ExportConfig
 from export.pipeline import export_bundle
 from index.bundle import Bundle
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 def embeddings(bundle: Path) -> list[np.ndarray[Any, Any]]:
     return [np.load(path) for path in sorted((bundle / "embeddings").iterdir())]
 
 
-def test_tar_shards_and_folders_give_the_same(
+def test_tar_shards_and_folders_give_the_same_bundle(
     tmp_path: Path, make_catalog: Callable[[Path], CatalogFiles], checkpoint: Path
 ) -> None:
     catalog = make_catalog(tmp_path)
@@ -57,16 +57,14 @@ def test_tar_shards_and_folders_give_the_same(
     assert sum("was not fetched; run fetch-images" in reason for reason in reasons) == 3
 
 
-def test_a_folder_without_shards_is_told_before_anything_is_done(
-    tmp_path: Path, catalog: CatalogFiles, checkpoint: Path
-) -> None:
+def test_a_folder_without_shards_is_refused(tmp_path: Path, catalog: CatalogFiles, checkpoint: Path) -> None:
     config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=tmp_path / "out", images=tmp_path)
     with pytest.raises(CatalogError, match="has no images"):
         export_bundle(config)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_images_are_another_export(
+def test_a_resume_with_other_images_is_refused(
     tmp_path: Path, catalog: CatalogFiles, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("first", "second"):

@@ -1,4 +1,4 @@
-"""The int8 encoder of a bundle: what it costs is measured, and a resume gives the same bytes."""
+"""The int8 encoder of a bundle: its cost is measured, and a resumed export has the same bytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from index.manifest import INT8_ENCODER_FILE
 from service.encoder import open_encoder
 from service.settings import Settings
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def _preprocessing(bundle: Bundle) -> Any:
     return Preprocessing.from_dict(bundle.manifest.preprocessing)
 
 
-def test_the_manifest_says_what_it_costs(config: ExportConfig, catalog: CatalogFiles) -> None:
+def test_its_cost_is_in_the_manifest(config: ExportConfig, catalog: CatalogFiles) -> None:
     bundle = Bundle.open(config.out, verify="full")
     entry = bundle.manifest.image_encoder.int8
     assert entry is not None
@@ -68,9 +68,7 @@ def test_the_manifest_says_what_it_costs(config: ExportConfig, catalog: CatalogF
     assert b"/tmp/" not in data
 
 
-def test_a_resume_may_take_it_in_or_leave_it_out(
-    config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_may_add_or_drop_it(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     again = dataclasses.replace(config, out=tmp_path / "things", resume=True)
 
     def fail(*_: Any, **__: Any) -> None:
@@ -94,7 +92,7 @@ def test_a_resume_may_take_it_in_or_leave_it_out(
         export_bundle(dataclasses.replace(again, int8=False))
 
 
-def test_validation_queries_are_what_it_is_judged_on(
+def test_it_is_judged_on_validation_queries(
     config: ExportConfig, catalog: CatalogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [
@@ -111,11 +109,11 @@ def test_validation_queries_are_what_it_is_judged_on(
     assert summary.int8 is not None
     assert summary.int8.judged_on == "validation queries"
     assert summary.int8.images == len(rows)
-    # The entities' own images ask: mostly right, and alike with both files.
+    # The queries are the entities' own images, so most answers are right with both files.
     assert min(summary.int8.top_1_float, summary.int8.top_1_int8, summary.int8.same_top_1) > 20
 
 
-def test_what_cannot_be_quantised_is_told_and_costs_nothing(
+def test_an_encoder_that_cannot_be_quantised_is_refused_and_shards_are_kept(
     config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = tmp_path / "texts.jsonl"
@@ -129,10 +127,10 @@ def test_what_cannot_be_quantised_is_told_and_costs_nothing(
         export_bundle(dataclasses.replace(config, out=tmp_path / "b"))
 
 
-def test_weights_too_large_for_one_file_lie_beside_it(
+def test_large_weights_are_external_data(
     config: ExportConfig, catalog: CatalogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a model of gigabytes does, with a lower limit."""
+    """The limit is lowered to simulate a model of gigabytes."""
     monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
     large = dataclasses.replace(config, out=tmp_path / "large")
     export_bundle(large)
@@ -153,7 +151,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
         assert (again.out / name).read_bytes() == (moved / name).read_bytes(), name
 
 
-def test_a_sample_is_even_and_always_the_same() -> None:
+def test_a_reservoir_is_uniform_and_deterministic() -> None:
     drawn = []
     for _ in range(2):
         reservoir: Reservoir[int] = Reservoir(200)

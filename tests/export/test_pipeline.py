@@ -1,4 +1,4 @@
-"""An export gives the bundle that a slow loop over the catalog would, and says what it left out."""
+"""An export equals a slow loop over the catalog, and reports rejects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from index.calibration import background
 from index.manifest import OPEN_SET_FILE
 from model.checkpoint import Checkpoint
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +65,7 @@ def test_counts(done: Done, catalog: CatalogFiles) -> None:
     assert done.summary.shards == 5
 
 
-def test_the_bundle_holds_what_is_listed_and_nothing_else(done: Done) -> None:
+def test_the_bundle_has_only_listed_files(done: Done) -> None:
     assert sorted(entry.name for entry in done.config.out.iterdir()) == [
         "embeddings",
         "entities.sqlite",
@@ -76,14 +76,14 @@ def test_the_bundle_holds_what_is_listed_and_nothing_else(done: Done) -> None:
     assert done.bundle.unlisted_files() == []
 
 
-def test_no_file_names_a_place_on_this_machine(done: Done, catalog: CatalogFiles) -> None:
+def test_no_file_has_paths_of_this_machine(done: Done, catalog: CatalogFiles) -> None:
     for name, data in content(done.config.out).items():
         for place in (str(catalog.path.parent), str(done.config.checkpoint), str(Path.home()), str(Path.cwd())):
             assert len(place) < 3 or place.encode() not in data, f"{name} holds {place}"
 
 
-def test_every_embedding_is_the_models_own(done: Done, catalog: CatalogFiles) -> None:
-    """One image at a time, no batches, no shards."""
+def test_embeddings_equal_those_of_single_images(done: Done, catalog: CatalogFiles) -> None:
+    """Compare with one image at a time, without batches and shards."""
     checkpoint = Checkpoint.load(done.config.checkpoint)
     expected: list[tuple[int, torch.Tensor]] = []
     records = [item for item in read_catalog(catalog.path) if isinstance(item, EntityRecord)]
@@ -127,7 +127,7 @@ def test_the_store_has_the_records(done: Done) -> None:
     assert Image.open(io.BytesIO(webp)).size == (20, 13)
 
 
-def test_the_exported_encoder_serves_what_the_model_gives(done: Done, catalog: CatalogFiles) -> None:
+def test_the_exported_encoder_equals_the_model(done: Done, catalog: CatalogFiles) -> None:
     encoder = Checkpoint.load(done.config.checkpoint).image_encoder
     session = onnxruntime.InferenceSession(done.bundle.image_encoder_path, providers=["CPUExecutionProvider"])
     data = next(iter(catalog.images.values())).read_bytes()
@@ -138,7 +138,7 @@ def test_the_exported_encoder_serves_what_the_model_gives(done: Done, catalog: C
     assert (rows_BK >= 0).all()
 
 
-def test_rejects_are_told_with_line_and_reason(done: Done) -> None:
+def test_rejects_have_line_and_reason(done: Done) -> None:
     rows = [json.loads(line) for line in (done.config.out.parent / "rejected.jsonl").read_text().splitlines()]
     reasons = {(row["line"], row["reason"].split(":")[0].split(" ")[0]) for row in rows}
     assert len(rows) == 8
@@ -147,7 +147,7 @@ def test_rejects_are_told_with_line_and_reason(done: Done) -> None:
     assert any("images by URL are not fetched" in row["reason"] for row in rows)
 
 
-def test_again_gives_the_same_bytes_but_for_times(done: Done, tmp_path: Path) -> None:
+def test_a_second_export_has_the_same_bytes_except_times(done: Done, tmp_path: Path) -> None:
     again = dataclasses.replace(done.config, out=tmp_path / "things")
     export_bundle(again)
     first, second = content(done.config.out), content(again.out)
@@ -173,7 +173,7 @@ def test_limit_text_and_name(done: Done, tmp_path: Path) -> None:
 
 
 def queries(folder: Path, known: dict[str, bytes], unknown: list[bytes]) -> Path:
-    """Queries with the entities' own images, others with images of nothing in the catalog, and a few bad ones."""
+    """Write queries with the entities' own images, with other images, and a few bad ones."""
     rows: list[Any] = []
     images = [*known.items(), *(("not in the catalog", data) for data in unknown)]
     for number, (entity_id, data) in enumerate(images):
@@ -242,7 +242,7 @@ def test_an_output_with_other_files_is_left_alone(done: Done, tmp_path: Path, re
     out = tmp_path / "mine"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match=r"is not empty \(it holds thesis.txt\)"):
+    with pytest.raises(UserError, match=r"is not empty \(it has thesis.txt\)"):
         export_bundle(dataclasses.replace(done.config, out=out, resume=resume))
     assert content(out) == {"thesis.txt": b"years of work"}
 
@@ -255,7 +255,7 @@ def test_an_output_that_is_a_file(done: Done, tmp_path: Path) -> None:
 
 def test_a_complete_output_is_left_alone(done: Done) -> None:
     before = content(done.config.out)
-    with pytest.raises(UserError, match="holds a bundle already"):
+    with pytest.raises(UserError, match="already has a bundle"):
         export_bundle(done.config)
     summary = export_bundle(dataclasses.replace(done.config, resume=True))
     assert summary.already_complete
@@ -281,4 +281,4 @@ def test_a_catalog_without_a_usable_record(done: Done, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"title": "no id"}\n')
     with pytest.raises(CatalogError, match="no usable entity record"):
         export_bundle(dataclasses.replace(done.config, catalog=tmp_path / "bad.jsonl", out=tmp_path / "out"))
-    export_bundle(dataclasses.replace(done.config, limit=1, out=tmp_path / "out"))  # nothing stands in the way
+    export_bundle(dataclasses.replace(done.config, limit=1, out=tmp_path / "out"))  # the failed export left no trace

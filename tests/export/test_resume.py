@@ -1,4 +1,4 @@
-"""Killed at any moment and resumed, an export gives the bytes of one that was not disturbed."""
+"""A killed and resumed export has the bytes of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from export.pipeline import export_bundle
 from export.staging import StagingDir
 from index.bundle import Bundle
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
     config = ExportConfig(
         catalog=catalog.path,
         checkpoint=checkpoint,
-        out=tmp_path_factory.mktemp("undisturbed") / "things",
+        out=tmp_path_factory.mktemp("uninterrupted") / "things",
         shard_size=2,
         batch_size=3,
         thumbnail_px=16,
@@ -42,7 +42,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles,
 
 
 def assert_same_bundle(out: Path, other: Path) -> None:
-    """Equal byte by byte but for times; nothing else is there."""
+    """Assert equal bytes except times, and no other files."""
     first, second = (
         {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
         for folder in (out, other)
@@ -62,7 +62,7 @@ def assert_same_bundle(out: Path, other: Path) -> None:
 
 
 def kill_once(config: ExportConfig, moment: Callable[[], bool]) -> None:
-    """Run the export with --resume as a process and kill it as soon as that moment has come."""
+    """Run the export with --resume as a process, and kill it as soon as `moment` returns true."""
     arguments = {
         "--catalog": config.catalog,
         "--checkpoint": config.checkpoint,
@@ -82,11 +82,11 @@ def kill_once(config: ExportConfig, moment: Callable[[], bool]) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "was to be killed midway"
+        assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
 
 
-def test_killed_early_and_late(undisturbed: ExportConfig, interrupted: ExportConfig) -> None:
-    config = interrupted  # killed once already
+def test_killed_early_and_late(uninterrupted: ExportConfig, interrupted: ExportConfig) -> None:
+    config = interrupted  # killed once
     work = config.out / ".partial"
     kill_once(config, (work / "shards" / "00006.jsonl").exists)
     finished = len(list((work / "shards").iterdir()))
@@ -95,33 +95,33 @@ def test_killed_early_and_late(undisturbed: ExportConfig, interrupted: ExportCon
         export_bundle(dataclasses.replace(config, resume=False))
     summary = export_bundle(config)
     assert 7 <= summary.resumed_shards <= finished < 12
-    assert_same_bundle(config.out, undisturbed.out)
+    assert_same_bundle(config.out, uninterrupted.out)
 
 
-def test_resume_of_nothing_and_of_a_whole_bundle(undisturbed: ExportConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(undisturbed, out=tmp_path / "things", resume=True)
+def test_resume_of_a_missing_and_of_a_complete_bundle(uninterrupted: ExportConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(uninterrupted, out=tmp_path / "things", resume=True)
     assert not export_bundle(config).already_complete
-    assert_same_bundle(config.out, undisturbed.out)
+    assert_same_bundle(config.out, uninterrupted.out)
     assert export_bundle(config).already_complete
-    assert_same_bundle(config.out, undisturbed.out)
+    assert_same_bundle(config.out, uninterrupted.out)
 
 
 @pytest.fixture(scope="module")
-def killed_once(undisturbed: ExportConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of an export that was killed after some of its shards."""
-    config = dataclasses.replace(undisturbed, out=tmp_path_factory.mktemp("killed") / "things")
+def killed_once(uninterrupted: ExportConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an export that was killed after some shards."""
+    config = dataclasses.replace(uninterrupted, out=tmp_path_factory.mktemp("killed") / "things")
     kill_once(config, (config.out / ".partial" / "shards" / "00003.jsonl").exists)
     return config.out
 
 
 @pytest.fixture
-def interrupted(undisturbed: ExportConfig, killed_once: Path, tmp_path: Path) -> ExportConfig:
+def interrupted(uninterrupted: ExportConfig, killed_once: Path, tmp_path: Path) -> ExportConfig:
     shutil.copytree(killed_once, tmp_path / "things")
-    return dataclasses.replace(undisturbed, out=tmp_path / "things", resume=True)
+    return dataclasses.replace(uninterrupted, out=tmp_path / "things", resume=True)
 
 
-def test_other_inputs_are_refused_and_nothing_is_touched(
-    interrupted: ExportConfig, undisturbed: ExportConfig, tmp_path: Path
+def test_a_resume_with_other_inputs_changes_nothing(
+    interrupted: ExportConfig, uninterrupted: ExportConfig, tmp_path: Path
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in interrupted.out.rglob("*")}
     other_catalog = tmp_path / "other.jsonl"
@@ -140,10 +140,10 @@ def test_other_inputs_are_refused_and_nothing_is_touched(
             export_bundle(dataclasses.replace(interrupted, **change))
     assert {path: path.stat().st_mtime_ns for path in interrupted.out.rglob("*")} == before
     export_bundle(interrupted)
-    assert_same_bundle(interrupted.out, undisturbed.out)
+    assert_same_bundle(interrupted.out, uninterrupted.out)
 
 
-def test_two_exports_at_once_are_refused(interrupted: ExportConfig) -> None:
+def test_a_second_process_is_refused(interrupted: ExportConfig) -> None:
     descriptor = os.open(interrupted.out / ".partial", os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -154,19 +154,17 @@ def test_two_exports_at_once_are_refused(interrupted: ExportConfig) -> None:
 
 
 @pytest.mark.parametrize("moved", [0, 1, 2, 3, 4, 5])
-def test_killed_while_the_finished_bundle_is_moved_into_place(
-    undisturbed: ExportConfig, tmp_path: Path, moved: int
-) -> None:
+def test_killed_while_the_bundle_is_moved_into_place(uninterrupted: ExportConfig, tmp_path: Path, moved: int) -> None:
     out = tmp_path / "things"
-    shutil.copytree(undisturbed.out, out)
-    shutil.copy(undisturbed.out.parent / "rejected.jsonl", tmp_path)
-    spool = StagingDir(out)
-    spool.bundle.mkdir(parents=True)
+    shutil.copytree(uninterrupted.out, out)
+    shutil.copy(uninterrupted.out.parent / "rejected.jsonl", tmp_path)
+    staging = StagingDir(out)
+    staging.bundle.mkdir(parents=True)
     settings = json.loads((out / "manifest.json").read_text())["export"]
     (out / ".partial" / "settings.json").write_text(json.dumps({**settings, "image_root": None}))
     parts = ["embeddings", "image_encoder.onnx", "entities.sqlite", "index", "manifest.json"]
     for name in parts[moved:]:
-        os.replace(out / name, spool.bundle / name)
-    (spool.bundle.parent / ".left.partial").write_text("half-written")
-    export_bundle(dataclasses.replace(undisturbed, out=out, resume=True))
-    assert_same_bundle(out, undisturbed.out)
+        os.replace(out / name, staging.bundle / name)
+    (staging.bundle.parent / ".left.partial").write_text("half-written")
+    export_bundle(dataclasses.replace(uninterrupted, out=out, resume=True))
+    assert_same_bundle(out, uninterrupted.out)

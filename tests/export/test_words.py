@@ -1,4 +1,4 @@
-"""Tokens to words, by hand; and the words of an exported bundle."""
+"""Attended words, computed by hand and in an exported bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from index.bundle import Bundle
 from model.encoders import open_text_encoder
 
 
-def test_pieces_of_a_word_are_one_word_and_punctuation_is_none() -> None:
+def test_tokens_of_a_word_are_added_and_punctuation_is_ignored() -> None:
     text = "  The okapi, a giraffe's kin."
     spans = [
         (0, 0),
@@ -38,7 +38,7 @@ def test_pieces_of_a_word_are_one_word_and_punctuation_is_none() -> None:
     ]  # fmt: skip
 
 
-def test_the_heaviest_stay_and_equal_ones_stand_in_order() -> None:
+def test_the_heaviest_words_come_first_and_equal_ones_in_order() -> None:
     text = " ".join(f"w{number:02d}" for number in range(20))
     spans = [(4 * number, 4 * number + 3) for number in range(20)]
     words = find_attended_words(text, spans, [0.05] * 19 + [0.06])
@@ -47,15 +47,15 @@ def test_the_heaviest_stay_and_equal_ones_stand_in_order() -> None:
 
 
 @pytest.mark.parametrize("text", ["Okapi: the forest giraffe.", "\n\t élan — 2nd 🦒 word ", "   "])
-def test_token_spans_belong_to_the_tokens(text: str) -> None:
+def test_token_spans_match_the_tokens(text: str) -> None:
     encoder = open_text_encoder("minilm")
     spans = encoder.token_spans([text])[0]
     assert len(spans) == int(encoder.encode([text]).mask_BT.sum())
     pieces = [text[start:end] for start, end in spans if start < end]
-    assert "".join(pieces) == "".join(text.split())  # nothing but white space is left out
+    assert "".join(pieces) == "".join(text.split())  # only white space is outside the spans
 
 
-def test_words_are_kept_with_the_text_and_only_with_it(catalog: Any, checkpoint: Path, tmp_path: Path) -> None:
+def test_words_are_stored_only_with_the_text(catalog: Any, checkpoint: Path, tmp_path: Path) -> None:
     bundles = []
     for store_text in (True, False):
         out = tmp_path / f"{store_text}"
@@ -64,7 +64,7 @@ def test_words_are_kept_with_the_text_and_only_with_it(catalog: Any, checkpoint:
         )
         bundles.append(Bundle.open(out))
     assert np.array_equal(*(bundle.embeddings().at(np.arange(3)) for bundle in bundles))
-    kept = 0
+    count = 0
     with bundles[0].store() as store, bundles[1].store() as plain:
         for entity in store.by_rows(range(len(store))):
             words = store.attended_words(entity.row)
@@ -75,5 +75,5 @@ def test_words_are_kept_with_the_text_and_only_with_it(catalog: Any, checkpoint:
             assert sum(weights) <= 1.001
             assert all(entity.text[start:end].strip() for start, end, _ in words)
             assert plain.attended_words(entity.row) == ()
-            kept += len(words)
-    assert kept > 0
+            count += len(words)
+    assert count > 0

@@ -1,4 +1,4 @@
-"""The image encoder's ONNX file does what the encoder does, for any batch, and tells nothing of this machine."""
+"""The ONNX file of an image encoder: parity at any batch size, and no data of the machine that made it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_any_batch(exported: Path, image_encoder: ImageEncoder, batch: int) -> N
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
 
 
-def test_nothing_of_this_machine_is_in_the_file(exported: Path) -> None:
+def test_the_file_has_no_paths_of_this_machine(exported: Path) -> None:
     model = onnx.load(exported)
     onnx.checker.check_model(model)
     assert not model.metadata_props
@@ -110,7 +110,7 @@ def test_a_centre_is_folded_into_the_file(
 
 
 class _Noisy(nn.Module):
-    """A network that no file can be equal to: it draws anew each time."""
+    """A network with random outputs, which no file can reproduce."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class _Noisy(nn.Module):
         return mean[:, None], mean
 
 
-def test_an_encoder_that_comes_out_different_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_without_parity_is_refused(tmp_path: Path) -> None:
     preprocessing = Preprocessing(
         size_px=8, resize="squash", crop="none", interpolation="bilinear", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
     )

@@ -1,4 +1,4 @@
-"""An export on a local Ray, one of whose workers is killed midway, gives the bundle of the local engine."""
+"""An export on a local Ray cluster gives the bundle of the local engine, even when a worker is killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from export.staging import ShardWriter
 from index.bundle import Bundle
 
 ray = pytest.importorskip("ray")
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::ResourceWarning", "ignore::DeprecationWarning"
 )
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """A Ray with room for two workers that embed and two that decode."""
+    """A Ray cluster with room for two embedding and two decoding workers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(
         num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
@@ -42,7 +42,7 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
-    """The catalog with all that is wrong in it, and 80 entities of one text each: 26 shards."""
+    """The common catalog with its bad records, and 80 entities with a text: 26 shards."""
     folder = tmp_path_factory.mktemp("ray")
     (folder / "images").symlink_to(catalog.path.parent / "images")
     more = [{"entity_id": f"M{n}", "title": f"More {n}", "text": f"Thing {n}.", "images": []} for n in range(80)]
@@ -55,7 +55,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, chec
 
 
 def embedding_workers() -> set[int]:
-    """The processes that hold the models, by the title that Ray gives them."""
+    """Return the embedding processes, by the title that Ray gives them."""
     found = set()
     for entry in Path("/proc").iterdir():
         try:
@@ -83,15 +83,15 @@ class StoppedError(Exception):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the workers in /proc")
-def test_the_bundle_is_the_local_one_though_a_worker_is_killed(
+def test_the_bundle_equals_the_local_one_although_a_worker_is_killed(
     cluster: None, config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a base to copy from, and begun on this machine alone: what is finished is not done again."""
+    """Use a base, and resume an export that the local engine began."""
     base = dataclasses.replace(config, out=tmp_path / "base", limit=20)
     export_bundle(base)
     config = dataclasses.replace(config, base=base.out)
     copied = export_bundle(config).copied_entities
-    assert 10 < copied < 20  # what cannot be read is tried again
+    assert 10 < copied < 20  # unreadable images are tried again
     on_ray = dataclasses.replace(config, out=tmp_path / "ray" / "things", resume=True)
     write, written, killed = ShardWriter.write, 0, set[int]()
 
@@ -130,8 +130,8 @@ def test_the_bundle_is_the_local_one_though_a_worker_is_killed(
     assert (on_ray.out.parent / "rejected.jsonl").read_bytes() == (config.out.parent / "rejected.jsonl").read_bytes()
 
 
-def test_what_a_worker_finds_wrong_is_told_in_one_line(cluster: None, config: ExportConfig, tmp_path: Path) -> None:
-    """A tar shard that the index names is gone by the time a worker looks for it."""
+def test_a_workers_error_is_one_line(cluster: None, config: ExportConfig, tmp_path: Path) -> None:
+    """Delete a tar shard that its index still lists."""
     folder, url = tmp_path / "images", "https://example.org/1.png"
     with TarShards(folder, shard_bytes=10_000) as shards:
         shards.add(url, b"no image", "image/png", {})
@@ -144,7 +144,7 @@ def test_what_a_worker_finds_wrong_is_told_in_one_line(cluster: None, config: Ex
     assert "\n" not in str(caught.value)
 
 
-def test_ray_that_is_not_installed(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_is_not_installed(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match="--engine ray needs Ray; install it"):
         export_bundle(dataclasses.replace(config, out=tmp_path / "out", engine="ray"))

@@ -1,4 +1,4 @@
-"""A module as an ONNX file that computes in float16: any batch, float32 in and out, and how large weights lie."""
+"""ONNX files that compute in float16, with float32 inputs and outputs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def export(module: nn.Module, path: Path) -> None:
     example = torch.zeros(2, 3, SIZE_PX, SIZE_PX)
     batch = {0: torch.export.Dim("batch")}
     names = {"inputs": (onnx_step.INPUT,), "outputs": onnx_step.OUTPUTS}
-    # The inputs of `InFloat16` are one argument to the exporter, a tuple.
+    # For the exporter, the inputs of `InFloat16` are one argument, a tuple.
     onnx_step.export_module(InFloat16(module), (example,), path, dynamic_shapes=((batch,),), **names)  # type: ignore[arg-type]
 
 
-def test_it_computes_in_float16_what_the_module_does(module: nn.Module, tmp_path: Path) -> None:
+def test_it_computes_in_float16(module: nn.Module, tmp_path: Path) -> None:
     export(module, path := tmp_path / "half.onnx")
     export(module, again := tmp_path / "again.onnx")
     assert path.read_bytes() == again.read_bytes()
@@ -66,9 +66,7 @@ def test_it_computes_in_float16_what_the_module_does(module: nn.Module, tmp_path
             np.testing.assert_allclose(of_half, of_module, atol=0.02)
 
 
-def test_weights_too_large_for_one_file_lie_beside_it(
-    module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_weights_are_external_data(module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(module, whole := tmp_path / "whole.onnx")
     monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
     export(module, path := tmp_path / "half.onnx")
@@ -84,7 +82,7 @@ def test_weights_too_large_for_one_file_lie_beside_it(
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_single_output_a_shared_weight_and_ids(tmp_path: Path) -> None:
+def test_one_output_a_shared_weight_and_integer_inputs(tmp_path: Path) -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()

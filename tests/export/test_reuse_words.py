@@ -1,4 +1,4 @@
-"""`--base` copies what is unchanged, to the byte, and computes the rest."""
+"""`--base` copies attended words with the embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from export.config import ExportConfig
 from export.pipeline import export_bundle
 from index.bundle import Bundle
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 @pytest.fixture
@@ -34,11 +34,11 @@ def config(tmp_path: Path, make_catalog: Callable[[Path], CatalogFiles], checkpo
     )
 
 
-def test_what_is_unchanged_is_copied_with_its_words(config: ExportConfig, tmp_path: Path) -> None:
+def test_unchanged_entities_are_copied_with_their_words(config: ExportConfig, tmp_path: Path) -> None:
     export_bundle(config)
     lines = config.catalog.read_text("utf-8").splitlines()
     changed = json.loads(lines[0])
-    # Another picture, too: an untrained adaptor's output layer is zero, so that its text moves no embedding.
+    # The image changes too, because the text of an untrained adaptor has no effect on embeddings.
     lines[0] = json.dumps({**changed, "text": "It flies by night and hums.", "images": changed["images"][::-1]})
     config.catalog.write_text("\n".join(lines) + "\n", "utf-8")
 
@@ -65,7 +65,7 @@ def test_what_is_unchanged_is_copied_with_its_words(config: ExportConfig, tmp_pa
         assert words <= {"It", "flies", "by", "night", "and", "hums"}
 
 
-def test_a_base_that_keeps_no_words_gives_none(config: ExportConfig, tmp_path: Path) -> None:
+def test_nothing_is_copied_from_a_base_without_texts(config: ExportConfig, tmp_path: Path) -> None:
     without = dataclasses.replace(config, store_text=False)
     export_bundle(without)
     summary = export_bundle(dataclasses.replace(config, out=tmp_path / "second", base=without.out))

@@ -1,4 +1,4 @@
-"""An export that starts from an earlier bundle gives what a full one would, and computes only what changed."""
+"""An export with `--base` equals a full export, and computes only what changed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from export.config import ExportConfig
 from export.pipeline import export_bundle
 from index.bundle import Bundle
 
-CatalogFiles = Any  # the dataclass in conftest.py, which no module can import
+CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 def test_only_what_changed_is_computed(make_catalog: Any, checkpoint: Path, tmp_path: Path) -> None:
@@ -34,11 +34,11 @@ def test_only_what_changed_is_computed(make_catalog: Any, checkpoint: Path, tmp_
     export_bundle(first)
     rows = [json.loads(line) for line in catalog.path.read_text().splitlines() if line.startswith('{"entity_id": "Q')]
     by_id = {row["entity_id"]: row for row in rows}
-    by_id["Q0"]["title"] = "Renamed"  # no content of an embedding
+    by_id["Q0"]["title"] = "Renamed"  # embeddings do not depend on titles
     by_id["Q6"]["text"] = "Something else."
     catalog.images["Q9"].write_bytes(catalog.images["Q10"].read_bytes())
     del by_id["Q4"]
-    # Q1 has an image that is there and does not decode: why, only another try can tell.
+    # Q1 has an image that does not decode. It is tried again, because the reason is not stored.
     recomputed = {"Q1", "Q6", "Q9"}
     catalog.path.write_text("".join(json.dumps(row) + "\n" for row in reversed(by_id.values())))
 
@@ -58,7 +58,7 @@ def test_only_what_changed_is_computed(make_catalog: Any, checkpoint: Path, tmp_
         assert file.read_bytes() == (from_base.out / "embeddings" / file.name).read_bytes(), file.name
     rejects = [(config.out.parent / "rejected.jsonl").read_bytes() for config in (full, from_base)]
     assert rejects[0] == rejects[1]
-    # Other neighbours in a batch round differently: equal within float16, and those copied are the base's own bytes.
+    # Batches with other samples round differently, so new embeddings are close and copied ones identical.
     every = np.arange(len(one.embeddings()))
     np.testing.assert_allclose(
         other.embeddings().stored(every).astype(np.float32),
@@ -71,7 +71,7 @@ def test_only_what_changed_is_computed(make_catalog: Any, checkpoint: Path, tmp_
             before = old.embeddings().rows_N == old_store.get(entity_id).row
             vectors = other.embeddings().stored(np.flatnonzero(found))
             vectors_before = old.embeddings().stored(np.flatnonzero(before))
-            if entity_id == "Q9":  # texts move nothing yet: an adaptor of random weights begins with the image's mean
+            if entity_id == "Q9":  # texts have no effect yet: a new adaptor returns the mean of the image
                 assert not np.allclose(vectors, vectors_before, atol=1e-3)
             elif entity_id not in recomputed:
                 np.testing.assert_array_equal(vectors, vectors_before)
@@ -85,14 +85,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, check
     return config
 
 
-def test_other_thumbnails_are_nothing_to_copy(whole: ExportConfig, tmp_path: Path) -> None:
+def test_nothing_is_copied_with_another_thumbnail_size(whole: ExportConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(whole, out=tmp_path / "out" / "things", base=whole.out, thumbnail_px=16)
     config.out.parent.mkdir()
     summary = export_bundle(config)
     assert (summary.base_fits, summary.copied_entities) == (False, 0)
 
 
-def test_a_base_that_cannot_be_one(whole: ExportConfig, small_bundle: Path, tmp_path: Path) -> None:
+def test_an_unusable_base_is_refused(whole: ExportConfig, small_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no content hashes"):
         export_bundle(dataclasses.replace(whole, out=tmp_path / "a", base=small_bundle))
     with pytest.raises(UserError, match="are both"):
