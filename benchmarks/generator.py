@@ -32,7 +32,6 @@ import numpy as np
 
 TIMEOUT_S = 60.0
 _MAX_DELAY_S = 0.2  # of an arrival in an open loop
-_IDLE_S = 1.0  # a connection that was idle for longer may have been closed by the service
 _BOUNDARY = "wikiclip-benchmark-boundary"
 
 
@@ -163,50 +162,49 @@ def encode_image(image: bytes, form_field: str | None) -> tuple[bytes, str]:
 class Connection(asyncio.Protocol):
     """An HTTP/1.1 connection for one request at a time."""
 
+    _done: asyncio.Future[None] | None = None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
-        self._response: asyncio.Future[tuple[int, float]] | None = None
-        self.idle_since = time.perf_counter()
 
-    async def post(self, request: bytes) -> tuple[int, float]:
-        """Send a request and return the status and end time of its response. Raise `OSError` if there is none."""
+    async def post(self, request: bytes) -> None:
+        """Send a request and wait for its response. Raise `OSError` if there is none."""
+        if self.transport.is_closing():
+            raise ConnectionResetError("closed before the request was sent")
         self._parser = httptools.HttpResponseParser(self)
-        self._response = asyncio.get_running_loop().create_future()
+        self._done = asyncio.get_running_loop().create_future()
         self.retry_after = False
         self.transport.write(request)
-        return await self._response
+        await self._done
 
     def data_received(self, data: bytes) -> None:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(ConnectionError(f"not an HTTP response: {error}"))
+            self.connection_lost(ConnectionError(f"not an HTTP response: {error}"))
 
     def on_header(self, name: bytes, _: bytes) -> None:
         self.retry_after |= name.lower() == b"retry-after"
 
     def on_message_complete(self) -> None:
-        self.idle_since = time.perf_counter()
+        self.ended = time.perf_counter()
+        self.status = self._parser.get_status_code()
         if not self._parser.should_keep_alive():
             self.transport.close()
-        if self._response is not None and not self._response.done():
-            self._response.set_result((self._parser.get_status_code(), self.idle_since))
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._fail(error or ConnectionResetError("closed before the response was complete"))
-
-    def _fail(self, error: Exception) -> None:
         self.transport.close()
-        if self._response is not None and not self._response.done():
-            self._response.set_exception(error)
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(error or ConnectionResetError("closed before the response was complete"))
 
 
 class _Generator:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._url = urlsplit(job.url)
-        self._address = str(self._url.hostname), self._url.port or 80
         self._images = [Path(path).read_bytes() for path in job.images]
         self._idle: list[Connection] = []
         self.responses: list[Response] = []
@@ -250,40 +248,32 @@ class _Generator:
             ).encode() + body
 
     async def _send(self, request: bytes) -> None:
-        sent = ended = time.perf_counter()
-        status, retry_after, error = 0, False, ""
+        """Send a request on an idle connection or a new one, and record its response."""
+        started = time.perf_counter()
+        connection: Connection | None = None
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                connection, (status, ended) = await self._post(request)
-            retry_after = connection.retry_after
-        except (OSError, TimeoutError) as failure:
-            ended, error = time.perf_counter(), type(failure).__name__
-        self.responses.append(Response(sent - self._started, 1000 * (ended - sent), status, retry_after, error))
+                connection = await self._connect()
+                await connection.post(request)
+        except (OSError, TimeoutError) as error:
+            took_ms = 1000 * (time.perf_counter() - started)
+            response = Response(started - self._started, took_ms, 0, False, type(error).__name__)
+            if connection is not None:
+                connection.transport.abort()
+        else:
+            took_ms = 1000 * (connection.ended - started)
+            response = Response(started - self._started, took_ms, connection.status, connection.retry_after, "")
+            self._idle.append(connection)
+        self.responses.append(response)
 
-    async def _post(self, request: bytes) -> tuple[Connection, tuple[int, float]]:
-        """Send on an idle connection or a new one. Retry only where an idle one turns out to be closed."""
+    async def _connect(self) -> Connection:
         while self._idle:
             connection = self._idle.pop()
-            long_idle = time.perf_counter() - connection.idle_since > _IDLE_S
-            if connection.transport.is_closing():
-                continue
-            try:
-                return await self._post_on(connection, request)
-            except ConnectionError:
-                if not long_idle:
-                    raise
-        loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(Connection, *self._address)
-        return await self._post_on(connection, request)
-
-    async def _post_on(self, connection: Connection, request: bytes) -> tuple[Connection, tuple[int, float]]:
-        try:
-            outcome = await connection.post(request)
-        except BaseException:
-            connection.transport.abort()
-            raise
-        self._idle.append(connection)
-        return connection, outcome
+            if not connection.transport.is_closing():
+                return connection
+        host, port = str(self._url.hostname), self._url.port or 80
+        _, connection = await asyncio.get_running_loop().create_connection(Connection, host, port)
+        return connection
 
 
 class _PollingSelector(selectors.DefaultSelector):

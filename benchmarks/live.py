@@ -9,9 +9,6 @@ Shapes: N embeddings of the bundle, Q queries, D embedding width.
 
 from __future__ import annotations
 
-import io
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,9 +18,9 @@ from typing import Self
 import httpx
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from benchmarks.server import free_port, wait_until_ready
+from benchmarks.server import service_process
+from benchmarks.synthetic import photograph
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from service.encoder import open_encoder
@@ -34,7 +31,7 @@ OPERATIONS_PER_KILL, SMOKE_OPERATIONS_PER_KILL = 300, 70
 QUERIES, TOP_K = 12, 5
 TOLERANCE = 1e-4  # of a cosine
 SEEN_TIMEOUT_S = 30
-ADMIN = {"Authorization": "Bearer benchmark"}
+TOKEN = "benchmark"
 
 Floats = npt.NDArray[np.float64]
 
@@ -73,15 +70,14 @@ class Model:
         self._visible_N = np.ones(len(self._rows_N), np.bool_)
         self._put: dict[str, Floats] = {}
 
-    def put(self, entity_id: str, title: str, embedding_D: Floats) -> None:
-        self.delete(entity_id)
-        self.titles[entity_id], self._put[entity_id] = title, embedding_D
-
-    def delete(self, entity_id: str) -> None:
+    def change(self, entity_id: str, title: str | None, embedding_D: Floats) -> None:
+        """Put an entity, or delete it if `title` is None."""
         self.titles.pop(entity_id, None)
         self._put.pop(entity_id, None)
         if entity_id in self._row_of:
             self._visible_N[self._rows_N == self._row_of[entity_id]] = False
+        if title is not None:
+            self.titles[entity_id], self._put[entity_id] = title, embedding_D
 
     def best_scores(self, query_D: Floats) -> Floats:
         """Return the scores of the best entities, the highest first."""
@@ -92,25 +88,21 @@ class Model:
 
 
 class _Service:
-    """A service that keeps its port when it is killed and restarted."""
+    """A service that can be killed and restarted."""
 
     def __init__(self, bundle: Path, live_dir: str) -> None:
-        port = free_port()
-        self._command = [
-            sys.executable, "-m", "wikiclip", "serve", "--bundle", str(bundle), "--live-dir", live_dir,
-            "--port", str(port), "--admin-token", "benchmark", "--threads", "1", "--log-level", "error",
-        ]  # fmt: skip
-        self._url = f"http://127.0.0.1:{port}"
-        self.client = httpx.Client(base_url=self._url, timeout=30, headers=ADMIN)
+        self._bundle = bundle
+        self._flags = ("--live-dir", live_dir, "--admin-token", TOKEN, "--threads", "1", "--log-level", "error")
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        wait_until_ready(self._process, self._url)
+        self._running = service_process(self._bundle, *self._flags)
+        self._process, url = self._running.__enter__()
+        self.client = httpx.Client(base_url=url, timeout=30, headers={"Authorization": f"Bearer {TOKEN}"})
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.kill()
+    def __exit__(self, *error: object) -> None:
         self.client.close()
+        self._running.__exit__(None, None, None)
 
     def kill(self) -> None:
         self._process.kill()
@@ -118,6 +110,7 @@ class _Service:
 
     def restart(self) -> None:
         self.kill()
+        self.__exit__()
         self.__enter__()
 
     def title(self, entity_id: str) -> str | None:
@@ -127,7 +120,7 @@ class _Service:
 
     def agrees(self, model: Model, image: bytes, query_D: Floats) -> bool:
         """Return whether the predictions for an image are those of the model."""
-        headers = {"Content-Type": "image/png"}
+        headers = {"Content-Type": "image/jpeg"}
         answer = self.client.post("/recognize", params={"top_k": TOP_K}, content=image, headers=headers)
         predictions = answer.raise_for_status().json()["predictions"]
         expected = model.best_scores(query_D)
@@ -144,44 +137,34 @@ class _Run:
     def __init__(self, bundle: Bundle, writer: _Service, reader: _Service) -> None:
         self._rng = np.random.default_rng(0)
         self._model, self._writer, self._reader = Model(bundle), writer, reader
-        self._images = [_draw_image(self._rng) for _ in range(QUERIES)]
+        self._images = [photograph(seed, 64, 64) for seed in range(QUERIES)]
         self._queries_QD = _embed(bundle, self._images)
         existing = self._rng.choice(sorted(self._model.titles), 40, replace=False).tolist()
         self._entity_ids = [*existing, *(f"new {number}" for number in range(40))]
+        self._killer: Timer | None = None
         self.differences = self.kills = self.cut_off = 0
         self.put_ms: list[float] = []
         self.seen_ms: list[float] = []
 
     def run(self, operations: int, operations_per_kill: int) -> None:
-        killer: Timer | None = None
         for number in range(operations):
             if number % operations_per_kill == operations_per_kill - 1:
-                killer = Timer(float(self._rng.uniform(0, 0.2)), self._writer.kill)
-                killer.start()
+                self._killer = Timer(float(self._rng.uniform(0, 0.2)), self._writer.kill)
+                self._killer.start()
             kind = self._rng.choice(["put", "delete", "search"], p=[0.35, 0.25, 0.4])
-            entity_id, title = str(self._rng.choice(self._entity_ids)), f"Version {number}"
-            query = int(self._rng.integers(QUERIES))
-            embedding_D = _nearby(self._queries_QD[query], self._rng)
-            before = self._model.titles.get(entity_id)
-            try:
-                if kind == "search":
+            entity_id, query = str(self._rng.choice(self._entity_ids)), int(self._rng.integers(QUERIES))
+            if kind == "search":
+                try:
                     self._search(self._writer, query)
-                elif kind == "put":
-                    self._put(entity_id, title, embedding_D)
-                else:
-                    self._delete(entity_id)
-                if kind != "search" and number % 10 == 0:
-                    self.seen_ms.append(self._time_until_seen(entity_id))
-            except httpx.TransportError:
-                if killer is not None:
-                    killer.join()
-                self._writer.restart()
-                self.kills += 1
-                if kind != "search":
-                    self._accept_either(kind, entity_id, title, embedding_D, before)
-        if killer is not None:
-            killer.join()
-            self._writer.restart()
+                except httpx.TransportError:
+                    self._restart_writer()
+                continue
+            title = f"Version {number}" if kind == "put" else None
+            self._change(entity_id, title, _nearby(self._queries_QD[query], self._rng))
+            if number % 10 == 0:
+                self.seen_ms.append(self._time_until_seen(entity_id))
+        if self._killer is not None:
+            self._restart_writer()
         for service in (self._writer, self._reader):
             for entity_id in self._entity_ids:
                 self.differences += service.title(entity_id) != self._model.titles.get(entity_id)
@@ -191,31 +174,36 @@ class _Run:
     def _search(self, service: _Service, query: int) -> None:
         self.differences += not service.agrees(self._model, self._images[query], self._queries_QD[query])
 
-    def _put(self, entity_id: str, title: str, embedding_D: Floats) -> None:
-        expected = httpx.codes.OK if entity_id in self._model.titles else httpx.codes.CREATED
-        started = time.perf_counter()
-        record = {"title": title, "embedding": embedding_D.tolist()}
-        answer = self._writer.client.put(f"/entities/{entity_id}", json=record)
-        self.put_ms.append(1000 * (time.perf_counter() - started))
-        self.differences += answer.status_code != expected
-        self._model.put(entity_id, title, embedding_D)
+    def _change(self, entity_id: str, title: str | None, embedding_D: Floats) -> None:
+        """PUT an entity, or DELETE it if `title` is None."""
+        before = self._model.titles.get(entity_id)
+        try:
+            started = time.perf_counter()
+            if title is None:
+                answer = self._writer.client.delete(f"/entities/{entity_id}")
+                expected = httpx.codes.NOT_FOUND if before is None else httpx.codes.NO_CONTENT
+            else:
+                record = {"title": title, "embedding": embedding_D.tolist()}
+                answer = self._writer.client.put(f"/entities/{entity_id}", json=record)
+                expected = httpx.codes.CREATED if before is None else httpx.codes.OK
+                self.put_ms.append(1000 * (time.perf_counter() - started))
+            self.differences += answer.status_code != expected
+        except httpx.TransportError:  # the change was made, or it was not
+            self._restart_writer()
+            self.cut_off += 1
+            now = self._writer.title(entity_id)
+            self.differences += now not in (title, before)
+            if now != title:
+                return
+        self._model.change(entity_id, title, embedding_D)
 
-    def _delete(self, entity_id: str) -> None:
-        expected = httpx.codes.NO_CONTENT if entity_id in self._model.titles else httpx.codes.NOT_FOUND
-        answer = self._writer.client.delete(f"/entities/{entity_id}")
-        self.differences += answer.status_code != expected
-        self._model.delete(entity_id)
-
-    def _accept_either(self, kind: str, entity_id: str, title: str, embedding_D: Floats, before: str | None) -> None:
-        """Update the model after a lost response: the change was made or not."""
-        self.cut_off += 1
-        now = self._writer.title(entity_id)
-        if kind == "put" and now == title:
-            self._model.put(entity_id, title, embedding_D)
-        elif kind == "delete" and now is None:
-            self._model.delete(entity_id)
-        else:
-            self.differences += now != before
+    def _restart_writer(self) -> None:
+        """Restart the service after the kill, which may be about to happen."""
+        assert self._killer is not None, "the service ended by itself"
+        self._killer.join()
+        self._killer = None
+        self._writer.restart()
+        self.kills += 1
 
     def _time_until_seen(self, entity_id: str) -> float:
         """Return the milliseconds until the other process has the current title."""
@@ -237,12 +225,6 @@ def _nearby(query_D: Floats, rng: np.random.Generator) -> Floats:
     stored_D = (near_D / np.linalg.norm(near_D)).astype(np.float16).astype(np.float64)
     unit_D: Floats = stored_D / np.linalg.norm(stored_D)
     return unit_D
-
-
-def _draw_image(rng: np.random.Generator) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize((64, 64)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _embed(bundle: Bundle, images: list[bytes]) -> Floats:
