@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.generator import Job, Response, closed_loop, generate
 from benchmarks.server import running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.synthetic import encoder_bundles, write_photographs
-from evaluation.pages import Series, line_plot, page, section, table
+from evaluation.pages import Series, figures_table, line_plot, page, section
 
 TIMES = 10
 IMAGES = 16
@@ -30,7 +30,6 @@ WARM_UP_S = 1.0
 DEADLINE_MS = 5000
 SETTLING_S = 1.0  # not counted: the service still estimates its own speed
 RECOVERY_S = 2.0
-GOODPUT_TARGET = 0.9  # share of the capacity
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -134,24 +133,13 @@ def _watch_memory(url: str) -> Iterator[list[float]]:
 
 def report(figures: dict[str, Any]) -> str:
     """Return an HTML page: answers and refusals in each second, and the figures of each encoder."""
-    keys = (
-        "peak_per_s", "offered_per_s", "goodput_per_s", "goodput_share", "accepted_p99_ms", "refused_p99_ms",
-        "statuses", "refused_without_retry_after", "after",
-    )  # fmt: skip
-    sections = []
+    sections = [figures_table({key: figures[key] for key in ("times", "deadline_ms")})]
     for name, each in figures["encoders"].items():
         series = [
             Series(name=key, points=[(point["second"], point[key]) for point in each["timeline"]])
             for key in ("answered", "refused")
         ]
         plot = line_plot(series, title=f"Overload, {name}", x_label="seconds", y_label="requests/s")
-        rows = [[key, str(each[key])] for key in keys]
-        if memory := each["memory_mib"]:
-            rows.append(["memory, MiB: first, most, last", f"{memory[0]}, {max(memory)}, {memory[-1]}"])
-        sections.append(section(f"Encoder: {name}", plot, table(("", "figure"), rows)))
-    targets = (
-        f"<p>{figures['times']} times the peak, open loop; deadline {figures['deadline_ms']} ms. Targets: goodput of "
-        f"at least {GOODPUT_TARGET:.0%} of the peak, p99 of accepted requests within the deadline, 429 for the others, "
-        f"no refusals from {RECOVERY_S:g} s after the overload.</p>"
-    )
-    return page("Overload", "\n".join((targets, *sections)))
+        rest = {key: value for key, value in each.items() if key != "timeline"}
+        sections.append(section(f"Encoder: {name}", plot, figures_table(rest)))
+    return page("Overload", "".join(sections))

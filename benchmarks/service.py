@@ -25,7 +25,7 @@ from benchmarks.measure import median_interval
 from benchmarks.server import ANSWERED, running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.synthetic import encoder_bundles, write_photographs
 from core.runtime import faiss
-from evaluation.pages import Bar, bar_plot, page, section, table
+from evaluation.pages import Bar, bar_plot, figures_table, page, section
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from index.calibration import CANDIDATES
@@ -161,12 +161,11 @@ def main() -> None:
 
 def report(figures: dict[str, Any]) -> str:
     """Return an HTML page: p50 and images per second of loop and service, by encoder."""
-    encoders = figures["encoders"]
     plots = [
         bar_plot(
             [
                 Bar(name=f"{name}, {kind}", value=each[f"{kind}_{key}"])
-                for name, each in encoders.items()
+                for name, each in figures["encoders"].items()
                 for kind in ("loop", "service")
             ],
             title=title,
@@ -177,15 +176,8 @@ def report(figures: dict[str, Any]) -> str:
             ("per_s", "At saturation, more is better", "images/s"),
         )
     ]
-    rows = [[key, *(str(each[key]) for each in encoders.values())] for key in next(iter(encoders.values()))]
-    targets = (
-        f"<p>{figures['image']}, cache off, {figures['threads']} thread(s). Targets: with the large encoder, a p50 of "
-        f"at most {TARGETS['heavy_ratio']} times the loop's; with the tiny one, at most {TARGETS['tiny_adds_ms']} ms "
-        f"more than the loop; {TARGETS['saturated_share']:.0%} of the loop's images per second.</p>"
-    )
-    return page(
-        "The service against its parts", section("Loop and service", targets, *plots, table(("", *encoders), rows))
-    )
+    sections = section("Loop and service", *plots) + section("Figures", figures_table(figures))
+    return page("The service against its parts", sections)
 
 
 if __name__ == "__main__":

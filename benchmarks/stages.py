@@ -25,7 +25,7 @@ from benchmarks.measure import Probe, nested, sample
 from benchmarks.server import running_service
 from benchmarks.synthetic import Float32Array, Population, bust_cache, photograph
 from core.runtime import faiss
-from evaluation.pages import Bar, Series, bar_plot, line_plot, page, section, table
+from evaluation.pages import Bar, Series, bar_plot, figures_table, line_plot, page, section
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from service.encoder import open_encoder
@@ -168,49 +168,28 @@ def _growth(catalogs: Sequence[_Catalog]) -> Iterator[Probe]:
 
 def report(figures: dict[str, Any]) -> str:
     """Return an HTML page: the time of each stage, and how search grows with the catalog."""
-    stages = {
-        f"{group}, {name}": metric
-        for group in ("decode", "encode", "search", "end to end", "growth")
-        for name, metric in figures[group].items()
-    }
     bars = [
-        Bar(name=name, value=metric["median"], interval=tuple(metric["interval"]))
-        for name, metric in stages.items()
-        if not name.startswith("growth")
-    ]
-    rows = [
-        [name, f"{metric['median']:.3g}", "{:.3g} to {:.3g}".format(*metric["interval"])]
-        for name, metric in stages.items()
+        Bar(name=f"{group}, {name}", value=metric["median"], interval=tuple(metric["interval"]))
+        for group in ("decode", "encode", "search", "end to end")
+        for name, metric in figures[group].items()
     ]
     series = []
     for kind in ("exact", "fast"):
-        metrics = [figures["growth"][f"{each['entities']} {kind}"] for each in figures["catalogs"]]
+        metrics = {each["entities"]: figures["growth"][f"{each['entities']} {kind}"] for each in figures["catalogs"]}
         series.append(
             Series(
                 name=f"{kind}: {figures['catalogs'][0][kind]}",
-                points=[
-                    (each["entities"], metric["median"])
-                    for each, metric in zip(figures["catalogs"], metrics, strict=True)
-                ],
-                intervals=[tuple(metric["interval"]) for metric in metrics],
+                points=[(size, metric["median"]) for size, metric in metrics.items()],
+                intervals=[tuple(metric["interval"]) for metric in metrics.values()],
             )
         )
     growth = line_plot(
         series, title="Search against the size of the catalog", x_label=f"entities of width {DIM}",
         y_label="ms per query", x_log=True, y_log=True,
     )  # fmt: skip
-    sizes = [
-        [f"{each['entities']:,}", str(each["exact_mb"]), str(each["fast_mb"]), f"{each['fast_recall_at_10']:.4f}"]
-        for each in figures["catalogs"]
-    ]
-    hot, cold = (figures["end to end"][f"over HTTP, {kind}"]["median"] for kind in ("cached", "not cached"))
-    text = (
-        f"<p>Medians with 95 % intervals, one thread. Over HTTP, an answer takes {hot:.2f} ms from the cache and "
-        f"{cold:.1f} ms otherwise.</p>"
-    )
     sections = (
-        section("Where the time goes", text, bar_plot(bars, title="Time by stage", x_label="ms")),
-        section("Growth with the catalog", growth, table(("entities", "exact, MB", "fast, MB", "recall@10"), sizes)),
-        section("Every figure", table(("stage", "median, ms", "95 % interval"), rows)),
+        section("Where the time goes", bar_plot(bars, title="Time by stage", x_label="ms")),
+        section("Growth with the catalog", growth),
+        section("Figures: medians with 95 % intervals, in ms", figures_table(figures)),
     )
-    return page("Stages", "\n".join(sections))
+    return page("Stages", "".join(sections))

@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks.generator import Job, closed_loop, encode_image
 from benchmarks.server import free_port, running_service, split_cores, thread_flags
 from benchmarks.synthetic import write_photographs
-from evaluation.pages import Bar, bar_plot, page, section, table
+from evaluation.pages import Bar, bar_plot, figures_table, page, section
 from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8
@@ -35,7 +35,6 @@ ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
 SMOKE_ROUNDS, SMOKE_SECONDS = 1, 3.0
 START_TIMEOUT_S, STOP_TIMEOUT_S, INSTALL_TIMEOUT_S = 90, 15, 900
 CLIENT_ERRORS = (400, 405, 413, 415, 422)  # a retry would get the same
-TARGET = 1.2  # times the throughput of the best peer with its own decoder
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -256,7 +255,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def report(figures: dict[str, Any]) -> str:
     """Return an HTML page: throughput and p99 of each server, the ratios, and the peers left out."""
-    systems, cores = figures["systems"], figures["cores"]
+    systems = {
+        name: {key: value for key, value in each.items() if key != "rounds"}
+        for name, each in figures["systems"].items()
+    }
     plots = [
         bar_plot(
             [Bar(name=name, value=each[key]) for name, each in systems.items() if each[key] is not None],
@@ -268,20 +270,4 @@ def report(figures: dict[str, Any]) -> str:
             ("p99_ms", "p99, less is better", "ms"),
         )
     ]
-    keys = ("per_s", "p50_ms", "p99_ms", "failures", "same_first_entity")
-    rows = [[name, *(str(each.get(key, "")) for key in keys)] for name, each in systems.items()]
-    setup = (
-        f"<p>{figures['image']}, {figures['connections']} connections, closed loop; server on {len(cores['server'])} "
-        f"core(s) with {figures['threads']} thread(s), load generator on {len(cores['generator'])}. Medians of rounds "
-        "in which the servers take turns.</p>"
-    )
-    sections = [section("Images per second and p99", setup, *plots, table(("server", *keys), rows))]
-    if figures["ratios"]:
-        rows = [[kind, str(each["throughput"]), str(each["p99"])] for kind, each in figures["ratios"].items()]
-        note = f"<p>Above 1 this service is ahead. Target: {TARGET} in throughput with their own decoder.</p>"
-        sections.append(section("Against the best peer", note, table(("peers with", "throughput", "p99"), rows)))
-    if figures["left_out"]:
-        sections.append(
-            section("Left out", table(("server", "why"), [[*each] for each in figures["left_out"].items()]))
-        )
-    return page("Other servers", "\n".join(sections))
+    return page("Other servers", section("Servers", *plots) + figures_table({**figures, "systems": systems}))
