@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from html import escape
@@ -17,32 +18,15 @@ from core.errors import UserError
 
 if TYPE_CHECKING:
     from jinja2 import Environment
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK, _GRID, _PAPER = "#1d2430", "#d9dee7", "#ffffff"
-_LINES = ("#2563c4", "#b8520a", "#15803d", "#7e3fb8", "#b4263f", "#4b5563")
-_DASHES = ("-", "--", ":", "-.")
-# Plots follow the page's light or dark colours: each colour becomes a CSS variable of templates/page.html.
-_VARIABLES = {_INK: "ink", _GRID: "faint", _PAPER: "paper"} | {line: f"c{i}" for i, line in enumerate(_LINES)}
-_SETTINGS = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "wikiclip",
-    "font.size": 9,
-    "font.sans-serif": ["DejaVu Sans"],
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-}
+_TEMPLATES = Path(__file__).parent / "templates"
+_INK = "#1d2430"
+# Plots follow the light or dark colours of the page: these become its CSS variables.
+_VARIABLES = {
+    _INK: "ink", "#d9dee7": "faint",
+    "#2563c4": "c0", "#b8520a": "c1", "#15803d": "c2", "#7e3fb8": "c3", "#b4263f": "c4", "#4b5563": "c5",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +57,7 @@ def require_libraries() -> None:
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    loader = FileSystemLoader(_TEMPLATES)
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
@@ -143,24 +127,21 @@ def line_plot(
     """
     _check([x for each in series for x, _ in each.points], log=x_log)
     _check([y for each in series for _, y in each.points], log=y_log)
-
-    def draw(axes: Axes) -> None:
-        for number, each in enumerate(series):
-            style = {"color": _LINES[number % len(_LINES)], "linestyle": _DASHES[number % len(_DASHES)]}
+    with _figure(3.6) as figure:
+        axes = figure.add_subplot()
+        for each in series:
             xs = [x for x, _ in each.points]
-            axes.plot(xs, [y for _, y in each.points], marker="o", markersize=4, label=each.name, **style)
+            (line,) = axes.plot(xs, [y for _, y in each.points], marker="o", markersize=4, label=each.name)
             if each.intervals:
                 low, high = zip(*each.intervals, strict=True)
-                axes.fill_between(xs, low, high, color=style["color"], alpha=0.18, linewidth=0)
+                axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
         if diagonal:
             axes.axline((0, 0), slope=1, color=_INK, linestyle=":", alpha=0.6)
-        axes.set_xscale("log" if x_log else "linear")
-        axes.set_yscale("log" if y_log else "linear")
         axes.set(xlabel=x_label, ylabel=y_label, xlim=x_range, ylim=y_range)
+        axes.set(xscale="log" if x_log else "linear", yscale="log" if y_log else "linear")
         if len(series) > 1:
-            axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-
-    return _svg(draw, title, height=3.6)
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        return _svg(figure, title)
 
 
 def bar_plot(bars: Sequence[Bar], *, title: str, x_label: str, x_range: tuple[float, float] | None = None) -> str:
@@ -169,20 +150,18 @@ def bar_plot(bars: Sequence[Bar], *, title: str, x_label: str, x_range: tuple[fl
     Raise `ValueError` if there is no bar, or one without a finite value.
     """
     _check([bar.value for bar in bars], log=False)
-
-    def draw(axes: Axes) -> None:
+    with _figure(0.8 + 0.3 * len(bars)) as figure:
+        axes = figure.add_subplot()
         for number, bar in enumerate(bars):
-            low, high = bar.interval or (bar.value, bar.value)
-            axes.barh(number, bar.value, height=0.6, color=_LINES[0])
+            axes.barh(number, bar.value, height=0.6, color="C0")
             if bar.interval:
-                axes.plot([low, high], [number, number], color=_INK, marker="|")
-            axes.annotate(f" {bar.value:.4g}", (max(bar.value, high, 0.0), number), va="center")
+                axes.plot(bar.interval, [number, number], color=_INK, linestyle="-", marker="|")
+            axes.annotate(f" {bar.value:.4g}", (max(0.0, bar.value, *(bar.interval or ())), number), va="center")
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
         axes.set(xlabel=x_label, xlim=x_range)
         axes.grid(visible=False, axis="y")
         axes.invert_yaxis()
-
-    return _svg(draw, title, height=0.8 + 0.3 * len(bars))
+        return _svg(figure, title)
 
 
 def _check(values: Sequence[float], *, log: bool) -> None:
@@ -190,16 +169,20 @@ def _check(values: Sequence[float], *, log: bool) -> None:
         raise ValueError("nothing to plot: no value, one that is not finite, or one below 0 on a logarithmic axis")
 
 
-def _svg(draw: Callable[[Axes], None], title: str, *, height: float) -> str:
-    """Return the SVG element of a figure, without XML prolog, fixed size or metadata."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure as NewFigure
+@contextmanager
+def _figure(height: float) -> Iterator[Figure]:
+    """Draw within the block, in the style of the reports."""
+    import matplotlib.style
+    from matplotlib.figure import Figure
 
+    with matplotlib.style.context(_TEMPLATES / "plots.mplstyle"):
+        yield Figure(figsize=(6.6, height), layout="constrained")
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """Return an SVG element in the colours of the page, without XML prolog and metadata."""
     buffer = io.StringIO()
-    with mpl.rc_context(_SETTINGS):
-        figure: Figure = NewFigure(figsize=(6.6, height), layout="constrained")
-        draw(figure.add_subplot())
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg class="plot" role="img" aria-label="{escape(title)}" ', 1)
     for colour, variable in _VARIABLES.items():

@@ -21,7 +21,7 @@ from evaluation.metrics import (
     recall_at_k,
     reliability,
 )
-from evaluation.pages import Bar, Series, bar_plot, data_uri, line_plot, render, table
+from evaluation.pages import Bar, Series, bar_plot, data_uri, line_plot, render
 from imaging import decode
 from index.store import StoredEntity
 from service.recognizer import Recognizer
@@ -84,56 +84,22 @@ def write_report(
     found = [each for each in answered if each.in_catalog]
     confidences, correct = confidences_of(found)
     bins = reliability(confidences, correct)
-    bin_rows = [[f"{each.confidence:.3f}", f"{each.accuracy:.3f}", str(each.count)] for each in bins]
     document = render(
         "report.html",
         title=f"Accuracy of {recognizer.label}",
         evaluation=evaluation,
         searched=searched,
         held_out=held_out,
-        summary=table(["figure", "value", "95 % interval"], _summary(evaluation)),
         split_plot=_split_plot(evaluation),
-        split_table=_split_table(evaluation),
         recall_plot=_recall_plot(found),
         bins=bins,
+        recall_at=RECALL_AT,
+        format_interval=format_interval,
         reliability_plot=_reliability_plot(bins) if bins else "",
-        reliability_table=table(["mean confidence", "accuracy", "queries"], bin_rows),
         confusions=shown,
         images=images,
     )
     atomic_write_bytes(path, document.encode())
-
-
-def _summary(evaluation: Evaluation) -> list[list[str]]:
-    figures = (
-        ("top-1, seen", evaluation.seen, "seen"),
-        ("top-1, unseen", evaluation.unseen, "unseen"),
-        ("top-1, HM", evaluation.hm, "hm"),
-    )
-    rows = [
-        [label, f"{value:.1f} %", format_interval(evaluation.intervals[name])]
-        for label, value, name in figures
-        if value is not None
-    ]
-    probabilities = (
-        ("expected calibration error, 15 bins", evaluation.ece, "ece"),
-        ("AUROC, known against unknown", evaluation.auroc, "auroc"),
-        ("AUROC, answered right against unknown", evaluation.auroc_right, "auroc_right"),
-    )
-    return rows + [
-        [label, f"{value:.3f}", format_interval(evaluation.intervals.get(name), 3)]
-        for label, value, name in probabilities
-        if value is not None
-    ]
-
-
-def _split_table(evaluation: Evaluation) -> str:
-    header = ["split", "queries", *(cell for k in RECALL_AT for cell in (f"recall@{k}", "95 % interval"))]
-    rows = []
-    for split, row in evaluation.recall.items():
-        cells = [(f"{row[f'recall_at_{k}']:.1f} %", format_interval(row.get(f"interval_at_{k}"))) for k in RECALL_AT]
-        rows.append([split, str(row["queries"]), *(cell for pair in cells for cell in pair)])
-    return table(header, rows)
 
 
 def _split_plot(evaluation: Evaluation) -> str:

@@ -184,9 +184,9 @@ def write_encoder(name: str, folder: Path) -> tuple[Path, int]:
 
 
 def quantised_file(path: Path, size_px: int, folder: Path, *, images: int = _CALIBRATION_IMAGES) -> Path:
-    """Return the path of the int8 version that `wikiclip export --int8` would write, calibrated on made-up photographs.
+    """Write the int8 version as `wikiclip export --int8` does, calibrated on synthetic photographs, unless it exists.
 
-    Write it unless it exists.
+    Return its path.
     """
     out = folder / f"{path.stem}.int8.onnx"
     if not out.exists():

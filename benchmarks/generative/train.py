@@ -40,7 +40,7 @@ from core.jsonl import Rejected
 from core.runtime import describe_run
 from demo.build import BUILD
 from evaluation.evaluate import answer_queries
-from evaluation.metrics import AnsweredQuery, Evaluation, as_table, rank_of, summarise
+from evaluation.metrics import AnsweredQuery, as_table, rank_of, summarise
 from imaging import load_pixels
 from index.bundle import Bundle
 from model.data import ImageSource, Pair, read_pairs
@@ -375,7 +375,8 @@ def run(
     for kind in KINDS:
         query_file = build / f"queries_test_{kind}.jsonl"
         queries = [item for item in read_pairs(query_file) if isinstance(item, Pair)]
-        sample = _spread(queries, faithful_queries)
+        count = min(faithful_queries or len(queries), len(queries))
+        sample = [queries[i] for i in np.linspace(0, len(queries), count, endpoint=False).astype(int)]
         systems = {
             "wikiclip": _wikiclip_answers(bundle, query_file),
             "generative, faithful": _generated_answers(generative, symbols, sample, faithful=True),
@@ -387,7 +388,8 @@ def run(
         for name, answered in systems.items():
             evaluation = summarise(answered, rejected=0)
             click.echo(f"{kind}, {name}\n{as_table(evaluation)}\n")
-            figures.setdefault(name, {})[kind] = _figures(evaluation)
+            keys = ("queries", "seen", "unseen", "hm", "intervals")
+            figures.setdefault(name, {})[kind] = {key: getattr(evaluation, key) for key in keys}
     return {
         "accuracy": figures,
         "entities": len(symbols.titles),
@@ -397,17 +399,6 @@ def run(
         "last_loss": round(saved["loss"], 4),
         "training_images": sum(map(len, symbols.training_keys)),
     }
-
-
-def _spread(queries: Sequence[Pair], count: int | None) -> list[Pair]:
-    """Return `count` queries at equal distances, or all of them."""
-    if count is None or count >= len(queries):
-        return list(queries)
-    return [queries[position] for position in np.linspace(0, len(queries), count, endpoint=False).astype(int)]
-
-
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    return {name: getattr(evaluation, name) for name in ("queries", "seen", "unseen", "hm", "intervals")}
 
 
 @click.command()
@@ -422,23 +413,16 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
 )  # fmt: skip
 @click.option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results"))
 @click.option("--fresh", is_flag=True, help="Train even if trained weights exist.")
-@click.option("--faithful", type=click.IntRange(min=1), help="Queries of each kind in the slow mode.  [default: all]")
+@click.option(
+    "--faithful", "faithful_queries", type=click.IntRange(min=1),
+    help="Queries of each kind in the slow mode.  [default: all]",
+)  # fmt: skip
 @click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1), help="Threads for torch.")
-def main(
-    build: Path,
-    bundle: Path,
-    steps: int,
-    language_steps: int,
-    results: Path,
-    fresh: bool,
-    faithful: int | None,
-    threads: int,
-) -> None:
+def main(steps: int, language_steps: int, results: Path, threads: int, **options: Any) -> None:
     """Train the generative baseline on Symbols and compare its accuracy with WikiCLIP's, seen and unseen."""
     torch.set_num_threads(threads)
     settings = Settings(steps=steps, language_steps=language_steps)
-    figures = run(build, bundle, settings, fresh=fresh, faithful_queries=faithful)
-    outcome = {**describe_run(asdict(settings)), "figures": figures}
+    outcome = {**describe_run(asdict(settings)), "figures": run(settings=settings, **options)}
     path = write_results(results, "generative", outcome)
     click.echo(json.dumps(outcome))
     click.echo(f"written to {path}", err=True)
