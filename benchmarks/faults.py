@@ -22,11 +22,11 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 
-from benchmarks.server import ANSWERED, free_port, scrape_metrics, service_process
+from benchmarks.server import ANSWERED, free_port, scrape_metrics, service_process, wait_for
 from benchmarks.synthetic import hostile_bodies, photograph
 from core.errors import UserError
 
@@ -58,7 +58,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                 for _ in range(kills):
                     redis.kill()
                     time.sleep(REDIS_DOWN_S)
-                    redis.start()
+                    redis.restart()
                     time.sleep(REDIS_UP_S)
 
             def swap_bundles() -> None:
@@ -71,9 +71,12 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
             def kill_engine() -> None:
                 for number in range(kills):
                     process.send_signal(signal.SIGUSR1)
-                    _wait_for(url, "wikiclip_engine_deaths_total", number + 1)
+                    wait_for_metric("wikiclip_engine_deaths_total", number + 1)
                     # The service retries the batch once. Kill again only after it has certainly been answered.
-                    _wait_for(url, ANSWERED, scrape_metrics(url).get(ANSWERED, 0) + 4 * CLIENTS)
+                    wait_for_metric(ANSWERED, scrape_metrics(url).get(ANSWERED, 0) + 4 * CLIENTS)
+
+            def wait_for_metric(name: str, value: float) -> None:
+                wait_for(lambda: scrape_metrics(url).get(name, 0) >= value, f"{name} did not reach {value:g}")
 
             load = _Load(url)
             parts = {
@@ -158,46 +161,32 @@ def _send_hostile_bodies(url: str, count: int) -> dict[str, Any]:
     return {"bodies": count, "statuses": dict(statuses), "faults": faults}
 
 
-def _wait_for(url: str, metric: str, value: float) -> None:
-    """Return once a metric has reached `value`. Raise `UserError` after a timeout."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while scrape_metrics(url).get(metric, 0) < value:
-        if time.monotonic() > deadline:
-            raise UserError(f"{metric} did not reach {value:g} within {TIMEOUT_S} s")
-        time.sleep(0.05)  # polls the metrics
-
-
 class _Redis:
     """A redis-server that keeps its port when it is killed and restarted."""
 
     def __init__(self, folder: str) -> None:
-        port = free_port()
-        self.url = f"redis://127.0.0.1:{port}/0"
-        self._address = ("127.0.0.1", port)
-        self._command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", folder]
+        self._port, self._folder = free_port(), folder
+        self.url = f"redis://127.0.0.1:{self._port}/0"
 
-    def __enter__(self) -> _Redis:
-        self.start()
+    def __enter__(self) -> Self:
+        options = ("--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder)
+        self._process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
+        wait_for(self._is_listening, "redis-server did not start")
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
 
-    def start(self) -> None:
-        """Start it and return once it accepts connections."""
-        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + TIMEOUT_S
-        while time.monotonic() < deadline:
-            try:
-                socket.create_connection(self._address, 1).close()
-                return
-            except OSError:
-                time.sleep(0.02)  # polls a port that nothing listens on yet
-        raise UserError(f"redis-server did not start within {TIMEOUT_S} s")
-
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def restart(self) -> None:
+        self.__enter__()
+
+    def _is_listening(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,15 +80,24 @@ def free_port() -> int:
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, timeout_s: float = START_TIMEOUT_S) -> None:
     """Return once `/readyz` answers 200. Raise `UserError` if the process ends or the time runs out."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
+
+    def is_ready() -> bool:
         if process.poll() is not None:
             raise UserError(
                 f"the service ended with exit code {process.returncode} before it was ready; see its message above"
             )
         try:
-            if httpx.get(f"{url}/readyz", timeout=2).status_code == httpx.codes.OK:
-                return
+            return httpx.get(f"{url}/readyz", timeout=2).status_code == httpx.codes.OK
         except httpx.TransportError:
-            time.sleep(0.05)  # polls a port that nothing listens on yet
-    raise UserError(f"the service was not ready within {timeout_s:g} s")
+            return False
+
+    wait_for(is_ready, "the service was not ready", timeout_s)
+
+
+def wait_for(condition: Callable[[], bool], failure: str, timeout_s: float = START_TIMEOUT_S) -> None:
+    """Poll until a condition holds. Raise `UserError` after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise UserError(f"{failure} within {timeout_s:g} s")
+        time.sleep(0.05)
