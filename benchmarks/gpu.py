@@ -31,16 +31,16 @@ import numpy as np
 from benchmarks.generator import Job, generate_together, summarise
 from benchmarks.measure import percentiles_ms
 from benchmarks.server import ANSWERED, scrape_metrics, service_process, thread_flags
-from benchmarks.synthetic import Float32Array, Population, write_gpu_bundle, write_photographs
+from benchmarks.synthetic import Float32Array, Population, write_embeddings, write_gpu_bundle, write_photographs
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
-from core.runtime import describe_run, faiss
+from core.runtime import describe_run, faiss, usable_cores
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
-from index.embeddings import Embeddings
+from index.embeddings import EmbeddingShards
 from index.gpu import placement
-from index.manifest import MANIFEST_FILE
+from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE
 from index.search import DEFAULT_K_FACTOR
 from service.encoder import open_encoder, open_session
 from service.settings import Settings
@@ -508,37 +508,17 @@ def gpu_figures(samples: Sequence[str]) -> dict[str, float] | None:
 # ---- exact search alone ----
 
 
-class _DrawnEmbeddings(Embeddings):
-    """Synthetic embeddings that are drawn when they are read, and never stored."""
-
-    _CHUNK = 50_000
-
-    def __init__(self, count: int, dim: int) -> None:
-        super().__init__(dim, [], [])
-        self._count = count
-        self.population = Population.of(dim)
-
-    def __len__(self) -> int:
-        return self._count
-
-    @property
-    def parts(self) -> int:
-        return -(-self._count // self._CHUNK)
-
-    def part(self, number: int) -> Float32Array:
-        start = number * self._CHUNK
-        return self.population.draw(min(self._CHUNK, self._count - start), np.random.default_rng((1, start)))
-
-
 @main.command()
 @click.option("--vectors", default=6_063_945, show_default=True, help="Synthetic embeddings.")
 @click.option("--dim", default=1280, show_default=True, help="Embedding width.")
 @click.option("--bandwidth-gb-s", type=float, required=True, help="Memory bandwidth of all GPUs, by their data sheet.")
 def search(vectors: int, dim: int, bandwidth_gb_s: float) -> None:
     """Measure exact search on the GPUs, and compare it with the time that reading the vectors takes."""
-    embeddings = _DrawnEmbeddings(vectors, dim)
-    placed = placement(faiss.IndexFlatIP(dim), embeddings, "cuda")
-    queries_QD = embeddings.population.draw(QUERIES, np.random.default_rng(2))
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / EMBEDDINGS_FOLDER
+        write_embeddings(folder, vectors, dim, progress=True, threads=usable_cores())
+        placed = placement(faiss.IndexFlatIP(dim), EmbeddingShards(folder, dim), "cuda")
+    queries_QD = Population.of(dim).draw(QUERIES, np.random.default_rng(2))
 
     def call(batch: int, i: int) -> object:
         start = i * batch % QUERIES

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import quantiles
 from typing import Any, ClassVar
 
 from gevent.pool import Group
@@ -76,13 +77,14 @@ class Step:
         refused = sum(count for reason, count in self.failures.items() if reason.startswith("refused"))
         in_time = sum(took <= IN_TIME_MS for took in self.latencies_ms)
         counted_s = self.length_s * (1 - SETTLING_SHARE)
-        ordered = sorted(self.latencies_ms)
+        values = self.latencies_ms * 2 if len(self.latencies_ms) == 1 else self.latencies_ms  # `quantiles` needs two
+        percentiles = quantiles(values, n=100, method="inclusive") if values else None
         return {
             "planned_per_s": round(self.rate, 2),
             "offered_per_s": round(requests / counted_s, 2),
             "answered_per_s": round(len(self.latencies_ms) / counted_s, 2),
             "in_time_per_s": round(in_time / counted_s, 2),
-            **{f"p{percent}_ms": _percentile(ordered, percent) for percent in (50, 90, 99)},
+            **{f"p{n}_ms": round(percentiles[n - 1], 2) if percentiles else None for n in (50, 90, 99)},
             "requests": requests,
             "refused_share": round(refused / requests, 4) if requests else 0.0,
             "failed_share": round((self.failures.total() - refused) / requests, 4) if requests else 0.0,
@@ -90,16 +92,6 @@ class Step:
             "kinds": dict(sorted(self.kinds.items())),
             "failures": dict(sorted(self.failures.items())),
         }
-
-
-def _percentile(ordered: Sequence[float], percent: int) -> float | None:
-    """Interpolate linearly, as numpy does. Return None for no values."""
-    if not ordered:
-        return None
-    position = percent / 100 * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return round(ordered[low] + (position - low) * (ordered[high] - ordered[low]), 2)
 
 
 def plan_steps(options: Namespace) -> list[Step]:
