@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
@@ -18,13 +18,13 @@ from starlette.staticfiles import StaticFiles
 
 from core.errors import Unavailable, UserError
 from imaging import readable_types
-from service import admin, problems, routes, schemas
+from service import admin, errors, routes
 from service.auth import AdminToken, ApiKeys
+from service.cache import RedisLink
 from service.image_fetcher import ImageFetcher
 from service.limits import Rate, RateLimiter
 from service.middleware import RefuseWhenFull, RequestContext
 from service.recognizer import Recognizer
-from service.redis_link import RedisLink
 from service.settings import Settings
 from service.telemetry import Metrics, Tracing, open_tracing
 from wikiclip.answers import Info, Liveness, Problem, Readiness
@@ -39,13 +39,13 @@ def create_app(
     fetcher: ImageFetcher | None = None,
     tracing: Tracing | None = None,
 ) -> FastAPI:
-    """The service. Without a recogniser it opens the bundle of `settings` when it starts; without a fetcher it fetches
-    images by URL as `settings` allow, and without tracing it traces as they say.
+    """Return the service. Without a recogniser, it opens the bundle of `settings` at startup.
 
-    A recogniser that is handed over is closed with the app. Raises `UserError` if there is neither.
+    `fetcher` and `tracing` replace those that `settings` describe. The app closes the recogniser at shutdown. Raises
+    `UserError` if there is neither a recogniser nor a bundle.
     """
     if recognizer is None and settings.bundle is None:
-        raise UserError("no bundle is given; name one with --bundle or WIKICLIP_BUNDLE")
+        raise UserError("there is no bundle to serve; name one with --bundle or WIKICLIP_BUNDLE")
 
     limiter = _limiter(settings)
     tracing = tracing or open_tracing(settings)
@@ -82,8 +82,7 @@ def create_app(
     )
     app.state.rate_limiter = limiter
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
-    problems.install(app)
-    app.include_router(routes.recognition)
+    errors.install(app)
     app.include_router(routes.router)
     app.include_router(admin.router)
     _add_operations(app)
@@ -119,42 +118,36 @@ def _limiter(settings: Settings) -> RateLimiter | None:
 
 
 def metrics_of(app: FastAPI) -> Metrics:
-    """What counts the app's requests now."""
+    """Return the metrics of the app's recogniser, or the app's own until there is one."""
     recognizer: Recognizer | None = app.state.recognizer
     metrics: Metrics = app.state.metrics if recognizer is None else recognizer.metrics
     return metrics
 
 
 def _add_operations(app: FastAPI) -> None:
-    @app.get("/livez", summary="Whether the process answers", response_model=Liveness)
-    async def livez() -> Response:
-        return routes.json_response(Liveness())
+    @app.get("/livez", summary="Check that the process answers")
+    async def livez() -> Liveness:
+        return Liveness()
 
-    @app.get(
-        "/readyz",
-        summary="Whether images can be recognised now",
-        response_model=Readiness,
-        responses=schemas.problems(503),
-    )
-    async def readyz(request: Request) -> Response:
-        routes.recognizer_of(request)
-        return routes.json_response(Readiness())
+    @app.get("/readyz", summary="Check that images can be recognised now", responses=errors.problems(503))
+    async def readyz(recognizer: routes.ReadyRecognizer) -> Readiness:
+        return Readiness()
 
     @app.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
-    async def metrics(request: Request) -> Response:
-        recognizer: Recognizer | None = request.app.state.recognizer
-        told = metrics_of(app)
+    async def scrape_metrics() -> Response:
+        recognizer: Recognizer | None = app.state.recognizer
+        metrics = metrics_of(app)
         if recognizer is not None:
-            told.in_flight_images.set(recognizer.admission.in_flight)
-            told.queue_images.set(recognizer.queue_depth)
-        told.ready.set(recognizer is not None and recognizer.unready_reason is None)
-        return Response(told.exposition(), headers={"Content-Type": told.content_type})
+            metrics.in_flight_images.set(recognizer.admission.in_flight)
+            metrics.queue_images.set(recognizer.queue_depth)
+        metrics.ready.set(recognizer is not None and recognizer.unready_reason is None)
+        return Response(metrics.exposition(), headers={"Content-Type": metrics.content_type})
 
-    @app.get("/info", summary="What is served, and its limits", response_model=Info, responses=schemas.problems(503))
-    async def info(request: Request) -> Response:
-        if request.app.state.recognizer is None:
-            raise Unavailable("the bundle is being loaded; try again later")
-        return routes.json_response(_info(request.app.state.recognizer))
+    @app.get("/info", summary="Describe what is served, and its limits", responses=errors.problems(503))
+    async def info() -> Info:
+        if app.state.recognizer is None:
+            raise Unavailable("the bundle is being loaded; retry later")
+        return _info(app.state.recognizer)
 
 
 def _info(recognizer: Recognizer) -> Info:
@@ -199,8 +192,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
         components = document["components"]["schemas"]
-        components["Problem"] = {**Problem.model_json_schema(), "x-types": problems.problem_types()}
-        # The framework's own shape of a failed check: ours is a problem, told where a check can fail.
+        components["Problem"] = {**Problem.model_json_schema(), "x-types": errors.problem_types()}
+        # FastAPI's own description of invalid parameters. The service answers with a problem instead.
         for unused in ("HTTPValidationError", "ValidationError"):
             components.pop(unused, None)
         for operation in (operation for methods in document["paths"].values() for operation in methods.values()):
@@ -208,6 +201,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
                 del operation["responses"]["422"]
             if app.state.api_keys and "401" in operation["responses"]:
                 operation.setdefault("security", [{name: []} for name in ("bearer", "header")])
-        document["components"]["securitySchemes"] = schemas.SECURITY_SCHEMES
+        document["components"]["securitySchemes"] = {
+            "bearer": {"type": "http", "scheme": "bearer"},
+            "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            "admin": {"type": "http", "scheme": "bearer", "description": "The admin token."},
+        }
         app.openapi_schema = document
     return app.openapi_schema

@@ -1,32 +1,40 @@
-"""What was computed before: embeddings and answers by the hash of their image, never an image.
+"""A cache of embeddings and answers by the hash of their image. It never holds an image.
 
-In the process an LRU of bounded size; behind it, where there is one, a Redis that several processes share.
+Each process has an LRU cache of bounded size. With Redis, processes share a second one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from service.redis_link import RedisLink
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
 
-_REDIS_KEEPS_S = 24 * 3600
+_REDIS_TTL_S = 24 * 3600
 _ENTRY_OVERHEAD_BYTES = 200
+_PAUSE_S = 2.0  # a slow Redis costs one timeout in this time, not one for each request
+
+log = logging.getLogger("wikiclip.redis")
 
 T = TypeVar("T")
 
 
 def cache_key(kind: str, data_sha256: str, fingerprint: str, parameters: str) -> str:
-    """A key that changes with the image's bytes, the bundle and everything else that the value depends on."""
+    """Return the key of a value that depends on an image's bytes, a bundle or encoder, and parameters."""
     digest = hashlib.sha256("\0".join((data_sha256, fingerprint, parameters)).encode()).hexdigest()
     return f"wikiclip:1:{kind}:{digest}"
 
 
 class Lru:
-    """Bytes by key, the least recently used dropped first, `max_bytes` in all. For one event loop."""
+    """Bytes by key, at most `max_bytes` in all. The least recently used are dropped first. For one event loop."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -56,10 +64,46 @@ def _cost_bytes(key: str, value: bytes) -> int:
     return len(key) + len(value) + _ENTRY_OVERHEAD_BYTES
 
 
-class Cache:
-    """The LRU, and Redis behind it. Redis being slow, full or gone costs a request `redis_timeout_s` at most.
+class RedisLink:
+    """A Redis that may be slow, full or down. A call takes at most `timeout_s`. After a failure, calls pause for 2 s.
 
-    `on_redis_error` is told of each failure. For one event loop; `close` ends the connections.
+    `on_error` is called after each failure. For one event loop. Close it when done.
+    """
+
+    def __init__(self, url: str, timeout_s: float, on_error: Callable[[], None] = lambda: None) -> None:
+        self._timeout_s = timeout_s
+        self._on_error = on_error
+        self._paused_until = 0.0
+        self._client = redis.asyncio.Redis.from_url(
+            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
+        )
+
+    async def ask(self, call: Callable[[Any], Awaitable[T]]) -> T | None:
+        """Return what `call` returns, given a client, or None if Redis does not answer in time."""
+        if time.monotonic() < self._paused_until:
+            return None
+        try:
+            # The client's own timeouts are for each read and write. This one is for all of them together.
+            answer = await asyncio.wait_for(call(self._client), self._timeout_s)
+        except (RedisError, OSError, TimeoutError) as error:
+            if self._paused_until == 0.0:
+                log.warning("Redis does not answer (%s): continuing without it", error or type(error).__name__)
+            self._paused_until = time.monotonic() + _PAUSE_S
+            self._on_error()
+            return None
+        if self._paused_until:
+            log.info("Redis answers again")
+            self._paused_until = 0.0
+        return answer
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+class Cache:
+    """The LRU cache, and Redis behind it. A Redis that is slow, full or down delays a request by `redis_timeout_s`.
+
+    `on_redis_error` is called after each failure. For one event loop. Close it when done.
     """
 
     def __init__(
@@ -73,7 +117,7 @@ class Cache:
         self._redis = None if redis_url is None else RedisLink(redis_url, redis_timeout_s, on_redis_error)
 
     async def get(self, key: str) -> bytes | None:
-        """The value of `key`, None where it is not known."""
+        """Return the value of a key, None if it is not cached."""
         value = self._lru.get(key)
         if value is None and self._redis is not None:
             answer = await self._redis.ask(lambda redis: redis.get(key))
@@ -83,10 +127,10 @@ class Cache:
         return value
 
     async def put(self, key: str, value: bytes) -> None:
-        """Keep a value; the oldest ones go where there is no room."""
+        """Cache a value."""
         self._lru.put(key, value)
         if self._redis is not None:
-            await self._redis.ask(lambda redis: redis.set(key, value, ex=_REDIS_KEEPS_S))
+            await self._redis.ask(lambda redis: redis.set(key, value, ex=_REDIS_TTL_S))
 
     async def close(self) -> None:
         if self._redis is not None:
@@ -94,33 +138,33 @@ class Cache:
 
 
 class SingleFlight(Generic[T]):
-    """Equal work asked for at the same time is done once.
+    """Runs equal work once for all callers that need it at the same time.
 
-    The work goes on while anyone waits for it, and is cancelled when the last one has gone.
+    The work is cancelled when its last caller is.
     """
 
     def __init__(self) -> None:
         self._flights: dict[str, tuple[asyncio.Task[T], list[None]]] = {}
 
     async def run(self, key: str, work: Callable[[], Awaitable[T]]) -> T:
-        """What `work` gives, or what the equal work that is under way gives. An error reaches all who wait."""
+        """Return the result of `work`, or of the work that is running for this key. All callers get its error."""
         if key not in self._flights:
             task = asyncio.ensure_future(_as_coroutine(work))
             self._flights[key] = (task, [])
-            task.add_done_callback(lambda ended: self._land(key, ended))
-        task, waiting = self._flights[key]
-        waiting.append(None)
+            task.add_done_callback(lambda ended: self._remove(key, ended))
+        task, callers = self._flights[key]
+        callers.append(None)
         try:
             return await asyncio.shield(task)
         finally:
-            waiting.pop()
-            if not waiting and not task.done():
-                # A newcomer must start anew and not join work that is being cancelled.
-                self._land(key, task)
+            callers.pop()
+            if not callers and not task.done():
+                # Removed at once, so that a new caller does not join work that is being cancelled.
+                self._remove(key, task)
                 task.cancel()
-            del task  # it knows of an error, which knows of this frame
+            del task  # its error refers to this frame: a reference cycle
 
-    def _land(self, key: str, task: asyncio.Task[T]) -> None:
+    def _remove(self, key: str, task: asyncio.Task[T]) -> None:
         if key in self._flights and self._flights[key][0] is task:
             del self._flights[key]
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import IO, TYPE_CHECKING, Any
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import click
+import orjson
+from tqdm import tqdm
 
-from core.errors import UserError
+from core.errors import BadRequest, UserError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
+    from wikiclip.answers import Explanation, Recognition, RecognizeOptions
+
 _CHUNK_IMAGES = 64
+_CONCURRENT_REQUESTS = 4
+_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"))
+_SHADES = " ░▒▓█"
 
 
 class ServeCommand(click.Command):
-    """Its flags are the fields of `Settings`, read only when they are needed: importing them takes time."""
+    """A command whose flags are the fields of `Settings`. Importing them is slow and happens only when needed."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         if not self.params:
@@ -30,8 +43,7 @@ def _flag(name: str, field: FieldInfo) -> click.Option:
     return click.Option(
         [f"--{name.replace('_', '-')}", name],
         metavar=_metavar(field),
-        # Left out here, so that the environment and then the default of `Settings` decide.
-        default=None,
+        default=None,  # a flag that is not given leaves the value to the environment, then to `Settings`
         help=f"{field.description}  [env: WIKICLIP_{name.upper()}; default: {default}]",
     )
 
@@ -46,31 +58,37 @@ def _metavar(field: FieldInfo) -> str:
 
 
 @click.command(cls=ServeCommand)
-def serve(**given: Any) -> None:
+def serve(**flags: Any) -> None:
     """Serve a bundle over HTTP.
 
-    Every flag can be set as an environment variable too; a flag wins over the environment.
+    Each flag can also be set as an environment variable. A flag takes precedence.
     """
     from service.server import run_server
     from service.settings import load_settings
 
-    run_server(load_settings(**{name: value for name, value in given.items() if value is not None}))
+    run_server(load_settings(**{name: value for name, value in flags.items() if value is not None}))
 
 
 @click.command()
 @click.argument("paths", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True, type=click.Path())
 @click.option("--bundle", type=click.Path(), help="The bundle to recognise with, a folder or a URI.")
-@click.option("--url", help="The service to ask instead, as http://127.0.0.1:8000.")
-@click.option("--api-key-file", type=click.File(), help="File with the API key, where the service at --url wants one.")
+@click.option("--url", help="The service to use instead of a bundle, such as http://127.0.0.1:8000.")
+@click.option("--api-key-file", type=click.File(), help="File with the API key for the service at --url.")
 @click.option(
-    "--top-k", type=click.IntRange(1, 100), default=5, show_default=True, help="Predictions an image, at most."
+    "--top-k",
+    type=click.IntRange(1, 100),
+    default=5,
+    show_default=True,
+    help="Maximum number of predictions for an image.",
 )
 @click.option("--types", default="", help="Only entities with any of these types, separated by commas.  [default: all]")
-@click.option("--lang", help="Titles in this language where there are, as fr.  [default: the catalog's own]")
 @click.option(
-    "--explain", is_flag=True, help="Say of each prediction where in the image it matches, and by which words."
+    "--lang", help="Language of the titles, such as fr, where the catalog has it.  [default: the catalog's own]"
 )
-@click.option("--out", type=click.Path(dir_okay=False), help="Write JSON Lines to this file, an image a line.")
+@click.option(
+    "--explain", is_flag=True, help="Explain each prediction: where in the image it matches, and which words matter."
+)
+@click.option("--out", type=click.Path(dir_okay=False), help="Write JSON Lines to this file, one line per image.")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -78,7 +96,7 @@ def serve(**given: Any) -> None:
     show_default=True,
     help="Where the image encoder runs, with --bundle.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON Lines, an image a line.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON Lines, one line per image.")
 def recognize(
     *,
     paths: tuple[str, ...],
@@ -93,26 +111,157 @@ def recognize(
     device: str,
     as_json: bool,
 ) -> None:
-    """Name the entities in images, without a service (--bundle) or through one (--url).
+    """Name the entities in images, with a bundle (--bundle) or through a service (--url).
 
     A folder is searched for images at any depth. An image that cannot be recognised is reported and skipped.
     """
     if (bundle is None) == (url is None):
         raise click.UsageError("give one of --bundle and --url")
-    from service.batch import Printer, answers_from_bundle, answers_from_service, find_images
+    from pydantic import ValidationError
+
     from wikiclip.answers import RecognizeOptions
 
-    wanted_types = tuple(sorted({part.strip() for part in types.split(",") if part.strip()}))
-    options = RecognizeOptions(top_k=top_k, types=wanted_types, lang=lang, explain=explain)
+    try:
+        options = RecognizeOptions.model_validate({"top_k": top_k, "types": types, "lang": lang, "explain": explain})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise click.UsageError(f"{first['loc'][0]}: {first['msg']}") from error
     images = find_images(paths)
     if bundle is not None:
-        answers = answers_from_bundle(images, bundle, options, device=device, chunk_images=_CHUNK_IMAGES)
+        outcomes = _recognize_with_bundle(images, bundle, options, device=device)
     else:
         assert url is not None
-        api_key = None if api_key_file is None else api_key_file.read().strip()
-        answers = answers_from_service(images, url, options, api_key=api_key)
-    with Printer(total=len(images), out=out, as_json=as_json) as printer:
-        for path, answer in answers:
-            printer.take(path, answer)
+        outcomes = _recognize_with_service(images, url, options, None if api_key_file is None else api_key_file.read())
+    with _Printer(total=len(images), out=out, as_json=as_json) as printer:
+        for path, outcome in outcomes:
+            printer.print(path, outcome)
     if printer.recognized == 0:
-        raise UserError(f"none of {len(images)} image(s) was recognised; the reasons stand above")
+        raise UserError(f"none of {len(images)} image(s) was recognised; see the reasons above")
+
+
+def find_images(paths: Sequence[str]) -> list[Path]:
+    """Return the files, and the image files in the folders, in a fixed order. Raises `UserError` if there are none."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            for folder, subfolders, names in os.walk(path):
+                subfolders.sort()
+                found += [Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in _SUFFIXES]
+        elif path.exists():
+            found.append(path)
+        else:
+            raise UserError(f"{path} does not exist; check the path")
+    if not found:
+        raise UserError(f"no image files in {', '.join(paths)}; give files, or a folder that contains some")
+    return found
+
+
+def _recognize_with_bundle(
+    images: Sequence[Path], bundle: str, options: RecognizeOptions, *, device: str
+) -> Iterator[tuple[Path, Recognition | UserError]]:
+    from service.recognizer import Recognizer
+    from service.settings import load_settings
+
+    with Recognizer.open(bundle, load_settings(device=device, cache="off", redis_url=None)) as recognizer:
+        for start in range(0, len(images), _CHUNK_IMAGES):
+            chunk = images[start : start + _CHUNK_IMAGES]
+            contents = [_read(path) for path in chunk]
+            readable = [content for content in contents if isinstance(content, bytes)]
+            outcomes = iter(recognizer.recognize_many(readable, options))
+            for path, content in zip(chunk, contents, strict=True):
+                yield path, content if isinstance(content, UserError) else next(outcomes)
+
+
+def _recognize_with_service(
+    images: Sequence[Path], url: str, options: RecognizeOptions, api_key: str | None
+) -> Iterator[tuple[Path, Recognition | UserError]]:
+    from wikiclip.client import Client
+
+    key = None if api_key is None else api_key.strip()
+    with Client(url, api_key=key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+
+        def request(path: Path) -> tuple[Path, Recognition | UserError]:
+            content = _read(path)
+            if isinstance(content, UserError):
+                return path, content
+            try:
+                return path, client.recognize(content, options)
+            except UserError as error:
+                return path, error
+
+        for start in range(0, len(images), _CHUNK_IMAGES):
+            yield from pool.map(request, images[start : start + _CHUNK_IMAGES])
+
+
+def _read(path: Path) -> bytes | UserError:
+    try:
+        return path.read_bytes() or BadRequest("the file is empty; give an image")
+    except OSError as error:
+        return UserError(f"the file cannot be read ({error.strerror}); check its permissions")
+
+
+class _Printer:
+    """Prints outcomes as text or JSON, or writes them to a file, with a progress bar on a terminal."""
+
+    def __init__(self, *, total: int, out: str | None, as_json: bool) -> None:
+        self.recognized = 0
+        self.failed = 0
+        self._as_json = as_json
+        self._stack = ExitStack()
+        self._out: IO[bytes] | None = None
+        if out is not None:
+            try:
+                self._out = self._stack.enter_context(Path(out).open("wb"))  # noqa: SIM115 - the stack closes it
+            except OSError as error:
+                raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
+        self._bar = self._stack.enter_context(tqdm(total=total, unit="image", disable=None, leave=False))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stack.close()
+        if kind is None or self.recognized + self.failed:
+            where = f", answers in {self._out.name}" if self._out else ""
+            click.echo(f"{self.recognized} recognised, {self.failed} failed{where}", err=True)
+
+    def print(self, path: Path, outcome: Recognition | UserError) -> None:
+        if isinstance(outcome, UserError):
+            self.failed += 1
+            error = {"title": outcome.title, "status": outcome.status, "detail": outcome.detail}
+            row: dict[str, Any] = {"image": str(path), "error": error}
+            self._bar.write(f"{path}: {outcome.detail}", file=sys.stderr)
+        else:
+            self.recognized += 1
+            row = {"image": str(path), **outcome.model_dump(exclude={"request_id"})}
+            if self._out is None and not self._as_json:
+                self._bar.write("\n".join(_lines(path, outcome)), file=sys.stdout)
+        line = orjson.dumps(row)
+        if self._out is not None:
+            self._out.write(line + b"\n")
+        if self._as_json:
+            self._bar.write(line.decode(), file=sys.stdout)
+        self._bar.update()
+
+
+def _lines(path: Path, recognition: Recognition) -> Iterator[str]:
+    yield f"{path}{'   (probably not in the catalog)' if recognition.abstained else ''}"
+    if not recognition.predictions:
+        yield "   no entity passes the filters"
+    for each in recognition.predictions:
+        shows_confidence = each.confidence is not None and not recognition.abstained
+        confidence = f"  {100 * (each.confidence or 0):3.0f} %" if shows_confidence else ""
+        yield f"  {each.rank:3d}  {each.score:.3f}{confidence}  {each.symbol or ' '} {each.title}  [{each.entity_id}]"
+        if each.explanation is not None:
+            yield from _explanation_lines(each.explanation)
+
+
+def _explanation_lines(explanation: Explanation) -> Iterator[str]:
+    """Yield the heat map as shades, the darkest where it matches best, and the words."""
+    if explanation.heat_map is not None:
+        low = min(map(min, explanation.heat_map))
+        step = (max(map(max, explanation.heat_map)) - low) / (len(_SHADES) - 1) or 1.0
+        for row in explanation.heat_map:
+            yield "       " + "".join(2 * _SHADES[round((value - low) / step)] for value in row)
+    if explanation.words is not None:
+        yield "       words: " + ", ".join(f"{each.word} {100 * each.weight:.0f} %" for each in explanation.words[:6])

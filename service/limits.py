@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from core.errors import TooManyRequests
-from service.redis_link import RedisLink
+from service.cache import RedisLink
 
 _THROUGHPUT_WINDOW_S = 10.0
 _MIN_BUSY_S = 0.5  # a throughput measured over less time means nothing

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import TooManyRequests
-from service.problems import problem_response, unexpected_response
+from service.errors import problem_response, unexpected_response
 from service.telemetry import Metrics, Tracing
 
 RECOGNITION_PATHS = frozenset(("/recognize", "/recognize/batch"))

@@ -13,8 +13,8 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from core.errors import BadRequest, HeadTooLarge, SlowRequest, UserError
+from service.errors import problem_response
 from service.middleware import new_request_id, with_common_headers
-from service.problems import problem_response
 
 MAX_HEAD_BYTES = 64 * 1024
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field
 
 from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable, UserError
 from imaging import Preprocessing, load_pixels, make_thumbnail
@@ -33,13 +34,27 @@ from index.entity_encoder import (
 from index.overlay import LiveChanges
 from index.store import StoredEntity, first_sentence
 from service.encoder import open_session
-from service.schemas import EntityRequest
 
 _THREADS = 1  # one thread leaves the cores to queries
 
 Float32Array = npt.NDArray[np.float32]
 
 log = logging.getLogger("wikiclip.updates")
+
+
+class EntityRequest(BaseModel):
+    """An entity to add or replace, without its image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: str = Field(min_length=1, max_length=2000, pattern=r"\S")
+    text: str = Field(default="", description="The entity's text. It goes into the embedding.")
+    types: list[str] = []
+    url: str | None = None
+    titles: dict[str, str] = Field(default={}, description="By language.")
+    description: str | None = Field(default=None, description="One line to show; default: the text's first sentence.")
+    symbol: str | None = Field(default=None, description="A character that shows the entity.")
+    embedding: list[float] | None = Field(default=None, description="Instead of image and text. It is normalised.")
 
 
 class PatchEncoder(Protocol):

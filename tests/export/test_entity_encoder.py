@@ -20,9 +20,8 @@ from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from model.checkpoint import Checkpoint
 from service import encoder
 from service.recognizer import Recognizer
-from service.schemas import EntityRequest
 from service.settings import Settings
-from service.updates import EntityEmbedder
+from service.updates import EntityEmbedder, EntityRequest
 from tests.export.conftest import CatalogFiles
 
 

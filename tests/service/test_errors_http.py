@@ -61,7 +61,7 @@ REFUSED = {
     "a form that ends early": (
         post(b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\nabc', FORM),
         400,
-        "ends too early",
+        "incomplete",
     ),
     "a malformed form": (post(b"nothing of the kind", FORM), 400, "malformed"),
     "a form without a boundary": (post(b"--b", "multipart/form-data"), 400, "boundary"),

@@ -126,7 +126,7 @@ def test_cuda_that_cannot_be_had_is_an_error_and_never_the_cpu(small_bundle):
 
 def test_the_service_never_imports_torch():
     program = (
-        "import sys, service.app, service.server, service.cli, service.batch, wikiclip.client; "
+        "import sys, service.app, service.server, service.cli, wikiclip.client; "
         "sys.exit(sorted({'torch', 'transformers', 'onnx'} & sys.modules.keys()) or None)"
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Request bodies: read within bounds, and the images in them. All in memory: a query image never touches the disk."""
+"""Request bodies: read within limits, and the images in them. Bodies stay in memory and are never written to disk."""
 
 from __future__ import annotations
 
@@ -10,47 +10,46 @@ from typing import Any
 
 import orjson
 import python_multipart
+from pydantic import BaseModel
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from core.errors import BadRequest, SlowRequest, TooLarge, UnsupportedMediaType, UserError
 from imaging import canonical_type, readable_types
 
-_DRAIN_BYTES = 8 * 1024**2  # beyond the limit; a body larger than that has its connection closed
-_UNDECLARED = "application/octet-stream"  # what clients send for a file whose kind they do not know
+_DRAIN_BYTES = 8 * 1024**2  # read beyond the limit before the connection is closed
+_UNKNOWN_TYPE = "application/octet-stream"  # clients send it for a file whose type they do not know
+_JSON_EXAMPLE = '{"image": {"base64": "..."}}'
 
 
 async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:
-    """The body of a request. Raises `TooLarge` if it is over the limit, `SlowRequest` if it does not come within
-    `timeout_s`, `BadRequest` if it is empty. Of a body that is over the limit nothing is kept, and no more is read than
-    `_DRAIN_BYTES` past it; nothing at all where the client waits to be told to send it (`Expect: 100-continue`)."""
+    """Read the body of a request.
+
+    Raises `TooLarge` over the limit, `SlowRequest` if it takes longer than `timeout_s`, `BadRequest` if it is empty.
+    A body over the limit is read up to `_DRAIN_BYTES` beyond it and discarded, because many clients do not read a
+    response before they have sent their body. With `Expect: 100-continue` it is not read at all.
+    """
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared) > max_body_bytes
     if too_large and request.headers.get("expect", "").lower() == "100-continue":
-        raise _too_large(max_body_bytes)  # the first read would be what tells it to go on
+        raise _too_large(max_body_bytes)  # reading would send 100 Continue
     chunks: list[bytes] = []
     size_bytes = 0
     try:
         async with asyncio.timeout(timeout_s):
-            more = True
-            while more:  # not `request.stream()`: a generator that the event loop has to know of, 0.02 ms a request
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientDisconnect
-                chunk, more = message.get("body", b""), message.get("more_body", False)
+            async for chunk in request.stream():
                 size_bytes += len(chunk)
                 too_large = too_large or size_bytes > max_body_bytes
                 if not too_large:
                     chunks.append(chunk)
                     continue
-                # Many clients see only a closed connection if the answer comes before their body is taken.
                 chunks.clear()
                 if size_bytes > max_body_bytes + _DRAIN_BYTES:
                     break
     except TimeoutError:
         if not too_large:
-            raise SlowRequest(f"the body did not come within {timeout_s:g} s; send a smaller image") from None
+            raise SlowRequest(f"the body did not arrive within {timeout_s:g} s; send a smaller image") from None
     if too_large:
         raise _too_large(max_body_bytes)
     if size_bytes == 0:
@@ -64,36 +63,37 @@ def _too_large(max_body_bytes: int) -> TooLarge:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageUrl:
-    """Where an image is said to be; nothing about it has been checked."""
+    """The URL of an image, not checked yet."""
 
     url: str
 
 
 def image_of(body: bytes, content_type: str) -> bytes | ImageUrl:
-    """The one image of a `POST /recognize`, in any of its three forms, or where it is.
+    """Return the image of a `POST /recognize` in any of its three forms, or its URL.
 
     Raises `BadRequest` or `UnsupportedMediaType`.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
+    media_type = _media_type(content_type)
     if media_type == "multipart/form-data":
         images = images_of(body, content_type)
         if len(images) != 1:
-            raise BadRequest(f"{len(images)} parts named image; send one, or use /recognize/batch")
+            raise BadRequest(f"the form has {len(images)} parts named image; send one, or use /recognize/batch")
         if isinstance(images[0], UserError):
             raise images[0]
         return images[0]
     if media_type == "application/json":
-        return _image_in_json(body)
+        content = _json(body)
+        return _image_in_json(content.get("image") if isinstance(content, dict) else None)
     _check_type(content_type)
     return body
 
 
 def images_of(body: bytes, content_type: str) -> list[bytes | UserError]:
-    """The `image` parts of a multipart body in order; a part that is empty or declared as no image is its error.
+    """Return the `image` parts of a multipart body, in order. An empty part or one of another type is an error.
 
-    Raises `BadRequest` if the body is malformed or has no such part, `UnsupportedMediaType` if it is no multipart.
+    Raises `BadRequest` for a malformed body or one without such a part, `UnsupportedMediaType` if it is not multipart.
     """
-    if content_type.partition(";")[0].strip().lower() != "multipart/form-data":
+    if _media_type(content_type) != "multipart/form-data":
         raise UnsupportedMediaType("send multipart/form-data with parts named image")
     parts = [part for part in _parse_multipart(body, content_type) if part.name == "image"]
     if not parts:
@@ -102,28 +102,26 @@ def images_of(body: bytes, content_type: str) -> list[bytes | UserError]:
 
 
 def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | ImageUrl | None]:
-    """The record of a `PUT /entities/{entity_id}` as parsed JSON, and its image or where that is, None without.
+    """Return the record of a `PUT /entities/{entity_id}` as parsed JSON, and its image, the URL of one, or None.
 
-    Either all of it is JSON, or the form has a part `record` with the JSON and perhaps a part `image`. Raises
-    `BadRequest` or `UnsupportedMediaType`.
+    Raises `BadRequest` or `UnsupportedMediaType`.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
+    media_type = _media_type(content_type)
     if media_type == "application/json":
         record = _json(body)
-        given = record.pop("image", None) if isinstance(record, dict) else None
-        return record, None if given is None else _image_given(given)
+        image = record.pop("image", None) if isinstance(record, dict) else None
+        return record, None if image is None else _image_in_json(image)
     if media_type != "multipart/form-data":
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
     parts = _parse_multipart(body, content_type)
     records = [part for part in parts if part.name == "record"]
     images = [_image_in_part(part) for part in parts if part.name == "image"]
     if len(records) != 1 or len(images) > 1:
-        raise BadRequest("the form needs one part record, with the record as JSON, and one part image at most")
+        raise BadRequest("the form needs one part record, with the record as JSON, and at most one part image")
     for image in images:
         if isinstance(image, UserError):
             raise image
-        return _json(records[0].data), image
-    return _json(records[0].data), None
+    return _json(records[0].data), next((image for image in images if isinstance(image, bytes)), None)
 
 
 @dataclass(kw_only=True)
@@ -133,10 +131,14 @@ class _Part:
     data: bytes = b""
 
 
+def _media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
 def _image_in_part(part: _Part) -> bytes | UserError:
     if not part.data:
         return BadRequest("the part image is empty; send a file with content")
-    if part.content_type is not None and part.content_type.lower() != _UNDECLARED:
+    if part.content_type is not None and part.content_type.lower() != _UNKNOWN_TYPE:
         try:
             _check_type(part.content_type)
         except UnsupportedMediaType as error:
@@ -146,33 +148,28 @@ def _image_in_part(part: _Part) -> bytes | UserError:
 
 def _check_type(content_type: str) -> None:
     if canonical_type(content_type) is None:
-        declared = content_type.partition(";")[0].strip()[:80] or "no content type"
+        declared = content_type.partition(";")[0].strip()[:80]
         raise UnsupportedMediaType(
-            f"{declared!r} is no image type that is read here; declare one of {', '.join(readable_types())}, "
-            "or send multipart/form-data or application/json"
+            f"the content type {declared!r} is not an image type that the service reads; send "
+            f"{', '.join(readable_types())}, multipart/form-data or application/json"
         )
-
-
-def _image_in_json(body: bytes) -> bytes | ImageUrl:
-    content = _json(body)
-    return _image_given(content.get("image") if isinstance(content, dict) else None)
 
 
 def _json(body: bytes) -> Any:
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the body is no JSON ({error}); send {{'image': {{'base64': ...}}}}") from error
+        raise BadRequest(f"the body is not JSON ({error}); send {_JSON_EXAMPLE}") from error
 
 
-def _image_given(image: object) -> bytes | ImageUrl:
+def _image_in_json(image: object) -> bytes | ImageUrl:
     if not isinstance(image, dict) or len(image) != 1 or not isinstance(next(iter(image.values())), str):
-        raise BadRequest('the JSON is not as wanted; send {"image": {"base64": "..."}}')
+        raise BadRequest(f"image must be an object with one string; send {_JSON_EXAMPLE}")
     kind, value = next(iter(image.items()))
     if kind == "url":
         return ImageUrl(url=value)
     if kind != "base64":
-        raise BadRequest(f'image has {kind[:40]!r}; send {{"image": {{"base64": "..."}}}}')
+        raise BadRequest(f"image has the unknown key {kind[:40]!r}; send {_JSON_EXAMPLE}")
     return _from_base64(value)
 
 
@@ -193,28 +190,28 @@ def _parse_multipart(body: bytes, content_type: str) -> list[_Part]:
     _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary")
     if not boundary:
-        raise BadRequest("the multipart content type names no boundary; let the client library set it")
-    collector = _Collector()
+        raise BadRequest("the multipart content type has no boundary; let the client library set it")
+    collector = _PartCollector()
     try:
         parser = python_multipart.MultipartParser(boundary, collector.callbacks())  # type: ignore[arg-type]
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise BadRequest(f"the multipart body is malformed ({error}); let the client library build it") from error
-    if not collector.ended:
-        raise BadRequest("the multipart body ends too early; send all of it")
+    if not collector.complete:
+        raise BadRequest("the multipart body is incomplete; send all of it")
     return collector.parts
 
 
-class _Collector:
-    """Gathers the parts of a multipart body from the parser's callbacks."""
+class _PartCollector:
+    """Builds the parts of a multipart body from the parser's callbacks."""
 
     def __init__(self) -> None:
         self.parts: list[_Part] = []
-        self.ended = False
+        self.complete = False
         self._header = b""
         self._value = b""
-        self._pieces: list[bytes] = []
+        self._chunks: list[bytes] = []
 
     def callbacks(self) -> dict[str, Any]:
         return {
@@ -229,7 +226,7 @@ class _Collector:
 
     def _part_begin(self) -> None:
         self.parts.append(_Part())
-        self._pieces = []
+        self._chunks = []
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
@@ -247,10 +244,50 @@ class _Collector:
         self._header = self._value = b""
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
-        self._pieces.append(data[start:end])
+        self._chunks.append(data[start:end])
 
     def _part_end(self) -> None:
-        self.parts[-1].data = b"".join(self._pieces)
+        self.parts[-1].data = b"".join(self._chunks)
 
     def _end(self) -> None:
-        self.ended = True
+        self.complete = True
+
+
+# How /openapi.json describes these bodies. FastAPI does not know them, because the routes read them here.
+
+_FILE: dict[str, Any] = {"type": "string", "format": "binary"}
+_IMAGE_IN_JSON: dict[str, Any] = {
+    "oneOf": [
+        {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}} for kind in ("base64", "url")
+    ]
+}
+
+
+def request_body(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return a route's `openapi_extra` for a body with these schemas by media type."""
+    schemas = {media_type: {"schema": schema} for media_type, schema in content.items()}
+    return {"requestBody": {"required": True, "content": schemas}}
+
+
+def image_body() -> dict[str, Any]:
+    """Describe the three forms that `image_of` reads."""
+    form = {"type": "object", "required": ["image"], "properties": {"image": _FILE}}
+    in_json = {"type": "object", "required": ["image"], "properties": {"image": _IMAGE_IN_JSON}}
+    raw = dict.fromkeys(readable_types(), _FILE)
+    return request_body({"multipart/form-data": form, "application/json": in_json, **raw})
+
+
+def images_body() -> dict[str, Any]:
+    """Describe the form that `images_of` reads."""
+    images = {"type": "array", "items": _FILE}
+    return request_body(
+        {"multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": images}}}
+    )
+
+
+def record_body(model: type[BaseModel]) -> dict[str, Any]:
+    """Describe the two forms that `record_of` reads, for a record of this model."""
+    record = model.model_json_schema()
+    in_json = {**record, "properties": {**record["properties"], "image": _IMAGE_IN_JSON}}
+    form = {"type": "object", "required": ["record"], "properties": {"record": record, "image": _FILE}}
+    return request_body({"application/json": in_json, "multipart/form-data": form})

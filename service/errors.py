@@ -1,0 +1,155 @@
+"""Every error as `application/problem+json` (RFC 9457)."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from core.errors import (
+    BadParameter,
+    BadRequest,
+    BundleError,
+    BundleRefused,
+    Conflict,
+    DeadlineExceeded,
+    FetchFailed,
+    Forbidden,
+    HeadTooLarge,
+    LiveDirError,
+    NoEntitySide,
+    SlowRequest,
+    TooLarge,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+    UndecodableImage,
+    UnknownEntity,
+    UnsupportedMediaType,
+    WikiclipError,
+)
+from wikiclip.answers import Problem
+
+_REQUEST_ERRORS: tuple[type[WikiclipError], ...] = (
+    BadRequest,
+    Unauthorized,
+    Forbidden,
+    UnknownEntity,
+    SlowRequest,
+    Conflict,
+    TooLarge,
+    UnsupportedMediaType,
+    HeadTooLarge,
+    UndecodableImage,
+    BadParameter,
+    BundleRefused,
+    NoEntitySide,
+    FetchFailed,
+    TooManyRequests,
+    Unavailable,
+    LiveDirError,
+    DeadlineExceeded,
+)
+
+_HTTP_DETAILS = {404: "there is no such page; see /docs", 405: "this path takes other methods; see Allow"}
+
+log = logging.getLogger("wikiclip.service")
+
+
+def problem_type(error: type[WikiclipError]) -> str:
+    """Return the URL that explains a kind of error: a place on the documentation page."""
+    return "/docs#problem-" + re.sub(r"(?<!^)(?=[A-Z])", "-", error.__name__).lower()
+
+
+def problem_types() -> list[dict[str, Any]]:
+    """Return every kind of error that a request can meet, for the documentation."""
+    return [{"type": problem_type(kind), "title": kind.title, "status": kind.status} for kind in _REQUEST_ERRORS]
+
+
+def problem_of(error: WikiclipError, request_id: str) -> Problem:
+    # A bundle error names files of this machine.
+    detail = "the bundle cannot be served; see the service's log" if isinstance(error, BundleError) else error.detail
+    return Problem(
+        type=problem_type(type(error)), title=error.title, status=error.status, detail=detail, request_id=request_id
+    )
+
+
+def problem_response(error: WikiclipError, request_id: str) -> Response:
+    headers: dict[str, str] = {}
+    if isinstance(error, TooManyRequests):
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = 'Bearer realm="wikiclip"'
+    if isinstance(error, TooLarge | SlowRequest):
+        headers["Connection"] = "close"  # the rest of the body may be unread
+    return _response(problem_of(error, request_id), headers)
+
+
+def unexpected_response(request_id: str) -> Response:
+    """Return the response to a bug. Details are in the log only."""
+    detail = "the service failed, not the request; report the request_id to the operator"
+    return _response(_http_problem(500, detail, request_id))
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers of the service's own errors, the framework's and invalid parameters."""
+
+    async def on_wikiclip_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, WikiclipError)
+        if error.status >= 500:
+            log.warning("%s: %s", type(error).__name__, error, extra={"request_id": request.state.request_id})
+        return problem_response(error, request.state.request_id)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        detail = _HTTP_DETAILS.get(error.status_code, HTTPStatus(error.status_code).phrase)
+        return _response(_http_problem(error.status_code, detail, request.state.request_id), error.headers)
+
+    async def on_invalid_parameter(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        reasons = (f"{'.'.join(str(part) for part in item['loc'][1:])}: {item['msg']}" for item in error.errors())
+        return problem_response(BadParameter("; ".join(reasons)), request.state.request_id)
+
+    app.add_exception_handler(WikiclipError, on_wikiclip_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_invalid_parameter)
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route that may answer with these error statuses."""
+    descriptions = {
+        400: "Empty or malformed request",
+        401: "The key or token is missing or unknown",
+        403: "Not allowed: a URL that must not be fetched, or a change without an admin token",
+        404: "Not found",
+        408: "The request did not arrive in time",
+        409: "Another change is under way",
+        413: "Too many bytes or pixels",
+        415: "The declared type is not an image type that the service reads",
+        422: "Bytes that do not decode, or a bad parameter",
+        429: "Too many images at a time; see Retry-After",
+        503: "Not ready, or stopping",
+        504: "Past the deadline",
+    }
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": descriptions[status], "content": content} for status in statuses}
+
+
+def _http_problem(status: int, detail: str, request_id: str) -> Problem:
+    return Problem(
+        type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=request_id
+    )
+
+
+def _response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(
+        problem.model_dump_json(), problem.status, headers=dict(headers or {}), media_type="application/problem+json"
+    )
