@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from benchmarks.generative.models import (
     write_encoder,
 )
 from benchmarks.generative.names import IMAGE, collect_names, token_id, train_tokenizer
-from benchmarks.generative.recognizer import BEAMS, NAMES_IN_TREE, Generated, GenerativeRecognizer, quantise
+from benchmarks.generative.recognizer import BEAMS, NAMES_IN_TREE, Answer, GenerativeRecognizer, quantise
 from benchmarks.measure import Metric, Reference, ratio_interval
 from benchmarks.synthetic import photograph
 from core.errors import UserError
@@ -60,15 +60,6 @@ _RETRIEVAL_RUNS = 5  # per image; their median counts, because generation takes 
 _MIN_IMAGES = 2
 _TOP_K = 5
 _ROWS_AT_ONCE = 200_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retrieved:
-    row: int
-    stages_ms: dict[str, float]
-
-
-System = Callable[[bytes], Retrieved | Generated]
 
 
 class TorchEncoder:
@@ -120,7 +111,7 @@ class RetrievalRecognizer:
         self._encoder = encoder
         self._index = index
 
-    def recognize(self, image: bytes) -> Retrieved:
+    def recognize(self, image: bytes) -> Answer:
         times = [time.perf_counter()]
         pixels_HW3 = load_pixels(image, self._encoder.preprocessing, max_pixels=MAX_PIXELS)
         times.append(time.perf_counter())
@@ -129,7 +120,7 @@ class RetrievalRecognizer:
         rows_1K, _ = self._index.search(embedding_1D, _TOP_K)
         times.append(time.perf_counter())
         stages_ms = dict(zip(("decode image", "encode", "search"), (1000 * np.diff(times)).tolist(), strict=True))
-        return Retrieved(row=int(rows_1K[0, 0]), stages_ms=stages_ms)
+        return Answer(rows=[int(rows_1K[0, 0])], tokens=[], stages_ms=stages_ms)
 
     def recognize_batch(self, images: Sequence[bytes]) -> None:
         pixels = [load_pixels(image, self._encoder.preprocessing, max_pixels=MAX_PIXELS) for image in images]
@@ -164,7 +155,7 @@ class _Generative:
             self._model, self._head, self._tokenizer, self._names, self._embeddings_NR
         )
 
-    def recognize(self, image: bytes, mode: str) -> Generated:
+    def recognize(self, image: bytes, mode: str) -> Answer:
         started = time.perf_counter()
         pixels_HW3 = load_pixels(image, self.recognizer.preprocessing, max_pixels=MAX_PIXELS)
         decode_ms = 1000 * (time.perf_counter() - started)
@@ -277,7 +268,7 @@ def _compare(
     """Time all systems in turn on each image, so that other work on the machine affects them alike."""
     images = [photograph(seed, 1280, 960) for seed in range(repeats)]
     reference = Reference()
-    systems: dict[str, System] = {
+    systems: dict[str, Callable[[bytes], Answer]] = {
         "wikiclip": retrieval.recognize,
         "faithful": lambda image: generative.recognize(image, "faithful"),
         "optimised": lambda image: generative.recognize(image, "optimised"),
@@ -285,7 +276,7 @@ def _compare(
     order = list(systems.items())
     latency = {name: Metric() for name in systems}
     cpu_s = {name: Metric(unit="CPU s") for name in systems}
-    answers: dict[str, list[Retrieved | Generated]] = {name: [] for name in systems}
+    answers: dict[str, list[Answer]] = {name: [] for name in systems}
     for name in ("wikiclip", "optimised"):  # warm up
         systems[name](images[0])
     for done, image in enumerate(tqdm(images, desc="claim", unit="image")):
@@ -323,7 +314,7 @@ def _timed(call: Callable[[Any], Any], argument: object) -> tuple[float, float, 
     return time.perf_counter() - started, time.process_time() - cpu_started, result
 
 
-def _system_figures(latency: Metric, cpu_s: Metric, answers: Sequence[Retrieved | Generated]) -> dict[str, Any]:
+def _system_figures(latency: Metric, cpu_s: Metric, answers: Sequence[Answer]) -> dict[str, Any]:
     stages = answers[0].stages_ms
     figures = {
         "median_ms": latency.figures()["median"],
@@ -334,7 +325,7 @@ def _system_figures(latency: Metric, cpu_s: Metric, answers: Sequence[Retrieved 
         },
         "images_per_s": {"batch 1": round(1000 / float(np.median(latency.samples)), 3)},
     }
-    tokens = [count for each in answers if isinstance(each, Generated) for count in each.tokens]
+    tokens = [count for each in answers for count in each.tokens]
     return figures | ({"tokens": round(float(np.mean(tokens)), 1)} if tokens else {})
 
 

@@ -8,32 +8,25 @@ import click
 
 from core.errors import UserError
 
+_FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_type=Path, file_okay=False)
+
 
 @click.command()
 @click.option("--bundle", required=True, type=click.Path(path_type=Path), help="The bundle to evaluate, a folder.")
 @click.option(
-    "--queries", required=True, multiple=True, type=click.Path(path_type=Path, dir_okay=False),
-    help="Labelled queries, JSONL; may be given several times.",
-)  # fmt: skip
-@click.option(
-    "--out", required=True, type=click.Path(path_type=Path, dir_okay=False), help="Predictions to write, JSONL."
+    "--queries", required=True, multiple=True, type=_FILE, help="Labelled queries, JSONL; may be given several times."
 )
+@click.option("--out", required=True, type=_FILE, help="Predictions to write, JSONL.")
+@click.option("--image-root", type=_FOLDER, help="Folder of the images. [default: that of the query file]")
 @click.option(
-    "--image-root", type=click.Path(path_type=Path, file_okay=False),
-    help="Folder of the images. [default: that of the query file]",
-)  # fmt: skip
-@click.option(
-    "--ovenid2impath", type=click.Path(path_type=Path, dir_okay=False),
+    "--ovenid2impath", type=_FILE,
     help="OVEN's table of image ids and paths. [default: in the folder of the queries, or in the image root]",
 )  # fmt: skip
 @click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1), help="Images per batch.")
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to encode."
 )
-@click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False),
-    help="Write a report with plots and confusions as one HTML file.",
-)  # fmt: skip
+@click.option("--report", type=_FILE, help="Write a report with plots and confusions as one HTML file.")
 @click.option(
     "--catalog", type=click.Path(path_type=Path, dir_okay=False, exists=True),
     help="The catalog, for the entities' images in the report.  [default: the bundle's thumbnails]",

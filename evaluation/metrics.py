@@ -165,9 +165,8 @@ def summarise(answered: Sequence[AnsweredQuery], *, rejected: int) -> Evaluation
     intervals: dict[str, Interval] = {name: _rounded(bootstrap.share(*counts)) for name, counts in hits.items()}
     if len(hits) == 2:
         intervals["hm"] = _rounded(bootstrap.harmonic_mean(hits["seen"], hits["unseen"]))
-    positive = [a.in_catalog_probability for a in found if a.in_catalog_probability is not None]
-    negative = [a.in_catalog_probability for a in unknown if a.in_catalog_probability is not None]
-    right = [a.in_catalog_probability for a in found if a.in_catalog_probability is not None and a.rank == 1]
+    positive, negative = _probabilities(found), _probabilities(unknown)
+    right = _probabilities(a for a in found if a.rank == 1)
     if positive and negative:
         intervals["auroc"] = _rounded(bootstrap.auroc(positive, negative), 4)
     confidences, correct = confidences_of(found)
@@ -191,6 +190,10 @@ def confidences_of(answered: Iterable[AnsweredQuery]) -> tuple[list[float], list
     """Return the confidences of the best predictions, and whether each was right."""
     pairs = [(a.best.confidence, a.rank == 1) for a in answered if a.best and a.best.confidence is not None]
     return [confidence for confidence, _ in pairs], [right for _, right in pairs]
+
+
+def _probabilities(answered: Iterable[AnsweredQuery]) -> list[float]:
+    return [a.in_catalog_probability for a in answered if a.in_catalog_probability is not None]
 
 
 def _groups(answered: Sequence[AnsweredQuery]) -> dict[str, list[int | None]]:

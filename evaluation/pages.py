@@ -156,7 +156,8 @@ def bar_plot(bars: Sequence[Bar], *, title: str, x_label: str, x_range: tuple[fl
             axes.barh(number, bar.value, height=0.6, color="C0")
             if bar.interval:
                 axes.plot(bar.interval, [number, number], color=_INK, linestyle="-", marker="|")
-            axes.annotate(f" {bar.value:.4g}", (max(0.0, bar.value, *(bar.interval or ())), number), va="center")
+            end = max(0.0, bar.value, *(bar.interval or ()))
+            axes.annotate(f"{bar.value:.4g}", (end, number), (6, 0), textcoords="offset points", va="center")
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
         axes.set(xlabel=x_label, xlim=x_range)
         axes.grid(visible=False, axis="y")

@@ -33,8 +33,8 @@ BEAMS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generated:
-    """The entity row and the number of decoded tokens of each image, and the time per stage."""
+class Answer:
+    """The entity row and, with generation, the number of decoded tokens of each image, and the time per stage."""
 
     rows: list[int]
     tokens: list[int]
@@ -71,7 +71,7 @@ class GenerativeRecognizer:
         self._token_ends = np.cumsum([len(each) for each in tokens])
 
     @torch.inference_mode()
-    def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Generated:
+    def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
         """Answer one preprocessed image."""
         clock = _Clock(self._embeddings_NR.device)
         pixel_values = self._pixel_values(pixels_HW3[None])
@@ -104,10 +104,10 @@ class GenerativeRecognizer:
         clock.lap("decode")
         decode_ms = clock.stages_ms.pop("decode")
         stages_ms = {**clock.stages_ms, "prefill again": prefilled_ms[0], "decode": decode_ms - prefilled_ms[0]}
-        return Generated(rows=[nearest[tree.name(decoded)]], tokens=[decoded.index(self._end) + 1], stages_ms=stages_ms)
+        return Answer(rows=[nearest[tree.name(decoded)]], tokens=[decoded.index(self._end) + 1], stages_ms=stages_ms)
 
     @torch.inference_mode()
-    def optimised(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Generated:
+    def optimised(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Answer:
         """Answer a batch of preprocessed images. All prompts are equally long, so there is no padding."""
         clock = _Clock(self._embeddings_NR.device)
         features = self._model.get_image_features(pixel_values=self._pixel_values(pixels_BHW3))
@@ -138,7 +138,7 @@ class GenerativeRecognizer:
             state_BC = outputs.last_hidden_state[:, -1]
         clock.lap("decode")
         rows = [near[name] for near, name in zip(nearest, found, strict=True) if name is not None]
-        return Generated(rows=rows, tokens=[len(tokens) for tokens in decoded], stages_ms=clock.stages_ms)
+        return Answer(rows=rows, tokens=[len(tokens) for tokens in decoded], stages_ms=clock.stages_ms)
 
     def _pixel_values(self, pixels_BHW3: npt.NDArray[np.uint8]) -> torch.Tensor:
         embeddings = self._embeddings_NR
