@@ -26,8 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 from benchmarks.generative.models import ENCODERS, open_encoder, quantised_file, write_encoder
-from benchmarks.gpu import gpu_figures, sample_gpu
-from benchmarks.measure import ratio_interval
+from benchmarks.measure import gpu_figures, ratio_interval, sample_gpu
 from benchmarks.sizing import WIKI6M_ENTITIES
 from benchmarks.synthetic import photograph
 from catalog import EntityRecord, read_catalog

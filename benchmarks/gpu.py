@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -29,8 +28,8 @@ import click
 import numpy as np
 
 from benchmarks.generator import Job, generate_together, summarise
-from benchmarks.measure import percentiles_ms
-from benchmarks.server import ANSWERED, scrape_metrics, service_process, thread_flags
+from benchmarks.measure import gpu_figures, gpu_name, percentiles_ms, sample_gpu
+from benchmarks.server import ANSWERED, scrape_metrics, service_process, split_cores, thread_flags
 from benchmarks.synthetic import Float32Array, Population, write_embeddings, write_gpu_bundle, write_photographs
 from core.cli import run
 from core.errors import UserError
@@ -116,7 +115,7 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
 def measure(folder: Path, processes: str, generator_cores: int, out: Path | None, **options: Any) -> None:
     """Measure, and print JSON. If a phase fails, its error replaces its figures, and the exit code is 1."""
     bundle = Bundle.open(folder)
-    generator, service = split_cores(sorted(os.sched_getaffinity(0)), generator_cores)
+    generator, service = (sorted(cores) for cores in split_cores(generator_cores))
     setup = Setup(bundle=folder, generator_cores=generator, service_cores=service, **options)
     settings = {
         "device": setup.device, "bundle": bundle.name, "entities": bundle.manifest.counts.entities,
@@ -299,6 +298,11 @@ def _measure_services(
     return found
 
 
+def divide_cores(cores: Sequence[int], parts: int) -> list[set[int]]:
+    """Return the cores in so many parts. A part without cores of its own gets all of them."""
+    return [set(part.tolist()) or set(cores) for part in np.array_split(np.array(cores), parts)]
+
+
 @contextmanager
 def running_services(setup: Setup, count: int) -> Iterator[list[Service]]:
     """Start services in parallel, each on its own cores if there are enough."""
@@ -442,67 +446,6 @@ def limited_by(full: Mapping[str, Any]) -> str:
             return f"{name} ({share:.2f})"
     name, share = max(shares.items(), key=lambda each: float(each[1]))
     return f"nothing that is measured is full; the fullest is {name} ({share:.2f})"
-
-
-# ---- cores and GPUs ----
-
-
-def split_cores(cores: Sequence[int], wanted: int) -> tuple[list[int], list[int]]:
-    """Return the cores of the load generators, as many as wanted but at most half, and those of the services."""
-    taken = min(wanted, len(cores) // 2)
-    return (list(cores[-taken:]), list(cores[:-taken])) if taken else (list(cores), list(cores))
-
-
-def divide_cores(cores: Sequence[int], parts: int) -> list[set[int]]:
-    """Return the cores in so many parts. A part without cores of its own gets all of them."""
-    return [set(part.tolist()) or set(cores) for part in np.array_split(np.array(cores), parts)]
-
-
-def _nvidia_smi(fields: str, *options: str) -> list[str]:
-    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *options]
-
-
-def gpu_name() -> str | None:
-    """Return the names of this machine's GPUs, or None without nvidia-smi."""
-    try:
-        done = subprocess.run(_nvidia_smi("name"), capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return ", ".join(done.stdout.splitlines())
-
-
-@contextmanager
-def sample_gpu(samples: list[str]) -> Iterator[None]:
-    """Add what nvidia-smi reports of the first GPU while the block runs, four times a second, to `samples`."""
-    try:
-        command = _nvidia_smi("utilization.gpu,memory.used,power.draw", "--id=0", "-lms", "250")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        process.terminate()
-        samples += process.communicate()[0].splitlines()
-
-
-def gpu_figures(samples: Sequence[str]) -> dict[str, float] | None:
-    """Return median utilisation (the share of time in which anything ran), the most memory, and median power."""
-    rows = []
-    for line in samples:
-        with suppress(ValueError):  # "[N/A]", or a truncated last line
-            utilisation, memory_mib, power_w = map(float, line.split(","))
-            rows.append((utilisation / 100, memory_mib, power_w))
-    if not rows:
-        return None
-    utilisation, _, power_w = np.median(rows, axis=0).tolist()
-    return {
-        "utilisation": round(utilisation, 3),
-        "memory_mib": max(memory_mib for _, memory_mib, _ in rows),
-        "power_w": round(power_w, 1),
-        "samples": len(rows),
-    }
 
 
 # ---- exact search alone ----

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,53 @@ def nested(metrics: dict[str, Metric]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = metric.figures()
     return tree
+
+
+def _nvidia_smi(fields: str, *options: str) -> list[str]:
+    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *options]
+
+
+def gpu_name() -> str | None:
+    """Return the names of this machine's GPUs, or None without nvidia-smi."""
+    try:
+        done = subprocess.run(_nvidia_smi("name"), capture_output=True, text=True, check=True)
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None
+    return ", ".join(done.stdout.splitlines())
+
+
+@contextmanager
+def sample_gpu(samples: list[str]) -> Iterator[None]:
+    """Add what nvidia-smi reports of the first GPU while the block runs, four times a second, to `samples`."""
+    try:
+        command = _nvidia_smi("utilization.gpu,memory.used,power.draw", "--id=0", "-lms", "250")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        process.terminate()
+        samples += process.communicate()[0].splitlines()
+
+
+def gpu_figures(samples: Sequence[str]) -> dict[str, float] | None:
+    """Return median utilisation (the share of time in which anything ran), the most memory, and median power."""
+    rows = []
+    for line in samples:
+        with suppress(ValueError):  # "[N/A]", or a truncated last line
+            utilisation, memory_mib, power_w = map(float, line.split(","))
+            rows.append((utilisation / 100, memory_mib, power_w))
+    if not rows:
+        return None
+    utilisation, _, power_w = np.median(rows, axis=0).tolist()
+    return {
+        "utilisation": round(utilisation, 3),
+        "memory_mib": max(memory_mib for _, memory_mib, _ in rows),
+        "power_w": round(power_w, 1),
+        "samples": len(rows),
+    }
 
 
 def write_results(folder: Path, name: str, outcome: dict[str, Any]) -> Path:

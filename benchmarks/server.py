@@ -53,10 +53,11 @@ def service_process(
         process.wait(timeout=START_TIMEOUT_S)
 
 
-def split_cores() -> tuple[set[int], set[int]]:
-    """Return the cores of the load generator (the last one) and of the service (the others). A single core is both."""
+def split_cores(generator_cores: int = 1) -> tuple[set[int], set[int]]:
+    """Return the cores of the load generator, at most half of them, and of the service. A single core is both."""
     cores = sorted(os.sched_getaffinity(0))
-    return ({cores[-1]}, set(cores[:-1])) if len(cores) > 1 else (set(cores), set(cores))
+    taken = min(generator_cores, len(cores) // 2)
+    return (set(cores[-taken:]), set(cores[:-taken])) if taken else (set(cores), set(cores))
 
 
 def thread_flags(cores: int) -> tuple[str, ...]:

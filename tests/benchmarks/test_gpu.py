@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import faiss
 import onnxruntime
 import pytest
 
-from benchmarks.gpu import (
-    Snapshot,
-    busy,
-    divide_cores,
-    gpu_figures,
-    gpu_ms_per_image,
-    limited_by,
-    split_cores,
-)
+from benchmarks.gpu import Snapshot, busy, divide_cores, gpu_ms_per_image, limited_by
+from benchmarks.measure import gpu_figures
+from benchmarks.server import split_cores
 
 GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 
 
-def test_cores_are_divided() -> None:
-    assert split_cores(list(range(16)), 4) == ([12, 13, 14, 15], list(range(12)))
-    assert split_cores([3, 5], 4) == ([5], [3])
-    assert split_cores([7], 4) == ([7], [7])
+@pytest.mark.parametrize(
+    ("cores", "generator", "service"),
+    [(range(16), {12, 13, 14, 15}, set(range(12))), ([3, 5], {5}, {3}), ([7], {7}, {7})],
+)
+def test_cores_are_split(
+    cores: Iterable[int], generator: set[int], service: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
+    assert split_cores(4) == (generator, service)
+
+
+def test_services_divide_their_cores() -> None:
     assert divide_cores(range(12), 4) == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}, {9, 10, 11}]
     assert divide_cores([1], 2) == [{1}, {1}]
 
