@@ -14,51 +14,30 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from core.errors import (
-    BadParameter,
-    BadRequest,
-    BundleError,
-    BundleRefused,
-    Conflict,
-    DeadlineExceeded,
-    FetchFailed,
-    Forbidden,
-    HeadTooLarge,
-    LiveDirError,
-    NoEntitySide,
-    SlowRequest,
-    TooLarge,
-    TooManyRequests,
-    Unauthorized,
-    Unavailable,
-    UndecodableImage,
-    UnknownEntity,
-    UnsupportedMediaType,
-    WikiclipError,
-)
+from core import errors
+from core.errors import BadParameter, BundleError, SlowRequest, TooLarge, TooManyRequests, Unauthorized, WikiclipError
 from wikiclip.answers import Problem
 
 _REQUEST_ERRORS: tuple[type[WikiclipError], ...] = (
-    BadRequest,
-    Unauthorized,
-    Forbidden,
-    UnknownEntity,
-    SlowRequest,
-    Conflict,
-    TooLarge,
-    UnsupportedMediaType,
-    HeadTooLarge,
-    UndecodableImage,
-    BadParameter,
-    BundleRefused,
-    NoEntitySide,
-    FetchFailed,
-    TooManyRequests,
-    Unavailable,
-    LiveDirError,
-    DeadlineExceeded,
+    errors.BadRequest,
+    errors.Unauthorized,
+    errors.Forbidden,
+    errors.UnknownEntity,
+    errors.SlowRequest,
+    errors.Conflict,
+    errors.TooLarge,
+    errors.UnsupportedMediaType,
+    errors.HeadTooLarge,
+    errors.UndecodableImage,
+    errors.BadParameter,
+    errors.BundleRefused,
+    errors.NoEntitySide,
+    errors.FetchFailed,
+    errors.TooManyRequests,
+    errors.Unavailable,
+    errors.LiveDirError,
+    errors.DeadlineExceeded,
 )
-
 _HTTP_DETAILS = {404: "there is no such page; see /docs", 405: "this path takes other methods; see Allow"}
 
 log = logging.getLogger("wikiclip.service")

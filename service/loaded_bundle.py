@@ -6,12 +6,11 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
 from index.overlay import EntityView, LiveChanges, LiveState, OverlayView
-from index.store import EntityStore
 from service.encoder import open_encoder
 from service.engine import Encoder, Engine
 from service.ranking import MAX_CACHED_SELECTIONS, Ranker
@@ -56,8 +54,14 @@ class LoadedBundle:
         self.precision = next(name for name, each in bundle.manifest.image_encoder.files.items() if each == file)
         self.encoder_hash = encoder_hash(bundle, file)
         self._store = bundle.store()
-        self._source = _open_source(bundle, self._store, settings)
-        log.info("searching on %s: %s", *self._source.device)
+        self.search_device: tuple[str, str]  # where the search runs, and why there
+        self._live: LiveChanges | None  # None if entities cannot be changed
+        self._entity_view: Callable[[], EntityView]
+        if settings.index is None:
+            self._open_index(settings)
+        else:
+            self._open_milvus(settings.index.removeprefix(MILVUS))
+        log.info("searching on %s: %s", *self.search_device)
         self.editor = self._open_editor(settings)
         self._view = self._make_view()
         self.engine = Engine(
@@ -73,11 +77,6 @@ class LoadedBundle:
         self._stuck_after_s = settings.stuck_ms / 1000
         self._users = 0
         self._unused = threading.Condition()
-
-    @property
-    def search_device(self) -> tuple[str, str]:
-        """Return where the search runs, and why there."""
-        return self._source.device
 
     @property
     def unready_reason(self) -> str | None:
@@ -149,7 +148,7 @@ class LoadedBundle:
         return True
 
     def _make_view(self) -> BundleView:
-        entities = self._source.view()
+        entities = self._entity_view()
         return BundleView(
             loaded=self,
             entities=entities,
@@ -157,9 +156,26 @@ class LoadedBundle:
             label=f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}",
         )
 
+    def _open_index(self, settings: Settings) -> None:
+        """Search the bundle's own index, with the changes in LIVE_DIR."""
+        index, store = self.bundle.index(settings.index_device), self._store
+        live = None if settings.live_dir is None else LiveSegment(settings.live_dir, self.bundle, store)
+        self.search_device = (index.device, index.device_why)
+        self._live = live
+        select = lru_cache(maxsize=MAX_CACHED_SELECTIONS)(store.select)
+        self._entity_view = lambda: OverlayView(index, store, live, select=select)
+
+    def _open_milvus(self, uri: str) -> None:
+        """Search a collection that `wikiclip index --backend milvus` loaded."""
+        from index.milvus_view import MilvusEntities, MilvusView  # needs the extra milvus
+
+        entities = MilvusEntities(uri, self.bundle, self._store)
+        self.search_device = ("milvus", "as configured")
+        self._live = entities
+        self._entity_view = lambda: MilvusView(entities)
+
     def _open_editor(self, settings: Settings) -> Editor | None:
-        live = self._source.live
-        if live is None:
+        if self._live is None:
             return None
         try:
             encoder = self.encoder
@@ -167,9 +183,9 @@ class LoadedBundle:
                 # The export embedded all other entities in float, so int8 and float16 are for queries only.
                 float_settings = settings.model_copy(update={"precision": "float"})
                 encoder = open_encoder(self.bundle, self.preprocessing, float_settings)
-            return Editor(self.bundle, live, encoder, max_pixels=settings.max_pixels)
+            return Editor(self.bundle, self._live, encoder, max_pixels=settings.max_pixels)
         except UserError:
-            live.close()
+            self._live.close()
             raise
 
 
@@ -190,47 +206,6 @@ class BundleView:
         """Return the label of the same bundle at another revision."""
         bundle = self.loaded.bundle
         return f"{bundle.name}@{bundle.fingerprint}+{revision}"
-
-
-class _Source(Protocol):
-    """Where entities are searched. `live` takes changes, None if there are none. `device` is a device and a reason."""
-
-    @property
-    def device(self) -> tuple[str, str]: ...
-    @property
-    def live(self) -> LiveChanges | None: ...
-    def view(self) -> EntityView: ...
-
-
-class _FaissSource:
-    """The bundle's own index, merged with the changes in LIVE_DIR."""
-
-    def __init__(self, bundle: Bundle, store: EntityStore, settings: Settings) -> None:
-        self._index = bundle.index(settings.index_device)
-        self._store = store
-        self._select = lru_cache(maxsize=MAX_CACHED_SELECTIONS)(store.select)
-        self.device = (self._index.device, self._index.device_why)
-        self.live = None if settings.live_dir is None else LiveSegment(settings.live_dir, bundle, store)
-
-    def view(self) -> EntityView:
-        return OverlayView(self._index, self._store, self.live, select=self._select)
-
-
-class _MilvusSource:
-    """A collection that `wikiclip index --backend milvus` loaded."""
-
-    def __init__(self, bundle: Bundle, store: EntityStore, uri: str) -> None:
-        from index.milvus_view import MilvusEntities, MilvusView  # needs the extra milvus
-
-        self.live = MilvusEntities(uri, bundle, store)
-        self.view: partial[MilvusView] = partial(MilvusView, self.live)
-        self.device = ("milvus", "as configured")
-
-
-def _open_source(bundle: Bundle, store: EntityStore, settings: Settings) -> _Source:
-    if settings.index is None:
-        return _FaissSource(bundle, store, settings)
-    return _MilvusSource(bundle, store, settings.index.removeprefix(MILVUS))
 
 
 def encoder_hash(bundle: Bundle, file: str) -> str:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import io
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import orjson
-import python_multipart
 from pydantic import BaseModel
 from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import parse_options_header
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
 from starlette.requests import Request
 
 from core.errors import BadRequest, SlowRequest, TooLarge, UnsupportedMediaType, UserError
@@ -124,11 +125,11 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | ImageUrl | N
     return _json(records[0].data), next((image for image in images if isinstance(image, bytes)), None)
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Part:
-    name: str = ""
-    content_type: str | None = None
-    data: bytes = b""
+    name: str
+    content_type: str | None
+    data: bytes
 
 
 def _media_type(content_type: str) -> str:
@@ -191,66 +192,39 @@ def _parse_multipart(body: bytes, content_type: str) -> list[_Part]:
     boundary = parameters.get(b"boundary")
     if not boundary:
         raise BadRequest("the multipart content type has no boundary; let the client library set it")
-    collector = _PartCollector()
+    parts: list[_Part] = []
+    endings: list[None] = []
+
+    def add_field(field: Field) -> None:
+        parts.append(_Part(name=_text(field.field_name), content_type=field.content_type, data=field.value or b""))
+
+    def add_file(file: File) -> None:
+        assert file.in_memory
+        data = cast(io.BytesIO, file.file_object).getvalue()
+        parts.append(_Part(name=_text(file.field_name), content_type=file.content_type, data=data))
+
+    parser = FormParser(
+        "multipart/form-data",
+        add_field,
+        add_file,
+        lambda: endings.append(None),
+        boundary,
+        config={"MAX_MEMORY_FILE_SIZE": math.inf},  # no temporary files
+    )
     try:
-        parser = python_multipart.MultipartParser(boundary, collector.callbacks())  # type: ignore[arg-type]
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise BadRequest(f"the multipart body is malformed ({error}); let the client library build it") from error
-    if not collector.complete:
+    finally:
+        parser.parser = None  # breaks a reference cycle, which would keep the images in memory
+    if not endings:
         raise BadRequest("the multipart body is incomplete; send all of it")
-    return collector.parts
+    return parts
 
 
-class _PartCollector:
-    """Builds the parts of a multipart body from the parser's callbacks."""
-
-    def __init__(self) -> None:
-        self.parts: list[_Part] = []
-        self.complete = False
-        self._header = b""
-        self._value = b""
-        self._chunks: list[bytes] = []
-
-    def callbacks(self) -> dict[str, Any]:
-        return {
-            "on_part_begin": self._part_begin,
-            "on_header_field": self._header_field,
-            "on_header_value": self._header_value,
-            "on_header_end": self._header_end,
-            "on_part_data": self._part_data,
-            "on_part_end": self._part_end,
-            "on_end": self._end,
-        }
-
-    def _part_begin(self) -> None:
-        self.parts.append(_Part())
-        self._chunks = []
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _header_end(self) -> None:
-        name = self._header.lower()
-        if name == b"content-disposition":
-            _, options = parse_options_header(self._value)
-            self.parts[-1].name = options.get(b"name", b"").decode("utf-8", "replace")
-        elif name == b"content-type":
-            self.parts[-1].content_type = self._value.decode("latin-1").strip()
-        self._header = self._value = b""
-
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
-        self._chunks.append(data[start:end])
-
-    def _part_end(self) -> None:
-        self.parts[-1].data = b"".join(self._chunks)
-
-    def _end(self) -> None:
-        self.complete = True
+def _text(name: bytes | None) -> str:
+    return (name or b"").decode("utf-8", "replace")
 
 
 # How /openapi.json describes these bodies. FastAPI does not know them, because the routes read them here.

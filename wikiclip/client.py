@@ -11,38 +11,14 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import ValidationError
 
+from wikiclip import errors
 from wikiclip.answers import Info, Recognition, RecognizeOptions
-from wikiclip.errors import (
-    BadRequest,
-    Conflict,
-    DeadlineExceeded,
-    Forbidden,
-    NotFound,
-    SlowRequest,
-    TooLarge,
-    TooManyRequests,
-    Unauthorized,
-    Unavailable,
-    Unprocessable,
-    UnsupportedMediaType,
-    UserError,
-)
+from wikiclip.errors import TooManyRequests, Unavailable, UserError
 
 _ERRORS: dict[int, type[UserError]] = {
     kind.status: kind
-    for kind in (
-        BadRequest,
-        Unauthorized,
-        Forbidden,
-        NotFound,
-        SlowRequest,
-        Conflict,
-        TooLarge,
-        UnsupportedMediaType,
-        Unprocessable,
-        Unavailable,
-        DeadlineExceeded,
-    )
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, UserError) and kind is not UserError
 }
 _RETRIED_STATUSES = (429, 503)
 _FAILURES = (httpx.TransportError, httpx.InvalidURL)
