@@ -1,8 +1,8 @@
-"""Opening a bundle: what it holds, and that it is whole."""
+"""Open a bundle, and check that it is complete and unaltered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,13 +32,13 @@ from index.store import EntityStore
 
 Verify = Literal["quick", "full"]
 
-_SMALL_BYTES = 64 * 1024 * 1024  # hashed at every start; of larger files a quick check compares the size only
-_HASHED_BYTES = 256 * 1024 * 1024  # in all: shards are small files, and hashing all of millions of embeddings is slow
+_SMALL_BYTES = 64 * 1024**2  # a quick check compares only the size of larger files
+_HASHED_BYTES = 256 * 1024**2  # in all: hashing the shards of millions of embeddings is slow
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """A bundle that has been checked. Its parts are opened anew by each call; the caller owns what it gets."""
+    """A checked bundle. Its methods open a part on each call, which the caller must close."""
 
     path: Path
     manifest: Manifest
@@ -49,9 +49,9 @@ class Bundle:
     def open(cls, path: Path, verify: Verify = "quick") -> Bundle:
         """Check a bundle and read its manifests.
 
-        `quick` checks that every file is there, its size, and the hash of those up to 64 MiB, embeddings last, until
-        256 MiB are hashed; `full` hashes every byte. Raises `BundleMissing`, `BundleIncomplete` (a file or the
-        manifest is missing), `BundleAltered` (a size or hash differs) or `BundleSchemaMismatch`, naming the file.
+        `quick` checks the presence and size of every file, and the hash of files up to 64 MiB until 256 MiB are hashed,
+        embeddings last. `full` hashes every byte. Raise `BundleMissing`, `BundleIncomplete` (a file or the manifest is
+        missing), `BundleAltered` (a size or hash differs) or `BundleSchemaMismatch`.
         """
         manifest = open_manifest(path, verify)
         index_manifest_path = path / INDEX_MANIFEST_FILE
@@ -78,7 +78,7 @@ class Bundle:
 
     @cached_property
     def calibration(self) -> Calibration | None:
-        """None where the bundle was exported without validation queries."""
+        """The calibration, or None if the bundle was exported without validation queries."""
         if self.manifest.calibration is None:
             return None
         has_model = OPEN_SET_FILE in self.manifest.files
@@ -92,46 +92,51 @@ class Bundle:
         return open_embeddings(self.path, self.manifest)
 
     def index(self, device: str = "cpu") -> EntityIndex:
-        """The index, mapped, or on GPUs where `device` (`auto`, `cpu`, `cuda`) says so. Raises as its `read` does."""
+        """Open the index on `device` (`auto`, `cpu`, `cuda`). Raise as `EntityIndex.read` does."""
         return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
 
     def entity_encoder(self) -> EntityEncoder | None:
-        """What embeds entities that are put while serving, every byte checked; None where there is none."""
+        """Check every byte of the entity encoder and return its manifest, or None if the bundle has none."""
         return EntityEncoder.open(self.path, self.manifest.model.get("checkpoint_sha256"))
 
     def unlisted_files(self) -> list[str]:
-        """Files in the bundle's folder that are no part of it, as relative paths in order."""
+        """Return the files in the folder that are not part of the bundle."""
         listed = {MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE, *self.manifest.files}
         present = (file.relative_to(self.path) for file in self.path.rglob("*") if file.is_file())
-        names = {file.as_posix() for file in present if file.parts[0] != ENTITY_ENCODER_FOLDER}
-        return sorted(names - listed)
+        return sorted({file.as_posix() for file in present if file.parts[0] != ENTITY_ENCODER_FOLDER} - listed)
 
 
 def open_manifest(path: Path, verify: Verify = "quick") -> Manifest:
-    """Check a bundle without its index, and read its manifest. Raises as `Bundle.open` does."""
+    """Check everything except the index, and read the manifest. Raise as `Bundle.open` does."""
     if not path.exists():
         raise BundleMissing(f"bundle {path} does not exist; check the path, or make one with `wikiclip export`")
     if not path.is_dir():
-        raise BundleMissing(f"{path} is no bundle: a bundle is a folder; give the folder that holds {MANIFEST_FILE}")
+        raise BundleMissing(f"{path} is not a bundle: a bundle is a folder; give the folder with {MANIFEST_FILE} in it")
     if not (path / MANIFEST_FILE).is_file():
         raise BundleIncomplete(
-            f"{path} has no {MANIFEST_FILE}: no bundle, or its export did not end; finish it with "
+            f"{path} has no {MANIFEST_FILE}: it is not a bundle, or its export was interrupted; finish it with "
             "`wikiclip export --resume`"
         )
     manifest = Manifest.read(path / MANIFEST_FILE)
+    check_names(manifest.files, str(path / MANIFEST_FILE))
     hashed = manifest.files.keys() if verify == "full" else _hashed_quickly(manifest.files)
     for name, entry in manifest.files.items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise BundleAltered(f"{path / MANIFEST_FILE} names {name}, outside the bundle; export the bundle again")
         _check_file(path / name, entry, "copy or export the bundle again", hashed=name in hashed)
-    wanted = {STORE_FILE, *manifest.image_encoder.files.values()}
-    if missing := wanted - manifest.files.keys():
+    required = {STORE_FILE, *manifest.image_encoder.files.values()}
+    if missing := required - manifest.files.keys():
         raise BundleAltered(f"{path / MANIFEST_FILE} does not list {min(missing)}; export the bundle again")
     return manifest
 
 
+def check_names(names: Iterable[str], source: str) -> None:
+    """Raise `BundleAltered` if a listed file is outside the bundle."""
+    for name in names:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BundleAltered(f"{source} names {name}, outside the bundle; export the bundle again")
+
+
 def open_embeddings(path: Path, manifest: Manifest) -> EmbeddingShards:
-    """The embeddings of a bundle. Raises `BundleAltered` if they are not as many as its manifest says."""
+    """Open a bundle's embeddings. Raise `BundleAltered` if their number differs from the manifest's."""
     embeddings = EmbeddingShards(path / EMBEDDINGS_FOLDER, manifest.embedding_dim)
     if len(embeddings) != manifest.counts.embeddings:
         raise BundleAltered(
@@ -142,23 +147,16 @@ def open_embeddings(path: Path, manifest: Manifest) -> EmbeddingShards:
 
 
 def list_files(folder: Path) -> Mapping[str, FileEntry]:
-    """The manifest's `files` of a bundle being made: everything in `folder` but the manifest, the index and
-    the entity side."""
-    names = sorted(_content_files(folder))
-    with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+    """Return the manifest's `files`: all but the manifest, the index and the entity encoder."""
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    separate = (MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE)
+    names = [name for name in names if name not in separate and not name.startswith(f"{ENTITY_ENCODER_FOLDER}/")]
+    with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         return dict(zip(names, pool.map(FileEntry.of, (folder / name for name in names)), strict=True))
 
 
-def _content_files(folder: Path) -> Iterator[str]:
-    for file in folder.rglob("*"):
-        name = file.relative_to(folder).as_posix()
-        apart = name in (MANIFEST_FILE, INDEX_FILE, INDEX_MANIFEST_FILE) or name.startswith(f"{ENTITY_ENCODER_FOLDER}/")
-        if file.is_file() and not apart:
-            yield name
-
-
 def _hashed_quickly(files: Mapping[str, FileEntry]) -> set[str]:
-    """The small files, as many as are soon hashed: embeddings come last, which are many, and larger files after."""
+    """Return the small files that a quick check hashes. Embeddings come last, because there are many."""
 
     def order(name: str) -> tuple[bool, int]:
         return name.startswith(f"{EMBEDDINGS_FOLDER}/"), files[name].bytes
@@ -175,4 +173,4 @@ def _check_file(path: Path, entry: FileEntry, remedy: str, *, hashed: bool) -> N
     if size_bytes != entry.bytes:
         raise BundleAltered(f"{path} has {size_bytes} bytes, the manifest says {entry.bytes}; {remedy}")
     if hashed and sha256_file(path) != entry.sha256:
-        raise BundleAltered(f"{path} is altered: its SHA-256 is not the manifest's; {remedy}")
+        raise BundleAltered(f"{path} is altered: its SHA-256 differs from the manifest's; {remedy}")

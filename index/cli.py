@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from index.transfer import Transferred
 
 _BUNDLE = click.Path(path_type=Path)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
 @click.command()
@@ -20,14 +22,14 @@ _BUNDLE = click.Path(path_type=Path)
     "--factory",
     default="auto",
     show_default=True,
-    help="A faiss factory string, as Flat, HNSW32 or IVF256,SQ8; auto: the first that meets the three targets, by "
-    "measurement: exact search, lists of codes, codes alone or a graph.",
+    help="A faiss factory string, such as Flat, HNSW32 or IVF256,SQ8. auto measures exact search, codes in lists, "
+    "codes alone and a graph, and takes the first that meets the three targets.",
 )
 @click.option(
     "--budget-ms",
     default=5.0,
     show_default=True,
-    type=click.FloatRange(min=0, min_open=True),
+    type=_POSITIVE,
     help="Target: median milliseconds of one query on one thread.",
 )
 @click.option(
@@ -35,30 +37,33 @@ _BUNDLE = click.Path(path_type=Path)
     default=0.98,
     show_default=True,
     type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
-    help="Target: share of the true ten nearest that are found; the search is tuned to it.",
+    help="Target: share of the true ten nearest embeddings that are found. The search is tuned to it.",
 )
 @click.option(
-    "--memory-gb", default=8.0, show_default=True, type=click.FloatRange(min=0, min_open=True),
-    help="Target: gigabytes (1e9 bytes) of the index when loaded, beside the bundle's mapped embeddings.",
-)  # fmt: skip
+    "--memory-gb",
+    default=8.0,
+    show_default=True,
+    type=_POSITIVE,
+    help="Target: gigabytes (1e9 bytes) of the loaded index, without the bundle's memory-mapped embeddings.",
+)
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     show_default=True,
-    help="Where lists are trained; auto: on GPUs if faiss has any.",
+    help="Where lists are trained. auto uses GPUs if faiss has any.",
 )
 @click.option(
     "--backend",
     type=click.Choice(["faiss", "milvus"]),
     default="faiss",
     show_default=True,
-    help="milvus: load the bundle into a collection of the Milvus at --uri instead; --factory is then auto (HNSW32), "
-    "Flat, HNSW<links> or IVF<lists>,Flat, and the targets do not count.",
+    help="milvus loads the bundle into a collection of the Milvus at --uri. --factory is then auto (HNSW32), Flat, "
+    "HNSW<links> or IVF<lists>,Flat, and the targets are ignored.",
 )
 @click.option("--uri", help="With --backend milvus: http://[USER:PASSWORD@]HOST:PORT, or a file PATH.db.")
-@click.option("--compact", is_flag=True, help="Write a new bundle instead: this one with its live changes folded in.")
-@click.option("--live-dir", type=_BUNDLE, help="With --compact: the folder that holds the live changes.")
+@click.option("--compact", is_flag=True, help="Write a new bundle that includes the live changes.")
+@click.option("--live-dir", type=_BUNDLE, help="With --compact: the folder with the live changes.")
 @click.option("--out", type=_BUNDLE, help="With --compact: folder for the new bundle, which must not exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print the index manifest as one JSON object.")
 def index(
@@ -77,86 +82,81 @@ def index(
 ) -> None:
     """Rebuild the search index of a bundle: index/entity.faiss and index/manifest.json.
 
-    With --compact the bundle stays as it is, and a new one holds it and the entities put and deleted while serving.
+    With --compact, the bundle stays as it is. A new one includes the entities that were put and deleted while serving.
     """
-    from dataclasses import asdict
-
     if (backend == "milvus") != (uri is not None):
         raise click.UsageError("give --backend milvus and --uri together")
+    compacting = compact or live_dir is not None or out is not None
     if uri is not None:
-        if compact or live_dir is not None or out is not None:
+        if compacting:
             raise click.UsageError("--compact is for changes in LIVE_DIR, not in Milvus; leave out one of them")
-        _load(bundle, uri, factory, as_json=as_json)
-        return
-    if compact or live_dir is not None or out is not None:
+        _load_into_milvus(bundle, uri, factory, as_json=as_json)
+    elif compacting:
         if not compact or live_dir is None or out is None or factory != "auto":
             raise click.UsageError("give --compact, --live-dir and --out together, and no --factory")
         _compact(bundle, live_dir, out, as_json=as_json)
-        return
-    from index.autotune import Targets
-    from index.build import build_index
-    from index.bundle import open_embeddings, open_manifest
-
-    # Not Bundle.open: a broken index must not stand in the way of its own repair.
-    embeddings = open_embeddings(bundle, open_manifest(bundle))
-    targets = Targets(budget_ms=budget_ms, recall=recall, memory_gb=memory_gb)
-    manifest = build_index(bundle, embeddings, factory=factory, targets=targets, device=device, progress=True)
-    if as_json:
-        click.echo(json.dumps(asdict(manifest)))
     else:
-        click.echo(
-            f"indexed {manifest.count} embeddings of width {manifest.dim} as {manifest.factory}: "
-            f"{manifest.bytes / 1e6:.1f} MB in {manifest.elapsed_s:.1f} s ({manifest.why})"
+        from index.autotune import Targets
+        from index.build import build_index
+        from index.bundle import open_embeddings, open_manifest
+
+        embeddings = open_embeddings(bundle, open_manifest(bundle))  # Bundle.open would refuse a broken index
+        targets = Targets(budget_ms=budget_ms, recall=recall, memory_gb=memory_gb)
+        built = build_index(bundle, embeddings, factory=factory, targets=targets, device=device, progress=True)
+        _print(
+            built.to_dict(),
+            f"indexed {built.count} embeddings of width {built.dim} as {built.factory}: "
+            f"{built.bytes / 1e6:.1f} MB in {built.elapsed_s:.1f} s ({built.why})",
+            as_json=as_json,
         )
 
 
-def _load(path: Path, uri: str, factory: str, *, as_json: bool) -> None:
+def _load_into_milvus(path: Path, uri: str, factory: str, *, as_json: bool) -> None:
     from index.bundle import Bundle
     from index.milvus import collection_name, connect, load_bundle
 
     bundle = Bundle.open(path)
     count = load_bundle(connect(uri), bundle, factory, progress=True)
-    told = {"collection": collection_name(bundle), "embeddings": count}
-    click.echo(json.dumps(told) if as_json else f"collection {told['collection']} holds {count} embeddings")
+    collection = collection_name(bundle)
+    _print(
+        {"collection": collection, "embeddings": count},
+        f"collection {collection} holds {count} embeddings",
+        as_json=as_json,
+    )
 
 
 def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
-    from dataclasses import asdict
-
     from index.compact import compact
 
-    made = compact(bundle, live_dir, out, progress=True)
-    if as_json:
-        click.echo(json.dumps(asdict(made.index_manifest)))
-    else:
-        counts = made.manifest.counts
-        click.echo(
-            f"bundle {out} ({made.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings; "
-            "serve it with the same live folder"
-        )
+    compacted = compact(bundle, live_dir, out, progress=True)
+    counts = compacted.manifest.counts
+    _print(
+        compacted.index_manifest.to_dict(),
+        f"bundle {out} ({compacted.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings; "
+        "serve it with the same live folder",
+        as_json=as_json,
+    )
 
 
 @click.command()
 @click.argument("bundle", type=_BUNDLE)
-@click.option("--verify", is_flag=True, help="Hash every byte of every file, not only small ones.")
-@click.option("--json", "as_json", is_flag=True, help="Print what the bundle holds as one JSON object.")
+@click.option("--verify", is_flag=True, help="Hash every byte of every file, not only of small ones.")
+@click.option("--json", "as_json", is_flag=True, help="Print the description as one JSON object.")
 def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Say what a bundle holds, and whether it is whole; exit 2 if it is not."""
+    """Describe a bundle and check that it is complete and unaltered. Exit with 2 if it is not."""
     from index.report import describe, describe_lines
 
     report = describe(bundle, verify="full" if verify else "quick")
-    if as_json:
-        click.echo(json.dumps(report, ensure_ascii=False))
-    else:
-        click.echo("\n".join(describe_lines(report)))
+    _print(report, "\n".join(describe_lines(report)), as_json=as_json)
 
 
 @click.group(no_args_is_help=False)
 def bundle() -> None:
-    """Bring a bundle to a folder or an S3-compatible store, and from there.
+    """Copy a bundle to or from a folder or an S3-compatible store.
 
-    URI is a folder, file://... or s3://BUCKET/PREFIX (extra `s3`; credentials and endpoint as AWS's tools take them:
-    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or a profile). `wikiclip serve --bundle URI` serves one.
+    URI is a folder, file://... or s3://BUCKET/PREFIX. S3 needs the extra `s3`, and credentials and endpoint as for
+    AWS's tools: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL, or a profile. `wikiclip serve --bundle URI`
+    serves a bundle from there.
     """
 
 
@@ -166,10 +166,10 @@ def bundle() -> None:
 @click.option("--verify", is_flag=True, help="Read every byte back from URI afterwards, and hash it.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was transferred as one JSON object.")
 def push(bundle: Path, uri: str, verify: bool, as_json: bool) -> None:
-    """Bring BUNDLE to URI, every file checked before; cut off, run it again: only what is missing is sent."""
+    """Copy BUNDLE to URI. Every file is checked first. If interrupted, run it again to send only what is missing."""
     from index.transfer import push as push_bundle
 
-    _tell_transfer(push_bundle(bundle, uri, verify=verify, progress=True), f"is at {uri}", as_json=as_json)
+    _print_transfer(push_bundle(bundle, uri, verify=verify, progress=True), f"is at {uri}", as_json=as_json)
 
 
 @bundle.command()
@@ -177,19 +177,22 @@ def push(bundle: Path, uri: str, verify: bool, as_json: bool) -> None:
 @click.argument("folder", type=_BUNDLE)
 @click.option("--json", "as_json", is_flag=True, help="Print what was transferred as one JSON object.")
 def pull(uri: str, folder: Path, as_json: bool) -> None:
-    """Bring the bundle at URI into FOLDER, every byte hashed; cut off, run it again: it goes on where it was."""
+    """Copy the bundle at URI to FOLDER. Every byte is hashed. If interrupted, run it again to continue."""
     from index.transfer import pull as pull_bundle
 
-    _tell_transfer(pull_bundle(uri, folder, progress=True), f"is in {folder}", as_json=as_json)
+    _print_transfer(pull_bundle(uri, folder, progress=True), f"is in {folder}", as_json=as_json)
 
 
-def _tell_transfer(came: Transferred, where: str, *, as_json: bool) -> None:
+def _print_transfer(result: Transferred, where: str, *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    if as_json:
-        click.echo(json.dumps(asdict(came)))
-    else:
-        click.echo(
-            f"{came.bundle} {where}: {came.files} file(s) of {came.bytes / 1e6:.1f} MB transferred, "
-            f"{came.kept_files} of {came.kept_bytes / 1e6:.1f} MB were there"
-        )
+    _print(
+        asdict(result),
+        f"{result.bundle} {where}: {result.files} file(s) of {result.bytes / 1e6:.1f} MB transferred, "
+        f"{result.kept_files} of {result.kept_bytes / 1e6:.1f} MB were there",
+        as_json=as_json,
+    )
+
+
+def _print(content: Mapping[str, Any], text: str, *, as_json: bool) -> None:
+    click.echo(json.dumps(content, ensure_ascii=False) if as_json else text)

@@ -1,8 +1,8 @@
-"""Folding live changes into a new bundle: the base without what is hidden, then what was put.
+"""Compact live changes into a new bundle: the base without its hidden rows, then the entities that were put.
 
-Services of the old bundle go on meanwhile: changes that come after the fold began belong to the new bundle too.
+Services of the old bundle keep running. Changes made after the compaction began apply to the new bundle too.
 
-Shapes: N embeddings of the base, n those of a shard, D embedding width, H hidden rows of the base.
+Shapes: n embeddings of a shard, M entities put, H hidden rows of the base, D embedding width.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from index.manifest import (
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
     STORE_FILE,
-    Counts,
     content_fingerprint,
 )
 from index.store import EntityStore, StoredEntity, write_store
@@ -41,11 +40,10 @@ _ROWS_AT_A_TIME = 500
 
 
 def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = False) -> Bundle:
-    """Write the bundle with its live changes as a new one to `out`, with an index of the same kind.
+    """Write the bundle with its live changes to `out`, with the same kind of index. `live_dir` then serves both.
 
-    `live_dir` serves both from then on. Killed at any moment, nothing has changed but for a folder `.OUT.partial`,
-    which the next call begins anew. Raises `UserError` where `out` exists or there are no changes, `BundleError`,
-    `LiveDirError`.
+    If the process is killed, only a folder `.OUT.partial` is left, which the next call replaces. Raise `UserError` if
+    `out` exists or there are no changes, `BundleError`, `LiveDirError`.
     """
     started = time.perf_counter()
     bundle = Bundle.open(bundle_path)
@@ -56,12 +54,12 @@ def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = Fa
         try:
             delta = live.delta
             if delta.revision <= live.base_revision:
-                raise UserError(f"{live_dir} holds no changes to this bundle; there is nothing to fold in")
+                raise UserError(f"{live_dir} has no changes to this bundle; there is nothing to compact")
             partial = out.resolve().with_name(f".{out.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             (partial / EMBEDDINGS_FOLDER).mkdir(parents=True)
             content = _write(bundle, store, live, delta, partial, started, progress=progress)
-            # Before the bundle is there: nobody can serve it without its changes being known as its own.
+            # Before the bundle appears, so that nobody serves it without its live changes.
             live.rebase(content, bundle.name, delta.revision)
         finally:
             live.close()
@@ -80,7 +78,7 @@ def _write(
     *,
     progress: bool,
 ) -> str:
-    """Write all of the new bundle into `folder`; returns its content fingerprint."""
+    """Write the new bundle into `folder`. Return its content fingerprint."""
     counted = {"entities": 0, "without_image": 0, "without_text": 0}
 
     def entities() -> Iterator[tuple[StoredEntity, bytes | None]]:
@@ -103,17 +101,15 @@ def _write(
     old_index = bundle.index_manifest
     index = build_index(folder, embeddings, factory=old_index.factory, device="cpu", progress=progress)
     replace(index, parameters=old_index.parameters, why=old_index.why).write(folder / INDEX_MANIFEST_FILE)
-    old = bundle.manifest.counts
+    compacted = {"from": bundle.fingerprint, "generation": delta.revision}
     manifest = replace(
         bundle.manifest,
-        counts=Counts(**counted, embeddings=len(embeddings), rejected=old.rejected, images_failed=old.images_failed),
-        export={
-            **bundle.manifest.export,
-            "compacted": {"from": bundle.fingerprint, "generation": delta.revision},
-        },
+        counts=replace(bundle.manifest.counts, **counted, embeddings=len(embeddings)),
+        export={**bundle.manifest.export, "compacted": compacted},
         files=list_files(folder),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         elapsed_s=round(time.perf_counter() - started, 3),
+        unknown={},
     )
     if (bundle.path / ENTITY_ENCODER_FOLDER).is_dir():
         shutil.copytree(bundle.path / ENTITY_ENCODER_FOLDER, folder / ENTITY_ENCODER_FOLDER)
@@ -124,12 +120,13 @@ def _write(
 
 
 def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[tuple[StoredEntity, bytes | None]]:
-    """Base, then delta, in row order, each with its thumbnail."""
+    """Yield the visible entities with their thumbnails: those of the base in row order, then those put."""
     for start in range(0, len(store), _ROWS_AT_A_TIME):
         rows = np.setdiff1d(np.arange(start, min(start + _ROWS_AT_A_TIME, len(store))), delta.hidden_H).tolist()
         thumbnails = store.thumbnails(rows)
         for entity in store.by_rows(rows):
-            yield entity, thumbnails.get(entity.row)
+            words = store.attended_words(entity.row)
+            yield replace(entity, attended_words=words), thumbnails.get(entity.row)
     for row in delta.rows_M[delta.alive_M].tolist():
         yield delta.entities[row], live.thumbnail(row)
 
@@ -139,11 +136,11 @@ def _write_embeddings(base: EmbeddingShards, base_count: int, delta: Delta, fold
     for embeddings_nD in base:
         rows_n = base.rows_N[position : position + len(embeddings_nD)]
         position += len(embeddings_nD)
-        kept_n = ~np.isin(rows_n, delta.hidden_H)
-        if kept_n.any():
-            # Each row moves up by the hidden ones before it.
-            moved_n = rows_n[kept_n] - np.searchsorted(delta.hidden_H, rows_n[kept_n])
-            write_shard(folder, number, moved_n, embeddings_nD[kept_n])
+        visible_n = ~np.isin(rows_n, delta.hidden_H)
+        if visible_n.any():
+            # Each row moves up by the hidden rows before it.
+            moved_n = rows_n[visible_n] - np.searchsorted(delta.hidden_H, rows_n[visible_n])
+            write_shard(folder, number, moved_n, embeddings_nD[visible_n])
             number += 1
     put_MD = delta.embeddings_MD[delta.alive_M]
     first_row = base_count - len(delta.hidden_H)

@@ -1,12 +1,12 @@
-"""The entity side of a bundle: what embeds an entity that is put while serving. A folder with a manifest of its own.
+"""The entity encoder of a bundle: it embeds entities that are put while serving. A folder with its own manifest.
 
 entity_side/
-    manifest.json           written last; what it was made from, parity, size and SHA-256 of the rest
-    adaptor.onnx            the adaptor: tokens in, the entity's embedding out
+    manifest.json           written last: provenance, parity, size and SHA-256 of the files
+    adaptor.onnx            patch and text tokens in, entity embedding out
     text_encoder.onnx       (+ external data)   `input_ids`, `attention_mask` in, `text_tokens` out
     tokenizer.json
 
-Like the index it is no part of the bundle's identity: `wikiclip export --live` can add it to a finished bundle.
+Like the index, it is not part of the fingerprint: `wikiclip export --live` can add it to a finished bundle.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from index.manifest import FileEntry
 
 FORMAT_VERSION = 1
 ENTITY_ENCODER_FOLDER = "entity_side"
+ENTITY_ENCODER_MANIFEST_FILE = f"{ENTITY_ENCODER_FOLDER}/manifest.json"
 ADAPTOR_FILE = "adaptor.onnx"
 TEXT_ENCODER_FILE = "text_encoder.onnx"
 TOKENIZER_FILE = "tokenizer.json"
@@ -30,13 +31,15 @@ ADAPTOR_INPUTS = ("patch_tokens", "image_mask", "text_tokens", "text_mask")
 ADAPTOR_OUTPUT = "entity_embedding"
 TEXT_INPUTS = ("input_ids", "attention_mask")
 TEXT_OUTPUT = "text_tokens"
-_MANIFEST = "manifest.json"
+_REMEDY = f"remove {ENTITY_ENCODER_FOLDER}/ and make it again with `wikiclip export --live --resume`"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EntityEncoder:
-    """Its manifest. `max_characters` is where a text is cut before it is tokenised, `parity` how far each file is from
-    its original (`min_cosine`, `max_abs_diff`)."""
+    """The manifest. `max_characters` is where a text is cut before tokenising.
+
+    `parity` compares each file with its original: `min_cosine` and `max_abs_diff`.
+    """
 
     format_version: int
     checkpoint_sha256: str
@@ -50,39 +53,36 @@ class EntityEncoder:
 
     @classmethod
     def open(cls, bundle: Path, checkpoint_sha256: object) -> Self | None:
-        """The entity side of a bundle made from that checkpoint, every file checked; None where it has none.
+        """Check all files and that they were made from that checkpoint. Return None if the bundle has no encoder.
 
-        Raises `BundleIncomplete` or `BundleAltered`.
+        Raise `BundleIncomplete` or `BundleAltered`.
         """
         folder = bundle / ENTITY_ENCODER_FOLDER
-        if not (folder / _MANIFEST).is_file():
+        if not (bundle / ENTITY_ENCODER_MANIFEST_FILE).is_file():
             return None
-        side = cls.read(bundle)
-        if side.checkpoint_sha256 != checkpoint_sha256:
-            raise BundleAltered(f"{folder} was made from another checkpoint than the bundle; {_REMEDY}")
-        for name, entry in side.files.items():
+        encoder = cls.read(bundle)
+        if encoder.checkpoint_sha256 != checkpoint_sha256:
+            raise BundleAltered(f"{folder} and the bundle were made from different checkpoints; {_REMEDY}")
+        for name, entry in encoder.files.items():
             if not (folder / name).is_file():
                 raise BundleIncomplete(f"{folder / name} is missing; {_REMEDY}")
             if FileEntry.of(folder / name) != entry:
                 raise BundleAltered(f"{folder / name} is altered; {_REMEDY}")
-        return side
+        return encoder
 
     @classmethod
     def read(cls, bundle: Path) -> Self:
-        """The manifest alone, without a look at the files. Raises `BundleAltered`."""
-        path = bundle / ENTITY_ENCODER_FOLDER / _MANIFEST
+        """Read the manifest without checking the files. Raise `BundleAltered`."""
+        path = bundle / ENTITY_ENCODER_MANIFEST_FILE
         try:
             content = json.loads(path.read_bytes())
             if content["format_version"] != FORMAT_VERSION:
                 raise ValueError(f"it has format version {content['format_version']}, not {FORMAT_VERSION}")
             return cls(**{**content, "files": {name: FileEntry(**entry) for name, entry in content["files"].items()}})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BundleAltered(f"{path} is not as it was written ({error}); {_REMEDY}") from error
+            raise BundleAltered(f"{path} is malformed ({error}); {_REMEDY}") from error
 
     def write(self, bundle: Path) -> None:
-        """Write the manifest, when all files are in place."""
+        """Write the manifest. All files must be in place."""
         content = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        atomic_write_bytes(bundle / ENTITY_ENCODER_FOLDER / _MANIFEST, content.encode())
-
-
-_REMEDY = f"remove {ENTITY_ENCODER_FOLDER}/ and make it again with `wikiclip export --live --resume`"
+        atomic_write_bytes(bundle / ENTITY_ENCODER_MANIFEST_FILE, content.encode())

@@ -29,7 +29,7 @@ def test_export_prints_a_summary(catalog: CatalogFiles, checkpoint: Path, tmp_pa
     done = wikiclip(*arguments)
     assert done.returncode == 0, done.stderr
     assert "23 entities" in done.stdout
-    assert "float16: least cosine " in done.stdout
+    assert "float16: lowest cosine " in done.stdout
     assert f"4 record(s) rejected, {catalog.images_failed} image(s) not used" in done.stdout
     assert Bundle.open(tmp_path / "b", verify="full").name == "b"
 

@@ -54,7 +54,7 @@ def test_parity_is_in_the_manifest(config: ExportConfig) -> None:
     assert bundle.unlisted_files() == []
     report = describe(config.out, "quick")
     assert report["image_encoder"]["float16"] == dataclasses.asdict(entry)
-    assert any(line.startswith("float16      least cosine ") for line in describe_lines(report))
+    assert any(line.startswith("float16      lowest cosine ") for line in describe_lines(report))
     plan = estimate_export(config)
     size_bytes = (config.out / FLOAT16_ENCODER_FILE).stat().st_size
     assert plan.disk_bytes["float16 encoder"] == pytest.approx(size_bytes, rel=0.5, abs=100_000)

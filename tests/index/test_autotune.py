@@ -1,4 +1,4 @@
-"""The index is chosen by measurement, its parameters reach the recall asked for, and the manifest says so."""
+"""Choosing an index by measurement, and tuning its parameters to the recall."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingShards:
     return EmbeddingShards(folder, DIM)
 
 
-def test_exact_search_where_it_fits(embeddings: EmbeddingShards) -> None:
+def test_exact_search_is_chosen_if_it_fits(embeddings: EmbeddingShards) -> None:
     choice = choose(embeddings, LOOSE)
-    assert choice.factory == "SQfp16"  # float16 is what is stored
+    assert choice.factory == "SQfp16"  # bundles store float16
     assert [each["verdict"] for each in choice.candidates] == ["chosen"]
 
 
-def test_what_takes_too_much_memory_is_passed_over(embeddings: EmbeddingShards) -> None:
+def test_candidates_that_need_too_much_memory_are_skipped(embeddings: EmbeddingShards) -> None:
     flat_gb = 4 * DIM * COUNT / 1e9
     choice = choose(embeddings, Targets(budget_ms=1e6, recall=0.9, memory_gb=flat_gb / 4))
     assert choice.factory == "PQ8x4fs"
     assert all("curves" not in exact for exact in choice.candidates[:2])
 
 
-def test_targets_that_nothing_meets(embeddings: EmbeddingShards) -> None:
+def test_impossible_targets_are_refused(embeddings: EmbeddingShards) -> None:
     with pytest.raises(UserError, match="no index is expected to meet") as caught:
         choose(embeddings, Targets(budget_ms=1e6, recall=0.9, memory_gb=1e-9))
     assert "--memory-gb" in str(caught.value)
@@ -67,9 +67,9 @@ def test_parameters_are_tuned_to_the_recall(embeddings: EmbeddingShards, tmp_pat
     assert hits / truth_QK.size >= LOOSE.recall - 0.02
 
 
-def test_queries_lie_off_their_embeddings_in_no_direction_of_their_own() -> None:
+def test_queries_leave_their_embeddings_in_directions_in_which_embeddings_vary() -> None:
     rng = np.random.default_rng(3)
-    drawn = rng.normal(size=(2000, DIM)) + 2 * np.eye(DIM)[0]  # all have much in common
+    drawn = rng.normal(size=(2000, DIM)) + 2 * np.eye(DIM)[0]  # all share a direction
     drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
     embeddings = Embeddings(DIM, [drawn.astype(np.float16)], [np.arange(2000)])
     positions_Q = np.random.default_rng(7).integers(2000, size=500)
@@ -79,21 +79,21 @@ def test_queries_lie_off_their_embeddings_in_no_direction_of_their_own() -> None
     assert abs(float(away_Q.mean())) < 3 * float(away_Q.std()) / 500**0.5
 
 
-def test_time_at_full_size() -> None:
+def test_times_are_extrapolated() -> None:
     assert expected_ms({100: 2.0}, 100, True) == 2.0
     assert expected_ms({100: 2.0, 200: 3.0}, 400, True) == pytest.approx(5.0)
     assert expected_ms({100: 2.0, 400: 4.0}, 1600, False) == pytest.approx(8.0)
     assert expected_ms({100: 2.0, 400: 1.0}, 1600, False) == 1.0
 
 
-def test_lists_and_sizes_at_wikipedias_size() -> None:
+def test_lists_and_sizes_for_wikipedia() -> None:
     assert lists(6_063_945) == 8192
     memory_gb = {each.factory(6_063_945): each.bytes(6_063_945) / 1e9 for each in candidates(6_063_945, 512)}
     assert memory_gb["Flat"] == pytest.approx(12.42, abs=0.01)
     assert memory_gb["IVF8192(SQfp16),PQ256x4fsr"] == pytest.approx(0.833, abs=0.001)
 
 
-def test_lists_are_found_exactly_while_filling_and_by_their_own_centroids_after() -> None:
+def test_filling_uses_float32_centroids_and_searching_the_stored_ones() -> None:
     drawn = np.random.default_rng(4).normal(size=(2000, 16)).astype(np.float32)
     embeddings = Embeddings(16, [drawn.astype(np.float16)], [np.arange(2000)])
     indexes = [factory_index(16, factory) for factory in ("IVF32(SQfp16),Flat", "IVF32,Flat")]
@@ -106,10 +106,10 @@ def test_lists_are_found_exactly_while_filling_and_by_their_own_centroids_after(
     assert isinstance(faiss.downcast_index(in_full.quantizer), faiss.IndexFlat)
     assert in_half.own_fields
     sizes = [[each.invlists.list_size(number) for number in range(32)] for each in (in_half, in_full)]
-    assert np.abs(np.subtract(*sizes)).sum() <= 20  # centroids that are rounded part hardly any otherwise
+    assert np.abs(np.subtract(*sizes)).sum() <= 20  # rounded centroids change few assignments
     parameters = faiss.SearchParametersIVF(nprobe=32)
-    found, wanted = (index.search(drawn[:50], 5, params=parameters)[1] for index in indexes)
-    np.testing.assert_array_equal(found, wanted)
+    found, expected = (index.search(drawn[:50], 5, params=parameters)[1] for index in indexes)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_centroids_in_two_levels() -> None:

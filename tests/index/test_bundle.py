@@ -1,4 +1,4 @@
-"""A bundle opens only if it is whole, and says which file is wrong and why."""
+"""A bundle opens only if it is complete and unaltered. Errors name the file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -22,7 +23,7 @@ def bundle_copy(small_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_bundle, tmp_path / "copy"))
 
 
-def edit_manifest(bundle: Path, edit: Callable[[dict[str, object]], object], name: str = "manifest.json") -> None:
+def edit_manifest(bundle: Path, edit: Callable[[dict[str, Any]], object], name: str = "manifest.json") -> None:
     path = bundle / name
     content = json.loads(path.read_text())
     edit(content)
@@ -36,7 +37,7 @@ def flip_last_byte(path: Path) -> None:
 
 
 @pytest.mark.parametrize("verify", ["quick", "full"])
-def test_a_whole_bundle_opens(small_bundle: Path, verify: str) -> None:
+def test_a_complete_bundle_opens(small_bundle: Path, verify: str) -> None:
     bundle = Bundle.open(small_bundle, verify="full" if verify == "full" else "quick")
     assert bundle.name == "small"
     assert bundle.manifest.counts.entities == 12
@@ -66,7 +67,7 @@ def test_missing_folder(tmp_path: Path) -> None:
         Bundle.open(tmp_path / "nowhere")
 
 
-def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+def test_a_file_is_not_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(BundleMissing, match="a bundle is a folder"):
         Bundle.open(tmp_path / "file")
@@ -78,10 +79,48 @@ def test_a_folder_without_manifest_is_incomplete(bundle_copy: Path) -> None:
         Bundle.open(bundle_copy)
 
 
-def test_another_schema_version(bundle_copy: Path) -> None:
+def test_an_unknown_schema_version_is_refused(bundle_copy: Path) -> None:
     edit_manifest(bundle_copy, lambda content: content.update(schema_version=99))
-    with pytest.raises(BundleSchemaMismatch, match="schema version 99"):
+    with pytest.raises(BundleSchemaMismatch, match=r"schema version 99.* reads 1 and 2; upgrade it"):
         Bundle.open(bundle_copy)
+
+
+def test_schema_2_is_read(bundle_copy: Path, small_bundle: Path) -> None:
+    assert Bundle.open(small_bundle).manifest.schema_version == 1
+    edit_manifest(bundle_copy, lambda content: content.update(schema_version=2))
+    bundle = Bundle.open(bundle_copy)
+    assert bundle.manifest.schema_version == 2
+    assert json.loads(json.dumps(bundle.manifest.to_dict())) == json.loads((bundle_copy / "manifest.json").read_text())
+
+
+def test_entries_of_a_newer_version_are_ignored_but_fingerprinted(bundle_copy: Path, small_bundle: Path) -> None:
+    def add(content: Any) -> None:
+        content["later"] = {"a": [1]}
+        content["counts"]["remembered"] = 3
+        content["image_encoder"]["int4"] = {"file": "image_encoder.int4.onnx"}
+        content["files"]["entities.sqlite"]["blake3"] = "0"
+
+    edit_manifest(bundle_copy, add)
+    edit_manifest(bundle_copy, lambda content: content.update(later=True), "index/manifest.json")
+    bundle = Bundle.open(bundle_copy)
+    assert bundle.fingerprint != Bundle.open(small_bundle).fingerprint
+    assert bundle.manifest.counts == Bundle.open(small_bundle).manifest.counts
+    for manifest, name in ((bundle.manifest, "manifest.json"), (bundle.index_manifest, "index/manifest.json")):
+        written = (bundle_copy / name).read_text()
+        manifest.write(bundle_copy / name)
+        assert json.loads((bundle_copy / name).read_text()) == json.loads(written)
+
+
+def test_entries_that_equal_their_default_are_left_out(bundle_copy: Path, small_bundle: Path) -> None:
+    """As in a manifest of version 0.1, whose fingerprint must not change."""
+    written = (bundle_copy / "manifest.json").read_bytes()
+    assert "int8" not in json.loads(written)["image_encoder"]
+    before = Bundle.open(bundle_copy)
+    edit_manifest(bundle_copy, lambda content: content["image_encoder"].update(int8=None, float16=None))
+    bundle = Bundle.open(bundle_copy)
+    assert (bundle.manifest, bundle.fingerprint) == (before.manifest, before.fingerprint)
+    bundle.manifest.write(bundle_copy / "manifest.json")
+    assert (bundle_copy / "manifest.json").read_bytes() == written
 
 
 @pytest.mark.parametrize(
@@ -120,7 +159,7 @@ def test_a_large_file_is_hashed_only_by_a_full_check(bundle_copy: Path, monkeypa
         Bundle.open(bundle_copy, verify="full")
 
 
-def test_of_many_small_files_only_so_many_bytes_are_hashed_and_embeddings_last(
+def test_a_quick_check_hashes_a_limited_number_of_bytes_and_embeddings_last(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = Bundle.open(bundle_copy).manifest.files
@@ -139,15 +178,14 @@ def test_of_many_small_files_only_so_many_bytes_are_hashed_and_embeddings_last(
     ("edit", "reason"),
     [
         (lambda content: content.pop("counts"), "lacks counts"),
-        (lambda content: content.update(surprise=1), "unknown entries: surprise"),
-        (lambda content: content.update(counts={"entities": 1}), "Counts"),
+        (lambda content: content.update(counts={"entities": 1}), "lacks embeddings"),
         (lambda content: content.update(files={"../outside": {"bytes": 1, "sha256": "0"}}), "outside the bundle"),
         (lambda content: content["files"].pop("entities.sqlite"), r"does not list entities\.sqlite"),
         (lambda content: content.update(files=[]), "manifest.json"),
     ],
 )
-def test_a_manifest_that_was_edited(
-    bundle_copy: Path, edit: Callable[[dict[str, object]], object], reason: str
+def test_an_edited_manifest_is_refused(
+    bundle_copy: Path, edit: Callable[[dict[str, Any]], object], reason: str
 ) -> None:
     edit_manifest(bundle_copy, edit)
     with pytest.raises(BundleAltered, match=reason):
@@ -156,7 +194,7 @@ def test_a_manifest_that_was_edited(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 @pytest.mark.parametrize("name", ["manifest.json", "index/manifest.json"])
-def test_a_manifest_that_is_no_object(bundle_copy: Path, name: str, text: str) -> None:
+def test_a_manifest_that_is_not_an_object_is_refused(bundle_copy: Path, name: str, text: str) -> None:
     (bundle_copy / name).write_text(text)
     with pytest.raises(BundleAltered, match=name):
         Bundle.open(bundle_copy)
@@ -168,7 +206,7 @@ def test_a_missing_index_manifest_names_the_remedy(bundle_copy: Path) -> None:
         Bundle.open(bundle_copy)
 
 
-def test_an_index_of_another_bundle(bundle_copy: Path, tmp_path: Path) -> None:
+def test_the_index_of_another_bundle_is_refused(bundle_copy: Path, tmp_path: Path) -> None:
     from index.embeddings import EmbeddingShards, write_shard
 
     other = tmp_path / "other"
@@ -196,6 +234,6 @@ def test_fingerprint_ignores_times_only(bundle_copy: Path, small_bundle: Path) -
     assert Bundle.open(bundle_copy).fingerprint != before
 
 
-def test_unlisted_files_are_told(bundle_copy: Path) -> None:
-    (bundle_copy / "NOTES").write_text("by hand")
+def test_unlisted_files_are_reported(bundle_copy: Path) -> None:
+    (bundle_copy / "NOTES").write_text("x")
     assert Bundle.open(bundle_copy).unlisted_files() == ["NOTES"]

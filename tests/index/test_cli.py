@@ -1,4 +1,4 @@
-"""`wikiclip index` and `wikiclip inspect`, run as a user runs them."""
+"""`wikiclip index` and `wikiclip inspect`, run as subprocesses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def bundle_copy(small_bundle: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small_bundle, tmp_path / "copy"))
 
 
-def test_index_can_be_rebuilt_by_another_factory(bundle_copy: Path) -> None:
+def test_index_can_be_rebuilt_with_another_factory(bundle_copy: Path) -> None:
     before = Bundle.open(bundle_copy).fingerprint
     done = wikiclip("index", "--bundle", bundle_copy, "--factory", "HNSW8", "--json")
     assert done.returncode == 0, done.stderr
@@ -56,16 +56,16 @@ def test_index_repairs_a_missing_index(bundle_copy: Path) -> None:
         (("--device", "cuda"), "this faiss sees no GPU"),
     ],
 )
-def test_index_refuses_and_leaves_the_old_one(bundle_copy: Path, arguments: tuple[str, ...], reason: str) -> None:
+def test_a_refused_index_leaves_the_old_one(bundle_copy: Path, arguments: tuple[str, ...], reason: str) -> None:
     before = Bundle.open(bundle_copy).fingerprint
     done = wikiclip("index", "--bundle", bundle_copy, *arguments)
     assert done.returncode == 2
     assert reason in done.stderr
-    assert ".cpp" not in done.stderr  # where faiss says so in its own source
+    assert ".cpp" not in done.stderr  # the source location in faiss
     assert Bundle.open(bundle_copy).fingerprint == before
 
 
-def test_inspect_says_what_a_bundle_holds(small_bundle: Path) -> None:
+def test_inspect_describes_a_bundle(small_bundle: Path) -> None:
     done = wikiclip("inspect", small_bundle)
     assert done.returncode == 0, done.stderr
     assert f"small@{Bundle.open(small_bundle).fingerprint}" in done.stdout
@@ -87,11 +87,11 @@ def test_inspect_refuses_an_altered_bundle_in_one_line(bundle_copy: Path) -> Non
     assert "image_encoder.onnx is altered" in done.stderr
 
 
-def test_live_changes_are_folded_into_a_new_bundle(small_bundle: Path, tmp_path: Path) -> None:
+def test_live_changes_are_compacted_into_a_new_bundle(small_bundle: Path, tmp_path: Path) -> None:
     folder = ("--live-dir", tmp_path / "live", "--out", tmp_path / "new")
     refused = wikiclip("index", "--bundle", small_bundle, "--compact", *folder)
     assert refused.returncode == 2
-    assert "holds no changes" in refused.stderr
+    assert "has no changes" in refused.stderr
     bundle = Bundle.open(small_bundle)
     with bundle.store() as store:
         live = LiveSegment(tmp_path / "live", bundle, store)

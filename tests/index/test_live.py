@@ -1,4 +1,4 @@
-"""Live changes: what is put and deleted is answered as a dict would, by every process, and is there after a crash."""
+"""Live changes: every process answers as a dict would, also after a crash."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Vector = npt.NDArray[np.float32]
 
 @dataclass
 class Opened:
-    """A bundle with live changes, as a service has them."""
+    """A bundle with live changes."""
 
     index: EntityIndex
     store: EntityStore
@@ -91,7 +91,7 @@ def found_ids(view: OverlayView, query_D: Vector, top_k: int = 3) -> list[str]:
     return [found.entity_id for found in view.by_rows([int(row) for row in rows_BK[0] if row >= 0])]
 
 
-def test_what_is_put_is_found_named_and_searched_by_title(edited: Opened) -> None:
+def test_an_entity_that_is_put_is_found_by_vector_id_and_title(edited: Opened) -> None:
     giraffe = entity("Q15083", "Okapi", titles={"fr": "Okapi", "de": "Waldgiraffe"}, types=("animal",), symbol="O")
     assert not edited.live.put(giraffe, vector(1), b"webp")
     assert edited.live.put(entity("new", "Lion statue"), vector(2), None)
@@ -106,10 +106,10 @@ def test_what_is_put_is_found_named_and_searched_by_title(edited: Opened) -> Non
     assert [found.title for found in view.search_titles("lion")] == ["Lion", "Lion statue", "Lion of Lucerne"]
     assert [found.title for found in view.search_titles("lion", 2)] == ["Lion", "Lion statue"]
     assert [found.title for found in view.search_titles("waldgir")] == ["Okapi"]
-    assert view.search_titles("giraffe") == []  # the title it had in the bundle
+    assert view.search_titles("giraffe") == []  # its title in the bundle
 
 
-def test_what_is_deleted_is_nowhere_and_the_number_asked_for_still_comes(edited: Opened) -> None:
+def test_deleted_entities_are_not_found_and_others_fill_their_places(edited: Opened) -> None:
     before = found_ids(edited.view, vector(3), 12)
     for entity_id in before[:6]:
         edited.live.delete(entity_id)
@@ -128,7 +128,7 @@ def test_what_is_deleted_is_nowhere_and_the_number_asked_for_still_comes(edited:
     assert edited.live.put(entity(before[0]), vector(4), None)
 
 
-def test_a_view_stays_as_it_was(edited: Opened) -> None:
+def test_a_view_does_not_change(edited: Opened) -> None:
     edited.live.put(entity("a"), vector(5), None)
     earlier = edited.view
     edited.live.put(entity("a", "Replaced"), vector(6), None)
@@ -139,10 +139,10 @@ def test_a_view_stays_as_it_was(edited: Opened) -> None:
     assert (earlier.version, edited.view.version) == ("+1", "+3")
 
 
-def test_memory_of_what_was_replaced_is_given_back_and_earlier_deltas_stay() -> None:
+def test_memory_of_replaced_entities_is_freed_and_earlier_deltas_do_not_change() -> None:
     builder = DeltaBuilder(embedding_dim=16)
     for row in range(1, 40):
-        builder.put(entity(f"kept {row}", row=row), vector(row), base_row=None)
+        builder.put(entity(f"old {row}", row=row), vector(row), base_row=None)
     earlier = builder.delta(39)
     for row in range(40, 4000):
         builder.put(entity("changing", f"Version {row}", row=row), vector(row), base_row=7)
@@ -155,15 +155,15 @@ def test_memory_of_what_was_replaced_is_given_back_and_earlier_deltas_stay() -> 
         assert rows_BK.tolist() == [[row]]
         np.testing.assert_allclose(scores_BK, 1, atol=1e-3)
     assert latest.entities[3999].title == "Version 3999"
-    assert earlier.latest["kept 20"] == latest.latest["kept 20"] == 20
+    assert earlier.latest["old 20"] == latest.latest["old 20"] == 20
     for row in range(1, 40):
-        builder.delete(f"kept {row}", base_row=None)
+        builder.delete(f"old {row}", base_row=None)
     builder.delete("changing", base_row=7)
     assert builder.delta(4001).alive_count == 0
 
 
 class Model:
-    """What is served, as a dict: the obvious thing that base and delta together must equal."""
+    """The simplest correct implementation: a dict."""
 
     def __init__(self, bundle_path: Path) -> None:
         bundle = Bundle.open(bundle_path)
@@ -217,7 +217,7 @@ def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Pat
     rng = np.random.default_rng(17)
     model = Model(small_bundle)
     known = [*model.entities, *(f"new {number}" for number in range(40)), "unknown"]
-    processes = [opened(small_bundle, live_dir) for _ in range(2)]  # as two processes: they share nothing but the file
+    processes = [opened(small_bundle, live_dir) for _ in range(2)]  # like two processes, they share only the file
     done = {"put": 0, "delete": 0, "search": 0, "restart": 0, "compare": 0}
     for number in range(3000):
         which = int(rng.integers(2))
@@ -226,7 +226,7 @@ def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Pat
         done[kind] += 1
         entity_id = str(rng.choice(known))
         if kind == "put":
-            embedding_D = vector(int(rng.integers(1000)))  # equal embeddings come up too
+            embedding_D = vector(int(rng.integers(1000)))  # some are equal
             kinds = tuple(rng.choice(["animal", "fruit", "flag"], int(rng.integers(3)), replace=False).tolist())
             new = entity(entity_id, f"Thing {rng.integers(9)} of n{number}", types=kinds)
             assert process.live.put(new, embedding_D, None) == model.put(new, embedding_D)
@@ -260,7 +260,7 @@ def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Pat
         process.close()
 
 
-def test_another_process_sees_a_change_and_a_bundle_of_another_content_is_refused(
+def test_another_process_sees_a_change_and_another_bundle_is_refused(
     edited: Opened, small_bundle: Path, live_dir: Path, tmp_path: Path
 ) -> None:
     other = opened(small_bundle, live_dir)
@@ -294,7 +294,7 @@ for number in range(int(sys.argv[3]), 10**9):
 """
 
 
-def test_what_was_acknowledged_is_there_after_kill_9(small_bundle: Path, live_dir: Path) -> None:
+def test_acknowledged_changes_survive_sigkill(small_bundle: Path, live_dir: Path) -> None:
     last = -1
     for acknowledged in (1, 17, 40):
         command = [sys.executable, "-c", WRITER, str(small_bundle), str(live_dir), str(last + 1)]
@@ -306,9 +306,9 @@ def test_what_was_acknowledged_is_there_after_kill_9(small_bundle: Path, live_di
             last = max([last, *(int(line) for line in writer.stdout.read().split())])
         after = opened(small_bundle, live_dir)
         titles = {f"new {number % 7}": f"Version {number}" for number in range(last + 1)}
-        unheard = f"new {(last + 1) % 7}"  # it may have been written, and not been said so
+        unacknowledged = f"new {(last + 1) % 7}"  # perhaps written but not acknowledged
         for entity_id, title in titles.items():
-            possible = {title, f"Version {last + 1}"} if entity_id == unheard else {title}
+            possible = {title, f"Version {last + 1}"} if entity_id == unacknowledged else {title}
             assert after.view.get(entity_id).title in possible
         assert int(after.view.version.removeprefix("+")) - after.live.base_revision >= last + 1
         after.close()
@@ -317,7 +317,7 @@ def test_what_was_acknowledged_is_there_after_kill_9(small_bundle: Path, live_di
         connection.close()
 
 
-def test_compacting_folds_the_changes_in_and_loses_none_that_come_meanwhile(
+def test_compacting_includes_all_changes_and_loses_none_made_during_it(
     edited: Opened, small_bundle: Path, live_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from index import compact
@@ -339,7 +339,7 @@ def test_compacting_folds_the_changes_in_and_loses_none_that_come_meanwhile(
     assert Bundle.open(tmp_path / "new", "full").manifest.counts.entities == 12
     assert made.unlisted_files() == []
     after = opened(tmp_path / "new", live_dir)
-    for number in range(30):  # the old bundle with all changes, the new one with those after
+    for number in range(30):  # the old bundle with all changes, the new one with the later ones
         query_D = vector(100 + number)
         rows, scores = edited.view.search(query_D[None], 12)
         new_rows, new_scores = after.view.search(query_D[None], 12)
@@ -350,14 +350,14 @@ def test_compacting_folds_the_changes_in_and_loses_none_that_come_meanwhile(
     assert after.view.thumbnail("new a") == b"webp"
     assert after.view.thumbnail("Q13191") == edited.store.thumbnail("Q13191") is not None
     assert {found.title for found in after.view.search_titles("put")} == {"Put 0", "Put 1"}
-    after.live.put(entity("new a", "Put anew"), vector(22), None)
-    assert edited.view.get("new a").title == "Put anew"
-    # The next fold lets go of what only the first bundle needed; a service of that one must say so.
+    after.live.put(entity("new a", "Put again"), vector(22), None)
+    assert edited.view.get("new a").title == "Put again"
+    # The next compaction deletes what only the first bundle needed. Its service must report that.
     monkeypatch.undo()
     compact.compact(tmp_path / "new", live_dir, tmp_path / "newer")
     newest = opened(tmp_path / "newer", live_dir)
     assert newest.view.entity_count == 13
-    assert newest.view.get("new a").title == after.view.get("new a").title == "Put anew"
+    assert newest.view.get("new a").title == after.view.get("new a").title == "Put again"
     with pytest.raises(LiveDirError, match="belong to bundle"):
         edited.live.refresh()
     with pytest.raises(LiveDirError):
@@ -366,7 +366,9 @@ def test_compacting_folds_the_changes_in_and_loses_none_that_come_meanwhile(
     newest.close()
 
 
-def test_a_fold_of_nothing_or_onto_something_is_refused(edited: Opened, small_bundle: Path, live_dir: Path) -> None:
+def test_compacting_nothing_or_to_an_existing_folder_is_refused(
+    edited: Opened, small_bundle: Path, live_dir: Path
+) -> None:
     from index.compact import compact
 
     with pytest.raises(UserError, match="no changes"):
@@ -388,7 +390,7 @@ def test_changes_survive_a_new_index(edited: Opened, small_bundle: Path, live_di
     again.close()
 
 
-def test_a_folder_that_cannot_be_used_is_told(small_bundle: Path, tmp_path: Path) -> None:
+def test_an_unusable_folder_is_refused(small_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(LiveDirError, match="cannot be used"):
         opened(small_bundle, tmp_path / "file")
@@ -404,7 +406,7 @@ def test_a_folder_that_cannot_be_used_is_told(small_bundle: Path, tmp_path: Path
         opened(small_bundle, newer)
 
 
-def test_a_writer_that_hangs_is_told_of_and_nothing_is_half_done(edited: Opened, live_dir: Path) -> None:
+def test_a_hanging_writer_makes_changes_unavailable_but_not_incomplete(edited: Opened, live_dir: Path) -> None:
     edited.live._writer.execute("PRAGMA busy_timeout = 20")
     hanging = sqlite3.connect(live_dir / LIVE_FILE, isolation_level=None)
     hanging.execute("BEGIN IMMEDIATE")

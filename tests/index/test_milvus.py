@@ -1,4 +1,4 @@
-"""A bundle in Milvus, its embedded form: found as by faiss, and changed by several hosts at once."""
+"""A bundle in embedded Milvus: the results of faiss, and changes by several hosts at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An embedded Milvus, which all clients in this process share as hosts share a cluster."""
+    """Return an embedded Milvus. All clients of this process share it, as hosts share a cluster."""
     path = str(tmp_path_factory.mktemp("milvus") / "milvus.db")
     yield path
     server_manager_instance.release_server(path)
@@ -51,7 +51,7 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle of 400 entities, every third with four images."""
+    """Return a bundle of 400 entities, every third with four images."""
     folder = tmp_path_factory.mktemp("bundles") / "many"
     write_small_bundle(folder)
     shutil.rmtree(folder / "embeddings")
@@ -105,19 +105,19 @@ def entities(loaded: str, bundle: Bundle) -> Iterator[MilvusEntities]:
 
 @pytest.mark.parametrize("types", [(), ("odd",), ("rare",), ("rare", "even"), ("nothing",)])
 @pytest.mark.parametrize("top_k", [1, 10, 250])
-def test_the_same_is_found_as_by_faiss(
+def test_results_equal_those_of_faiss(
     entities: MilvusEntities, bundle: Bundle, types: tuple[str, ...], top_k: int
 ) -> None:
-    queries_BD = 3 * vectors(20, seed=50)  # their length is of no matter
+    queries_BD = 3 * vectors(20, seed=50)  # their length does not matter
     with bundle.store() as store:
-        wanted_rows, wanted_scores = bundle.index().search(
+        faiss_rows, faiss_scores = bundle.index().search(
             queries_BD, top_k, selection=store.select(types) if types else None
         )
     view = MilvusView(entities)
     rows_BK, scores_BK = view.search(queries_BD, top_k, selection=view.select(types) if types else None)
-    np.testing.assert_allclose(scores_BK, wanted_scores, atol=2e-3)  # a near tie that is missed costs no more
-    np.testing.assert_array_equal(np.sum(rows_BK >= 0, axis=1), np.sum(wanted_rows >= 0, axis=1))
-    found = [len(np.intersect1d(*pair)) / len(np.unique(pair[1])) for pair in zip(rows_BK, wanted_rows, strict=True)]
+    np.testing.assert_allclose(scores_BK, faiss_scores, atol=2e-3)  # a missed near tie costs no more
+    np.testing.assert_array_equal(np.sum(rows_BK >= 0, axis=1), np.sum(faiss_rows >= 0, axis=1))
+    found = [len(np.intersect1d(*pair)) / len(np.unique(pair[1])) for pair in zip(rows_BK, faiss_rows, strict=True)]
     assert np.mean(found) > 0.97
     assert np.all(np.diff(scores_BK, axis=1)[rows_BK[:, 1:] >= 0] <= 0)
     assert all(len(set(rows)) == len(rows) for rows in (row_K[row_K >= 0].tolist() for row_K in rows_BK))
@@ -135,7 +135,7 @@ def test_scores_are_cosines_of_the_best_image(entities: MilvusEntities, bundle: 
     )
 
 
-def test_records_titles_and_what_is_unknown(entities: MilvusEntities) -> None:
+def test_records_titles_and_unknown_entities(entities: MilvusEntities) -> None:
     view = MilvusView(entities)
     assert [each.row for each in view.by_rows([5, 3])] == [5, 3]
     assert view.get("Q17").title == "A thing 17"
@@ -149,7 +149,7 @@ def test_records_titles_and_what_is_unknown(entities: MilvusEntities) -> None:
 
 
 class TestChanges:
-    """Each with a Milvus of its own, and two hosts."""
+    """Each test has its own Milvus and two hosts."""
 
     @pytest.fixture
     def hosts(self, small_bundle: Path, tmp_path: Path) -> Iterator[tuple[MilvusEntities, MilvusEntities]]:
@@ -164,7 +164,7 @@ class TestChanges:
                 host.close()
         server_manager_instance.release_server(path)
 
-    def test_what_one_host_puts_the_other_finds(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
+    def test_a_host_finds_what_another_puts(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
         one, other = hosts
         (new_D,) = vectors(1, seed=60)
         okapi = entity("Q15083", "Okapi", titles={"de": "Waldgiraffe"}, types=("animal", 'a"b'))
@@ -184,11 +184,11 @@ class TestChanges:
         assert view.attended_words(found.row) == ()
         assert [each.title for each in view.search_titles("waldgir")] == ["Okapi"]
         assert [each.title for each in view.search_titles("zołw")] == ["Żółw"]
-        assert [each.title for each in view.search_titles("zolw")] == []  # ł is no accent
+        assert [each.title for each in view.search_titles("zolw")] == []  # ł is not an accented l
         assert [each.title for each in view.search_titles("żó")] == ["Żółw"]
-        assert view.search_titles("giraffe") == []  # the title it had in the bundle
+        assert view.search_titles("giraffe") == []  # its title in the bundle
 
-    def test_what_is_deleted_is_nowhere_and_the_number_asked_for_still_comes(
+    def test_deleted_entities_are_not_found_and_others_fill_their_places(
         self, hosts: tuple[MilvusEntities, MilvusEntities]
     ) -> None:
         one, other = hosts
@@ -210,7 +210,7 @@ class TestChanges:
                 one.delete(missing)
         assert one.put(entity(before[0]), query_D[0], None)
 
-    def test_random_changes_of_two_hosts_are_those_of_a_dict(
+    def test_random_changes_of_two_hosts_equal_those_of_a_dict(
         self, hosts: tuple[MilvusEntities, MilvusEntities], small_bundle: Path
     ) -> None:
         rng = np.random.default_rng(3)
@@ -234,20 +234,22 @@ class TestChanges:
                 query_D = vectors(1, seed=200 + step)
                 rows_BK, scores_BK = view.search(query_D, 5)
                 found = view.by_rows(rows_BK[0][rows_BK[0] >= 0].tolist())
-                wanted = sorted(((float(np.max(each @ query_D[0])), key) for key, each in model.items()), reverse=True)
-                assert [each.entity_id for each in found] == [key for _, key in wanted[:5]]
-                np.testing.assert_allclose(scores_BK[0, : len(found)], [score for score, _ in wanted[:5]], atol=1e-5)
+                expected = sorted(
+                    ((float(np.max(each @ query_D[0])), key) for key, each in model.items()), reverse=True
+                )
+                assert [each.entity_id for each in found] == [key for _, key in expected[:5]]
+                np.testing.assert_allclose(scores_BK[0, : len(found)], [score for score, _ in expected[:5]], atol=1e-5)
                 assert view.entity_count == len(model)
 
-    def test_a_record_that_is_too_large_is_told(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
+    def test_a_record_that_is_too_large_is_refused(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
         with pytest.raises(BadParameter, match="65535"):
             hosts[0].put(entity("long", text="x" * 70_000), vectors(1, seed=62)[0], None)
         assert hosts[0].refresh().revision == 0
 
-    def test_records_that_were_let_go_are_asked_for(
+    def test_records_dropped_from_the_cache_are_read_again(
         self, hosts: tuple[MilvusEntities, MilvusEntities], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(milvus_view, "_RECORDS_KEPT", 1)
+        monkeypatch.setattr(milvus_view, "_CACHED_RECORDS", 1)
         first_D, second_D = vectors(2, seed=63)
         hosts[0].put(entity("first", "First"), first_D, None)
         hosts[0].put(entity("second", "Second"), second_D, None)
@@ -257,13 +259,13 @@ class TestChanges:
 
 
 class TestLoading:
-    def test_twice_is_refused(self, loaded: str, bundle: Bundle) -> None:
+    def test_loading_twice_is_refused(self, loaded: str, bundle: Bundle) -> None:
         client = connect(loaded)
         with pytest.raises(UserError, match="holds this bundle already"):
             load_bundle(client, bundle)
         client.close()
 
-    def test_what_was_interrupted_is_not_served_and_is_loaded_anew(
+    def test_an_interrupted_load_is_not_served_and_can_be_repeated(
         self, uri: str, small_bundle: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         opened = Bundle.open(small_bundle)
@@ -283,19 +285,19 @@ class TestLoading:
         client.close()
 
     @pytest.mark.parametrize("factory", ["SQfp16", "IVF16,PQ8", "HNSW32,SQ8"])
-    def test_an_index_that_only_estimates_is_refused(self, uri: str, bundle: Bundle, factory: str) -> None:
+    def test_an_index_without_true_cosines_is_refused(self, uri: str, bundle: Bundle, factory: str) -> None:
         client = connect(uri)
         with pytest.raises(UserError, match="true cosines"):
             load_bundle(client, bundle, factory)
         client.close()
 
-    def test_nobody_there(self) -> None:
-        with pytest.raises(UserError, match=r"Milvus at http://127\.0\.0\.1:1 cannot be reached") as told:
+    def test_an_unreachable_server(self) -> None:
+        with pytest.raises(UserError, match=r"Milvus at http://127\.0\.0\.1:1 cannot be reached") as caught:
             connect("http://someone:secret@127.0.0.1:1")
-        assert "secret" not in str(told.value)
+        assert "secret" not in str(caught.value)
 
     @pytest.mark.parametrize("address", ["localhost:19530", "ftp://host", "data", ""])
-    def test_no_uri(self, address: str) -> None:
+    def test_an_invalid_uri(self, address: str) -> None:
         with pytest.raises(UserError, match="a Milvus URI is"):
             connect(address)
 

@@ -1,4 +1,4 @@
-"""Search gives what a slow, obvious loop gives: each entity once, at its best image, with its true cosine."""
+"""Search equals a slow, obvious loop: each entity once, with the true cosine of its best image."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ CATALOGS = {
 
 @pytest.mark.parametrize("top_k", [1, 5, 100])
 @pytest.mark.parametrize("rows_N", CATALOGS.values(), ids=CATALOGS.keys())
-def test_exact_search_equals_the_slow_one(tmp_path: Path, rows_N: list[int], top_k: int) -> None:
+def test_exact_search_equals_a_slow_loop(tmp_path: Path, rows_N: list[int], top_k: int) -> None:
     index, embeddings = make(tmp_path, rows_N)
     queries_BD = queries(7)
     rows_BK, scores_BK = index.search(queries_BD, top_k)
@@ -114,7 +114,7 @@ def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(
 def test_a_selection_is_exact_even_when_a_handful_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factory: str, allowed: int, scanned_at_most: int
 ) -> None:
-    monkeypatch.setattr(search, "_SCANNED_AT_MOST", scanned_at_most)
+    monkeypatch.setattr(search, "_MAX_SCANNED", scanned_at_most)
     index, embeddings = make(tmp_path, [row for row in range(300) for _ in range(1 + row % 3)], factory=factory)
     allowed_E = np.zeros(300, np.bool_)
     allowed_E[np.random.default_rng(2).choice(300, allowed, replace=False)] = True
@@ -146,7 +146,7 @@ def test_half_precision_finds_what_exact_search_finds(tmp_path: Path, rows_N: li
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_one_look_is_enough_where_entities_have_many_images(tmp_path: Path) -> None:
+def test_one_search_suffices_for_entities_with_many_images(tmp_path: Path) -> None:
     index, _ = make(tmp_path, [row for row in range(100) for _ in range(5)], factory="SQfp16")
     asked: list[int] = []
     search = index.candidates.search
@@ -160,7 +160,7 @@ def test_one_look_is_enough_where_entities_have_many_images(tmp_path: Path) -> N
     assert asked[0] >= 50
 
 
-def test_a_selection_holds_for_one_call_only(tmp_path: Path) -> None:
+def test_a_selection_applies_to_one_call_only(tmp_path: Path) -> None:
     index, _ = make(tmp_path, list(range(300)), factory="IVF8_HNSW32,PQ12x4fs")
     before, _ = index.search(queries(5), 5)
     for start in (0, 100):
@@ -172,7 +172,7 @@ def test_a_selection_holds_for_one_call_only(tmp_path: Path) -> None:
     assert before.tolist() == after.tolist()
 
 
-def test_parameters_hold_for_one_call_only(tmp_path: Path) -> None:
+def test_parameters_apply_to_one_call_only(tmp_path: Path) -> None:
     index, embeddings = make(tmp_path, list(range(500)), factory="IVF32,Flat")
     queries_BD = queries(20)
     before, _ = index.search(queries_BD, 10)
@@ -182,7 +182,7 @@ def test_parameters_hold_for_one_call_only(tmp_path: Path) -> None:
     assert before.tolist() == after.tolist() != everything.tolist()
 
 
-def test_an_embedding_finds_itself_at_one(tmp_path: Path) -> None:
+def test_an_embedding_finds_itself_with_score_one(tmp_path: Path) -> None:
     index, embeddings = make(tmp_path, list(range(50)))
     rows_BK, scores_BK = index.search(3 * np.concatenate(list(embeddings)), 1)
     assert rows_BK[:, 0].tolist() == list(range(50))
@@ -212,26 +212,26 @@ def test_the_same_embeddings_give_the_same_index(tmp_path: Path, factory: str) -
     assert (tmp_path / "one" / INDEX_FILE).read_bytes() == (tmp_path / "two" / INDEX_FILE).read_bytes()
 
 
-def test_embeddings_are_had_by_position_across_shards(tmp_path: Path) -> None:
+def test_embeddings_are_read_by_position_across_shards(tmp_path: Path) -> None:
     _, embeddings = make(tmp_path, list(range(300)), shard_size=7)
-    wanted = np.array([299, 0, 6, 7, 13, 14, 14])
-    np.testing.assert_array_equal(embeddings.at(wanted), np.concatenate(list(embeddings))[wanted])
+    positions = np.array([299, 0, 6, 7, 13, 14, 14])
+    np.testing.assert_array_equal(embeddings.at(positions), np.concatenate(list(embeddings))[positions])
 
 
-def test_a_file_that_is_no_index(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_index(tmp_path: Path) -> None:
     _, embeddings = make(tmp_path, list(range(5)))
     (tmp_path / INDEX_FILE).write_bytes(b"nothing of the kind")
-    with pytest.raises(BundleAltered, match=r"entity\.faiss is no index"):
+    with pytest.raises(BundleAltered, match=r"entity\.faiss is not an index"):
         EntityIndex.read(tmp_path / INDEX_FILE, embeddings, {})
 
 
-def test_a_factory_that_is_none(tmp_path: Path) -> None:
+def test_an_invalid_factory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot make factory 'What'") as caught:
         make(tmp_path, list(range(5)), factory="What")
     assert "\n" not in str(caught.value)
 
 
-def test_shards_of_another_shape(tmp_path: Path) -> None:
+def test_shards_of_a_wrong_shape(tmp_path: Path) -> None:
     make(tmp_path, list(range(5)))
     with pytest.raises(BundleAltered, match=r"00000\.npy has shape"):
         EmbeddingShards(tmp_path / "embeddings", DIM + 1)
@@ -245,7 +245,7 @@ def test_embeddings_out_of_row_order(tmp_path: Path) -> None:
         make(tmp_path, [0, 1, 0])
 
 
-def test_an_exact_index_file_is_the_one_that_faiss_writes(tmp_path: Path) -> None:
+def test_an_exact_index_file_equals_the_one_that_faiss_writes(tmp_path: Path) -> None:
     _, embeddings = make(tmp_path, list(range(250)))
     theirs = faiss.index_factory(DIM, "Flat", faiss.METRIC_INNER_PRODUCT)
     theirs.add(np.concatenate(list(embeddings)))

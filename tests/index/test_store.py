@@ -1,4 +1,4 @@
-"""The entity store finds by id, by row and by title, from any thread, and is the same bytes each time."""
+"""The entity store finds by id, row and title, from any thread, and equal entities give equal bytes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def titles(store: EntityStore, query: str, limit: int = 20) -> list[str]:
     return [found.title for found in store.search_titles(query, limit)]
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_entities_survive_the_store(tmp_path: Path) -> None:
     first = StoredEntity(
         row=0,
         entity_id="Q35517",
@@ -67,7 +67,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
         assert store.thumbnail("Q1") is None
 
 
-def test_what_is_not_there(store: EntityStore) -> None:
+def test_unknown_ids_and_rows(store: EntityStore) -> None:
     with pytest.raises(UnknownEntity, match="no entity 'Q999'"):
         store.get("Q999")
     with pytest.raises(UnknownEntity):
@@ -85,29 +85,29 @@ def test_what_is_not_there(store: EntityStore) -> None:
 def test_more_rows_than_one_statement_takes(tmp_path: Path) -> None:
     write_store(tmp_path / "s.sqlite", ((entity(row, f"T{row}"), None) for row in range(1300)))
     with EntityStore(tmp_path / "s.sqlite") as store:
-        wanted = list(reversed(range(1300)))
-        assert [found.row for found in store.by_rows(wanted)] == wanted
+        rows = list(reversed(range(1300)))
+        assert [found.row for found in store.by_rows(rows)] == rows
 
 
-def test_what_was_asked_for_is_not_read_again(store: EntityStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recent_rows_are_cached(store: EntityStore, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [3, 0, 2]
     assert store.cached(rows) is None
     first = store.by_rows(rows)
     assert {found.row for found in first if found.has_thumbnail} == set(store.thumbnails(rows))
-    monkeypatch.setattr(store, "_connection", lambda: pytest.fail("the file was asked"))
+    monkeypatch.setattr(store, "_connection", lambda: pytest.fail("the file was read"))
     assert store.by_rows(rows) == first
     assert store.cached(rows[:2]) == first[:2]
 
 
 @pytest.mark.parametrize(("bound", "value", "most"), [("_CACHED_ENTITIES", 2, 2), ("_CACHED_TEXT", -1, 0)])
-def test_no_more_is_kept_than_a_bound_and_no_long_text(
+def test_the_cache_is_bounded_and_has_no_long_texts(
     store: EntityStore, monkeypatch: pytest.MonkeyPatch, bound: str, value: int, most: int
 ) -> None:
     monkeypatch.setattr(f"index.store.{bound}", value)
     every = store.by_rows(range(len(store)))
     for row in (0, 1, 2, 3, 2, 1, 0):
         assert store.by_rows([row]) == [every[row]]
-        assert len(store._kept) <= most
+        assert len(store._cache) <= most
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,9 @@ def test_title_search_takes_any_text(store: EntityStore, query: str) -> None:
     assert titles(store, "giraffe") == ["Giraffe"]
 
 
-def test_words_of_very_many_titles_give_the_shortest_of_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_of_very_many_titles_give_the_shortest_of_a_subset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names = [f"Painting {'of ' * (9 - row % 10)}{row}" for row in range(30)]
     write_store(tmp_path / "s", ((entity(row, title), None) for row, title in enumerate(names)))
     monkeypatch.setattr("index.store._MAX_RANKED", 20)
@@ -172,12 +174,12 @@ def test_words_of_very_many_titles_give_the_shortest_of_some(tmp_path: Path, mon
         assert titles(store, "painting 17") == ["Painting of of 17"]
 
 
-def test_title_search_keeps_to_its_limit(store: EntityStore) -> None:
+def test_title_search_respects_its_limit(store: EntityStore) -> None:
     assert len(titles(store, "flag", 2)) == 2
     assert titles(store, "flag", 0) == []
 
 
-def test_exact_then_prefix_then_words(tmp_path: Path) -> None:
+def test_exact_matches_come_first_then_prefixes_then_words(tmp_path: Path) -> None:
     names = ["The big apple", "Apple pie", "Crabapple", "apple", "Pine apple tree"]
     write_store(tmp_path / "s.sqlite", ((entity(row, name), None) for row, name in enumerate(names)))
     with EntityStore(tmp_path / "s.sqlite") as store:
@@ -192,13 +194,13 @@ def test_many_threads_read_at_once(store: EntityStore) -> None:
     assert found == [number % 12 for number in range(400)]
 
 
-def test_same_entities_same_bytes(tmp_path: Path) -> None:
+def test_equal_entities_give_equal_bytes(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_store(tmp_path / name, ((entity(row, f"Title {row} word{row % 7}"), b"x") for row in range(500)))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
-def test_a_store_cannot_be_written_through(store: EntityStore) -> None:
+def test_a_store_is_read_only(store: EntityStore) -> None:
     with pytest.raises(sqlite3.OperationalError, match="readonly"):
         store._connection().execute("DELETE FROM entity")
 
@@ -213,7 +215,7 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_files_that_are_no_store(tmp_path: Path) -> None:
+def test_files_that_are_not_a_store(tmp_path: Path) -> None:
     with pytest.raises(BundleIncomplete, match=r"none\.sqlite is missing"):
         EntityStore(tmp_path / "none.sqlite")
     (tmp_path / "text.sqlite").write_text("no database, just text" * 100)
