@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 
 from benchmarks.generative.models import ENCODERS, open_encoder, quantised_file, write_encoder
-from benchmarks.measure import gpu_figures, ratio_interval, sample_gpu
+from benchmarks.measure import Probe, gpu_figures, ratio_interval, sample, sample_gpu
 from benchmarks.sizing import WIKI6M_ENTITIES
 from benchmarks.synthetic import photograph
 from catalog import EntityRecord, read_catalog
@@ -258,18 +258,18 @@ def _int8_speed(root: Path, name: str, *, images: int, repeats: int) -> dict[str
 
 def _time_in_turn(encoders: Mapping[str, OnnxEncoder], size_px: int, repeats: int) -> dict[str, Any]:
     pixels_1HW3 = np.random.default_rng(0).integers(0, 256, (1, size_px, size_px, 3), np.uint8)
-    latency_ms: dict[str, list[float]] = {name: [] for name in encoders}
-    for _ in range(repeats):
-        for name, encoder in encoders.items():
-            started = time.perf_counter()
-            encoder.encode(pixels_1HW3)
-            latency_ms[name].append(1000 * (time.perf_counter() - started))
-    times = float(np.median(latency_ms["float32"]) / np.median(latency_ms["int8"]))
+
+    def probe(name: str) -> Probe:
+        return Probe(name=name, call=lambda _: encoders[name].encode(pixels_1HW3))
+
+    metrics = sample([probe(name) for name in encoders], rounds=repeats, moment_s=0, description="int8")
+    float_ms, int8_ms = metrics["float32"].samples, metrics["int8"].samples
+    times = float(np.median(float_ms) / np.median(int8_ms))
     return {
-        "float32_ms": round(float(np.median(latency_ms["float32"])), 2),
-        "int8_ms": round(float(np.median(latency_ms["int8"])), 2),
+        "float32_ms": round(float(np.median(float_ms)), 2),
+        "int8_ms": round(float(np.median(int8_ms)), 2),
         "times": round(times, 2),
-        "interval": ratio_interval(latency_ms["float32"], latency_ms["int8"]),
+        "interval": ratio_interval(float_ms, int8_ms),
         "aim": f"{_TARGET_SPEED} times: {'reached' if times >= _TARGET_SPEED else 'missed'}",
     }
 
