@@ -163,8 +163,7 @@ class DecodePool:
             future.set_result(self._decoder.decode_all(jobs))  # faster than through the pool
             return future
         if self._pool is None:
-            # Forking is unsafe in a process with threads.
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("spawn")  # forking is unsafe in a process with threads
             self._pool = ProcessPoolExecutor(self._workers, mp_context=context, initializer=_start_worker)
         try:
             return self._pool.submit(self._decoder.decode_all, jobs)
@@ -179,12 +178,8 @@ class DecodePool:
 
 
 def _start_worker() -> None:
+    """Lower the priority, ignore Ctrl-C, which the parent handles, and end when the parent ends."""
     os.nice(_NICENESS)
-    _follow_parent()
-
-
-def _follow_parent() -> None:
-    """End this worker when its parent ends, and ignore Ctrl-C, which the parent handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def wait() -> None:

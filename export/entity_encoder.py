@@ -40,10 +40,8 @@ _PER_TOKEN: Mapping[int, Any] = {**_PER_BATCH, 1: torch.export.Dim("tokens")}
 _SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens
 
 
-def export_entity_encoder(
-    checkpoint: Checkpoint, bundle: Path, *, on_file: Callable[[], object] = lambda: None
-) -> EntityEncoder:
-    """Write `entity_side/` into a bundle of this checkpoint, its manifest last. `on_file` is called after each model.
+def export_entity_encoder(checkpoint: Checkpoint, bundle: Path) -> EntityEncoder:
+    """Write `entity_side/` into a bundle of this checkpoint, its manifest last.
 
     Raises `EncoderSpecError` if the text encoder cannot be exported, or if a cosine to the originals is below 0.999.
     """
@@ -52,10 +50,10 @@ def export_entity_encoder(
         raise EncoderSpecError("this text encoder cannot be exported; omit --live, and send embeddings instead")
     folder = bundle / ENTITY_ENCODER_FOLDER
     folder.mkdir(exist_ok=True)
-    parity = {ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE)}
-    on_file()
-    parity[TEXT_ENCODER_FILE] = _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE)
-    on_file()
+    parity = {
+        ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE),
+        TEXT_ENCODER_FILE: _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE),
+    }
     atomic_write_bytes(folder / TOKENIZER_FILE, text_encoder.tokenizer_json().encode())
     encoder = EntityEncoder(
         format_version=FORMAT_VERSION,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -160,17 +160,14 @@ def _write_encoders(
     """Write the ONNX files of the image encoder before the shards, so that a failure is noticed early."""
     encoder, centre_D = checkpoint.image_encoder, checkpoint.adaptor.centre_D
     if staging.parity() is None:
-        with times.measure("ONNX files"), _file_bar(config, "image encoder", 1) as bar:
+        with times.measure("ONNX files"), _progress(config, "image encoder"):
             parity = export_image_encoder(encoder, staging.bundle, half=config.half, centre_D=centre_D)
-            bar.update()
         staging.finish_image_encoder(parity)
     staging.discard(FLOAT16_ENCODER_FILE)
     if not config.float16:
         return None
-    with times.measure("ONNX files"), _file_bar(config, "float16", 1) as bar:
-        float16 = add_float16(encoder, staging.bundle, centre_D)
-        bar.update()
-    return float16
+    with times.measure("ONNX files"), _progress(config, "float16"):
+        return add_float16(encoder, staging.bundle, centre_D)
 
 
 def _embed_catalog(config: ExportConfig, checkpoint: Checkpoint, staging: StagingDir, times: StageTimes) -> _Embedded:
@@ -316,12 +313,15 @@ def _count_and_log(staging: StagingDir, log: RejectLog, embeddings: int) -> Coun
 def _add_entity_encoder(config: ExportConfig, checkpoint: Checkpoint) -> None:
     """Add the entity encoder, which is not part of the bundle's identity, to a finished bundle."""
     if config.live and EntityEncoder.open(config.out, checkpoint.sha256) is None:
-        with report_disk_full(config.out, again=_RESUME), _file_bar(config, "entity encoder", 2) as bar:
-            export_entity_encoder(checkpoint, config.out, on_file=bar.update)
+        with report_disk_full(config.out, again=_RESUME), _progress(config, "entity encoder"):
+            export_entity_encoder(checkpoint, config.out)
 
 
-def _file_bar(config: ExportConfig, name: str, total: int) -> tqdm[Any]:
-    return tqdm(desc=name, unit="file", total=total, disable=not config.progress)
+@contextmanager
+def _progress(config: ExportConfig, step: str) -> Iterator[None]:
+    with tqdm(desc=step, unit="step", total=1, disable=not config.progress) as bar:
+        yield
+        bar.update()
 
 
 def _rejects_path(out: Path) -> Path:

@@ -83,15 +83,15 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
         with recognizer.acquire() as held:
             editor = held.loaded.editor
             assert editor is not None
-            wanted = EntityRequest(title="New title", text="Thing number 4 is a thing.")
-            edited = editor.put("new", wanted, image).result()
+            request = EntityRequest(title="New title", text="Thing number 4 is a thing.")
+            edited = editor.put("new", request, image).result()
         assert edited.created
         assert edited.entity.has_thumbnail
         with recognizer.acquire() as held:
             assert held.entities.thumbnail("new") is not None
             assert held.entities.get("new").title == "New title"
             assert held.entities.get("new").has_thumbnail
-            text_only = held.loaded.editor.put("words", wanted, None).result()  # type: ignore[union-attr]
+            text_only = held.loaded.editor.put("words", request, None).result()  # type: ignore[union-attr]
             assert not text_only.entity.has_thumbnail
 
 
@@ -124,8 +124,8 @@ def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(
             assert held.loaded.precision == "int8"
             editor = held.loaded.editor
             assert editor is not None
-            wanted = EntityRequest(title="Again", text=row["text"])
-            editor.put("again", wanted, catalog.images["Q4"].read_bytes()).result()
+            request = EntityRequest(title="Again", text=row["text"])
+            editor.put("again", request, catalog.images["Q4"].read_bytes()).result()
         with recognizer.acquire() as held:
             exported_row, put_row = (held.entities.get(entity_id).row for entity_id in ("Q4", "again"))
             exported_1D, put_1D = held.entities.images_of(exported_row), held.entities.images_of(put_row)

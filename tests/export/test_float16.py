@@ -83,9 +83,9 @@ def test_a_resume_may_add_or_drop_it(config: ExportConfig, tmp_path: Path, monke
     manifest = json.loads((without.out / "manifest.json").read_text())
     assert "float16" not in manifest["image_encoder"]
     assert "float16" not in manifest["export"]
-    for made, wanted in ((again, False), (without, True)):
+    for made, requested in ((again, False), (without, True)):
         with pytest.raises(UserError, match="was made with another float16"):
-            export_bundle(dataclasses.replace(made, float16=wanted))
+            export_bundle(dataclasses.replace(made, float16=requested))
 
 
 def test_large_weights_are_external_data(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,11 +99,11 @@ def test_large_weights_are_external_data(config: ExportConfig, tmp_path: Path, m
     assert bundle.manifest.files[data].bytes < 0.7 * bundle.manifest.files["image_encoder.onnx.data"].bytes
     large.out.rename(tmp_path / "moved")
     pixels = {"pixel_values": np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)}
-    found, wanted = (
+    found, expected = (
         onnxruntime.InferenceSession(folder / FLOAT16_ENCODER_FILE).run(["image_embedding"], pixels)[0]
         for folder in (tmp_path / "moved", config.out)
     )
-    np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_a_centre_is_folded_in(image_encoder: ImageEncoder, tmp_path: Path) -> None:

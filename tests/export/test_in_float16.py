@@ -58,8 +58,8 @@ def test_it_computes_in_float16(module: nn.Module, tmp_path: Path) -> None:
         pixels_B3HW = torch.randn(count, 3, SIZE_PX, SIZE_PX, generator=torch.Generator().manual_seed(count))
         found = session.run(list(onnx_step.OUTPUTS), {onnx_step.INPUT: pixels_B3HW.numpy()})
         with torch.no_grad():
-            wanted, halved = module(pixels_B3HW), half(pixels_B3HW)
-        for of_file, of_half, of_module in zip(found, halved, wanted, strict=True):
+            expected, halved = module(pixels_B3HW), half(pixels_B3HW)
+        for of_file, of_half, of_module in zip(found, halved, expected, strict=True):
             assert of_file.dtype == np.float32
             assert of_half.dtype == torch.float32
             np.testing.assert_allclose(of_file, of_module, atol=0.02)
@@ -74,11 +74,11 @@ def test_large_weights_are_external_data(module: nn.Module, tmp_path: Path, monk
     weights_bytes = sum(2 * parameter.numel() for parameter in module.parameters())
     assert weights_bytes * 0.9 < data.stat().st_size < weights_bytes * 1.2 + 10_000  # half of float32
     pixels_B3HW = np.random.default_rng(0).normal(size=(3, 3, SIZE_PX, SIZE_PX)).astype(np.float32)
-    found, wanted = (
+    found, expected = (
         onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {onnx_step.INPUT: pixels_B3HW})
         for file in (path, whole)
     )
-    for one, other in zip(found, wanted, strict=True):
+    for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

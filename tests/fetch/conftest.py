@@ -36,12 +36,12 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.times.append((self.path, time.monotonic()))
             self.server.agents.add(self.headers["User-Agent"])
-            self.server.asked[self.path] += 1
+            self.server.requests[self.path] += 1
             self.server.active += 1
             self.server.most_active = max(self.server.most_active, self.server.active)
         try:
             kind = self.path.split("/")[1]
-            getattr(self, f"answer_{kind}")(self.server.asked[self.path])
+            getattr(self, f"answer_{kind}")(self.server.requests[self.path])
         finally:
             with self.server.lock:
                 self.server.active -= 1
@@ -136,7 +136,7 @@ class Server(ThreadingHTTPServer):
         self.stopping = threading.Event()
         self.times: list[tuple[str, float]] = []
         self.agents: set[str] = set()
-        self.asked: Counter[str] = Counter()
+        self.requests: Counter[str] = Counter()
         self.active = self.most_active = 0
 
     def handle_error(self, *_: Any) -> None:

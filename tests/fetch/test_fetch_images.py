@@ -52,7 +52,7 @@ def test_images_are_stored_as_webdataset_shards(config: FetchConfig, server: Ser
     catalog_of([*names, "good/3"])
     report = fetch_images(replace(config, shard_bytes=3000))
     assert (report.fetched, report.failed, report.known, report.rejects) == (20, 0, 1, "")
-    assert all(count == 1 for count in server.asked.values())
+    assert all(count == 1 for count in server.requests.values())
     images = TarImages(config.out)
     seen: dict[str, bytes] = {}
     shards = sorted(config.out.glob("*.tar"))
@@ -93,17 +93,17 @@ def test_transient_failures_are_retried_and_permanent_ones_reported(
         "is over 100000 bytes",
         "the server answered 503 and asks to wait 86400 s; try again later",
     ]
-    assert server.asked["/flaky/1"] == server.asked["/down/1"] == 3
-    assert server.asked["/gone/1"] == server.asked["/text/1"] == 1
-    assert server.asked["/loop/1"] == 6
+    assert server.requests["/flaky/1"] == server.requests["/down/1"] == 3
+    assert server.requests["/gone/1"] == server.requests["/text/1"] == 1
+    assert server.requests["/loop/1"] == 6
     with pytest.raises(UnusableImage, match="was not fetched: the server answered 404"):
         TarImages(config.out).read(server.url("gone/1"))
     # A second run fetches nothing. Failures are retried on request.
-    server.asked.clear()
+    server.requests.clear()
     report = fetch_images(config)
     assert (report.fetched, report.failed, report.known) == (0, 0, 13)
     assert report.rejects
-    assert not server.asked
+    assert not server.requests
     report = fetch_images(replace(config, retry_failed=True))
     assert (report.fetched, report.failed, report.known) == (0, len(permanent), len(transient))
 
@@ -146,7 +146,7 @@ def test_private_addresses_are_refused(config: FetchConfig, server: Server, cata
     report = fetch_images(replace(config, allow_private=False))
     assert (report.fetched, report.failed) == (0, 1)
     assert "not on the public internet" in reasons(config.out)["Q0"]
-    assert not server.asked
+    assert not server.requests
 
 
 def test_a_killed_run_continues(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
@@ -178,7 +178,7 @@ def test_a_killed_run_continues(config: FetchConfig, server: Server, catalog_of:
     for number in range(count):
         decode(images.read(server.url(f"slow/{number}")), max_pixels=1000)
     # Only images in progress when the process was killed are requested twice.
-    assert sum(server.asked.values()) < count + 30
+    assert sum(server.requests.values()) < count + 30
 
 
 _SMALL_SHARDS = """

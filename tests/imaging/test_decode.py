@@ -118,9 +118,9 @@ def test_an_animation_gives_its_first_frame():
 def test_a_truncated_file_is_refused(kind):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(noise), kind)
-    for kept in (len(data) // 2, 20, 13):
+    for length in (len(data) // 2, 20, 13):
         with pytest.raises(UndecodableImage):
-            decode(data[:kept], max_pixels=MAX_PIXELS)
+            decode(data[:length], max_pixels=MAX_PIXELS)
 
 
 @pytest.mark.parametrize("data", [b"", b"hello, I am text", b"\xff\xd8\xff" + b"\0" * 50, b"BM", b"RIFF0000WEBP"])
@@ -156,9 +156,9 @@ def test_large_or_truncated_heic_is_refused():
     data = heic(Image.fromarray(noise))
     with pytest.raises(TooLarge, match="64 x 64"):
         decode(data, max_pixels=1000)
-    for kept in (len(data) // 2, 100, 20, 13):
+    for length in (len(data) // 2, 100, 20, 13):
         with pytest.raises(UndecodableImage):
-            decode(data[:kept], max_pixels=MAX_PIXELS)
+            decode(data[:length], max_pixels=MAX_PIXELS)
 
 
 @pytest.mark.parametrize(
