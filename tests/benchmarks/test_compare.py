@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import as_text, compare, metrics_of, read_run
-from benchmarks.measure import Metric, Probe, nested, sample
+from benchmarks.measure import Metric, Probe, nested, ratio_interval, sample, write_report
 from core.errors import UserError
+from evaluation import pages
 
 METRICS = 30
 
@@ -125,3 +126,26 @@ def test_missing_results_are_an_error(tmp_path: Path) -> None:
         compare({"figures": {}}, synthetic_run(1))
     found = dict(metrics_of({"a": {"b": {"samples": [1.0], "better": "lower"}, "c": 3}, "d": [1]}))
     assert list(found) == ["a/b"]
+
+
+def test_the_interval_of_a_ratio_contains_the_ratio() -> None:
+    rng = np.random.default_rng(0)
+    slow, fast = rng.lognormal(2, 0.1, 40), rng.lognormal(0, 0.1, 40)
+    low, high = ratio_interval(slow.tolist(), fast.tolist())
+    assert low < np.median(slow) / np.median(fast) < high
+    assert ratio_interval([6.0, 6.0], [2.0, 2.0]) == [3.0, 3.0]
+
+
+def test_without_its_libraries_a_report_is_skipped_with_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = tmp_path / "index.json"
+    write_report(results, lambda: "<p>page</p>")
+    assert results.with_suffix(".html").read_text() == "<p>page</p>"
+    monkeypatch.setattr(pages, "find_spec", lambda name: None)
+    write_report(tmp_path / "other.json", lambda: "<p>page</p>")
+    assert not (tmp_path / "other.html").exists()
+    assert capsys.readouterr().err.splitlines() == [
+        "no HTML report: reports need jinja2 and matplotlib; install the extra `report`: "
+        "pip install 'wikiclip-serve[report]'"
+    ]
