@@ -1,4 +1,4 @@
-"""Every error a user can cause, drawn as one tree.
+"""Every error that a user can cause, as one tree.
 
     WikiclipError                     500  exit 1
     └── UserError                     400  exit 2   what is wrong, and what to do
@@ -7,30 +7,30 @@
         ├── Forbidden                 403
         ├── NotFound                  404
         │   └── UnknownEntity         404
-        ├── SlowRequest               408           a request that does not arrive in time
+        ├── SlowRequest               408           the request did not arrive in time
         ├── Conflict                  409           another change is under way
         ├── TooLarge                  413           too many bytes or pixels
-        ├── UnsupportedMediaType      415           the declared type is no image type we read
-        ├── HeadTooLarge              431           the head of a request
+        ├── UnsupportedMediaType      415           the declared type is not an image type that we read
+        ├── HeadTooLarge              431           the head of the request is too large
         ├── Unprocessable             422
         │   ├── UndecodableImage      422           the bytes do not decode
         │   ├── BadParameter          422
-        │   ├── BundleRefused         422           another bundle that is not taken, the old one stays
-        │   ├── NoEntitySide          422           an entity to embed where the bundle has nothing to embed it with
-        │   └── FetchFailed           422           an image given by URL that its server does not give
-        ├── TooManyRequests           429           carries `retry_after_s`
+        │   ├── BundleRefused         422           the new bundle cannot be served; the old one stays
+        │   ├── NoEntitySide          422           the bundle has no entity encoder
+        │   └── FetchFailed           422           the image at the URL cannot be downloaded
+        ├── TooManyRequests           429           has `retry_after_s`
         ├── Unavailable               503           not ready or draining
         ├── DeadlineExceeded          504
-        ├── BundleError               503           a bundle that cannot be served
+        ├── BundleError               503           the bundle cannot be served
         │   ├── BundleMissing
         │   ├── BundleIncomplete
         │   ├── BundleAltered
         │   └── BundleSchemaMismatch
-        ├── TransferError             503           a place of bundles that holds something else or does not answer
-        ├── LiveDirError              503           a LIVE_DIR that cannot be used, or that belongs to another bundle
-        ├── CatalogError                            a catalog, pairs or queries file that cannot be read at all
-        ├── CheckpointError                         a checkpoint that is missing, of another shape, or altered
-        └── EncoderSpecError                        an encoder spec that names nothing usable
+        ├── TransferError             503           the source or target of a bundle has other content or does not answer
+        ├── LiveDirError              503           LIVE_DIR is unusable or belongs to another bundle
+        ├── CatalogError                            a catalog, pairs or queries file cannot be read
+        ├── CheckpointError                         the checkpoint is missing, damaged or of another shape
+        └── EncoderSpecError                        the encoder spec names nothing usable
 
 A message is one line: what is wrong (with the file or the field), then what to do about it. `wikiclip.errors` defines
 the errors that clients raise as well.
