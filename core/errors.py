@@ -26,7 +26,7 @@
         │   ├── BundleIncomplete
         │   ├── BundleAltered
         │   └── BundleSchemaMismatch
-        ├── TransferError             503           the source or target of a bundle has other content or does not answer
+        ├── TransferError             503           the place of a bundle has other content or does not answer
         ├── LiveDirError              503           LIVE_DIR is unusable or belongs to another bundle
         ├── CatalogError                            a catalog, pairs or queries file cannot be read
         ├── CheckpointError                         the checkpoint is missing, damaged or of another shape

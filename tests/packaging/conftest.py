@@ -92,7 +92,7 @@ def served(block: str, folder: Path, env: dict[str, str]) -> Iterator[str]:
         reader = threading.Thread(target=log.extend, args=(process.stderr,))
         reader.start()
         try:
-            # The address is told just before it listens: connecting is tried again, with growing pauses.
+            # The address is printed just before the service listens, so the transport retries with growing pauses.
             with httpx.Client(transport=httpx.HTTPTransport(retries=8), timeout=60) as client:
                 assert client.get(f"{found[1]}/readyz").status_code == 200, "".join(log)
             yield found[1]

@@ -27,7 +27,7 @@ FROM_SCRAPING = {"instance", "job"}
 SELECTOR = re.compile(r"\b((?:wikiclip|process)_\w+|up\b)(?:\{([^}]*)\})?")
 
 
-def told() -> dict[str, set[str]]:
+def exposed_labels() -> dict[str, set[str]]:
     """Every series name that the service tells, with its labels."""
     metrics = Metrics()
     labels = {}
@@ -42,7 +42,7 @@ def told() -> dict[str, set[str]]:
     return names
 
 
-TOLD = {**told(), **FROM_PROMETHEUS}
+LABELS = {**exposed_labels(), **FROM_PROMETHEUS}
 
 
 def rules() -> list[dict[str, Any]]:
@@ -68,10 +68,10 @@ def test_what_is_asked_for_is_told(expression: str) -> None:
     found = SELECTOR.findall(expression)
     assert found
     for name, selector in found:
-        assert name in TOLD
-        assert set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", selector)) <= TOLD[name] | FROM_SCRAPING
+        assert name in LABELS
+        assert set(re.findall(r"(\w+)(?:=|!=|=~|!~)\"", selector)) <= LABELS[name] | FROM_SCRAPING
     for grouped in re.findall(r"\bby \(([^)]*)\)", expression):
-        labels = set().union(*(TOLD[name] for name, _ in found))
+        labels = set().union(*(LABELS[name] for name, _ in found))
         assert {label.strip() for label in grouped.split(",")} <= labels | FROM_SCRAPING
 
 

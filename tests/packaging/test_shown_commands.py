@@ -84,8 +84,8 @@ def check(words: list[str], *, whole: bool = True) -> None:
     for name, value in given.items():
         parameter = parameters[name]
         values = value if isinstance(value, (list, tuple)) else [value]
-        told = all(isinstance(each, str) and not STAND_IN.fullmatch(each) for each in values)  # a flag is no str
-        if isinstance(parameter.type, (click.Path, click.File)) or not told:
+        literal = all(isinstance(each, str) and not STAND_IN.fullmatch(each) for each in values)  # a flag is no str
+        if isinstance(parameter.type, (click.Path, click.File)) or not literal:
             continue
         parameter.type_cast_value(own, value)
     missing = {parameter.name for parameter in parameters.values() if parameter.required}
