@@ -6,6 +6,8 @@ PORT   ?= 8000
 ARGS   ?=
 
 VENV := .venv
+# Tests for `make quick`: fast, and without redis, chromium, nginx or training.
+QUICK := tests/imaging tests/index tests/model/test_adaptor.py tests/service/test_engine.py
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NODE_MODULES := tests/page/node_modules/.package-lock.json
@@ -16,7 +18,7 @@ ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo setup system node test check lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs licences lock clean
+.PHONY: help demo setup system node test check quick lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +43,9 @@ test: system $(ALL)  ## install everything, then run every test on up to four co
 check: $(ALL)  ## run what CI runs: ruff, mypy, then make test
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test
+
+quick: lint  ## run lint, types and the fast tests that need no system package, in under 90 seconds
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(QUICK) $(ARGS)
 
 lint: $(ALL)  ## check with ruff and mypy, without changing files
 	$(BIN)/ruff check .
@@ -80,6 +85,9 @@ docs: $(ALL)  ## build the documents as a site in site/; broken links fail
 
 cli-docs: $(ALL)  ## rewrite docs/cli.md from the commands' help
 	$(BIN)/python -m core.cli_reference > docs/cli.md
+
+figures: $(ALL)  ## rewrite the table of figures in README.md from demo/accuracy.json and docs/figures/
+	$(BIN)/python .ci/readme_figures.py
 
 licences: $(ALL)  ## rewrite the table of docs/licences.md from the packages of requirements-serving.lock
 	sed -i '/<!-- serving licences -->/q' docs/licences.md

@@ -78,6 +78,13 @@ def test_table_names_every_package() -> None:
     assert packages == set(TABLE)
 
 
+def test_page_names_only_files_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+(?:/\w+)*(?:\.py|/))`", page)
+    assert len(named) > 30
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
 def test_table_names_only_packages_in_it() -> None:
     for package in TABLE:
         assert allowed_imports(package) <= set(TABLE), package
