@@ -1,7 +1,7 @@
 """Write the table of figures in README.md: `make figures`.
 
-Accuracy comes from demo/accuracy.json, which `make demo-bundle` writes. Speed comes from docs/figures/NAME.json, the output of
-`wikiclip bench NAME --json`.
+Accuracy comes from demo/accuracy.json, which `make demo-bundle` writes. Speed comes from docs/figures/NAME.json, the
+output of `wikiclip bench NAME --json`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def table() -> str:
         ),
         _index_row(index),
     ]
-    machine = f"Speed: {claim['hardware']['cpu']}, {claim['hardware']['cores']} cores, no GPU, commit `{claim['commit']}`."
+    hardware = claim["hardware"]
+    machine = f"Speed: {hardware['cpu']}, {hardware['cores']} cores, no GPU, commit `{claim['commit']}`."
     return "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{machine}\n\n"
 
 
