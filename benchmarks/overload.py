@@ -7,17 +7,16 @@ all others should get 429 with `Retry-After`, and memory should not grow. Two se
 from __future__ import annotations
 
 import tempfile
-import threading
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.generator import Job, Response, closed_loop, generate
+from benchmarks.generator import Job, Response, closed_loop, generate_together
 from benchmarks.server import running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.synthetic import encoder_bundles, write_photographs
 from evaluation.pages import Series, figures_table, line_plot, page, section
@@ -60,8 +59,11 @@ def _overload(bundle: Path, images: list[str], *, smoke: bool) -> dict[str, Any]
         target: dict[str, Any] = {"url": f"{url}/recognize?top_k=5", "images": images, "cores": [*generator]}
         job = Job(**target, connections=8 * len(service), seconds=WARM_UP_S + peak_s)
         peak = closed_loop(job, warm_up_s=WARM_UP_S)["per_s"]
-        with _watch_memory(url) as memory_mib:
-            run = generate(Job(**target, phases=((TIMES * peak, overload_s), (peak / 3, after_s))))
+        job = Job(**target, phases=((TIMES * peak, overload_s), (peak / 3, after_s)))
+        memory_mib: list[float] = []
+        (run,) = generate_together(
+            [job], during=lambda: memory_mib.extend(_sample_memory_mib(url, overload_s + after_s))
+        )
     return {"peak_per_s": peak, **summary(run.responses, peak, overload_s, after_s), "memory_mib": memory_mib}
 
 
@@ -112,23 +114,13 @@ def _timeline(responses: Sequence[Response], total_s: float) -> list[dict[str, i
     ]
 
 
-@contextmanager
-def _watch_memory(url: str) -> Iterator[list[float]]:
-    """Yield a list to which the resident memory of the service, in MiB, is added every second."""
-    samples_mib: list[float] = []
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(1.0):
-            samples_mib.append(round(scrape_metrics(url)["process_resident_memory_bytes"] / 1024**2, 1))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield samples_mib
-    finally:
-        stop.set()
-        thread.join()
+def _sample_memory_mib(url: str, seconds: float) -> list[float]:
+    """Return the resident memory of the service in each second."""
+    samples = []
+    for _ in range(int(seconds)):
+        time.sleep(1.0)
+        samples.append(round(scrape_metrics(url)["process_resident_memory_bytes"] / 1024**2, 1))
+    return samples
 
 
 def report(figures: dict[str, Any]) -> str:
