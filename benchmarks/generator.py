@@ -175,6 +175,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
         self.retry_after = False
+        self.sent = time.perf_counter()
         self.transport.write(request)
         await self._done
 
@@ -253,7 +254,7 @@ class _Generator:
         connection: Connection | None = None
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                connection = await self._connect()
+                connection, connect_s = await self._connect()
                 await connection.post(request)
         except (OSError, TimeoutError) as error:
             took_ms = 1000 * (time.perf_counter() - started)
@@ -261,19 +262,21 @@ class _Generator:
             if connection is not None:
                 connection.transport.abort()
         else:
-            took_ms = 1000 * (connection.ended - started)
+            took_ms = 1000 * (connect_s + connection.ended - connection.sent)
             response = Response(started - self._started, took_ms, connection.status, connection.retry_after, "")
             self._idle.append(connection)
         self.responses.append(response)
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> tuple[Connection, float]:
+        """Return an idle connection or a new one, and the seconds that connecting took."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.transport.is_closing():
-                return connection
+                return connection, 0.0
+        started = time.perf_counter()
         host, port = str(self._url.hostname), self._url.port or 80
         _, connection = await asyncio.get_running_loop().create_connection(Connection, host, port)
-        return connection
+        return connection, time.perf_counter() - started
 
 
 class _PollingSelector(selectors.DefaultSelector):
