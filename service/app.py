@@ -73,6 +73,7 @@ def create_app(
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # service.telemetry has its own
     )
     app.state.recognizer = recognizer
     app.state.api_keys = ApiKeys(settings.api_keys)

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from http import HTTPStatus
 from typing import Any
 
@@ -43,6 +44,7 @@ _HTTP_DETAILS = {404: "there is no such page; see /docs", 405: "this path takes 
 log = logging.getLogger("wikiclip.service")
 
 
+@cache
 def problem_type(error: type[WikiclipError]) -> str:
     """Return the URL that explains a kind of error: a place on the documentation page."""
     return "/docs#problem-" + re.sub(r"(?<!^)(?=[A-Z])", "-", error.__name__).lower()

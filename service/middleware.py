@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Iterable
 
-from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -108,7 +107,7 @@ class RefuseWhenFull:
                 self._refuse_if_full()
             except TooManyRequests as error:
                 response = problem_response(error, scope["state"]["request_id"])
-                if Headers(scope=scope).get("expect", "").lower() == "100-continue":
+                if b"expect" in dict(scope["headers"]):
                     # The client may send its body or not, so the next bytes could be a body or a request.
                     response.headers["Connection"] = "close"
                 await response(scope, receive, send)
@@ -118,8 +117,10 @@ class RefuseWhenFull:
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the client's X-Request-ID if it is well-formed, else a new id. Header names are in lower case."""
-    value = next((value for name, value in headers if name == b"x-request-id"), b"")
-    return value.decode("ascii") if _REQUEST_ID.fullmatch(value) else new_request_id()
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value.decode("ascii")
+    return new_request_id()
 
 
 def new_request_id() -> str:

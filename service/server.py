@@ -31,7 +31,7 @@ def run_server(settings: Settings) -> None:
     if settings.bundle is None:
         raise UserError("there is no bundle to serve; name one with --bundle or WIKICLIP_BUNDLE")
     configure_logging(settings.log_level)
-    with _bind(settings.host, settings.port) as listener:
+    with bind(settings.host, settings.port) as listener:
         _tune_gc()
         recognizer = Recognizer.open(settings.bundle, settings)
         host, port = listener.getsockname()[:2]
@@ -95,9 +95,11 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Return a bound socket that does not listen yet, so that an address error is found before the bundle loads."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    # Without the protocol's number, asyncio would not set TCP_NODELAY, and responses would wait for delayed ACKs.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))

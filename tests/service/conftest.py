@@ -22,7 +22,7 @@ from index.bundle import Bundle
 from index.transfer import local_bundle
 from service.app import create_app
 from service.recognizer import Recognizer
-from service.server import server_config
+from service.server import bind, server_config
 from service.settings import Settings
 
 
@@ -31,7 +31,7 @@ def served(bundle: Path | str, *, encoder=None, fetcher=None, tracing=None, **se
     """Serve a bundle under uvicorn in a thread; yields a client of it."""
     configured = Settings(bundle=bundle, threads=1, decode_threads=2, **settings)
     recognizer = Recognizer(Bundle.open(local_bundle(bundle, configured.bundle_cache)), configured, encoder)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with bind("127.0.0.1", 0) as listener:
         app = create_app(configured, recognizer, fetcher, tracing)
         server = uvicorn.Server(server_config(configured, app))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
