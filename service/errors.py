@@ -44,10 +44,14 @@ _HTTP_DETAILS = {404: "there is no such page; see /docs", 405: "this path takes 
 log = logging.getLogger("wikiclip.service")
 
 
-@cache
 def problem_type(error: type[WikiclipError]) -> str:
     """Return the URL that explains a kind of error: a place on the documentation page."""
-    return "/docs#problem-" + re.sub(r"(?<!^)(?=[A-Z])", "-", error.__name__).lower()
+    return "/docs#problem-" + _kebab_case(error.__name__)
+
+
+@cache
+def _kebab_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "-", name).lower()
 
 
 def problem_types() -> list[dict[str, Any]]:
