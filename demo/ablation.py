@@ -26,7 +26,7 @@ from tqdm import tqdm
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.jsonl import RejectLog
-from core.runtime import describe_run
+from core.runtime import describe_run, faiss
 from demo.build import BUILD, build_option, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
 from model.data import Pair, balance_pairs, known_pairs, load_entities, load_pairs
@@ -35,7 +35,7 @@ from model.features import EntityKeys, FeatureStore, TrainingPair
 from model.resume import fingerprint
 from model.train import train_adaptor
 from model.trainer import TrainSettings
-from model.validation import ValidationSet, validate_each
+from model.validation import ValidationSet, validate
 
 DEMO = Path(__file__).parent
 PAGE = DEMO.parent / "docs" / "ablation.md"
@@ -175,8 +175,8 @@ def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict
         ).adaptor
     else:
         adaptor = Adaptor(config).eval()  # its output is the residual, the mean patch token
-    accuracies = validate_each(adaptor, store, entities, symbols.queries, _CPU)
-    return {view: accuracy.to_dict() for view, accuracy in zip(_VIEWS, accuracies, strict=True)}
+    accuracies = validate(adaptor, store, entities, symbols.queries, _CPU)
+    return {view: asdict(accuracy) for view, accuracy in zip(_VIEWS, accuracies, strict=True)}
 
 
 def run_all(
@@ -192,7 +192,7 @@ def run_all(
     plan = [(arm, seed) for seed in range(seeds) for arm in arms if arm.trained or seed == 0]
     for arm, seed in tqdm(plan, desc="runs", unit="run"):
         seeded = replace(settings, seed=seed)
-        key = fingerprint({"arm": arm.key(), "settings": seeded.to_dict(), "width": width, "data": symbols.digest})
+        key = fingerprint({"arm": arm.key(), "settings": asdict(seeded), "width": width, "data": symbols.digest})
         if key not in finished:
             finished[key] = run(arm, symbols, seeded, width)
             line = json.dumps({"run": key, "arm": arm.name, "seed": seed, "accuracy": finished[key]})
@@ -237,15 +237,12 @@ def _nearest(
     queries_QD: Floats, images_ND: Floats, owner_N: Ints, *, own: Sequence[bytes] = (), keys: Sequence[bytes] = ()
 ) -> Ints:
     """Return the entity of each query's nearest image, other than its own image."""
-    row_of = {key: row for row, key in enumerate(keys)}
-    nearest = []
-    for start in range(0, len(queries_QD), _BATCH):
-        cosines_BN = queries_QD[start : start + _BATCH] @ images_ND.T
-        for row, key in enumerate(own[start : start + _BATCH]):
-            if key in row_of:
-                cosines_BN[row, row_of[key]] = -1
-        nearest.append(owner_N[cosines_BN.argmax(axis=1)])
-    return np.concatenate(nearest)
+    index = faiss.IndexFlatIP(images_ND.shape[1])
+    index.add(images_ND)
+    _, rows_Q2 = index.search(queries_QD, 2)
+    second_Q = [bool(own) and keys[row] == own[query] for query, row in enumerate(rows_Q2[:, 0])]
+    nearest_Q: Ints = owner_N[np.where(second_Q, rows_Q2[:, 1], rows_Q2[:, 0])]
+    return nearest_Q
 
 
 def _mean_text_tokens(store: FeatureStore, entities: Sequence[EntityKeys]) -> torch.Tensor:

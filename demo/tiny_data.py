@@ -1,4 +1,4 @@
-"""Data for training the tiny encoder: drawings as tensors, batches, text embeddings, prototypes and validation.
+"""Data for training the tiny encoder: drawings as tensors, batches, text embeddings and prototypes.
 
 Shapes: n drawings, B images, E entities of a batch, N training entities, L those and all things of icons, C text
 channels, D embedding width.
@@ -18,7 +18,7 @@ from PIL import Image
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from demo.build import CATALOG_ROLES, Drawing
+from demo.build import Drawing
 from demo.icons import ROLE as ICON_ROLE
 from model.encoders import open_text_encoder
 from model.encoders.tiny import TinyEncoder
@@ -131,26 +131,20 @@ def normalised(pixels_B3HW: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mean_patch_tokens(encoder: TinyEncoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return `[B, D]`, the embeddings before normalisation.
+def mean_patch_tokens(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return `[n, D]`, the embeddings of drawings (as `load_rgba` returns them) before normalisation.
 
-    `images` are floats `[B, 3, H, W]` from 0 to 1, or drawings as `load_rgba` returns them. The encoder runs in
-    evaluation mode and keeps its own mode, so its batch normalisation does not learn from these images.
+    The encoder runs in evaluation mode and keeps its own mode, so its batch normalisation does not learn from these
+    drawings.
     """
     training = encoder.training
     encoder.eval()
     tokens = []
-    for part in torch.split(images, 256):
-        pixels = part.to(device) if part.shape[1] == 3 else on_white(part.to(device))
+    for part in torch.split(rgba, 256):
         with torch.autocast(device.type, torch.bfloat16):
-            tokens.append(encoder(normalised(pixels))[0].float().mean(1))
+            tokens.append(encoder(normalised(on_white(part.to(device))))[0].float().mean(1))
     encoder.train(training)
     return torch.cat(tokens)
-
-
-def embed(encoder: TinyEncoder, images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return L2-normalised embeddings `[B, D]` of images, in either form that `mean_patch_tokens` takes."""
-    return F.normalize(mean_patch_tokens(encoder, images, device), dim=1)
 
 
 def prototypes(
@@ -162,42 +156,8 @@ def prototypes(
     for drawing in drawings:
         of_label[position[drawing.entity_id]].append(drawing)
     chosen = [drawing for group in of_label for drawing in group[:2]]
-    embeddings = embed(encoder, load_rgba(chosen, build, encoder.config.size_px), device)
+    tokens = mean_patch_tokens(encoder, load_rgba(chosen, build, encoder.config.size_px), device)
     rows = torch.tensor([position[drawing.entity_id] for drawing in chosen], device=device)
-    sums = torch.zeros(len(labels), embeddings.shape[1], device=device).index_add_(0, rows, embeddings)
+    sums = torch.zeros(len(labels), tokens.shape[1], device=device)
+    sums.index_add_(0, rows, F.normalize(tokens, dim=1))
     return F.normalize(sums, dim=1)
-
-
-class Validation:
-    """Nearest-drawing accuracy without an adaptor: held-out artists' validation queries against the catalog."""
-
-    def __init__(self, build: Path, drawings: list[Drawing], size_px: int, device: torch.device) -> None:
-        catalog = [d for d in drawings if d.role in CATALOG_ROLES]
-        self.catalog_ids = [d.entity_id for d in catalog]
-        self.catalog = load_rgba(catalog, build, size_px).to(device)
-        self.queries: dict[str, tuple[torch.Tensor, list[str], list[bool]]] = {}
-        for view in ("clean", "photo"):
-            lines = (build / f"queries_val_{view}.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
-            images = torch.stack([_query_pixels(build / row["image"], size_px) for row in rows])
-            unseen = [row["data_split"].endswith("unseen") for row in rows]
-            self.queries[view] = (images, [row["entity_id"] for row in rows], unseen)
-
-    def run(self, encoder: TinyEncoder, device: torch.device) -> dict[str, float]:
-        """Return top-1 accuracy in percent, by view and split."""
-        catalog = embed(encoder, self.catalog, device)
-        figures = {}
-        for view, (images, entity_ids, unseen) in self.queries.items():
-            nearest = (embed(encoder, images, device) @ catalog.T).argmax(1).tolist()
-            right = [self.catalog_ids[n] == entity for n, entity in zip(nearest, entity_ids, strict=True)]
-            for split, is_unseen in (("seen", False), ("unseen", True)):
-                of_split = [r for r, u in zip(right, unseen, strict=True) if u == is_unseen]
-                figures[f"{view}_{split}"] = round(100 * sum(of_split) / len(of_split), 1)
-        return figures
-
-
-def _query_pixels(path: Path, size_px: int) -> torch.Tensor:
-    image = Image.open(path).convert("RGBA")
-    white = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    pixels = np.array(white.resize((size_px, size_px), Image.Resampling.BICUBIC))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255

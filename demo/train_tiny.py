@@ -18,7 +18,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ from core.files import atomic_write, sha256_file
 from demo.build import Drawing, build_option, read_drawings, visible
 from demo.icons import fetch_icons, plan_from, render_icons
 from demo.photograph import Photographer
+from demo.reference import evaluate_encoder
 from demo.tiny_data import (
     EntityBatches,
-    Validation,
     drawings_digest,
     joined_batches,
     load_rgba,
@@ -46,8 +46,10 @@ from demo.tiny_data import (
 )
 from imaging.preprocess import Preprocessing
 from model.encoders.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, save_tiny
+from model.encoders.torch_module import TorchImageEncoder
 
 _LOG_EVERY = 50  # steps
+_PARTS = ("encoder", "average", "objective", "optimizer")  # of `State`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +163,7 @@ class State:
         snapshot = {
             "begun_with": self.begun_with,
             "step": self.step,
-            "encoder": self.encoder.state_dict(),
-            "average": self.average.state_dict(),
-            "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **{name: getattr(self, name).state_dict() for name in _PARTS},
             "photographer": self.photographer.generator.get_state(),
             "generator": self.generator.get_state(),
             "waiting": [batches.waiting for batches in self.batches],
@@ -178,7 +177,7 @@ class State:
         if snapshot.get("begun_with") != self.begun_with:
             raise click.ClickException(f"{path} is of a run with other settings; start over with --fresh")
         self.step = snapshot["step"]
-        for name in ("encoder", "average", "objective", "optimizer"):
+        for name in _PARTS:
             getattr(self, name).load_state_dict(snapshot[name])
         self.photographer.generator.set_state(snapshot["photographer"])
         self.generator.set_state(snapshot["generator"])
@@ -201,8 +200,7 @@ def train(
     """
     torch.manual_seed(settings.seed)
     torch.backends.cudnn.benchmark = True  # there are only two batch shapes
-    drawings = read_drawings(build)
-    training = [d for d in drawings if d.role == "train"]
+    training = [d for d in read_drawings(build) if d.role == "train"]
     images = [*training, *visible(icons, build)]
     entities = sorted({d.entity_id for d in training})
     things = sorted({d.entity_id for d in images} - set(entities))
@@ -231,8 +229,20 @@ def train(
         state.load(snapshot)
     elif isinstance(start, Path):
         objective.warm(prototypes(encoder, images, [*entities, *things], build, device))
-    validation = Validation(build, drawings, config.size_px, device)
-    _run_steps(state, settings, images, build, device, snapshot, validation, len(entities))
+    preprocessing = Preprocessing(
+        size_px=config.size_px, resize="squash", crop="none", interpolation="bicubic",
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+    )  # fmt: skip
+
+    def validate() -> dict[str, float | None]:
+        """Return the averaged encoder's top-1 accuracy in percent, by view and split."""
+        encoder = TorchImageEncoder(
+            copy.deepcopy(state.average), preprocessing, saved_config=config.to_dict(), spec="tiny", device=device
+        )
+        evaluations = evaluate_encoder(encoder, build, "val")
+        return {f"{view}_{split}": vars(e)[split] for view, e in evaluations.items() for split in ("seen", "unseen")}
+
+    _run_steps(state, settings, images, build, device, snapshot, validate, len(entities))
 
     average = state.average
     if isinstance(start, Path):  # WiSE-FT, Wortsman et al., 2022
@@ -240,10 +250,6 @@ def train(
     if settings.length_share:
         drawn = load_rgba(training, build, config.size_px)
         keep_length(average, mean_patch_tokens(average, drawn, device), settings.length_share)
-    preprocessing = Preprocessing(
-        size_px=config.size_px, resize="squash", crop="none", interpolation="bicubic",
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-    )  # fmt: skip
     notes = {
         "command": "python -m demo.train_tiny" + (" --with-icons" if icons else ""),
         "settings": asdict(settings),
@@ -265,7 +271,7 @@ def _run_steps(
     build: Path,
     device: torch.device,
     snapshot: Path,
-    validation: Validation,
+    validate: Callable[[], dict[str, float | None]],
     entities: int,
 ) -> None:
     """Take the remaining steps, and log, validate and save snapshots in between."""
@@ -318,7 +324,7 @@ def _run_steps(
                 log.write(json.dumps(row) + "\n")
                 progress.set_postfix(row)
             if validates:
-                figures = validation.run(state.average, device)
+                figures = validate()
                 log.write(json.dumps({"step": state.step, **figures}) + "\n")
                 tqdm.write(f"step {state.step}: {figures}")
                 state.save(snapshot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -69,17 +70,13 @@ def train(as_json: bool, smoke: bool, cache_dir: Path | None, **options: Any) ->
     run's log to NAME.train.jsonl, both next to the checkpoint. On several GPUs, use
     torchrun --nproc-per-node N -m wikiclip train ...
     """
+    from model.adaptor import AdaptorConfig
     from model.feature_cache import default_cache_root
     from model.run import TrainRequest, run_training
     from model.trainer import TrainSettings
 
-    settings = _take(
-        options, "epochs", "batch_size", "accumulate", "lr", "weight_decay", "warmup", "modality_dropout", "text_mask",
-        "hard_negatives", "n_sync", "cluster_size", "hard_negatives_from", "seed",
-    )  # fmt: skip
-    adaptor = _take(
-        options, "width", "layers", "heads", "ffn_ratio", "norm", "self_attention", "dropout", "residual", "centre"
-    )
+    settings = {field.name: options.pop(field.name) for field in fields(TrainSettings)}
+    adaptor = {field.name: options.pop(field.name) for field in fields(AdaptorConfig) if field.name in options}
     request = TrainRequest(
         settings=TrainSettings(**settings), adaptor=adaptor, cache_dir=cache_dir or default_cache_root(), **options
     )
@@ -89,19 +86,15 @@ def train(as_json: bool, smoke: bool, cache_dir: Path | None, **options: Any) ->
     if report is None:  # the first process reports
         return
     if as_json:
-        click.echo(json.dumps(report.to_dict()))
+        click.echo(json.dumps(asdict(report)))
         return
     click.echo(
         f"{report.checkpoint}: {report.pairs} pairs, {report.entities} entities, {report.parameters:,} parameters"
     )
     click.echo(f"loss {report.loss:.4f} after {report.steps} steps, {report.seconds:.0f} s; weights {report.weights}")
     if report.validation is not None:
-        shown = {name: value for name, value in report.validation.to_dict().items() if value is not None}
+        shown = {name: value for name, value in asdict(report.validation).items() if value is not None}
         figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items())
         click.echo(f"best epoch {report.best_epoch}: {figures}")
     if report.rejected:
         click.echo(f"{report.rejected} record(s) rejected, see {request.out.parent / 'rejected.jsonl'}")
-
-
-def _take(options: dict[str, Any], *names: str) -> dict[str, Any]:
-    return {name: options.pop(name) for name in names}

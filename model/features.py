@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -47,17 +47,13 @@ class TrainingPair:
     entity: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class EntityBatch:
-    """The adaptor's input, in the order of its arguments."""
+class EntityBatch(NamedTuple):
+    """The adaptor's arguments."""
 
     patch_tokens_BPC: torch.Tensor
     image_mask_B: torch.Tensor
     text_tokens_BTL: torch.Tensor
     text_mask_BT: torch.Tensor
-
-    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.patch_tokens_BPC, self.image_mask_B, self.text_tokens_BTL, self.text_mask_BT
 
 
 class FeatureStore:

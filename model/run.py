@@ -23,9 +23,10 @@ from model.features import EntityKeys, FeatureStore, TrainingPair, catalog_pairs
 from model.resume import Snapshots, fingerprint
 from model.train import TrainResult, open_log, train_adaptor
 from model.trainer import TrainSettings
-from model.validation import Accuracy, ValidationSet, half_cosine, halving_is_free
+from model.validation import Accuracy, ValidationSet, half_cosine
 
 _SMOKE_STEPS, _SMOKE_BATCH = 3, 16
+_MIN_HALF_COSINE = 0.9999  # between embeddings by float16 and float32 weights, to store float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +90,6 @@ class TrainReport:
     weights: str
     seconds: float
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Inputs:
@@ -131,7 +129,7 @@ def run_training(request: TrainRequest) -> TrainReport | None:
         result = _train(request, inputs, group, device)
     trained_on = [inputs.entities[row] for row in sorted({pair.entity for pair in inputs.pairs})]
     cosine = half_cosine(result.adaptor, inputs.store, trained_on, device)
-    half = request.half and halving_is_free(cosine)
+    half = request.half and cosine >= _MIN_HALF_COSINE
     save_checkpoint(
         out,
         adaptor=result.adaptor,
@@ -139,7 +137,7 @@ def run_training(request: TrainRequest) -> TrainReport | None:
         image_encoder=inputs.image_encoder,
         text_encoder=inputs.text_encoder,
         training={
-            **request.settings.to_dict(),
+            **asdict(request.settings),
             "max_per_entity": request.max_per_entity,
             "processes": group.size,
             "pairs": len(inputs.pairs),
@@ -148,7 +146,7 @@ def run_training(request: TrainRequest) -> TrainReport | None:
             "steps": result.steps,
             "best_epoch": result.best_epoch,
             "loss": result.loss,
-            "validation": result.accuracy.to_dict() if result.accuracy else None,
+            "validation": asdict(result.accuracy) if result.accuracy else None,
         },
         half=half,
     )
@@ -261,7 +259,7 @@ def _train(request: TrainRequest, inputs: _Inputs, group: Group, device: torch.d
 
 def _snapshots(request: TrainRequest, inputs: _Inputs, group: Group) -> Snapshots:
     settings = {
-        "settings": request.settings.to_dict(),
+        "settings": asdict(request.settings),
         "adaptor": inputs.config.to_dict(),
         "image_encoder": inputs.image_encoder.content_hash,
         "text_encoder": inputs.text_encoder.content_hash,

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -116,9 +116,9 @@ def train_adaptor(
             mean_loss = float(np.mean(progress.losses))
             pairs_per_s = pairs_done / (time.perf_counter() - started)
             accuracy = None
-            if group.first:
-                accuracy = validate(trainer.adaptor, store, entities, validation, device) if validation else None
-            measured = {"validation": accuracy.to_dict()} if accuracy else {}
+            if group.first and validation:
+                accuracy = validate(trainer.adaptor, store, entities, [validation], device)[0]
+            measured = {"validation": asdict(accuracy)} if accuracy else {}
             if log:
                 log({"epoch": epoch, "mean_loss": mean_loss, "pairs_per_s": pairs_per_s, **trainer.state(), **measured})
             bar.set_postfix_str(_postfix(mean_loss, accuracy))
@@ -129,7 +129,7 @@ def train_adaptor(
                     "epoch": epoch,
                     "weights": {name: tensor.detach().clone() for name, tensor in trainer.adaptor.state_dict().items()},
                     "logit_scale": trainer.logit_scale().item(),
-                    "accuracy": accuracy.to_dict() if accuracy else None,
+                    "accuracy": asdict(accuracy) if accuracy else None,
                 }
             progress.epoch, progress.steps_of_epoch, progress.losses = epoch + 1, 0, []
     best = progress.best
@@ -163,7 +163,7 @@ def _epoch_batches(
 def _postfix(mean_loss: float, accuracy: Accuracy | None) -> str:
     values = {"loss": mean_loss}
     if accuracy is not None:
-        values |= {name: value for name, value in accuracy.to_dict().items() if value is not None}
+        values |= {name: value for name, value in asdict(accuracy).items() if value is not None}
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -76,9 +76,6 @@ class TrainSettings:
         """Whether this epoch (counted from 1) uses synthetic negatives."""
         return self.hard_negatives in ("synthesis", "both") and epoch >= self.hard_negatives_from
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def draw_modalities(
     entity: EntityKeys, query: bytes, modality_dropout: float, rng: np.random.Generator
@@ -136,6 +133,12 @@ class Trainer:
         parameter_groups = _parameter_groups(self.adaptor, self.logit_scale, settings.weight_decay)
         self._optimizer = torch.optim.AdamW(parameter_groups, lr=settings.lr)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _warm_cosine(settings, steps))
+        self._parts: dict[str, Any] = {
+            "adaptor": self.adaptor,
+            "logit_scale": self.logit_scale,
+            "optimizer": self._optimizer,
+            "schedule": self._schedule,
+        }
 
     def step(self, batches: Sequence[Sequence[TrainingPair]], *, synthesise: bool) -> float:
         """Take one optimiser step on the summed gradients of the batches. Return their mean loss before the step.
@@ -170,20 +173,12 @@ class Trainer:
 
     def snapshot(self) -> dict[str, Any]:
         """Return what `restore` needs, as plain values and tensors."""
-        return {
-            "steps_done": self.steps_done,
-            "adaptor": self.adaptor.state_dict(),
-            "logit_scale": self.logit_scale.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
-            "schedule": self._schedule.state_dict(),
-        }
+        return {"steps_done": self.steps_done, **{name: part.state_dict() for name, part in self._parts.items()}}
 
     def restore(self, snapshot: dict[str, Any]) -> None:
         self.steps_done = snapshot["steps_done"]
-        self.adaptor.load_state_dict(snapshot["adaptor"])
-        self.logit_scale.load_state_dict(snapshot["logit_scale"])
-        self._optimizer.load_state_dict(snapshot["optimizer"])
-        self._schedule.load_state_dict(snapshot["schedule"])
+        for name, part in self._parts.items():
+            part.load_state_dict(snapshot[name])
 
     def _loss(self, batch: Sequence[TrainingPair], rng: np.random.Generator, synthesise: bool) -> torch.Tensor:
         """Return the loss over the whole batch. Its gradient covers the embeddings of this process."""

@@ -6,7 +6,7 @@ Shapes: N entity embeddings, Q queries, D embedding.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import harmonic_mean
 
 import numpy as np
@@ -18,7 +18,6 @@ from model.data import Pair
 from model.features import EntityKeys, FeatureStore
 
 _BATCH = 256
-_MIN_HALF_COSINE = 0.9999  # between embeddings by float16 and float32 weights
 _HALF_SAMPLE = 256
 
 
@@ -34,9 +33,6 @@ class Accuracy:
     def rank(self) -> float:
         """Return the figure that selects the best epoch: HM, or top-1 if there is only one split."""
         return self.top1 if self.hm is None else self.hm
-
-    def to_dict(self) -> dict[str, float | None]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +69,10 @@ def validate(
     adaptor: Adaptor,
     store: FeatureStore,
     catalog: Sequence[EntityKeys],
-    queries: ValidationSet,
-    device: torch.device,
-) -> Accuracy:
-    """Embed every image of every entity, and find for each query the entity with the nearest embedding."""
-    return validate_each(adaptor, store, catalog, [queries], device)[0]
-
-
-def validate_each(
-    adaptor: Adaptor,
-    store: FeatureStore,
-    catalog: Sequence[EntityKeys],
     query_sets: Sequence[ValidationSet],
     device: torch.device,
 ) -> list[Accuracy]:
-    """Validate several sets of queries, embedding the catalog once."""
+    """Embed every image of every entity, find the entity nearest to each query, and return each set's accuracy."""
     rows = [(image, entity.text) for entity in catalog for image in entity.images or (None,)]
     owner_N = np.repeat(np.arange(len(catalog)), [len(entity.images) or 1 for entity in catalog])
     embeddings_ND = embed(adaptor, store, rows, device)
@@ -110,23 +95,19 @@ def embed(
     """Return the embeddings `[N, D]` of (image key, text key) rows, in evaluation mode. Keeps the adaptor's mode."""
     training = adaptor.training
     adaptor.eval()
-    parts = [
-        adaptor(*store.batch(rows[start : start + _BATCH], device).arguments()) for start in range(0, len(rows), _BATCH)
-    ]
+    parts = [adaptor(*store.batch(rows[start : start + _BATCH], device)) for start in range(0, len(rows), _BATCH)]
     adaptor.train(training)
     return torch.cat(parts)
 
 
 def half_cosine(adaptor: Adaptor, store: FeatureStore, entities: Sequence[EntityKeys], device: torch.device) -> float:
-    """Return the lowest cosine between embeddings by float32 and by float16 weights, over a sample of the entities."""
+    """Return the lowest cosine between embeddings by float32 and by float16 weights, over a sample of the entities.
+
+    It is NaN if float16 overflows.
+    """
     sample = entities[:: max(1, len(entities) // _HALF_SAMPLE)]
     rows = [(entity.images[0] if entity.images else None, entity.text) for entity in sample]
     halved = Adaptor(adaptor.config).to(device).eval()
     halved.load_state_dict({name: tensor.half().float() for name, tensor in adaptor.state_dict().items()})
     full_ND, half_ND = embed(adaptor, store, rows, device), embed(halved, store, rows, device)
     return (full_ND * half_ND).sum(dim=1).min().item()
-
-
-def halving_is_free(cosine: float) -> bool:
-    """Whether weights can be stored in float16. False if they overflow, which makes the cosine NaN."""
-    return cosine >= _MIN_HALF_COSINE

@@ -19,7 +19,7 @@ from PIL import Image
 
 from demo.build import Drawing
 from demo.icons import ROLE as ICON_ROLE
-from demo.tiny_data import EntityBatches, embed, joined_batches, mean_patch_tokens
+from demo.tiny_data import EntityBatches, joined_batches, mean_patch_tokens
 from demo.train_tiny import Objective, Settings, keep_length, learning_rate, mix, train
 from model.encoders.tiny import TinyConfig, TinyEncoder, read_tiny
 
@@ -212,7 +212,7 @@ def test_a_normalised_embedding_shows_its_length() -> None:
     added_nD = after_nD - before_nD
     torch.testing.assert_close(added_nD, added_nD[:1].expand_as(added_nD), atol=0.05 * float(length_n.median()), rtol=0)
     direction_D = added_nD.mean(0) / added_nD.mean(0).norm()
-    kept_n = embed(encoder, drawings, torch.device("cpu")) @ direction_D
+    kept_n = torch.nn.functional.normalize(after_nD, dim=1) @ direction_D
     assert torch.corrcoef(torch.stack([kept_n, 1 / length_n]))[0, 1] > 0.9
 
 
@@ -222,10 +222,10 @@ def test_embedding_does_not_change_an_encoder_in_training() -> None:
     encoder = TinyEncoder(config)
     drawings = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    embeddings_nD = embed(encoder.train(), drawings, torch.device("cpu"))
+    embeddings_nD = mean_patch_tokens(encoder.train(), drawings, torch.device("cpu"))
     assert encoder.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in encoder.state_dict().items())
-    assert torch.equal(embeddings_nD, embed(encoder.eval(), drawings, torch.device("cpu")))
+    assert torch.equal(embeddings_nD, mean_patch_tokens(encoder.eval(), drawings, torch.device("cpu")))
     assert not encoder.training
 
 

@@ -66,7 +66,7 @@ def test_the_loss_with_synthesis_equals_the_formula(stored: tuple[FeatureStore, 
 
     def embedding(image: bytes | None, text: bytes | None) -> torch.Tensor:
         with torch.no_grad():
-            return twin(*store.batch([(image, text)], CPU).arguments())[0]  # type: ignore[no-any-return]
+            return twin(*store.batch([(image, text)], CPU))[0]  # type: ignore[no-any-return]
 
     # The step's own numbers: a chance for each pair's image and modality, then the donors.
     rng = np.random.default_rng(np.random.SeedSequence((4, 1, 0)))

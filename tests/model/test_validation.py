@@ -56,7 +56,7 @@ def test_an_entity_is_found_by_its_best_image(dataset: Any, tiny_spec: str, text
         entity_Q=np.array([row for row, _ in asked]),
         seen_Q=[None] * len(asked),
     )
-    accuracy = validate(adaptor, store, entities, queries, torch.device("cpu"))
+    (accuracy,) = validate(adaptor, store, entities, [queries], torch.device("cpu"))
     assert len(asked) == 22
     assert accuracy.top1 == 1.0
     assert adaptor.training
@@ -65,4 +65,4 @@ def test_an_entity_is_found_by_its_best_image(dataset: Any, tiny_spec: str, text
         entity_Q=(queries.entity_Q + 1) % len(entities),
         seen_Q=queries.seen_Q,
     )
-    assert validate(adaptor, store, entities, wrong, torch.device("cpu")).top1 == 0.0
+    assert validate(adaptor, store, entities, [wrong], torch.device("cpu"))[0].top1 == 0.0
