@@ -111,8 +111,6 @@ def load_symbols(
     entities = store.entity_keys(records, rejects.add)
 
     def training(pairs: Sequence[Pair]) -> list[TrainingPair]:
-        if not pairs:
-            return []
         keyed = store.pair_keys(balance_pairs(pairs, max_per_entity, seed=0), rejects, "query images")
         return [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
 

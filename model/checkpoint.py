@@ -245,8 +245,4 @@ def _identity(encoder: ImageEncoder | TextEncoder) -> dict[str, Any]:
     kind, _, name = encoder.spec.partition(":")
     local = kind != "tiny" and bool(name) and Path(name).exists()
     portable = f"{kind}:{Path(name).resolve().name}" if local else encoder.spec
-    return {
-        "spec": "tiny" if kind == "tiny" else portable,
-        "local": local,
-        "content_hash": encoder.content_hash,
-    }
+    return {"spec": "tiny" if kind == "tiny" else portable, "local": local, "content_hash": encoder.content_hash}

@@ -172,7 +172,7 @@ def balance_pairs(pairs: Sequence[Pair], limit: int, seed: int) -> list[Pair]:
         rows[pair.entity_id].append(row)
     rng = np.random.default_rng((seed, _STREAM))
     chosen = [rng.choice(of_entity, min(limit, len(of_entity)), replace=False) for of_entity in rows.values()]
-    return [pairs[row] for row in sorted(np.concatenate(chosen).tolist())]
+    return [pairs[row] for row in sorted(row for rows_of_entity in chosen for row in rows_of_entity)]
 
 
 def load_entities(
@@ -205,7 +205,7 @@ def load_entities(
 
 
 def known_pairs(pairs: list[Pair], entities: list[Entity], catalog: Path, rejects: RejectLog) -> list[Pair]:
-    """Return the pairs whose entity is in the catalog and log the others. Raises `CatalogError` if there is none."""
+    """Return the pairs whose entity is in the catalog and log the others. Raises `CatalogError` if none is left."""
     known_ids = {entity.entity_id for entity in entities}
     known = []
     for pair in pairs:
@@ -214,6 +214,6 @@ def known_pairs(pairs: list[Pair], entities: list[Entity], catalog: Path, reject
         else:
             reason = f"entity_id {pair.entity_id} is not in the catalog"
             rejects.add(Rejected(line=pair.image.line, reason=reason, record=pair.image.record))
-    if not known:
+    if pairs and not known:
         raise CatalogError(f"no pair names an entity of {catalog}; check that the catalog belongs to the pairs")
     return known

@@ -143,6 +143,8 @@ class FeatureStore:
 
         Raises `CatalogError` if no image can be read.
         """
+        if not pairs:
+            return []
         keys = self.image_keys([pair.image for pair in pairs], rejects.add, description)
         readable = [(pair, key) for pair, key in zip(pairs, keys, strict=True) if key is not None]
         if not readable:

@@ -197,30 +197,27 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     only = None if whole else {pair.entity_id for pair in (*pairs, *queries)}
     entities = load_entities(request.catalog, root, rejects, only=only)
     if not pairs and limit is not None:
-        validated = {query.entity_id for query in queries}
-        entities = [entity for row, entity in enumerate(entities) if row < limit or entity.entity_id in validated]
-    pairs = known_pairs(pairs, entities, request.catalog, rejects) if pairs else []
-    queries = known_pairs(queries, entities, request.catalog, rejects) if queries else []
-    if pairs and request.max_per_entity is not None:
+        in_queries = {query.entity_id for query in queries}
+        entities = [entity for row, entity in enumerate(entities) if row < limit or entity.entity_id in in_queries]
+    pairs = known_pairs(pairs, entities, request.catalog, rejects)
+    queries = known_pairs(queries, entities, request.catalog, rejects)
+    if request.max_per_entity is not None:
         pairs = balance_pairs(pairs, request.max_per_entity, request.settings.seed)
 
     store = FeatureStore(request.cache_dir, image_encoder, text_encoder)
     entity_keys = store.entity_keys(entities, rejects.add)
     rows = {entity.entity_id: row for row, entity in enumerate(entities)}
-    training: list[TrainingPair] = []
-    if pairs:
-        keyed = store.pair_keys(pairs, rejects, "query images")
-        training = [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
-    added: list[TrainingPair] = []
-    if request.catalog_pairs:
-        added = catalog_pairs(entity_keys, Counter(pair.entity for pair in training), request.max_per_entity)
+    training = [
+        TrainingPair(query=key, entity=rows[pair.entity_id])
+        for pair, key in store.pair_keys(pairs, rejects, "query images")
+    ]
+    paired = Counter(pair.entity for pair in training)
+    added = catalog_pairs(entity_keys, paired, request.max_per_entity) if request.catalog_pairs else []
     if not training and not added:
         raise CatalogError(
             f"no entity of {request.catalog} has two images, or an image and a text, to make a pair; give --pairs"
         )
-    validation = None
-    if queries:
-        validation = ValidationSet.from_pairs(store.pair_keys(queries, rejects, "validation images"), rows, store)
+    validated = store.pair_keys(queries, rejects, "validation images")
     return _Inputs(
         config=config,
         image_encoder=image_encoder,
@@ -229,7 +226,7 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
         entities=entity_keys,
         pairs=training + added,
         catalog_pairs=len(added),
-        validation=validation,
+        validation=ValidationSet.from_pairs(validated, rows, store) if validated else None,
     )
 
 

@@ -110,12 +110,7 @@ def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code
 
 
 def load_huggingface_text(
-    name: str,
-    *,
-    device: torch.device,
-    max_tokens: int = 256,
-    layer: int | None = None,
-    trust_remote_code: bool = False,
+    name: str, *, device: torch.device, max_tokens: int = 256, layer: int | None = None, trust_remote_code: bool = False
 ) -> TokenStateEncoder:
     """Load a text encoder, or a causal language model without its head. Raises `EncoderSpecError`."""
     from transformers import AutoTokenizer
@@ -131,13 +126,7 @@ def load_huggingface_text(
     if backend is None:
         raise EncoderSpecError(f"{spec} has no fast tokenizer; save one as tokenizer.json in its folder")
     return TokenStateEncoder(
-        model,
-        backend,
-        saved_config=_saved_config(name),
-        spec=spec,
-        device=device,
-        max_tokens=max_tokens,
-        layer=layer,
+        model, backend, saved_config=_saved_config(name), spec=spec, device=device, max_tokens=max_tokens, layer=layer
     )
 
 

@@ -58,6 +58,5 @@ class TorchImageEncoder:
         pixel_values = torch.from_numpy(normalise(pixels_BHW3, self.preprocessing)).to(self._device)
         patch_tokens_BPC, image_embedding_BD = self.module(pixel_values)
         return ImageFeatures(
-            patch_tokens_BPC=patch_tokens_BPC.float(),
-            image_embedding_BD=F.normalize(image_embedding_BD.float(), dim=1),
+            patch_tokens_BPC=patch_tokens_BPC.float(), image_embedding_BD=F.normalize(image_embedding_BD.float(), dim=1)
         )
