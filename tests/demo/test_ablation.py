@@ -75,7 +75,7 @@ def test_finished_runs_are_not_repeated(build: Path, tmp_path: Path) -> None:
     first = ablate(build, tmp_path / "first.json", SOME[:2])
     runs = tmp_path / "work" / "runs.jsonl"
     lines = runs.read_text().splitlines()
-    assert len(lines) == 3  # without training, one seed is all
+    assert len(lines) == 3  # an untrained arm has one run
     every = ablate(build, tmp_path / "every.json", SOME)
     assert runs.read_text().splitlines()[:3] == lines
     assert len(runs.read_text().splitlines()) == 3 + 2 + 2

@@ -110,7 +110,7 @@ def test_it_recognises_drawings_by_held_out_artists(sources: Path, drawings: lis
         assert isinstance(answer, Recognition)
         ids = [prediction.entity_id for prediction in answer.predictions]
         ranks.append(ids.index(query.entity_id) if query.entity_id in ids else None)
-    # Well below what is reported, well above what any broken stage would leave.
+    # Well below the reported accuracy, and well above that of any broken stage.
     assert sum(rank == 0 for rank in ranks) >= 0.55 * len(ranks)
     assert sum(rank is not None for rank in ranks) >= 0.7 * len(ranks)
 

@@ -89,7 +89,7 @@ def test_held_out_drawings_are_neither_in_training_nor_in_the_catalog(drawings: 
         assert (drawing.artist in ADAPTOR_ARTISTS) == (drawing.role == "adapt")
         assert (drawing.artist in HELD_OUT_ARTISTS) == (drawing.role == "query")
     queried = {d.artist for d in drawings if d.role == "query"}
-    assert queried == set(HELD_OUT_ARTISTS)  # one artist of each kind, and each is asked
+    assert queried == set(HELD_OUT_ARTISTS)  # one artist of each kind
     assert not set(HELD_OUT_ARTISTS) & set(ADAPTOR_ARTISTS)
 
 
@@ -112,7 +112,7 @@ def test_main_colours_names_what_covers_most() -> None:
 
     flag = np.zeros((10, 10, 4), np.uint8)
     flag[:6] = (215, 40, 45, 255)
-    flag[6:9] = (250, 250, 250, 255)  # the last row stays see-through
+    flag[6:9] = (250, 250, 250, 255)  # the last row stays transparent
     assert main_colours(flag) == ["red", "white"]
 
 

@@ -85,7 +85,7 @@ def test_a_killed_run_resumes_to_the_same_weights(build: Path, tmp_path: Path) -
     run = _start(build, resumed)
     deadline = time.monotonic() + 300
     while not snapshot.exists() and time.monotonic() < deadline and run.poll() is None:
-        time.sleep(0.005)  # between two looks for the first snapshot
+        time.sleep(0.005)  # polls for the first snapshot
     assert snapshot.exists()
     run.send_signal(signal.SIGKILL)
     assert run.wait(timeout=30) == -signal.SIGKILL
@@ -119,26 +119,26 @@ def test_training_further_with_icons(build: Path, tmp_path: Path) -> None:
     settings = Settings(steps=2, small_px=16, entities_per_batch=3, things_per_batch=2, snapshot_every=2)
     train(build, first, settings, config, torch.device("cpu"), build / "first.pt")
     icons = [_drawing(entity, artist, ICON_ROLE) for entity in (0, 7, 8, 9) for artist in ("a", "b")]
-    for icon in icons[:-1]:  # the last shows nothing, so that it has no file
+    for icon in icons[:-1]:  # the last one is blank and has no file
         Image.fromarray(np.full((32, 32, 4), 99, np.uint8)).save(build / icon.image)
 
-    def go_on(steps: int) -> None:
+    def train_further(steps: int) -> None:
         more = replace(settings, steps=steps, hardest_from=0.0)
         train(build, further, more, first, torch.device("cpu"), build / "further.pt", icons)
 
-    go_on(2)
+    train_further(2)
     before, _, _ = read_tiny(first)
     after, _, notes = read_tiny(further)
     assert notes["icons"] == 8
     assert notes["begun_from_sha256"] == hashlib.sha256(first.read_bytes()).hexdigest()
     assert any(not torch.equal(old, new) for old, new in zip(before.parameters(), after.parameters(), strict=True))
     further.unlink()
-    go_on(2)  # taken up where it had ended
+    train_further(2)  # resumes from the last step
     again, _, _ = read_tiny(further)
     assert all(torch.equal(old, new) for old, new in zip(after.parameters(), again.parameters(), strict=True))
     first.write_bytes(further.read_bytes())
     with pytest.raises(click.ClickException, match="other settings; start over with --fresh"):
-        go_on(2)
+        train_further(2)
 
 
 def test_batches_pair_two_artists_and_visit_every_entity() -> None:
@@ -191,7 +191,7 @@ def test_things_without_a_text_are_only_negatives_of_texts() -> None:
     both, alone = objective(embedding, label, 4), objective(embedding[entities], label[entities], 4)
     others = embedding.clone()
     others[[4, 5, 10, 11]] *= -1
-    assert objective(others, label, 4)["text"] != both["text"]  # they are wrong answers to the texts
+    assert objective(others, label, 4)["text"] != both["text"]  # things are negatives of the texts
     assert both["text"] > alone["text"]
     objective.warm(torch.eye(6, 4))
     assert torch.equal(objective.prototypes, torch.eye(6, 4))
@@ -202,7 +202,7 @@ def test_a_normalised_embedding_shows_its_length() -> None:
     config = TinyConfig(widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=8, size_px=32)
     encoder = TinyEncoder(config).eval()
     with torch.no_grad():
-        encoder.projection.weight[7] *= 0.01  # so that one direction is all but unused
+        encoder.projection.weight[7] *= 0.01  # one direction is almost unused
     drawings = torch.randint(0, 256, (64, 4, 32, 32), dtype=torch.uint8)
     drawings[:, 3] = 255
     before_nD = mean_patch_tokens(encoder, drawings, torch.device("cpu"))

@@ -67,7 +67,7 @@ def test_a_sample_alone_equals_the_sample_in_a_padded_batch(changes: dict[str, A
     image_mask[1] = image
     text_mask[1] = text
     text_mask[1, 4:] = False
-    tokens[1, 4:] = torch.nan  # what the mask hides must not matter, whatever it is
+    tokens[1, 4:] = torch.nan  # hidden tokens must not matter
     if not image:
         patches[1] = torch.nan
     if not text:

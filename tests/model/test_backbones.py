@@ -74,7 +74,7 @@ def test_remote_code_runs_with_the_flag(remote: Path, tmp_path: Path) -> None:
     encoder = open_image_encoder(f"hf:{remote}", trust_remote_code=True)
     assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 20, 20)
     clip = CLIPImageProcessorPil()
-    assert encoder.preprocessing.mean == pytest.approx(tuple(clip.image_mean))  # what EVA-CLIP's authors take
+    assert encoder.preprocessing.mean == pytest.approx(tuple(clip.image_mean))  # as EVA-CLIP's authors use
     assert (encoder.preprocessing.size_px, encoder.preprocessing.crop) == (32, "center")
     features = encoder.encode(PIXELS_BHW3)
     module: Any = encoder.module  # type: ignore[attr-defined]
@@ -157,7 +157,7 @@ def test_the_papers_backbones_at_real_size() -> None:
                 num_attention_heads=heads,
                 num_key_value_heads=8,
                 max_position_embeddings=131072,
-                attn_implementation="eager",  # the other ones look at the mask's values
+                attn_implementation="eager",  # the others need the mask's values
             )
             model = LlamaModel(llama)
             assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)

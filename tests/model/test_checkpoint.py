@@ -77,7 +77,7 @@ def test_saving_can_replace_the_checkpoint_of_its_own_encoder(tmp_path: Path, ti
         "checkpoint.json",
         "image_encoder.safetensors",
     ]
-    assert len({file.stat().st_mode for file in (tmp_path / "c").iterdir()}) == 1  # all as readable as any new file
+    assert len({file.stat().st_mode for file in (tmp_path / "c").iterdir()}) == 1  # the default permissions
 
 
 def test_no_file_names_a_folder_of_this_machine(tmp_path: Path, tiny_spec: str, onnx_spec: str, text_spec: str) -> None:

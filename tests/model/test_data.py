@@ -132,12 +132,12 @@ def labelled(*entity_ids: str) -> list[Pair]:
 
 def test_balancing_limits_pairs_per_entity_and_keeps_their_order() -> None:
     pairs = labelled(*["a"] * 50, "b", *["c"] * 3, *["a"] * 50)
-    kept = balance_pairs(pairs, 3, seed=1)
-    assert Counter(pair.entity_id for pair in kept) == {"a": 3, "b": 1, "c": 3}
-    assert [int(pair.data_id) for pair in kept] == sorted(int(pair.data_id) for pair in kept)
-    assert balance_pairs(pairs, 3, seed=1) == kept
+    balanced = balance_pairs(pairs, 3, seed=1)
+    assert Counter(pair.entity_id for pair in balanced) == {"a": 3, "b": 1, "c": 3}
+    assert [int(pair.data_id) for pair in balanced] == sorted(int(pair.data_id) for pair in balanced)
+    assert balance_pairs(pairs, 3, seed=1) == balanced
     assert {pair.data_id for seed in range(20) for pair in balance_pairs(pairs, 3, seed) if pair.entity_id == "a"} > {
-        pair.data_id for pair in kept if pair.entity_id == "a"
+        pair.data_id for pair in balanced if pair.entity_id == "a"
     }
     assert balance_pairs(pairs, 200, seed=0) == pairs
 

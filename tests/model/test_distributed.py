@@ -48,7 +48,7 @@ def train(
 @pytest.mark.parametrize(
     ("batch_size", "more"),
     [
-        # Seven pairs are no multiple of anything, and the last batch leaves one process without a row.
+        # With seven pairs, the last batch leaves one process without a row.
         pytest.param(3, (), id="uneven"),
         pytest.param(4, ("--hard-negatives", "clusters", "--cluster-size", "4"), id="clusters"),
     ],
@@ -71,7 +71,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(
         assert ours["mean_loss"] == pytest.approx(theirs["mean_loss"], rel=1e-4)
         assert ours["logit_scale"] == pytest.approx(theirs["logit_scale"], rel=1e-5)
     for name, weights in one_weights.items():
-        if not name.endswith("key.bias"):  # the softmax cannot see it: its gradient is rounding alone
+        if not name.endswith("key.bias"):  # the softmax ignores it: its gradient is rounding error
             torch.testing.assert_close(two_weights[name], weights, atol=1e-3, rtol=1e-2)
 
 

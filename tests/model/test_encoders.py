@@ -108,7 +108,7 @@ def test_siglip_embeddings_and_patch_tokens_equal_the_models(tmp_path: Path, who
     tower = model.vision_model if whole else model
     with torch.no_grad():
         outputs = tower(torch.from_numpy(normalise(pixels(), encoder.preprocessing)))
-        # The pooling head given one token only.
+        # The pooling head on one token.
         alone_BD = tower.head(outputs.last_hidden_state[:, 5:6])
     torch.testing.assert_close(features.image_embedding_BD, F.normalize(outputs.pooler_output, dim=1))
     torch.testing.assert_close(features.patch_tokens_BPC[:, 5], alone_BD)

@@ -68,7 +68,7 @@ def test_the_scale_is_clamped_and_recovers() -> None:
 
 
 ENTITIES = [0, 1, 0, 2, 3, 4, 4]
-TEXTS = [10, 11, 10, 11, -1, 12, 12]  # entities 1 and 2 have the same words, entity 3 has none
+TEXTS = [10, 11, 10, 11, -1, 12, 12]  # entities 1 and 2 share texts, entity 3 has none
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -188,7 +188,7 @@ def test_only_the_hardest_negative_gets_a_gradient() -> None:
     queries_BD = unit(3, 5)
     cosines_BB = (queries_BD @ unit(3, 5, seed=1).T).requires_grad_()
     synthetic_BBS = torch.full((3, 3, 2), -0.9, dtype=torch.float64)
-    synthetic_BBS[0, 1, 1] = 0.95  # the one that is harder than what it replaces
+    synthetic_BBS[0, 1, 1] = 0.95  # harder than the negative it replaces
     synthetic_BBS[1, 1, 0] = 0.99  # a positive's column
     synthetic_BBS.requires_grad_()
     entity_B, text_B = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2])

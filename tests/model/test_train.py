@@ -170,7 +170,7 @@ def test_only_the_adaptor_changes(dataset: Any, tiny_spec: str, text_spec: str, 
     unmoved = [
         name
         for (name, now), was in zip(result.adaptor.named_parameters(), start.parameters(), strict=True)
-        # A key's bias adds the same to every score of a query: the softmax cannot see it.
+        # A key's bias adds a constant to a query's scores, which the softmax ignores.
         if torch.equal(now, was) and not name.endswith("key.bias")
     ]
     assert unmoved == []
@@ -281,7 +281,7 @@ def test_smoke_runs_on_little_data_and_keeps_the_checkpoint(
             dataset, tiny_spec, text_spec, out, *more, "--hard-negatives", "both", "--epochs", "50", "--smoke", "--json"
         )
     )
-    # Three batches of three: the first entity twice, though the file begins with thirty pairs of it.
+    # Three batches of three, with two pairs of the first entity, of which the file has thirty.
     assert (figures["pairs"], figures["steps"], figures["checkpoint"]) == (9, 3, str(tmp_path / "m.smoke"))
     assert figures["validation"] is not None
     assert Checkpoint.load(tmp_path / "m.smoke", text_encoder_spec=text_spec).values["training"]["epochs"] == 1
@@ -322,7 +322,7 @@ def test_a_resumed_run_has_one_log_without_repeated_rows(tmp_path: Path) -> None
             log({"step": step, "loss": 1.0})
             log({"step": step, "mean_loss": 1.0})
     with path.open("a") as file:
-        file.write('{"step": 4')  # cut off
+        file.write('{"step": 4')  # incomplete
     with open_log(path, tmp_path / "x.tensorboard", after_step=20) as log:
         log({"step": 20, "mean_loss": 0.5})
         log({"step": 30, "loss": 0.5})

@@ -48,7 +48,7 @@ def trainer(stored: tuple[FeatureStore, list[EntityKeys]], **changes: Any) -> Tr
     return made
 
 
-# Entity 3 has no text, entity 11 no image; entity 5 stands twice.
+# Entity 3 has no text, entity 11 no image, and entity 5 is repeated.
 ROWS = [0, 3, 5, 5, 8, 11]
 
 
@@ -68,7 +68,7 @@ def test_the_loss_with_synthesis_equals_the_formula(stored: tuple[FeatureStore, 
         with torch.no_grad():
             return twin(*store.batch([(image, text)], CPU))[0]  # type: ignore[no-any-return]
 
-    # The step's own numbers: a chance for each pair's image and modality, then the donors.
+    # The step draws each pair's image and modality, then the donors.
     rng = np.random.default_rng(np.random.SeedSequence((4, 1, 0)))
     for pair in batch:
         if entities[pair.entity].images:
