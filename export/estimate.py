@@ -176,33 +176,19 @@ def _measure(config: ExportConfig, checkpoint: Checkpoint, records: list[EntityR
 
 def estimate_lines(estimate: ExportEstimate, config: ExportConfig) -> list[str]:
     """Return an estimate as lines of text."""
-    parts = ", ".join(f"{name} {_size(each)}" for name, each in estimate.disk_bytes.items())
+    size, duration = tqdm.format_sizeof, tqdm.format_interval
+    parts = ", ".join(f"{name} {size(each, 'B')}" for name, each in estimate.disk_bytes.items())
     lines = [
         f"{estimate.entities} entities, {estimate.with_image} with an image, {estimate.rejected} record(s) rejected; "
         f"about {estimate.embeddings} embeddings in {estimate.shards} shard(s) of {config.shard_size}",
-        f"disk: {_size(sum(estimate.disk_bytes.values()))} ({parts}), and {_size(estimate.work_bytes)} temporarily",
+        f"disk: {size(sum(estimate.disk_bytes.values()), 'B')} ({parts}), {size(estimate.work_bytes, 'B')} temporarily",
         f"time by stage, from {estimate.measured_entities} entities on {estimate.device}:",
     ]
     for stage, stage_s in estimate.seconds.items():
-        lines.append(f"  {stage:<34}{1000 * stage_s / estimate.entities:10.2f} ms/entity{_duration(stage_s):>14}")
+        lines.append(f"  {stage:<34}{1000 * stage_s / estimate.entities:10.2f} ms/entity{duration(stage_s):>14}")
     share = 100 * estimate.seconds[estimate.bottleneck] / estimate.total_s if estimate.total_s else 0.0
     lines.append(
-        f"total about {_duration(estimate.total_s)}, {estimate.entities_per_s:.1f} entities/s, without ONNX files; "
+        f"total about {duration(estimate.total_s)}, {estimate.entities_per_s:.1f} entities/s, without ONNX files; "
         f"bottleneck: {estimate.bottleneck} ({share:.0f} %)"
     )
     return lines
-
-
-def _size(count: int) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count / 1e3:.1f} kB"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest_s} s" if minutes else f"{seconds:.1f} s"

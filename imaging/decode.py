@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 from functools import cache
 
 import numpy as np
-from PIL import AvifImagePlugin, ExifTags, Image, JpegImagePlugin, features
+from PIL import AvifImagePlugin, Image, ImageOps, JpegImagePlugin, features
 
 from core.errors import TooLarge, UndecodableImage
 
@@ -47,16 +48,6 @@ _FTYP_BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"), "image/heic"),
 }
 _MAX_FTYP_BYTES = 256
-
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @cache
@@ -113,24 +104,14 @@ def decode(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Ima
             if target_px is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                 image.draft(None, (2 * target_px, 2 * target_px))
             image.load()
-            return _upright(_to_rgb(image), _orientation(image))
+            with suppress(Exception):  # a picture that decodes is accepted even if its metadata does not parse
+                ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except TooLarge:
         raise
     except Exception as error:
         # Damaged files make Pillow raise many types: OSError, SyntaxError, struct.error, zlib.error, IndexError ...
         raise UndecodableImage(f"the {kind} data is truncated or damaged; send a whole image file") from error
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        return 1  # a picture that decodes is accepted even if its metadata does not parse
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    transposition = _UPRIGHT.get(orientation)
-    return image if transposition is None else image.transpose(transposition)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -228,3 +228,15 @@ def test_a_box_is_decoded_finely_enough():
     small = load_pixels(data, PREPROCESSING, max_pixels=MAX_PIXELS, box=(0.4, 0.4, 0.1, 0.1))
     assert small.shape == (32, 32, 3)
     assert decode(data, max_pixels=MAX_PIXELS, target_px=320).size == (800, 800)
+
+
+def test_exif_orientation_of_sixteen_bit_grey():
+    values = np.zeros((32, 48), np.uint16)
+    values[:16, :16] = 65535  # the top left corner is bright
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = Image.fromarray(values).transpose(Image.Transpose.ROTATE_90)
+    image = decode(encoded(stored, "PNG", exif=exif), max_pixels=MAX_PIXELS)
+    assert image.size == (48, 32)
+    assert image.getpixel((4, 4)) == (255, 255, 255)
+    assert image.getpixel((44, 28)) == (0, 0, 0)
