@@ -340,22 +340,17 @@ def fill_in(page: str, text: str) -> str:
 def main(
     only: tuple[str, ...],
     seeds: int,
-    epochs: int,
     max_per_entity: int,
-    batch_size: int,
-    lr: float,
-    n_sync: int,
     width: int,
     image_encoder: str,
     build: Path,
     work: Path,
     out: Path,
     page: Path,
+    **training: Any,
 ) -> None:
     """Train every arm on Symbols, measure it and write the figures. An interrupted command resumes."""
-    settings = TrainSettings(
-        epochs=epochs, batch_size=batch_size, lr=lr, n_sync=n_sync, cluster_size=batch_size // 4, modality_dropout=0.1
-    )
+    settings = TrainSettings(**training, cluster_size=training["batch_size"] // 4, modality_dropout=0.1)
     symbols = load_symbols(
         build, work, image_encoder=image_encoder, text_encoder="minilm", max_per_entity=max_per_entity
     )

@@ -90,11 +90,15 @@ def read_entities(pictures: Path, rows: Iterator[Row]) -> list[Entity]:
             image = pictures / row["image"]
             if earlier := named_by.get(image):
                 raise CatalogError(f"{row['image']} is already named by {earlier}")
-            check_image(image, row["image"])
+            if not row["image"] or not image.is_file():
+                raise CatalogError(f"{row['image'] or 'an image without a name'} does not exist in the folder")
+            decode(image.read_bytes(), max_pixels=MAX_PIXELS)
             add(entities, row, image)
             named_by[image] = where
         except CatalogError as error:
             errors.append(f"{where}: {error}")
+        except UserError as error:
+            errors.append(f"{where}: {row['image']}: {error}")
     if errors:
         more = f"; and {len(errors) - MAX_ERRORS_SHOWN} more" if len(errors) > MAX_ERRORS_SHOWN else ""
         raise CatalogError(f"{len(errors)} image(s) cannot be used: {'; '.join(errors[:MAX_ERRORS_SHOWN])}{more}")
@@ -103,15 +107,6 @@ def read_entities(pictures: Path, rows: Iterator[Row]) -> list[Entity]:
             f"no images in {pictures}; give a --table, or put each entity's images into a folder of its name"
         )
     return list(entities.values())
-
-
-def check_image(image: Path, named: str) -> None:
-    if not named or not image.is_file():
-        raise CatalogError(f"{named or 'an image without a name'} does not exist in the folder")
-    try:
-        decode(image.read_bytes(), max_pixels=MAX_PIXELS)
-    except UserError as error:
-        raise CatalogError(f"{named}: {error}") from error
 
 
 def add(entities: dict[str, Entity], row: dict[str, str], image: Path) -> None:
@@ -173,14 +168,8 @@ def main(pictures: Path, table: Path | None, out: Path, train: int, validation: 
         for name, count in counts.items():
             for _ in range(min(count, len(images) - 1)):
                 image = images.pop()
-                lines[name].append(
-                    {
-                        "data_id": f"{name}-{len(lines[name]) + 1}",
-                        "image": os.path.relpath(image, out),
-                        "entity_id": entity.entity_id,
-                        "data_split": f"{name}_seen",
-                    }
-                )
+                row = {"data_id": f"{name}-{len(lines[name]) + 1}", "image": os.path.relpath(image, out)}
+                lines[name].append({**row, "entity_id": entity.entity_id, "data_split": f"{name}_seen"})
         catalog.append(record(entity, images, out))
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in {"catalog": catalog, **lines}.items():
