@@ -29,7 +29,12 @@ def _split_box(value: Any) -> Any:
     """Accept a box as one string `x,y,w,h`, as a query string has it."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return (value.split(",") if value else None) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    parts = value.split(",")
+    if value and len(parts) != 4:
+        raise ValueError("give four numbers, x,y,w,h, in fractions of the image")
+    return parts if value else None
 
 
 class RecognizeOptions(BaseModel):
