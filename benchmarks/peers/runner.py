@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -243,14 +243,9 @@ def _first_entity(url: str, form_field: str | None, image: str) -> str:
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """Stop the server and every process that it started."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(timeout=STOP_TIMEOUT_S)
-        except ProcessLookupError:
-            process.wait()
-            return
-        except subprocess.TimeoutExpired:
-            continue
 
 
 def report(figures: dict[str, Any]) -> str:
