@@ -122,21 +122,12 @@ def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]
 
 def insert_entity(connection: sqlite3.Connection, entity: StoredEntity, thumbnail: bytes | None) -> None:
     """Add an entity whose row and id are not in use."""
+    titles = json.dumps(dict(entity.titles), ensure_ascii=False)
+    types = json.dumps(entity.types, ensure_ascii=False)
     connection.execute(
-        "INSERT INTO entity VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            entity.row,
-            entity.entity_id,
-            entity.title,
-            json.dumps(dict(entity.titles), ensure_ascii=False),
-            entity.description,
-            entity.url,
-            json.dumps(entity.types, ensure_ascii=False),
-            entity.symbol,
-            entity.image_count,
-            entity.has_text,
-            entity.text,
-        ),
+        "INSERT INTO entity VALUES (:row, :entity_id, :title, :titles, :description, :url, :types, :symbol, "
+        ":image_count, :has_text, :text)",
+        {**vars(entity), "titles": titles, "types": types},
     )
     connection.execute(
         "INSERT INTO title_search (rowid, title, other_titles) VALUES (?, ?, ?)",
@@ -163,23 +154,18 @@ def select_entities(
     connection: sqlite3.Connection, clause: str, parameters: Sequence[object] = ()
 ) -> list[StoredEntity]:
     """Return the entities that match an SQL clause after `FROM entity`. The row factory must be `sqlite3.Row`."""
-    return [
-        StoredEntity(
-            row=values["row"],
-            entity_id=values["entity_id"],
-            title=values["title"],
-            titles=json.loads(values["titles"]),
-            description=values["description"],
-            url=values["url"],
-            types=tuple(json.loads(values["types"])),
-            symbol=values["symbol"],
-            image_count=values["image_count"],
-            has_text=bool(values["has_text"]),
-            text=values["text"],
-            has_thumbnail=bool(values["has_thumbnail"]),
-        )
-        for values in connection.execute(f"SELECT {_COLUMNS} FROM entity {clause}", parameters)
-    ]
+    found = connection.execute(f"SELECT {_COLUMNS} FROM entity {clause}", parameters)
+    return [_entity(**dict(values)) for values in found]
+
+
+def _entity(*, titles: str, types: str, has_text: int, has_thumbnail: int, **columns: Any) -> StoredEntity:
+    return StoredEntity(
+        titles=json.loads(titles),
+        types=tuple(json.loads(types)),
+        has_text=bool(has_text),
+        has_thumbnail=bool(has_thumbnail),
+        **columns,
+    )
 
 
 class EntityStore:
