@@ -33,14 +33,13 @@ from export.onnx import Parity
 from export.reuse import write_hashes
 from export.shards import EmbeddedShard, StageTimes
 from index.embeddings import write_shard
-from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE
+from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE
 from index.store import StoredEntity
 from model.encoders import TextEncoder
 
 STAGING_FOLDER = ".partial"
 WRITING = "waiting for the disk"
 MAX_WORDS = 12
-_BUNDLE_PARTS = (EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, STORE_FILE, "index", MANIFEST_FILE)  # in the order of moving
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
@@ -155,12 +154,10 @@ class StagingDir:
 
     def publish(self) -> None:
         """Move the bundle into the output folder, manifest last, and delete the staging folder."""
-        extras = sorted(entry.name for entry in self.bundle.iterdir() if entry.name not in _BUNDLE_PARTS)
-        for name in (*extras, *_BUNDLE_PARTS):
-            if (self.bundle / name).exists():  # not yet moved by an earlier attempt
-                if name == MANIFEST_FILE:
-                    sync(self._out)
-                os.replace(self.bundle / name, self._out / name)
+        for part in sorted(self.bundle.iterdir(), key=lambda part: part.name == MANIFEST_FILE):
+            if part.name == MANIFEST_FILE:
+                sync(self._out)
+            os.replace(part, self._out / part.name)
         sync(self._out)
         self.remove()
 
