@@ -93,7 +93,7 @@ def test_on_the_terminal(run, folder, small_bundle):
 
 
 @pytest.mark.parametrize("command", ["missing file", "empty folder", "only bad", "neither", "both", "nobody there"])
-def test_recognize_that_cannot_exits_2_with_one_line(run, command, folder, small_bundle, tmp_path):
+def test_recognize_failures_exit_2_with_one_line(run, command, folder, small_bundle, tmp_path):
     (tmp_path / "empty").mkdir()
     ended = run(
         "recognize",
@@ -111,14 +111,14 @@ def test_recognize_that_cannot_exits_2_with_one_line(run, command, folder, small
     assert "Traceback" not in ended.stderr
 
 
-def test_serve_until_told_to_stop(small_bundle, small_images):
+def test_serve_until_sigterm(small_bundle, small_images):
     process = subprocess.Popen(
         [*WIKICLIP, "serve", "--bundle", str(small_bundle), "--port", "0"], stderr=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     try:
-        told = (re.search(r"http://\S+", json.loads(line)["message"]) for line in process.stderr)
-        url = next(found for found in told if found is not None)
+        addresses = (re.search(r"http://\S+", json.loads(line)["message"]) for line in process.stderr)
+        url = next(found for found in addresses if found is not None)
         with httpx.Client(base_url=url.group(), timeout=TIMEOUT_S, transport=httpx.HTTPTransport(retries=5)) as client:
             answer = client.post("/recognize?top_k=1", files={"image": small_images["Q140"]})
             assert answer.json()["predictions"][0]["entity_id"] == "Q140"
@@ -147,7 +147,7 @@ def test_serve_with_a_wrong_flag_exits_2_with_one_line(run, arguments, said):
 
 
 @pytest.mark.parametrize("fault", ["missing", "altered", "port taken"])
-def test_serve_that_cannot_exits_2_with_one_line(fault, small_bundle, tmp_path):
+def test_serve_failures_exit_2_with_one_line(fault, small_bundle, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(small_bundle, copy)
     with socket.create_server(("127.0.0.1", 0)) as taken:

@@ -16,7 +16,7 @@ TIMEOUT_S = 120  # generous: a busy machine is no failure
 
 
 class GatedEncoder:
-    """Embeds an image as its first pixel, counts batches, and waits at a gate where it is told to."""
+    """Embeds an image as its first pixel, records batches, and waits while its gate is closed."""
 
     device = "cpu"
 
@@ -76,7 +76,7 @@ def occupy(engine, encoder):
     return future
 
 
-def test_what_waits_is_taken_together_up_to_the_limit(engine, encoder):
+def test_queued_jobs_are_batched_up_to_the_limit(engine, encoder):
     first = occupy(engine, encoder)
     others = [engine.submit(image(value), 3) for value in range(2, 8)]
     assert engine.depth == 6
@@ -89,7 +89,7 @@ def test_what_waits_is_taken_together_up_to_the_limit(engine, encoder):
     assert ended_at >= began_at
 
 
-def test_each_gets_as_many_results_as_it_asked_for(engine, encoder):
+def test_each_job_gets_its_own_top_k(engine, encoder):
     first = occupy(engine, encoder)
     futures = [engine.submit(image(2), top_k) for top_k in (1, 500, 7)]
     encoder.gate.set()
@@ -109,7 +109,7 @@ def test_jobs_of_one_selection_are_searched_together(encoder):
     engine.close(TIMEOUT_S)
 
 
-def test_what_the_query_scores_anyway_comes_along_where_it_is_asked_for(encoder):
+def test_unfiltered_scores_are_added_on_request(encoder):
     class BySelection(RangeIndex):
         def search(self, query_embeddings_BD, top_k, *, selection):
             rows_BK, scores_BK = super().search(query_embeddings_BD, top_k, selection=selection)
@@ -118,11 +118,11 @@ def test_what_the_query_scores_anyway_comes_along_where_it_is_asked_for(encoder)
     index = BySelection()
     engine = Engine(encoder, index, max_batch=4, queue_limit=8)
     some = Selection(("a",), np.ones(1, np.bool_))
-    with_anyway = engine.submit(image(5), 3, some, unfiltered=True).result(TIMEOUT_S)
+    with_unfiltered = engine.submit(image(5), 3, some, unfiltered=True).result(TIMEOUT_S)
     without = engine.submit(np.array([5, 5], np.float32), 3, some).result(TIMEOUT_S)
     engine.close(TIMEOUT_S)
-    assert with_anyway.unfiltered_scores.tolist() == [5, 5, 5]
-    assert with_anyway.scores.tolist() == without.scores.tolist() == [0.5, 0.5, 0.5]
+    assert with_unfiltered.unfiltered_scores.tolist() == [5, 5, 5]
+    assert with_unfiltered.scores.tolist() == without.scores.tolist() == [0.5, 0.5, 0.5]
     assert without.unfiltered_scores is None
     assert index.selections == [None, some, some]
 
@@ -162,7 +162,7 @@ def test_a_full_queue_refuses(engine, encoder):
     assert engine.submit(image(3), 1).result(TIMEOUT_S).scores[0] == 3
 
 
-def test_what_nobody_waits_for_is_never_encoded(engine, encoder):
+def test_a_cancelled_job_is_never_encoded(engine, encoder):
     first = occupy(engine, encoder)
     abandoned, wanted = engine.submit(image(2), 1), engine.submit(image(3), 1)
     assert abandoned.cancel()
@@ -173,7 +173,7 @@ def test_what_nobody_waits_for_is_never_encoded(engine, encoder):
         abandoned.result()
 
 
-def test_closing_finishes_what_was_accepted_and_takes_no_more(engine, encoder):
+def test_closing_finishes_accepted_jobs_and_accepts_no_more(engine, encoder):
     first = occupy(engine, encoder)
     waiting = [engine.submit(image(value), 1) for value in range(2, 9)]
     assert not engine.close(timeout_s=0.01)  # it is busy
@@ -184,7 +184,7 @@ def test_closing_finishes_what_was_accepted_and_takes_no_more(engine, encoder):
     assert [future.result(0).scores[0] for future in (first, *waiting)] == list(range(1, 9))
 
 
-def test_a_thread_that_dies_is_replaced_and_only_what_it_died_of_fails(engine, encoder):
+def test_a_dead_thread_is_replaced_and_only_the_fatal_job_fails(engine, encoder):
     first = occupy(engine, encoder)
     good, fatal, other = (engine.submit(image(value), 1) for value in (2, 66, 3))
     late = [engine.submit(image(value), 1) for value in (4, 5, 6)]
@@ -197,7 +197,7 @@ def test_a_thread_that_dies_is_replaced_and_only_what_it_died_of_fails(engine, e
     assert encoder.batches[:6] == [[1], [2, 66, 3, 4], [2], [66], [3], [4]]  # one by one after the death
 
 
-def test_an_engine_that_only_dies_is_given_up_and_nobody_waits_for_it(engine, encoder):
+def test_an_engine_that_keeps_dying_stops_and_fails_waiting_jobs(engine, encoder):
     first = occupy(engine, encoder)
     fatal = [engine.submit(image(66), 1) for _ in range(3)]
     waiting = [engine.submit(image(2), 1) for _ in range(2)]
@@ -223,7 +223,7 @@ def test_a_search_that_dies_counts_as_any_other(encoder):
     assert len(deaths) == 2  # it was tried once more
 
 
-def test_a_death_that_was_no_images_fault_costs_none(engine, encoder, monkeypatch):
+def test_a_death_that_no_image_caused_fails_no_job(engine, encoder, monkeypatch):
     def die_once(pixels_BHW3):
         del encoder.encode  # the class's own from now on
         raise SystemExit
@@ -238,10 +238,10 @@ def test_a_death_that_was_no_images_fault_costs_none(engine, encoder, monkeypatc
     encoder.encode = die_once
     assert engine.submit(image(5), 1).result(TIMEOUT_S).scores[0] == 5
     assert engine.alive
-    assert alive == [True]  # nobody was told meanwhile that it is dead
+    assert alive == [True]  # the engine never reported itself dead
 
 
-def test_a_thread_that_cannot_start_leaves_nobody_waiting(encoder):
+def test_a_thread_that_cannot_start_fails_waiting_jobs(encoder):
     def fail() -> None:
         raise RuntimeError("no threads here")
 

@@ -1,4 +1,4 @@
-"""What is refused, how it is told, and that the next request is served all the same."""
+"""Which requests are refused, with which problem, and that the next request succeeds."""
 
 from __future__ import annotations
 
@@ -93,14 +93,14 @@ def test_who_asks_from_a_page_is_told_what_others_are(service, giraffe, name):
     """A request with an `Origin` takes the way through the framework, others go around it."""
     request, status, _ = REFUSED.get(name, (post(giraffe), 200, ""))
     from_a_page = {**request, "headers": {**request["headers"], "Origin": "https://a.example"}}
-    told = [service.post(**each) for each in (request, from_a_page)]
-    assert [answer.status_code for answer in told] == [status] * 2
+    answers = [service.post(**each) for each in (request, from_a_page)]
+    assert [answer.status_code for answer in answers] == [status] * 2
     own = {"request_id", "timings_ms", "cached"}
-    assert len({json.dumps({k: v for k, v in answer.json().items() if k not in own}) for answer in told}) == 1
-    named = [set(answer.headers) for answer in told]
+    assert len({json.dumps({k: v for k, v in answer.json().items() if k not in own}) for answer in answers}) == 1
+    named = [set(answer.headers) for answer in answers]
     assert named[0] == named[1]
     unlike = {"date", "x-request-id", "server-timing", "content-length"}
-    assert len({json.dumps({k: v for k, v in answer.headers.items() if k not in unlike}) for answer in told}) == 1
+    assert len({json.dumps({k: v for k, v in answer.headers.items() if k not in unlike}) for answer in answers}) == 1
 
 
 @pytest.mark.parametrize(
@@ -146,8 +146,8 @@ def test_who_asks_before_sending_a_body_over_the_limit_is_answered_at_once(servi
     head = b"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nExpect: 100-continue\r\n"
     with socket.create_connection(address, timeout=60) as connection:
         connection.sendall(head + b"Content-Length: %d\r\n\r\n" % (1 << 30))
-        told = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert told.startswith(b"HTTP/1.1 413 ")  # and no 100 before it
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.startswith(b"HTTP/1.1 413 ")  # and no 100 before it
     with socket.create_connection(address, timeout=60) as connection:
         connection.sendall(head + b"Connection: close\r\nContent-Length: 5\r\n\r\n")
         assert connection.recv(25) == b"HTTP/1.1 100 Continue\r\n\r\n"

@@ -1,5 +1,4 @@
-"""What a request leaves behind: nothing that only Python's collector could free. In a flood that would be most of the
-memory, bodies and all, and the collector's own time besides."""
+"""A request leaves no reference cycles. Under overload, they would keep request bodies in memory until a collection."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ OURS = ("core", "service", "uvicorn")
 
 @contextmanager
 def collected() -> Iterator[Counter[str]]:
-    """Count, when the block has ended, what of the service the collector finds there, by type."""
+    """Count the objects of the service that only the garbage collector can free after the block, by type."""
     found: Counter[str] = Counter()
     gc.collect()
     gc.disable()

@@ -41,8 +41,8 @@ def ranking(answer) -> list[tuple[str, float]]:
 
 def test_answers_are_those_of_the_bundles_own_index(serve, service, small_bundle, address, small_images):
     with serve(small_bundle, index=address, admin_token=TOKEN) as client:
-        told = client.get("/info").json()
-        assert (told["search_device"], told["entities"]) == ("milvus", 12)
+        info = client.get("/info").json()
+        assert (info["search_device"], info["entities"]) == ("milvus", 12)
         for image in small_images.values():
             for parameters in ({"top_k": 12}, {"top_k": 3, "types": "fruit"}, {"top_k": 2, "explain": "true"}):
                 there, here = recognized(client, image, **parameters), recognized(service, image, **parameters)
@@ -89,11 +89,11 @@ def test_a_bundle_that_is_not_in_milvus_is_not_served(small_bundle, tmp_path):
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        ({"index": "http://secret@host:1"}, r"index \(WIKICLIP_INDEX\): start it with milvus:"),
-        ({"index": "milvus:http://host:1", "live_dir": "live"}, "leave out live_dir"),
+        ({"index": "http://secret@host:1"}, r"index \(WIKICLIP_INDEX\): must begin with milvus:"),
+        ({"index": "milvus:http://host:1", "live_dir": "live"}, "remove live_dir"),
     ],
 )
 def test_settings_that_do_not_go_together(given, reason):
-    with pytest.raises(UserError, match=reason) as told:
+    with pytest.raises(UserError, match=reason) as raised:
         load_settings(**given)
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(raised.value)

@@ -140,7 +140,7 @@ def test_each_file_has_its_own_place_in_the_cache(with_both: Bundle, with_int8: 
     assert set(files) == {"float", "int8", "float16"}
     hashes = {precision: encoder_hash(with_both, file) for precision, file in files.items()}
     assert len(set(hashes.values())) == 3
-    # Nothing changes for a file because others lie beside it.
+    # Other files in the bundle do not change a file's hash.
     assert hashes["float"] == encoder_hash(Bundle.open(small_bundle), "image_encoder.onnx")
     assert hashes["int8"] == encoder_hash(with_int8, INT8_ENCODER_FILE)
 

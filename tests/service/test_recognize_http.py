@@ -20,7 +20,7 @@ def ask(service, image: bytes, **parameters):
 
 
 def never_asked(image: bytes) -> bytes:
-    """The same picture in bytes of its own: other tests ask the same service, and it remembers."""
+    """The same picture in bytes of its own: other tests ask the same service, and it caches answers."""
     note = PngImagePlugin.PngInfo()
     note.add_text("id", uuid.uuid4().hex)
     buffer = io.BytesIO()
@@ -47,7 +47,7 @@ def test_the_three_forms_give_the_same_answer(service, giraffe):
     assert first[0]["entity_id"] == "Q15083"
 
 
-def test_the_answer_is_as_promised(service, giraffe):
+def test_the_answer_has_the_documented_fields(service, giraffe):
     answer = ask(service, giraffe, top_k=3, min_score=-1)
     content = answer.json()
     fields = {"request_id", "model", "bundle", "cached", "known", "abstained", "predictions", "timings_ms"}
@@ -69,16 +69,16 @@ def test_the_answer_is_as_promised(service, giraffe):
     assert scores == sorted(scores, reverse=True)
 
 
-def test_times_are_told_in_body_and_header(service, small_images):
+def test_times_are_in_body_and_header(service, small_images):
     answer = ask(service, never_asked(small_images["Q140"]), top_k=2, min_score=-0.9)
     times = answer.json()["timings_ms"]
     assert list(times) == ["decode", "queue", "encode", "search", "total"]
     assert sum(times.values()) <= 2 * times["total"] + 0.01
-    told = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
-    assert {stage: float(value) for stage, value in told.items()} == times
+    header = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert {stage: float(value) for stage, value in header.items()} == times
 
 
-def test_an_entity_stands_once_though_it_has_several_images(service, small_images):
+def test_an_entity_with_several_images_appears_once(service, small_images):
     answer = ask(service, small_images["Q7378"], top_k=100)
     assert len(entity_ids(answer)) == 12
     assert len(set(entity_ids(answer))) == 12

@@ -91,7 +91,7 @@ def test_known_is_judged_by_the_embedding_too(small_bundle, small_images, tmp_pa
                 recognizer.recognize_many([image], RecognizeOptions(top_k=12, types=t))[0] for t in ((), ("monument",))
             ]
             scores = [each.score for each in answers[0].predictions]
-            for answer in answers:  # what a filter leaves is judged beside the background of the whole catalog
+            for answer in answers:  # a filter does not change the background
                 best = [each.score for each in answer.predictions]
                 known = bundle.calibration.in_catalog_probability(best, background(scores), embed(session, image))
                 assert answer.in_catalog_probability == pytest.approx(known, abs=1e-4)

@@ -83,7 +83,7 @@ def offered_by_locust(url: str) -> AbstractContextManager[subprocess.Popen[bytes
 
 
 class Replica:
-    """A service that can be killed and started anew at the same address."""
+    """A service that can be killed and restarted at the same address."""
 
     def __init__(self, bundle: Path, redis_url: str) -> None:
         self.port = free_port()
