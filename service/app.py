@@ -186,12 +186,18 @@ def _add_pages(app: FastAPI) -> None:
         return FileResponse(_DOCS / "docs.html", headers={"Cache-Control": "no-cache"})
 
     app.mount("/page", StaticFiles(directory=_PAGE))
-    app.mount("/docs", StaticFiles(directory=_DOCS))
+    app.mount("/docs", StaticFiles(directory=_DOCS, packages=[("fastapi_offline", "static")]))  # Swagger UI's files
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
-        document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        document = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            description=errors.problem_table(),
+            routes=app.routes,
+        )
         components = document["components"]["schemas"]
         components["Problem"] = {**Problem.model_json_schema(), "x-types": errors.problem_types()}
         # FastAPI's own description of invalid parameters. The service answers with a problem instead.

@@ -59,6 +59,16 @@ def problem_types() -> list[dict[str, Any]]:
     return [{"type": problem_type(kind), "title": kind.title, "status": kind.status} for kind in _REQUEST_ERRORS]
 
 
+def problem_table() -> str:
+    """Return the problem types as a Markdown table for the API description. Each type's URL leads to its row."""
+    head = "Errors are `application/problem+json` (RFC 9457). Quote their `request_id` to the operator."
+    lines = [head, "", "| Status | Title | Type |", "| --- | --- | --- |"]
+    for each in problem_types():
+        row_id = each["type"].partition("#")[2]
+        lines.append(f'| {each["status"]} | {each["title"]} | <span id="{row_id}">`{each["type"]}`</span> |')
+    return "\n".join(lines)
+
+
 def problem_of(error: WikiclipError, request_id: str) -> Problem:
     # A bundle error names files of this machine.
     detail = "the bundle cannot be served; see the service's log" if isinstance(error, BundleError) else error.detail

@@ -253,6 +253,21 @@ const SCENARIOS = {
     return { shift: await page.evaluate(() => window.shift) };
   },
 
+  async documented(page) {
+    await page.goto(`${base}/docs#problem-bad-parameter`);
+    const row = page.locator("#problem-bad-parameter");
+    await row.waitFor();
+    await page.waitForFunction(() => window.scrollY > 0);
+    const problem = await row.textContent();
+    const operation = page.locator(".opblock", { has: page.locator('.opblock-summary-path[data-path="/recognize"]') });
+    await operation.locator(".opblock-summary-control").click();
+    await operation.locator(".try-out__btn").click();
+    await operation.locator('input[type="file"]').setInputFiles(file("giraffe.png"));
+    const [response] = await Promise.all([page.waitForResponse(isRecognition), operation.locator("button.execute").click()]);
+    await operation.locator(".live-responses-table").waitFor();
+    return { problem, status: response.status(), body: await response.json() };
+  },
+
   async schemes(page) {
     const paper = () => page.evaluate(() => getComputedStyle(document.body).backgroundColor);
     await page.emulateMedia({ colorScheme: "light" });

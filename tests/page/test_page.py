@@ -196,6 +196,13 @@ def test_light_and_dark_schemes(browsed: dict[str, dict[str, Any]]) -> None:
     assert dark < 150
 
 
+def test_the_documentation_lists_problems_and_tries_requests(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "documented")
+    assert seen["problem"] == "/docs#problem-bad-parameter"
+    assert seen["status"] == 200
+    assert titles(seen["body"]["predictions"])[0] == "Giraffe"
+
+
 def test_the_console_has_no_errors(browsed: dict[str, dict[str, Any]]) -> None:
     for name, seen in browsed.items():
         # Browsers log every refused request. The expected ones are not errors of the page.
