@@ -1,4 +1,4 @@
-"""API keys and the admin token. Both are kept as SHA-256 digests and compared in constant time."""
+"""API keys and the admin token. Both are stored as SHA-256 digests and compared in constant time."""
 
 from __future__ import annotations
 

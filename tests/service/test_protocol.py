@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import time
 
 import pytest
+
+from service.server import bind
 
 TIMEOUT_S = 120  # long enough for a busy machine
 RECEIVE_MS = 300
@@ -137,3 +140,23 @@ def test_two_pipelined_requests_get_two_responses(connection):
         chunk = connection.recv(65536)
         assert chunk
         received += chunk
+
+
+def test_accepted_connections_do_not_wait_for_delayed_acks():
+    async def has_nodelay() -> bool:
+        accepted = asyncio.get_running_loop().create_future()
+
+        def on_connect(reader, writer):
+            connection = writer.get_extra_info("socket")
+            accepted.set_result(bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+            writer.close()
+
+        listener = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(on_connect, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            result = await accepted
+            writer.close()
+            await writer.wait_closed()
+        return result
+
+    assert asyncio.run(has_nodelay())
