@@ -7,8 +7,8 @@ import hmac
 import re
 from collections.abc import Sequence
 
-from fastapi import Request
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from core.errors import Forbidden, Unauthorized
 

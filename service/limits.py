@@ -11,10 +11,12 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from core.errors import TooManyRequests
-from service.cache import RedisLink
+
+if TYPE_CHECKING:
+    from service.cache import RedisLink
 
 _THROUGHPUT_WINDOW_S = 10.0
 _MIN_BUSY_S = 0.5  # a throughput measured over less time means nothing
