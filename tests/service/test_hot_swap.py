@@ -154,7 +154,7 @@ def incomplete(bundles, tmp_path):
         (altered, "altered"),
         (incomplete, "missing"),
         (lambda bundles, tmp_path: tmp_path / "nowhere", "does not exist"),
-        (lambda bundles, tmp_path: tmp_path, "no bundle"),
+        (lambda bundles, tmp_path: tmp_path, "not a bundle"),
         (lambda bundles, tmp_path: "\0", "does not exist"),
     ],
 )
