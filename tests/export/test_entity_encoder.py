@@ -162,7 +162,7 @@ def test_an_altered_entity_encoder_is_refused(live_bundle: Path, tmp_path: Path)
         bundle.entity_encoder()
     manifest = altered / ENTITY_ENCODER_FOLDER / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "checkpoint_sha256": "other"}))
-    with pytest.raises(BundleAltered, match="another checkpoint"):
+    with pytest.raises(BundleAltered, match="different checkpoints"):
         bundle.entity_encoder()
     manifest.unlink()
     assert bundle.entity_encoder() is None
