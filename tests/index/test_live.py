@@ -366,6 +366,23 @@ def test_compacting_includes_all_changes_and_loses_none_made_during_it(
     newest.close()
 
 
+def test_compacting_keeps_attended_words(small_bundle: Path, live_dir: Path, tmp_path: Path) -> None:
+    from index.bundle import list_files
+    from index.compact import compact
+
+    base = Path(shutil.copytree(small_bundle, tmp_path / "base"))
+    with sqlite3.connect(base / "entities.sqlite") as connection:
+        connection.execute("INSERT INTO heard VALUES (3, '[[0, 4, 0.5]]')")
+    connection.close()
+    replace(Bundle.open(small_bundle).manifest, files=list_files(base)).write(base / "manifest.json")
+    changed = opened(base, live_dir)
+    row_3 = changed.store.by_rows([3])[0].entity_id
+    changed.live.delete(changed.store.by_rows([0])[0].entity_id)
+    changed.close()
+    with compact(base, live_dir, tmp_path / "new").store() as store:
+        assert store.attended_words(store.get(row_3).row) == ((0, 4, 0.5),)
+
+
 def test_compacting_nothing_or_to_an_existing_folder_is_refused(
     edited: Opened, small_bundle: Path, live_dir: Path
 ) -> None:
