@@ -180,7 +180,7 @@ def _find_user_error(error: BaseException | None) -> UserError | None:
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, UserError) and type(error).__module__ == UserError.__module__:
+        if isinstance(error, UserError) and not type(error).__module__.startswith("ray."):
             error.args = (str(error).splitlines()[0],)  # Ray appends further lines
             return error
         error = getattr(error, "cause", None) or error.__cause__ or error.__context__
