@@ -102,6 +102,7 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     from benchmarks.measure import write_report, write_results
     from core.files import atomic_write_bytes
     from core.runtime import describe_run
+    from evaluation.pages import figures_page
 
     module = importlib.import_module(BENCHMARKS[name][0])
     options = {option: value for option, value in options.items() if value is not None}
@@ -109,7 +110,9 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     figures = module.measure(bundle, smoke=smoke, **options)
     outcome = {**run, "figures": figures}
     path = write_results(results, name, outcome)
-    if hasattr(module, "report"):
+    if hasattr(module, "REPORT"):
+        write_report(path, lambda: figures_page(module.REPORT.title, {name: (module.REPORT, figures)}))
+    elif hasattr(module, "report"):
         write_report(path, lambda: module.report(figures))
     if hasattr(module, "as_csv"):
         atomic_write_bytes(path.with_suffix(".csv"), module.as_csv(figures).encode())

@@ -32,7 +32,7 @@ from benchmarks.synthetic import photograph
 from catalog import EntityRecord, read_catalog
 from catalog.images import LocalImages
 from demo.build import BUILD
-from evaluation.pages import Bar, bar_plot, figures_table, page, section
+from evaluation.pages import Bars, Report
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig, load_checkpoint
 from export.local import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder, chunk_size, embed_shards
@@ -53,7 +53,19 @@ _TARGET_SHARE, _TARGET_SPEED, _TARGET_LOSS = 0.9, 2.0, 0.5
 _WARM_UP_SHARDS = 1
 _WORDS = ("river", "stone", "tower", "bird", "market", "north", "island", "castle", "music", "harbour", "forest", "sea")
 _IMAGES = 1000  # different ones; a larger catalog repeats them
-Figures = Mapping[str, Any]
+REPORT = Report(
+    title="The exporter",
+    plots=(
+        Bars(
+            title="Throughput", label="entities/s",
+            values=("throughput/entities_per_s", "throughput/stages_alone_per_s/*"),
+        ),
+        Bars(
+            title="int8 and float32, one image on one thread", label="ms",
+            values=("int8_speed/*/float32_ms", "int8_speed/*/int8_ms"),
+        ),
+    ),
+)  # fmt: skip
 
 
 # ---- synthetic catalogs and checkpoints ----
@@ -309,18 +321,3 @@ def _int8_symbols(bundle_path: Path, root: Path, *, queries: int | None) -> dict
         "aim": f"at most {_TARGET_LOSS} points lost: {'reached' if lost <= _TARGET_LOSS else 'missed'}",
         "speed": _time_in_turn(encoders, preprocessing.size_px, 30),
     }
-
-
-def report(figures: Figures) -> str:
-    """Return the figures as an HTML page."""
-    throughput = figures["throughput"]
-    bars = [Bar(name="whole export", value=throughput["entities_per_s"])]
-    bars += [Bar(name=f"{stage} alone", value=each) for stage, each in throughput["stages_alone_per_s"].items()]
-    speed = [
-        Bar(name=f"{name}, {precision}", value=each[f"{precision}_ms"])
-        for name, each in figures["int8_speed"].items()
-        for precision in ("float32", "int8")
-    ]
-    plots = [bar_plot(bars, title="Entities per second", x_label="entities/s")]
-    plots += [bar_plot(speed, title="int8 and float32, ms per image on one thread", x_label="ms")] if speed else []
-    return page("The exporter", section("Plots", *plots) + section("Figures", figures_table(figures)))

@@ -24,7 +24,7 @@ import click
 
 from benchmarks.measure import results_folder, write_report, write_results
 from core.runtime import describe_run
-from evaluation.pages import body_of, figures_table, page, section, table
+from evaluation.pages import Report, body_of, figures_page, page, section, table
 
 MINUTES, SMOKE_MINUTES = 14.0, 0.75
 _GRACE_S = 20  # for an interrupted benchmark to stop its processes
@@ -172,7 +172,11 @@ def report(benchmarks: Benchmarks, outcome: dict[str, Any]) -> str:
     parts = [f"<p>{links}</p>", section("Hardware and commit", table(["", ""], rows))]
     for name, figures in outcome["figures"].items():
         module = importlib.import_module(benchmarks[name][0])
-        body = body_of(module.report(figures)) if hasattr(module, "report") else figures_table(figures)
+        if hasattr(module, "report"):
+            body = body_of(module.report(figures))
+        else:
+            shown = getattr(module, "REPORT", Report(title=name.capitalize()))
+            body = body_of(figures_page("", {name: (shown, figures)}))
         parts.append(f'<article id="{name}"><h1>{name.capitalize()}</h1>\n{body}</article>')
     if left_out := outcome["settings"]["left_out"]:
         parts.append(section("Left out", table(["benchmark", "reason"], [list(row) for row in left_out.items()])))

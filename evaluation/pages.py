@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from html import escape
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEMPLATES = Path(__file__).parent / "templates"
+_LONGEST_LIST = 20  # in a table of figures
 _INK = "#1d2430"
 # Plots follow the light or dark colours of the page: these become its CSS variables.
 _VARIABLES = {
@@ -99,10 +101,120 @@ def _flat(figures: Any, path: str = "") -> Iterator[tuple[str, str]]:
         for name, below in figures.items():
             yield from _flat(below, f"{path} {name}".strip())
     elif isinstance(figures, list) and any(isinstance(each, dict | list) for each in figures):
+        if len(figures) > _LONGEST_LIST:
+            yield path, f"{len(figures)} rows"
+            return
         for number, below in enumerate(figures):
             yield from _flat(below, f"{path} {number}".strip())
     else:
         yield path, ", ".join(map(str, figures)) if isinstance(figures, list) else str(figures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """A bar for each value that a path matches: a number, or a metric with `median` and `interval`.
+
+    `*` in a path matches every key or position. `intervals` are paths that match an interval for each value, in order.
+    """
+
+    title: str
+    label: str
+    values: Sequence[str]
+    intervals: Sequence[str] = ()
+
+    def svg(self, figures: Any) -> str:
+        found = [match for path in self.values for match in _select(figures, path)]
+        intervals = [interval for path in self.intervals for _, interval in _select(figures, path)]
+        bars = []
+        for name, (_, value), interval in zip_longest(_names([names for names, _ in found]), found, intervals):
+            number, own_interval = _number(value)
+            if number is not None:
+                bars.append(Bar(name=name, value=number, interval=interval or own_interval))
+        return bar_plot(bars, title=self.title, x_label=self.label) if bars else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lines:
+    """A line through the points that a path matches, for each parent of them and each of the paths `y` within a point.
+
+    `*` in a path matches every key or position. `x` is a path within a point. An empty `x` is the point's own key, and
+    an empty `y` is the point itself.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    points: Sequence[str]
+    y: Sequence[str]
+    x: str = ""
+    x_log: bool = False
+    y_log: bool = False
+
+    def svg(self, figures: Any) -> str:
+        lines: dict[tuple[str, ...], list[tuple[float, float, Any]]] = {}
+        for path in self.points:
+            for (*parents, key), point in _select(figures, path):
+                for y in self.y:
+                    number, interval = _number(_at(point, y))
+                    if number is not None:
+                        x = float(_at(point, self.x) if self.x else key)
+                        lines.setdefault((*parents, y), []).append((x, number, interval))
+        series = []
+        for name, found in zip(_names(list(lines)), lines.values(), strict=True):
+            found.sort(key=lambda point: point[:2])
+            intervals = [interval for _, _, interval in found if interval]
+            series.append(Series(name=name, points=[(x, y) for x, y, _ in found], intervals=intervals))
+        if not series:
+            return ""
+        return line_plot(
+            series, title=self.title, x_label=self.x_label, y_label=self.y_label, x_log=self.x_log, y_log=self.y_log
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a page shows of a benchmark's figures, above a table of all of them."""
+
+    title: str
+    text: str = ""
+    plots: Sequence[Bars | Lines] = ()
+
+
+def figures_page(title: str, parts: Mapping[str, tuple[Report, Any]]) -> str:
+    """Return an HTML document with the figures of each part, by its name."""
+    shown = {
+        name: (report, [svg for plot in report.plots if (svg := plot.svg(figures))], _flat(figures))
+        for name, (report, figures) in parts.items()
+    }
+    return render("figures.html", title=title, parts=shown)
+
+
+def _select(figures: Any, path: str) -> list[tuple[tuple[str, ...], Any]]:
+    """Return what a path matches, each with its own path."""
+    matches: list[tuple[tuple[str, ...], Any]] = [((), figures)]
+    for part in path.split("/"):
+        below: list[tuple[tuple[str, ...], Any]] = []
+        for names, node in matches:
+            items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+            below += [((*names, str(key)), value) for key, value in items if part in ("*", str(key))]
+        matches = below
+    return matches
+
+
+def _at(point: Any, path: str) -> Any:
+    return reduce(lambda node, key: node[key], path.split("/"), point) if path else point
+
+
+def _number(value: Any) -> tuple[float | None, Any]:
+    """Return a number, or the median of a metric and its interval."""
+    return (value["median"], tuple(value["interval"])) if isinstance(value, dict) else (value, None)
+
+
+def _names(paths: Sequence[Sequence[str]]) -> list[str]:
+    """Return a name for each path, without the parts that all have in common."""
+    shared = set(paths[0]).intersection(*paths) if paths else set()
+    names = (", ".join(part for part in path if part not in shared) or path[-1] for path in paths)
+    return [name.replace("_", " ") for name in names]
 
 
 def data_uri(data: bytes, media_type: str) -> str:

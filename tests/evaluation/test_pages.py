@@ -9,7 +9,21 @@ import pytest
 
 from core.errors import UserError
 from evaluation import pages
-from evaluation.pages import Bar, Series, bar_plot, body_of, data_uri, line_plot, page, section, table
+from evaluation.pages import (
+    Bar,
+    Bars,
+    Lines,
+    Report,
+    Series,
+    bar_plot,
+    body_of,
+    data_uri,
+    figures_page,
+    line_plot,
+    page,
+    section,
+    table,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 LABELS = {"title": 'A "plot"', "x_label": "load", "y_label": "ms"}
@@ -81,6 +95,54 @@ def test_a_page_needs_nothing_from_other_hosts() -> None:
 
 def test_the_body_of_a_page_can_be_embedded() -> None:
     assert body_of(page("title", "<p>body</p>")).strip() == "<p>body</p>"
+
+
+FIGURES = {
+    "systems": {"ours": {"per_s": 20.0}, "theirs": {"per_s": None}, "third": {"per_s": 5}},
+    "growth": {
+        "exact": {
+            "1000": {"median": 3.0, "interval": [2.0, 4.0], "samples": [3.0], "unit": "ms"},
+            "10": {"median": 1.0, "interval": [1.0, 1.5], "samples": [1.0], "unit": "ms"},
+        }
+    },
+    "ramp": [{"load": number, "latency": {"p50_ms": 2.0 * number}} for number in range(1, 31)],
+}
+
+
+def _texts(svg: str) -> set[str]:
+    return {(text.text or "").strip() for text in ET.fromstring(svg).iter(f"{SVG}text")}
+
+
+def test_bars_are_named_by_where_their_paths_differ() -> None:
+    texts = _texts(Bars(title="t", label="images/s", values=("systems/*/per_s",)).svg(FIGURES))
+    assert {"ours", "third", "20", "5", "images/s"} <= texts
+    assert "theirs" not in texts  # it has no value
+    assert Bars(title="t", label="x", values=("nothing/*",)).svg(FIGURES) == ""
+
+
+def test_lines_go_through_rows_and_through_metrics_by_key() -> None:
+    rows = Lines(title="t", x_label="x", y_label="y", points=("ramp/*",), x="load", y=("latency/p50_ms",))
+    assert len(_markers(ET.fromstring(rows.svg(FIGURES)), "c0")) == 30
+    growth = Lines(title="t", x_label="x", y_label="y", points=("growth/*/*",), y=("",))
+    (small, _), (large, _) = _markers(ET.fromstring(growth.svg(FIGURES)), "c0")
+    assert small < large
+
+
+def test_a_page_of_figures_has_every_part() -> None:
+    report = Report(
+        title="Speed", text="Fast <enough>.", plots=[Bars(title="t", label="x", values=("systems/*/per_s",))]
+    )
+    html = figures_page("All", {"speed": (report, FIGURES), "other": (Report(title="Other"), {"seconds": [1, 2]})})
+    assert html.count("<svg") == 1
+    for part in (
+        'id="speed"',
+        'href="#other"',
+        "<td>1, 2</td>",
+        "Fast &lt;enough&gt;.",
+        "3.0 ms (2.0 to 4.0)",
+        "30 rows",
+    ):
+        assert part in html
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
