@@ -84,7 +84,7 @@ docs: $(ALL)  ## build the documents as a site in site/; broken links fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 cli-docs: $(ALL)  ## rewrite docs/cli.md from the commands' help
-	$(BIN)/python -m core.cli_reference > docs/cli.md
+	$(BIN)/python .ci/cli_reference.py > docs/cli.md
 
 figures: $(ALL)  ## rewrite the table of figures in README.md from demo/accuracy.json and docs/figures/
 	$(BIN)/python .ci/readme_figures.py

@@ -1,4 +1,4 @@
-"""`make cli-docs`: every command's `--help` as one page. `python -m core.cli_reference > docs/cli.md`."""
+"""Print docs/cli.md: the help of every command as one page (`make cli-docs`)."""
 
 from __future__ import annotations
 
