@@ -26,7 +26,7 @@ from typing import Any, Self
 
 import httpx
 
-from benchmarks.server import ANSWERED, free_port, scrape_metrics, service_process, wait_for
+from benchmarks.generator import ANSWERED, free_port, scrape_metrics, service_process, wait_for
 from benchmarks.synthetic import hostile_bodies, photograph
 from core.errors import UserError
 

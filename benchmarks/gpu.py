@@ -27,9 +27,17 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.generator import Job, generate_together, summarise
+from benchmarks.generator import (
+    ANSWERED,
+    Job,
+    generate_together,
+    scrape_metrics,
+    service_process,
+    split_cores,
+    summarise,
+    thread_flags,
+)
 from benchmarks.measure import gpu_figures, gpu_name, percentiles_ms, sample_gpu
-from benchmarks.server import ANSWERED, scrape_metrics, service_process, split_cores, thread_flags
 from benchmarks.synthetic import Float32Array, Population, write_embeddings, write_gpu_bundle, write_photographs
 from core.cli import run
 from core.errors import UserError

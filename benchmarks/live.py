@@ -19,7 +19,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.server import service_process
+from benchmarks.generator import service_process
 from benchmarks.synthetic import photograph
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle

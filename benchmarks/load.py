@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.server import running_service, split_cores
+from benchmarks.generator import running_service, split_cores
 from core.errors import UserError
-from evaluation.pages import Series, line_plot, page, section, table
+from evaluation.pages import Lines, Report
 
 COLUMNS = (
     "planned_per_s", "offered_per_s", "answered_per_s", "in_time_per_s", "p50_ms", "p90_ms", "p99_ms",
@@ -28,6 +28,15 @@ COLUMNS = (
 )  # fmt: skip
 PARTS = ("ramp", "mixed", "spike")
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+REPORT = Report(
+    title="Load",
+    plots=(
+        Lines(
+            title="Latency against offered load", x_label="requests/s offered", y_label="ms", y_log=True,
+            points=("ramp/*", "knee"), x="offered_per_s", y=("p50_ms", "p99_ms"),
+        ),
+    ),
+)  # fmt: skip
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -88,23 +97,3 @@ def as_csv(figures: dict[str, Any]) -> str:
     for part in PARTS:
         writer.writerows((part, *(step[key] for key in COLUMNS)) for step in figures[part])
     return out.getvalue()
-
-
-def report(figures: dict[str, Any]) -> str:
-    """Return an HTML page: latency against offered load with the knee marked, and a table of every step."""
-    ramp = [step for step in figures["ramp"] if step["p50_ms"] is not None]
-    knee = figures["knee"]
-    series = [
-        Series(name=name, points=[(step["offered_per_s"], step[f"{name}_ms"]) for step in ramp])
-        for name in ("p50", "p99")
-    ]
-    series.append(Series(name="knee", points=[(knee["offered_per_s"], knee[key]) for key in ("p50_ms", "p99_ms")]))
-    plot = line_plot(
-        series, title="Latency against offered load", x_label="requests/s offered", y_label="ms", y_log=True
-    )
-    text = f"<p>Knee: {knee['offered_per_s']} requests/s, p50 {knee['p50_ms']} ms, p99 {knee['p99_ms']} ms.</p>"
-    tables = [
-        section(part.capitalize(), table(COLUMNS, [[str(step[key]) for key in COLUMNS] for step in figures[part]]))
-        for part in PARTS
-    ]
-    return page("Load", "\n".join((section("Latency against offered load", text, plot), *tables)))

@@ -16,10 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.generator import Job, Response, closed_loop, generate_together
-from benchmarks.server import running_service, scrape_metrics, split_cores, thread_flags
+from benchmarks.generator import (
+    Job,
+    Response,
+    closed_loop,
+    generate_together,
+    running_service,
+    scrape_metrics,
+    split_cores,
+    thread_flags,
+)
 from benchmarks.synthetic import encoder_bundles, write_photographs
-from evaluation.pages import Series, figures_table, line_plot, page, section
+from evaluation.pages import Lines, Report
 
 TIMES = 10
 IMAGES = 16
@@ -29,6 +37,15 @@ WARM_UP_S = 1.0
 DEADLINE_MS = 5000
 SETTLING_S = 1.0  # not counted: the service still estimates its own speed
 RECOVERY_S = 2.0
+REPORT = Report(
+    title="Overload",
+    plots=(
+        Lines(
+            title="Answers and refusals", x_label="seconds", y_label="requests/s", points=("encoders/*/timeline/*",),
+            x="second", y=("answered", "refused"),
+        ),
+    ),
+)  # fmt: skip
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -121,17 +138,3 @@ def _sample_memory_mib(url: str, seconds: float) -> list[float]:
         time.sleep(1.0)
         samples.append(round(scrape_metrics(url)["process_resident_memory_bytes"] / 1024**2, 1))
     return samples
-
-
-def report(figures: dict[str, Any]) -> str:
-    """Return an HTML page: answers and refusals in each second, and the figures of each encoder."""
-    sections = [figures_table({key: figures[key] for key in ("times", "deadline_ms")})]
-    for name, each in figures["encoders"].items():
-        series = [
-            Series(name=key, points=[(point["second"], point[key]) for point in each["timeline"]])
-            for key in ("answered", "refused")
-        ]
-        plot = line_plot(series, title=f"Overload, {name}", x_label="seconds", y_label="requests/s")
-        rest = {key: value for key, value in each.items() if key != "timeline"}
-        sections.append(section(f"Encoder: {name}", plot, figures_table(rest)))
-    return page("Overload", "".join(sections))

@@ -20,12 +20,22 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.generator import Job, closed_loop, read_job, run_workers, wait_for_start
+from benchmarks.generator import (
+    ANSWERED,
+    Job,
+    closed_loop,
+    read_job,
+    run_workers,
+    running_service,
+    scrape_metrics,
+    split_cores,
+    thread_flags,
+    wait_for_start,
+)
 from benchmarks.measure import median_interval
-from benchmarks.server import ANSWERED, running_service, scrape_metrics, split_cores, thread_flags
 from benchmarks.synthetic import encoder_bundles, write_photographs
 from core.runtime import faiss
-from evaluation.pages import Bar, bar_plot, figures_table, page, section
+from evaluation.pages import Bars, Report
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from index.calibration import CANDIDATES
@@ -39,6 +49,19 @@ ROUNDS, SMOKE_ROUNDS = 8, 1
 SECONDS, WARM_UP_S = 2.0, 0.5
 CONNECTIONS_PER_CORE = 8  # enough that the service always has a next image
 TARGETS = {"heavy_ratio": 1.05, "tiny_adds_ms": 1.0, "saturated_share": 0.95}
+REPORT = Report(
+    title="The service against its parts",
+    plots=(
+        Bars(
+            title="One request at a time, less is better", label="p50, ms",
+            values=("encoders/*/loop_p50_ms", "encoders/*/service_p50_ms"),
+        ),
+        Bars(
+            title="At saturation, more is better", label="images/s",
+            values=("encoders/*/loop_per_s", "encoders/*/service_per_s"),
+        ),
+    ),
+)  # fmt: skip
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -157,27 +180,6 @@ def main() -> None:
         "search_ms": search_ms,
     }
     sys.stdout.write(json.dumps(figures))
-
-
-def report(figures: dict[str, Any]) -> str:
-    """Return an HTML page: p50 and images per second of loop and service, by encoder."""
-    plots = [
-        bar_plot(
-            [
-                Bar(name=f"{name}, {kind}", value=each[f"{kind}_{key}"])
-                for name, each in figures["encoders"].items()
-                for kind in ("loop", "service")
-            ],
-            title=title,
-            x_label=label,
-        )
-        for key, title, label in (
-            ("p50_ms", "One request at a time, less is better", "p50, ms"),
-            ("per_s", "At saturation, more is better", "images/s"),
-        )
-    ]
-    sections = section("Loop and service", *plots) + section("Figures", figures_table(figures))
-    return page("The service against its parts", sections)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,11 @@ from typing import Any
 import httpx
 import numpy as np
 
+from benchmarks.generator import running_service
 from benchmarks.measure import Probe, nested, sample
-from benchmarks.server import running_service
 from benchmarks.synthetic import Float32Array, Population, bust_cache, photograph
 from core.runtime import faiss
-from evaluation.pages import Bar, Series, bar_plot, figures_table, line_plot, page, section
+from evaluation.pages import Bars, Lines, Report
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from service.encoder import open_encoder
@@ -46,6 +46,16 @@ K_FACTOR = 50  # the fast index ranks this many times TOP_K candidates by their 
 QUERIES = 256
 MEMORY_SHARE = 0.2
 CHUNK = 50_000
+REPORT = Report(
+    title="Stages",
+    plots=(
+        Bars(title="Time by stage", label="ms", values=("decode/*", "encode/*", "search/*", "end to end/*")),
+        Lines(
+            title="Search against the size of the catalog", x_label=f"entities of width {DIM}", y_label="ms per query",
+            points=("growth/*/*",), y=("",), x_log=True, y_log=True,
+        ),
+    ),
+)  # fmt: skip
 
 
 def measure(bundle_path: Path, *, smoke: bool, minutes: float | None = None) -> dict[str, object]:
@@ -162,34 +172,5 @@ def _growth(catalogs: Sequence[_Catalog]) -> Iterator[Probe]:
         return index.search(queries_QD[i % QUERIES][None], TOP_K)
 
     for each in catalogs:
-        yield Probe(name=f"growth/{each.size} exact", call=partial(search, each.exact, each.queries_QD))
-        yield Probe(name=f"growth/{each.size} fast", call=partial(search, each.fast, each.queries_QD))
-
-
-def report(figures: dict[str, Any]) -> str:
-    """Return an HTML page: the time of each stage, and how search grows with the catalog."""
-    bars = [
-        Bar(name=f"{group}, {name}", value=metric["median"], interval=tuple(metric["interval"]))
-        for group in ("decode", "encode", "search", "end to end")
-        for name, metric in figures[group].items()
-    ]
-    series = []
-    for kind in ("exact", "fast"):
-        metrics = {each["entities"]: figures["growth"][f"{each['entities']} {kind}"] for each in figures["catalogs"]}
-        series.append(
-            Series(
-                name=f"{kind}: {figures['catalogs'][0][kind]}",
-                points=[(size, metric["median"]) for size, metric in metrics.items()],
-                intervals=[tuple(metric["interval"]) for metric in metrics.values()],
-            )
-        )
-    growth = line_plot(
-        series, title="Search against the size of the catalog", x_label=f"entities of width {DIM}",
-        y_label="ms per query", x_log=True, y_log=True,
-    )  # fmt: skip
-    sections = (
-        section("Where the time goes", bar_plot(bars, title="Time by stage", x_label="ms")),
-        section("Growth with the catalog", growth),
-        section("Figures: medians with 95 % intervals, in ms", figures_table(figures)),
-    )
-    return page("Stages", "".join(sections))
+        yield Probe(name=f"growth/exact/{each.size}", call=partial(search, each.exact, each.queries_QD))
+        yield Probe(name=f"growth/fast/{each.size}", call=partial(search, each.fast, each.queries_QD))

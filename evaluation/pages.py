@@ -137,8 +137,8 @@ class Bars:
 class Lines:
     """A line through the points that a path matches, for each parent of them and each of the paths `y` within a point.
 
-    `*` in a path matches every key or position. `x` is a path within a point. An empty `x` is the point's own key, and
-    an empty `y` is the point itself.
+    `*` in a path matches every key or position. A path that does not end with it matches one point. `x` is a path
+    within a point. An empty `x` is the point's own key, and an empty `y` is the point itself.
     """
 
     title: str
@@ -153,7 +153,8 @@ class Lines:
     def svg(self, figures: Any) -> str:
         lines: dict[tuple[str, ...], list[tuple[float, float, Any]]] = {}
         for path in self.points:
-            for (*parents, key), point in _select(figures, path):
+            for names, point in _select(figures, path):
+                *parents, key = names if path.endswith("*") else (*names, "")
                 for y in self.y:
                     number, interval = _number(_at(point, y))
                     if number is not None:

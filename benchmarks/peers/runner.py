@@ -24,10 +24,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.generator import Job, closed_loop, encode_image
-from benchmarks.server import free_port, running_service, split_cores, thread_flags
+from benchmarks.generator import Job, closed_loop, encode_image, free_port, running_service, split_cores, thread_flags
 from benchmarks.synthetic import write_photographs
-from evaluation.pages import Bar, bar_plot, figures_table, page, section
+from evaluation.pages import Bars, Report
 from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8
@@ -41,6 +40,13 @@ ENVIRONMENTS = ROOT / "build" / "peers"
 VERSIONS = {"litserve": "0.2.19", "mosec": "0.9.8", "bentoml": "1.4.40"}
 SHARED = ("numpy", "pillow", "onnxruntime", "faiss-cpu")  # in the versions installed here
 EXTRA = {"litserve": ("python-multipart",)}  # an undeclared dependency
+REPORT = Report(
+    title="Other servers",
+    plots=(
+        Bars(title="Throughput, more is better", label="images/s", values=("systems/*/per_s",)),
+        Bars(title="p99, less is better", label="ms", values=("systems/*/p99_ms",)),
+    ),
+)
 
 
 class PeerUnavailable(Exception):
@@ -246,23 +252,3 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         with suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
             process.wait(timeout=STOP_TIMEOUT_S)
-
-
-def report(figures: dict[str, Any]) -> str:
-    """Return an HTML page: throughput and p99 of each server, the ratios, and the peers left out."""
-    systems = {
-        name: {key: value for key, value in each.items() if key != "rounds"}
-        for name, each in figures["systems"].items()
-    }
-    plots = [
-        bar_plot(
-            [Bar(name=name, value=each[key]) for name, each in systems.items() if each[key] is not None],
-            title=title,
-            x_label=label,
-        )
-        for key, title, label in (
-            ("per_s", "Images per second, more is better", "images/s"),
-            ("p99_ms", "p99, less is better", "ms"),
-        )
-    ]
-    return page("Other servers", section("Servers", *plots) + figures_table({**figures, "systems": systems}))

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import generator
-from benchmarks.generator import Job, Response, Run, closed_loop, generate, summarise
-from benchmarks.server import running_service, split_cores
+from benchmarks.generator import Job, Response, Run, closed_loop, generate, running_service, split_cores, summarise
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ import faiss
 import onnxruntime
 import pytest
 
+from benchmarks.generator import split_cores
 from benchmarks.gpu import Snapshot, busy, divide_cores, gpu_ms_per_image, limited_by
 from benchmarks.measure import gpu_figures
-from benchmarks.server import split_cores
 
 GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
 

@@ -12,10 +12,8 @@ import pytest
 
 from benchmarks.cli import BENCHMARKS
 from benchmarks.measure import results_folder
-from benchmarks.stages import report as stages_report
 from benchmarks.suite import run_all
 from core.runtime import describe_run
-from evaluation.pages import body_of, page
 
 MINUTES = 5.0  # far more than needed, also on a busy machine
 
@@ -41,12 +39,12 @@ def test_new_and_earlier_results_make_one_report(small_bundle: Path, tmp_path: P
     assert left_out["load"] == left_out["index"] == "not run within the time given"
     assert left_out["train"].endswith("figures are of an earlier run of this commit")
     growth = outcome["figures"]["stages"]["growth"]
-    assert {len(metric["samples"]) for metric in growth.values()} == {2}
+    assert {len(metric["samples"]) for kind in growth.values() for metric in kind.values()} == {2}
     assert all(each["fast_recall_at_10"] > 0.95 for each in outcome["figures"]["stages"]["catalogs"])
     html = path.with_suffix(".html").read_text()
     assert re.findall(r"(?:src|href)=[\"'](?!data:|#)", html) == []
     assert all(f'id="{name}"' in html for name in outcome["figures"])
-    assert body_of(stages_report(outcome["figures"]["stages"])) in html
+    assert html.count("<svg") == 2
     assert "12.5" in html
     # A second run keeps the first, for comparison.
     _, again = run_all({}, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
@@ -74,7 +72,3 @@ def test_a_benchmark_past_its_time_is_interrupted(small_bundle: Path, tmp_path: 
     _, outcome = run_all(some("service"), small_bundle, tmp_path, smoke=True, minutes=MINUTES)
     assert outcome["figures"] == {}
     assert "stopped after" in outcome["settings"]["left_out"]["service"]
-
-
-def test_the_body_of_a_page_is_returned_as_it_was() -> None:
-    assert body_of(page("Title", "<p>one</p>\n<p>two</p>")) == "<p>one</p>\n<p>two</p>"

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from benchmarks.server import running_service
+from benchmarks.generator import running_service
 from imaging import normalise
 from model.encoders import open_image_encoder
 

@@ -10,7 +10,7 @@ import time
 import httpx
 import pytest
 
-from benchmarks.server import free_port, wait_until_ready
+from benchmarks.generator import free_port, wait_until_ready
 from index.transfer import push
 from tests.conftest import write_small_bundle
 

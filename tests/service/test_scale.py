@@ -20,7 +20,7 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.server import free_port, wait_until_ready
+from benchmarks.generator import free_port, wait_until_ready
 from benchmarks.synthetic import photograph
 from wikiclip import Client, RecognizeOptions
 
