@@ -30,7 +30,7 @@ from benchmarks.measure import Probe, gpu_figures, ratio_interval, sample, sampl
 from benchmarks.sizing import WIKI6M_ENTITIES
 from benchmarks.synthetic import photograph
 from catalog import EntityRecord, read_catalog
-from catalog.images import LocalImages
+from catalog.images import ImageReader
 from demo.build import BUILD
 from evaluation.pages import Bars, Report
 from export.calibrate import read_queries, row_of
@@ -297,7 +297,7 @@ def _int8_symbols(bundle_path: Path, root: Path, *, queries: int | None) -> dict
     for row, record in enumerate(read_catalog(catalog)):
         assert isinstance(record, EntityRecord), "the demo's own catalog has no bad record"
         reservoir.add((row, tuple(record.images)))
-    calibration = [pixels for _, pixels in catalog_images(LocalImages(), preprocessing, reservoir.items)]
+    calibration = [pixels for _, pixels in catalog_images(ImageReader(), preprocessing, reservoir.items)]
     quantised = root / "symbols.int8.onnx"
     quantise(bundle.image_encoder_path, quantised, np.stack(calibration), preprocessing)
     with bundle.store() as store:

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from catalog.cirrus import LeftOut, file_url, parse_page, read_documents, read_page_images, site_of, wiki_of
 from catalog.compressed import START, OnBytes, Position, read_lines
-from catalog.formats import catalog_writer, check_catalog_name, read_catalog
-from catalog.joins import JoinedPage, Joins
+from catalog.formats import read_catalog, write_catalog
+from catalog.joins import JoinedPage, Joins, open_joins
 from catalog.records import BadRecord, EntityRecord, to_native
 from catalog.wikidata import may_be_class, number_of, parse_item
 from core.errors import CatalogError, UserError
@@ -29,7 +29,7 @@ from core.jsonl import RejectLog
 
 COMMONS = "https://commons.wikimedia.org"
 NO_ENTITIES = (4167410, 13406463, 4167836, 11266439)  # disambiguation pages, lists, categories, templates
-_COMMIT_EVERY_LINES = 2_000
+_COMMIT_EVERY = 2_000
 _CONTENT_FILES = ("*.json", "*.json.gz", "*.json.bz2")
 
 Item = TypeVar("Item")
@@ -86,7 +86,7 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
     settings = _settings(config, content)
     if config.out.exists() and not work.exists():
         return _finished(config.out, report_path, settings)
-    with report_disk_full(config.out), Joins(work, settings) as joins:
+    with report_disk_full(config.out), open_joins(work, settings) as joins:
         if config.base is not None:
             _read_base(joins, config.base)
         for path in content:
@@ -98,7 +98,6 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
         report = _write(joins, config, {path.name for path in content})
         report = replace(report, elapsed_s=round(time.perf_counter() - started, 3))
         atomic_write_bytes(report_path, json.dumps({**asdict(report), "settings": settings}, indent=2).encode())
-        joins.remove()
     return report
 
 
@@ -111,7 +110,8 @@ def _finished(out: Path, report_path: Path, settings: Mapping[str, Any]) -> Cata
 
 
 def _check(config: CatalogConfig, work: Path) -> None:
-    check_catalog_name(config.out)
+    if not config.out.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise UserError(f"--out {config.out} must end in .jsonl, .jsonl.gz or .parquet")
     if not config.resume and work.exists():
         raise UserError(f"--out {config.out} is unfinished; finish it with --resume, or remove {work}")
     if not config.resume and config.out.exists():
@@ -185,21 +185,20 @@ def _resumable(
 ) -> Iterator[tuple[Item, int]]:
     """Yield each item of a dump with its line number, from where an earlier run stopped.
 
-    An item counts as read when the next one is requested. Progress is committed every 2,000 lines and at the end.
+    An item counts as read when the next one is requested. Progress is committed every 2,000 items and at the end.
     """
     source = f"{stage} {path.name}"
     start, done = joins.progress(source)
     if done:
         return
-    position, committed_line, size = start, start.line, path.stat().st_size
+    position, size = start, path.stat().st_size
     with tqdm(
         desc=source, unit="B", unit_scale=True, total=size, initial=start.offset, disable=not config.progress
     ) as bar:
-        for item, position in read(path, start, bar.update):
+        for count, (item, position) in enumerate(read(path, start, bar.update), 1):
             yield item, position.line
-            if position.line - committed_line >= _COMMIT_EVERY_LINES:
+            if count % _COMMIT_EVERY == 0:
                 joins.set_progress(source, position)
-                committed_line = position.line
     joins.set_progress(source, position, done=True)
 
 
@@ -251,12 +250,10 @@ def _write(joins: Joins, config: CatalogConfig, content_names: Collection[str]) 
     joins.create_class_table("wanted_types", config.types)
     joins.create_class_table("unwanted_types", config.without_types)
     counts: Counter[str] = Counter()
-    with (
-        catalog_writer(config.out) as write,
-        tqdm(desc="writing", unit="entity", total=joins.count("pages"), disable=not config.progress) as bar,
-    ):
-        for joined in joins.joined():
-            bar.update()
+
+    def records() -> Iterator[EntityRecord]:
+        total = joins.count("pages")
+        for joined in tqdm(joins.joined(), desc="writing", unit="entity", total=total, disable=not config.progress):
             if joins.has_type_in("unwanted_types", joined.page.item):
                 left_out["of an excluded type"] += 1
                 continue
@@ -271,12 +268,12 @@ def _write(joins: Joins, config: CatalogConfig, content_names: Collection[str]) 
                 counts["added"] += 1
             else:
                 counts["unchanged" if _digest(to_native(record)) == joined.base_digest else "changed"] += 1
-            write(record)
+            yield record
         if counts["entities"] == 0:
-            reasons = [f"{count} {reason}" for reason, count in left_out.items()]
-            raise CatalogError(
-                f"no document became an entity: {', '.join([*reasons, f'{log.count} rejected'])}; loosen the filters"
-            )
+            reasons = ", ".join(f"{count} {reason}" for reason, count in [*left_out.items(), ("rejected", log.count)])
+            raise CatalogError(f"no document became an entity: {reasons}; loosen the filters")
+
+    write_catalog(config.out, records())
     against_base = None
     if config.base is not None:
         against_base = {name: counts[name] for name in ("unchanged", "changed", "added")}
@@ -296,11 +293,18 @@ def _write(joins: Joins, config: CatalogConfig, content_names: Collection[str]) 
 
 def _record(joined: JoinedPage, config: CatalogConfig) -> EntityRecord:
     page = joined.page
+    page_image = joined.free_image or (None if config.free_images else joined.other_image)
+    item_image = joined.item_image
+    images = []
+    if page_image is not None:
+        images.append(file_url(site_of(page.wiki), page_image, config.image_width_px))
+    if item_image is not None and item_image.replace(" ", "_") != (page_image or "").replace(" ", "_"):
+        images.append(file_url(COMMONS, item_image, config.image_width_px))
     record = EntityRecord(
         entity_id=f"Q{page.item}",
         title=page.title,
         text=page.text,
-        images=_images(joined, config),
+        images=tuple(images),
         url=page.url,
         types=joined.types,
         titles={language: joined.labels[language] for language in config.titles if language in joined.labels},
@@ -309,20 +313,9 @@ def _record(joined: JoinedPage, config: CatalogConfig) -> EntityRecord:
     base = joined.base
     if base is None:
         return record
-    record = replace(record, symbol=base.get("symbol"))
+    record = replace(record, symbol=base["symbol"])
     if not config.page_props:
         record = replace(record, images=tuple(base["images"]))
     if config.wikidata is None:
         record = replace(record, types=tuple(base["types"]), titles=base["titles"], description=base["description"])
     return record
-
-
-def _images(joined: JoinedPage, config: CatalogConfig) -> tuple[str, ...]:
-    page_image = joined.free_image or (None if config.free_images else joined.other_image)
-    item_image = joined.item_image
-    urls = []
-    if page_image is not None:
-        urls.append(file_url(site_of(joined.page.wiki), page_image, config.image_width_px))
-    if item_image is not None and item_image.replace(" ", "_") != (page_image or "").replace(" ", "_"):
-        urls.append(file_url(COMMONS, item_image, config.image_width_px))
-    return tuple(urls)

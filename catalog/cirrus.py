@@ -12,19 +12,17 @@ https://www.mediawiki.org/wiki/Manual:Page_props_table
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
-import orjson
-
 from catalog.compressed import OnBytes, Position, read_lines
-from catalog.records import BadRecord, optional_string
+from catalog.records import BadRecord, optional_string, parse_object
 from core.errors import CatalogError
 
 _ITEM = re.compile(r"Q([1-9]\d{0,17})")
+_ACTION = re.compile(rb'\{"index":.*"_id":\s*"?(\d+)')
 _WIKIPEDIA = re.compile(r"([a-z][a-z0-9_]*)wiki")
 _OTHER_PROJECTS = {"commons", "mediawiki", "meta", "outreach", "sources", "species", "wikidata", "wikifunctions"}
 # Quotes within a string are escaped, so this cannot match inside a string.
@@ -60,8 +58,9 @@ def read_documents(
     """
     page_id: int | None = None
     for line, position in read_lines(path, start, on_bytes):
-        if line.startswith(b'{"index"'):
-            page_id = _page_id(line)
+        if line.startswith(b'{"index":'):
+            action = _ACTION.match(line)
+            page_id = None if action is None else int(action[1])
         elif line.strip():
             yield (page_id, line), position
             page_id = None
@@ -72,12 +71,7 @@ def parse_page(line: bytes, page_id: int | None, *, language: str | None, min_li
 
     Raises `LeftOut` if it is not in `language` (None: any) or has fewer than `min_links` incoming links.
     """
-    try:
-        document = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise BadRecord(f"not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadRecord(f"expected a JSON object, got {type(document).__name__}")
+    document = parse_object(line)
     if document.get("namespace") != 0:
         raise LeftOut("not in the article namespace")
     if language is not None and document.get("language") != language:
@@ -97,13 +91,16 @@ def parse_page(line: bytes, page_id: int | None, *, language: str | None, min_li
     title, wiki = optional_string(document, "title"), optional_string(document, "wiki")
     if not title or not wiki:
         raise BadRecord("`title` or `wiki` is missing")
+    opening, text = (optional_string(document, key) or "" for key in ("opening_text", "text"))
+    if not text.startswith(opening):
+        text = f"{opening}\n{text}"  # a hatnote or caption precedes the opening
     return Page(
         item=int(item[1]),
         wiki=wiki,
         page_id=page_id,
         title=title,
         url=f"{site_of(wiki)}/wiki/{quote(title.replace(' ', '_'), safe='/:(),!;@$*~')}",
-        text=_article_text(document)[:max_text],
+        text=text[:max_text],
     )
 
 
@@ -113,19 +110,6 @@ def site_of(wiki: str) -> str:
     if code is None or code[1] in _OTHER_PROJECTS:
         raise BadRecord(f"{wiki} is not a Wikipedia")
     return f"https://{code[1].replace('_', '-')}.wikipedia.org"
-
-
-def _article_text(document: Mapping[str, Any]) -> str:
-    opening, text = (optional_string(document, key) or "" for key in ("opening_text", "text"))
-    # `text` starts with the opening unless a hatnote or caption precedes it.
-    return text if not opening or text.startswith(opening) else f"{opening}\n{text}"
-
-
-def _page_id(line: bytes) -> int | None:
-    try:
-        return int(orjson.loads(line)["index"]["_id"])
-    except (orjson.JSONDecodeError, KeyError, TypeError, ValueError):
-        return None  # the document is rejected for its missing page id, unless it has one itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +127,7 @@ def read_page_images(path: Path, start: Position, on_bytes: OnBytes) -> Iterator
         images = [
             PageImage(page_id=int(page_id), file=name, free=prop == b"page_image_free")
             for page_id, prop, value in _PAGE_IMAGE.findall(line)
-            if (name := _unescaped(value).decode("utf-8", "replace"))
+            if (name := _ESCAPED.sub(lambda match: _SPECIAL.get(match[1], match[1]), value).decode("utf-8", "replace"))
         ]
         yield images, position
 
@@ -167,7 +151,3 @@ def file_url(site: str, file: str, width_px: int) -> str:
     """Return the URL that redirects to a file of a wiki or of Commons, `width_px` wide (0: the original)."""
     width = f"?width={width_px}" if width_px else ""
     return f"{site}/wiki/Special:FilePath/{quote(file.replace(' ', '_'), safe='')}{width}"
-
-
-def _unescaped(value: bytes) -> bytes:
-    return _ESCAPED.sub(lambda match: _SPECIAL.get(match[1], match[1]), value)

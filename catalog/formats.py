@@ -6,14 +6,15 @@ import gzip
 import json
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from catalog.records import BadRecord, EntityRecord, from_encyclopedic_vqa, from_native, from_oven, to_native
-from core.errors import CatalogError, UserError
+from core.errors import CatalogError
 from core.files import atomic_write
 from core.jsonl import Rejected, read_jsonl
 
@@ -81,11 +82,8 @@ def count_hint(path: Path) -> int | None:
         return int(pyarrow.parquet.read_metadata(path).num_rows)
     if _URL_KEYED_OBJECT.match(head):
         return None
-    try:
-        with _open(path) as file:
-            return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
-    except (OSError, EOFError) as error:
-        raise CatalogError(f"{path} cannot be read to its end: {error}") from error
+    with _open(path) as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
 
 
 def _rows(path: Path, image_root: Path | None) -> Iterator[tuple[int, Any, Callable[[Any], EntityRecord]] | Rejected]:
@@ -109,97 +107,65 @@ def _rows(path: Path, image_root: Path | None) -> Iterator[tuple[int, Any, Calla
 
 
 def _head(path: Path) -> bytes:
+    with _open(path) as file:
+        return file.read(4096)
+
+
+@contextmanager
+def _open(path: Path, format_error: type[Exception] = EOFError) -> Iterator[BinaryIO]:
+    """Open a file, decompressed if its name ends in .gz. Raises `CatalogError` for any error while it is read."""
     try:
-        with _open(path) as file:
-            return file.read(4096)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            yield cast(BinaryIO, file)
     except FileNotFoundError:
         raise CatalogError(f"{path} does not exist; check the path") from None
-    except (OSError, EOFError) as error:
-        raise CatalogError(f"{path} cannot be read: {error}") from error
-
-
-def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
+    except (OSError, EOFError, format_error) as error:
+        raise CatalogError(f"{path} cannot be read to its end: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise CatalogError(f"{path} cannot be read as Parquet: {error}") from error
+    with _open(path, pyarrow.ArrowException) as file, pyarrow.parquet.ParquetFile(file) as rows:
+        for batch in rows.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+            yield from batch.to_pylist()
 
 
 def _url_keyed_entries(path: Path) -> Iterator[tuple[str, Any]]:
     import ijson
 
-    try:
-        with _open(path) as file:
-            yield from ijson.kvitems(file, "", use_float=True)
-    except (ijson.JSONError, OSError, EOFError) as error:
-        raise CatalogError(f"{path} cannot be read to its end as JSON: {error}") from error
+    with _open(path, ijson.JSONError) as file:
+        yield from ijson.kvitems(file, "", use_float=True)
 
 
-def check_catalog_name(path: Path) -> None:
-    """Raise `UserError` unless the file name ends in a format that `catalog_writer` writes."""
-    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise UserError(f"--out {path} must end in .jsonl, .jsonl.gz or .parquet")
+def write_catalog(path: Path, records: Iterable[EntityRecord]) -> None:
+    """Write records in the format of the file's name. The same records give the same bytes.
 
-
-@contextmanager
-def catalog_writer(path: Path) -> Iterator[Callable[[EntityRecord], object]]:
-    """Yield a function that writes a record, in the format of the file's name.
-
-    The file appears complete at the end. The same records give the same bytes. Raises `UserError` for another name.
+    The file appears complete at the end.
     """
-    check_catalog_name(path)
     with atomic_write(path) as temporary:
-        if path.name.endswith(".parquet"):
-            with _parquet_writer(temporary) as write:
-                yield write
-        elif path.name.endswith(".gz"):
-            with (
-                temporary.open("wb") as file,
-                gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as compressed,
-            ):
-                yield lambda record: compressed.write(_line(record))
-        else:
-            with temporary.open("wb") as file:
-                yield lambda record: file.write(_line(record))
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, records)
+            return
+        lines = (json.dumps(to_native(record), ensure_ascii=False).encode() + b"\n" for record in records)
+        with temporary.open("wb") as file:
+            if path.suffix == ".gz":
+                with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as compressed:
+                    compressed.writelines(lines)
+            else:
+                file.writelines(lines)
 
 
-def _line(record: EntityRecord) -> bytes:
-    return json.dumps(to_native(record), ensure_ascii=False).encode() + b"\n"
-
-
-@contextmanager
-def _parquet_writer(path: Path) -> Iterator[Callable[[EntityRecord], object]]:
+def _write_parquet(path: Path, records: Iterable[EntityRecord]) -> None:
     import pyarrow
     import pyarrow.parquet
 
     text = pyarrow.string()
-    other_types = {
-        "images": pyarrow.list_(text), "types": pyarrow.list_(text), "titles": pyarrow.map_(text, text)
-    }  # fmt: skip
+    other_types = {"images": pyarrow.list_(text), "types": pyarrow.list_(text), "titles": pyarrow.map_(text, text)}
     columns = ("entity_id", "title", "text", "images", "url", "types", "titles", "symbol", "description")
     schema = pyarrow.schema({name: other_types.get(name, text) for name in columns})
-    rows: list[dict[str, Any]] = []
+    rows = ({**row, "titles": list(row["titles"].items())} for row in map(to_native, records))
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
-
-        def flush() -> None:
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema))
-            rows.clear()
-
-        def write(record: EntityRecord) -> None:
-            row = to_native(record)
-            rows.append({**row, "titles": list(row["titles"].items())})
-            if len(rows) == _PARQUET_BATCH_ROWS:
-                flush()
-
-        yield write
-        if rows:
-            flush()
+        while batch := list(islice(rows, _PARQUET_BATCH_ROWS)):
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from catalog.records import is_url
 from core.errors import CatalogError, UserError
@@ -44,67 +44,56 @@ class UnusableImage(Exception):
     """An image of a record that cannot be read. The message says why."""
 
 
-class ImageReader(Protocol):
-    """A source of image bytes. It is pickled and sent to worker processes."""
-
-    def read(self, image: str) -> bytes:
-        """Return the bytes of one of `EntityRecord.images`.
-
-        Raises `UnusableImage`, or `CatalogError` if no image can be read any more.
-        """
-
-
 @dataclass(frozen=True)
-class LocalImages:
-    """Images in local files."""
+class ImageReader:
+    """Reads images of records: local files, and images by URL from the tar shards in `folder`."""
 
-    def read(self, image: str) -> bytes:
-        """Return the bytes of a file. Raises `UnusableImage`, or `CatalogError` if the disk fails."""
-        if is_url(image):
-            raise UnusableImage("images by URL are not fetched; see `wikiclip fetch-images`")
-        try:
-            # O_NONBLOCK keeps a named pipe from blocking. The check for a regular file excludes endless devices.
-            with open(os.open(image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                    raise UnusableImage("cannot be read: not a file")
-                return file.read()
-        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-            reason = getattr(error, "strerror", None) or error
-            if isinstance(error, OSError) and error.errno in _MACHINE_ERRORS:
-                raise CatalogError(f"image {image} cannot be read: {reason}; repair that, then --resume") from error
-            raise UnusableImage(f"cannot be read: {reason}") from error
-
-
-@dataclass(frozen=True)
-class TarImages:
-    """Images by URL in a folder of tar shards. Other images are read as local files."""
-
-    folder: Path
+    folder: Path | None = None
 
     def __post_init__(self) -> None:
-        if not (self.folder / INDEX_FILE).is_file():
+        if self.folder is not None and not (self.folder / INDEX_FILE).is_file():
             raise CatalogError(f"{self.folder} has no {INDEX_FILE}; give the folder that `wikiclip fetch-images` wrote")
 
     def read(self, image: str) -> bytes:
-        """Return an image's bytes. Raises `UnusableImage` if not fetched, `CatalogError` if the shard is lost."""
+        """Return an image's bytes. Raises `UnusableImage`, or `CatalogError` if the disk fails or a shard is lost."""
         if not is_url(image):
-            return LocalImages().read(image)
-        # A connection per call, because this is called from several threads and from forked processes.
-        with closing(sqlite3.connect(f"{(self.folder / INDEX_FILE).resolve().as_uri()}?mode=ro", uri=True)) as db:
-            place = db.execute('SELECT shard, "offset", size FROM images WHERE url = ?', (image,)).fetchone()
-            failed = db.execute("SELECT reason FROM failed WHERE url = ?", (image,)).fetchone()
-        if place is None:
-            raise UnusableImage(f"was not fetched: {failed[0]}" if failed else "was not fetched; run fetch-images")
-        shard, offset, size = place
-        path = shard_path(self.folder, shard)
-        try:
-            with path.open("rb") as file:
-                data = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            raise CatalogError(f"{path} cannot be read: {error.strerror}; fetch the images again") from error
-        if len(data) != size:
-            raise CatalogError(f"{path} is cut short; remove {self.folder} and fetch the images again")
-        return data
+            return _read_file(image)
+        if self.folder is None:
+            raise UnusableImage("images by URL are not fetched; see `wikiclip fetch-images`")
+        return _read_from_shard(self.folder, image)
+
+
+def _read_file(image: str) -> bytes:
+    try:
+        # O_NONBLOCK keeps a named pipe from blocking. The check for a regular file excludes endless devices.
+        with open(os.open(image, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnusableImage("cannot be read: not a file")
+            return file.read()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        if getattr(error, "errno", None) in _MACHINE_ERRORS:
+            raise CatalogError(f"image {image} cannot be read: {reason}; repair that, then --resume") from error
+        raise UnusableImage(f"cannot be read: {reason}") from error
+
+
+def _read_from_shard(folder: Path, url: str) -> bytes:
+    # A connection per call, because this is called from several threads and from forked processes.
+    with closing(sqlite3.connect(f"{(folder / INDEX_FILE).resolve().as_uri()}?mode=ro", uri=True)) as db:
+        place = db.execute('SELECT shard, "offset", size FROM images WHERE url = ?', (url,)).fetchone()
+        failed = db.execute("SELECT reason FROM failed WHERE url = ?", (url,)).fetchone()
+    if place is None:
+        raise UnusableImage(f"was not fetched: {failed[0]}" if failed else "was not fetched; run fetch-images")
+    shard, offset, size = place
+    path = shard_path(folder, shard)
+    try:
+        with path.open("rb") as file:
+            data = os.pread(file.fileno(), size, offset)
+    except OSError as error:
+        raise CatalogError(f"{path} cannot be read: {error.strerror}; fetch the images again") from error
+    if len(data) != size:
+        raise CatalogError(f"{path} is cut short; remove {folder} and fetch the images again")
+    return data
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -10,6 +10,7 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ CREATE TABLE class_labels (item INTEGER PRIMARY KEY, label TEXT);
 CREATE TABLE superclasses (class INTEGER, superclass INTEGER, PRIMARY KEY (superclass, class)) WITHOUT ROWID;
 CREATE TABLE base (position INTEGER PRIMARY KEY, entity_id TEXT UNIQUE, digest BLOB, record BLOB);
 """
+_LOCK = """
+PRAGMA locking_mode = EXCLUSIVE;
+PRAGMA journal_mode = WAL;
+PRAGMA synchronous = NORMAL;
+PRAGMA cache_size = -65536; -- KiB; items are accessed in random order
+BEGIN IMMEDIATE;
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,57 +61,35 @@ class JoinedPage:
     base_digest: bytes | None
 
 
-class Joins:
-    """The work file at `path`, created if missing and locked by this process.
+@contextmanager
+def open_joins(path: Path, settings: Mapping[str, Any]) -> Iterator[Joins]:
+    """Open and lock the work file, which is created if missing and deleted after success.
 
     Raises `UserError` if another process has the lock, or if the file was begun with other `settings`.
     """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._path = path
-        self._db = sqlite3.connect(path, timeout=0, isolation_level=None)  # transactions are explicit
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:  # transactions are explicit
         try:
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._db.execute("PRAGMA cache_size = -65536")  # KiB; items are accessed in random order
-            self._db.execute("BEGIN IMMEDIATE")
+            db.executescript(_LOCK)
         except sqlite3.OperationalError:
-            self._db.close()
             raise UserError(f"another process is working on {path}; wait for it to end") from None
-        try:
-            self._check(json.dumps(settings, sort_keys=True))
-        except BaseException:
-            self._db.close()
-            raise
-
-    def _check(self, settings: str) -> None:
-        if not self._db.execute("SELECT 1 FROM sqlite_master").fetchone():
+        if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
             for statement in _SCHEMA.split(";"):
-                self._db.execute(statement)
-            self._db.execute("INSERT INTO settings VALUES (?)", (settings,))
-            self._commit()
-        begun = json.loads(self._db.execute("SELECT value FROM settings").fetchone()[0])
-        if differing := [name for name, value in json.loads(settings).items() if begun.get(name) != value]:
+                db.execute(statement)
+            db.execute("INSERT INTO settings VALUES (?)", (json.dumps(settings),))
+        begun = json.loads(db.execute("SELECT value FROM settings").fetchone()[0])
+        if differing := [name for name, value in settings.items() if begun.get(name) != value]:
             raise UserError(
-                f"{self._path} was begun with another {', '.join(differing)}; resume with the same, or remove that file"
+                f"{path} was begun with another {', '.join(differing)}; resume with the same, or remove that file"
             )
+        yield Joins(db)
+    path.unlink()
 
-    def __enter__(self) -> Joins:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._db.close()  # a resumed build reads again what is not committed
+class Joins:
+    """The rows of the dumps. A resumed build reads again what is not committed."""
 
-    def _commit(self) -> None:
-        self._db.execute("COMMIT")
-        self._db.execute("BEGIN IMMEDIATE")
-
-    def remove(self) -> None:
-        """Close and delete the work file."""
-        self._db.close()
-        for suffix in ("-wal", "-shm", ""):
-            self._path.with_name(self._path.name + suffix).unlink(missing_ok=True)
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db = db
 
     def progress(self, source: str) -> tuple[Position, bool]:
         """Return the position reached in a source, and whether it was read to its end."""
@@ -117,7 +103,8 @@ class Joins:
         """Record the position reached in a source, and commit."""
         row = (source, position.offset, position.skip, position.line, done)
         self._db.execute("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?)", row)
-        self._commit()
+        self._db.execute("COMMIT")
+        self._db.execute("BEGIN IMMEDIATE")
 
     def leave_out(self, reason: str) -> None:
         """Count a document that was left out."""
@@ -199,36 +186,37 @@ class Joins:
 
     def joined(self) -> Iterator[JoinedPage]:
         """Yield every page: those of the base in its order, then the others in the order of the dumps."""
-        select = "SELECT pages.item, wiki, page_id, title, url, text, digest, record FROM "
-        queries = (
-            "base CROSS JOIN pages ON pages.item = CAST(substr(entity_id, 2) AS INTEGER) AND entity_id = 'Q' || item "
-            "ORDER BY base.position",
-            "pages LEFT JOIN base ON entity_id = 'Q' || item WHERE entity_id IS NULL ORDER BY pages.position",
+        yield from self._join(
+            "base CROSS JOIN pages ON pages.item = CAST(substr(entity_id, 2) AS INTEGER) AND entity_id = 'Q' || "
+            "pages.item {} ORDER BY base.position"
         )
-        for query in queries:
-            for item, wiki, page_id, title, url, text, digest, record in self._db.execute(select + query):
-                page = Page(
-                    item=item, wiki=wiki, page_id=page_id, title=title, url=url, text=zlib.decompress(text).decode()
-                )
-                yield self._join(page, None if record is None else json.loads(zlib.decompress(record)), digest)
+        yield from self._join(
+            "pages LEFT JOIN base ON entity_id = 'Q' || pages.item {} WHERE entity_id IS NULL ORDER BY pages.position"
+        )
 
-    def _join(self, page: Page, base: Mapping[str, Any] | None, base_digest: bytes | None) -> JoinedPage:
-        images = dict(self._db.execute("SELECT free, file FROM page_images WHERE item = ?", (page.item,)).fetchall())
-        item = self._db.execute("SELECT image, labels, description FROM items WHERE item = ?", (page.item,)).fetchone()
-        item_image, labels, description = item or (None, "{}", None)
-        types = self._db.execute(
-            "SELECT COALESCE(label, 'Q' || type) FROM types LEFT JOIN class_labels ON class_labels.item = type "
-            "WHERE types.item = ? ORDER BY place",
-            (page.item,),
-        ).fetchall()
-        return JoinedPage(
-            page=page,
-            free_image=images.get(1),
-            other_image=images.get(0),
-            item_image=item_image,
-            labels=json.loads(labels),
-            description=description,
-            types=tuple(dict.fromkeys(label for (label,) in types)),
-            base=base,
-            base_digest=base_digest,
+    def _join(self, pages: str) -> Iterator[JoinedPage]:
+        query = "SELECT pages.*, digest, record, items.*, free.file, other.file FROM " + pages.format(
+            "LEFT JOIN items ON items.item = pages.item "
+            "LEFT JOIN page_images AS free ON free.item = pages.item AND free.free = 1 "
+            "LEFT JOIN page_images AS other ON other.item = pages.item AND other.free = 0"
         )
+        for row in self._db.execute(query):
+            _, item, wiki, page_id, title, url, text, digest, record, _, image, labels, description, free, other = row
+            types = self._db.execute(
+                "SELECT COALESCE(label, 'Q' || type) FROM types LEFT JOIN class_labels ON class_labels.item = type "
+                "WHERE types.item = ? ORDER BY place",
+                (item,),
+            )
+            yield JoinedPage(
+                page=Page(
+                    item=item, wiki=wiki, page_id=page_id, title=title, url=url, text=zlib.decompress(text).decode()
+                ),
+                free_image=free,
+                other_image=other,
+                item_image=image,
+                labels=json.loads(labels or "{}"),
+                description=description,
+                types=tuple(dict.fromkeys(label for (label,) in types)),
+                base=None if record is None else json.loads(zlib.decompress(record)),
+                base_digest=digest,
+            )

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -39,6 +41,17 @@ class BadRecord(Exception):
 def is_url(image: str) -> bool:
     """Return whether an image is a URL rather than a path."""
     return _URL.match(image) is not None
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Parse a line of a dump. Raises `BadRecord` unless it is a JSON object."""
+    try:
+        value = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        raise BadRecord(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise BadRecord(f"expected a JSON object, got {type(value).__name__}")
+    return value
 
 
 def from_native(row: Mapping[str, Any], folder: Path) -> EntityRecord:

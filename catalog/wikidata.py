@@ -10,9 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
-from catalog.records import BadRecord
+from catalog.records import BadRecord, parse_object
 
 INSTANCE_OF, SUBCLASS_OF, IMAGE = "P31", "P279", "P18"
 ALL_LANGUAGES = "mul"  # the fallback for languages without a label
@@ -51,10 +49,7 @@ def parse_item(line: bytes, languages: Sequence[str]) -> Item | None:
     text = line.strip().rstrip(b",")
     if text in (b"", b"[", b"]"):
         return None
-    try:
-        entity = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise BadRecord(f"not JSON: {error}") from None
+    entity = parse_object(text)
     try:
         if entity["type"] != "item":
             return None

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from catalog import is_url
-from catalog.images import LocalImages, UnusableImage
+from catalog.images import ImageReader, UnusableImage
 from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, read_jsonl
 from export.decode import MAX_PIXELS
@@ -267,7 +267,7 @@ def read_queries(
         try:
             if not isinstance(image, str) or not isinstance(entity_id, str):
                 raise UnusableImage("`image` and `entity_id` must be strings")
-            data = LocalImages().read(image if is_url(image) else str(path.parent / image))
+            data = ImageReader().read(image if is_url(image) else str(path.parent / image))
             pixels_HW3 = load_pixels(data, preprocessing, max_pixels=MAX_PIXELS)
         except (UnusableImage, UndecodableImage, TooLarge) as error:
             rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=str(row)[:500]))

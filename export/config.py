@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from catalog.images import TarImages
+from catalog.images import ImageReader
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
 from export.onnx import torch_module
@@ -68,8 +68,7 @@ def check_inputs(config: ExportConfig) -> None:
     """Check that the input files exist, before the models are loaded. Raises `CatalogError`, `UserError`."""
     if not config.catalog.is_file():
         raise CatalogError(f"{config.catalog} does not exist; check --catalog")
-    if config.images is not None:
-        TarImages(config.images)
+    ImageReader(config.images)
     if config.validation is not None and not config.validation.is_file():
         raise CatalogError(f"{config.validation} does not exist; check --validation")
     if config.base is not None and config.base.resolve() == config.out.resolve():

@@ -44,7 +44,6 @@ from export.onnx import (
     quiet,
     torch_module,
 )
-from export.prepare import image_reader
 from export.shards import EntityImages, Reservoir
 from imaging import Preprocessing, load_pixels, normalise
 from index.manifest import FLOAT16_ENCODER_FILE, IMAGE_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
@@ -137,7 +136,7 @@ def add_int8(
     `EncoderSpecError` if the int8 encoder is too inaccurate.
     """
     preprocessing = checkpoint.image_encoder.preprocessing
-    images = list(catalog_images(image_reader(config), preprocessing, sample))
+    images = list(catalog_images(ImageReader(config.images), preprocessing, sample))
     if not images:
         raise UserError("--int8 needs catalog images, and none is usable; continue with --resume, without --int8")
     calibration = images[::2]

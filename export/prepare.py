@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from catalog import EntityRecord
-from catalog.images import ImageReader, LocalImages, TarImages
+from catalog.images import ImageReader
 from core.jsonl import Rejected
 from export.config import ExportConfig
 from export.decode import DecodePool, ImageJob, Pixels, default_workers, hash_text
@@ -134,12 +134,8 @@ def _job(record: EntityRecord, known: BaseEntity | None) -> ImageJob:
 def decode_pool(config: ExportConfig, preprocessing: Preprocessing) -> DecodePool:
     """Return a pool of processes that read and decode the catalog's images."""
     return DecodePool(
-        image_reader(config),
+        ImageReader(config.images),
         preprocessing,
         thumbnail_px=config.thumbnail_px,
         workers=config.workers or default_workers(),
     )
-
-
-def image_reader(config: ExportConfig) -> ImageReader:
-    return LocalImages() if config.images is None else TarImages(config.images)

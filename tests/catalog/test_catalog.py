@@ -213,7 +213,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="cannot be read"):
         list(read_catalog(tmp_path / "c.gz"))
     (tmp_path / "c.parquet").write_bytes(b"PAR1 but no more")
-    with pytest.raises(CatalogError, match="cannot be read as Parquet"):
+    with pytest.raises(CatalogError, match="cannot be read to its end: Parquet"):
         list(read_catalog(tmp_path / "c.parquet"))
     (tmp_path / "kb.json").write_text('{"https://x": {"title": "x"}, "https://y": {"ti')
     items = read_catalog(tmp_path / "kb.json")

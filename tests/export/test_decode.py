@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from catalog.images import LocalImages, UnusableImage
+from catalog.images import ImageReader, UnusableImage
 from core.errors import CatalogError
 from export.decode import DecodePool, ImageJob, hash_text
 from imaging import Preprocessing, load_pixels
@@ -23,7 +23,7 @@ PREPROCESSING = Preprocessing(
 # Workers import it by name, so it is written as a module.
 READER = """
 import os, signal
-from catalog.images import LocalImages
+from catalog.images import ImageReader
 from core.errors import CatalogError
 
 class Reader:
@@ -32,7 +32,7 @@ class Reader:
             os.kill(os.getpid(), signal.SIGKILL)
         if "unplugged" in image:
             raise CatalogError("the disk is gone")
-        return LocalImages().read(image)
+        return ImageReader().read(image)
 """
 
 
@@ -88,7 +88,7 @@ def test_a_failing_disk_ends_the_export(images: list[str], reader: object) -> No
 def test_content_hashes_depend_on_text_and_image_bytes_in_order(images: list[str]) -> None:
     one, other = images[:2]
     jobs = [job(one, other), job(one, other), job(other, one), job(one), job(one, other, text="x"), job()]
-    with pool(LocalImages()) as workers:
+    with pool(ImageReader()) as workers:
         hashes = [decoded.content_hash for decoded in workers.map(jobs)]
         again = [job(one, other, known_hash=hashes[0], known_images=2), job(one, known_hash=hashes[0], known_images=2)]
         unchanged = [decoded.unchanged for decoded in workers.map(again)]
@@ -101,5 +101,5 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name in ("/dev/zero", str(tmp_path / "pipe"), str(tmp_path), "nowhere.png", "nul\0.png", "https://x.org/a.png"):
         with pytest.raises(UnusableImage):
-            LocalImages().read(name)
+            ImageReader().read(name)
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from catalog.images import TarImages, TarShards, UnusableImage, shard_path
+from catalog.images import ImageReader, TarShards, UnusableImage, shard_path
 from core.errors import CatalogError, UserError
 from fetch.download import DownloadLimits, PaceLimits
 from fetch.run import FetchConfig, fetch_images, user_agent
@@ -53,7 +53,7 @@ def test_images_are_stored_as_webdataset_shards(config: FetchConfig, server: Ser
     report = fetch_images(replace(config, shard_bytes=3000))
     assert (report.fetched, report.failed, report.known, report.rejects) == (20, 0, 1, "")
     assert all(count == 1 for count in server.requests.values())
-    images = TarImages(config.out)
+    images = ImageReader(config.out)
     seen: dict[str, bytes] = {}
     shards = sorted(config.out.glob("*.tar"))
     assert len(shards) > 2
@@ -97,7 +97,7 @@ def test_transient_failures_are_retried_and_permanent_ones_reported(
     assert server.requests["/gone/1"] == server.requests["/text/1"] == 1
     assert server.requests["/loop/1"] == 6
     with pytest.raises(UnusableImage, match="was not fetched: the server answered 404"):
-        TarImages(config.out).read(server.url("gone/1"))
+        ImageReader(config.out).read(server.url("gone/1"))
     # A second run fetches nothing. Failures are retried on request.
     server.requests.clear()
     report = fetch_images(config)
@@ -174,7 +174,7 @@ def test_a_killed_run_continues(config: FetchConfig, server: Server, catalog_of:
     summary = json.loads(done.stdout)
     assert summary["known"] >= 12
     assert summary["fetched"] + summary["known"] == count
-    images = TarImages(config.out)
+    images = ImageReader(config.out)
     for number in range(count):
         decode(images.read(server.url(f"slow/{number}")), max_pixels=1000)
     # Only images in progress when the process was killed are requested twice.
@@ -197,16 +197,16 @@ def test_a_shard_that_is_not_in_the_index_is_overwritten(tmp_path: Path) -> None
     with TarShards(tmp_path, shard_bytes=10) as shards:
         assert shards.knows("http://a/1")
         shards.add("http://a/2", b"abc", "image/png", {})
-    assert TarImages(tmp_path).read("http://a/1") == b"0123456789"
-    assert TarImages(tmp_path).read("http://a/2") == b"abc"
+    assert ImageReader(tmp_path).read("http://a/1") == b"0123456789"
+    assert ImageReader(tmp_path).read("http://a/2") == b"abc"
     shard_path(tmp_path, 1).unlink()
     with pytest.raises(CatalogError, match=r"00001\.tar cannot be read"):
-        TarImages(tmp_path).read("http://a/2")
+        ImageReader(tmp_path).read("http://a/2")
     shard_path(tmp_path, 0).write_bytes(b"")
     with pytest.raises(CatalogError, match="cut short"):
-        TarImages(tmp_path).read("http://a/1")
+        ImageReader(tmp_path).read("http://a/1")
     with pytest.raises(UnusableImage, match="run fetch-images"):
-        TarImages(tmp_path).read("http://a/3")
+        ImageReader(tmp_path).read("http://a/3")
 
 
 def test_a_second_process_is_refused(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_a_full_disk_is_reported_and_finished_shards_stay(
     with pytest.raises(UserError, match="is full; make room"):
         fetch_images(config)
     monkeypatch.undo()
-    assert TarImages(config.out).read(server.url("good/0"))
+    assert ImageReader(config.out).read(server.url("good/0"))
     assert fetch_images(config).fetched == 9
 
 
@@ -243,4 +243,4 @@ def test_an_invalid_contact_is_refused(contact: str) -> None:
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="fetch-images"):
-        TarImages(tmp_path)
+        ImageReader(tmp_path)
