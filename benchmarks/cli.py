@@ -18,7 +18,7 @@ BENCHMARKS = {
     "train": ("benchmarks.training", "What the feature cache saves in training."),
     "live": ("benchmarks.live", "Live changes checked against a dict, with kills and restarts."),
     "load": ("benchmarks.load", "Latency against offered load, and the knee."),
-    "peers": ("benchmarks.peers.runner", "LitServe, mosec and BentoML with the same encoder and vectors."),
+    "peers": ("benchmarks.peers", "LitServe, mosec and BentoML with the same encoder and vectors."),
     "stages": ("benchmarks.stages", "Decode, encode, search, end to end, the cache, and growth with the catalog."),
     "overload": ("benchmarks.overload", "Ten times the peak load: goodput, refusals, memory, recovery."),
     "faults": (

@@ -54,20 +54,13 @@ from service.settings import Settings
 
 IMAGE_SIZES = ((640, 480), (1280, 960))
 IMAGES = 16
-TARGET = "/recognize?top_k=5"
 TOP_K = 5
 WARM_UP_S = 2.0
 BATCHES = (1, 8, 32, 64)
 SERVICE_BATCH = 32  # the service's default maximum
 QUERIES = 512
 STAGES = ("decode", "queue", "encode", "search")
-FULL = 0.9  # of its capacity; a part at or above this limits the service
-RULE = (
-    f"the first of these that is at {FULL:.0%} or above: a load generator's core; the GPU, by images per second times "
-    "what encoder and search alone take on it in full batches; the services' cores; the thread that answers HTTP; the "
-    f"engine (the GPU, in batches that are not full, where nvidia-smi says {FULL:.0%}, its own work on the CPU where "
-    "not); else the fullest, named as not full"
-)
+FULL = 0.9  # a part that is busy for this share of the time limits the service
 
 Figures = dict[str, Any]
 
@@ -86,6 +79,14 @@ class Setup:
     max_batch: int
     start_timeout_s: float
 
+    @property
+    def batches(self) -> list[int]:
+        return [batch for batch in BATCHES if batch <= self.largest_batch]
+
+    @property
+    def service_batch(self) -> int:
+        return max(batch for batch in self.batches if batch <= SERVICE_BATCH)
+
 
 @click.group()
 def main() -> None:
@@ -95,7 +96,7 @@ def main() -> None:
 @main.command()
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder for the bundle.")
 @click.option("--entities", default=6_063_945, show_default=True, help="Entities, with one embedding each.")
-@click.option("--encoder", default="vit-l14", show_default=True, help="Encoder, of benchmarks/generative/retrieval.py.")
+@click.option("--encoder", default="vit-l14", show_default=True, help="Encoder, of benchmarks/generative/models.py.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="For `measure`.")
 def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
     """Write the bundle, unless it exists."""
@@ -104,9 +105,7 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
         return
     if folder.exists():
         raise UserError(f"{folder} exists and is incomplete; remove it")
-    started = time.perf_counter()
     write_gpu_bundle(folder, encoder, entities, search_device=device, progress=True)
-    click.echo(f"wrote {folder} in {time.perf_counter() - started:.0f} s", err=True)
 
 
 @main.command()
@@ -130,20 +129,18 @@ def measure(folder: Path, processes: str, generator_cores: int, out: Path | None
         "seconds": setup.seconds, "connections": setup.connections, "max_batch": setup.max_batch,
         "generator_cores": len(generator), "service_cores": len(service),
     }  # fmt: skip
-    figures: Figures = {"limited_by_rule": RULE}
+    figures: Figures = {}
     outcome = {**describe_run(settings), "gpu": gpu_name(), "figures": figures}
-    failed: list[str] = []
+    failed = False
 
     def phase(name: str, measure_phase: Callable[[], Figures]) -> None:
         """Store the figures of a phase, or its error. The other phases run even if one fails."""
-        click.echo(f"{name} ...", err=True)
-        started = time.perf_counter()
+        nonlocal failed
         try:
             figures[name] = measure_phase()
         except Exception as error:
-            failed.append(name)
+            failed = True
             figures[name] = {"error": f"{type(error).__name__}: {error}"}
-        figures[name]["phase_s"] = round(time.perf_counter() - started, 1)
         click.echo(json.dumps({name: figures[name]}), err=True)
         if out is not None:
             atomic_write_bytes(out, json.dumps(outcome, indent=1).encode())
@@ -175,43 +172,34 @@ def measure_encoder(setup: Setup) -> Figures:
     """Return images per second by batch size: of the encoder as the service runs it (`encode`), of converting pixels to
     floats on the CPU (`normalise`) and of the session alone (`session`), the last also for mixed sizes up to 32."""
     bundle = Bundle.open(setup.bundle)
-    batches = [batch for batch in BATCHES if batch <= setup.largest_batch]
-    started = time.perf_counter()
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
     entry = bundle.manifest.image_encoder
-    settings = Settings.model_validate({"device": setup.device, "max_batch": batches[-1]})
+    settings = Settings.model_validate({"device": setup.device, "max_batch": setup.batches[-1]})
     encoder = open_encoder(bundle, preprocessing, settings)
-    opened_s = time.perf_counter() - started
     session = open_session(bundle.image_encoder_path, settings.device, settings.thread_count)
     shape_HW3 = (preprocessing.size_px, preprocessing.size_px, 3)
-    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (batches[-1], *shape_HW3), dtype=np.uint8)
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (setup.batches[-1], *shape_HW3), dtype=np.uint8)
     floats_B3HW = normalise(pixels_BHW3, preprocessing)
 
     def run_session(count: int) -> Any:
         return session.run([entry.outputs[1]], {entry.input: floats_B3HW[:count]})
+
+    def images_per_s(call: Callable[[int], object], sizes: list[int]) -> float:
+        took_s = _time_calls(call, sizes, setup.seconds / 4)
+        return round(sum(sizes[i % len(sizes)] for i in range(len(took_s))) / sum(took_s), 1)
 
     steps: dict[str, Callable[[int], object]] = {
         "encode_per_s": lambda count: encoder.encode(pixels_BHW3[:count]),
         "normalise_per_s": lambda count: normalise(pixels_BHW3[:count], preprocessing),
         "session_per_s": run_session,
     }
-    by_batch = {
-        str(batch): {name: _images_per_s(call, [batch], setup.seconds / 4) for name, call in steps.items()}
-        for batch in batches
-    }
-    sizes = np.random.default_rng(1).permutation(np.arange(1, min(SERVICE_BATCH, batches[-1]) + 1)).tolist()
-    started = time.perf_counter()
-    for size in sizes:
-        run_session(size)
-    first_pass_s = time.perf_counter() - started
+    mixed_sizes = np.random.default_rng(1).permutation(np.arange(1, setup.service_batch + 1)).tolist()
     return {
         "device": encoder.device,
-        "opened_s": round(opened_s, 2),
-        "batches": by_batch,
-        f"sizes_1_to_{len(sizes)}_in_turn": {
-            "first_pass_s": round(first_pass_s, 3),
-            "session_per_s": _images_per_s(run_session, sizes, setup.seconds / 4),
+        "batches": {
+            str(batch): {name: images_per_s(call, [batch]) for name, call in steps.items()} for batch in setup.batches
         },
+        "mixed_sizes": {"session_per_s": images_per_s(run_session, mixed_sizes)},
     }
 
 
@@ -219,10 +207,8 @@ def measure_search(setup: Setup) -> Figures:
     """Return milliseconds of searching for one query and for 32: of the candidates on the GPU (`candidates`), and with
     the exact ranking and grouping by entity on the CPU (`search`)."""
     bundle = Bundle.open(setup.bundle)
-    started = time.perf_counter()
     index = bundle.index(setup.device)
     faiss.omp_set_num_threads(Settings().thread_count)
-    opened_s = time.perf_counter() - started
     embeddings = bundle.embeddings()
     positions_Q = np.random.default_rng(2).integers(0, len(index), QUERIES)
     noise_QD = np.random.default_rng(3).standard_normal((QUERIES, bundle.manifest.embedding_dim), np.float32)
@@ -233,43 +219,29 @@ def measure_search(setup: Setup) -> Figures:
         "search_ms": lambda queries_BD: index.search(queries_BD, TOP_K),
     }
     by_batch: Figures = {}
-    for batch in (1, min(SERVICE_BATCH, setup.largest_batch)):
+    for batch in (1, setup.service_batch):
         batches = [queries_QD[start : start + batch] for start in range(0, QUERIES - batch, batch)]
-        by_batch[str(batch)] = {name: _call_ms(call, batches, setup.seconds / 4) for name, call in calls.items()}
+        took_ms = {name: 1000 * np.array(_time_calls(call, batches, setup.seconds / 4)) for name, call in calls.items()}
+        by_batch[str(batch)] = {
+            name: dict(zip(("p50", "p99"), np.percentile(each, (50, 99)).round(3).tolist(), strict=True))
+            for name, each in took_ms.items()
+        }
     rows_QK, _ = index.search(queries_QD[:64], TOP_K)
-    gigabytes = 2 * len(index) * bundle.manifest.embedding_dim / 1e9
     return {
         "device": index.device,
-        "why": index.device_why,
-        "opened_s": round(opened_s, 2),
         "batches": by_batch,
-        "gb_read_for_one": round(gigabytes, 2),
-        "gb_per_s_for_one": round(1000 * gigabytes / by_batch["1"]["candidates_ms"]["p50"], 1),
         "nearest_is_first": round(float((rows_QK[:, 0] == embeddings.rows_N[positions_Q[:64]]).mean()), 3),
     }
 
 
-def _images_per_s(call: Callable[[int], object], sizes: list[int], seconds: float) -> float:
-    """Return images per second of `call(size)` for these sizes in turn."""
-    took_s = _time_calls(lambda i: call(sizes[i % len(sizes)]), seconds, at_least=len(sizes))
-    return round(sum(sizes[i % len(sizes)] for i in range(len(took_s))) / sum(took_s), 1)
-
-
-def _call_ms(call: Callable[[Float32Array], object], batches: list[Float32Array], seconds: float) -> dict[str, float]:
-    """Return median and p99 in ms of `call(batch)` for these batches in turn."""
-    took_s = _time_calls(lambda i: call(batches[i % len(batches)]), seconds)
-    p50, p99 = np.percentile(took_s, (50, 99)).tolist()
-    return {"p50": round(1000 * p50, 3), "p99": round(1000 * p99, 3)}
-
-
-def _time_calls(call: Callable[[int], object], seconds: float, at_least: int = 1) -> list[float]:
-    """Return the durations of `call(0)`, `call(1)` and so on for this long, after a few calls to warm up."""
+def _time_calls(call: Callable[[Any], object], inputs: Sequence[Any], seconds: float) -> list[float]:
+    """Return the durations of `call` for the inputs in turn, each at least once, after a few calls to warm up."""
     for i in range(3):
-        call(i)
+        call(inputs[i % len(inputs)])
     took_s: list[float] = []
     end = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end or len(took_s) < at_least:
-        call(len(took_s))
+    while (started := time.perf_counter()) < end or len(took_s) < len(inputs):
+        call(inputs[len(took_s) % len(inputs)])
         took_s.append(time.perf_counter() - started)
     return took_s
 
@@ -288,21 +260,16 @@ def _measure_services(
     setup: Setup, count: int, images: Mapping[str, list[str]], figures: Figures, *, single: bool
 ) -> Figures:
     """Measure `count` services with images of each size; with `single` also one request at a time."""
-    started = time.perf_counter()
     found: Figures = {}
     with running_services(setup, count) as services:
-        found["ready_s"] = round(time.perf_counter() - started, 1)
         for size, paths in images.items():
             found[size] = {}
             if single:
-                one = run_load(setup, services[:1], paths, connections=1, seconds=setup.seconds / 2)
-                found[size]["one_at_a_time"] = {**one, "requests": one["answers"]}
+                found[size]["one_at_a_time"] = run_load(
+                    setup, services[:1], paths, connections=1, seconds=setup.seconds / 2
+                )
             full = run_load(setup, services, paths, connections=setup.connections, seconds=setup.seconds)
-            if (gpu_ms := gpu_ms_per_image(figures)) is not None:
-                full["gpu_work_share"] = round(full["per_s"] * gpu_ms / 1000, 3)
-                full["of_encoder_loop"] = round(full["per_s"] / _largest_service_batch(figures)["encode_per_s"], 3)
-            full["limited_by"] = limited_by(full)
-            found[size]["full"] = full
+            found[size]["full"] = full | shares(full, figures, setup.service_batch)
     return found
 
 
@@ -335,125 +302,80 @@ def run_load(
     warm_up_s = min(WARM_UP_S, seconds)
     jobs = [
         Job(
-            url=services[number % len(services)].url + TARGET, images=images,
+            url=f"{services[number % len(services)].url}/recognize?top_k={TOP_K}", images=images,
             cores=[setup.generator_cores[number % len(setup.generator_cores)]],
             connections=connections // generators, seconds=warm_up_s + seconds,
         )
         for number in range(generators)
     ]  # fmt: skip
-    snapshots: list[list[Snapshot]] = []
+    usage: list[list[Mapping[str, float]]] = []
     gpu_samples: list[str] = []
 
     def watch() -> None:
         time.sleep(warm_up_s)
-        snapshots.append([_snapshot(service) for service in services])
+        usage.append([_usage(service) for service in services])
         with sample_gpu(gpu_samples):
             time.sleep(seconds)
-        snapshots.append([_snapshot(service) for service in services])
+        usage.append([_usage(service) for service in services])
 
     runs = generate_together(jobs, watch)
     return {
         **summarise(runs, warm_up_s=warm_up_s, seconds=seconds),
-        "connections": sum(job.connections for job in jobs),
-        **busy(snapshots[0], snapshots[1], sum(service.cores for service in services)),
+        **busy(*usage, cores=sum(service.cores for service in services)),
         "gpu": gpu_figures(gpu_samples),
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """What a service has used up to a point in time."""
-
-    at_s: float
-    metrics: Mapping[str, float]
-    main_thread_s: float
-    other_threads_s: Mapping[int, float]  # CPU seconds by thread id
+def _usage(service: Service) -> Mapping[str, float]:
+    """Return the metrics of a service, the time in seconds, and the CPU seconds of its main thread."""
+    fields = Path(f"/proc/{service.pid}/task/{service.pid}/stat").read_text().rpartition(")")[2].split()
+    main_thread_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return {**scrape_metrics(service.url), "at_s": time.monotonic(), "main_thread_s": main_thread_s}
 
 
-def _snapshot(service: Service) -> Snapshot:
-    threads_s = {}
-    for task in Path(f"/proc/{service.pid}/task").iterdir():
-        try:
-            fields = (task / "stat").read_text().rpartition(")")[2].split()
-        except FileNotFoundError:
-            continue  # the thread has just ended
-        threads_s[int(task.name)] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return Snapshot(
-        at_s=time.monotonic(),
-        metrics=scrape_metrics(service.url),
-        main_thread_s=threads_s.pop(service.pid, 0.0),
-        other_threads_s=threads_s,
-    )
-
-
-def busy(before: Sequence[Snapshot], after: Sequence[Snapshot], cores: int) -> Figures:
-    """Return how busy the services, their threads and their engines were, and their mean batch and stage times."""
-    pairs = list(zip(before, after, strict=True))
+def busy(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]], *, cores: int) -> Figures:
+    """Return how busy the services, their main threads and their engines were, and their mean batch and stage times."""
 
     def total(name: str) -> float:
-        return sum(new.metrics.get(name, 0.0) - old.metrics.get(name, 0.0) for old, new in pairs)
+        return sum(new.get(name, 0.0) - old.get(name, 0.0) for old, new in zip(before, after, strict=True))
 
     def mean(name: str, labels: str = "") -> float:
         return total(f"{name}_sum{labels}") / max(total(f"{name}_count{labels}"), 1)
 
-    took_s = sum(new.at_s - old.at_s for old, new in pairs)  # of all services
-    cpu_s, images, batches = (
-        total(name) for name in ("process_cpu_seconds_total", ANSWERED, "wikiclip_batch_images_count")
-    )
+    took_s = total("at_s")  # of all services
+    cpu_s = total("process_cpu_seconds_total")
     stages_ms = {stage: 1000 * mean("wikiclip_stage_seconds", f'{{stage="{stage}"}}') for stage in STAGES}
-    main_s = sum(new.main_thread_s - old.main_thread_s for old, new in pairs)
-    busiest_other_s = sum(
-        max((used - old.other_threads_s.get(thread, 0.0) for thread, used in new.other_threads_s.items()), default=0.0)
-        for old, new in pairs
-    )
     # Each image is counted with the time of its whole batch, so this overestimates if batch sizes vary.
-    engine_s = batches * (stages_ms["encode"] + stages_ms["search"]) / 1000
+    engine_s = total("wikiclip_batch_images_count") * (stages_ms["encode"] + stages_ms["search"]) / 1000
     return {
-        "cpu_ms_per_image": round(1000 * cpu_s / max(images, 1), 3),
-        "cores_busy": round(cpu_s / (took_s / len(pairs)) / cores, 3),
-        "http_thread_busy": round(main_s / took_s, 3),
-        "busiest_other_thread": round(busiest_other_s / took_s, 3),
+        "cpu_ms_per_image": round(1000 * cpu_s / max(total(ANSWERED), 1), 3),
+        "cores_busy": round(cpu_s / (took_s / len(before)) / cores, 3),
+        "http_thread_busy": round(total("main_thread_s") / took_s, 3),
         "engine_busy": round(min(engine_s / took_s, 1.0), 3),
         "batch_images": round(mean("wikiclip_batch_images"), 2),
         "stages_ms": {stage: round(value, 3) for stage, value in stages_ms.items()},
     }
 
 
-def gpu_ms_per_image(figures: Figures) -> float | None:
-    """Return the time of encoder and search alone per image in the largest batch of a service, if both are measured."""
-    search = figures.get("search_alone", {}).get("batches")
-    if search is None or "batches" not in figures.get("encoder_alone", {}):
-        return None
-    batch, largest = list(search.items())[-1]
-    return float(1000 / _largest_service_batch(figures)["session_per_s"] + largest["candidates_ms"]["p50"] / int(batch))
-
-
-def _largest_service_batch(figures: Figures) -> Mapping[str, float]:
-    batches = figures["encoder_alone"]["batches"]
-    found: Mapping[str, float] = batches[max((batch for batch in batches if int(batch) <= SERVICE_BATCH), key=int)]
-    return found
-
-
-def limited_by(full: Mapping[str, Any]) -> str:
-    """Apply `RULE` to the figures of a run."""
-    gpu_busy = (full.get("gpu") or {}).get("utilisation", 0.0) >= FULL
-    engine = (
-        f"the GPU, in batches of {full['batch_images']} images"
-        if gpu_busy
-        else "the engine's thread, with its work on the CPU between the GPU's"
-    )
-    shares = {
-        "the load generator": full["generator_busy"],
-        "the GPU": full.get("gpu_work_share", 0.0),
-        "the services' cores": full["cores_busy"],
-        "the thread that answers HTTP": full["http_thread_busy"],
-        engine: full["engine_busy"],
+def shares(full: Figures, figures: Figures, batch: int) -> Figures:
+    """Return the throughput relative to the encoder alone (`of_encoder_loop`), the share of the time that encoder and
+    search alone would take on the GPU for it (`gpu_work_share`), and the first part that is full (`limited_by`)."""
+    found: Figures = {}
+    encoder, search = (figures[name].get("batches") for name in ("encoder_alone", "search_alone"))
+    if encoder and search:
+        alone = encoder[str(batch)]
+        gpu_s_per_image = 1 / alone["session_per_s"] + search[str(batch)]["candidates_ms"]["p50"] / 1000 / batch
+        found["of_encoder_loop"] = round(full["per_s"] / alone["encode_per_s"], 3)
+        found["gpu_work_share"] = round(full["per_s"] * gpu_s_per_image, 3)
+    parts = {
+        "load generator": full["generator_busy"],
+        "GPU": found.get("gpu_work_share", 0.0),
+        "cores of the services": full["cores_busy"],
+        "HTTP thread": full["http_thread_busy"],
+        "engine": full["engine_busy"],
     }
-    for name, share in shares.items():
-        if share >= FULL:
-            return f"{name} ({share:.2f})"
-    name, share = max(shares.items(), key=lambda each: float(each[1]))
-    return f"nothing that is measured is full; the fullest is {name} ({share:.2f})"
+    found["limited_by"] = next((name for name, share in parts.items() if share >= FULL), None)
+    return found
 
 
 # ---- exact search alone ----

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 
 from benchmarks.generator import split_cores
-from benchmarks.gpu import Snapshot, busy, divide_cores, gpu_ms_per_image, limited_by
+from benchmarks.gpu import busy, divide_cores, shares
 from benchmarks.measure import gpu_figures
 
 GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
@@ -36,43 +36,34 @@ def test_services_divide_their_cores() -> None:
     assert divide_cores([1], 2) == [{1}, {1}]
 
 
-FULL = {
-    "generator_busy": 0.3, "gpu_work_share": 0.5, "cores_busy": 0.4, "http_thread_busy": 0.2, "engine_busy": 0.95,
-    "batch_images": 9.0, "gpu": {"utilisation": 0.97},
-}  # fmt: skip
+FULL = {"per_s": 250.0, "generator_busy": 0.3, "cores_busy": 0.4, "http_thread_busy": 0.2, "engine_busy": 0.95}
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"generator_busy": 0.99, "gpu_work_share": 0.95}, "the load generator (0.99)"),
-        ({"gpu_work_share": 0.95}, "the GPU (0.95)"),
-        ({"cores_busy": 0.93}, "the services' cores (0.93)"),
-        ({"http_thread_busy": 0.91}, "the thread that answers HTTP (0.91)"),
-        ({}, "the GPU, in batches of 9.0 images (0.95)"),
-        ({"gpu": {"utilisation": 0.6}}, "the engine's thread, with its work on the CPU between the GPU's (0.95)"),
-        ({"gpu": None}, "the engine's thread, with its work on the CPU between the GPU's (0.95)"),
-        (
-            {"engine_busy": 0.7},
-            "nothing that is measured is full; the fullest is the GPU, in batches of 9.0 images (0.70)",
-        ),
+        ({"generator_busy": 0.99, "cores_busy": 0.95}, "load generator"),
+        ({"per_s": 390.0}, "GPU"),
+        ({"cores_busy": 0.93}, "cores of the services"),
+        ({"http_thread_busy": 0.91}, "HTTP thread"),
+        ({}, "engine"),
+        ({"engine_busy": 0.7}, None),
     ],
 )
-def test_the_first_full_part_limits_the_service(changes, expected) -> None:
-    assert limited_by(FULL | changes) == expected
-
-
-def test_gpu_time_per_image_is_that_of_full_batches() -> None:
-    batches = {"8": {"session_per_s": 100.0}, "32": {"session_per_s": 500.0}, "64": {"session_per_s": 600.0}}
+def test_the_first_full_part_limits_the_service(changes: dict[str, float], expected: str | None) -> None:
+    batches = {"8": {"session_per_s": 100.0}, "32": {"session_per_s": 500.0, "encode_per_s": 400.0}}
     search = {"1": {"candidates_ms": {"p50": 4.0}}, "32": {"candidates_ms": {"p50": 16.0}}}
     figures = {"encoder_alone": {"batches": batches}, "search_alone": {"batches": search}}
-    assert gpu_ms_per_image(figures) == pytest.approx(2.0 + 0.5)
-    assert gpu_ms_per_image(figures | {"encoder_alone": {"error": "no GPU"}}) is None
-    assert gpu_ms_per_image({}) is None
+    full = FULL | changes
+    found = shares(full, figures, 32)
+    assert found["limited_by"] == expected
+    assert found["of_encoder_loop"] == pytest.approx(full["per_s"] / 400, abs=1e-3)
+    assert found["gpu_work_share"] == pytest.approx(full["per_s"] * 2.5e-3, abs=1e-3)  # 2 ms and 0.5 ms for an image
+    assert shares(FULL, {"encoder_alone": {"error": "no GPU"}, "search_alone": {}}, 32) == {"limited_by": "engine"}
 
 
 def test_busy_between_two_snapshots() -> None:
-    def metrics(times: int) -> dict[str, float]:
+    def usage(times: int, **others: float) -> dict[str, float]:
         stages = {"decode": 0.3, "queue": 0.1, "encode": 0.4, "search": 0.1}
         return {
             "process_cpu_seconds_total": 1.0 * times,
@@ -81,15 +72,14 @@ def test_busy_between_two_snapshots() -> None:
             "wikiclip_batch_images_count": 2.0 * times,
             **{f'wikiclip_stage_seconds_sum{{stage="{name}"}}': each * times for name, each in stages.items()},
             **{f'wikiclip_stage_seconds_count{{stage="{name}"}}': 10.0 * times for name in stages},
+            **others,
         }
 
-    before = Snapshot(at_s=5.0, metrics=metrics(1), main_thread_s=1.0, other_threads_s={7: 1.0})
-    after = Snapshot(at_s=7.0, metrics=metrics(2), main_thread_s=1.5, other_threads_s={7: 1.0, 8: 0.6})
+    before, after = usage(1, at_s=5.0, main_thread_s=1.0), usage(2, at_s=7.0, main_thread_s=1.5)
     found = busy([before, before], [after, after], cores=4)
     assert found["cpu_ms_per_image"] == 100.0
     assert found["cores_busy"] == 0.25  # one CPU second in two, for each of two services with two cores
     assert found["http_thread_busy"] == 0.25
-    assert found["busiest_other_thread"] == 0.3
     assert found["batch_images"] == 5.0
     assert found["stages_ms"] == {"decode": 30.0, "queue": 10.0, "encode": 40.0, "search": 10.0}
     assert found["engine_busy"] == 0.05  # two batches of 50 ms in two seconds
@@ -119,7 +109,7 @@ def test_a_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
         full = figures["services_1"][size]["full"]
         assert full["per_s"] > 0
         assert full["failures"] == {}
-        assert full["limited_by"]
+        assert full["of_encoder_loop"] > 0
         assert figures["services_1"][size]["one_at_a_time"]["stages_ms"]["encode"] > 0
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.peers import Recognizer, make_decoder, preprocess, runner
-from benchmarks.peers.runner import REPORT, ratios
+from benchmarks import peers
+from benchmarks.peer_servers import Recognizer, make_decoder, preprocess
+from benchmarks.peers import REPORT, ratios
 from benchmarks.synthetic import photograph
 from imaging import Preprocessing, load_pixels, normalise
 from index.bundle import Bundle
@@ -67,12 +68,12 @@ def test_ratios_compare_with_the_best_peer_of_each_decoder() -> None:
 
 
 def test_a_missing_environment_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "ENVIRONMENTS", tmp_path)
-    with pytest.raises(runner.PeerUnavailable, match="without --smoke"):
-        runner.environment_python("mosec", install=False)
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    with pytest.raises(peers.PeerUnavailable, match="without --smoke"):
+        peers.environment_python("mosec", install=False)
 
 
 def test_the_servers_import_only_core_of_this_project() -> None:
-    probe = "import sys, benchmarks.peers; print(*{name.partition('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=runner.ROOT)
+    probe = "import sys, benchmarks.peer_servers; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True, cwd=peers.ROOT)
     assert not {"index", "service", "imaging", "torch", "httpx", "pydantic"} & set(done.stdout.split())

@@ -33,13 +33,13 @@ IMAGES, CONNECTIONS = 16, 8
 ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
 SMOKE_ROUNDS, SMOKE_SECONDS = 1, 3.0
 START_TIMEOUT_S, STOP_TIMEOUT_S, INSTALL_TIMEOUT_S = 90, 15, 900
-CLIENT_ERRORS = (400, 405, 413, 415, 422)  # a retry would get the same
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "build" / "peers"
 VERSIONS = {"litserve": "0.2.19", "mosec": "0.9.8", "bentoml": "1.4.40"}
 SHARED = ("numpy", "pillow", "onnxruntime", "faiss-cpu")  # in the versions installed here
 EXTRA = {"litserve": ("python-multipart",)}  # an undeclared dependency
+DECODERS = {"own": "its own decoder", "ours": "our decoder"}
 REPORT = Report(
     title="Other servers",
     plots=(
@@ -56,58 +56,49 @@ class PeerUnavailable(Exception):
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """Return the median round of each server, and the ratios of this service to the best peers."""
     generator, cores = split_cores()
+    seconds = SMOKE_SECONDS if smoke else SECONDS
     runs: dict[str, list[dict[str, Any]]] = {}
-    agreement: dict[str, float] = {}
     left_out: dict[str, str] = {}
-    pythons: dict[str, Path] = {}
-    for peer in VERSIONS:
-        try:
-            pythons[peer] = environment_python(peer, install=not smoke)
-        except PeerUnavailable as error:
-            left_out[peer] = str(error)
+
+    def run(name: str, url: str, form_field: str | None) -> list[str]:
+        """Measure a server and return the first entity for each image."""
+        job = Job(
+            url=url, images=images, cores=[*generator], form_field=form_field, connections=CONNECTIONS,
+            seconds=WARM_UP_S + seconds,
+        )  # fmt: skip
+        entities = [_first_entity(url, form_field, image) for image in images]
+        runs.setdefault(name, []).append(closed_loop(job, warm_up_s=WARM_UP_S))
+        return entities
+
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         images = write_photographs(work, IMAGES, 1280, 960)
         shared_job = _write_shared_files(Bundle.open(bundle_path), work)
-
-        def run(name: str, url: str, form_field: str | None) -> list[str]:
-            """Measure a server and return the first entity for each image."""
-            seconds = SMOKE_SECONDS if smoke else SECONDS
-            job = Job(
-                url=url, images=images, cores=[*generator], form_field=form_field, connections=CONNECTIONS,
-                seconds=WARM_UP_S + seconds,
-            )  # fmt: skip
-            entities = [_first_entity(url, form_field, image) for image in images]
-            runs.setdefault(name, []).append(closed_loop(job, warm_up_s=WARM_UP_S))
-            return entities
-
         flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(cores)), "--log-level", "warning")
         for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
             with running_service(bundle_path, *flags, cores=cores) as url:
                 expected = run("wikiclip", f"{url}/recognize?top_k=5", None)
-            for peer, python in pythons.items():
-                for decoder in ("own",) if smoke else ("own", "ours"):
-                    name = f"{peer}, {'its own' if decoder == 'own' else 'our'} decoder"
+            for peer in VERSIONS:
+                for decoder in ("own",) if smoke else DECODERS:
+                    name = f"{peer}, {DECODERS[decoder]}"
                     if name in left_out:
                         continue
-                    job = {**shared_job, "decoder": decoder}
                     try:
+                        python = environment_python(peer, install=not smoke)
+                        job = {**shared_job, "decoder": decoder}
                         with running_peer(peer, python, job, images[0], work, cores) as (url, form_field):
                             found = run(name, url, form_field)
                     except PeerUnavailable as error:
                         left_out[name] = str(error)
                     else:
-                        agreement[name] = float(np.mean(np.array(found) == np.array(expected)))
-    systems = {name: {**_median_round(rounds), "rounds": rounds} for name, rounds in runs.items()}
-    for name, share in agreement.items():
-        systems[name]["same_first_entity"] = round(share, 3)
+                        runs[name][-1]["same_first_entity"] = round(np.mean(np.array(found) == np.array(expected)), 3)
+    systems = {name: _median_round(rounds) for name, rounds in runs.items()}
     return {
         "systems": systems,
         "ratios": ratios(systems),
         "left_out": left_out,
         "image": "JPEG 1280x960",
         "connections": CONNECTIONS,
-        "threads": len(cores),
         "cores": {"generator": sorted(generator), "server": sorted(cores)},
         "versions": VERSIONS,
     }
@@ -117,7 +108,7 @@ def ratios(systems: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return throughput and p99 of this service relative to the best peer, for each decoder. Above 1 it is ahead."""
     found = {}
     service = systems["wikiclip"]
-    for kind in ("its own decoder", "our decoder"):
+    for kind in DECODERS.values():
         peers = [each for name, each in systems.items() if name.endswith(f", {kind}") and each["per_s"]]
         if peers:
             found[kind] = {
@@ -134,26 +125,23 @@ def _median_round(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 def environment_python(peer: str, *, install: bool) -> Path:
     """Return the Python of a peer's environment, which `install` may create. Raise `PeerUnavailable`."""
-    packages = [
-        f"{peer}=={VERSIONS[peer]}", *(f"{name}=={version(name)}" for name in (*SHARED, *EXTRA.get(peer, ())))
-    ]  # fmt: skip
+    shared = [f"{name}=={version(name)}" for name in (*SHARED, *EXTRA.get(peer, ()))]
+    packages = [f"{peer}=={VERSIONS[peer]}", *shared]
     folder = ENVIRONMENTS / peer
     requirements, python = folder / "requirements.txt", folder / "bin" / "python"
     if requirements.exists() and requirements.read_text() == "\n".join(packages):
         return python
     if not install:
         raise PeerUnavailable("its environment does not exist; a run without --smoke installs it")
-    try:
-        for command in (
-            [sys.executable, "-m", "venv", "--clear", str(folder)],
-            [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
-        ):
+    for command in (
+        [sys.executable, "-m", "venv", "--clear", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
+    ):
+        try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
-    except subprocess.CalledProcessError as error:
-        lines = [line for line in error.stderr.splitlines() if line.startswith("ERROR")] or [str(error)]
-        raise PeerUnavailable(f"it cannot be installed: {lines[-1]}") from error
-    except subprocess.TimeoutExpired as error:
-        raise PeerUnavailable(f"it was not installed within {INSTALL_TIMEOUT_S} s") from error
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            reason = str(getattr(error, "stderr", None) or error)
+            raise PeerUnavailable(f"it cannot be installed: {reason.strip()[-300:]}") from error
     requirements.write_text("\n".join(packages))
     return python
 
@@ -174,7 +162,6 @@ def _write_shared_files(bundle: Bundle, work: Path) -> dict[str, Any]:
         "ids": str(work / "ids.json"),
         "preprocessing": dict(bundle.manifest.preprocessing),
         "threads": len(cores),
-        "cores": len(cores),
     }
 
 
@@ -185,38 +172,39 @@ def running_peer(
     """Run a peer, and yield its URL and the form field for images, None for a plain body. Raise `PeerUnavailable`."""
     (work / "job.json").write_text(json.dumps(job))
     port = str(free_port())
-    module = f"benchmarks.peers.serve_{peer}"
-    predict = "predict" if job["decoder"] == "own" else "predict_file"
-    command, path, form_field = {
-        "litserve": ([module, port], "predict", "image"),
-        "mosec": ([module, "--port", port, "--address", "127.0.0.1"], "inference", None),
-        "bentoml": (
-            ["bentoml", "serve", f"{module}:Recognize", "--port", port, "--host", "127.0.0.1"],
-            predict,
-            "image",
-        ),
+    module = "benchmarks.peer_servers"
+    command = [module, "--port", port, "--address", "127.0.0.1"]
+    path, form_field = {
+        "litserve": ("predict", "image"),
+        "mosec": ("inference", None),
+        "bentoml": ("predict", "image"),
     }[peer]
-    url = f"http://127.0.0.1:{port}/{path}"
+    if peer == "bentoml":
+        command = ["bentoml", "serve", f"{module}:BentomlPeer", "--port", port, "--host", "127.0.0.1"]
+        path = "predict" if job["decoder"] == "own" else "predict_file"
     environment = {
         **os.environ, "PEER_JOB": str(work / "job.json"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(cores)),
         "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(ENVIRONMENTS / "bentoml-home"), "NO_COLOR": "1",
     }  # fmt: skip
-    log = work / f"{peer}.log"
     own_cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)  # every process of the server inherits it
     try:
-        with log.open("wb") as output:
+        with (work / "log").open("wb") as log:
             process = subprocess.Popen(
-                [str(python), "-m", *command], cwd=work, env=environment, stdout=output, stderr=output,
+                [str(python), "-m", *command], cwd=work, env=environment, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
     finally:
         os.sched_setaffinity(0, own_cores)
+    url = f"http://127.0.0.1:{port}/{path}"
     try:
-        _wait_until_serving(process, url, form_field, image, log)
+        _wait_until_serving(process, url, form_field, image, work / "log")
         yield url, form_field
     finally:
-        _stop(process)
+        for number in (signal.SIGTERM, signal.SIGKILL):  # to every process that it started
+            with suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, number)
+                process.wait(timeout=STOP_TIMEOUT_S)
 
 
 def _wait_until_serving(
@@ -224,17 +212,13 @@ def _wait_until_serving(
 ) -> None:
     """Return once an image is recognised. Raise `PeerUnavailable` with the last line of the log."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    problem = "it did not answer"
+    problem = ""
     while time.monotonic() < deadline and process.poll() is None:
         try:
             _first_entity(url, form_field, image)
             return
-        except httpx.HTTPStatusError as error:
-            problem = f"status {error.response.status_code}"
-            if error.response.status_code in CLIENT_ERRORS:
-                break
-        except httpx.TransportError:
-            pass
+        except httpx.HTTPError as error:
+            problem = str(error)
         time.sleep(0.1)  # polls a server that is not ready yet
     last_line = log.read_text(errors="replace").strip().splitlines()[-1:]
     raise PeerUnavailable(f"it does not serve ({problem}): {' '.join(last_line)[:300]}")
@@ -244,11 +228,3 @@ def _first_entity(url: str, form_field: str | None, image: str) -> str:
     body, content_type = encode_image(Path(image).read_bytes(), form_field)
     answer = httpx.post(url, content=body, headers={"Content-Type": content_type}, timeout=60).raise_for_status().json()
     return str(answer["predictions"][0]["entity_id"] if "predictions" in answer else answer["entities"][0])
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Stop the server and every process that it started."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError, subprocess.TimeoutExpired):
-            os.killpg(process.pid, number)
-            process.wait(timeout=STOP_TIMEOUT_S)
