@@ -23,6 +23,7 @@ from index.entity_encoder import (
     ADAPTOR_INPUTS,
     ADAPTOR_OUTPUT,
     ENTITY_ENCODER_FOLDER,
+    ENTITY_ENCODER_MANIFEST_FILE,
     FORMAT_VERSION,
     TEXT_ENCODER_FILE,
     TEXT_INPUTS,
@@ -66,7 +67,7 @@ def export_entity_encoder(checkpoint: Checkpoint, bundle: Path) -> EntityEncoder
         parity=parity,
         files={file.name: FileEntry.of(file) for file in sorted(folder.glob("[!.m]*"))},
     )
-    encoder.write(bundle)
+    encoder.write(bundle / ENTITY_ENCODER_MANIFEST_FILE)
     return encoder
 
 

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing
-from core.files import sha256_file
 from index.calibration import Calibration, OpenSetModel
 from index.embeddings import EmbeddingShards
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
@@ -58,9 +57,8 @@ class Bundle:
         if not index_manifest_path.is_file():
             raise BundleIncomplete(f"{index_manifest_path} is missing; build the index with `wikiclip index`")
         index_manifest = IndexManifest.read(index_manifest_path)
-        entry = FileEntry(bytes=index_manifest.bytes, sha256=index_manifest.sha256)
-        hashed = verify == "full" or entry.bytes <= _SMALL_BYTES
-        _check_file(path / INDEX_FILE, entry, "build the index again with `wikiclip index`", hashed=hashed)
+        hashed = verify == "full" or index_manifest.bytes <= _SMALL_BYTES
+        index_manifest.file.check(path / INDEX_FILE, "build the index again with `wikiclip index`", hashed=hashed)
         return cls(
             path=path,
             manifest=manifest,
@@ -121,7 +119,7 @@ def open_manifest(path: Path, verify: Verify = "quick") -> Manifest:
     check_names(manifest.files, str(path / MANIFEST_FILE))
     hashed = manifest.files.keys() if verify == "full" else _hashed_quickly(manifest.files)
     for name, entry in manifest.files.items():
-        _check_file(path / name, entry, "copy or export the bundle again", hashed=name in hashed)
+        entry.check(path / name, "copy or export the bundle again", hashed=name in hashed)
     required = {STORE_FILE, *manifest.image_encoder.files.values()}
     if missing := required - manifest.files.keys():
         raise BundleAltered(f"{path / MANIFEST_FILE} does not list {min(missing)}; export the bundle again")
@@ -164,13 +162,3 @@ def _hashed_quickly(files: Mapping[str, FileEntry]) -> set[str]:
     small = sorted((name for name, entry in files.items() if entry.bytes <= _SMALL_BYTES), key=order)
     total = accumulate(files[name].bytes for name in small)
     return {name for name, until in zip(small, total, strict=True) if until <= _HASHED_BYTES}
-
-
-def _check_file(path: Path, entry: FileEntry, remedy: str, *, hashed: bool) -> None:
-    if not path.is_file():
-        raise BundleIncomplete(f"{path} is missing; {remedy}")
-    size_bytes = path.stat().st_size
-    if size_bytes != entry.bytes:
-        raise BundleAltered(f"{path} has {size_bytes} bytes, the manifest says {entry.bytes}; {remedy}")
-    if hashed and sha256_file(path) != entry.sha256:
-        raise BundleAltered(f"{path} is altered: its SHA-256 differs from the manifest's; {remedy}")

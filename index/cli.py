@@ -104,7 +104,7 @@ def index(
         targets = Targets(budget_ms=budget_ms, recall=recall, memory_gb=memory_gb)
         built = build_index(bundle, embeddings, factory=factory, targets=targets, device=device, progress=True)
         _print(
-            built.to_dict(),
+            built.model_dump(),
             f"indexed {built.count} embeddings of width {built.dim} as {built.factory}: "
             f"{built.bytes / 1e6:.1f} MB in {built.elapsed_s:.1f} s ({built.why})",
             as_json=as_json,
@@ -131,7 +131,7 @@ def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
     compacted = compact(bundle, live_dir, out, progress=True)
     counts = compacted.manifest.counts
     _print(
-        compacted.index_manifest.to_dict(),
+        compacted.index_manifest.model_dump(),
         f"bundle {out} ({compacted.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings; "
         "serve it with the same live folder",
         as_json=as_json,

@@ -31,6 +31,7 @@ from index.manifest import (
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
     STORE_FILE,
+    Manifest,
     content_fingerprint,
 )
 from index.store import EntityStore, StoredEntity, write_store
@@ -100,17 +101,18 @@ def _write(
     embeddings = EmbeddingShards(folder / EMBEDDINGS_FOLDER, bundle.manifest.embedding_dim)
     old_index = bundle.index_manifest
     index = build_index(folder, embeddings, factory=old_index.factory, device="cpu", progress=progress)
-    replace(index, parameters=old_index.parameters, why=old_index.why).write(folder / INDEX_MANIFEST_FILE)
+    index = index.model_copy(update={"parameters": old_index.parameters, "why": old_index.why})
+    index.write(folder / INDEX_MANIFEST_FILE)
     compacted = {"from": bundle.fingerprint, "generation": delta.revision}
-    manifest = replace(
-        bundle.manifest,
-        counts=replace(bundle.manifest.counts, **counted, embeddings=len(embeddings)),
-        export={**bundle.manifest.export, "compacted": compacted},
-        files=list_files(folder),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        elapsed_s=round(time.perf_counter() - started, 3),
-        unknown={},
-    )
+    known = bundle.manifest.model_dump(exclude=set(bundle.manifest.model_extra or ()))
+    changed = {
+        "counts": {**known["counts"], **counted, "embeddings": len(embeddings)},
+        "export": {**known["export"], "compacted": compacted},
+        "files": list_files(folder),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "elapsed_s": round(time.perf_counter() - started, 3),
+    }
+    manifest = Manifest.model_validate({**known, **changed})
     if (bundle.path / ENTITY_ENCODER_FOLDER).is_dir():
         shutil.copytree(bundle.path / ENTITY_ENCODER_FOLDER, folder / ENTITY_ENCODER_FOLDER)
     for file in (*folder.rglob("*"), folder):

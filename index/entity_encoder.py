@@ -11,17 +11,14 @@ Like the index, it is not part of the fingerprint: `wikiclip export --live` can 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Final, Literal, Self
 
-from core.errors import BundleAltered, BundleIncomplete
-from core.files import atomic_write_bytes
-from index.manifest import FileEntry
+from core.errors import BundleAltered
+from index.manifest import FileEntry, Record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 ENTITY_ENCODER_FOLDER = "entity_side"
 ENTITY_ENCODER_MANIFEST_FILE = f"{ENTITY_ENCODER_FOLDER}/manifest.json"
 ADAPTOR_FILE = "adaptor.onnx"
@@ -31,18 +28,18 @@ ADAPTOR_INPUTS = ("patch_tokens", "image_mask", "text_tokens", "text_mask")
 ADAPTOR_OUTPUT = "entity_embedding"
 TEXT_INPUTS = ("input_ids", "attention_mask")
 TEXT_OUTPUT = "text_tokens"
-_REMEDY = f"remove {ENTITY_ENCODER_FOLDER}/ and make it again with `wikiclip export --live --resume`"
 
 
-@dataclass(frozen=True, kw_only=True)
-class EntityEncoder:
+class EntityEncoder(Record):
     """The manifest. `max_characters` is where a text is cut before tokenising.
 
     `parity` compares each file with its original: `min_cosine` and `max_abs_diff`.
     """
 
-    format_version: int
-    checkpoint_sha256: str
+    remedy: ClassVar[str] = f"remove {ENTITY_ENCODER_FOLDER}/ and make it again with `wikiclip export --live --resume`"
+
+    format_version: Literal[1]
+    checkpoint_sha256: str | None  # None in synthetic bundles
     text_encoder: str
     patches: int
     patch_dim: int
@@ -60,29 +57,9 @@ class EntityEncoder:
         folder = bundle / ENTITY_ENCODER_FOLDER
         if not (bundle / ENTITY_ENCODER_MANIFEST_FILE).is_file():
             return None
-        encoder = cls.read(bundle)
+        encoder = cls.read(bundle / ENTITY_ENCODER_MANIFEST_FILE)
         if encoder.checkpoint_sha256 != checkpoint_sha256:
-            raise BundleAltered(f"{folder} and the bundle were made from different checkpoints; {_REMEDY}")
+            raise BundleAltered(f"{folder} and the bundle were made from different checkpoints; {cls.remedy}")
         for name, entry in encoder.files.items():
-            if not (folder / name).is_file():
-                raise BundleIncomplete(f"{folder / name} is missing; {_REMEDY}")
-            if FileEntry.of(folder / name) != entry:
-                raise BundleAltered(f"{folder / name} is altered; {_REMEDY}")
+            entry.check(folder / name, cls.remedy)
         return encoder
-
-    @classmethod
-    def read(cls, bundle: Path) -> Self:
-        """Read the manifest without checking the files. Raise `BundleAltered`."""
-        path = bundle / ENTITY_ENCODER_MANIFEST_FILE
-        try:
-            content = json.loads(path.read_bytes())
-            if content["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"it has format version {content['format_version']}, not {FORMAT_VERSION}")
-            return cls(**{**content, "files": {name: FileEntry(**entry) for name, entry in content["files"].items()}})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise BundleAltered(f"{path} is malformed ({error}); {_REMEDY}") from error
-
-    def write(self, bundle: Path) -> None:
-        """Write the manifest. All files must be in place."""
-        content = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
-        atomic_write_bytes(bundle / ENTITY_ENCODER_MANIFEST_FILE, content.encode())

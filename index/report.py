@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ def describe(path: Path, verify: Verify) -> dict[str, Any]:
         stored_entities = len(store)
     manifest = bundle.manifest
     return {
-        **manifest.to_dict(),
+        **manifest.model_dump(),
         "fingerprint": bundle.fingerprint,
         "verified": verify,
         "stored_entities": stored_entities,
         "calibration": None if bundle.calibration is None else bundle.calibration.to_dict(),
-        "image_encoder": asdict(manifest.image_encoder),
-        "index": bundle.index_manifest.to_dict(),
-        "entity_side": None if entity_encoder is None else asdict(entity_encoder),
+        "image_encoder": {"int8": None, "float16": None, **manifest.image_encoder.model_dump()},
+        "index": bundle.index_manifest.model_dump(),
+        "entity_side": None if entity_encoder is None else entity_encoder.model_dump(),
         "bytes": bundle.index_manifest.bytes + sum(entry.bytes for entry in manifest.files.values()),
         "unlisted_files": bundle.unlisted_files(),
     }

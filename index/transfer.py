@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -160,10 +160,14 @@ class Release:
         manifests = {name: (folder / name).read_bytes() for name in _MANIFESTS if (folder / name).is_file()}
         manifest = Manifest.read(folder / MANIFEST_FILE)
         index_manifest = IndexManifest.read(folder / INDEX_MANIFEST_FILE)
-        encoder_files = EntityEncoder.read(folder).files if ENTITY_ENCODER_MANIFEST_FILE in manifests else {}
+        encoder_files = (
+            EntityEncoder.read(folder / ENTITY_ENCODER_MANIFEST_FILE).files
+            if ENTITY_ENCODER_MANIFEST_FILE in manifests
+            else {}
+        )
         files = {
             **manifest.files,
-            INDEX_FILE: FileEntry(bytes=index_manifest.bytes, sha256=index_manifest.sha256),
+            INDEX_FILE: index_manifest.file,
             **{f"{ENTITY_ENCODER_FOLDER}/{name}": entry for name, entry in encoder_files.items()},
         }
         check_names(files, f"the manifest of {manifest.name}")
@@ -182,7 +186,7 @@ class Release:
     @property
     def marker(self) -> bytes:
         """The content of the marker file: equal only for transfers of the same bytes."""
-        listed = {name: asdict(entry) for name, entry in self.files.items()}
+        listed = {name: entry.model_dump() for name, entry in self.files.items()}
         manifests = {name: hashlib.sha256(content).hexdigest() for name, content in self.manifests.items()}
         return (json.dumps([listed, manifests], sort_keys=True) + "\n").encode()
 

@@ -53,7 +53,7 @@ def test_parity_is_in_the_manifest(config: ExportConfig) -> None:
     assert FLOAT16_ENCODER_FILE in bundle.manifest.files
     assert bundle.unlisted_files() == []
     report = describe(config.out, "quick")
-    assert report["image_encoder"]["float16"] == dataclasses.asdict(entry)
+    assert report["image_encoder"]["float16"] == entry.model_dump()
     assert any(line.startswith("float16      lowest cosine ") for line in describe_lines(report))
     plan = estimate_export(config)
     size_bytes = (config.out / FLOAT16_ENCODER_FILE).stat().st_size

@@ -374,7 +374,8 @@ def test_compacting_keeps_attended_words(small_bundle: Path, live_dir: Path, tmp
     with sqlite3.connect(base / "entities.sqlite") as connection:
         connection.execute("INSERT INTO heard VALUES (3, '[[0, 4, 0.5]]')")
     connection.close()
-    replace(Bundle.open(small_bundle).manifest, files=list_files(base)).write(base / "manifest.json")
+    manifest = Bundle.open(small_bundle).manifest.model_copy(update={"files": list_files(base)})
+    manifest.write(base / "manifest.json")
     changed = opened(base, live_dir)
     row_3 = changed.store.by_rows([3])[0].entity_id
     changed.live.delete(changed.store.by_rows([0])[0].entity_id)

@@ -60,11 +60,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     for shard, rows_n in enumerate(np.array_split(rows_N, 3)):
         write_shard(folder / "embeddings", shard, rows_n, vectors(len(rows_n), seed=shard))
     write_store(folder / "entities.sqlite", ((entity(f"Q{row}", row=row), None) for row in range(ENTITIES)))
-    manifest = replace(
-        Manifest.read(folder / MANIFEST_FILE),
-        counts=Counts(entities=ENTITIES, embeddings=len(rows_N), without_image=0, without_text=0, rejected=0),
-        files=list_files(folder),
-    )
+    counts = Counts(entities=ENTITIES, embeddings=len(rows_N), without_image=0, without_text=0, rejected=0)
+    changed = {"counts": counts, "files": list_files(folder)}
+    manifest = Manifest.read(folder / MANIFEST_FILE).model_copy(update=changed)
     manifest.write(folder / MANIFEST_FILE)
     build_index(folder, open_embeddings(folder, manifest))
     return Bundle.open(folder)

@@ -16,7 +16,7 @@ import pytest
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError
 from index.bundle import Bundle
-from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
+from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder
 from index.manifest import FileEntry
 from index.transfer import Remote, local_bundle, pull, push
 from tests.conftest import write_small_bundle
@@ -277,7 +277,7 @@ def test_the_entity_encoder_is_transferred_too_and_can_be_added_later(small_bund
     (bundle / ENTITY_ENCODER_FOLDER / "adaptor.onnx").write_bytes(b"adaptor")
     EntityEncoder(
         format_version=1,
-        checkpoint_sha256=None,  # type: ignore[arg-type]  # the small bundle has none
+        checkpoint_sha256=None,
         text_encoder="none",
         patches=1,
         patch_dim=1,
@@ -285,7 +285,7 @@ def test_the_entity_encoder_is_transferred_too_and_can_be_added_later(small_bund
         max_characters=1,
         parity={},
         files={"adaptor.onnx": FileEntry.of(bundle / ENTITY_ENCODER_FOLDER / "adaptor.onnx")},
-    ).write(bundle)
+    ).write(bundle / ENTITY_ENCODER_MANIFEST_FILE)
     assert push(bundle, store).files == 1
     assert pull(store, folder).files == 1
     assert content(folder) == content(bundle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,8 @@ def with_int8(small_bundle: Path, tmp_path: Path) -> Bundle:
         file=INT8_ENCODER_FILE, calibrated_on=1, judged_on="catalog images", images=1, min_cosine=-1.0,
         mean_cosine=-1.0, same_top_1=0.0, top_1_float=100.0, top_1_int8=0.0,
     )  # fmt: skip
-    encoder = dataclasses.replace(manifest.image_encoder, int8=int8)
-    dataclasses.replace(manifest, image_encoder=encoder, files=list_files(path)).write(path / "manifest.json")
+    encoder = manifest.image_encoder.model_copy(update={"int8": int8})
+    manifest.model_copy(update={"image_encoder": encoder, "files": list_files(path)}).write(path / "manifest.json")
     return Bundle.open(path, verify="full")
 
 
@@ -83,9 +82,9 @@ def with_both(with_int8: Bundle) -> Bundle:
     shutil.copy(with_int8.image_encoder_path, with_int8.path / FLOAT16_ENCODER_FILE)
     manifest = with_int8.manifest
     float16 = Float16Entry(file=FLOAT16_ENCODER_FILE, max_abs_diff=0.0, min_cosine=1.0)
-    encoder = dataclasses.replace(manifest.image_encoder, float16=float16)
+    encoder = manifest.image_encoder.model_copy(update={"float16": float16})
     files = list_files(with_int8.path)
-    dataclasses.replace(manifest, image_encoder=encoder, files=files).write(with_int8.path / "manifest.json")
+    manifest.model_copy(update={"image_encoder": encoder, "files": files}).write(with_int8.path / "manifest.json")
     return Bundle.open(with_int8.path, verify="full")
 
 
@@ -147,13 +146,13 @@ def test_each_file_has_its_own_place_in_the_cache(with_both: Bundle, with_int8: 
 
 def test_a_file_in_float16_that_is_not_listed_is_refused(with_both: Bundle) -> None:
     files = {name: entry for name, entry in with_both.manifest.files.items() if name != FLOAT16_ENCODER_FILE}
-    dataclasses.replace(with_both.manifest, files=files).write(with_both.path / "manifest.json")
+    with_both.manifest.model_copy(update={"files": files}).write(with_both.path / "manifest.json")
     with pytest.raises(BundleAltered, match=r"does not list image_encoder\.float16\.onnx"):
         Bundle.open(with_both.path)
 
 
 def test_a_quantised_file_that_is_not_listed_is_refused(with_int8: Bundle) -> None:
     files = {name: entry for name, entry in with_int8.manifest.files.items() if name != INT8_ENCODER_FILE}
-    dataclasses.replace(with_int8.manifest, files=files).write(with_int8.path / "manifest.json")
+    with_int8.manifest.model_copy(update={"files": files}).write(with_int8.path / "manifest.json")
     with pytest.raises(BundleAltered, match="does not list image_encoder"):
         Bundle.open(with_int8.path)

@@ -64,7 +64,7 @@ def test_the_pixel_limit_holds(recognizer, tmp_path):
 
 def test_without_calibration_there_is_no_confidence(small_bundle, small_images, tmp_path):
     bundle = Bundle.open(small_bundle)
-    plain = replace(bundle, manifest=replace(bundle.manifest, calibration=None))
+    plain = replace(bundle, manifest=bundle.manifest.model_copy(update={"calibration": None}))
     with Recognizer(plain, Settings(threads=1)) as recognizer:
         (answer,) = recognizer.recognize_many([small_images["Q140"]])
     assert (answer.in_catalog_probability, answer.abstained) == (None, None)
@@ -81,7 +81,7 @@ def test_known_is_judged_by_the_embedding_too(small_bundle, small_images, tmp_pa
         offset=-1.0, best=2.0, background=-1.0, width=1.0,
         landmarks_LD=landmarks_LD, level_L=rng.normal(size=5), slope_L=rng.normal(size=5),
     ).write(folder / "familiarity.npz")  # fmt: skip
-    replace(plain.manifest, files=list_files(folder)).write(folder / "manifest.json")
+    plain.manifest.model_copy(update={"files": list_files(folder)}).write(folder / "manifest.json")
     bundle = Bundle.open(folder)
     assert bundle.fingerprint != plain.fingerprint
     session = onnxruntime.InferenceSession(bundle.image_encoder_path, providers=["CPUExecutionProvider"])
