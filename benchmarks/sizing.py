@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -26,56 +25,15 @@ STORE_BYTES_AN_ENTITY = 803
 
 WIKI6M_ENTITIES, WIKI6M_IMAGES = 6_063_945, 2_032_340
 PAIRS, PAIR_ENTITIES = 1_000_000, 7_943  # OVEN's training set with 200 pairs per entity
-TEXT_TOKENS = 256
+TEXT_TOKENS, PATCHES = 256, 256
 SIZES = (10_000, 100_000, 1_000_000, WIKI6M_ENTITIES)
 WIDTHS = (128, 512, 1280)  # tiny, CLIP ViT-B, EVA-CLIP-8B
 
-
-@dataclass(frozen=True)
-class Tower:
-    """An image tower: Transformer layers over patches, projected to an embedding."""
-
-    name: str
-    layers: int
-    width: int
-    mlp_ratio: float
-    patches: int
-    embedding_dim: int
-
-    @property
-    def parameters(self) -> float:
-        return self.layers * (4 + 2 * self.mlp_ratio) * self.width**2
-
-    @property
-    def operations(self) -> float:
-        return 2 * self.parameters * (self.patches + 1)
-
-
-@dataclass(frozen=True)
-class TextModel:
-    name: str
-    parameters: float
-    width: int
-
-    @property
-    def operations(self) -> float:
-        return 2 * self.parameters * TEXT_TOKENS
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU and the vendor's peak for dense bfloat16."""
-
-    name: str
-    peak_tflops: int
-
-
-EVA = Tower("EVA-CLIP-8B", layers=32, width=4096, mlp_ratio=5, patches=256, embedding_dim=1280)
-CLIP_L = Tower("CLIP ViT-L/14", layers=24, width=1024, mlp_ratio=4, patches=256, embedding_dim=768)
-LLAMA_1B = TextModel("LLaMA 3.2 1B", parameters=1.24e9, width=2048)
-LLAMA_3B = TextModel("LLaMA 3.2 3B", parameters=3.21e9, width=3072)
-VARIANTS = ((CLIP_L, LLAMA_1B), (EVA, LLAMA_1B), (EVA, LLAMA_3B))
-GPUS = (Gpu("L4", 121), Gpu("L40S", 362), Gpu("A100 80 GB", 312), Gpu("H100 SXM", 989))
+# Image towers: parameters of the Transformer's layers, and embedding width. Language models: parameters, and width.
+TOWERS = {"EVA-CLIP-8B": (32 * 14 * 4096**2, 1280), "CLIP ViT-L/14": (24 * 12 * 1024**2, 768)}
+TEXT_MODELS = {"LLaMA 3.2 1B": (1.24e9, 2048), "LLaMA 3.2 3B": (3.21e9, 3072)}
+VARIANTS = (("CLIP ViT-L/14", "LLaMA 3.2 1B"), ("EVA-CLIP-8B", "LLaMA 3.2 1B"), ("EVA-CLIP-8B", "LLaMA 3.2 3B"))
+GPUS = {"L4": 121, "L40S": 362, "A100 80 GB": 312, "H100 SXM": 989}  # TFLOP/s
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -93,16 +51,16 @@ def oven_disk() -> str:
     """Return the disk space of a full run on OVEN, in GB."""
     rows = []
     for tower, text in VARIANTS:
-        cached_images = (PAIRS + PAIR_ENTITIES) * tower.embedding_dim * (2 * tower.patches + 4)
-        cached_texts = PAIR_ENTITIES * TEXT_TOKENS * text.width * 2
+        (tower_parameters, dim), (text_parameters, text_width) = TOWERS[tower], TEXT_MODELS[text]
         sizes = [
-            2 * (tower.parameters + text.parameters),
-            cached_images + cached_texts,
-            2 * tower.embedding_dim * WIKI6M_ENTITIES,
+            2 * (tower_parameters + text_parameters),
+            (PAIRS + PAIR_ENTITIES) * dim * (2 * PATCHES + 4) + PAIR_ENTITIES * TEXT_TOKENS * text_width * 2,
+            2 * dim * WIKI6M_ENTITIES,
             STORE_BYTES_AN_ENTITY * WIKI6M_ENTITIES,
-            *(_index_bytes(WIKI6M_ENTITIES, tower.embedding_dim, kind) for kind in ("SQfp16", "IVF")),
+            _index_bytes(WIKI6M_ENTITIES, dim, "SQfp16"),
+            _index_bytes(WIKI6M_ENTITIES, dim, "IVF"),
         ]
-        rows.append([f"{tower.name}, {text.name}", *map(gb, sizes)])
+        rows.append([f"{tower}, {text}", *map(gb, sizes)])
     header = ("encoders", "weights", "training features", "embeddings", "store", "exact index", "IVF index")
     return table(header, rows)
 
@@ -111,13 +69,14 @@ def oven_hours(utilisation: float, price: float | None) -> str:
     """Return the hours of each stage on one GPU, and the cost if the price of an hour is given."""
     rows = []
     for tower, text in VARIANTS:
-        training = PAIRS * tower.operations + PAIR_ENTITIES * (tower.operations + text.operations)
-        stages = [training, WIKI6M_IMAGES * tower.operations, WIKI6M_ENTITIES * text.operations]
-        for gpu in GPUS:
-            hours = [operations / (gpu.peak_tflops * 1e12 * utilisation * 3600) for operations in stages]
+        per_image = 2 * TOWERS[tower][0] * (PATCHES + 1)
+        per_text = 2 * TEXT_MODELS[text][0] * TEXT_TOKENS
+        training = PAIRS * per_image + PAIR_ENTITIES * (per_image + per_text)
+        stages = [training, WIKI6M_IMAGES * per_image, WIKI6M_ENTITIES * per_text]
+        for gpu, peak_tflops in GPUS.items():
+            hours = [operations / (peak_tflops * 1e12 * utilisation * 3600) for operations in stages]
             cost = [] if price is None else [f"{price * sum(hours):.0f}"]
-            figures = [f"{each:.1f}" for each in (*hours, sum(hours))]
-            rows.append([f"{tower.name}, {text.name}", gpu.name, *figures, *cost])
+            rows.append([f"{tower}, {text}", gpu, *(f"{each:.1f}" for each in (*hours, sum(hours))), *cost])
     header = ["encoders", "GPU", "training features", "entity images", "entity texts", "together"]
     return table([*header, *([] if price is None else ["cost"])], rows)
 
@@ -162,7 +121,6 @@ def put_in(page: str, name: str, content: str) -> str:
     """Return the page with the table between its markers replaced."""
     opening, closing = f"<!-- sizing: {name} -->", f"<!-- /sizing: {name} -->"
     between = re.compile(f"(?<={re.escape(opening)}).*?(?={re.escape(closing)})", flags=re.DOTALL)
-    assert len(between.findall(page)) == 1, f"the page has no markers for {name}"
     return between.sub(lambda _: f"\n\n{content}\n", page)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -32,41 +31,30 @@ _WIDTH = 64
 _WORDS = ("river", "stone", "tower", "bird", "market", "north", "island", "castle", "music", "harbour", "forest")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    entities: list[EntityKeys]
-    pairs: list[TrainingPair]
-    images: dict[bytes, bytes]
-    texts: dict[bytes, str]
-
-
 class _Recomputing(FeatureStore):
     """A store that runs the encoders for every batch."""
 
-    def __init__(self, cached: FeatureStore, root: Path, data: _Data) -> None:
+    def __init__(self, cached: FeatureStore, root: Path, images: dict[bytes, bytes], texts: dict[bytes, str]) -> None:
         super().__init__(root, cached.image_encoder, cached.text_encoder)
-        self._data = data
+        self._inputs = images, texts
 
     def query_embeddings(self, keys: Sequence[bytes]) -> npt.NDArray[np.float32]:
         result_BD: npt.NDArray[np.float32] = self._encode(keys).image_embedding_BD.cpu().numpy()
         return result_BD
 
     def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
-        images = [image for image, _ in rows if image is not None]
-        text = self.text_encoder.encode([self._data.texts[key] if key else "" for _, key in rows])
-        mask_B = torch.tensor([image is not None for image, _ in rows])
-        patch_tokens_BPC = torch.zeros(len(rows), self.image_encoder.patches, self.image_encoder.patch_dim)
-        patch_tokens_BPC[mask_B] = _rounded(self._encode(images).patch_tokens_BPC)
+        images, texts = zip(*rows, strict=True)  # every entity has both
+        text = self.text_encoder.encode([self._inputs[1][key] for key in texts])
         return EntityBatch(
-            patch_tokens_BPC=patch_tokens_BPC.to(device),
-            image_mask_B=mask_B.to(device),
-            text_tokens_BTL=_rounded(text.text_tokens_BTC).to(device),
-            text_mask_BT=text.mask_BT.to(device),
+            patch_tokens_BPC=_rounded(self._encode(images).patch_tokens_BPC),
+            image_mask_B=torch.ones(len(rows), dtype=torch.bool),
+            text_tokens_BTL=_rounded(text.text_tokens_BTC),
+            text_mask_BT=text.mask_BT,
         )
 
     def _encode(self, keys: Sequence[bytes]) -> ImageFeatures:
         preprocessing = self.image_encoder.preprocessing
-        pixels = [load_pixels(self._data.images[key], preprocessing, max_pixels=MAX_PIXELS) for key in keys]
+        pixels = [load_pixels(self._inputs[0][key], preprocessing, max_pixels=MAX_PIXELS) for key in keys]
         return self.image_encoder.encode(np.stack(pixels))
 
 
@@ -75,18 +63,34 @@ def _rounded(values: torch.Tensor) -> torch.Tensor:
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
-    """Return seconds per epoch and mean loss of both, and their ratio. No bundle is read."""
-    entities = 96 if smoke else 512
+    """Return seconds per epoch and mean loss of both, and their ratio. No bundle is read.
+
+    Each entity has an image, a text of 60 words and a query image.
+    """
+    count = 96 if smoke else 512
+    random = np.random.default_rng(0)
     with TemporaryDirectory() as folder:
         root = Path(folder)
         store = FeatureStore(root / "cache", open_image_encoder("tiny"), open_text_encoder("minilm"))
+        photographs = [photograph(number) for number in range(2 * count)]
+        sources = [ImageSource(path=root / f"{number}.jpg", line=0, record="") for number in range(2 * count)]
+        for source, data in zip(sources, photographs, strict=True):
+            source.path.write_bytes(data)
+        texts = [" ".join(random.choice(_WORDS, 60)) for _ in range(count)]
+        records = [
+            Entity(entity_id=f"Q{number}", text=text, images=(sources[number],)) for number, text in enumerate(texts)
+        ]
         started = time.perf_counter()
-        data = _make(root, store, entities)
+        entities = store.entity_keys(records, _unexpected)
+        queries = store.image_keys(sources[count:], _unexpected, "query images")
         filled_s = time.perf_counter() - started
-        cached_s, cached_loss = _epoch(store, data)
-        recomputed_s, recomputed_loss = _epoch(_Recomputing(store, root / "none", data), data)
+        pairs = [TrainingPair(query=key, entity=row) for row, key in enumerate(queries) if key is not None]
+        images = {content_key(data): data for data in photographs}
+        uncached = _Recomputing(store, root / "none", images, {content_key(text.encode()): text for text in texts})
+        cached_s, cached_loss = _epoch(store, entities, pairs)
+        recomputed_s, recomputed_loss = _epoch(uncached, entities, pairs)
     return {
-        "pairs": len(data.pairs),
+        "pairs": len(pairs),
         "image": "JPEG 640x480",
         "width": _WIDTH,
         "threads": torch.get_num_threads(),
@@ -99,34 +103,11 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     }
 
 
-def _make(root: Path, store: FeatureStore, count: int) -> _Data:
-    """Write and cache `count` entities, each with an image, a text of 60 words and a query image."""
-    random = np.random.default_rng(0)
-    images: dict[bytes, bytes] = {}
-    sources = []
-    for number in range(2 * count):
-        data = photograph(number)
-        images[content_key(data)] = data
-        path = root / f"{number}.jpg"
-        path.write_bytes(data)
-        sources.append(ImageSource(path=path, line=0, record=path.name))
-    texts = [" ".join(random.choice(_WORDS, 60)) for _ in range(count)]
-    records = [
-        Entity(entity_id=f"Q{number}", text=text, images=(sources[number],)) for number, text in enumerate(texts)
-    ]
-    entities = store.entity_keys(records, _unexpected)
-    queries = store.image_keys(sources[count:], _unexpected, "query images")
-    pairs = [TrainingPair(query=key, entity=row) for row, key in enumerate(queries) if key is not None]
-    return _Data(
-        entities=entities, pairs=pairs, images=images, texts={content_key(text.encode()): text for text in texts}
-    )
-
-
 def _unexpected(rejected: Rejected) -> None:
     raise AssertionError(rejected.reason)
 
 
-def _epoch(store: FeatureStore, data: _Data) -> tuple[float, float]:
+def _epoch(store: FeatureStore, entities: Sequence[EntityKeys], pairs: Sequence[TrainingPair]) -> tuple[float, float]:
     """Return seconds and mean loss of one epoch after a warm-up step, always from the same weights."""
     config = AdaptorConfig(
         patch_dim=store.image_encoder.patch_dim,
@@ -134,11 +115,10 @@ def _epoch(store: FeatureStore, data: _Data) -> tuple[float, float]:
         embedding_dim=store.image_encoder.embedding_dim,
         width=_WIDTH,
     )
-    batches = [data.pairs[start : start + _BATCH] for start in range(0, len(data.pairs), _BATCH)]
-    settings = TrainSettings(batch_size=_BATCH)
+    batches = [pairs[start : start + _BATCH] for start in range(0, len(pairs), _BATCH)]
     trainer = Trainer(
-        config=config, settings=settings, store=store, entities=data.entities, steps=len(batches) + 1,
-        device=torch.device("cpu"), group=Group(),
+        config=config, settings=TrainSettings(batch_size=_BATCH), store=store, entities=entities,
+        steps=len(batches) + 1, device=torch.device("cpu"), group=Group(),
     )  # fmt: skip
     trainer.step([batches[0]], synthesise=False)
     started = time.perf_counter()

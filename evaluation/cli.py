@@ -67,8 +67,7 @@ def evaluate(
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path.parent} does not exist; create the folder or choose another path for {option}")
     if report is not None:
-        from evaluation.pages import require_libraries
-        from evaluation.report import write_report
+        from evaluation.pages import require_libraries, write_report
 
         require_libraries()
     opened, held_out = Bundle.open(bundle), frozenset[int]()

@@ -14,14 +14,14 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from core.errors import BadRequest, CatalogError, UnknownEntity, UserError
+from core.errors import CatalogError, UnknownEntity
 from core.files import atomic_write
 from core.jsonl import Rejected, RejectLog
 from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
 from index.bundle import Bundle
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
-from index.store import Selection, StoredEntity
+from index.store import Selection
 from model.data import Pair, read_pairs
 from service.recognizer import Recognizer
 from wikiclip.answers import Recognition, RecognizeOptions
@@ -45,43 +45,39 @@ def answer_queries(
     """
     rejects = RejectLog(predictions_path.with_name("rejected.jsonl"))
     answered: list[AnsweredQuery] = []
-    with atomic_write(predictions_path) as temporary, temporary.open("w", encoding="utf-8") as out:
+    with (
+        atomic_write(predictions_path) as temporary,
+        temporary.open("w", encoding="utf-8") as out,
+        recognizer.acquire() as loaded,
+    ):
         for path in query_files:
             before = len(answered)
             pairs = iter(tqdm(_queries(path, image_root, ovenid2impath, rejects), desc=path.name, unit="query"))
             while batch := list(islice(pairs, batch_size)):
                 for pair, answer in zip(batch, _recognize(recognizer, batch, rejects), strict=True):
-                    query = _answered(pair, answer, _stored(recognizer, pair.entity_id), held_out)
-                    best_id = query.best.entity_id if query.best else ""
-                    out.write(json.dumps({"data_id": pair.data_id, "pred_entity_id": best_id}) + "\n")
-                    answered.append(query)
+                    try:
+                        entity = loaded.entities.get(pair.entity_id)
+                    except UnknownEntity:
+                        entity = None
+                    predictions = answer.predictions if answer else ()
+                    predicted_ids = [prediction.entity_id for prediction in predictions]
+                    row = {"data_id": pair.data_id, "pred_entity_id": predicted_ids[0] if predicted_ids else ""}
+                    out.write(json.dumps(row) + "\n")
+                    answered.append(
+                        AnsweredQuery(
+                            data_split=pair.data_split,
+                            seen=pair.seen,
+                            rank=rank_of(pair.entity_id, predicted_ids),
+                            in_catalog=entity is not None and entity.row not in held_out,
+                            image=pair.image.path,
+                            entity=entity,
+                            best=predictions[0] if predictions else None,
+                            in_catalog_probability=answer.in_catalog_probability if answer else None,
+                        )
+                    )
             if len(answered) == before:
                 raise CatalogError(f"{path} has no usable query; see {rejects.path}")
     return answered, rejects.count
-
-
-def _answered(
-    pair: Pair, answer: Recognition | None, entity: StoredEntity | None, held_out: frozenset[int]
-) -> AnsweredQuery:
-    predictions = answer.predictions if answer else ()
-    return AnsweredQuery(
-        data_split=pair.data_split,
-        seen=pair.seen,
-        rank=rank_of(pair.entity_id, [prediction.entity_id for prediction in predictions]),
-        in_catalog=entity is not None and entity.row not in held_out,
-        image=pair.image.path,
-        entity=entity,
-        best=predictions[0] if predictions else None,
-        in_catalog_probability=answer.in_catalog_probability if answer else None,
-    )
-
-
-def _stored(recognizer: Recognizer, entity_id: str) -> StoredEntity | None:
-    try:
-        with recognizer.acquire() as loaded:
-            return loaded.entities.get(entity_id)
-    except UnknownEntity:
-        return None
 
 
 def _queries(path: Path, image_root: Path | None, ovenid2impath: Path | None, rejects: RejectLog) -> Iterator[Pair]:
@@ -93,7 +89,12 @@ def _queries(path: Path, image_root: Path | None, ovenid2impath: Path | None, re
 
 
 def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog) -> Iterator[Recognition | None]:
-    images = [_read(pair.image.path) for pair in pairs]
+    images: list[bytes | str] = []
+    for pair in pairs:
+        try:
+            images.append(pair.image.path.read_bytes())
+        except OSError as error:
+            images.append(f"image {pair.image.path} cannot be read ({error.strerror}); it counts as wrong")
     readable = [image for image in images if isinstance(image, bytes)]
     answers = iter(recognizer.recognize_many(readable, RecognizeOptions(top_k=max(RECALL_AT))))
     for pair, image in zip(pairs, images, strict=True):
@@ -101,15 +102,9 @@ def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog
         if isinstance(answer, Recognition):
             yield answer
         else:
-            rejects.add(Rejected(line=pair.image.line, reason=answer.detail, record=pair.image.record))
+            reason = answer if isinstance(answer, str) else answer.detail
+            rejects.add(Rejected(line=pair.image.line, reason=reason, record=pair.image.record))
             yield None
-
-
-def _read(path: Path) -> bytes | UserError:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        return BadRequest(f"image {path} cannot be read ({error.strerror}); it counts as wrong")
 
 
 class HoldoutIndex(EntityIndex):
@@ -151,8 +146,7 @@ def hold_out(bundle: Bundle, share: float) -> HoldoutBundle:
     The answers equal those of an export without these entities and the same kind of index.
     """
     with bundle.store() as store:
-        entities = store.by_rows(range(len(store)))
-    held_out = frozenset(entity.row for entity in entities if _hash(entity.entity_id) < share)
+        held_out = frozenset(each.row for each in store.by_rows(range(len(store))) if _hash(each.entity_id) < share)
     return HoldoutBundle(**{each.name: getattr(bundle, each.name) for each in fields(bundle)}, held_out=held_out)
 
 

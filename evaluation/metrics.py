@@ -7,7 +7,7 @@ Shapes: N queries, R resamplings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,32 +83,21 @@ def harmonic_mean(seen: float, unseen: float) -> float:
     return 2 * seen * unseen / (seen + unseen) if seen + unseen else 0.0
 
 
-class Bootstrap:
-    """95 % intervals from resampling queries with replacement (percentile bootstrap) with a fixed seed."""
+def share_interval(hits: int, queries: int) -> Interval:
+    """Return the 95 % interval of a percentage of queries."""
+    return percentile_interval(_shares(np.random.default_rng(0), hits, queries))
 
-    def __init__(self, seed: int = 0) -> None:
-        self._rng = np.random.default_rng(seed)
 
-    def share(self, hits: int, queries: int) -> Interval:
-        """Return the interval of a percentage of queries."""
-        return percentile_interval(self._shares(hits, queries))
+def harmonic_mean_interval(seen: tuple[int, int], unseen: tuple[int, int]) -> Interval:
+    """Return the 95 % interval of the HM of two percentages, each given as (hits, queries)."""
+    rng = np.random.default_rng(0)
+    pairs = zip(_shares(rng, *seen), _shares(rng, *unseen), strict=True)
+    return percentile_interval(np.array([harmonic_mean(one, other) for one, other in pairs]))
 
-    def harmonic_mean(self, seen: tuple[int, int], unseen: tuple[int, int]) -> Interval:
-        """Return the interval of the HM of two percentages, each given as (hits, queries)."""
-        pairs = zip(self._shares(*seen), self._shares(*unseen), strict=True)
-        return percentile_interval(np.array([harmonic_mean(one, other) for one, other in pairs]))
 
-    def auroc(self, positive: Sequence[float], negative: Sequence[float], resamplings: int = 500) -> Interval:
-        """Return the interval of `auroc`."""
-        drawn = [
-            auroc(self._rng.choice(positive, len(positive)), self._rng.choice(negative, len(negative)))
-            for _ in range(resamplings)
-        ]
-        return percentile_interval(np.array(drawn))
-
-    def _shares(self, hits: int, queries: int) -> Floats:
-        # Resampling queries that are each right or wrong is a binomial draw.
-        return 100 * self._rng.binomial(queries, hits / queries, RESAMPLINGS) / queries
+def _shares(rng: np.random.Generator, hits: int, queries: int) -> Floats:
+    # Resampling queries that are each right or wrong is a binomial draw.
+    return 100 * rng.binomial(queries, hits / queries, RESAMPLINGS) / queries
 
 
 def percentile_interval(values_R: Floats) -> Interval:
@@ -120,9 +109,15 @@ def percentile_interval(values_R: Floats) -> Interval:
 def auroc(positive: Any, negative: Any) -> float:
     """Return the area under the ROC curve: the share of pairs with the positive value higher; ties count half."""
     ordered = np.sort(np.asarray(negative, np.float64))
-    below = np.searchsorted(ordered, positive, side="left")
-    up_to = np.searchsorted(ordered, positive, side="right")
+    below, up_to = np.searchsorted(ordered, positive, "left"), np.searchsorted(ordered, positive, "right")
     return float((below + up_to).mean() / 2 / len(ordered))
+
+
+def auroc_interval(positive: Sequence[float], negative: Sequence[float]) -> Interval:
+    """Return the 95 % interval of `auroc`."""
+    rng = np.random.default_rng(0)
+    drawn = [auroc(rng.choice(positive, len(positive)), rng.choice(negative, len(negative))) for _ in range(500)]
+    return percentile_interval(np.array(drawn))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,22 +131,21 @@ class ReliabilityBin:
 
 def reliability(confidences_N: Sequence[float], correct_N: Sequence[bool]) -> list[ReliabilityBin]:
     """Return the non-empty bins of equal width, by rising confidence."""
-    confidences, correct = np.asarray(confidences_N, np.float64), np.asarray(correct_N, bool)
+    confidences, correct = np.asarray(confidences_N, np.float64), np.asarray(correct_N, np.float64)
     bins_N = np.minimum((confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    masks = [bins_N == number for number in np.unique(bins_N)]
     return [
         ReliabilityBin(
-            count=int((bins_N == number).sum()),
-            confidence=float(confidences[bins_N == number].mean()),
-            accuracy=float(correct[bins_N == number].mean()),
+            count=int(mask.sum()), confidence=float(confidences[mask].mean()), accuracy=float(correct[mask].mean())
         )
-        for number in np.unique(bins_N)
+        for mask in masks
     ]
 
 
 def calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Return the expected calibration error: the mean distance of confidence and accuracy over all answers."""
-    total = sum(each.count for each in bins)
-    return sum(each.count * abs(each.confidence - each.accuracy) for each in bins) / total
+    distances = [abs(each.confidence - each.accuracy) for each in bins]
+    return float(np.average(distances, weights=[each.count for each in bins]))
 
 
 def summarise(answered: Sequence[AnsweredQuery], *, rejected: int) -> Evaluation:
@@ -160,21 +154,20 @@ def summarise(answered: Sequence[AnsweredQuery], *, rejected: int) -> Evaluation
     unknown = [a for a in answered if not a.in_catalog]
     groups = _groups(found)
     seen, unseen, hm = _seen_unseen_hm(found)
-    bootstrap = Bootstrap()
     hits = {name: (_hits(groups[name], 1), len(groups[name])) for name in ("seen", "unseen") if name in groups}
-    intervals: dict[str, Interval] = {name: _rounded(bootstrap.share(*counts)) for name, counts in hits.items()}
+    intervals: dict[str, Interval] = {name: _rounded(share_interval(*counts)) for name, counts in hits.items()}
     if len(hits) == 2:
-        intervals["hm"] = _rounded(bootstrap.harmonic_mean(hits["seen"], hits["unseen"]))
+        intervals["hm"] = _rounded(harmonic_mean_interval(hits["seen"], hits["unseen"]))
     positive, negative = _probabilities(found), _probabilities(unknown)
     right = _probabilities(a for a in found if a.rank == 1)
     if positive and negative:
-        intervals["auroc"] = _rounded(bootstrap.auroc(positive, negative), 4)
+        intervals["auroc"] = _rounded(auroc_interval(positive, negative), 4)
     confidences, correct = confidences_of(found)
     return Evaluation(
         queries=len(answered),
         unknown=len(unknown),
         rejected=rejected,
-        recall={name: _recalls(ranks, bootstrap) for name, ranks in groups.items()},
+        recall={name: _recalls(ranks) for name, ranks in groups.items()},
         seen=seen,
         unseen=unseen,
         hm=hm,
@@ -197,16 +190,15 @@ def _probabilities(answered: Iterable[AnsweredQuery]) -> list[float]:
 
 
 def _groups(answered: Sequence[AnsweredQuery]) -> dict[str, list[int | None]]:
-    groups = {
-        split: [a.rank for a in answered if a.data_split == split] for split in sorted({a.data_split for a in answered})
+    """Return the ranks of each split that occurs, of each kind of entity that does, and of all."""
+    members = {
+        split: [a for a in answered if a.data_split == split] for split in sorted({a.data_split for a in answered})
     }
-    kinds: dict[str, Callable[[AnsweredQuery], bool]] = {
-        "seen": lambda a: a.seen is True,
-        "unseen": lambda a: a.seen is False,
-        "without_image": lambda a: a.entity is not None and a.entity.image_count == 0,
-        "without_text": lambda a: a.entity is not None and not a.entity.has_text,
-    }
-    groups |= {name: ranks for name, kind in kinds.items() if (ranks := [a.rank for a in answered if kind(a)])}
+    members["seen"] = [a for a in answered if a.seen is True]
+    members["unseen"] = [a for a in answered if a.seen is False]
+    members["without_image"] = [a for a in answered if a.entity is not None and a.entity.image_count == 0]
+    members["without_text"] = [a for a in answered if a.entity is not None and not a.entity.has_text]
+    groups = {name: [a.rank for a in queries] for name, queries in members.items() if queries}
     return groups | {"all": [a.rank for a in answered]}
 
 
@@ -216,11 +208,11 @@ def _seen_unseen_hm(answered: Sequence[AnsweredQuery]) -> tuple[float | None, fl
     return seen, unseen, None if seen is None or unseen is None else harmonic_mean(seen, unseen)
 
 
-def _recalls(ranks: Sequence[int | None], bootstrap: Bootstrap) -> dict[str, float | Interval]:
+def _recalls(ranks: Sequence[int | None]) -> dict[str, float | Interval]:
     row: dict[str, float | Interval] = {"queries": len(ranks)}
     row |= {f"recall_at_{k}": round(recall_at_k(ranks, k), 2) for k in RECALL_AT}
     if ranks:
-        row |= {f"interval_at_{k}": _rounded(bootstrap.share(_hits(ranks, k), len(ranks))) for k in RECALL_AT}
+        row |= {f"interval_at_{k}": _rounded(share_interval(_hits(ranks, k), len(ranks))) for k in RECALL_AT}
     return row
 
 
@@ -236,30 +228,23 @@ def as_table(evaluation: Evaluation) -> str:
     """Return the figures as text, one split per line."""
     lines = [f"{'split':<24} {'queries':>8} " + " ".join(f"{f'R@{k}':>6}" for k in RECALL_AT) + "   R@1, 95 % interval"]
     for split, row in evaluation.recall.items():
-        lines.append(
-            f"{split:<24} {row['queries']:>8} "
-            + " ".join(f"{row[f'recall_at_{k}']:>6.1f}" for k in RECALL_AT)
-            + f"   {format_interval(row.get('interval_at_1'))}"
-        )
-    figures = (("seen", evaluation.seen), ("unseen", evaluation.unseen), ("HM", evaluation.hm))
-    lines.append(
-        "top-1: "
-        + ", ".join(
-            f"{name} {value:.1f} ({format_interval(evaluation.intervals[name.lower()])})"
-            for name, value in figures
-            if value is not None
-        )
-    )
+        recalls = " ".join(f"{row[f'recall_at_{k}']:>6.1f}" for k in RECALL_AT)
+        lines.append(f"{split:<24} {row['queries']:>8} {recalls}   {format_interval(row.get('interval_at_1'))}")
+    top_1 = [
+        f"{name} {value:.1f} ({format_interval(evaluation.intervals[name.lower()])})"
+        for name, value in (("seen", evaluation.seen), ("unseen", evaluation.unseen), ("HM", evaluation.hm))
+        if value is not None
+    ]
+    lines.append(f"top-1: {', '.join(top_1)}")
     if evaluation.ece is not None:
         lines.append(f"confidence: expected calibration error {evaluation.ece:.3f}")
     if evaluation.unknown:
-        line = f"{evaluation.unknown} queries for entities that cannot be found, counted separately"
-        if evaluation.auroc is not None:
-            interval = format_interval(evaluation.intervals["auroc"], 3)
-            line += f": AUROC of known against unknown {evaluation.auroc:.3f} ({interval})"
-        if evaluation.auroc_right is not None:
-            line += f", of correct answers against unknown {evaluation.auroc_right:.3f}"
-        lines.append(line)
+        lines.append(f"{evaluation.unknown} queries for entities that cannot be found, counted separately")
+    if evaluation.auroc is not None:
+        interval = format_interval(evaluation.intervals["auroc"], 3)
+        lines.append(f"AUROC of known against unknown {evaluation.auroc:.3f} ({interval})")
+    if evaluation.auroc_right is not None:
+        lines.append(f"AUROC of correct answers against unknown {evaluation.auroc_right:.3f}")
     return "\n".join(lines)
 
 

@@ -5,46 +5,40 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, reduce
+from dataclasses import asdict, dataclass
+from functools import reduce
 from html import escape
 from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
+from catalog import EntityRecord, is_url, read_catalog
+from core.errors import TooLarge, UndecodableImage, UserError
+from core.files import atomic_write_bytes
+from evaluation.metrics import RECALL_AT, AnsweredQuery, Evaluation, confidences_of, format_interval, reliability
+from imaging import decode
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from matplotlib.figure import Figure
 
+    from index.store import StoredEntity
+    from service.recognizer import Recognizer
+    from wikiclip.answers import Prediction
+
+CONFUSIONS = 24
 _TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST_LIST = 20  # in a table of figures
+_IMAGE_PX = 160
+_MAX_PIXELS = 200_000_000
 _INK = "#1d2430"
 # Plots follow the light or dark colours of the page: these become its CSS variables.
 _VARIABLES = {
     _INK: "ink", "#d9dee7": "faint",
     "#2563c4": "c0", "#b8520a": "c1", "#15803d": "c2", "#7e3fb8": "c3", "#b4263f": "c4", "#4b5563": "c5",
 }  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Series:
-    """One line of a plot. `intervals` has (low, high) for each point, or is empty."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-    intervals: Sequence[tuple[float, float]] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bar:
-    name: str
-    value: float
-    interval: tuple[float, float] | None = None
 
 
 def require_libraries() -> None:
@@ -55,59 +49,18 @@ def require_libraries() -> None:
         raise UserError(f"reports need {' and '.join(missing)}; install the extra `report`: {install}")
 
 
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(_TEMPLATES)
-    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-
 def render(template: str, **values: Any) -> str:
     """Return a template of this package as HTML. Text is escaped unless the template marks it as safe."""
-    return _environment().get_template(template).render(**values)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
-def page(title: str, body: str) -> str:
-    """Return an HTML document. `title` is text, `body` is HTML."""
-    return render("page.html", title=title, body=body)
-
-
-def body_of(document: str) -> str:
-    """Return the HTML below the title of a document made by `page`."""
-    return document.partition("</h1>\n")[2].rpartition("\n</body>")[0]
-
-
-def section(heading: str, *blocks: str) -> str:
-    """Return a heading and the HTML blocks below it."""
-    return render("section.html", heading=heading, blocks=blocks)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of texts. The first column is left-aligned, the others are right-aligned."""
-    return render("table.html", header=header, rows=rows)
-
-
-def figures_table(figures: Any) -> str:
-    """Return a table of all figures by their path. A metric with samples shows its median and interval."""
-    return table(["figure", "value"], list(_flat(figures)))
-
-
-def _flat(figures: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(figures, dict) and {"median", "interval", "samples"} <= figures.keys():
-        low, high = figures["interval"]
-        yield path, f"{figures['median']} {figures.get('unit', '')} ({low} to {high})"
-    elif isinstance(figures, dict):
-        for name, below in figures.items():
-            yield from _flat(below, f"{path} {name}".strip())
-    elif isinstance(figures, list) and any(isinstance(each, dict | list) for each in figures):
-        if len(figures) > _LONGEST_LIST:
-            yield path, f"{len(figures)} rows"
-            return
-        for number, below in enumerate(figures):
-            yield from _flat(below, f"{path} {number}".strip())
-    else:
-        yield path, ", ".join(map(str, figures)) if isinstance(figures, list) else str(figures)
+# ---- plots ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +76,29 @@ class Bars:
     intervals: Sequence[str] = ()
 
     def svg(self, figures: Any) -> str:
+        """Return the plot, empty if there is no value."""
         found = [match for path in self.values for match in _select(figures, path)]
         intervals = [interval for path in self.intervals for _, interval in _select(figures, path)]
         bars = []
         for name, (_, value), interval in zip_longest(_names([names for names, _ in found]), found, intervals):
             number, own_interval = _number(value)
             if number is not None:
-                bars.append(Bar(name=name, value=number, interval=interval or own_interval))
-        return bar_plot(bars, title=self.title, x_label=self.label) if bars else ""
+                bars.append((name, number, interval or own_interval))
+        if not bars:
+            return ""
+        with _figure(0.8 + 0.3 * len(bars)) as figure:
+            axes = figure.add_subplot()
+            for position, (_, number, interval) in enumerate(bars):
+                axes.barh(position, number, height=0.6, color="C0")
+                if interval:
+                    axes.plot(interval, [position, position], color=_INK, linestyle="-", marker="|")
+                end = max(0.0, number, *(interval or ()))
+                axes.annotate(f"{number:.4g}", (end, position), (6, 0), textcoords="offset points", va="center")
+            axes.set_yticks(range(len(bars)), [name for name, _, _ in bars])
+            axes.set(xlabel=self.label)
+            axes.grid(visible=False, axis="y")
+            axes.invert_yaxis()
+            return _svg(figure, self.title)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +106,7 @@ class Lines:
     """A line through the points that a path matches, for each parent of them and each of the paths `y` within a point.
 
     `*` in a path matches every key or position. A path that does not end with it matches one point. `x` is a path
-    within a point. An empty `x` is the point's own key, and an empty `y` is the point itself.
+    within a point. An empty `x` is the point's own key, and an empty `y` is the point itself. `diagonal` adds y = x.
     """
 
     title: str
@@ -149,45 +117,36 @@ class Lines:
     x: str = ""
     x_log: bool = False
     y_log: bool = False
+    diagonal: bool = False
 
     def svg(self, figures: Any) -> str:
+        """Return the plot, empty if there is no point."""
         lines: dict[tuple[str, ...], list[tuple[float, float, Any]]] = {}
         for path in self.points:
-            for names, point in _select(figures, path):
-                *parents, key = names if path.endswith("*") else (*names, "")
+            for (*parents, key), point in _select(figures, path):
                 for y in self.y:
                     number, interval = _number(_at(point, y))
                     if number is not None:
                         x = float(_at(point, self.x) if self.x else key)
                         lines.setdefault((*parents, y), []).append((x, number, interval))
-        series = []
-        for name, found in zip(_names(list(lines)), lines.values(), strict=True):
-            found.sort(key=lambda point: point[:2])
-            intervals = [interval for _, _, interval in found if interval]
-            series.append(Series(name=name, points=[(x, y) for x, y, _ in found], intervals=intervals))
-        if not series:
+        if not lines:
             return ""
-        return line_plot(
-            series, title=self.title, x_label=self.x_label, y_label=self.y_label, x_log=self.x_log, y_log=self.y_log
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a page shows of a benchmark's figures, above a table of all of them."""
-
-    title: str
-    text: str = ""
-    plots: Sequence[Bars | Lines] = ()
-
-
-def figures_page(title: str, parts: Mapping[str, tuple[Report, Any]]) -> str:
-    """Return an HTML document with the figures of each part, by its name."""
-    shown = {
-        name: (report, [svg for plot in report.plots if (svg := plot.svg(figures))], _flat(figures))
-        for name, (report, figures) in parts.items()
-    }
-    return render("figures.html", title=title, parts=shown)
+        with _figure(3.6) as figure:
+            axes = figure.add_subplot()
+            for name, points in zip(_names(list(lines)), lines.values(), strict=True):
+                points.sort(key=lambda point: point[:2])
+                xs, ys, intervals = zip(*points, strict=True)
+                (line,) = axes.plot(xs, ys, marker="o", markersize=4, label=name)
+                if all(intervals):
+                    low, high = zip(*intervals, strict=True)
+                    axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
+            if self.diagonal:
+                axes.axline((0, 0), slope=1, color=_INK, linestyle=":", alpha=0.6)
+            axes.set(xlabel=self.x_label, ylabel=self.y_label)
+            axes.set(xscale="log" if self.x_log else "linear", yscale="log" if self.y_log else "linear")
+            if len(lines) > 1:
+                axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+            return _svg(figure, self.title)
 
 
 def _select(figures: Any, path: str) -> list[tuple[tuple[str, ...], Any]]:
@@ -207,8 +166,9 @@ def _at(point: Any, path: str) -> Any:
 
 
 def _number(value: Any) -> tuple[float | None, Any]:
-    """Return a number, or the median of a metric and its interval."""
-    return (value["median"], tuple(value["interval"])) if isinstance(value, dict) else (value, None)
+    """Return a number that can be plotted, and the interval if it is the median of a metric."""
+    number, interval = (value["median"], value["interval"]) if isinstance(value, dict) else (value, None)
+    return (number if number is not None and math.isfinite(number) else None), interval
 
 
 def _names(paths: Sequence[Sequence[str]]) -> list[str]:
@@ -216,71 +176,6 @@ def _names(paths: Sequence[Sequence[str]]) -> list[str]:
     shared = set(paths[0]).intersection(*paths) if paths else set()
     names = (", ".join(part for part in path if part not in shared) or path[-1] for path in paths)
     return [name.replace("_", " ") for name in names]
-
-
-def data_uri(data: bytes, media_type: str) -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-def line_plot(
-    series: Sequence[Series],
-    *,
-    title: str,
-    x_label: str,
-    y_label: str,
-    x_log: bool = False,
-    y_log: bool = False,
-    x_range: tuple[float, float] | None = None,
-    y_range: tuple[float, float] | None = None,
-    diagonal: bool = False,
-) -> str:
-    """Return an SVG of lines, with bands for intervals. `diagonal` adds y = x.
-
-    Raise `ValueError` if there is no point, or one that the axes cannot show.
-    """
-    _check([x for each in series for x, _ in each.points], log=x_log)
-    _check([y for each in series for _, y in each.points], log=y_log)
-    with _figure(3.6) as figure:
-        axes = figure.add_subplot()
-        for each in series:
-            xs = [x for x, _ in each.points]
-            (line,) = axes.plot(xs, [y for _, y in each.points], marker="o", markersize=4, label=each.name)
-            if each.intervals:
-                low, high = zip(*each.intervals, strict=True)
-                axes.fill_between(xs, low, high, color=line.get_color(), alpha=0.18, linewidth=0)
-        if diagonal:
-            axes.axline((0, 0), slope=1, color=_INK, linestyle=":", alpha=0.6)
-        axes.set(xlabel=x_label, ylabel=y_label, xlim=x_range, ylim=y_range)
-        axes.set(xscale="log" if x_log else "linear", yscale="log" if y_log else "linear")
-        if len(series) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
-        return _svg(figure, title)
-
-
-def bar_plot(bars: Sequence[Bar], *, title: str, x_label: str, x_range: tuple[float, float] | None = None) -> str:
-    """Return an SVG of horizontal bars from top to bottom, with values and intervals.
-
-    Raise `ValueError` if there is no bar, or one without a finite value.
-    """
-    _check([bar.value for bar in bars], log=False)
-    with _figure(0.8 + 0.3 * len(bars)) as figure:
-        axes = figure.add_subplot()
-        for number, bar in enumerate(bars):
-            axes.barh(number, bar.value, height=0.6, color="C0")
-            if bar.interval:
-                axes.plot(bar.interval, [number, number], color=_INK, linestyle="-", marker="|")
-            end = max(0.0, bar.value, *(bar.interval or ()))
-            axes.annotate(f"{bar.value:.4g}", (end, number), (6, 0), textcoords="offset points", va="center")
-        axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
-        axes.set(xlabel=x_label, xlim=x_range)
-        axes.grid(visible=False, axis="y")
-        axes.invert_yaxis()
-        return _svg(figure, title)
-
-
-def _check(values: Sequence[float], *, log: bool) -> None:
-    if not values or not all(math.isfinite(value) for value in values) or (log and min(values) <= 0):
-        raise ValueError("nothing to plot: no value, one that is not finite, or one below 0 on a logarithmic axis")
 
 
 @contextmanager
@@ -302,3 +197,159 @@ def _svg(figure: Figure, title: str) -> str:
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var(--{variable})")
     return svg
+
+
+# ---- benchmarks ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a page shows of a benchmark's figures, above a table of all of them."""
+
+    title: str
+    text: str = ""
+    plots: Sequence[Bars | Lines] = ()
+
+
+def figures_page(title: str, parts: Mapping[str, tuple[Report, Any]]) -> str:
+    """Return an HTML document with the figures of each part, by its name."""
+    shown = {
+        name: (report, [plot.svg(figures) for plot in report.plots], _flat(figures))
+        for name, (report, figures) in parts.items()
+    }
+    return render("figures.html", title=title, parts=shown)
+
+
+def _flat(figures: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield all figures with their path. A metric with samples is its median and interval."""
+    if isinstance(figures, dict) and {"median", "interval", "samples"} <= figures.keys():
+        low, high = figures["interval"]
+        yield path, f"{figures['median']} {figures.get('unit', '')} ({low} to {high})"
+    elif isinstance(figures, dict):
+        for name, below in figures.items():
+            yield from _flat(below, f"{path} {name}".strip())
+    elif not isinstance(figures, list) or not any(isinstance(each, dict | list) for each in figures):
+        yield path, ", ".join(map(str, figures)) if isinstance(figures, list) else str(figures)
+    elif len(figures) > _LONGEST_LIST:
+        yield path, f"{len(figures)} rows"
+    else:
+        for number, below in enumerate(figures):
+            yield from _flat(below, f"{path} {number}".strip())
+
+
+# ---- accuracy ----
+
+_SPLITS = Bars(
+    title="Top-1 accuracy by split", label="top-1, %", values=("*/recall_at_1",), intervals=("*/interval_at_1",)
+)
+_RECALL = Lines(
+    title="Recall at k", x_label="k, number of predictions", y_label="recall@k, %", points=("*/*",), y=("",)
+)
+_RELIABILITY = Lines(
+    title="Reliability", x_label="confidence of the best prediction", y_label="accuracy", points=("*",),
+    x="confidence", y=("accuracy",), diagonal=True,
+)  # fmt: skip
+
+
+def write_report(
+    path: Path,
+    recognizer: Recognizer,
+    evaluation: Evaluation,
+    answered: Sequence[AnsweredQuery],
+    *,
+    catalog: Path | None,
+    held_out: int,
+) -> None:
+    """Write the report of an evaluation: figures, plots and the costliest confusions.
+
+    Images of entities come from `catalog`, otherwise from the bundle's thumbnails.
+    """
+    shown = confusions(answered)[:CONFUSIONS]
+    shown_ids = {each.truth.entity_id for each in shown} | {each.answer.entity_id for each in shown}
+    images = {} if catalog is None else _catalog_images(catalog, shown_ids)
+    with recognizer.acquire() as loaded:
+        for entity_id in shown_ids - images.keys():
+            if webp := loaded.entities.thumbnail(entity_id):
+                images[entity_id] = _data_uri(webp)
+        searched = loaded.entities.entity_count - held_out
+    bins = reliability(*confidences_of([each for each in answered if each.in_catalog]))
+    recalls = {
+        name: {k: {"median": row[f"recall_at_{k}"], "interval": row.get(f"interval_at_{k}")} for k in RECALL_AT}
+        for name, row in evaluation.recall.items()
+        if name in ("seen", "unseen", "all")
+    }
+    document = render(
+        "report.html",
+        title=f"Accuracy of {recognizer.label}",
+        evaluation=evaluation,
+        searched=searched,
+        held_out=held_out,
+        split_plot=_SPLITS.svg(evaluation.recall),
+        recall_plot=_RECALL.svg(recalls),
+        bins=bins,
+        recall_at=RECALL_AT,
+        format_interval=format_interval,
+        reliability_plot=_RELIABILITY.svg([asdict(each) for each in bins]),
+        confusions=shown,
+        images=images,
+    )
+    atomic_write_bytes(path, document.encode())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confusion:
+    """Queries for the entity `truth` that got the wrong `answer`. `cost` is the sum of their confidences."""
+
+    truth: StoredEntity
+    answer: Prediction
+    queries: int
+    cost: float
+    image: Path | None  # of the most confident query
+
+    @property
+    def query_image(self) -> str | None:
+        return None if self.image is None else _thumbnail(self.image.read_bytes())
+
+
+def confusions(answered: Sequence[AnsweredQuery]) -> list[Confusion]:
+    """Return all confusions of entities in the catalog by falling cost. Without confidences, each answer costs 1."""
+    by_pair: dict[tuple[str, str], list[tuple[float, Path | None, StoredEntity, Prediction]]] = {}
+    for each in answered:
+        if each.in_catalog and each.entity is not None and each.best is not None and each.rank != 1:
+            cost = 1.0 if each.best.confidence is None else each.best.confidence
+            key = each.entity.entity_id, each.best.entity_id
+            by_pair.setdefault(key, []).append((cost, each.image, each.entity, each.best))
+    found = []
+    for wrong in by_pair.values():
+        _, image, truth, answer = max(wrong, key=lambda item: item[0])
+        cost = sum(item[0] for item in wrong)
+        found.append(Confusion(truth=truth, answer=answer, queries=len(wrong), cost=cost, image=image))
+    return sorted(found, key=lambda each: -each.cost)
+
+
+def _catalog_images(catalog: Path, entity_ids: Collection[str]) -> dict[str, str]:
+    """Return the first readable image of each of these entities as a data URI."""
+    images: dict[str, str] = {}
+    for item in read_catalog(catalog):
+        if isinstance(item, EntityRecord) and item.entity_id in entity_ids:
+            local = (Path(image) for image in item.images if not is_url(image) and Path(image).is_file())
+            uris = (uri for image in local if (uri := _thumbnail(image.read_bytes())))
+            if uri := next(uris, None):
+                images[item.entity_id] = uri
+    return images
+
+
+def _thumbnail(data: bytes) -> str | None:
+    """Return a small version of an image as a data URI, None if it does not decode."""
+    try:
+        image = decode(data, max_pixels=_MAX_PIXELS, target_px=_IMAGE_PX)
+    except (UndecodableImage, TooLarge):
+        return None
+    image.thumbnail((_IMAGE_PX, _IMAGE_PX))
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
+    return _data_uri(buffer.getvalue())
+
+
+def _data_uri(webp: bytes) -> str:
+    return f"data:image/webp;base64,{base64.b64encode(webp).decode()}"

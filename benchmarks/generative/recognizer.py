@@ -11,7 +11,7 @@ Shapes: B images, L prompt tokens, T decoded tokens, N entities, R retrieval wid
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.generative.models import clip_preprocessing
-from benchmarks.generative.names import END, IMAGE, PROMPT, RETRIEVE, START, PrefixTree, token_id
 from imaging import Preprocessing, normalise
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration
 
+END, IMAGE, RETRIEVE, START = "</s>", "<image>", "<retrieve>", "<s>"
+PROMPT = "What is the name of the entity in this image?"
+TOKENS = 8000  # of the trained vocabulary
 NAMES_IN_TREE = 300  # as in the paper; the authors' code has 100
 BEAMS = 2
 
@@ -193,3 +195,75 @@ class _Clock:
     def lap(self, stage: str) -> None:
         self.stages_ms[stage] = self.since_lap_ms()
         self._lap_at = time.perf_counter()
+
+
+def train_tokenizer(names: Iterable[str], tokens: int = TOKENS) -> Tokenizer:
+    """Train byte-level BPE (Sennrich et al., 2016) on the names. It can encode any name."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=tokens,
+        special_tokens=[START, END, IMAGE, RETRIEVE],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([*names, PROMPT], trainer)
+    return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None, "the tokenizer was trained with it"
+    return found
+
+
+class PrefixTree:
+    """A tree of token sequences that each end with the token `end`. Of equal names, the first counts."""
+
+    def __init__(self, names: Iterable[Sequence[int]], end: int) -> None:
+        self._end = end
+        self._root: dict[int, Any] = {}
+        for position, tokens in enumerate(names):
+            node = self._root
+            for token in tokens:
+                node = node.setdefault(token, {})
+            node.setdefault(end, position)
+
+    def allowed(self, prefix: Sequence[int]) -> list[int]:
+        """Return the tokens that may follow: after a whole name or an unknown prefix, only `end`.
+
+        Beam search asks this also for beams that are finished or have probability zero.
+        """
+        node = self._node(prefix)
+        return list(node) if node is not None else [self._end]
+
+    def completed(self, prefix: Sequence[int]) -> int | None:
+        """Return the position of the name that is spelled in full or is the only one with this prefix, else None."""
+        if prefix and prefix[-1] == self._end:
+            return self.name(prefix)
+        node = self._node(prefix)
+        while node is not None and len(node) == 1:
+            token, below = next(iter(node.items()))
+            if token == self._end:
+                return int(below)
+            node = below
+        return None
+
+    def name(self, tokens: Sequence[int]) -> int:
+        """Return the position of the name that the tokens spell before `end`. Raise `KeyError` if there is none."""
+        node = self._root
+        for token in tokens:
+            if token == self._end:
+                break
+            node = node[token]
+        return int(node[self._end])
+
+    def _node(self, prefix: Sequence[int]) -> dict[int, Any] | None:
+        node: Any = self._root
+        for token in prefix:
+            if token == self._end or token not in node:
+                return None
+            node = node[token]
+        assert isinstance(node, dict)
+        return node

@@ -17,7 +17,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,14 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from benchmarks.generative.models import EncoderShape, Size, build_model
-from benchmarks.generative.names import END, IMAGE, token_id, train_tokenizer
-from benchmarks.generative.recognizer import GenerativeRecognizer, prompt
+from benchmarks.generative.recognizer import (
+    END,
+    IMAGE,
+    GenerativeRecognizer,
+    prompt,
+    token_id,
+    train_tokenizer,
+)
 from benchmarks.measure import write_results
 from catalog import EntityRecord, read_catalog
 from core.errors import UserError
@@ -54,7 +60,9 @@ IGNORED = -100  # the label of padding
 KINDS = ("clean", "photo")
 _TOKENS = 2000  # of the vocabulary trained on the titles
 _QUESTION = ""  # the question is always the same, and a network trained from nothing does not need it
-_CPU = torch.device("cpu")
+_WARMUP_STEPS = 40
+_LOGIT_SCALE = 20.0
+_BATCH = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +73,6 @@ class Settings:
     entities_per_batch: int = 32  # with two images each
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.05
-    warmup_steps: int = 40
-    logit_scale: float = 20.0
     seed: int = 3
 
 
@@ -74,7 +80,7 @@ class Settings:
 
 
 class _FrozenTower(nn.Module):
-    """The encoder's pooled patch tokens, scaled to a deviation of one, in place of LLaVA's image tower."""
+    """The encoder's pooled patch tokens, scaled, in place of LLaVA's image tower. Takes pixels or pooled tokens."""
 
     scale: torch.Tensor
 
@@ -86,11 +92,12 @@ class _FrozenTower(nn.Module):
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-        patch_tokens_BPC = _pooled(self.module(pixel_values)[0]) * self.scale
-        return BaseModelOutputWithPooling(last_hidden_state=patch_tokens_BPC, hidden_states=(patch_tokens_BPC,))
+        tokens_BPC = pixel_values if pixel_values.ndim == 3 else pooled(self.module(pixel_values)[0])
+        scaled_BPC = tokens_BPC * self.scale
+        return BaseModelOutputWithPooling(last_hidden_state=scaled_BPC, hidden_states=(scaled_BPC,))
 
 
-def _pooled(patch_tokens_BPC: torch.Tensor) -> torch.Tensor:
+def pooled(patch_tokens_BPC: torch.Tensor) -> torch.Tensor:
     """Return the mean of each two by two patches, as LLaVA's successors do to have a quarter of the tokens."""
     batch, patches, channels = patch_tokens_BPC.shape
     side = math.isqrt(patches)
@@ -101,19 +108,16 @@ def _pooled(patch_tokens_BPC: torch.Tensor) -> torch.Tensor:
 class TinyLlava(nn.Module):
     """A LLaVA of about a million parameters plus its vocabulary, over the patch tokens of a frozen encoder.
 
-    `GenerativeRecognizer` takes its `model` and `head`. The methods take cached patch tokens, for training.
+    `GenerativeRecognizer` takes its `model` and `head`. The methods take pooled patch tokens.
     """
 
     def __init__(
         self, encoder: ImageEncoder, tower: nn.Module, *, scale: float, image_token: int, vocabulary: int
     ) -> None:
         super().__init__()
-        side = math.isqrt(encoder.patches)
-        assert side * side == encoder.patches, "patches form a square"
+        side = math.ceil(math.isqrt(encoder.patches) / 2)
         size_px = encoder.preprocessing.size_px
-        shape = EncoderShape(
-            width=encoder.patch_dim, layers=1, heads=1, size_px=size_px, patch_px=size_px // math.ceil(side / 2)
-        )
+        shape = EncoderShape(width=encoder.patch_dim, layers=1, heads=1, size_px=size_px, patch_px=size_px // side)
         size = Size(
             tower=shape, width=160, layers=3, heads=4, key_value_heads=4, mlp_width=480, tied=True,
             retrieval_dim=encoder.embedding_dim,
@@ -121,52 +125,45 @@ class TinyLlava(nn.Module):
         self.model, self.head = build_model(size, image_token=image_token, vocabulary=vocabulary, device="cpu")
         self.model.config.vision_feature_layer = -1
         self.model.config.vision_feature_select_strategy = "full"  # there is no class token to remove
-        self._llava: Any = self.model.model
-        self._llava.vision_tower = _FrozenTower(tower, scale)
-        for part in (self._llava.multi_modal_projector, self._llava.language_model, self.model.lm_head, self.head):
-            part.requires_grad_(True)
-        tower.requires_grad_(False)
+        self.model.requires_grad_(True)
+        self.head.requires_grad_(True)
+        self.model.model.vision_tower = _FrozenTower(tower, scale).eval().requires_grad_(False)
 
-    def _states(self, patch_tokens_BPC: torch.Tensor, tokens_BL: torch.Tensor) -> torch.Tensor:
-        """Return last hidden states `[B, L, width]`."""
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        projected = self._llava.multi_modal_projector(_pooled(patch_tokens_BPC) * self._llava.vision_tower.scale)
-        features = {"image": BaseModelOutputWithPooling(pooler_output=list(projected))}
-        states: torch.Tensor = self._llava(
-            input_ids=tokens_BL, mm_encoder_outputs=features, use_cache=False
-        ).last_hidden_state
-        return states
-
-    def retrieve(self, patch_tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor) -> torch.Tensor:
+    def retrieve(self, tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor) -> torch.Tensor:
         """Return retrieval embeddings `[B, R]`, L2-normalised."""
-        states = self._states(patch_tokens_BPC, prompt_1L.expand(len(patch_tokens_BPC), -1))
-        return F.normalize(self.head(states[:, -1]), dim=1)
+        prompts_BL = prompt_1L.expand(len(tokens_BPC), -1)
+        outputs = self.model.model(input_ids=prompts_BL, pixel_values=tokens_BPC, use_cache=False)
+        return F.normalize(self.head(outputs.last_hidden_state[:, -1]), dim=1)
 
     def language_loss(self, names_BT: torch.Tensor, start: int) -> torch.Tensor:
         """Return the loss on names alone, after the token `start`."""
-        inputs_BT = F.pad(names_BT[:, :-1].clamp(min=0), (1, 0), value=start)
-        return self._name_loss(self._llava(input_ids=inputs_BT, use_cache=False).last_hidden_state, names_BT)
+        tokens = F.pad(names_BT.clamp(min=0), (1, 0), value=start)
+        loss: torch.Tensor = self.model(
+            input_ids=tokens, labels=F.pad(names_BT, (1, 0), value=IGNORED), use_cache=False
+        ).loss
+        return loss
 
     def losses(
-        self, patch_tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor, names_BT: torch.Tensor, logit_scale: float
+        self, tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor, names_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the loss on the names and the contrastive loss of the first and second halves of the batch.
 
         Image `i` of the first half shows the same entity as image `i` of the second. `names_BT` are token ids with the
         end, padded with `IGNORED`. The retrieval token's state also predicts the first token of the name.
         """
-        tokens = torch.cat([prompt_1L.expand(len(names_BT), -1), names_BT[:, :-1].clamp(min=0)], dim=1)
-        states = self._states(patch_tokens_BPC, tokens)[:, prompt_1L.shape[1] - 1 :]
-        one, other = F.normalize(self.head(states[:, 0]).float(), dim=1).chunk(2)
-        logits = logit_scale * one @ other.T
+        outputs = self.model(
+            input_ids=torch.cat([prompt_1L.expand(len(names_BT), -1), names_BT.clamp(min=0)], dim=1),
+            pixel_values=tokens_BPC,
+            labels=F.pad(names_BT, (1, 0), value=IGNORED),
+            logits_to_keep=names_BT.shape[1] + 1,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        states_BC = outputs.hidden_states[-1][:, prompt_1L.shape[1] - 1]
+        one, other = F.normalize(self.head(states_BC).float(), dim=1).chunk(2)
+        logits = _LOGIT_SCALE * one @ other.T
         truth = torch.arange(len(one))
-        contrast = (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
-        return self._name_loss(states, names_BT), contrast
-
-    def _name_loss(self, states: torch.Tensor, names_BT: torch.Tensor) -> torch.Tensor:
-        counted = names_BT != IGNORED
-        return F.cross_entropy(self.model.lm_head(states[counted]).float(), names_BT[counted])
+        return outputs.loss, (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
 
 
 # ---- training ----
@@ -174,159 +171,136 @@ class TinyLlava(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Symbols:
-    """The catalog in order, with the keys of cached images by entity row. Only seen entities have training images."""
+    """The catalog's entities in order, its images, and the training images of the seen ones, as pooled patch tokens."""
 
     entity_ids: list[str]
     titles: list[str]
-    catalog_keys: list[list[bytes]]
-    training_keys: list[list[bytes]]
+    catalog_IPC: torch.Tensor
+    catalog_rows: torch.Tensor  # the entity row of each image
+    training_IPC: torch.Tensor
+    training_rows: dict[int, list[int]]  # the training images of each entity row
 
 
 def read_symbols(build: Path, store: FeatureStore) -> Symbols:
-    """Cache the features of all images of Symbols. Raise `UserError` if Symbols was not built."""
+    """Return Symbols, from cached features as far as possible. Raise `UserError` if it was not built."""
     if not (build / "catalog.jsonl").exists():
         raise UserError(f"{build} has no Symbols; build it with `make symbols`")
     records = [item for item in read_catalog(build / "catalog.jsonl") if isinstance(item, EntityRecord)]
     row_of = {record.entity_id: row for row, record in enumerate(records)}
-    catalog = [
-        (row, ImageSource(path=Path(image), line=0, record=image))
-        for row, record in enumerate(records)
-        for image in record.images
-    ]
-    pairs = [item for item in read_pairs(build / "pairs_train.jsonl") if isinstance(item, Pair)]
-    training = [(row_of[pair.entity_id], pair.image) for pair in pairs]
-    keys = iter(_image_keys(store, [source for _, source in catalog + training], "images"))
-    by_row: list[list[list[bytes]]] = []
-    for sources in (catalog, training):
-        by_row.append([[] for _ in records])
-        for (row, _), key in zip(sources, keys, strict=False):
-            by_row[-1][row].append(key)
+    images = [(row_of[record.entity_id], Path(image)) for record in records for image in record.images]
+    pairs = _queries(build / "pairs_train.jsonl")
+    training_rows: dict[int, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        training_rows.setdefault(row_of[pair.entity_id], []).append(number)
     return Symbols(
         entity_ids=[record.entity_id for record in records],
         titles=[record.title for record in records],
-        catalog_keys=by_row[0],
-        training_keys=by_row[1],
+        catalog_IPC=_patch_tokens(store, [path for _, path in images]),
+        catalog_rows=torch.tensor([row for row, _ in images]),
+        training_IPC=_patch_tokens(store, [pair.image.path for pair in pairs]),
+        training_rows=training_rows,
     )
 
 
-def _image_keys(store: FeatureStore, sources: Sequence[ImageSource], description: str) -> list[bytes]:
+def _queries(path: Path) -> list[Pair]:
+    return [item for item in read_pairs(path) if isinstance(item, Pair)]
+
+
+def _patch_tokens(store: FeatureStore, paths: Sequence[Path]) -> torch.Tensor:
+    """Return the pooled patch tokens of images."""
+
     def fail(rejected: Rejected) -> None:
         raise UserError(f"{rejected.reason}; build it again with `make symbols`")
 
-    return [key for key in store.image_keys(sources, fail, description) if key is not None]
+    keys = store.image_keys([ImageSource(path=path, line=0, record=path.name) for path in paths], fail, "images")
+    rows = [(key, None) for key in keys]
+    return torch.cat([pooled(store.batch(part, torch.device("cpu")).patch_tokens_BPC) for part in _batches(rows)])
 
 
-def train(network: TinyLlava, symbols: Symbols, store: FeatureStore, tokenizer: Any, settings: Settings) -> float:
-    """Train in place, in bf16. Return the mean loss of the last tenth of the steps."""
+def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), _BATCH):
+        yield items[start : start + _BATCH]
+
+
+def train(network: TinyLlava, symbols: Symbols, tokenizer: Any, prompt_1L: torch.Tensor, settings: Settings) -> None:
+    """Train in place, in bf16: the names first, then images and names."""
     rng = random.Random(settings.seed)
-    trainable = [row for row, keys in enumerate(symbols.training_keys) if len(keys) > 1]
-    names = [[*tokenizer.encode(title).ids, token_id(tokenizer, END)] for title in symbols.titles]
-    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, _QUESTION)
-    network.train()
-    network.model.model.vision_tower.eval()
+    trainable = [row for row, images in symbols.training_rows.items() if len(images) > 1]
+    end = token_id(tokenizer, END)
+    names = [torch.tensor([*tokenizer.encode(title).ids, end]) for title in symbols.titles]
+
+    def padded(drawn: Sequence[torch.Tensor]) -> torch.Tensor:
+        return nn.utils.rnn.pad_sequence(list(drawn), batch_first=True, padding_value=IGNORED)
 
     def language() -> torch.Tensor:
         drawn = rng.sample(names, min(settings.names_per_batch, len(names)))
-        return network.language_loss(_padded(drawn), int(prompt_1L[0, -1]))
+        return network.language_loss(padded(drawn), int(prompt_1L[0, -1]))
 
     def both() -> torch.Tensor:
         rows = rng.sample(trainable, min(settings.entities_per_batch, len(trainable)))
-        drawn = [rng.sample(symbols.training_keys[row], 2) for row in rows]
-        keys = [one for one, _ in drawn] + [other for _, other in drawn]
-        patch_tokens_BPC = store.batch([(key, None) for key in keys], _CPU).patch_tokens_BPC
-        names_BT = _padded([names[row] for row in rows + rows])
-        named, contrast = network.losses(patch_tokens_BPC, prompt_1L, names_BT, settings.logit_scale)
-        return named + contrast
+        drawn = np.array([rng.sample(symbols.training_rows[row], 2) for row in rows])
+        tokens_BPC = symbols.training_IPC[drawn.T.ravel()]
+        return sum(network.losses(tokens_BPC, prompt_1L, padded([names[row] for row in rows + rows])), torch.zeros(()))
 
+    network.train()
     _optimise(network, language, settings.language_steps, settings, "names")
-    return _optimise(network, both, settings.steps, settings, "images and names")
+    _optimise(network, both, settings.steps, settings, "images and names")
 
 
 def _optimise(
     network: TinyLlava, loss_of_a_batch: Callable[[], torch.Tensor], steps: int, settings: Settings, description: str
-) -> float:
-    """Run AdamW with warm-up and cosine decay. Return the mean loss of the last tenth of the steps."""
+) -> None:
+    """Run AdamW with warm-up and cosine decay."""
+    from transformers import get_cosine_schedule_with_warmup
+
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / settings.warmup_steps)
-        * 0.5 * (1 + math.cos(math.pi * min(1.0, step / max(1, steps)))),
-    )  # fmt: skip
-    losses: list[float] = []
-    bar = tqdm(range(steps), desc=description, unit="step")
-    for step in bar:
+    schedule = get_cosine_schedule_with_warmup(optimizer, _WARMUP_STEPS, steps)
+    for _ in (bar := tqdm(range(steps), desc=description, unit="step")):
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of_a_batch()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        losses.append(float(loss.detach()))
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return float(np.mean(losses[-max(1, steps // 10) :])) if losses else math.nan
-
-
-def _padded(names: Sequence[Sequence[int]]) -> torch.Tensor:
-    longest = max(map(len, names))
-    return torch.tensor([[*name, *[IGNORED] * (longest - len(name))] for name in names])
+        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
 
 
 # ---- evaluation ----
 
 
-@torch.inference_mode()
-def _entity_embeddings(
-    network: TinyLlava, symbols: Symbols, store: FeatureStore, prompt_1L: torch.Tensor
-) -> torch.Tensor:
-    """Return `[N, R]`: the mean retrieval embedding of each entity's images, L2-normalised."""
-    keys = [(row, key) for row, keys in enumerate(symbols.catalog_keys) for key in keys]
-    sums_NR = torch.zeros(len(symbols.entity_ids), store.image_encoder.embedding_dim)
-    for start in tqdm(range(0, len(keys), 256), desc="entities", unit="batch"):
-        chunk = keys[start : start + 256]
-        batch = store.batch([(key, None) for _, key in chunk], _CPU)
-        embeddings_BR = network.retrieve(batch.patch_tokens_BPC, prompt_1L)
-        sums_NR.index_add_(0, torch.tensor([row for row, _ in chunk]), embeddings_BR)
-    return F.normalize(sums_NR, dim=1)
-
-
-def _answered(query: Pair, rank: int | None) -> AnsweredQuery:
-    return AnsweredQuery(data_split=query.data_split, seen=query.seen, rank=rank)
-
-
-def _generated_answers(
+def _generated(
     generative: GenerativeRecognizer, symbols: Symbols, queries: Sequence[Pair], *, faithful: bool
-) -> list[AnsweredQuery]:
-    """Answer queries by generation. An answer is right if it names the entity or another one of the same title."""
-    answered = []
-    size = 1 if faithful else 32
+) -> list[int | None]:
+    """Return 1 for each query whose entity, or another one of the same title, is named, else None."""
     title_of = dict(zip(symbols.entity_ids, symbols.titles, strict=True))
-    for start in tqdm(range(0, len(queries), size), desc="faithful" if faithful else "optimised", unit="batch"):
-        batch = queries[start : start + size]
-        images = [pair.image.path.read_bytes() for pair in batch]
-        pixels = [load_pixels(image, generative.preprocessing, max_pixels=MAX_PIXELS) for image in images]
-        found = generative.faithful(pixels[0]) if faithful else generative.optimised(np.stack(pixels))
-        for query, row in zip(batch, found.rows, strict=True):
-            answered.append(_answered(query, 1 if symbols.titles[row] == title_of[query.entity_id] else None))
-    return answered
+    ranks: list[int | None] = []
+    for query in tqdm(queries, desc="faithful" if faithful else "optimised", unit="query"):
+        pixels_HW3 = load_pixels(query.image.path.read_bytes(), generative.preprocessing, max_pixels=MAX_PIXELS)
+        found = generative.faithful(pixels_HW3) if faithful else generative.optimised(pixels_HW3[None])
+        ranks.append(1 if symbols.titles[found.rows[0]] == title_of[query.entity_id] else None)
+    return ranks
 
 
-@torch.inference_mode()
-def _retrieved_answers(
-    network: TinyLlava, symbols: Symbols, store: FeatureStore, queries: Sequence[Pair], prompt_1L: torch.Tensor,
-    entities_NR: torch.Tensor,
-) -> list[AnsweredQuery]:  # fmt: skip
-    """Answer queries with the baseline's own retrieval embedding."""
-    answered = []
-    for query, key in zip(queries, _image_keys(store, [query.image for query in queries], "queries"), strict=True):
-        embedding_1R = network.retrieve(store.batch([(key, None)], _CPU).patch_tokens_BPC, prompt_1L)
-        rows = (embedding_1R @ entities_NR.T)[0].topk(min(10, len(entities_NR))).indices.tolist()
-        answered.append(_answered(query, rank_of(query.entity_id, [symbols.entity_ids[row] for row in rows])))
-    return answered
+def _retrieved(
+    symbols: Symbols, queries: Sequence[Pair], queries_BR: torch.Tensor, entities_NR: torch.Tensor
+) -> list[int | None]:
+    """Return the rank of each query's entity by the baseline's own retrieval embedding."""
+    nearest_BK = (queries_BR @ entities_NR.T).topk(min(10, len(entities_NR)), dim=1).indices.tolist()
+    return [
+        rank_of(query.entity_id, [symbols.entity_ids[row] for row in rows])
+        for query, rows in zip(queries, nearest_BK, strict=True)
+    ]
+
+
+def _answered(queries: Sequence[Pair], ranks: Sequence[int | None]) -> list[AnsweredQuery]:
+    return [
+        AnsweredQuery(data_split=query.data_split, seen=query.seen, rank=rank)
+        for query, rank in zip(queries, ranks, strict=True)
+    ]
 
 
 def _wikiclip_answers(bundle: Path, queries: Path) -> list[AnsweredQuery]:
@@ -336,7 +310,7 @@ def _wikiclip_answers(bundle: Path, queries: Path) -> list[AnsweredQuery]:
         tempfile.TemporaryDirectory() as folder,
     ):
         predictions = Path(folder) / "predictions.jsonl"
-        return answer_queries(recognizer, [queries], predictions, image_root=None, batch_size=256)[0]
+        return answer_queries(recognizer, [queries], predictions, image_root=None, batch_size=_BATCH)[0]
 
 
 def run(
@@ -347,26 +321,31 @@ def run(
     store = FeatureStore(build / "features", encoder, open_text_encoder("minilm"))
     symbols = read_symbols(build, store)
     tokenizer = train_tokenizer(symbols.titles, tokens=_TOKENS)
-    samples = [(keys[0], None) for keys in symbols.training_keys if keys][:512]
     torch.manual_seed(settings.seed)
     network = TinyLlava(
-        encoder, encoder.module, scale=1 / float(store.batch(samples, _CPU).patch_tokens_BPC.std()),
-        image_token=token_id(tokenizer, IMAGE), vocabulary=tokenizer.get_vocab_size(),
+        encoder, encoder.module, scale=1 / float(symbols.training_IPC.std()), image_token=token_id(tokenizer, IMAGE),
+        vocabulary=tokenizer.get_vocab_size(),
     )  # fmt: skip
+    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, _QUESTION)
     path = build / "generative.pt"
     identity = {"settings": asdict(settings), "encoder": encoder.content_hash, "titles": len(symbols.titles)}
     saved = torch.load(path, weights_only=True) if path.exists() and not fresh else None
     if saved is None or saved["identity"] != identity:
         started = time.perf_counter()
-        loss = train(network, symbols, store, tokenizer, settings)
+        train(network, symbols, tokenizer, prompt_1L, settings)
         minutes = round((time.perf_counter() - started) / 60, 1)
-        saved = {"identity": identity, "weights": network.state_dict(), "loss": loss, "minutes": minutes}
+        saved = {"identity": identity, "weights": network.state_dict(), "minutes": minutes}
         with atomic_write(path) as temporary:
             torch.save(saved, temporary)
     network.load_state_dict(saved["weights"])
     network.eval()
-    prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, _QUESTION)
-    entities_NR = _entity_embeddings(network, symbols, store, prompt_1L)
+
+    @torch.inference_mode()
+    def embed(tokens_IPC: torch.Tensor) -> torch.Tensor:
+        return torch.cat([network.retrieve(part, prompt_1L) for part in torch.split(tokens_IPC, _BATCH)])
+
+    sums_NR = torch.zeros(len(symbols.titles), encoder.embedding_dim)
+    entities_NR = F.normalize(sums_NR.index_add(0, symbols.catalog_rows, embed(symbols.catalog_IPC)), dim=1)
     generative = GenerativeRecognizer(
         network.model, network.head, tokenizer, symbols.titles, entities_NR,
         preprocessing=encoder.preprocessing, question=_QUESTION,
@@ -374,15 +353,15 @@ def run(
     figures: dict[str, Any] = {}
     for kind in KINDS:
         query_file = build / f"queries_test_{kind}.jsonl"
-        queries = [item for item in read_pairs(query_file) if isinstance(item, Pair)]
-        count = min(faithful_queries or len(queries), len(queries))
-        sample = [queries[i] for i in np.linspace(0, len(queries), count, endpoint=False).astype(int)]
+        queries = _queries(query_file)
+        slow = queries[:: -(-len(queries) // faithful_queries)] if faithful_queries else queries
+        embeddings_BR = embed(_patch_tokens(store, [query.image.path for query in queries]))
         systems = {
             "wikiclip": _wikiclip_answers(bundle, query_file),
-            "generative, faithful": _generated_answers(generative, symbols, sample, faithful=True),
-            "generative, optimised": _generated_answers(generative, symbols, queries, faithful=False),
-            "generative, its retrieval alone": _retrieved_answers(
-                network, symbols, store, queries, prompt_1L, entities_NR
+            "generative, faithful": _answered(slow, _generated(generative, symbols, slow, faithful=True)),
+            "generative, optimised": _answered(queries, _generated(generative, symbols, queries, faithful=False)),
+            "generative, its retrieval alone": _answered(
+                queries, _retrieved(symbols, queries, embeddings_BR, entities_NR)
             ),
         }
         for name, answered in systems.items():
@@ -392,32 +371,23 @@ def run(
             figures.setdefault(name, {})[kind] = {key: getattr(evaluation, key) for key in keys}
     return {
         "accuracy": figures,
-        "entities": len(symbols.titles),
-        "titles_shared": len(symbols.titles) - len(set(symbols.titles)),
         "parameters_trained": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "training_minutes": saved["minutes"],
-        "last_loss": round(saved["loss"], 4),
-        "training_images": sum(map(len, symbols.training_keys)),
+        "training_images": len(symbols.training_IPC),
     }
 
 
-@click.command()
-@click.option(
-    "--build", type=click.Path(path_type=Path, file_okay=False), default=BUILD, help="Where Symbols was built."
-)
+@click.command(context_settings={"show_default": True})
+@click.option("--build", type=click.Path(path_type=Path), default=BUILD, help="Where Symbols was built.")
 @click.option("--bundle", type=click.Path(path_type=Path), default=Path("demo/bundle"), help="WikiCLIP's bundle.")
-@click.option("--steps", default=Settings.steps, show_default=True, type=click.IntRange(min=1), help="Training steps.")
-@click.option(
-    "--language-steps", default=Settings.language_steps, show_default=True, type=click.IntRange(min=0),
-    help="Training steps on titles alone, before the others.",
-)  # fmt: skip
-@click.option("--results", type=click.Path(path_type=Path, file_okay=False), default=Path("benchmarks/results"))
+@click.option("--steps", default=Settings.steps, type=click.IntRange(min=1), help="Training steps.")
+@click.option("--language-steps", default=Settings.language_steps, help="Steps on titles alone, before the others.")
+@click.option("--results", type=click.Path(path_type=Path), default=Path("benchmarks/results"))
 @click.option("--fresh", is_flag=True, help="Train even if trained weights exist.")
 @click.option(
-    "--faithful", "faithful_queries", type=click.IntRange(min=1),
-    help="Queries of each kind in the slow mode.  [default: all]",
-)  # fmt: skip
-@click.option("--threads", default=2, show_default=True, type=click.IntRange(min=1), help="Threads for torch.")
+    "--faithful", "faithful_queries", type=click.IntRange(min=1), help="Queries in the slow mode.  [default: all]"
+)
+@click.option("--threads", default=2, type=click.IntRange(min=1), help="Threads for torch.")
 def main(steps: int, language_steps: int, results: Path, threads: int, **options: Any) -> None:
     """Train the generative baseline on Symbols and compare its accuracy with WikiCLIP's, seen and unseen."""
     torch.set_num_threads(threads)

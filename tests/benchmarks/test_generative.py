@@ -7,10 +7,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.claim import verdict
+from benchmarks.claim import compose, verdict
 from benchmarks.generative.models import SIZES, VOCABULARY, build_model, parameter_count
-from benchmarks.generative.names import END, IMAGE, PrefixTree, compose, train_tokenizer
-from benchmarks.generative.recognizer import GenerativeRecognizer, prompt, quantise
+from benchmarks.generative.recognizer import (
+    END,
+    IMAGE,
+    GenerativeRecognizer,
+    PrefixTree,
+    prompt,
+    quantise,
+    train_tokenizer,
+)
 from imaging import load_pixels
 
 NAMES = [

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.generative.names import IMAGE, train_tokenizer
-from benchmarks.generative.recognizer import prompt
-from benchmarks.generative.train import IGNORED, KINDS, Settings, TinyLlava, run
+from benchmarks.generative.recognizer import IMAGE, prompt, train_tokenizer
+from benchmarks.generative.train import IGNORED, KINDS, Settings, TinyLlava, pooled, run
 from core.errors import UserError
 from imaging import load_pixels
 from model.encoders.tiny import load_tiny
@@ -44,9 +43,9 @@ def symbols(tmp_path_factory: pytest.TempPathFactory, small_images: dict[str, by
 
 def test_training_learns_the_names_of_seen_entities(symbols: Path, small_bundle: Path) -> None:
     torch.set_num_threads(1)
-    settings = Settings(language_steps=2, steps=60, entities_per_batch=5, warmup_steps=5)
+    settings = Settings(language_steps=2, steps=60)
     figures = run(symbols, small_bundle, settings, fresh=False)
-    assert figures["entities"] == 11
+    assert figures["training_images"] == 10
     accuracy = figures["accuracy"]
     assert accuracy["wikiclip"]["clean"]["seen"] == accuracy["wikiclip"]["clean"]["unseen"] == 100
     for kind in KINDS:
@@ -76,7 +75,8 @@ def test_training_and_inference_use_the_same_network(small_images: dict[str, byt
     )
     prompt_1L = prompt(tokenizer, network.model.config.image_seq_length)
     features = encoder.encode(pixels)
-    cached = network.retrieve(features.patch_tokens_BPC, prompt_1L)
+    tokens_BPC = pooled(features.patch_tokens_BPC)
+    cached = network.retrieve(tokens_BPC, prompt_1L)
     from imaging import normalise
 
     states = network.model.model(
@@ -86,6 +86,6 @@ def test_training_and_inference_use_the_same_network(small_images: dict[str, byt
     torch.testing.assert_close(cached, direct, rtol=1e-4, atol=1e-5)
     assert not any(parameter.requires_grad for parameter in network.model.model.vision_tower.parameters())
     names = torch.tensor([[5, 1, IGNORED], [6, 7, 1]])
-    named, contrast = network.losses(features.patch_tokens_BPC, prompt_1L, names, 10.0)
+    named, contrast = network.losses(tokens_BPC, prompt_1L, names)
     assert float(named.detach()) > 0
     assert float(contrast.detach()) == pytest.approx(0)  # one pair has no negatives

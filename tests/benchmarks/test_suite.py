@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cli import BENCHMARKS
+from benchmarks.cli import BENCHMARKS, Benchmark
 from benchmarks.measure import results_folder
 from benchmarks.suite import run_all
 from core.runtime import describe_run
@@ -18,7 +18,7 @@ from core.runtime import describe_run
 MINUTES = 5.0  # far more than needed, also on a busy machine
 
 
-def some(*names: str) -> dict[str, tuple[str, str]]:
+def some(*names: str) -> dict[str, Benchmark]:
     return {name: BENCHMARKS[name] for name in names}
 
 
@@ -30,8 +30,8 @@ def test_new_and_earlier_results_make_one_report(small_bundle: Path, tmp_path: P
     (folder / "train.json").write_text(json.dumps(kept))
     # A smoke run leaves out `load`, `index` and `train` with any budget.
     benchmarks = some("stages", "index", "load", "train")
-    path, outcome = run_all(benchmarks, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
-    assert path == folder / "all.json"
+    outcome = run_all(benchmarks, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
+    path = folder / "all.json"
     assert json.loads(path.read_bytes()) == outcome
     assert set(outcome["figures"]) == {"stages", "train"}
     assert outcome["figures"]["train"] == {"p50_ms": 12.5}
@@ -47,13 +47,13 @@ def test_new_and_earlier_results_make_one_report(small_bundle: Path, tmp_path: P
     assert html.count("<svg") == 2
     assert "12.5" in html
     # A second run keeps the first, for comparison.
-    _, again = run_all({}, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
+    again = run_all({}, small_bundle, tmp_path, smoke=True, minutes=MINUTES)
     assert again["figures"] == {}
     assert json.loads((folder / "all.before.json").read_bytes()) == outcome
 
 
 def test_a_failing_benchmark_is_named_with_its_reason(tmp_path: Path) -> None:
-    _, outcome = run_all(some("service"), tmp_path / "nowhere", tmp_path, smoke=True, minutes=MINUTES)
+    outcome = run_all(some("service"), tmp_path / "nowhere", tmp_path, smoke=True, minutes=MINUTES)
     assert outcome["figures"] == {}
     assert "nowhere" in outcome["settings"]["left_out"]["service"]
 
@@ -69,6 +69,6 @@ def interrupts(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.usefixtures("interrupts")
 def test_a_benchmark_past_its_time_is_interrupted(small_bundle: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("benchmarks.suite._SMOKE_OVERTIME_S", -1e9)
-    _, outcome = run_all(some("service"), small_bundle, tmp_path, smoke=True, minutes=MINUTES)
+    outcome = run_all(some("service"), small_bundle, tmp_path, smoke=True, minutes=MINUTES)
     assert outcome["figures"] == {}
     assert "stopped after" in outcome["settings"]["left_out"]["service"]

@@ -9,32 +9,24 @@ import pytest
 
 from core.errors import UserError
 from evaluation import pages
-from evaluation.pages import (
-    Bar,
-    Bars,
-    Lines,
-    Report,
-    Series,
-    bar_plot,
-    body_of,
-    data_uri,
-    figures_page,
-    line_plot,
-    page,
-    section,
-    table,
-)
+from evaluation.pages import Bars, Lines, Report, figures_page
 
 SVG = "{http://www.w3.org/2000/svg}"
 LABELS = {"title": 'A "plot"', "x_label": "load", "y_label": "ms"}
 
 
-def _plot(*, x_log: bool = False) -> ET.Element:
-    series = [
-        Series(name="a <b> & c", points=[(1, 10), (10, 20), (100, 40)], intervals=[(8, 12), (15, 25), (30, 50)]),
-        Series(name="other", points=[(1, 40), (100, 10)]),
-    ]
-    return ET.fromstring(line_plot(series, **LABELS, x_log=x_log))
+def _metric(median: float, low: float, high: float) -> dict[str, object]:
+    return {"median": median, "interval": [low, high], "samples": [median], "unit": "ms"}
+
+
+TWO_LINES = {
+    "a <b> & c": {"1": _metric(10, 8, 12), "10": _metric(20, 15, 25), "100": _metric(40, 30, 50)},
+    "other": {"1": 40, "100": 10},
+}
+
+
+def _plot(figures: object, *, x_log: bool = False) -> ET.Element:
+    return ET.fromstring(Lines(**LABELS, points=["*/*"], y=[""], x_log=x_log).svg(figures))
 
 
 def _markers(root: ET.Element, variable: str) -> list[tuple[float, float]]:
@@ -45,7 +37,7 @@ def _markers(root: ET.Element, variable: str) -> list[tuple[float, float]]:
 
 @pytest.mark.parametrize("x_log", [False, True])
 def test_points_are_inside_the_plot_and_in_order(x_log: bool) -> None:
-    root = _plot(x_log=x_log)
+    root = _plot(TWO_LINES, x_log=x_log)
     width, height = map(float, root.attrib["viewBox"].split()[2:])
     points = _markers(root, "c0")[:3]
     assert all(0 < x < width and 0 < y < height for x, y in points)
@@ -56,16 +48,15 @@ def test_points_are_inside_the_plot_and_in_order(x_log: bool) -> None:
 
 
 def test_names_are_escaped_and_in_the_legend() -> None:
-    root = _plot()
+    root = _plot(TWO_LINES)
     texts = {text.text for text in root.iter(f"{SVG}text")}
     assert {"a <b> & c", "other", "load", "ms"} <= texts
     assert root.attrib["aria-label"] == 'A "plot"'
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    root = ET.fromstring(
-        bar_plot([Bar(name="x", value=25, interval=(20, 30)), Bar(name="y", value=50)], title="t", x_label="%")
-    )
+    figures = {"x": _metric(25, 20, 30), "y": 50}
+    root = ET.fromstring(Bars(title="t", label="%", values=["*"]).svg(figures))
     paths = [path.attrib["d"] for path in root.iter(f"{SVG}path") if "fill: var(--c0)" in path.attrib.get("style", "")]
     edges = [[float(x) for x in re.findall(r"[ML] ([\d.]+)", path)] for path in paths]
     widths = [max(xs) - min(xs) for xs in edges]
@@ -73,38 +64,14 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert {"x", "y", "25", "50"} <= {(text.text or "").strip() for text in root.iter(f"{SVG}text")}
 
 
-@pytest.mark.parametrize("points", [[], [(0.0, 1.0)], [(float("nan"), 1.0)]])
-def test_points_that_cannot_be_plotted_are_an_error(points: list[tuple[float, float]]) -> None:
-    with pytest.raises(ValueError, match="nothing to plot"):
-        line_plot([Series(name="a", points=points)], **LABELS, x_log=True)
-
-
-def test_one_point_is_plotted() -> None:
-    ET.fromstring(line_plot([Series(name="a", points=[(3, 7)])], **LABELS))
-
-
-def test_a_page_needs_nothing_from_other_hosts() -> None:
-    plot = line_plot([Series(name="a", points=[(1, 2), (2, 3)])], **LABELS)
-    html = page("<title>", section("Results", table(["a", "b"], [["<1>", "2"]]), plot, data_uri(b"x", "image/png")))
-    assert "&lt;title&gt;" in html
-    assert "&lt;1&gt;" in html
-    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, never fetched
-    assert set(re.findall(r"https?://[^\"' <]+", html)) <= namespaces
-    assert "@import" not in html
-
-
-def test_the_body_of_a_page_can_be_embedded() -> None:
-    assert body_of(page("title", "<p>body</p>")).strip() == "<p>body</p>"
+def test_what_cannot_be_plotted_is_left_out() -> None:
+    assert Lines(**LABELS, points=["*/*"], y=[""]).svg({"a": {"1": None, "2": float("nan")}}) == ""
+    assert len(_markers(_plot({"a": {"3": 7, "4": None}}), "c0")) == 1
 
 
 FIGURES = {
     "systems": {"ours": {"per_s": 20.0}, "theirs": {"per_s": None}, "third": {"per_s": 5}},
-    "growth": {
-        "exact": {
-            "1000": {"median": 3.0, "interval": [2.0, 4.0], "samples": [3.0], "unit": "ms"},
-            "10": {"median": 1.0, "interval": [1.0, 1.5], "samples": [1.0], "unit": "ms"},
-        }
-    },
+    "growth": {"exact": {"1000": _metric(3.0, 2.0, 4.0), "10": _metric(1.0, 1.0, 1.5)}},
     "ramp": [{"load": number, "latency": {"p50_ms": 2.0 * number}} for number in range(1, 31)],
 }
 
@@ -134,6 +101,9 @@ def test_a_page_of_figures_has_every_part() -> None:
     )
     html = figures_page("All", {"speed": (report, FIGURES), "other": (Report(title="Other"), {"seconds": [1, 2]})})
     assert html.count("<svg") == 1
+    namespaces = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # names, never fetched
+    assert set(re.findall(r"https?://[^\"' <]+", html)) <= namespaces
+    assert "@import" not in html
     for part in (
         'id="speed"',
         'href="#other"',

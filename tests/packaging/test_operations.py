@@ -56,6 +56,7 @@ def test_tables_are_what_the_command_computes(place: str) -> None:
     file, name = place.split(": ")
     page = (DOCS / file).read_text(encoding="utf-8")
     content = tables(utilisation=0.4, bandwidth_gb_s=20.0, price=None)[place]
+    assert f"<!-- sizing: {name} -->" in page
     assert put_in(page, name, content) == page, "run `python -m benchmarks.sizing --write`"
 
 
@@ -63,7 +64,7 @@ def test_cost_is_hours_times_price() -> None:
     for row in oven_hours(0.4, 2.5).splitlines()[2:]:
         *_, together, cost = (cell.strip() for cell in row.strip("|").split("|"))
         assert float(cost) == pytest.approx(2.5 * float(together), abs=1)
-    assert all(gpu.name in oven_hours(0.4, None) for gpu in GPUS)
+    assert all(gpu in oven_hours(0.4, None) for gpu in GPUS)
 
 
 @pytest.mark.parametrize("alert", ALERTS)
