@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import ExitStack
+from heapq import nlargest
 from pathlib import Path
 from threading import Timer
 from typing import Self
@@ -38,53 +40,40 @@ Floats = npt.NDArray[np.float64]
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """Return the number of wrong answers, and latencies in ms: of a durable PUT, and until another process sees it."""
-    operations = SMOKE_OPERATIONS if smoke else OPERATIONS
     with (
         tempfile.TemporaryDirectory() as folder,
         _Service(bundle_path, folder) as writer,
         _Service(bundle_path, folder) as reader,
     ):
         run = _Run(Bundle.open(bundle_path), writer, reader)
-        run.run(operations, SMOKE_OPERATIONS_PER_KILL if smoke else OPERATIONS_PER_KILL)
+        if smoke:
+            run.run(SMOKE_OPERATIONS, SMOKE_OPERATIONS_PER_KILL)
+        else:
+            run.run(OPERATIONS, OPERATIONS_PER_KILL)
     return {
-        "operations": operations,
-        "kills": run.kills,
-        "cut_off": run.cut_off,
-        "differences": run.differences,
+        **run.counts,
         "put": _summary(run.put_ms),
         "seen_by_another_process": _summary(run.seen_ms),
     }
 
 
-class Model:
-    """The expected state of the catalog."""
+class Model(dict[str, tuple[str, Floats]]):
+    """The expected state of the catalog: title and embeddings [N, D] by entity id."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    @classmethod
+    def of(cls, bundle: Bundle) -> Model:
         embeddings = bundle.embeddings()
-        self._base_ND = np.concatenate(list(embeddings)).astype(np.float64)
-        self._rows_N = embeddings.rows_N
+        vectors_ND = np.concatenate(list(embeddings)).astype(np.float64)
         with bundle.store() as store:
-            stored = store.by_rows(range(len(store)))
-        self._row_of = {entity.entity_id: entity.row for entity in stored}
-        self.titles = {entity.entity_id: entity.title for entity in stored}
-        self._visible_N = np.ones(len(self._rows_N), np.bool_)
-        self._put: dict[str, Floats] = {}
+            entities = store.by_rows(range(len(store)))
+        return cls({each.entity_id: (each.title, vectors_ND[embeddings.rows_N == each.row]) for each in entities})
 
-    def change(self, entity_id: str, title: str | None, embedding_D: Floats) -> None:
-        """Put an entity, or delete it if `title` is None."""
-        self.titles.pop(entity_id, None)
-        self._put.pop(entity_id, None)
-        if entity_id in self._row_of:
-            self._visible_N[self._rows_N == self._row_of[entity_id]] = False
-        if title is not None:
-            self.titles[entity_id], self._put[entity_id] = title, embedding_D
+    def title(self, entity_id: str) -> str | None:
+        return self[entity_id][0] if entity_id in self else None
 
-    def best_scores(self, query_D: Floats) -> Floats:
+    def best_scores(self, query_D: Floats) -> list[float]:
         """Return the scores of the best entities, the highest first."""
-        scores = np.full(len(self._row_of), -2.0)
-        np.maximum.at(scores, self._rows_N[self._visible_N], self._base_ND[self._visible_N] @ query_D)
-        put = [float(embedding_D @ query_D) for embedding_D in self._put.values()]
-        return np.sort(np.concatenate([scores, put]))[::-1][:TOP_K]
+        return nlargest(TOP_K, (float((vectors_ND @ query_D).max()) for _, vectors_ND in self.values()))
 
 
 class _Service:
@@ -95,23 +84,18 @@ class _Service:
         self._flags = ("--live-dir", live_dir, "--admin-token", TOKEN, "--threads", "1", "--log-level", "error")
 
     def __enter__(self) -> Self:
-        self._running = service_process(self._bundle, *self._flags)
-        self._process, url = self._running.__enter__()
-        self.client = httpx.Client(base_url=url, timeout=30, headers={"Authorization": f"Bearer {TOKEN}"})
+        self._stack = ExitStack()
+        self._process, url = self._stack.enter_context(service_process(self._bundle, *self._flags))
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        self.client = self._stack.enter_context(httpx.Client(base_url=url, timeout=30, headers=headers))
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.client.close()
-        self._running.__exit__(None, None, None)
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-
-    def restart(self) -> None:
-        self.kill()
-        self.__exit__()
-        self.__enter__()
 
     def title(self, entity_id: str) -> str | None:
         """Return the title of an entity, or None if it does not exist."""
@@ -123,11 +107,11 @@ class _Service:
         headers = {"Content-Type": "image/jpeg"}
         answer = self.client.post("/recognize", params={"top_k": TOP_K}, content=image, headers=headers)
         predictions = answer.raise_for_status().json()["predictions"]
-        expected = model.best_scores(query_D)
+        scores = [each["score"] for each in predictions]
         return (
-            len(predictions) == len(expected)
-            and np.allclose([each["score"] for each in predictions], expected, rtol=0, atol=TOLERANCE)
-            and all(model.titles.get(each["entity_id"]) == each["title"] for each in predictions)
+            len(predictions) == TOP_K
+            and np.allclose(scores, model.best_scores(query_D), rtol=0, atol=TOLERANCE)
+            and all(model.title(each["entity_id"]) == each["title"] for each in predictions)
         )
 
 
@@ -136,18 +120,19 @@ class _Run:
 
     def __init__(self, bundle: Bundle, writer: _Service, reader: _Service) -> None:
         self._rng = np.random.default_rng(0)
-        self._model, self._writer, self._reader = Model(bundle), writer, reader
+        self._model, self._writer, self._reader = Model.of(bundle), writer, reader
         self._images = [photograph(seed, 64, 64) for seed in range(QUERIES)]
         self._queries_QD = _embed(bundle, self._images)
-        existing = self._rng.choice(sorted(self._model.titles), 40, replace=False).tolist()
+        existing = self._rng.choice(sorted(self._model), 40, replace=False).tolist()
         self._entity_ids = [*existing, *(f"new {number}" for number in range(40))]
         self._killer: Timer | None = None
-        self.differences = self.kills = self.cut_off = 0
+        self.counts = dict.fromkeys(("operations", "kills", "cut_off", "differences"), 0)
         self.put_ms: list[float] = []
         self.seen_ms: list[float] = []
 
     def run(self, operations: int, operations_per_kill: int) -> None:
         for number in range(operations):
+            self.counts["operations"] += 1
             if number % operations_per_kill == operations_per_kill - 1:
                 self._killer = Timer(float(self._rng.uniform(0, 0.2)), self._writer.kill)
                 self._killer.start()
@@ -167,16 +152,17 @@ class _Run:
             self._restart_writer()
         for service in (self._writer, self._reader):
             for entity_id in self._entity_ids:
-                self.differences += service.title(entity_id) != self._model.titles.get(entity_id)
+                self.counts["differences"] += service.title(entity_id) != self._model.title(entity_id)
             for query in range(QUERIES):
                 self._search(service, query)
 
     def _search(self, service: _Service, query: int) -> None:
-        self.differences += not service.agrees(self._model, self._images[query], self._queries_QD[query])
+        agrees = service.agrees(self._model, self._images[query], self._queries_QD[query])
+        self.counts["differences"] += not agrees
 
     def _change(self, entity_id: str, title: str | None, embedding_D: Floats) -> None:
         """PUT an entity, or DELETE it if `title` is None."""
-        before = self._model.titles.get(entity_id)
+        before = self._model.title(entity_id)
         try:
             started = time.perf_counter()
             if title is None:
@@ -187,28 +173,32 @@ class _Run:
                 answer = self._writer.client.put(f"/entities/{entity_id}", json=record)
                 expected = httpx.codes.CREATED if before is None else httpx.codes.OK
                 self.put_ms.append(1000 * (time.perf_counter() - started))
-            self.differences += answer.status_code != expected
+            self.counts["differences"] += answer.status_code != expected
         except httpx.TransportError:  # the change was made, or it was not
             self._restart_writer()
-            self.cut_off += 1
+            self.counts["cut_off"] += 1
             now = self._writer.title(entity_id)
-            self.differences += now not in (title, before)
+            self.counts["differences"] += now not in (title, before)
             if now != title:
                 return
-        self._model.change(entity_id, title, embedding_D)
+        if title is None:
+            self._model.pop(entity_id, None)
+        else:
+            self._model[entity_id] = title, embedding_D[None]
 
     def _restart_writer(self) -> None:
         """Restart the service after the kill, which may be about to happen."""
         assert self._killer is not None, "the service ended by itself"
         self._killer.join()
         self._killer = None
-        self._writer.restart()
-        self.kills += 1
+        self._writer.__exit__()
+        self._writer.__enter__()
+        self.counts["kills"] += 1
 
     def _time_until_seen(self, entity_id: str) -> float:
         """Return the milliseconds until the other process has the current title."""
         started = time.perf_counter()
-        while self._reader.title(entity_id) != self._model.titles.get(entity_id):
+        while self._reader.title(entity_id) != self._model.title(entity_id):
             if time.perf_counter() - started > SEEN_TIMEOUT_S:
                 raise TimeoutError(f"another process did not see a change within {SEEN_TIMEOUT_S} s")
         return 1000 * (time.perf_counter() - started)

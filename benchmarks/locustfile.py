@@ -18,11 +18,8 @@ import os
 import random
 import time
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import quantiles
 from typing import Any, ClassVar
 
 from gevent.pool import Group
@@ -31,6 +28,7 @@ from locust import FastHttpUser, LoadTestShape, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
 from locust.runners import WorkerRunner
+from locust.stats import RequestStats
 
 HOT_IMAGES = 16  # few enough for a cache
 BATCH_IMAGES = 8
@@ -52,45 +50,34 @@ _outstanding = Group()  # of requests; they may outlive their user
 
 @dataclass(kw_only=True)
 class Step:
-    """`length_s` seconds of constant offered load, `rate` requests per second, and the outcome of the requests."""
+    """`length_s` seconds of constant offered load, `rate` requests per second, and Locust's statistics by outcome."""
 
     rate: float
     length_s: float
     started_s: float = 0.0  # Unix time
-    latencies_ms: list[float] = field(default_factory=list)  # of answered requests
-    failures: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
+    stats: RequestStats = field(default_factory=RequestStats)
 
-    def add(self, kind: str, sent_s: float, took_ms: float, failure: str | None) -> None:
+    def add(self, sent_s: float, took_ms: float, failure: str | None) -> None:
         """Count a request, unless it was sent while the load settled."""
-        if not SETTLING_SHARE * self.length_s <= sent_s - self.started_s < self.length_s:
-            return
-        self.kinds[kind] += 1
-        if failure is None:
-            self.latencies_ms.append(took_ms)
-        else:
-            self.failures[failure] += 1
+        if SETTLING_SHARE * self.length_s <= sent_s - self.started_s < self.length_s:
+            outcome = "answered" if failure is None else "refused" if failure.startswith("refused") else "failed"
+            self.stats.log_request("POST", outcome, round(took_ms), 0)
 
     def figures(self) -> dict[str, Any]:
         """Return rates per second, latency percentiles of answered requests, and shares of refused and failed ones."""
-        requests = self.kinds.total()
-        refused = sum(count for reason, count in self.failures.items() if reason.startswith("refused"))
-        in_time = sum(took <= IN_TIME_MS for took in self.latencies_ms)
+        answered, refused, failed = (self.stats.get(outcome, "POST") for outcome in ("answered", "refused", "failed"))
+        requests = self.stats.total.num_requests
+        in_time = sum(count for took_ms, count in answered.response_times.items() if took_ms <= IN_TIME_MS)
         counted_s = self.length_s * (1 - SETTLING_SHARE)
-        values = self.latencies_ms * 2 if len(self.latencies_ms) == 1 else self.latencies_ms  # `quantiles` needs two
-        percentiles = quantiles(values, n=100, method="inclusive") if values else None
         return {
             "planned_per_s": round(self.rate, 2),
             "offered_per_s": round(requests / counted_s, 2),
-            "answered_per_s": round(len(self.latencies_ms) / counted_s, 2),
+            "answered_per_s": round(answered.num_requests / counted_s, 2),
             "in_time_per_s": round(in_time / counted_s, 2),
-            **{f"p{n}_ms": round(percentiles[n - 1], 2) if percentiles else None for n in (50, 90, 99)},
-            "requests": requests,
-            "refused_share": round(refused / requests, 4) if requests else 0.0,
-            "failed_share": round((self.failures.total() - refused) / requests, 4) if requests else 0.0,
+            **{f"p{n}_ms": answered.get_response_time_percentile(n / 100) or None for n in (50, 90, 99)},
+            "refused_share": round(refused.num_requests / max(requests, 1), 4),
+            "failed_share": round(failed.num_requests / max(requests, 1), 4),
             "kept_up": requests > 0 and in_time >= KEPT_UP_SHARE * requests,
-            "kinds": dict(sorted(self.kinds.items())),
-            "failures": dict(sorted(self.failures.items())),
         }
 
 
@@ -110,15 +97,6 @@ def plan_steps(options: Namespace) -> list[Step]:
     return [Step(rate=rate, length_s=length_s) for rate in rates]
 
 
-def step_at(steps: Sequence[Step], seconds: float) -> Step | None:
-    """Return the step `seconds` after the start, or None after the last."""
-    for step in steps:
-        if seconds < step.length_s:
-            return step
-        seconds -= step.length_s
-    return None
-
-
 class Shape(LoadTestShape):
     """The offered load over time. A ramp ends past the knee."""
 
@@ -128,23 +106,19 @@ class Shape(LoadTestShape):
     def reset_time(self) -> None:
         """Begin a run. Locust's web page can start several in one process."""
         super().reset_time()
-        self.planned.clear()
+        assert self.runner is not None
+        self.planned[:] = plan_steps(_options(self.runner.environment))
         self.started.clear()
 
     def tick(self) -> tuple[int, float] | None:
         assert self.runner is not None
-        options = _options(self.runner.environment)
-        if not self.planned:
-            self.planned.extend(plan_steps(options))
-        step = step_at(self.planned, self.get_run_time())
-        if step is None:
-            return None
-        if not self.started or self.started[-1] is not step:
-            if options.shape == "ramp" and self.started and not self.started[-1].figures()["kept_up"]:
+        if self.get_run_time() >= sum(step.length_s for step in self.started):
+            past_knee = bool(self.started) and not self.started[-1].figures()["kept_up"]
+            if not self.planned or (past_knee and _options(self.runner.environment).shape == "ramp"):
                 return None
-            step.started_s = time.time()
-            self.started.append(step)
-        users = max(1, round(step.rate))
+            self.started.append(self.planned.pop(0))
+            self.started[-1].started_s = time.time()
+        users = max(1, round(self.started[-1].rate))
         return users, max(users, self.get_current_user_count())  # the second number changes all users at once
 
 
@@ -176,11 +150,9 @@ class Arrivals(FastHttpUser):
         ) as response:
             if response.status_code in expected_statuses:
                 response.success()
-            elif response.status_code == 429:
-                response.failure("refused: 429")
             else:
-                reason = response.error if response.status_code == 0 else response.status_code
-                response.failure(f"failed: {reason!r}")
+                outcome = "refused" if response.status_code == 429 else "failed"
+                response.failure(f"{outcome}: {response.status_code or response.error!r}")
 
 
 def cold_image() -> bytes:
@@ -272,14 +244,10 @@ def _add_options(parser: LocustArgumentParser) -> None:
 
 
 @events.request.add_listener
-def _count(
-    name: str, response_time: float, exception: Exception | None = None, start_time: float = 0.0, **_: Any
-) -> None:
+def _count(response_time: float, exception: Exception | None = None, start_time: float = 0.0, **_: Any) -> None:
     """Count a request in the step in which it was sent."""
-    for step in reversed(Shape.started):
-        if start_time >= step.started_s:
-            step.add(name, start_time, response_time, None if exception is None else str(exception))
-            return
+    for step in Shape.started:
+        step.add(start_time, response_time, None if exception is None else str(exception))
 
 
 @events.test_stop.add_listener
@@ -295,11 +263,10 @@ def _check_limits(environment: Environment, **_: Any) -> None:
     options = _options(environment)
     if options.steps:
         Path(options.steps).write_text(json.dumps([step.figures() for step in Shape.started], indent=1))
-    total = Step(rate=0.0, length_s=sum(step.length_s for step in Shape.started) or 1.0)
-    for step in Shape.started:
-        total.latencies_ms += step.latencies_ms
-        total.failures += step.failures
-        total.kinds += step.kinds
+    total = Step(rate=options.rate, length_s=1.0)
+    for entry in (entry for step in Shape.started for entry in step.stats.entries.values()):
+        total.stats.get(entry.name, entry.method).extend(entry)
+        total.stats.total.extend(entry)
     figures = total.figures()
     exceeded = [
         f"{name} {figures[key]} is above {limit}"
@@ -310,7 +277,7 @@ def _check_limits(environment: Environment, **_: Any) -> None:
         )
         if limit is not None and figures[key] is not None and figures[key] > limit
     ]
-    if not figures["requests"]:
+    if figures["p99_ms"] is None:
         exceeded.append("no request was answered")
     for line in exceeded:
         print(f"threshold: {line}")  # noqa: T201 - Locust reports on standard output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import importlib
 import json
 import subprocess
@@ -39,28 +40,21 @@ def test_the_steps_of_each_shape(locustfile: ModuleType) -> None:
     assert [step.length_s for step in locustfile.plan_steps(options(shape="soak"))] == [60, 60]
 
 
-def test_the_step_at_a_time(locustfile: ModuleType) -> None:
-    steps = locustfile.plan_steps(options(shape="spike"))
-    assert locustfile.step_at(steps, 0) is steps[0]
-    assert locustfile.step_at(steps, 5) is steps[1]
-    assert locustfile.step_at(steps, 19.9) is steps[3]
-    assert locustfile.step_at(steps, 20) is None
-
-
 def test_figures_separate_answers_refusals_and_failures(locustfile: ModuleType) -> None:
     step = locustfile.Step(rate=10, length_s=10, started_s=100.0)
-    step.add("cold", 101.0, 5.0, None)  # the load was still settling
+    for sent_s in (99.0, 101.0, 110.0):  # in another step, or while the load was settling
+        step.add(sent_s, 5.0, None)
     for number in range(40):
-        step.add("cold", 104.0, 10.0 + number, None)
-    step.add("cold", 105.0, 5000.0, None)  # an answer, but too late
+        step.add(104.0, 10.0 + number, None)
+    step.add(105.0, 5000.0, None)  # an answer, but too late
     for reason in ("refused: 429", "refused: 429", "failed: 500"):
-        step.add("hot", 106.0, 1.0, reason)
+        step.add(106.0, 1.0, reason)
     figures = step.figures()
-    assert figures["requests"] == 44
+    assert figures["offered_per_s"] == round(44 / 7, 2)
     assert (figures["answered_per_s"], figures["in_time_per_s"]) == (round(41 / 7, 2), round(40 / 7, 2))
     assert (figures["refused_share"], figures["failed_share"]) == (round(2 / 44, 4), round(1 / 44, 4))
-    assert figures["p50_ms"] == 30
-    assert figures["kinds"] == {"cold": 41, "hot": 3}
+    assert figures["p50_ms"] == pytest.approx(30, abs=1)
+    assert figures["p99_ms"] == 5000
     assert not figures["kept_up"]
     assert not locustfile.Step(rate=10, length_s=10).figures()["kept_up"]
 
@@ -73,16 +67,27 @@ def test_a_ramp_ends_past_the_knee(locustfile: ModuleType, monkeypatch: pytest.M
     monkeypatch.setattr(shape, "get_run_time", lambda: seconds)
     shape.reset_time()
     assert shape.tick() == (10, 10)
-    first, second = shape.planned[:2]
-    first.add("cold", first.started_s + 3, 10.0, None)
+    shape.started[0].add(shape.started[0].started_s + 3, 10.0, None)
+    seconds = 4.9
+    assert shape.tick() == (10, 10)
     seconds = 6.0
     assert shape.tick() == (20, 20)
-    second.add("cold", second.started_s + 3, 5000.0, None)
+    shape.started[1].add(shape.started[1].started_s + 3, 5000.0, None)
     seconds = 11.0
     assert shape.tick() is None
-    assert shape.started == [first, second]
+    assert [step.rate for step in shape.started] == [10, 20]
     shape.reset_time()  # for the other tests
     assert shape.started == []
+
+
+def test_a_steady_load_ends_after_its_time(locustfile: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = locustfile.Shape()
+    shape.runner = Namespace(user_count=0, environment=Namespace(parsed_options=options(shape="steady")))
+    shape.reset_time()
+    for seconds, expected in ((0.0, (10, 10)), (119.0, (10, 10)), (120.0, None)):
+        monkeypatch.setattr(shape, "get_run_time", lambda seconds=seconds: seconds)
+        assert shape.tick() == expected
+    shape.reset_time()
 
 
 def test_the_knee_is_the_highest_load_at_which_the_service_kept_up() -> None:
@@ -93,12 +98,12 @@ def test_the_knee_is_the_highest_load_at_which_the_service_kept_up() -> None:
 
 def test_the_report_shows_every_step(locustfile: ModuleType) -> None:
     step = locustfile.Step(rate=10, length_s=10)
-    step.add("cold", 5.0, 12.5, None)
+    step.add(5.0, 13.0, None)
     one = step.figures()
     figures = {"knee": one, "ramp": [one], "mixed": [one], "spike": [one]}
     lines = as_csv(figures).splitlines()
     assert [line.split(",")[0] for line in lines] == ["part", "ramp", "mixed", "spike"]
-    assert "12.5" in lines[1].split(",")
+    assert "13" in lines[1].split(",")
     (plot,) = REPORT.plots
     assert "knee, p50 ms" in plot.svg(figures)
 
@@ -118,13 +123,15 @@ def locust(url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_kind_of_traffic_gets_the_expected_statuses(url: str, tmp_path: Path) -> None:
-    steps = tmp_path / "steps.json"
-    # The rarest kinds arrive once a second on average. In 12 seconds they arrive almost certainly.
-    done = locust(url, "--rate=16", "--minutes=0.3", f"--steps={steps}")
+    # The rarest kinds arrive once a second on average. In 18 seconds they arrive almost certainly.
+    done = locust(
+        url, "--rate=16", "--minutes=0.3", f"--steps={tmp_path / 'steps.json'}", f"--csv={tmp_path / 'locust'}"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    (figures,) = json.loads(steps.read_bytes())
+    (figures,) = json.loads((tmp_path / "steps.json").read_bytes())
     assert figures["failed_share"] == 0
-    assert set(figures["kinds"]) == {"cold", "hot", "batch", "hostile"}
+    rows = csv.DictReader((tmp_path / "locust_stats.csv").read_text().splitlines())
+    assert {row["Name"] for row in rows} == {"cold", "hot", "batch", "hostile", "Aggregated"}
 
 
 def test_the_file_needs_only_locust() -> None:
