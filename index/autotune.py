@@ -97,7 +97,7 @@ def choose(embeddings: Embeddings, targets: Targets, *, progress: bool = False) 
                 f"{targets.memory_gb:g} GB the first of: exact, lists of codes, codes, graph",
                 candidates=tuple(assessed),
             )
-    reasons = "; ".join(f"{each['factory']} {_shortfall(each)}" for each in assessed)
+    reasons = "; ".join(f"{each['factory']} {each['verdict']}" for each in assessed)
     raise UserError(
         f"no index is expected to meet recall {targets.recall}, {targets.budget_ms:g} ms and {targets.memory_gb:g} GB "
         f"({reasons}); allow more with --budget-ms or --memory-gb, ask for less --recall, or name one with --factory"
@@ -153,7 +153,7 @@ def _assess(candidate: Candidate, embeddings: Embeddings, targets: Targets) -> d
     count = len(embeddings)
     entry: dict[str, Any] = {"factory": candidate.factory(count), "memory_gb": candidate.bytes(count) / 1e9}
     if entry["memory_gb"] > targets.memory_gb:
-        return {**entry, "verdict": "takes too much memory; not measured"}
+        return {**entry, "verdict": f"takes {entry['memory_gb']:.1f} GB"}
     sizes = [_SMALL_SAMPLE, SAMPLE] if count > SAMPLE else [count]
     curves = {size: _measure(candidate, embeddings, size, targets.recall) for size in sizes}
     entry["curves"] = {str(size): [asdict(point) for point in points] for size, points in curves.items()}
@@ -161,7 +161,8 @@ def _assess(candidate: Candidate, embeddings: Embeddings, targets: Targets) -> d
     if len(p50_ms) < len(sizes):
         return {**entry, "verdict": f"does not reach a recall of {targets.recall}"}
     entry["expected_p50_ms"] = round(expected_ms(p50_ms, count, candidate.linear), 3)
-    return {**entry, "verdict": "chosen" if entry["expected_p50_ms"] <= targets.budget_ms else "takes too long"}
+    chosen = entry["expected_p50_ms"] <= targets.budget_ms
+    return {**entry, "verdict": "chosen" if chosen else f"takes {entry['expected_p50_ms']:.1f} ms"}
 
 
 def _measure(candidate: Candidate, embeddings: Embeddings, size: int, recall: float) -> list[Point]:
@@ -172,12 +173,6 @@ def _measure(candidate: Candidate, embeddings: Embeddings, size: int, recall: fl
     train(index, sample, candidate.factory(size))
     fill(index, sample)
     return curve(EntityIndex(CpuCandidates(index), sample, {}), queries_QD, exact_positions(sample, queries_QD), recall)
-
-
-def _shortfall(entry: Mapping[str, Any]) -> str:
-    if "expected_p50_ms" in entry:
-        return f"{entry['expected_p50_ms']:.1f} ms"
-    return f"{entry['memory_gb']:.1f} GB" if "curves" not in entry else "too little recall"
 
 
 def held_out_queries(embeddings: Embeddings, positions_Q: Int64Array, seed: int) -> Float32Array:

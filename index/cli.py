@@ -16,33 +16,29 @@ _BUNDLE = click.Path(path_type=Path)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.option("--bundle", type=_BUNDLE, required=True, help="Folder of the bundle whose index is rebuilt.")
 @click.option(
     "--factory",
     default="auto",
-    show_default=True,
     help="A faiss factory string, such as Flat, HNSW32 or IVF256,SQ8. auto measures exact search, codes in lists, "
     "codes alone and a graph, and takes the first that meets the three targets.",
 )
 @click.option(
     "--budget-ms",
     default=5.0,
-    show_default=True,
     type=_POSITIVE,
     help="Target: median milliseconds of one query on one thread.",
 )
 @click.option(
     "--recall",
     default=0.98,
-    show_default=True,
     type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
     help="Target: share of the true ten nearest embeddings that are found. The search is tuned to it.",
 )
 @click.option(
     "--memory-gb",
     default=8.0,
-    show_default=True,
     type=_POSITIVE,
     help="Target: gigabytes (1e9 bytes) of the loaded index, without the bundle's memory-mapped embeddings.",
 )
@@ -50,14 +46,12 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
     help="Where lists are trained. auto uses GPUs if faiss has any.",
 )
 @click.option(
     "--backend",
     type=click.Choice(["faiss", "milvus"]),
     default="faiss",
-    show_default=True,
     help="milvus loads the bundle into a collection of the Milvus at --uri. --factory is then auto (HNSW32), Flat, "
     "HNSW<links> or IVF<lists>,Flat, and the targets are ignored.",
 )

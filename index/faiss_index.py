@@ -63,7 +63,6 @@ class CpuCandidates:
         core = _core(index)
         self._ivf = core if isinstance(core, faiss.IndexIVF) else None
         self._hnsw = isinstance(core, faiss.IndexHNSW)
-        self._fast_scan_ivf = core if isinstance(core, faiss.IndexIVFFastScan) else None
         whole = faiss.downcast_index(index)
         self.exact = isinstance(whole, faiss.IndexFlat)
         self.close = isinstance(whole, faiss.IndexScalarQuantizer) and whole.sq.qtype == faiss.ScalarQuantizer.QT_fp16
@@ -98,8 +97,8 @@ class CpuCandidates:
         if self._ivf is None:
             return
         split_lists = queries < faiss.omp_get_max_threads()
-        if self._fast_scan_ivf is not None:
-            self._fast_scan_ivf.implem = 14 if split_lists else 0
+        if isinstance(self._ivf, faiss.IndexIVFFastScan):
+            self._ivf.implem = 14 if split_lists else 0
         else:
             self._ivf.parallel_mode = 1 if split_lists else 0
 

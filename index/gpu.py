@@ -215,10 +215,7 @@ def _place_ivf(index: Any, free_bytes: Sequence[int]) -> Placement:
     options.useFloat16 = True
     options.allowCpuCoarseQuantizer = True  # if HNSW finds the lists
     with _faiss_errors():
-        if len(gpus) == 1:
-            cloned = faiss.index_cpu_to_gpu(resources[0], gpus[0], index, options)
-        else:
-            cloned = faiss.index_cpu_to_gpu_multiple_py(resources, index, options, gpus)
+        cloned = faiss.index_cpu_to_gpu_multiple_py(resources, index, options, gpus)
     why = f"IVF on {len(gpus)} GPU(s)"
     return Placement(candidates=GpuCandidates(cloned, int(index.nlist), resources), device="cuda", why=why)
 

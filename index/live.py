@@ -145,27 +145,21 @@ class LiveSegment:
 
     def thumbnail(self, row: int) -> bytes | None:
         """Return the WebP thumbnail of an entity that was put, by its row in a delta, if it still has one."""
-        with self._read_lock:
-            found = self._reader.execute("SELECT webp FROM thumbnail WHERE row = ?", (row - self._base_count,))
-            values = found.fetchone()
-        return None if values is None else bytes(values["webp"])
+        revision = row - self._base_count
+        return self.store.thumbnails([revision]).get(revision)
 
     def _read_changes(self) -> None:
         last = (self._delta.revision,)
-        self._reader.execute("BEGIN")  # one snapshot for all statements
-        try:
+        with self._reader:
+            self._reader.execute("BEGIN")  # one snapshot for all statements
             self._read_base_revision(self._reader)
             (revision,) = self._reader.execute("SELECT generation FROM live").fetchone()
             put = select_entities(self._reader, "WHERE row > ?", last)
             vectors = dict(self._reader.execute("SELECT row, vector FROM embedding WHERE row > ?", last).fetchall())
-            deleted = self._reader.execute(
-                "SELECT generation, entity_id FROM tombstone WHERE generation > ?", last
-            ).fetchall()
-        finally:
-            self._reader.execute("COMMIT")
-        changes: list[tuple[int, StoredEntity | str]] = [(entity.row, entity) for entity in put]
-        changes += [(number, entity_id) for number, entity_id in deleted]
-        for number, change in sorted(changes, key=lambda item: item[0]):
+            deleted = self._reader.execute("SELECT generation, entity_id FROM tombstone WHERE generation > ?", last)
+            changes: dict[int, StoredEntity | str] = dict(deleted.fetchall())
+        changes.update((entity.row, entity) for entity in put)
+        for number, change in sorted(changes.items()):
             if isinstance(change, str):
                 self._builder.delete(change, base_row=self._base_row(change))
                 continue
@@ -221,16 +215,13 @@ class LiveSegment:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._write_lock:
             try:
-                self._writer.execute("BEGIN IMMEDIATE")
-                yield self._writer
-                self._writer.execute("COMMIT")
+                with self._writer:
+                    self._writer.execute("BEGIN IMMEDIATE")
+                    yield self._writer
             except sqlite3.Error as error:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                     raise Unavailable("other processes have been changing entities for too long; try again") from error
                 raise LiveDirError(f"the change could not be written ({error}); check LIVE_DIR's disk") from error
-            finally:
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
 
 
 def _open(folder: Path) -> sqlite3.Connection:

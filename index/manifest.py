@@ -41,12 +41,17 @@ class Record(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Read a JSON file. Raise `BundleAltered` if it is malformed."""
+        """Read a file. Raise as `parse` does."""
+        return cls.parse(path.read_bytes(), str(path))
+
+    @classmethod
+    def parse(cls, content: bytes, source: str) -> Self:
+        """Read JSON that comes from `source`. Raise `BundleAltered` if it is malformed."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(content)
         except ValidationError as error:
             reasons = "; ".join(f"{'.'.join(map(str, each['loc']))} {each['msg']}".strip() for each in error.errors())
-            raise BundleAltered(f"{path} is malformed: {reasons}; {cls.remedy}") from error
+            raise BundleAltered(f"{source} is malformed: {reasons}; {cls.remedy}") from error
 
     def write(self, path: Path) -> None:
         content = json.dumps(self.model_dump(), indent=2, ensure_ascii=False) + "\n"
@@ -147,15 +152,15 @@ class Manifest(Record):
     elapsed_s: float
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def parse(cls, content: bytes, source: str) -> Self:
         """Read a manifest. Raise `BundleSchemaMismatch`, or `BundleAltered` if it is malformed."""
-        version = (Record.read(path).model_extra or {}).get("schema_version")
+        version = (Record.parse(content, source).model_extra or {}).get("schema_version")
         if version not in READABLE_SCHEMA_VERSIONS:
             raise BundleSchemaMismatch(
-                f"{path} has schema version {version}, this version of WikiCLIP Serve reads "
+                f"{source} has schema version {version}, this version of WikiCLIP Serve reads "
                 f"{' and '.join(map(str, READABLE_SCHEMA_VERSIONS))}; upgrade it, or {cls.remedy}"
             )
-        return super().read(path)
+        return super().parse(content, source)
 
 
 class IndexManifest(Record):

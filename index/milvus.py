@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -95,14 +95,7 @@ def is_loaded(client: MilvusClient, bundle: Bundle) -> bool:
         if not client.has_collection(counters, timeout=TIMEOUT_S) or not client.list_indexes(counters):
             return False
         client.load_collection(counters, timeout=TIMEOUT_S)  # a restarted Milvus has nothing loaded
-        found = client.query(
-            counters,
-            filter=f'writer == "{_LOADED}"',
-            output_fields=["writer"],
-            consistency_level="Strong",
-            timeout=TIMEOUT_S,
-        )
-    return bool(found)
+        return bool(client.get(counters, _LOADED, ["writer"], timeout=TIMEOUT_S, consistency_level="Strong"))
 
 
 def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, progress: bool = False) -> int:
@@ -173,18 +166,13 @@ def types_filter(types: Sequence[str]) -> str:
 
 def _insert_all(client: MilvusClient, name: str, bundle: Bundle, progress: bool) -> None:
     embeddings = bundle.embeddings()
-    with (
-        bundle.store() as store,
-        tqdm(desc="load", unit="embedding", total=len(embeddings), disable=not progress) as bar,
-    ):
-        step = max(1, _INSERT_BYTES // (4 * embeddings.dim))
-        for start in range(0, len(embeddings), step):
+    step = max(1, _INSERT_BYTES // (4 * embeddings.dim))
+    with bundle.store() as store:
+        for start in tqdm(range(0, len(embeddings), step), desc="load", unit="batch", disable=not progress):
             positions = np.arange(start, min(start + step, len(embeddings)))
-            rows = embeddings.rows_N[positions].tolist()
-            entities = store.by_rows(rows)
+            entities = store.by_rows(embeddings.rows_N[positions].tolist())
             batch = zip(positions.tolist(), entities, embeddings.at(positions), strict=True)
             client.insert(name, [_row(*each) for each in batch])
-            bar.update(len(positions))
 
 
 def _row(primary_key: int, entity: StoredEntity, embedding_D: Float32Array) -> dict[str, Any]:
@@ -203,9 +191,8 @@ def _row(primary_key: int, entity: StoredEntity, embedding_D: Float32Array) -> d
 
 def _schema(client: MilvusClient, dim: int) -> Any:
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    schema.add_field("pk", DataType.INT64, is_primary=True)
-    schema.add_field("row", DataType.INT64)
-    schema.add_field("key", DataType.INT64)
+    for name in ("pk", "row", "key"):
+        schema.add_field(name, DataType.INT64, is_primary=name == "pk")
     for name in ("types", "words"):
         schema.add_field(name, DataType.ARRAY, element_type=DataType.INT64, max_capacity=_MAX_WORDS)
     for name in ("record", "thumbnail"):
@@ -255,10 +242,8 @@ def _address(uri: str) -> tuple[str, str]:
     """Return the address without user and password, and Milvus's token made of those."""
     parts = urlsplit(uri)
     if parts.scheme in ("http", "https") and parts.hostname:
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-        netloc = host if parts.port is None else f"{host}:{parts.port}"
         token = f"{unquote(parts.username)}:{unquote(parts.password or '')}" if parts.username else ""
-        return urlunsplit((parts.scheme, netloc, parts.path, parts.query, "")), token
+        return parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl(), token
     if not parts.scheme and uri.endswith(".db"):
         return uri, ""
     raise UserError("a Milvus URI is http://[USER:PASSWORD@]HOST:PORT, https://... or a file PATH.db; use one of them")

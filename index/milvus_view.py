@@ -62,11 +62,11 @@ class MilvusEntities:
         self.images_each = max(1.0, counts.embeddings / max(1, counts.entities))
         self._records: dict[int, StoredEntity] = {}
         self._writer, self._changes, self._added = uuid.uuid4().hex, 0, 0
-        self._changed_at = time.monotonic()
         with milvus_errors():
             for each in (self._name, self._counters):
                 self._client.load_collection(each, timeout=_LOAD_TIMEOUT_S)
             self._search_parameters = self._untuned_parameters()
+        self._changed_at = time.monotonic()
         self._state = self._read_state()
 
     def close(self) -> None:
@@ -80,9 +80,8 @@ class MilvusEntities:
         """Look for changes of all processes. Raise `Unavailable`."""
         state = self._read_state()
         if state != self._state:
-            self._changed_at = time.monotonic()
-            self._state = state
-        return self._state
+            self._state, self._changed_at = state, time.monotonic()
+        return state
 
     def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool:
         """Add or replace an entity for all hosts, and return whether it is new.
@@ -125,8 +124,7 @@ class MilvusEntities:
 
     def query(self, condition: str, fields: Sequence[str], *, strong: bool = True) -> list[dict[str, Any]]:
         """Return up to `MAX_RESULTS` rows that meet a condition. Raise `Unavailable`."""
-        consistency = "Strong" if strong else self._consistency()
-        return self._query(self._name, condition, fields, consistency)
+        return self._query(self._name, condition, fields, "Strong" if strong else self._consistency())
 
     def cache(self, row: int, record: str) -> StoredEntity:
         """Parse a record and cache it for `by_row`. Each step is atomic, so no lock is needed."""

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +44,6 @@ CREATE UNIQUE INDEX entity_by_id ON entity (entity_id);
 CREATE INDEX entity_by_title ON entity (title COLLATE NOCASE);
 CREATE INDEX entity_by_types ON entity (types);
 """
-_OPTIMIZE = "INSERT INTO title_search (title_search) VALUES ('optimize');"
 _COLUMNS = (
     "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text, "
     "EXISTS (SELECT 1 FROM thumbnail WHERE thumbnail.row = entity.row) AS has_thumbnail"
@@ -53,11 +51,10 @@ _COLUMNS = (
 _MAX_DESCRIPTION = 200  # characters
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
 _MAX_RANKED = 10_000  # title matches
-_ROWS_PER_QUERY = 500  # SQLite limits the variables of a statement
+_LISTED = "IN (SELECT value FROM json_each(?))"  # no limit, as there is on the variables of a statement
 _CACHED_ENTITIES, _CACHED_TEXT = 2048, 4096  # characters
 
 AttendedWords = tuple[tuple[int, int, float], ...]
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +111,8 @@ def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]
             connection.execute("BEGIN")
             for entity, thumbnail in entities:
                 insert_entity(connection, entity, thumbnail)
-            connection.executescript(INDEXES + _OPTIMIZE)  # commits first
+            connection.executescript(INDEXES)  # commits first
+            connection.execute("INSERT INTO title_search (title_search) VALUES ('optimize')")
             connection.execute("VACUUM")
         finally:
             connection.close()
@@ -200,7 +198,7 @@ class EntityStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -225,7 +223,7 @@ class EntityStore:
         rows = [int(row) for row in rows]
         found = {row: entity for row in rows if (entity := self._cache.get(row)) is not None}
         missing = [row for row in rows if row not in found]
-        read = {entity.row: entity for entity in self._select_in("row", missing)}
+        read = {entity.row: entity for entity in self._select(f"WHERE row {_LISTED}", (json.dumps(missing),))}
         self._add_to_cache(read)
         found |= read
         if unknown := set(missing) - found.keys():
@@ -239,8 +237,8 @@ class EntityStore:
 
     def by_ids(self, entity_ids: Sequence[str]) -> dict[str, StoredEntity]:
         """Return those of the entities that exist, by id."""
-        found = self._select_in("entity_id", [_storable(entity_id) for entity_id in entity_ids])
-        return {entity.entity_id: entity for entity in found}
+        listed = json.dumps([_storable(entity_id) for entity_id in entity_ids])
+        return {entity.entity_id: entity for entity in self._select(f"WHERE entity_id {_LISTED}", (listed,))}
 
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
         """Return up to `limit` entities: titles equal to the query first, then prefix matches, then word matches.
@@ -283,9 +281,8 @@ class EntityStore:
         """Select the entities with any of `types`. Takes about a second for millions of entities: cache the result."""
         matching = [text for text in self._type_lists if not set(types).isdisjoint(json.loads(text))]
         allowed_E = np.zeros(len(self), np.bool_)
-        for part in _parts(matching):
-            found = self._execute(f"SELECT row FROM entity WHERE types IN ({_marks(part)})", part)
-            allowed_E[np.fromiter((values[0] for values in found), np.int64)] = True
+        found = self._execute(f"SELECT row FROM entity WHERE types {_LISTED}", (json.dumps(matching),))
+        allowed_E[np.fromiter((values[0] for values in found), np.int64)] = True
         return Selection(tuple(types), allowed_E)
 
     @cached_property
@@ -305,11 +302,8 @@ class EntityStore:
 
     def thumbnails(self, rows: Sequence[int]) -> dict[int, bytes]:
         """Return the WebP thumbnails of those rows that have one."""
-        found: dict[int, bytes] = {}
-        for part in _parts(rows):
-            values = self._execute(f"SELECT row, webp FROM thumbnail WHERE row IN ({_marks(part)})", part)
-            found |= {row: bytes(webp) for row, webp in values}
-        return found
+        found = self._execute(f"SELECT row, webp FROM thumbnail WHERE row {_LISTED}", (json.dumps(rows),))
+        return {row: bytes(webp) for row, webp in found}
 
     def attended_words(self, row: int) -> AttendedWords:
         """Return the words of an entity's text with the most attention, as (start, end, weight), heaviest first.
@@ -331,10 +325,6 @@ class EntityStore:
 
     def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
         return select_entities(self._connection(), clause, parameters)
-
-    def _select_in(self, column: str, values: Sequence[object]) -> Iterator[StoredEntity]:
-        for part in _parts(values):
-            yield from self._select(f"WHERE {column} IN ({_marks(part)})", part)
 
     def _execute(self, statement: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         return self._connection().execute(statement, parameters)
@@ -379,15 +369,6 @@ def first_sentence(text: str) -> str | None:
 
 def _other_titles(entity: StoredEntity) -> str:
     return "\n".join(title for title in dict.fromkeys(entity.titles.values()) if title != entity.title)
-
-
-def _parts(values: Sequence[Value]) -> Iterator[Sequence[Value]]:
-    for start in range(0, len(values), _ROWS_PER_QUERY):
-        yield values[start : start + _ROWS_PER_QUERY]
-
-
-def _marks(values: Sequence[object]) -> str:
-    return ",".join("?" * len(values))
 
 
 def _storable(text: str) -> str:

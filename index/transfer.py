@@ -13,17 +13,16 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
 
 from tqdm import tqdm
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError, UserError
-from core.files import atomic_write, atomic_write_bytes, is_uri, report_disk_full, sha256_file, sync
+from core.files import atomic_write, is_uri, report_disk_full, sha256_file, sync
 from index.bundle import Bundle, check_names
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder
 from index.manifest import (
@@ -39,8 +38,6 @@ from index.manifest import (
 MARKER_FILE = ".transfer"
 CHUNK_BYTES = 16 * 1024**2  # one request to an object store
 _MANIFESTS = (ENTITY_ENCODER_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE)  # in the order that they are written
-_READ_BYTES = 8 * 1024**2
-_EXTRAS = {"s3": "s3", "s3a": "s3"}  # protocol to extra
 
 
 class Remote:
@@ -55,14 +52,12 @@ class Remote:
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
 
-        protocol = uri.partition("://")[0] if "://" in uri else "file"
         try:
             # A new instance, because a cached one may have old listings.
             self._filesystem, root = url_to_fs(uri, skip_instance_cache=True)
         except ImportError as error:
-            extra = _EXTRAS.get(protocol)
-            install = f"wikiclip-serve[{extra}]" if extra else "the package that fsspec names"
-            raise TransferError(f"{uri}: {protocol}:// needs a package ({error}); pip install '{install}'") from error
+            remedy = "pip install 'wikiclip-serve[s3]'" if uri.startswith(("s3://", "s3a://")) else "install it"
+            raise TransferError(f"{uri} needs a package ({error}); {remedy}") from error
         except ValueError as error:
             raise TransferError(f"{uri} cannot be used ({error}); give a folder, file://... or s3://...") from error
         self.uri = uri.rstrip("/")
@@ -72,24 +67,17 @@ class Remote:
     def sizes(self) -> dict[str, int]:
         """Return the name and size of each file."""
         with self._as_transfer_error():
-            self._filesystem.invalidate_cache()
             if not self._filesystem.exists(self._root):
                 return {}
             found = self._filesystem.find(self._root, detail=True)
-        return {
-            path.removeprefix(self._root).lstrip("/"): int(details["size"])
-            for path, details in found.items()
-            if details["type"] == "file"
-        }
+        return {path.removeprefix(self._root).lstrip("/"): int(details["size"]) for path, details in found.items()}
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a small file, or None if there is none."""
-        with self._as_transfer_error():
-            try:
-                content: bytes = self._filesystem.cat_file(self._path(name))
-            except FileNotFoundError:
-                return None
-        return content
+        with self._as_transfer_error(), suppress(FileNotFoundError):
+            content: bytes = self._filesystem.cat_file(self._path(name))
+            return content
+        return None
 
     def write(self, name: str, content: bytes) -> None:
         with self._as_transfer_error(), self._target(name) as path:
@@ -114,7 +102,8 @@ class Remote:
                 yield chunk
 
     def remove(self, name: str) -> None:
-        with self._as_transfer_error():
+        """Remove a file, if there is one."""
+        with self._as_transfer_error(), suppress(FileNotFoundError):
             self._filesystem.rm_file(self._path(name))
 
     def _path(self, name: str) -> str:
@@ -128,7 +117,7 @@ class Remote:
             return
         path = Path(self._path(name))
         path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as temporary:
+        with report_disk_full(path), atomic_write(path) as temporary:
             yield str(temporary)
 
     @contextmanager
@@ -155,16 +144,23 @@ class Release:
     manifests: Mapping[str, bytes]
 
     @classmethod
-    def read(cls, folder: Path) -> Self:
-        """Read the manifests in a folder."""
-        manifests = {name: (folder / name).read_bytes() for name in _MANIFESTS if (folder / name).is_file()}
-        manifest = Manifest.read(folder / MANIFEST_FILE)
-        index_manifest = IndexManifest.read(folder / INDEX_MANIFEST_FILE)
-        encoder_files = (
-            EntityEncoder.read(folder / ENTITY_ENCODER_MANIFEST_FILE).files
-            if ENTITY_ENCODER_MANIFEST_FILE in manifests
-            else {}
-        )
+    def read(cls, remote: Remote) -> Self:
+        """Read the manifests at a URI.
+
+        Raise `BundleMissing`, `BundleIncomplete`, `BundleAltered` or `BundleSchemaMismatch`.
+        """
+        manifests = {name: content for name in _MANIFESTS if (content := remote.read(name)) is not None}
+        if MANIFEST_FILE not in manifests:
+            if remote.read(MARKER_FILE) is not None:
+                raise BundleIncomplete(f"the push to {remote.uri} is not finished; run `wikiclip bundle push` again")
+            raise BundleMissing(f"{remote.uri} has no {MANIFEST_FILE}; check the URI, or push a bundle to it")
+        if INDEX_MANIFEST_FILE not in manifests:
+            raise BundleIncomplete(f"{remote.uri}/{INDEX_MANIFEST_FILE} is missing; push the bundle again")
+        manifest = Manifest.parse(manifests[MANIFEST_FILE], f"{remote.uri}/{MANIFEST_FILE}")
+        index_manifest = IndexManifest.parse(manifests[INDEX_MANIFEST_FILE], f"{remote.uri}/{INDEX_MANIFEST_FILE}")
+        encoder_files: Mapping[str, FileEntry] = {}
+        if (content := manifests.get(ENTITY_ENCODER_MANIFEST_FILE)) is not None:
+            encoder_files = EntityEncoder.parse(content, f"{remote.uri}/{ENTITY_ENCODER_MANIFEST_FILE}").files
         files = {
             **manifest.files,
             INDEX_FILE: index_manifest.file,
@@ -219,28 +215,21 @@ def push(bundle_path: Path, uri: str, *, verify: bool = False, progress: bool = 
     Every byte of the bundle is hashed first. `verify` reads every byte back afterwards. Raise `BundleError` if the
     bundle is incomplete or altered, `TransferError` if the URI holds something else or does not answer.
     """
-    bundle = Bundle.open(bundle_path, verify="full")
-    bundle.entity_encoder()
-    release = Release.read(bundle_path)
+    Bundle.open(bundle_path, verify="full").entity_encoder()
+    release = Release.read(Remote(str(bundle_path)))
     remote = Remote(uri)
-    present = remote.sizes()
-    _check_target(release, uri, present, remote.read)
-    if MANIFEST_FILE not in present:
-        remote.write(MARKER_FILE, release.marker)
     sent: list[FileEntry] = []
-    with _bar(release, "push", progress) as bar:
-        for name, entry in release.files.items():
+    with _unfinished(release, remote) as present:
+        for name, entry in _files(release, "push", progress):
             if present.get(name) != entry.bytes:
-                remote.put(name, bundle.path / name)
+                remote.put(name, bundle_path / name)
                 sent.append(entry)
-            bar.update(entry.bytes)
-    if verify:
-        _read_back(release, remote, progress)
-    for name, content in release.manifests.items():
-        if name not in present:
-            remote.write(name, content)
-    if MARKER_FILE in remote.sizes():
-        remote.remove(MARKER_FILE)
+        for name, entry in _files(release, "verify", progress) if verify else ():
+            digest = hashlib.sha256()
+            for chunk in remote.chunks(name):
+                digest.update(chunk)
+            if digest.hexdigest() != entry.sha256:
+                raise BundleAltered(f"{uri}/{name} is altered: remove it there, and push again")
     return Transferred.of(release, sent)
 
 
@@ -251,15 +240,16 @@ def pull(uri: str, folder: Path, *, progress: bool = False) -> Transferred:
     `BundleIncomplete` or `BundleAltered` if the URI has no intact bundle, `TransferError` if the folder holds something
     else or the URI does not answer.
     """
-    return _pull(Remote(uri), remote_release(uri), folder, hash_complete=True, progress=progress)
+    remote = Remote(uri)
+    return _pull(remote, Release.read(remote), folder, hash_complete=True, progress=progress)
 
 
 def local_bundle(source: str | Path, cache: Path | None) -> Path:
     """Return the folder of a bundle. Pull it into the cache first if it is given by URI. Raise as `pull` does."""
     if not is_uri(source):
         return Path(source)
-    uri = str(source)
-    release = remote_release(uri)
+    remote = Remote(str(source))
+    release = Release.read(remote)
     # Named by fingerprint only: another bundle at the same URI gets another folder, and the name is not trusted.
     folder = (cache or default_cache()) / release.fingerprint
     try:
@@ -267,7 +257,7 @@ def local_bundle(source: str | Path, cache: Path | None) -> Path:
         # Services may share a cache: one of them pulls, the others wait.
         with folder.with_name(f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            _pull(Remote(uri), release, folder, hash_complete=False, progress=False)
+            _pull(remote, release, folder, hash_complete=False, progress=False)
     except OSError as error:
         raise TransferError(
             f"{folder.parent} cannot store a bundle ({error.strerror}); choose another folder with "
@@ -282,49 +272,15 @@ def default_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "wikiclip" / "bundles"
 
 
-def remote_release(uri: str) -> Release:
-    """Read the manifests at a URI.
-
-    Raise `BundleMissing`, `BundleIncomplete`, `BundleAltered` or `BundleSchemaMismatch`.
-    """
-    remote = Remote(uri)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        for name in _MANIFESTS:
-            if (content := remote.read(name)) is not None:
-                (folder / name).parent.mkdir(exist_ok=True)
-                (folder / name).write_bytes(content)
-        if not (folder / MANIFEST_FILE).exists():
-            if remote.read(MARKER_FILE) is not None:
-                raise BundleIncomplete(f"the push to {uri} is not finished; run `wikiclip bundle push` again")
-            raise BundleMissing(f"{uri} has no {MANIFEST_FILE}; check the URI, or push a bundle to it")
-        if not (folder / INDEX_MANIFEST_FILE).exists():
-            raise BundleIncomplete(f"{uri}/{INDEX_MANIFEST_FILE} is missing; push the bundle again")
-        return Release.read(folder)
-
-
 def _pull(remote: Remote, release: Release, folder: Path, *, hash_complete: bool, progress: bool) -> Transferred:
     """Fetch what is missing. Files of a complete bundle are hashed only if asked for: opening it checks them too."""
-    present = Remote(str(folder)).sizes() if folder.exists() else {}
-    _check_target(release, str(folder), present, lambda name: (folder / name).read_bytes() if name in present else None)
-    complete = MANIFEST_FILE in present
-    trusted = complete and not hash_complete
     received: list[FileEntry] = []
-    with report_disk_full(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if not complete:
-            atomic_write_bytes(folder / MARKER_FILE, release.marker)
-        with _bar(release, "pull", progress) as bar:
-            for name, entry in release.files.items():
-                if present.get(name) != entry.bytes or not (trusted or sha256_file(folder / name) == entry.sha256):
-                    _receive(remote, name, entry, folder / name)
-                    received.append(entry)
-                bar.update(entry.bytes)
-        for name, content in release.manifests.items():
-            if name not in present:
-                (folder / name).parent.mkdir(exist_ok=True)
-                atomic_write_bytes(folder / name, content)
-        (folder / MARKER_FILE).unlink(missing_ok=True)
+    with report_disk_full(folder), _unfinished(release, Remote(str(folder))) as present:
+        trusted = MANIFEST_FILE in present and not hash_complete
+        for name, entry in _files(release, "pull", progress):
+            if present.get(name) != entry.bytes or not (trusted or sha256_file(folder / name) == entry.sha256):
+                _receive(remote, name, entry, folder / name)
+                received.append(entry)
     return Transferred.of(release, received)
 
 
@@ -332,56 +288,52 @@ def _receive(remote: Remote, name: str, entry: FileEntry, path: Path) -> None:
     """Fetch a file, continuing where an earlier attempt ended."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    resumed = partial.exists() and 0 < partial.stat().st_size <= entry.bytes
-    while True:
-        digest = hashlib.sha256()
-        with partial.open("r+b" if resumed else "wb") as file:
-            if resumed:
-                while chunk := file.read(_READ_BYTES):
-                    digest.update(chunk)
-            for chunk in remote.chunks(name, file.tell()) if file.tell() < entry.bytes else ():
-                file.write(chunk)
-                digest.update(chunk)
-        if digest.hexdigest() == entry.sha256:
-            break
-        partial.unlink()
-        if not resumed:
-            raise BundleAltered(f"{remote.uri}/{name} is altered: its SHA-256 differs from the manifest's; push again")
-        resumed = False  # the earlier attempt's part may be the altered one: start over
-    sync(partial)
-    os.replace(partial, path)
-    sync(path.parent)
+    resumed = partial.exists()
+    with partial.open("ab") as file:
+        for chunk in remote.chunks(name, file.tell()):
+            file.write(chunk)
+    if sha256_file(partial) == entry.sha256:
+        sync(partial)
+        os.replace(partial, path)
+        sync(path.parent)
+        return
+    partial.unlink()
+    if not resumed:
+        raise BundleAltered(f"{remote.uri}/{name} is altered: its SHA-256 differs from the manifest's; push again")
+    _receive(remote, name, entry, path)  # the earlier attempt's part may be the altered one
 
 
-def _check_target(
-    release: Release, target: str, present: Mapping[str, int], read: Callable[[str], bytes | None]
-) -> None:
-    """Raise `TransferError` unless the target is empty or holds all or part of this release."""
+@contextmanager
+def _unfinished(release: Release, target: Remote) -> Iterator[Mapping[str, int]]:
+    """Yield the sizes of the target's files. Write the marker file first if it is new, and the manifests at the end.
+
+    Raise `TransferError` unless the target is empty or holds all or part of this release.
+    """
+    present = target.sizes()
     if MANIFEST_FILE in present:
         for name, content in release.manifests.items():
-            if name in present and read(name) != content:
+            if name in present and target.read(name) != content:
                 raise TransferError(
-                    f"{target} holds another bundle than {release.label} ({name} differs); a release never changes: "
-                    "choose another place"
+                    f"{target.uri} holds another bundle than {release.label} ({name} differs); a release never "
+                    "changes: choose another place"
                 )
-    elif present and read(MARKER_FILE) != release.marker:
-        raise TransferError(
-            f"{target} holds other files, or part of another bundle than {release.label}; choose an empty place"
-        )
+    else:
+        if present and target.read(MARKER_FILE) != release.marker:
+            raise TransferError(
+                f"{target.uri} holds other files, or part of another bundle than {release.label}; choose an empty place"
+            )
+        target.write(MARKER_FILE, release.marker)
+    yield present
+    for name, content in release.manifests.items():
+        if name not in present:
+            target.write(name, content)
+    target.remove(MARKER_FILE)
 
 
-def _read_back(release: Release, remote: Remote, progress: bool) -> None:
-    with _bar(release, "verify", progress) as bar:
+def _files(release: Release, action: str, progress: bool) -> Iterator[tuple[str, FileEntry]]:
+    """Yield the files. A progress bar moves when the next one is asked for."""
+    description = f"{action} {release.label}"
+    with tqdm(total=release.total_bytes, desc=description, unit="B", unit_scale=True, disable=not progress) as bar:
         for name, entry in release.files.items():
-            digest = hashlib.sha256()
-            for chunk in remote.chunks(name):
-                digest.update(chunk)
-                bar.update(len(chunk))
-            if digest.hexdigest() != entry.sha256:
-                raise BundleAltered(f"{remote.uri}/{name} is altered: remove it there, and push again")
-
-
-def _bar(release: Release, action: str, progress: bool) -> tqdm[NoReturn]:
-    return tqdm(
-        total=release.total_bytes, desc=f"{action} {release.label}", unit="B", unit_scale=True, disable=not progress
-    )
+            yield name, entry
+            bar.update(entry.bytes)
