@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,16 +252,16 @@ def write_bundle(folder: Path, base: Bundle, *, count: int) -> None:
     write_store(folder / STORE_FILE, count)
     entry = base.manifest.image_encoder
     shutil.copyfile(base.path / entry.file, folder / entry.file)
-    replace(
-        base.manifest,
-        name="synthetic",
-        embedding_dim=np.load(folder / EMBEDDINGS_FOLDER / vectors_file(0), mmap_mode="r").shape[1],
-        image_encoder=replace(entry, int8=None, float16=None),
-        counts=_counts(count),
-        calibration=None,
-        files=list_files(folder),
-        created_at=_now(),
-    ).write(folder / MANIFEST_FILE)
+    changed = {
+        "name": "synthetic",
+        "embedding_dim": np.load(folder / EMBEDDINGS_FOLDER / vectors_file(0), mmap_mode="r").shape[1],
+        "image_encoder": entry.model_copy(update={"int8": None, "float16": None}),
+        "counts": _counts(count),
+        "calibration": None,
+        "files": list_files(folder),
+        "created_at": _now(),
+    }
+    base.manifest.model_copy(update=changed).write(folder / MANIFEST_FILE)
 
 
 def encoder_bundles(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[str, Path]:
@@ -288,13 +288,13 @@ def write_vit_bundle(base_path: Path, folder: Path) -> Path:
     write_shard(bundle / EMBEDDINGS_FOLDER, 0, rows_N, vectors_ND)
     embeddings = EmbeddingShards(bundle / EMBEDDINGS_FOLDER, shape.embedding_dim)
     build_index(bundle, embeddings, factory=base.index_manifest.factory)
-    replace(
-        base.manifest,
-        name=bundle.name,
-        model={**base.manifest.model, "name": "vit-b32-int8"},
-        files=list_files(bundle),
+    changed = {
+        "name": bundle.name,
+        "model": {**base.manifest.model, "name": "vit-b32-int8"},
+        "files": list_files(bundle),
         **_encoder_fields(shape),
-    ).write(bundle / MANIFEST_FILE)
+    }
+    base.manifest.model_copy(update=changed).write(bundle / MANIFEST_FILE)
     return bundle
 
 

@@ -10,7 +10,7 @@ import click
 
 from core.errors import WikiclipError
 
-CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 120}
+CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 
 
 def run(command: click.Command, arguments: Sequence[str] | None = None, *, name: str | None = None) -> None:

@@ -140,7 +140,7 @@ def fit_calibration(
     all_in_catalog_N = np.concatenate([in_catalog_N, np.zeros(len(left_out_NK), bool)])
     nothing_D = np.zeros(0, np.float32)
     probability_N = np.array(
-        [fitted.in_catalog_probability(scores, background(scores), nothing_D) for scores in _unpadded(all_scores_NK)]
+        [fitted.judge(scores, background(scores), nothing_D)[1] for scores in _unpadded(all_scores_NK)]
     )
     return replace(fitted, abstain_below=_youden_threshold(probability_N, all_in_catalog_N))
 

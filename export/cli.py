@@ -70,6 +70,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
 
     from export.config import ExportConfig
     from export.pipeline import export_bundle
+    from index.manifest import Record
     from index.report import int8_line, parity_line
 
     config = ExportConfig(**options, progress=True)
@@ -81,7 +82,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         return
     summary = export_bundle(config)
     if as_json:
-        click.echo(json.dumps(asdict(summary)))
+        click.echo(json.dumps(asdict(summary), default=Record.model_dump))
         return
     counts = summary.counts
     if summary.already_complete:
@@ -92,9 +93,9 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         f"{summary.shards} shards, {summary.resumed_shards} from an earlier run; {summary.elapsed_s:.1f} s"
     )
     if summary.int8 is not None:
-        click.echo(f"int8: {int8_line(asdict(summary.int8))}")
+        click.echo(f"int8: {int8_line(summary.int8.model_dump())}")
     if summary.float16 is not None:
-        click.echo(f"float16: {parity_line(asdict(summary.float16))}")
+        click.echo(f"float16: {parity_line(summary.float16.model_dump())}")
     if options["base"] is not None:
         why = "" if summary.base_fits else " (its models or thumbnails differ, or it has no texts)"
         click.echo(f"{summary.copied_entities} entities copied from {options['base']}{why}")

@@ -100,33 +100,22 @@ class Calibration:
     candidates: int = CANDIDATES
     open_set_model: OpenSetModel | None = None
 
-    def confidences(self, scores: Sequence[float], background: float) -> list[float]:
-        """Return the probability of being right of each prediction, from their scores, best first.
-
-        `background` is that of the whole catalog, even if `scores` were filtered.
-        """
-        return self._softmax(scores, background)[0]
-
-    def in_catalog_probability(self, scores: Sequence[float], background: float, embedding_D: Float32Array) -> float:
-        """Return the probability that the catalog has the entity that the query shows. It is 0 without predictions."""
-        return self.judge(scores, background, embedding_D)[1]
-
-    def abstains(self, in_catalog_probability: float) -> bool:
-        return in_catalog_probability < self.abstain_below
-
     def judge(self, scores: Sequence[float], background: float, embedding_D: Float32Array) -> tuple[list[float], float]:
-        """Return `confidences` and `in_catalog_probability`."""
-        confidences, any_right = self._softmax(scores, background)
-        if self.open_set_model is None or not scores:
-            return confidences, any_right
-        return confidences, self.open_set_model.probability(scores[0], background, embedding_D)
+        """Return the probability of being right of each prediction, and that the catalog has the query's entity.
 
-    def _softmax(self, scores: Sequence[float], background: float) -> tuple[list[float], float]:
-        """Return the confidences, and the probability that one of the candidates is right."""
+        `scores` are those of the predictions, best first. `background` is that of the whole catalog, even if the
+        predictions were filtered. Without predictions, the second probability is 0.
+        """
         none = self.none_offset + self.none_slope * background
         logits = [self.slope * score for score in scores]
         total = _log_sum_exp([none, *logits[: self.candidates]])
-        return [math.exp(min(logit - total, 0.0)) for logit in logits], 1.0 - math.exp(none - total)
+        confidences = [math.exp(min(logit - total, 0.0)) for logit in logits]
+        if self.open_set_model is None or not scores:
+            return confidences, 1.0 - math.exp(none - total)
+        return confidences, self.open_set_model.probability(scores[0], background, embedding_D)
+
+    def abstains(self, in_catalog_probability: float) -> bool:
+        return in_catalog_probability < self.abstain_below
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but `open_set_model`, which has its own file."""

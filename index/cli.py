@@ -16,7 +16,7 @@ _BUNDLE = click.Path(path_type=Path)
 _POSITIVE = click.FloatRange(min=0, min_open=True)
 
 
-@click.command(context_settings={"show_default": True})
+@click.command()
 @click.option("--bundle", type=_BUNDLE, required=True, help="Folder of the bundle whose index is rebuilt.")
 @click.option(
     "--factory",

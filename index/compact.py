@@ -46,7 +46,6 @@ def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = Fa
     If the process is killed, only a folder `.OUT.partial` is left, which the next call replaces. Raise `UserError` if
     `out` exists or there are no changes, `BundleError`, `LiveDirError`.
     """
-    started = time.perf_counter()
     bundle = Bundle.open(bundle_path)
     if out.exists():
         raise UserError(f"--out {out} exists already; choose a new folder")
@@ -59,7 +58,7 @@ def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = Fa
             partial = out.resolve().with_name(f".{out.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             (partial / EMBEDDINGS_FOLDER).mkdir(parents=True)
-            content = _write(bundle, store, live, delta, partial, started, progress=progress)
+            content = _write(bundle, store, live, delta, partial, progress=progress)
             # Before the bundle appears, so that nobody serves it without its live changes.
             live.rebase(content, bundle.name, delta.revision)
         finally:
@@ -69,17 +68,9 @@ def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = Fa
     return Bundle.open(out)
 
 
-def _write(
-    bundle: Bundle,
-    store: EntityStore,
-    live: LiveSegment,
-    delta: Delta,
-    folder: Path,
-    started: float,
-    *,
-    progress: bool,
-) -> str:
+def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, folder: Path, *, progress: bool) -> str:
     """Write the new bundle into `folder`. Return its content fingerprint."""
+    started = time.perf_counter()
     counted = {"entities": 0, "without_image": 0, "without_text": 0}
 
     def entities() -> Iterator[tuple[StoredEntity, bytes | None]]:

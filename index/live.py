@@ -16,7 +16,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,34 +230,33 @@ def _open(folder: Path) -> sqlite3.Connection:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise LiveDirError(
-            f"{folder} cannot be used for live changes ({error.strerror}); choose another LIVE_DIR"
-        ) from error
-    connection: sqlite3.Connection | None = None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)  # processes that start together must not both create the file
-        connection = _connect(path)
-        connection.execute("PRAGMA journal_mode = WAL")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            connection.executescript(
-                f"BEGIN; {SCHEMA} {INDEXES} {_LIVE_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
-            )
-            sync(folder)
-    except sqlite3.Error as error:
-        if connection is not None:
-            connection.close()
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # processes that start together must not both create the file
+            version = _create(path)
+        finally:
+            os.close(descriptor)
+    except (OSError, sqlite3.Error) as error:
         raise LiveDirError(f"{path} cannot be used for live changes ({error}); choose another LIVE_DIR") from error
-    finally:
-        os.close(descriptor)
-    if version not in (0, _SCHEMA_VERSION):
-        connection.close()
+    if version != _SCHEMA_VERSION:
         raise LiveDirError(
             f"{path} has schema version {version}, this version of WikiCLIP Serve reads {_SCHEMA_VERSION}; "
             "choose another LIVE_DIR"
         )
-    return connection
+    return _connect(path)
+
+
+def _create(path: Path) -> int:
+    """Create the file if it is missing, and return its schema version."""
+    with closing(_connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version != 0:
+            return int(version)
+        connection.executescript(
+            f"BEGIN; {SCHEMA} {INDEXES} {_LIVE_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
+        )
+    sync(path.parent)
+    return _SCHEMA_VERSION
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -196,26 +196,13 @@ class OverlayView:
         if delta is None or live is None:
             return self._store.search_titles(query, limit)
         hidden = set(delta.hidden_H.tolist())
-        base = _matches(self._store, query, limit, len(hidden), lambda entity: None if entity.row in hidden else entity)
-        put = _matches(
-            live.store,
-            query,
-            limit,
-            live.compacted_count,
-            lambda entity: delta.entities.get(self._base_count + entity.row),
-        )
-        kinds = (_alternate(*kind) for kind in zip_longest(base, put, fillvalue=()))
-        return distinct(chain.from_iterable(kinds), limit)
+        base = self._store.title_matches(query, limit + len(hidden))
+        put = live.store.title_matches(query, limit + live.compacted_count)
 
+        def visible() -> Iterator[StoredEntity | None]:
+            for base_kind, put_kind in zip_longest(base, put, fillvalue=()):
+                unhidden = [entity for entity in base_kind if entity.row not in hidden]
+                current = [delta.entities.get(self._base_count + entity.row) for entity in put_kind]
+                yield from chain.from_iterable(zip_longest(unhidden, current))
 
-def _matches(
-    store: EntityStore, query: str, limit: int, hidden: int, visible: Callable[[StoredEntity], StoredEntity | None]
-) -> Iterator[list[StoredEntity]]:
-    """Yield a store's kinds of title match, up to `limit` visible ones each."""
-    for matches in store.title_matches(query, limit + hidden):
-        yield [entity for found in matches if (entity := visible(found)) is not None][:limit]
-
-
-def _alternate(base: Sequence[StoredEntity], put: Sequence[StoredEntity]) -> Iterator[StoredEntity]:
-    for pair in zip_longest(base, put):
-        yield from (entity for entity in pair if entity is not None)
+        return distinct((entity for entity in visible() if entity is not None), limit)

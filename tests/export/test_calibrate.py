@@ -20,7 +20,9 @@ def _draw(count: int) -> tuple[Any, Any]:
     """Return falling scores, and which of them is right (or none), drawn with the probabilities of `TRUTH`."""
     rng = np.random.default_rng(0)
     scores_NK = -np.sort(-rng.uniform(0.2, 0.9, (count, 1)) * rng.uniform(0.3, 1, (count, CANDIDATES)), axis=1)
-    probabilities = np.array([TRUTH.confidences(row.tolist(), background(row.tolist())) for row in scores_NK])
+    probabilities = np.array(
+        [TRUTH.judge(row.tolist(), background(row.tolist()), NO_EMBEDDING)[0] for row in scores_NK]
+    )
     drawn_N1 = rng.uniform(size=(count, 1))
     upto_NK = np.cumsum(probabilities, axis=1)
     right_NK = (drawn_N1 < upto_NK) & (drawn_N1 >= upto_NK - probabilities)
@@ -36,7 +38,7 @@ def _fit(scores_NK: Any, right_NK: Any, in_catalog_N: Any = None) -> Calibration
 
 
 def _in_catalog(calibration: Calibration, scores: list[float]) -> float:
-    return calibration.in_catalog_probability(scores, background(scores), NO_EMBEDDING)
+    return calibration.judge(scores, background(scores), NO_EMBEDDING)[1]
 
 
 def test_the_true_parameters_are_found() -> None:
@@ -45,7 +47,7 @@ def test_the_true_parameters_are_found() -> None:
     assert fitted.slope == pytest.approx(TRUTH.slope, rel=0.05)
     assert fitted.none_offset == pytest.approx(TRUTH.none_offset, abs=0.25)
     assert fitted.none_slope == pytest.approx(TRUTH.none_slope, rel=0.1)
-    confidences = np.array([fitted.confidences(row.tolist(), background(row.tolist())) for row in scores_NK])
+    confidences = np.array([fitted.judge(row.tolist(), background(row.tolist()), NO_EMBEDDING)[0] for row in scores_NK])
     for rank in range(3):  # of predictions of confidence 0.7, seven in ten are right, at every rank
         for low in np.arange(0, 1, 0.1):
             inside = (confidences[:, rank] >= low) & (confidences[:, rank] < low + 0.1)
@@ -62,7 +64,7 @@ def test_no_parameters_nearby_fit_better() -> None:
         other = Calibration(**{**fitted.to_dict(), **changed})
         total = 0.0
         for row, right in zip(scores_NK.tolist(), right_NK, strict=True):
-            confidences = other.confidences(row, background(row))
+            confidences = other.judge(row, background(row), NO_EMBEDDING)[0]
             total -= np.log(confidences[int(right.argmax())] if right.any() else 1 - _in_catalog(other, row))
         return total
 
@@ -94,7 +96,7 @@ def test_perfectly_separated_scores_stay_finite() -> None:
     right_NK[10:, 0] = True
     fitted = _fit(scores_NK, right_NK)
     assert np.isfinite([fitted.slope, fitted.none_offset, fitted.none_slope]).all()
-    confidences = [fitted.confidences(row, background(row))[0] for row in scores_NK.tolist()]
+    confidences = [fitted.judge(row, background(row), NO_EMBEDDING)[0][0] for row in scores_NK.tolist()]
     assert max(confidences[:10]) < 0.5 < min(confidences[10:])
 
 
@@ -123,9 +125,7 @@ def test_the_open_set_model_learns_from_queries_left_out_ones_and_outliers() -> 
 
     def abstains(scores_NK: Any, embeddings_ND: Any) -> Any:
         searched = zip(scores_NK.tolist(), embeddings_ND, strict=True)
-        return np.array(
-            [fitted.abstains(fitted.in_catalog_probability(row, background(row), each_D)) for row, each_D in searched]
-        )
+        return np.array([fitted.abstains(fitted.judge(row, background(row), each_D)[1]) for row, each_D in searched])
 
     others, _, others_without_NK = _search(500, np.ones(500, bool), seed=2)
     wrong = abstains(others.scores_NK, others.embeddings_ND).mean()
@@ -148,7 +148,7 @@ def test_outliers_do_not_move_the_threshold() -> None:
     known, unknown = (
         np.array(
             [
-                fitted.in_catalog_probability(row, background(row), each_D)
+                fitted.judge(row, background(row), each_D)[1]
                 for row, each_D in zip(rows.tolist(), queries.embeddings_ND, strict=True)
             ]
         )

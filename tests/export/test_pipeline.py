@@ -216,7 +216,7 @@ def test_validation_fits_confidence(done: Done, catalog: CatalogFiles, tmp_path:
             pixels_HW3 = load_pixels(data, preprocessing, max_pixels=10_000)
             _, query_BD = session.run(None, {"pixel_values": normalise(pixels_HW3[None], preprocessing)})
             scores = index.search(query_BD, 10)[1][0].tolist()
-            probability = calibration.in_catalog_probability(scores, background(scores), query_BD[0])
+            probability = calibration.judge(scores, background(scores), query_BD[0])[1]
             answered[is_known].append(not calibration.abstains(probability))
     assert answered[True].count(True) + answered[False].count(False) > 16
     reasons = (config.out.parent / "rejected.jsonl").read_text()

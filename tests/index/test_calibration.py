@@ -27,34 +27,38 @@ OPEN_SET_MODEL = OpenSetModel(
 WITH_MODEL = replace(CALIBRATION, open_set_model=OPEN_SET_MODEL)
 
 
+def confidences_of(calibration: Calibration, scores: list[float], background: float) -> list[float]:
+    return calibration.judge(scores, background, NO_EMBEDDING)[0]
+
+
 def test_confidences_fall_with_the_score_and_never_overflow() -> None:
     steep = Calibration(**{**CALIBRATION.to_dict(), "slope": 1e6})
-    assert steep.confidences([1.0, 0.5, -1.0], 0.5) == [1.0, 0.0, 0.0]
-    confidences = CALIBRATION.confidences([0.9, 0.7, 0.7, 0.1], 0.5)
+    assert confidences_of(steep, [1.0, 0.5, -1.0], 0.5) == [1.0, 0.0, 0.0]
+    confidences = confidences_of(CALIBRATION, [0.9, 0.7, 0.7, 0.1], 0.5)
     assert confidences == sorted(confidences, reverse=True)
-    in_catalog = CALIBRATION.in_catalog_probability([0.9, 0.7, 0.7, 0.1], 0.5, NO_EMBEDDING)
+    in_catalog = CALIBRATION.judge([0.9, 0.7, 0.7, 0.1], 0.5, NO_EMBEDDING)[1]
     assert sum(confidences) == pytest.approx(in_catalog)
-    assert sum(CALIBRATION.confidences([0.9] * 40, 0.9)[:CANDIDATES]) < 1
+    assert sum(confidences_of(CALIBRATION, [0.9] * 40, 0.9)[:CANDIDATES]) < 1
 
 
 def test_a_near_twin_and_a_high_background_lower_the_confidence() -> None:
     alone, twin = ([0.8, second, 0.3] for second in (0.3, 0.79))
-    assert CALIBRATION.confidences(twin, 0.3)[0] < CALIBRATION.confidences(alone, 0.3)[0]
-    assert CALIBRATION.confidences(alone, 0.7)[0] < CALIBRATION.confidences(alone, 0.3)[0]
+    assert confidences_of(CALIBRATION, twin, 0.3)[0] < confidences_of(CALIBRATION, alone, 0.3)[0]
+    assert confidences_of(CALIBRATION, alone, 0.7)[0] < confidences_of(CALIBRATION, alone, 0.3)[0]
 
 
 def test_without_predictions_the_in_catalog_probability_is_zero() -> None:
-    assert CALIBRATION.confidences([], background([])) == []
+    assert confidences_of(CALIBRATION, [], background([])) == []
     for calibration in (CALIBRATION, WITH_MODEL):
-        assert calibration.in_catalog_probability([], background([]), NO_EMBEDDING) == 0.0
+        assert calibration.judge([], background([]), NO_EMBEDDING)[1] == 0.0
 
 
 def test_the_open_set_model_decides_the_in_catalog_probability_only() -> None:
     embedding_D = np.array([0.6, 0.8], np.float32)
     confidences, in_catalog = WITH_MODEL.judge([0.7, 0.4], 0.3, embedding_D)
     assert in_catalog == OPEN_SET_MODEL.probability(0.7, 0.3, embedding_D)
-    assert in_catalog != CALIBRATION.in_catalog_probability([0.7, 0.4], 0.3, embedding_D)
-    assert confidences == CALIBRATION.confidences([0.7, 0.4], 0.3)
+    assert in_catalog != CALIBRATION.judge([0.7, 0.4], 0.3, embedding_D)[1]
+    assert confidences == confidences_of(CALIBRATION, [0.7, 0.4], 0.3)
 
 
 def test_the_open_set_model_is_a_sigmoid_of_scores_and_nearness() -> None:
@@ -75,8 +79,8 @@ def test_a_calibration_survives_json() -> None:
 def test_the_sigmoid_of_the_oldest_bundles_is_read() -> None:
     calibration = Calibration.from_dict({"a": 10.0, "b": -5.0, "abstain_below": 0.6, "queries": 20, "correct": 10})
     sigmoid = pytest.approx(1 / (1 + np.exp(-(10 * 0.7 - 5))))
-    assert calibration.in_catalog_probability([0.7, 0.69], 0.2, NO_EMBEDDING) == sigmoid
-    assert calibration.confidences([0.7, 0.69], 0.2)[0] == sigmoid
+    assert calibration.judge([0.7, 0.69], 0.2, NO_EMBEDDING)[1] == sigmoid
+    assert confidences_of(calibration, [0.7, 0.69], 0.2)[0] == sigmoid
     assert (calibration.abstain_below, calibration.unknown) == (0.6, 0)
 
 

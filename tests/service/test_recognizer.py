@@ -93,7 +93,7 @@ def test_known_is_judged_by_the_embedding_too(small_bundle, small_images, tmp_pa
             scores = [each.score for each in answers[0].predictions]
             for answer in answers:  # a filter does not change the background
                 best = [each.score for each in answer.predictions]
-                known = bundle.calibration.in_catalog_probability(best, background(scores), embed(session, image))
+                known = bundle.calibration.judge(best, background(scores), embed(session, image))[1]
                 assert answer.in_catalog_probability == pytest.approx(known, abs=1e-4)
                 assert answer.abstained == (known < 0.5)
     (folder / "familiarity.npz").unlink()
