@@ -23,7 +23,7 @@ from service.auth import AdminToken, ApiKeys
 from service.cache import RedisLink
 from service.image_fetcher import ImageFetcher
 from service.limits import Rate, RateLimiter
-from service.middleware import RefuseWhenFull, RequestContext
+from service.middleware import RequestContext
 from service.recognizer import Recognizer
 from service.settings import Settings
 from service.telemetry import Metrics, Tracing, open_tracing
@@ -89,8 +89,12 @@ def create_app(
     _add_operations(app)
     _add_pages(app)
     # The middleware added last is the outermost. CORS comes last because error responses need its headers as well.
-    app.add_middleware(RefuseWhenFull, refuse_if_full=partial(_refuse_if_full, app))
-    app.add_middleware(RequestContext, metrics_of=partial(metrics_of, app), tracing=tracing)
+    app.add_middleware(
+        RequestContext,
+        metrics_of=partial(metrics_of, app),
+        refuse_if_full=partial(_refuse_if_full, app),
+        tracing=tracing,
+    )
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -1,7 +1,5 @@
 """ASGI middleware around every request: request id, security headers, access log, metrics, traces, internal errors, and
 refusals while the service is full.
-
-These are plain ASGI classes. Starlette's `BaseHTTPMiddleware` would hide client disconnects.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import TooManyRequests
-from service.errors import problem_response, unexpected_response
+from service.errors import problem_of, unexpected_response
 from service.telemetry import Metrics, Tracing
 
 RECOGNITION_PATHS = frozenset(("/recognize", "/recognize/batch"))
@@ -37,17 +35,32 @@ _SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
 )
+_REFUSAL_HEADERS = ((b"content-type", b"application/problem+json"), *_SECURITY_HEADERS)
 
 access_log = logging.getLogger("wikiclip.access")
 log = logging.getLogger("wikiclip.service")
 
 
 class RequestContext:
-    """Gives each request an id and its response the common headers, then logs, counts and traces it."""
+    """Gives each request an id and its response the common headers, then logs, counts and traces it.
 
-    def __init__(self, app: ASGIApp, *, metrics_of: Callable[[], Metrics], tracing: Tracing | None = None) -> None:
+    While the service is full, recognition requests get 429 before routing and before their bodies are read: under
+    overload, most requests end here. `refuse_if_full` raises `TooManyRequests`.
+
+    This is a plain ASGI class. Starlette's `BaseHTTPMiddleware` would hide client disconnects.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        metrics_of: Callable[[], Metrics],
+        refuse_if_full: Callable[[], None],
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
         self._metrics_of = metrics_of
+        self._refuse_if_full = refuse_if_full
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,7 +89,12 @@ class RequestContext:
             await send(message)
 
         try:
+            if scope["method"] == "POST" and scope["path"] in RECOGNITION_PATHS:
+                self._refuse_if_full()
             await self._app(scope, receive, send_with_headers)
+        except TooManyRequests as error:  # from refuse_if_full: the app answers those that it raises
+            status = error.status
+            await _send_refusal(error, request_id, scope, send)
         except ClientDisconnect:
             status = _CLIENT_CLOSED_REQUEST
         except Exception:
@@ -91,28 +109,20 @@ class RequestContext:
         return status
 
 
-class RefuseWhenFull:
-    """Answers recognition requests with 429 while the service is full, before their bodies are read.
-
-    Under overload most requests end here, so it runs before routing. `refuse_if_full` raises `TooManyRequests`.
-    """
-
-    def __init__(self, app: ASGIApp, *, refuse_if_full: Callable[[], None]) -> None:
-        self._app = app
-        self._refuse_if_full = refuse_if_full
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in RECOGNITION_PATHS:
-            try:
-                self._refuse_if_full()
-            except TooManyRequests as error:
-                response = problem_response(error, scope["state"]["request_id"])
-                if b"expect" in dict(scope["headers"]):
-                    # The client may send its body or not, so the next bytes could be a body or a request.
-                    response.headers["Connection"] = "close"
-                await response(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
+async def _send_refusal(error: TooManyRequests, request_id: str, scope: Scope, send: Send) -> None:
+    """Send what `problem_response` would, in half of its time."""
+    body = problem_of(error, request_id).model_dump_json().encode()
+    headers = [
+        (b"retry-after", b"%d" % error.retry_after_s),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id.encode()),
+        *_REFUSAL_HEADERS,
+    ]
+    if any(name == b"expect" for name, _ in scope["headers"]):
+        # The client may send its body or not, so the next bytes could be a body or a request.
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:

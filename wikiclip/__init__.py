@@ -5,6 +5,7 @@
 Importing this package loads nothing else. Clients and answers need httpx and pydantic only.
 """
 
+# ruff: noqa: F403, F405
 from __future__ import annotations
 
 import importlib
@@ -13,34 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from index.bundle import Bundle
     from service.recognizer import Recognizer
-    from wikiclip.answers import (
-        AttendedWord,
-        BatchRecognition,
-        Entity,
-        Explanation,
-        Info,
-        Prediction,
-        Problem,
-        Recognition,
-        RecognizeOptions,
-    )
+    from wikiclip.answers import *
     from wikiclip.client import AsyncClient, Client
-    from wikiclip.errors import (
-        BadRequest,
-        Conflict,
-        DeadlineExceeded,
-        Forbidden,
-        NotFound,
-        SlowRequest,
-        TooLarge,
-        TooManyRequests,
-        Unauthorized,
-        Unavailable,
-        Unprocessable,
-        UnsupportedMediaType,
-        UserError,
-        WikiclipError,
-    )
+    from wikiclip.errors import *
 
 _APPLICATION = {"Bundle": "index.bundle", "Recognizer": "service.recognizer"}
 _LIGHT = ("wikiclip.errors", "wikiclip.answers", "wikiclip.client")
