@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,9 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
-from core.errors import Unavailable, UserError
+from core.errors import UserError
 from imaging import readable_types
-from service import admin, errors, routes
+from service import errors, routes
 from service.auth import AdminToken, ApiKeys
 from service.cache import RedisLink
 from service.image_fetcher import ImageFetcher
@@ -26,7 +25,7 @@ from service.limits import Rate, RateLimiter
 from service.middleware import RequestContext
 from service.recognizer import Recognizer
 from service.settings import Settings
-from service.telemetry import Metrics, Tracing, open_tracing
+from service.telemetry import Tracing, open_tracing
 from wikiclip.answers import Info, Liveness, Problem, Readiness
 
 _PAGE = Path(__file__).parent / "page"
@@ -82,19 +81,13 @@ def create_app(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
     app.state.rate_limiter = limiter
-    app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     errors.install(app)
     app.include_router(routes.router)
-    app.include_router(admin.router)
+    app.include_router(routes.admin_router)
     _add_operations(app)
     _add_pages(app)
     # The middleware added last is the outermost. CORS comes last because error responses need its headers as well.
-    app.add_middleware(
-        RequestContext,
-        metrics_of=partial(metrics_of, app),
-        refuse_if_full=partial(_refuse_if_full, app),
-        tracing=tracing,
-    )
+    app.add_middleware(RequestContext, tracing=tracing)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -107,12 +100,6 @@ def create_app(
     return app
 
 
-def _refuse_if_full(app: FastAPI) -> None:
-    recognizer: Recognizer | None = app.state.recognizer
-    if recognizer is not None:
-        recognizer.admission.refuse_if_full(1)
-
-
 def _limiter(settings: Settings) -> RateLimiter | None:
     if settings.rate_limit is None:
         return None
@@ -120,13 +107,6 @@ def _limiter(settings: Settings) -> RateLimiter | None:
     if settings.redis_url is not None:
         redis = RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
     return RateLimiter(Rate.parse(settings.rate_limit), redis)
-
-
-def metrics_of(app: FastAPI) -> Metrics:
-    """Return the metrics of the app's recogniser, or the app's own until there is one."""
-    recognizer: Recognizer | None = app.state.recognizer
-    metrics: Metrics = app.state.metrics if recognizer is None else recognizer.metrics
-    return metrics
 
 
 def _add_operations(app: FastAPI) -> None:
@@ -139,24 +119,19 @@ def _add_operations(app: FastAPI) -> None:
         return Readiness()
 
     @app.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
-    async def scrape_metrics() -> Response:
-        recognizer: Recognizer | None = app.state.recognizer
-        metrics = metrics_of(app)
-        if recognizer is not None:
-            metrics.in_flight_images.set(recognizer.admission.in_flight)
-            metrics.queue_images.set(recognizer.queue_depth)
-        metrics.ready.set(recognizer is not None and recognizer.unready_reason is None)
+    async def scrape_metrics(recognizer: routes.AnyRecognizer) -> Response:
+        metrics = recognizer.metrics
+        metrics.in_flight_images.set(recognizer.admission.in_flight)
+        metrics.queue_images.set(recognizer.queue_depth)
+        metrics.ready.set(recognizer.unready_reason is None)
         return Response(metrics.exposition(), headers={"Content-Type": metrics.content_type})
 
     @app.get("/info", summary="Describe what is served, and its limits", responses=errors.problems(503))
-    async def info() -> Info:
-        if app.state.recognizer is None:
-            raise Unavailable("the bundle is being loaded; retry later")
-        return _info(app.state.recognizer)
+    async def info(recognizer: routes.AnyRecognizer) -> Info:
+        return _info(recognizer)
 
 
 def _info(recognizer: Recognizer) -> Info:
-    settings = recognizer.settings
     with recognizer.acquire() as view:
         loaded = view.loaded
     return Info(
@@ -174,7 +149,7 @@ def _info(recognizer: Recognizer) -> Info:
         calibrated=loaded.bundle.calibration is not None,
         image_types=tuple(readable_types()),
         limits={
-            name: getattr(settings, name)
+            name: getattr(recognizer.settings, name)
             for name in ("max_body_bytes", "max_pixels", "max_batch_images", "queue_limit", "deadline_ms")
         },
     )

@@ -8,14 +8,15 @@ import logging
 import random
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from core.errors import TooManyRequests
 from service.errors import problem_of, unexpected_response
-from service.telemetry import Metrics, Tracing
+from service.recognizer import Recognizer
+from service.telemetry import Tracing
 
 RECOGNITION_PATHS = frozenset(("/recognize", "/recognize/batch"))
 
@@ -45,22 +46,13 @@ class RequestContext:
     """Gives each request an id and its response the common headers, then logs, counts and traces it.
 
     While the service is full, recognition requests get 429 before routing and before their bodies are read: under
-    overload, most requests end here. `refuse_if_full` raises `TooManyRequests`.
+    overload, most requests end here.
 
     This is a plain ASGI class. Starlette's `BaseHTTPMiddleware` would hide client disconnects.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        metrics_of: Callable[[], Metrics],
-        refuse_if_full: Callable[[], None],
-        tracing: Tracing | None = None,
-    ) -> None:
+    def __init__(self, app: ASGIApp, *, tracing: Tracing | None = None) -> None:
         self._app = app
-        self._metrics_of = metrics_of
-        self._refuse_if_full = refuse_if_full
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,6 +71,7 @@ class RequestContext:
     async def _respond(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
         """Run the app and return the response's status, 0 if there was no response."""
         started_at = time.monotonic()
+        recognizer: Recognizer = scope["app"].state.recognizer
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -90,7 +83,7 @@ class RequestContext:
 
         try:
             if scope["method"] == "POST" and scope["path"] in RECOGNITION_PATHS:
-                self._refuse_if_full()
+                recognizer.admission.refuse_if_full(1)
             await self._app(scope, receive, send_with_headers)
         except TooManyRequests as error:  # from refuse_if_full: the app answers those that it raises
             status = error.status
@@ -104,7 +97,7 @@ class RequestContext:
             await unexpected_response(request_id)(scope, receive, send_with_headers)
         finally:
             elapsed_s = time.monotonic() - started_at
-            self._metrics_of().observe_request(_route(scope), status, elapsed_s)
+            recognizer.metrics.observe_request(_route(scope), status, elapsed_s)
             _log_access(scope, request_id, status, elapsed_s)
         return status
 

@@ -62,36 +62,34 @@ class RecognitionPipeline:
         Cancelling it drops stages that have not begun. Raises what a stage raises, for example `UndecodableImage`.
         """
         with view.loaded.in_use():
-            return await self._run(image, options, view)
-
-    async def _run(self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView) -> PipelineResult:
-        ranker = view.ranker
-        selection = await self._lookup(view, lambda: ranker.selection(options)) if options.types else None
-        query: npt.NDArray[np.uint8] | Float32Array
-        region: Box | None = None
-        stages: dict[str, tuple[float, float]] = {}
-        if isinstance(image, bytes):
-            decoded = await _submit(self._decode_pool, lambda: self._decode(image, options, view))
-            query, region, stages["decode"] = decoded
-        else:
-            query = image
-        found = await asyncio.wrap_future(
-            view.loaded.engine.submit(
-                query,
-                ranker.top_k(options),
-                selection,
-                view.entities,
-                unfiltered=ranker.needs_unfiltered_scores(options),
-                explain=options.explain,
+            ranker = view.ranker
+            selection = await self._lookup(view, lambda: ranker.selection(options)) if options.types else None
+            region: Box | None = None
+            stages: dict[str, tuple[float, float]] = {}
+            query: npt.NDArray[np.uint8] | Float32Array
+            if isinstance(image, bytes):
+                query, region, stages["decode"] = await _submit(
+                    self._decode_pool, lambda: self._decode(image, options, view)
+                )
+            else:
+                query = image
+            found = await asyncio.wrap_future(
+                view.loaded.engine.submit(
+                    query,
+                    ranker.top_k(options),
+                    selection,
+                    view.entities,
+                    unfiltered=ranker.needs_unfiltered_scores(options),
+                    explain=options.explain,
+                )
             )
-        )
-        join_started_at = time.monotonic()
-        if ranker.needs_file_access(found, options):
-            ranking = await self._lookup(view, lambda: ranker.rank(found, options, region))
-        else:
-            ranking = ranker.rank(found, options)
-        stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
-        return PipelineResult(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
+            join_started_at = time.monotonic()
+            if ranker.needs_file_access(found, options):
+                ranking = await self._lookup(view, lambda: ranker.rank(found, options, region))
+            else:
+                ranking = ranker.rank(found, options)
+            stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
+            return PipelineResult(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
 
     def close(self) -> None:
         """Finish the stages that are running or queued, then stop."""

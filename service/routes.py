@@ -1,37 +1,60 @@
-"""Routes that recognise images and look up entities."""
+"""Routes that recognise images, look up entities and, with the admin token, change what is served."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
-from typing import Annotated, TypeVar
+from http import HTTPStatus
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, Field, ValidationError
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from core.errors import BadRequest, NotFound, TooManyRequests, Unavailable, WikiclipError
+from core.errors import BadParameter, BadRequest, Forbidden, NotFound, TooManyRequests, Unavailable, WikiclipError
 from imaging import check_box
-from service.auth import require_key
+from service import uploads
+from service.auth import require_admin, require_key
 from service.errors import problem_of, problems
 from service.image_fetcher import ImageFetcher
 from service.limits import RateLimiter, client_name
 from service.loaded_bundle import BundleView
 from service.recognizer import Recognizer
 from service.telemetry import timed
-from service.uploads import ImageUrl, image_body, image_of, images_body, images_of, read_body
-from wikiclip.answers import BatchRecognition, Entities, Entity, Problem, Recognition, RecognizeOptions
+from service.updates import Editor, EntityRequest
+from wikiclip.answers import (
+    BatchRecognition,
+    BundleChange,
+    EditedEntity,
+    Entities,
+    Entity,
+    Problem,
+    Recognition,
+    RecognizeOptions,
+)
+
+_MAX_BUNDLE_REQUEST_BYTES = 64 * 1024
+_MAX_ID_CHARACTERS = 2000  # Encyclopedic-VQA's ids are URLs
+_ADMIN_ONLY: dict[str, Any] = {"security": [{"admin": []}]}
 
 T = TypeVar("T")
 
 router = APIRouter(dependencies=[Depends(require_key)])
+admin_router = APIRouter(dependencies=[Depends(require_admin)])
+
+
+async def any_recognizer(request: Request) -> Recognizer:
+    """Return the app's recogniser, ready or not."""
+    recognizer: Recognizer = request.app.state.recognizer
+    return recognizer
 
 
 async def ready_recognizer(request: Request) -> Recognizer:
     """Return the app's recogniser. Raises `Unavailable` while it cannot answer."""
-    recognizer: Recognizer | None = request.app.state.recognizer
-    reason = "the bundle is being loaded" if recognizer is None else recognizer.unready_reason
-    if recognizer is None or reason is not None:
+    recognizer = await any_recognizer(request)
+    reason = recognizer.unready_reason
+    if reason is not None:
         raise Unavailable(f"{reason}; retry later or elsewhere")
     return recognizer
 
@@ -43,6 +66,7 @@ async def checked_options(options: Annotated[RecognizeOptions, Query()]) -> Reco
     return options
 
 
+AnyRecognizer = Annotated[Recognizer, Depends(any_recognizer)]
 ReadyRecognizer = Annotated[Recognizer, Depends(ready_recognizer)]
 Options = Annotated[RecognizeOptions, Depends(checked_options)]
 
@@ -51,15 +75,15 @@ Options = Annotated[RecognizeOptions, Depends(checked_options)]
     "/recognize",
     summary="Name the entities in an image",
     responses=problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
-    openapi_extra=image_body(),
+    openapi_extra=uploads.image_body(),
 )
 async def recognize(request: Request, response: Response, options: Options, recognizer: ReadyRecognizer) -> Recognition:
     await _apply_rate_limit(request, recognizer, 1)
     body = await _read_body(request, recognizer)
-    image = image_of(body, request.headers.get("content-type", ""))
+    image = uploads.image_of(body, request.headers.get("content-type", ""))
 
     async def recognize_image() -> Recognition:
-        return await recognizer.recognize(await fetched(request, image), options)
+        return await recognizer.recognize(await _fetched(request, image), options)
 
     with recognizer.admission.admit(1):
         recognition = await _while_connected(request, recognize_image())
@@ -72,11 +96,11 @@ async def recognize(request: Request, response: Response, options: Options, reco
     "/recognize/batch",
     summary="Name the entities in several images. Results are in order, and a bad image does not affect the others",
     responses=problems(400, 401, 408, 413, 415, 422, 429, 503),
-    openapi_extra=images_body(),
+    openapi_extra=uploads.images_body(),
 )
 async def recognize_batch(request: Request, options: Options, recognizer: ReadyRecognizer) -> BatchRecognition:
     body = await _read_body(request, recognizer)
-    images = images_of(body, request.headers.get("content-type", ""))
+    images = uploads.images_of(body, request.headers.get("content-type", ""))
     if len(images) > recognizer.settings.max_batch_images:
         raise BadRequest(f"{len(images)} images; send at most {recognizer.settings.max_batch_images} at a time")
     await _apply_rate_limit(request, recognizer, len(images))
@@ -141,8 +165,80 @@ def get_entity(entity_id: str, recognizer: ReadyRecognizer) -> Entity:
         return Entity.model_validate(view.entities.get(entity_id), from_attributes=True)
 
 
-async def fetched(request: Request, image: bytes | ImageUrl) -> bytes:
-    """Return an image, fetched if it is given by URL."""
+class BundleRequest(BaseModel):
+    path: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="Folder of the bundle on the service's machine, or a URI such as s3://bucket/prefix.",
+    )
+
+
+@admin_router.post(
+    "/admin/bundle",
+    summary="Swap to another bundle without failing a request",
+    responses=problems(400, 401, 403, 408, 409, 413, 422, 503),
+    openapi_extra={**_ADMIN_ONLY, **uploads.request_body({"application/json": BundleRequest.model_json_schema()})},
+)
+async def change_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChange:
+    # FastAPI would read a body of any size, and before the dependency checks the token.
+    body = await uploads.read_body(request, _MAX_BUNDLE_REQUEST_BYTES, recognizer.settings.receive_timeout_s)
+    try:
+        path = BundleRequest.model_validate_json(body).path
+    except ValidationError as error:
+        raise BadParameter(f'{error.errors()[0]["msg"]}; send {{"path": "..."}}') from error
+    previous = recognizer.label
+    new = await recognizer.swap(path)
+    current = new.view()
+    return BundleChange(
+        bundle=current.label, previous=previous, model=new.model, entities=current.entities.entity_count
+    )
+
+
+@admin_router.put(
+    "/entities/{entity_id:path}",
+    summary="Add or replace an entity while serving",
+    responses={
+        201: {"model": EditedEntity, "description": "The entity is new"},
+        **problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
+    },
+    openapi_extra={**_ADMIN_ONLY, **uploads.record_body(EntityRequest)},
+)
+async def put_entity(request: Request, response: Response, entity_id: str, recognizer: ReadyRecognizer) -> EditedEntity:
+    if not entity_id.strip() or entity_id.endswith("/thumbnail") or len(entity_id) > _MAX_ID_CHARACTERS:
+        raise BadParameter(
+            f"an entity id has 1 to {_MAX_ID_CHARACTERS} characters and does not end in /thumbnail; choose another"
+        )
+    body = await _read_body(request, recognizer)
+    record, image = uploads.record_of(body, request.headers.get("content-type", ""))
+    try:
+        entity = EntityRequest.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"]) or "record"
+        raise BadParameter(f"{field}: {first['msg']}; see PUT /entities in /docs") from error
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        editor = _editor(view)
+        image_bytes = None if image is None else await _fetched(request, image)
+        stored, created, revision = await recognizer.edit(view, editor.put(entity_id, entity, image_bytes))
+    if created:
+        response.status_code = HTTPStatus.CREATED
+    return EditedEntity(**dict(Entity.model_validate(stored, from_attributes=True)), bundle=view.label_at(revision))
+
+
+@admin_router.delete(
+    "/entities/{entity_id:path}",
+    summary="Delete an entity while serving",
+    status_code=HTTPStatus.NO_CONTENT,
+    responses=problems(401, 403, 404, 429, 503, 504),
+    openapi_extra=_ADMIN_ONLY,
+)
+async def delete_entity(entity_id: str, recognizer: ReadyRecognizer) -> Response:
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        await recognizer.edit(view, _editor(view).delete(entity_id))
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+async def _fetched(request: Request, image: bytes | uploads.ImageUrl) -> bytes:
     if isinstance(image, bytes):
         return image
     fetcher: ImageFetcher = request.app.state.fetcher
@@ -152,7 +248,9 @@ async def fetched(request: Request, image: bytes | ImageUrl) -> bytes:
 
 async def _read_body(request: Request, recognizer: Recognizer) -> bytes:
     with timed("body"):
-        return await read_body(request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_s)
+        return await uploads.read_body(
+            request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_s
+        )
 
 
 async def _apply_rate_limit(request: Request, recognizer: Recognizer, images: int) -> None:
@@ -189,3 +287,9 @@ async def _while_connected(request: Request, work: Awaitable[T]) -> T:
         raise
     finally:
         watching.cancel()
+
+
+def _editor(view: BundleView) -> Editor:
+    if view.loaded.editor is None:
+        raise Forbidden("live changes are off; set WIKICLIP_LIVE_DIR to allow them")
+    return view.loaded.editor

@@ -10,8 +10,6 @@ import logging
 import sqlite3
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +32,7 @@ from index.entity_encoder import (
 from index.overlay import LiveChanges
 from index.store import StoredEntity, first_sentence
 from service.encoder import open_session
+from service.engine import Encoder
 
 _THREADS = 1  # one thread leaves the cores to queries
 
@@ -57,21 +56,17 @@ class EntityRequest(BaseModel):
     embedding: list[float] | None = Field(default=None, description="Instead of image and text. It is normalised.")
 
 
-class PatchEncoder(Protocol):
-    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
-
-
 class EntityEmbedder:
     """Embeds one entity at a time, as an export does. Raises `UserError` if `tokenizers` is missing."""
 
-    def __init__(self, bundle: Bundle, entity_encoder: EntityEncoder, patch_encoder: PatchEncoder) -> None:
+    def __init__(self, bundle: Bundle, entity_encoder: EntityEncoder, image_encoder: Encoder) -> None:
         if importlib.util.find_spec("tokenizers") is None:
             raise UserError("the bundle's entity encoder needs the package tokenizers; install it with the extra live")
         from tokenizers import Tokenizer
 
         folder = bundle.path / ENTITY_ENCODER_FOLDER
         self._entity_encoder = entity_encoder
-        self._patch_encoder = patch_encoder
+        self._image_encoder = image_encoder
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         self._text_encoder = open_session(folder / TEXT_ENCODER_FILE, "cpu", _THREADS)
         self._adaptor = open_session(folder / ADAPTOR_FILE, "cpu", _THREADS)
@@ -80,12 +75,11 @@ class EntityEmbedder:
         """Return the L2-normalised embedding [D]. The image may be None and the text may be blank."""
         patch_tokens_1PC = np.zeros((1, self._entity_encoder.patches, self._entity_encoder.patch_dim), np.float32)
         if pixels_HW3 is not None:
-            patch_tokens_1PC = self._patch_encoder.patch_tokens(pixels_HW3[None])
+            patch_tokens_1PC = self._image_encoder.patch_tokens(pixels_HW3[None])
         text_tokens_1TL, text_mask_1T = self._text_tokens(text)
         inputs = (patch_tokens_1PC, np.array([pixels_HW3 is not None]), text_tokens_1TL, text_mask_1T)
         (embedding_1D,) = self._adaptor.run([ADAPTOR_OUTPUT], dict(zip(ADAPTOR_INPUTS, inputs, strict=True)))
-        embedding_D: Float32Array = embedding_1D[0]
-        return embedding_D
+        return np.asarray(embedding_1D[0], np.float32)
 
     def _text_tokens(self, text: str) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
         text = text.strip()[: self._entity_encoder.max_characters]
@@ -99,22 +93,13 @@ class EntityEmbedder:
         return text_tokens_1TL, np.ones(ids_1T.shape, np.bool_)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PutResult:
-    """The entity as stored, whether it is new, and the revision of the live index that contains it."""
-
-    entity: StoredEntity
-    created: bool
-    revision: int
-
-
 class Editor:
     """Makes live changes to one bundle and follows those of other processes, in two threads.
 
     Raises `BundleError` if the bundle's entity encoder is incomplete, `UserError` as `EntityEmbedder` does.
     """
 
-    def __init__(self, bundle: Bundle, live: LiveChanges, patch_encoder: PatchEncoder, *, max_pixels: int) -> None:
+    def __init__(self, bundle: Bundle, live: LiveChanges, image_encoder: Encoder, *, max_pixels: int) -> None:
         self.live = live
         self.sync_error: str | None = None  # why changes of other processes cannot be read at the moment
         self._max_pixels = max_pixels
@@ -123,7 +108,7 @@ class Editor:
         self._thumbnail_px = int(bundle.manifest.export.get("thumbnail_px", 0))
         self._store_text = bool(bundle.manifest.export.get("store_text", False))
         entity_encoder = bundle.entity_encoder()
-        self._embedder = None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, patch_encoder)
+        self._embedder = None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, image_encoder)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="edit")
         self._closing = threading.Event()
         self._sync_thread = threading.Thread(target=self._sync, name="live", daemon=True)
@@ -136,8 +121,8 @@ class Editor:
         self._sync_thread.join()
         self.live.close()
 
-    def put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> Future[PutResult]:
-        """Add or replace an entity.
+    def put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> Future[tuple[StoredEntity, bool, int]]:
+        """Add or replace an entity. Returns it as stored, whether it is new, and the first revision that contains it.
 
         The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
         """
@@ -147,9 +132,9 @@ class Editor:
         """Delete an entity. The future raises as `LiveChanges.delete` does."""
         return self._executor.submit(self.live.delete, entity_id)
 
-    def _put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> PutResult:
+    def _put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> tuple[StoredEntity, bool, int]:
         embedding_D = self._embedding(record, image)
-        thumbnail: bytes | None = None
+        thumbnail = None
         if image is not None and self._thumbnail_px:
             thumbnail = make_thumbnail(image, self._thumbnail_px, max_pixels=self._max_pixels)
         entity = StoredEntity(
@@ -167,7 +152,7 @@ class Editor:
             has_thumbnail=thumbnail is not None,
         )
         created = self.live.put(entity, embedding_D, thumbnail)
-        return PutResult(entity=entity, created=created, revision=self.live.delta.revision)
+        return entity, created, self.live.delta.revision
 
     def _embedding(self, record: EntityRequest, image: bytes | None) -> Float32Array:
         if record.embedding is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import httpx
 from pydantic import ValidationError
@@ -30,21 +29,50 @@ Http = TypeVar("Http", httpx.Client, httpx.AsyncClient)
 Content = TypeVar("Content", Recognition, Info)
 
 
-class Client:
+class _Base(Generic[Http]):
+    _kind: type[Http]
+
+    def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5, api_key: str | None = None) -> None:
+        headers = {} if api_key is None else {b"Authorization": f"Bearer {api_key}".encode()}
+        try:
+            self._http: Http = self._kind(base_url=base_url, timeout=timeout_s, headers=headers)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise UserError(f"{base_url!r} is not a URL ({error}); give one like http://127.0.0.1:8000") from error
+        self._base_url, self._retries = base_url, retries
+
+    def _judge(self, kind: type[Content], outcome: httpx.Response | Exception, attempt: int) -> Content | float:
+        """Return the answer, or the seconds to wait before the next attempt. Raises a final failure."""
+        last = attempt >= self._retries
+        pause_s: float = min(_FIRST_PAUSE_S * 2 ** min(attempt, 10), _MAX_PAUSE_S) * random.uniform(0.8, 1.2)
+        if isinstance(outcome, Exception):
+            if last or not isinstance(outcome, _RETRIED_FAILURES):
+                reason = f"{self._base_url} cannot be reached ({outcome}); is the service running?"
+                raise Unavailable(reason) from outcome
+            return pause_s
+        if outcome.is_success:
+            try:
+                return kind.model_validate_json(outcome.content)
+            except ValidationError as error:
+                reason = f"{self._base_url} does not answer as a WikiCLIP service does; check the URL"
+                raise UserError(reason) from error
+        if last or outcome.status_code not in _RETRIED_STATUSES:
+            raise _error_of(outcome)
+        return _retry_after_s(outcome) or pause_s
+
+
+class Client(_Base[httpx.Client]):
     """A client of the service at `base_url`. Thread-safe. Close it when done, or use `with`.
 
     Retries up to `retries` times when the service is full or not ready (429, 503) and when a connection fails or breaks
     off. It waits for as long as `Retry-After` says, otherwise 0.2 s, doubling each time.
     """
 
-    def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5, api_key: str | None = None) -> None:
-        self._base_url, self._retries = base_url, retries
-        self._http = _open(httpx.Client, base_url, timeout_s, api_key)
+    _kind = httpx.Client
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -55,38 +83,35 @@ class Client:
 
         Raises the `UserError` with the status of the answer, `Unavailable` if the service cannot be reached.
         """
-        return _parse(Recognition, self._base_url, self._request(**_recognize_request(image, options)))
+        return self._request(Recognition, **_recognize_request(image, options))
 
     def info(self) -> Info:
         """Return what is served, and its limits: `GET /info`."""
-        return _parse(Info, self._base_url, self._request(method="GET", url="/info"))
+        return self._request(Info, method="GET", url="/info")
 
-    def _request(self, **request: Any) -> httpx.Response:
-        retrying = _Retrying(self._base_url, self._retries)
+    def _request(self, kind: type[Content], **request: Any) -> Content:
+        attempt = 0
         while True:
             try:
                 outcome: httpx.Response | Exception = self._http.request(**request)
             except _FAILURES as error:
                 outcome = error
-            response = retrying.check(outcome)
-            if response is not None:
-                return response
-            time.sleep(retrying.pause_s)
+            result = self._judge(kind, outcome, attempt)
+            if not isinstance(result, float):
+                return result
+            attempt += 1
+            time.sleep(result)
 
 
-class AsyncClient:
+class AsyncClient(_Base[httpx.AsyncClient]):
     """`Client` for asyncio. Use `async with`, or `await close()`."""
 
-    def __init__(self, base_url: str, *, timeout_s: float = 30.0, retries: int = 5, api_key: str | None = None) -> None:
-        self._base_url, self._retries = base_url, retries
-        self._http = _open(httpx.AsyncClient, base_url, timeout_s, api_key)
+    _kind = httpx.AsyncClient
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -94,59 +119,24 @@ class AsyncClient:
 
     async def recognize(self, image: bytes, options: RecognizeOptions | None = None) -> Recognition:
         """Recognise one image, as `Client.recognize` does."""
-        return _parse(Recognition, self._base_url, await self._request(**_recognize_request(image, options)))
+        return await self._request(Recognition, **_recognize_request(image, options))
 
     async def info(self) -> Info:
         """Return what is served, as `Client.info` does."""
-        return _parse(Info, self._base_url, await self._request(method="GET", url="/info"))
+        return await self._request(Info, method="GET", url="/info")
 
-    async def _request(self, **request: Any) -> httpx.Response:
-        retrying = _Retrying(self._base_url, self._retries)
+    async def _request(self, kind: type[Content], **request: Any) -> Content:
+        attempt = 0
         while True:
             try:
                 outcome: httpx.Response | Exception = await self._http.request(**request)
             except _FAILURES as error:
                 outcome = error
-            response = retrying.check(outcome)
-            if response is not None:
-                return response
-            await asyncio.sleep(retrying.pause_s)
-
-
-class _Retrying:
-    """Decides whether to retry one request."""
-
-    def __init__(self, base_url: str, retries: int) -> None:
-        self._base_url = base_url
-        self._left = retries
-        self._next_pause_s = _FIRST_PAUSE_S
-        self.pause_s = 0.0
-
-    def check(self, outcome: httpx.Response | Exception) -> httpx.Response | None:
-        """Return the response of a successful attempt, or None to retry after `pause_s`. Raises a final failure."""
-        self._left -= 1
-        self.pause_s = self._next_pause_s * random.uniform(0.8, 1.2)
-        self._next_pause_s = min(2 * self._next_pause_s, _MAX_PAUSE_S)
-        if isinstance(outcome, Exception):
-            if self._left < 0 or not isinstance(outcome, _RETRIED_FAILURES):
-                raise Unavailable(
-                    f"{self._base_url} cannot be reached ({outcome}); is the service running?"
-                ) from outcome
-            return None
-        if outcome.is_success:
-            return outcome
-        if self._left < 0 or outcome.status_code not in _RETRIED_STATUSES:
-            raise _error_of(outcome)
-        self.pause_s = _retry_after_s(outcome) or self.pause_s
-        return None
-
-
-def _open(kind: type[Http], base_url: str, timeout_s: float, api_key: str | None) -> Http:
-    headers = {} if api_key is None else {b"Authorization": f"Bearer {api_key}".encode()}
-    try:
-        return kind(base_url=base_url, timeout=timeout_s, headers=headers)
-    except (httpx.InvalidURL, ValueError) as error:
-        raise UserError(f"{base_url!r} is not a URL ({error}); give one like http://127.0.0.1:8000") from error
+            result = self._judge(kind, outcome, attempt)
+            if not isinstance(result, float):
+                return result
+            attempt += 1
+            await asyncio.sleep(result)
 
 
 def _recognize_request(image: bytes, options: RecognizeOptions | None) -> dict[str, Any]:
@@ -159,13 +149,6 @@ def _recognize_request(image: bytes, options: RecognizeOptions | None) -> dict[s
         "params": parameters,
         "files": {"image": ("image", image, "application/octet-stream")},
     }
-
-
-def _parse(kind: type[Content], base_url: str, response: httpx.Response) -> Content:
-    try:
-        return kind.model_validate_json(response.content)
-    except ValidationError as error:
-        raise UserError(f"{base_url} does not answer as a WikiCLIP service does; check the URL") from error
 
 
 def _retry_after_s(response: httpx.Response) -> float | None:

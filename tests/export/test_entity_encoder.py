@@ -84,9 +84,9 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             editor = held.loaded.editor
             assert editor is not None
             request = EntityRequest(title="New title", text="Thing number 4 is a thing.")
-            edited = editor.put("new", request, image).result()
-        assert edited.created
-        assert edited.entity.has_thumbnail
+            entity, created, _ = editor.put("new", request, image).result()
+        assert created
+        assert entity.has_thumbnail
         with recognizer.acquire() as held:
             assert held.entities.thumbnail("new") is not None
             assert held.entities.get("new").title == "New title"
