@@ -46,7 +46,10 @@ def create_app(
     if recognizer is None and settings.bundle is None:
         raise UserError("there is no bundle to serve; name one with --bundle or WIKICLIP_BUNDLE")
 
-    limiter = _limiter(settings)
+    limiter = None
+    if settings.rate_limit is not None:
+        redis = None if settings.redis_url is None else RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
+        limiter = RateLimiter(Rate.parse(settings.rate_limit), redis)
     tracing = tracing or open_tracing(settings)
 
     @asynccontextmanager
@@ -100,15 +103,6 @@ def create_app(
     return app
 
 
-def _limiter(settings: Settings) -> RateLimiter | None:
-    if settings.rate_limit is None:
-        return None
-    redis = None
-    if settings.redis_url is not None:
-        redis = RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
-    return RateLimiter(Rate.parse(settings.rate_limit), redis)
-
-
 def _add_operations(app: FastAPI) -> None:
     @app.get("/livez", summary="Check that the process answers")
     async def livez() -> Liveness:
@@ -128,31 +122,27 @@ def _add_operations(app: FastAPI) -> None:
 
     @app.get("/info", summary="Describe what is served, and its limits", responses=errors.problems(503))
     async def info(recognizer: routes.AnyRecognizer) -> Info:
-        return _info(recognizer)
-
-
-def _info(recognizer: Recognizer) -> Info:
-    with recognizer.acquire() as view:
-        loaded = view.loaded
-    return Info(
-        version=version("wikiclip-serve"),
-        model=loaded.model,
-        bundle=view.label,
-        entities=view.entities.entity_count,
-        embeddings=loaded.bundle.manifest.counts.embeddings,
-        embedding_dim=loaded.bundle.manifest.embedding_dim,
-        device=loaded.encoder.device,
-        precision=loaded.precision,
-        index=loaded.bundle.index_manifest.factory,
-        search_device=loaded.search_device[0],
-        search_device_why=loaded.search_device[1],
-        calibrated=loaded.bundle.calibration is not None,
-        image_types=tuple(readable_types()),
-        limits={
-            name: getattr(recognizer.settings, name)
-            for name in ("max_body_bytes", "max_pixels", "max_batch_images", "queue_limit", "deadline_ms")
-        },
-    )
+        with recognizer.acquire() as view:
+            loaded = view.loaded
+        return Info(
+            version=version("wikiclip-serve"),
+            model=loaded.model,
+            bundle=view.label,
+            entities=view.entities.entity_count,
+            embeddings=loaded.bundle.manifest.counts.embeddings,
+            embedding_dim=loaded.bundle.manifest.embedding_dim,
+            device=loaded.encoder.device,
+            precision=loaded.precision,
+            index=loaded.bundle.index_manifest.factory,
+            search_device=loaded.search_device[0],
+            search_device_why=loaded.search_device[1],
+            calibrated=loaded.bundle.calibration is not None,
+            image_types=tuple(readable_types()),
+            limits={
+                name: getattr(recognizer.settings, name)
+                for name in ("max_body_bytes", "max_pixels", "max_batch_images", "queue_limit", "deadline_ms")
+            },
+        )
 
 
 def _add_pages(app: FastAPI) -> None:

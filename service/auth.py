@@ -29,10 +29,9 @@ def digest_of(key: str) -> str:
 
 
 class ApiKeys:
-    """The API keys of a service. Without any, every request is accepted."""
+    """The API keys of a service, as digests. Without any, every request is accepted."""
 
     def __init__(self, digests: Sequence[str]) -> None:
-        """`digests` come from `digest_of`."""
         self._digests = _as_bytes(digests)
 
     def __bool__(self) -> bool:
@@ -42,30 +41,28 @@ class ApiKeys:
         """Return the digest of the request's key, None if the service needs no key. Raises `Unauthorized`."""
         if not self._digests:
             return None
-        key = _credentials(headers)
-        if key is None:
+        digest = _digest_in(headers)
+        if digest is None:
             raise Unauthorized("an API key is needed; send it as Authorization: Bearer KEY or as X-API-Key: KEY")
-        digest = hashlib.sha256(key).digest()
         if not _is_any_of(digest, self._digests):
             raise Unauthorized("the API key is unknown; check it, or ask the operator for one")
         return digest.hex()
 
 
 class AdminToken:
-    """The token that allows changes to what is served. Without one, no change is allowed."""
+    """The token that allows changes to what is served, as a digest. Without one, no change is allowed."""
 
     def __init__(self, digest: str | None) -> None:
-        """`digest` comes from `digest_of`."""
         self._digests = _as_bytes(() if digest is None else (digest,))
 
     def check(self, headers: Headers) -> None:
         """Raise `Forbidden` if the service has no admin token, `Unauthorized` if the request's token is not it."""
         if not self._digests:
             raise Forbidden("changes are off: the service has no admin token; set WIKICLIP_ADMIN_TOKEN to allow them")
-        token = _credentials(headers)
-        if token is None:
+        digest = _digest_in(headers)
+        if digest is None:
             raise Unauthorized("the admin token is needed; send it as Authorization: Bearer TOKEN")
-        if not _is_any_of(hashlib.sha256(token).digest(), self._digests):
+        if not _is_any_of(digest, self._digests):
             raise Unauthorized("this is not the admin token; check it, or ask the operator for it")
 
 
@@ -90,7 +87,8 @@ def _is_any_of(digest: bytes, known: Sequence[bytes]) -> bool:
     return any([hmac.compare_digest(digest, each) for each in known])  # noqa: C419
 
 
-def _credentials(headers: Headers) -> bytes | None:
+def _digest_in(headers: Headers) -> bytes | None:
+    """Return the digest of a request's key or token, None if it has neither."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     key = token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "").strip()
-    return key.encode("latin-1") or None  # Starlette decodes headers as latin-1
+    return hashlib.sha256(key.encode("latin-1")).digest() if key else None  # Starlette decodes headers as latin-1

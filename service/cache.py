@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 import redis.asyncio
@@ -146,10 +146,10 @@ class SingleFlight(Generic[T]):
     def __init__(self) -> None:
         self._flights: dict[str, tuple[asyncio.Task[T], list[None]]] = {}
 
-    async def run(self, key: str, work: Callable[[], Awaitable[T]]) -> T:
+    async def run(self, key: str, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Return the result of `work`, or of the work that is running for this key. All callers get its error."""
         if key not in self._flights:
-            task = asyncio.ensure_future(_as_coroutine(work))
+            task = asyncio.create_task(work())
             self._flights[key] = (task, [])
             task.add_done_callback(lambda ended: self._remove(key, ended))
         task, callers = self._flights[key]
@@ -167,7 +167,3 @@ class SingleFlight(Generic[T]):
     def _remove(self, key: str, task: asyncio.Task[T]) -> None:
         if key in self._flights and self._flights[key][0] is task:
             del self._flights[key]
-
-
-async def _as_coroutine(work: Callable[[], Awaitable[T]]) -> T:
-    return await work()

@@ -131,7 +131,8 @@ def recognize(
         outcomes = _recognize_with_bundle(images, bundle, options, device=device)
     else:
         assert url is not None
-        outcomes = _recognize_with_service(images, url, options, None if api_key_file is None else api_key_file.read())
+        api_key = None if api_key_file is None else api_key_file.read().strip()
+        outcomes = _recognize_with_service(images, url, options, api_key)
     with _Printer(total=len(images), out=out, as_json=as_json) as printer:
         for path, outcome in outcomes:
             printer.print(path, outcome)
@@ -177,8 +178,7 @@ def _recognize_with_service(
 ) -> Iterator[tuple[Path, Recognition | UserError]]:
     from wikiclip.client import Client
 
-    key = None if api_key is None else api_key.strip()
-    with Client(url, api_key=key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+    with Client(url, api_key=api_key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
 
         def request(path: Path) -> tuple[Path, Recognition | UserError]:
             content = _read(path)

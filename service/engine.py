@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import TooManyRequests, Unavailable
+from index.overlay import EntityView
 from index.store import Selection
 
 _IDLE_WAKE_S = 1.0
@@ -36,12 +37,6 @@ class Encoder(Protocol):
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
 
     def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
-
-
-class Index(Protocol):
-    def search(
-        self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None
-    ) -> tuple[npt.NDArray[np.int64], Float32Array]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +62,7 @@ class _Job:
     embedding_D: Float32Array | None  # None for an image until it is encoded
     top_k: int
     selection: Selection | None
-    index: Index
+    index: EntityView
     unfiltered: bool
     explain: bool
     future: Future[Found] = field(default_factory=Future)
@@ -88,7 +83,7 @@ class Engine:
     def __init__(
         self,
         encoder: Encoder,
-        index: Index,
+        index: EntityView,
         *,
         max_batch: int,
         queue_limit: int,
@@ -129,7 +124,7 @@ class Engine:
         query: npt.NDArray[Any],
         top_k: int,
         selection: Selection | None = None,
-        index: Index | None = None,
+        index: EntityView | None = None,
         *,
         unfiltered: bool = False,
         explain: bool = False,

@@ -91,7 +91,7 @@ def problem_response(error: WikiclipError, request_id: str) -> Response:
 def unexpected_response(request_id: str) -> Response:
     """Return the response to a bug. Details are in the log only."""
     detail = "the service failed, not the request; report the request_id to the operator"
-    return _response(_http_problem(500, detail, request_id))
+    return _http_response(500, detail, request_id)
 
 
 def install(app: FastAPI) -> None:
@@ -106,7 +106,7 @@ def install(app: FastAPI) -> None:
     async def on_http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         detail = _HTTP_DETAILS.get(error.status_code, HTTPStatus(error.status_code).phrase)
-        return _response(_http_problem(error.status_code, detail, request.state.request_id), error.headers)
+        return _http_response(error.status_code, detail, request.state.request_id, error.headers)
 
     async def on_invalid_parameter(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -138,10 +138,10 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": descriptions[status], "content": content} for status in statuses}
 
 
-def _http_problem(status: int, detail: str, request_id: str) -> Problem:
-    return Problem(
-        type="about:blank", title=HTTPStatus(status).phrase, status=status, detail=detail, request_id=request_id
-    )
+def _http_response(status: int, detail: str, request_id: str, headers: Mapping[str, str] | None = None) -> Response:
+    title = HTTPStatus(status).phrase
+    problem = Problem(type="about:blank", title=title, status=status, detail=detail, request_id=request_id)
+    return _response(problem, headers)
 
 
 def _response(problem: Problem, headers: Mapping[str, str] | None = None) -> Response:

@@ -11,7 +11,7 @@ import re
 import ssl
 from collections.abc import Sequence
 from functools import cached_property
-from urllib.parse import SplitResult, urljoin, urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpcore
 
@@ -101,7 +101,17 @@ class ImageFetcher:
         """Parse a URL and apply the checks that need no network."""
         if not self._allowlist:
             raise Forbidden("URL input is disabled; send the image itself")
-        parts, port = _split(url)
+        try:
+            # Refuse characters that URL parsers disagree about: one could check another host than the one connected to.
+            if len(url) > _MAX_URL_CHARACTERS or not url.isascii() or any(ch <= " " or ch in "\\\x7f" for ch in url):
+                raise ValueError
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise BadRequest(
+                f"image.url is malformed; send an absolute URL of at most {_MAX_URL_CHARACTERS} characters, with all "
+                "but plain ASCII percent-encoded"
+            ) from None
         if parts.scheme not in _PORTS:
             raise Forbidden("only http and https URLs are fetched; send the image itself")
         if parts.username is not None or parts.password is not None:
@@ -131,32 +141,16 @@ class ImageFetcher:
                     raise FetchFailed(f"the URL's server answered {response.status}; check the URL")
                 if headers.get(b"content-encoding", b"identity").lower() != b"identity":
                     raise FetchFailed("the URL's server sent the image compressed; send the image itself")
-                return await self._read(response)
+                chunks: list[bytes] = []
+                size_bytes = 0
+                async for chunk in response.aiter_stream():
+                    size_bytes += len(chunk)
+                    if size_bytes > self._max_bytes:
+                        reason = f"the image behind the URL is over {self._max_bytes} bytes; choose a smaller one"
+                        raise TooLarge(reason)
+                    chunks.append(chunk)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise FetchFailed("the URL's server could not be reached; check the URL") from error
-
-    async def _read(self, response: httpcore.Response) -> bytes:
-        chunks: list[bytes] = []
-        size_bytes = 0
-        async for chunk in response.aiter_stream():
-            size_bytes += len(chunk)
-            if size_bytes > self._max_bytes:
-                raise TooLarge(f"the image behind the URL is over {self._max_bytes} bytes; choose a smaller one")
-            chunks.append(chunk)
         if size_bytes == 0:
             raise FetchFailed("the URL's server sent an empty response; check the URL")
         return b"".join(chunks)
-
-
-def _split(url: str) -> tuple[SplitResult, int | None]:
-    # Refuse characters that URL parsers disagree about: one could check another host than the one it connects to.
-    if len(url) > _MAX_URL_CHARACTERS or not url.isascii() or any(ch <= " " or ch in "\\\x7f" for ch in url):
-        raise BadRequest(
-            f"image.url is malformed; send at most {_MAX_URL_CHARACTERS} characters, with all but plain ASCII "
-            "percent-encoded"
-        )
-    try:
-        parts = urlsplit(url)
-        return parts, parts.port
-    except ValueError:
-        raise BadRequest("image.url is malformed; send an absolute URL such as https://example.org/a.jpg") from None

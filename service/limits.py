@@ -77,11 +77,11 @@ class Admission:
 
     def refuse_if_full(self, images: int) -> None:
         """Raise `TooManyRequests` if there is no room for `images`."""
-        throughput = self._throughput()
-        room = self._room(throughput)
-        if self.in_flight + images > room:
+        room = self.room
+        excess = self.in_flight + images - room
+        if excess > 0:
             self._on_refusal(images)
-            excess = self.in_flight + images - room
+            throughput = self._throughput()
             wait_s = 1 if throughput is None else min(max(math.ceil(excess / throughput), 1), _MAX_RETRY_AFTER_S)
             raise TooManyRequests(
                 f"{self.in_flight} images are in flight and the current limit is {room}; retry in {wait_s} s",
@@ -90,8 +90,11 @@ class Admission:
 
     @property
     def room(self) -> int:
-        """The number of images that may be in flight now."""
-        return self._room(self._throughput())
+        """Return how many images may be in flight now."""
+        throughput = self._throughput()
+        if throughput is None or not math.isfinite(self._deadline_s):
+            return self._limit
+        return min(self._limit, max(self._minimum, int(throughput * self._deadline_s * _DEADLINE_SHARE)))
 
     @contextmanager
     def admit(self, images: int) -> Iterator[None]:
@@ -110,11 +113,6 @@ class Admission:
             self._done_images += images
             self._done_busy_s += busy_s
             self._busy_since = now
-
-    def _room(self, throughput: float | None) -> int:
-        if throughput is None or not math.isfinite(self._deadline_s):
-            return self._limit
-        return min(self._limit, max(self._minimum, int(throughput * self._deadline_s * _DEADLINE_SHARE)))
 
     def _throughput(self) -> float | None:
         """Return the recent images per busy second, None if there were too few. Idle time does not count."""
@@ -159,9 +157,6 @@ class Buckets:
         self._now = now
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()  # client -> (tokens, time of that count)
 
-    def __len__(self) -> int:
-        return len(self._buckets)
-
     def take(self, client: str, images: int) -> float:
         """Take tokens for `images` and return 0, or take none and return the seconds until there are enough."""
         now, capacity = self._now(), self._rate.images
@@ -185,9 +180,13 @@ class RateLimiter:
 
     async def take(self, client: str, images: int) -> None:
         """Count `images` against `client`. Raises `TooManyRequests`."""
-        wait_s = await self._take_in_redis(client, images)
-        if wait_s is None:
-            wait_s = self._buckets.take(client, images)
+        wait_ms = None
+        if self._redis is not None:
+            # Redis sees only a hash of the key or address. A changed rate starts new buckets.
+            name = hashlib.sha256(f"{client}\0{self._rate}".encode()).hexdigest()
+            arguments = (f"wikiclip:1:rate:{name}", self._rate.images, repr(self._rate.per_s), images)
+            wait_ms = await self._redis.ask(lambda redis: redis.eval(_TAKE, 1, *arguments))
+        wait_s = self._buckets.take(client, images) if wait_ms is None else int(wait_ms) / 1000
         if wait_s > 0:
             retry_after_s = max(1, math.ceil(wait_s))
             raise TooManyRequests(
@@ -198,15 +197,6 @@ class RateLimiter:
     async def close(self) -> None:
         if self._redis is not None:
             await self._redis.close()
-
-    async def _take_in_redis(self, client: str, images: int) -> float | None:
-        if self._redis is None:
-            return None
-        # Redis sees only a hash of the key or address. A changed rate starts new buckets.
-        name = hashlib.sha256(f"{client}\0{self._rate}".encode()).hexdigest()
-        arguments = (f"wikiclip:1:rate:{name}", self._rate.images, repr(self._rate.per_s), images)
-        wait_ms = await self._redis.ask(lambda redis: redis.eval(_TAKE, 1, *arguments))
-        return None if wait_ms is None else int(wait_ms) / 1000
 
 
 def client_name(key_digest: str | None, address: str | None) -> str:

@@ -21,7 +21,7 @@ from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
-from index.overlay import EntityView, LiveChanges, LiveState, OverlayView
+from index.overlay import EntityView, LiveChanges, OverlayView
 from service.encoder import open_encoder
 from service.engine import Encoder, Engine
 from service.ranking import MAX_CACHED_SELECTIONS, Ranker
@@ -36,14 +36,13 @@ log = logging.getLogger("wikiclip.bundle")
 class LoadedBundle:
     """A bundle that is ready to answer. Each has its own engine, so a batch never mixes two bundles.
 
-    Without an `encoder`, it runs the bundle's own on ONNX Runtime.
-
-    Raises `BundleError`, or `UserError` if the device is not available.
+    Without an `encoder`, it runs the bundle's own. Raises `BundleError`, or `UserError` if the device is not available.
     """
 
     def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, encoder: Encoder | None = None) -> None:
         self.bundle = bundle
-        self.model = model_name(bundle)
+        model = bundle.manifest.model
+        self.model = str(model.get("name") or Path(str(model.get("image_encoder", "unknown"))).name)
         self.preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
         # The encoder first: on a GPU, the index gets the memory that the encoder leaves.
         file = bundle.manifest.image_encoder.file
@@ -55,14 +54,10 @@ class LoadedBundle:
         self.encoder_hash = encoder_hash(bundle, file)
         self._store = bundle.store()
         self.search_device: tuple[str, str]  # where the search runs, and why there
-        self._live: LiveChanges | None  # None if entities cannot be changed
         self._entity_view: Callable[[], EntityView]
-        if settings.index is None:
-            self._open_index(settings)
-        else:
-            self._open_milvus(settings.index.removeprefix(MILVUS))
+        live = self._open_index(settings) if settings.index is None else self._open_milvus(settings.index)
         log.info("searching on %s: %s", *self.search_device)
-        self.editor = self._open_editor(settings)
+        self.editor = None if live is None else self._open_editor(live, settings)
         self._view = self._make_view()
         self.engine = Engine(
             self.encoder,
@@ -91,7 +86,7 @@ class LoadedBundle:
 
     def view(self) -> BundleView:
         """Return the current view. Later changes to entities do not affect it."""
-        if self.editor is not None and self.editor.live.delta is not self._view.delta:
+        if self.editor is not None and self.editor.live.delta is not self._view.entities.delta:
             self._view = self._make_view()
         return self._view
 
@@ -103,9 +98,8 @@ class LoadedBundle:
             found = self.engine.submit(blank, 1, None, view.entities).result(self._stuck_after_s)
             view.ranker.rank(found, RecognizeOptions(top_k=1))
         except Exception as error:
-            raise BundleAltered(
-                f"{self.bundle.path} does not answer for a blank image ({error}); export it again"
-            ) from error
+            reason = f"{self.bundle.path} does not answer for a blank image ({error}); export it again"
+            raise BundleAltered(reason) from error
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -156,36 +150,35 @@ class LoadedBundle:
             label=f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}",
         )
 
-    def _open_index(self, settings: Settings) -> None:
-        """Search the bundle's own index, with the changes in LIVE_DIR."""
-        index, store = self.bundle.index(settings.index_device), self._store
+    def _open_index(self, settings: Settings) -> LiveChanges | None:
+        """Search the bundle's own index, with the changes in LIVE_DIR. Return None if entities cannot be changed."""
+        device = settings.device if settings.search_device == "same" else settings.search_device
+        index, store = self.bundle.index(device), self._store
         live = None if settings.live_dir is None else LiveSegment(settings.live_dir, self.bundle, store)
         self.search_device = (index.device, index.device_why)
-        self._live = live
         select = lru_cache(maxsize=MAX_CACHED_SELECTIONS)(store.select)
         self._entity_view = lambda: OverlayView(index, store, live, select=select)
+        return live
 
-    def _open_milvus(self, uri: str) -> None:
+    def _open_milvus(self, index: str) -> LiveChanges:
         """Search a collection that `wikiclip index --backend milvus` loaded."""
         from index.milvus_view import MilvusEntities, MilvusView  # needs the extra milvus
 
-        entities = MilvusEntities(uri, self.bundle, self._store)
+        entities = MilvusEntities(index.removeprefix(MILVUS), self.bundle, self._store)
         self.search_device = ("milvus", "as configured")
-        self._live = entities
         self._entity_view = lambda: MilvusView(entities)
+        return entities
 
-    def _open_editor(self, settings: Settings) -> Editor | None:
-        if self._live is None:
-            return None
+    def _open_editor(self, live: LiveChanges, settings: Settings) -> Editor:
         try:
             encoder = self.encoder
             if self.precision != "float" and (self.bundle.path / ENTITY_ENCODER_FOLDER).is_dir():
                 # The export embedded all other entities in float, so int8 and float16 are for queries only.
                 float_settings = settings.model_copy(update={"precision": "float"})
                 encoder = open_encoder(self.bundle, self.preprocessing, float_settings)
-            return Editor(self.bundle, self._live, encoder, max_pixels=settings.max_pixels)
+            return Editor(self.bundle, live, encoder, max_pixels=settings.max_pixels)
         except UserError:
-            self._live.close()
+            live.close()
             raise
 
 
@@ -197,10 +190,6 @@ class BundleView:
     entities: EntityView
     ranker: Ranker
     label: str
-
-    @property
-    def delta(self) -> LiveState | None:
-        return self.entities.delta
 
     def label_at(self, revision: int) -> str:
         """Return the label of the same bundle at another revision."""
@@ -220,9 +209,3 @@ def encoder_hash(bundle: Bundle, file: str) -> str:
     files = {name: each.sha256 for name, each in manifest.files.items() if not name.startswith(tuple(others))}
     content = [files, dict(manifest.preprocessing), file, entry.input, list(entry.outputs)]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def model_name(bundle: Bundle) -> str:
-    """Return what answers call the model: `name` in the manifest, otherwise the image encoder's spec without a path."""
-    model = bundle.manifest.model
-    return str(model.get("name") or Path(str(model.get("image_encoder", "unknown"))).name)

@@ -36,7 +36,6 @@ _SECURITY_HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
 )
-_REFUSAL_HEADERS = ((b"content-type", b"application/problem+json"), *_SECURITY_HEADERS)
 
 access_log = logging.getLogger("wikiclip.access")
 log = logging.getLogger("wikiclip.service")
@@ -78,7 +77,7 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = with_common_headers(message["headers"], request_id)
+                message["headers"] = [*message["headers"], *common_headers(request_id)]
             await send(message)
 
         try:
@@ -106,10 +105,10 @@ async def _send_refusal(error: TooManyRequests, request_id: str, scope: Scope, s
     """Send what `problem_response` would, in half of its time."""
     body = problem_of(error, request_id).model_dump_json().encode()
     headers = [
-        (b"retry-after", b"%d" % error.retry_after_s),
+        (b"content-type", b"application/problem+json"),
         (b"content-length", b"%d" % len(body)),
-        (b"x-request-id", request_id.encode()),
-        *_REFUSAL_HEADERS,
+        (b"retry-after", b"%d" % error.retry_after_s),
+        *common_headers(request_id),
     ]
     if any(name == b"expect" for name, _ in scope["headers"]):
         # The client may send its body or not, so the next bytes could be a body or a request.
@@ -130,12 +129,9 @@ def new_request_id() -> str:
     return f"{_random.getrandbits(128):032x}"
 
 
-def with_common_headers(headers: Iterable[tuple[bytes, bytes]], request_id: str) -> list[tuple[bytes, bytes]]:
-    """Add the request id and the security headers. A security header that the response sets itself stays."""
-    own = list(headers)
-    names = [name for name, _ in own]
-    security = [header for header in _SECURITY_HEADERS if header[0] not in names]
-    return [*own, (b"x-request-id", request_id.encode()), *security]
+def common_headers(request_id: str) -> list[tuple[bytes, bytes]]:
+    """Return the headers of every response."""
+    return [(b"x-request-id", request_id.encode()), *_SECURITY_HEADERS]
 
 
 def _log_access(scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from core.errors import BadRequest, HeadTooLarge, SlowRequest, UserError
 from service.errors import problem_response
-from service.middleware import new_request_id, with_common_headers
+from service.middleware import common_headers, new_request_id
 
 MAX_HEAD_BYTES = 64 * 1024
 
@@ -104,7 +104,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self._idle and not self.transport.is_closing():
             request_id = new_request_id()
             response = problem_response(error, request_id)
-            headers = [*self.server_state.default_headers, *with_common_headers(response.raw_headers, request_id)]
+            headers = [*self.server_state.default_headers, *response.raw_headers, *common_headers(request_id)]
             if "connection" not in response.headers:
                 headers.append((b"connection", b"close"))
             lines = [name + b": " + value + b"\r\n" for name, value in headers]

@@ -55,7 +55,7 @@ class Ranker:
 
     def needs_file_access(self, found: Found, options: RecognizeOptions) -> bool:
         """Return whether `rank` has to read files, because a record is not in memory."""
-        return options.explain or self._entities.cached(_rows(found, options)) is None
+        return options.explain or self._entities.cached(found.rows[: options.top_k].tolist()) is None
 
     def rank(self, found: Found, options: RecognizeOptions, region: Box | None = None) -> Ranking:
         """Return the predictions, for patch tokens that cover `region` of the image.
@@ -63,10 +63,9 @@ class Ranker:
         Confidence and abstention are judged before `min_score` drops predictions.
         """
         scores: list[float] = found.scores.tolist()
-        records = self._entities.by_rows(_rows(found, options))
+        records = self._entities.by_rows(found.rows[: options.top_k].tolist())
         confidences: Sequence[float | None] = [None] * len(scores)
-        in_catalog_probability: float | None = None
-        abstained: bool | None = None
+        in_catalog_probability = abstained = None
         if self._calibration is not None:
             all_scores = scores if found.unfiltered_scores is None else found.unfiltered_scores.tolist()
             judged, probability = self._calibration.judge(scores, background(all_scores), found.embedding_D)
@@ -102,18 +101,13 @@ class Ranker:
             return None
         images_ID = self._entities.images_of(record.row)
         nearest_D = images_ID[np.argmax(images_ID @ found.embedding_D)]
-        return Explanation(
-            heat_map=heat_map(found.patch_tokens_PC, nearest_D), region=region, words=self._attended_words(record)
-        )
-
-    def _attended_words(self, record: StoredEntity) -> tuple[AttendedWord, ...] | None:
-        spans = self._entities.attended_words(record.row)
-        if record.text is None or not spans:
-            return None
-        return tuple(
-            AttendedWord(word=record.text[start:end], start=start, end=end, weight=weight)
-            for start, end, weight in spans
-        )
+        words = None
+        if record.text is not None:
+            words = tuple(
+                AttendedWord(word=record.text[start:end], start=start, end=end, weight=weight)
+                for start, end, weight in self._entities.attended_words(record.row)
+            )
+        return Explanation(heat_map=heat_map(found.patch_tokens_PC, nearest_D), region=region, words=words or None)
 
 
 def heat_map(patch_tokens_PC: Float32Array, entity_embedding_D: Float32Array) -> tuple[tuple[float, ...], ...] | None:
@@ -127,8 +121,3 @@ def heat_map(patch_tokens_PC: Float32Array, entity_embedding_D: Float32Array) ->
     norms_P = np.maximum(np.linalg.norm(patch_tokens_PC, axis=1), np.float32(1e-12))
     cosines_P = patch_tokens_PC @ entity_embedding_D / norms_P
     return tuple(tuple(round(float(cosine), 4) for cosine in row) for row in cosines_P.reshape(side, side))
-
-
-def _rows(found: Found, options: RecognizeOptions) -> list[int]:
-    rows: list[int] = found.rows[: options.top_k].tolist()
-    return rows

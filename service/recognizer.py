@@ -46,11 +46,12 @@ from wikiclip.answers import Recognition, RecognizeOptions
 Float32Array = npt.NDArray[np.float32]
 Edit = TypeVar("Edit")
 
-_OUTCOMES: dict[type[UserError], str] = {  # as the metric names them
+_OUTCOMES: dict[type[BaseException], str] = {  # as the metric names them
     UndecodableImage: "undecodable",
     TooLarge: "too_large",
     TooManyRequests: "full",
     DeadlineExceeded: "deadline",
+    asyncio.CancelledError: "abandoned",
 }
 
 log = logging.getLogger("wikiclip.recognizer")
@@ -80,14 +81,12 @@ class Recognizer:
         self._pipeline = RecognitionPipeline(
             decode_threads=settings.decode_thread_count, max_pixels=settings.max_pixels
         )
-        self._cache: Cache | None = None
-        if settings.cache == "on":
-            self._cache = Cache(
-                settings.cache_max_bytes,
-                settings.redis_url,
-                settings.redis_timeout_ms / 1000,
-                self.metrics.redis_errors.inc,
-            )
+        self._cache = Cache(
+            settings.cache_max_bytes,
+            settings.redis_url,
+            settings.redis_timeout_ms / 1000,
+            self.metrics.redis_errors.inc,
+        )
         self._encodings: SingleFlight[tuple[RecognizeOptions, Recognition, Float32Array]] = SingleFlight()
         self._publish_bundle()
 
@@ -118,8 +117,7 @@ class Recognizer:
 
     async def aclose(self) -> None:
         """Close this and the connections of the event loop."""
-        if self._cache is not None:
-            await self._cache.close()
+        await self._cache.close()
         await asyncio.to_thread(self.close)
 
     @property
@@ -197,23 +195,21 @@ class Recognizer:
         outcomes: list[Recognition | UserError] = []
         # In a thread of its own, because the calling thread of a notebook already runs an event loop.
         with self.acquire() as view, ThreadPoolExecutor(1) as executor:
+
+            async def outcome(image: bytes) -> Recognition | UserError:
+                try:
+                    recognition, _ = await self._compute(image, options, view)
+                except UserError as error:
+                    return error.with_traceback(None)  # a traceback would keep the image in memory
+                return _with_total(recognition, sum(recognition.timings_ms.values()))
+
+            async def chunk_outcomes(chunk: Sequence[bytes]) -> list[Recognition | UserError]:
+                return await asyncio.gather(*map(outcome, chunk))
+
             size = min(2 * self.settings.batch_limit(view.loaded.encoder.device), self.settings.queue_limit)
             for start in range(0, len(images), size):
-                chunk = self._recognize_chunk(images[start : start + size], options, view)
-                outcomes += executor.submit(asyncio.run, chunk).result()
+                outcomes += executor.submit(asyncio.run, chunk_outcomes(images[start : start + size])).result()
         return outcomes
-
-    async def _recognize_chunk(
-        self, images: Sequence[bytes], options: RecognizeOptions, view: BundleView
-    ) -> list[Recognition | UserError]:
-        async def outcome(image: bytes) -> Recognition | UserError:
-            try:
-                recognition, _ = await self._compute(image, options, view)
-            except UserError as error:
-                return error.with_traceback(None)  # a traceback would keep the image in memory
-            return _with_total(recognition, sum(recognition.timings_ms.values()))
-
-        return await asyncio.gather(*map(outcome, images))
 
     async def recognize(self, image: bytes, options: RecognizeOptions, view: BundleView | None = None) -> Recognition:
         """Recognise one image, through the cache. The caller has admitted it, and keeps `view` open if it gives one.
@@ -224,55 +220,47 @@ class Recognizer:
         if view is None:
             with self.acquire() as current:
                 return await self.recognize(image, options, current)
-        try:
-            recognition = await self._recognize_in_time(image, options, view)
-        except UserError as error:
-            self.metrics.count_images(_OUTCOMES.get(type(error), "refused"))
-            raise
-        except asyncio.CancelledError:
-            self.metrics.count_images("abandoned")
-            raise
-        except Exception:
-            self.metrics.count_images("failed")
-            raise
-        self.metrics.observe_image("answered", recognition.timings_ms)
-        return recognition
-
-    async def _recognize_in_time(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
         started_at = time.monotonic()
         try:
+            recognition = await self._recognize_in_time(image, options, view)
+        except (asyncio.CancelledError, Exception) as error:
+            other = "refused" if isinstance(error, UserError) else "failed"
+            self.metrics.count_images(_OUTCOMES.get(type(error), other))
+            raise
+        self.metrics.observe_image("answered", recognition.timings_ms)
+        return _with_total(recognition, 1000 * (time.monotonic() - started_at))
+
+    async def _recognize_in_time(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
+        try:
             async with asyncio.timeout(self.settings.deadline_ms / 1000):
-                if self._cache is None or options.explain:  # explanations are large and need the pixels: not cached
-                    recognition, _ = await self._compute(image, options, view)
-                else:
-                    recognition = await self._recognize_cached(self._cache, image, options, view)
+                if self.settings.cache == "on" and not options.explain:  # explanations are large and need the pixels
+                    return await self._recognize_cached(image, options, view)
+                recognition, _ = await self._compute(image, options, view)
+                return recognition
         except TimeoutError:
             raise DeadlineExceeded(
                 f"no answer within {self.settings.deadline_ms} ms; retry later or with fewer images at a time"
             ) from None
-        return _with_total(recognition, 1000 * (time.monotonic() - started_at))
 
-    async def _recognize_cached(
-        self, cache: Cache, image: bytes, options: RecognizeOptions, view: BundleView
-    ) -> Recognition:
+    async def _recognize_cached(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
         image_sha256 = hashlib.sha256(image).hexdigest()
         encoder_hash = view.loaded.encoder_hash
         # An embedding depends on the encoder only: another bundle with the same encoder can use it.
         embedding_key = cache_key("embedding", image_sha256, encoder_hash, repr(options.box))
         # Services of one bundle that share a Redis may run encoders of different precisions.
         answer_key = cache_key("answer", image_sha256, f"{view.label} {encoder_hash}", repr(options))
-        answer = _read_answer(await cache.get(answer_key))
+        answer = _read_answer(await self._cache.get(answer_key))
         if answer is not None:
             self.metrics.cache_lookups.labels("answer").inc()
             return answer
-        embedding_D = _read_embedding(await cache.get(embedding_key), view.loaded.bundle.manifest.embedding_dim)
+        embedding_D = _read_embedding(await self._cache.get(embedding_key), view.loaded.bundle.manifest.embedding_dim)
         self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
         if embedding_D is None:
 
             async def encode() -> tuple[RecognizeOptions, Recognition, Float32Array]:
                 recognition, result = await self._compute(image, options, view)
-                await cache.put(embedding_key, result.embedding_D.astype("<f4").tobytes())
-                await cache.put(answer_key, _write_answer(recognition))
+                await self._cache.put(embedding_key, result.embedding_D.astype("<f4").tobytes())
+                await self._cache.put(answer_key, _write_answer(recognition))
                 return options, recognition, result.embedding_D
 
             # Concurrent requests for one image encode it once, whatever their options.
@@ -280,7 +268,7 @@ class Recognizer:
             if encoded_for == options:
                 return recognition
         recognition, _ = await self._compute(embedding_D, options, view)
-        await cache.put(answer_key, _write_answer(recognition))
+        await self._cache.put(answer_key, _write_answer(recognition))
         return recognition
 
     async def _compute(

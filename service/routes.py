@@ -154,7 +154,7 @@ def get_thumbnail(entity_id: str, recognizer: ReadyRecognizer) -> Response:
     if thumbnail is None:
         raise NotFound("the bundle has no thumbnail of this entity; show its symbol or title")
     # With live changes, the thumbnail may change at any time.
-    cache_control = "public, max-age=3600" if view.delta is None else "no-cache"
+    cache_control = "public, max-age=3600" if view.entities.delta is None else "no-cache"
     headers = {"Cache-Control": cache_control, "ETag": f'"{view.label.rpartition("@")[2]}"'}
     return Response(thumbnail, media_type="image/webp", headers=headers)
 
@@ -181,7 +181,7 @@ class BundleRequest(BaseModel):
 )
 async def change_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChange:
     # FastAPI would read a body of any size, and before the dependency checks the token.
-    body = await uploads.read_body(request, _MAX_BUNDLE_REQUEST_BYTES, recognizer.settings.receive_timeout_s)
+    body = await uploads.read_body(request, _MAX_BUNDLE_REQUEST_BYTES, recognizer.settings.receive_timeout_ms / 1000)
     try:
         path = BundleRequest.model_validate_json(body).path
     except ValidationError as error:
@@ -238,18 +238,18 @@ async def delete_entity(entity_id: str, recognizer: ReadyRecognizer) -> Response
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
-async def _fetched(request: Request, image: bytes | uploads.ImageUrl) -> bytes:
+async def _fetched(request: Request, image: bytes | str) -> bytes:
     if isinstance(image, bytes):
         return image
     fetcher: ImageFetcher = request.app.state.fetcher
     with timed("fetch"):
-        return await fetcher.fetch(image.url)
+        return await fetcher.fetch(image)
 
 
 async def _read_body(request: Request, recognizer: Recognizer) -> bytes:
     with timed("body"):
         return await uploads.read_body(
-            request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_s
+            request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_ms / 1000
         )
 
 

@@ -32,7 +32,10 @@ def run_server(settings: Settings) -> None:
         raise UserError("there is no bundle to serve; name one with --bundle or WIKICLIP_BUNDLE")
     configure_logging(settings.log_level)
     with bind(settings.host, settings.port) as listener:
-        _tune_gc()
+        # Imported modules are excluded from garbage collection, but not the bundle, which may be swapped out later.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(_GC_THRESHOLD, 10, 10)
         recognizer = Recognizer.open(settings.bundle, settings)
         host, port = listener.getsockname()[:2]
         log.info("serving %s on http://%s:%d", recognizer.label, f"[{host}]" if ":" in host else host, port)
@@ -44,7 +47,7 @@ def server_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
     """Return uvicorn's configuration for the app."""
     # On SIGTERM, requests in flight finish. Each may first fetch an image, then take up to its deadline.
     shutdown_ms = settings.deadline_ms + (settings.url_timeout_ms if settings.url_allowlist else 0)
-    protocol = partial(GuardedHttpProtocol, timeout_s=settings.receive_timeout_s)
+    protocol = partial(GuardedHttpProtocol, timeout_s=settings.receive_timeout_ms / 1000)
     return uvicorn.Config(
         app,
         http=cast(type[asyncio.Protocol], protocol),
@@ -54,16 +57,6 @@ def server_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
         server_header=False,
         timeout_graceful_shutdown=shutdown_ms // 1000 + 1,
     )
-
-
-def _tune_gc() -> None:
-    """Exclude the imported modules from garbage collection and collect less often.
-
-    This runs before the bundle is opened: a bundle that is swapped out later must be collected.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_GC_THRESHOLD, 10, 10)
 
 
 class _Server(uvicorn.Server):

@@ -46,8 +46,16 @@ def _split_commas(value: Any) -> Any:
 
 
 _SPLIT_COMMAS = BeforeValidator(_split_commas)
+
+
+def _check_rate(text: str) -> str:
+    Rate.parse(text)
+    return text
+
+
 _Key = Annotated[str, AfterValidator(digest_of)]
 _Host = Annotated[str, AfterValidator(host_pattern)]
+_Rate = Annotated[str, AfterValidator(_check_rate)]
 _Bundle = Annotated[Path | str, AfterValidator(lambda value: value if is_uri(value) else Path(value))]
 
 
@@ -127,7 +135,7 @@ class Settings(BaseSettings):
         repr=False,
         description="Token that permits changes to what is served, plain or as sha256:HEX.",
     )
-    rate_limit: str | None = Field(
+    rate_limit: _Rate | None = Field(
         default=None,
         description="Maximum images per API key, or per address without keys: N/second, N/minute or N/hour.",
     )
@@ -152,13 +160,6 @@ class Settings(BaseSettings):
     def _empty_is_none(cls, value: Any) -> Any:
         return None if value == "" else value
 
-    @field_validator("rate_limit")
-    @classmethod
-    def _check_rate(cls, value: str | None) -> str | None:
-        if value is not None:
-            Rate.parse(value)
-        return value
-
     @field_validator(*_URL_PREFIXES)
     @classmethod
     def _check_prefix(cls, value: str | None, info: ValidationInfo) -> str | None:
@@ -168,27 +169,15 @@ class Settings(BaseSettings):
         return value
 
     @model_validator(mode="after")
-    def _check_live_dir(self) -> Self:
+    def _check_together(self) -> Self:
         if self.index is not None and self.live_dir is not None:
             raise ValueError("with index milvus:..., live changes are stored in Milvus; remove live_dir")
-        return self
-
-    @model_validator(mode="after")
-    def _check_queue_limit(self) -> Self:
         if self.queue_limit < self.max_batch_images:
             raise ValueError(
                 f"queue_limit {self.queue_limit} is below max_batch_images {self.max_batch_images}: "
                 "a full batch would never be accepted; raise queue_limit or lower max_batch_images"
             )
         return self
-
-    @property
-    def index_device(self) -> str:
-        return self.device if self.search_device == "same" else self.search_device
-
-    @property
-    def receive_timeout_s(self) -> float:
-        return self.receive_timeout_ms / 1000
 
     @property
     def thread_count(self) -> int:
@@ -216,11 +205,8 @@ def load_settings(**arguments: Any) -> Settings:
     be ignored silently.
     """
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
-    unknown = sorted(
-        name
-        for name, value in os.environ.items()
-        if value and name.startswith(ENV_PREFIX) and name.upper() not in known
-    )
+    given = (name for name, value in os.environ.items() if value and name.startswith(ENV_PREFIX))
+    unknown = sorted(name for name in given if name.upper() not in known)
     if unknown:
         raise UserError(f"{', '.join(unknown)}: unknown setting; unset it (see `wikiclip serve --help`)")
     try:
@@ -234,6 +220,5 @@ def _one_line(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not name:
         return message
-    if name in _SECRET:
-        return f"setting {name} (WIKICLIP_{name.upper()}): {message}"
-    return f"setting {name} (WIKICLIP_{name.upper()}) is {problem['input']!r}: {message}"
+    value = "" if name in _SECRET else f" is {problem['input']!r}"
+    return f"setting {name} (WIKICLIP_{name.upper()}){value}: {message}"

@@ -91,18 +91,16 @@ class Metrics:
         self._images_of(outcome).inc(images)
 
     def observe_image(self, outcome: str, timings_ms: Mapping[str, float]) -> None:
-        """Count an image by outcome and observe the time of each of its stages (`total` is not a stage)."""
+        """Count an image by outcome and observe the time of each of its stages."""
         self.count_images(outcome)
         for stage, value_ms in timings_ms.items():
-            if stage != "total":
-                self._stage_seconds_of(stage).observe(value_ms / 1000)
+            self._stage_seconds_of(stage).observe(value_ms / 1000)
 
     def observe_request(self, route: str, status: int, elapsed_s: float) -> None:
         self._requests_of(route, str(status)).inc()
         self._request_seconds_of(route).observe(elapsed_s)
 
     def exposition(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

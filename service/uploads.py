@@ -31,10 +31,11 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
     A body over the limit is read up to `_DRAIN_BYTES` beyond it and discarded, because many clients do not read a
     response before they have sent their body. With `Expect: 100-continue` it is not read at all.
     """
+    error = TooLarge(f"the body is over {max_body_bytes} bytes; send a smaller image")
     declared = request.headers.get("content-length", "")
     too_large = declared.isdecimal() and int(declared) > max_body_bytes
     if too_large and request.headers.get("expect", "").lower() == "100-continue":
-        raise _too_large(max_body_bytes)  # reading would send 100 Continue
+        raise error  # reading would send 100 Continue
     chunks: list[bytes] = []
     size_bytes = 0
     try:
@@ -52,25 +53,14 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
         if not too_large:
             raise SlowRequest(f"the body did not arrive within {timeout_s:g} s; send a smaller image") from None
     if too_large:
-        raise _too_large(max_body_bytes)
+        raise error
     if size_bytes == 0:
         raise BadRequest("the body is empty; send an image")
     return b"".join(chunks)
 
 
-def _too_large(max_body_bytes: int) -> TooLarge:
-    return TooLarge(f"the body is over {max_body_bytes} bytes; send a smaller image")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageUrl:
-    """The URL of an image, not checked yet."""
-
-    url: str
-
-
-def image_of(body: bytes, content_type: str) -> bytes | ImageUrl:
-    """Return the image of a `POST /recognize` in any of its three forms, or its URL.
+def image_of(body: bytes, content_type: str) -> bytes | str:
+    """Return the image of a `POST /recognize` in any of its three forms, or its URL, unchecked.
 
     Raises `BadRequest` or `UnsupportedMediaType`.
     """
@@ -96,14 +86,14 @@ def images_of(body: bytes, content_type: str) -> list[bytes | UserError]:
     """
     if _media_type(content_type) != "multipart/form-data":
         raise UnsupportedMediaType("send multipart/form-data with parts named image")
-    parts = [part for part in _parse_multipart(body, content_type) if part.name == "image"]
+    parts = [part for part in _parse_multipart(body, content_type) if part.name == b"image"]
     if not parts:
         raise BadRequest("the form has no part named image; add one")
     return [_image_in_part(part) for part in parts]
 
 
-def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | ImageUrl | None]:
-    """Return the record of a `PUT /entities/{entity_id}` as parsed JSON, and its image, the URL of one, or None.
+def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
+    """Return the record of a `PUT /entities/{entity_id}` as parsed JSON, and its image, the image's URL, or None.
 
     Raises `BadRequest` or `UnsupportedMediaType`.
     """
@@ -115,8 +105,8 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | ImageUrl | N
     if media_type != "multipart/form-data":
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
     parts = _parse_multipart(body, content_type)
-    records = [part for part in parts if part.name == "record"]
-    images = [_image_in_part(part) for part in parts if part.name == "image"]
+    records = [part for part in parts if part.name == b"record"]
+    images = [_image_in_part(part) for part in parts if part.name == b"image"]
     if len(records) != 1 or len(images) > 1:
         raise BadRequest("the form needs one part record, with the record as JSON, and at most one part image")
     for image in images:
@@ -127,7 +117,7 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | ImageUrl | N
 
 @dataclass(frozen=True, kw_only=True)
 class _Part:
-    name: str
+    name: bytes | None
     content_type: str | None
     data: bytes
 
@@ -163,18 +153,14 @@ def _json(body: bytes) -> Any:
         raise BadRequest(f"the body is not JSON ({error}); send {_JSON_EXAMPLE}") from error
 
 
-def _image_in_json(image: object) -> bytes | ImageUrl:
+def _image_in_json(image: object) -> bytes | str:
     if not isinstance(image, dict) or len(image) != 1 or not isinstance(next(iter(image.values())), str):
         raise BadRequest(f"image must be an object with one string; send {_JSON_EXAMPLE}")
     kind, value = next(iter(image.items()))
     if kind == "url":
-        return ImageUrl(url=value)
+        return str(value)
     if kind != "base64":
         raise BadRequest(f"image has the unknown key {kind[:40]!r}; send {_JSON_EXAMPLE}")
-    return _from_base64(value)
-
-
-def _from_base64(value: str) -> bytes:
     if value.startswith("data:"):
         head, _, value = value.partition(",")
         _check_type(head.removeprefix("data:"))
@@ -196,12 +182,12 @@ def _parse_multipart(body: bytes, content_type: str) -> list[_Part]:
     endings: list[None] = []
 
     def add_field(field: Field) -> None:
-        parts.append(_Part(name=_text(field.field_name), content_type=field.content_type, data=field.value or b""))
+        parts.append(_Part(name=field.field_name, content_type=field.content_type, data=field.value or b""))
 
     def add_file(file: File) -> None:
         assert file.in_memory
         data = cast(io.BytesIO, file.file_object).getvalue()
-        parts.append(_Part(name=_text(file.field_name), content_type=file.content_type, data=data))
+        parts.append(_Part(name=file.field_name, content_type=file.content_type, data=data))
 
     parser = FormParser(
         "multipart/form-data",
@@ -221,10 +207,6 @@ def _parse_multipart(body: bytes, content_type: str) -> list[_Part]:
     if not endings:
         raise BadRequest("the multipart body is incomplete; send all of it")
     return parts
-
-
-def _text(name: bytes | None) -> str:
-    return (name or b"").decode("utf-8", "replace")
 
 
 # How /openapi.json describes these bodies. FastAPI does not know them, because the routes read them here.
@@ -254,9 +236,8 @@ def image_body() -> dict[str, Any]:
 def images_body() -> dict[str, Any]:
     """Describe the form that `images_of` reads."""
     images = {"type": "array", "items": _FILE}
-    return request_body(
-        {"multipart/form-data": {"type": "object", "required": ["image"], "properties": {"image": images}}}
-    )
+    form = {"type": "object", "required": ["image"], "properties": {"image": images}}
+    return request_body({"multipart/form-data": form})
 
 
 def record_body(model: type[BaseModel]) -> dict[str, Any]:

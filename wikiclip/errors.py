@@ -1,21 +1,6 @@
 """Errors that a request can end in. `except wikiclip.TooManyRequests` catches it from a client and from a recogniser.
 
-    WikiclipError                     500
-    └── UserError                     400   the message says what is wrong and what to do
-        ├── BadRequest                400   empty or malformed request
-        ├── Unauthorized              401
-        ├── Forbidden                 403
-        ├── NotFound                  404
-        ├── SlowRequest               408   the request did not arrive in time
-        ├── Conflict                  409
-        ├── TooLarge                  413   too many bytes or pixels
-        ├── UnsupportedMediaType      415   the declared type is not an image type that the service reads
-        ├── Unprocessable             422   bytes that do not decode, or a bad parameter
-        ├── TooManyRequests           429   has `retry_after_s`
-        ├── Unavailable               503   not ready, stopping or unreachable
-        └── DeadlineExceeded          504
-
-`core.errors` derives the more specific ones.
+`UserError` is the base of those whose message says what is wrong and what to do. `core.errors` shows the whole tree.
 """
 
 from __future__ import annotations

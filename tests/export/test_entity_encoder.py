@@ -91,8 +91,8 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             assert held.entities.thumbnail("new") is not None
             assert held.entities.get("new").title == "New title"
             assert held.entities.get("new").has_thumbnail
-            text_only = held.loaded.editor.put("words", request, None).result()  # type: ignore[union-attr]
-            assert not text_only.entity.has_thumbnail
+            text_only, _, _ = held.loaded.editor.put("words", request, None).result()  # type: ignore[union-attr]
+            assert not text_only.has_thumbnail
 
 
 def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(

@@ -118,7 +118,7 @@ def test_the_number_of_buckets_is_bounded():
     buckets = Buckets(Rate.parse("1/hour"), max_buckets=10)
     for number in range(100):
         buckets.take(str(number), 1)
-    assert len(buckets) == 10
+    assert len(buckets._buckets) == 10
     assert buckets.take("99", 1) > 0
 
 
