@@ -51,7 +51,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder, _Redis(folder) as redis:
         other_path = Path(folder) / "other"
         shutil.copytree(bundle_path, other_path)
-        flags = ("--redis-url", redis.url, "--admin-token", TOKEN, "--threads", "1", "--log-level", "error")
+        flags = ("--redis-url", redis.url, "--admin-token", TOKEN, "--threads", "1")
         with service_process(bundle_path, *flags, module="benchmarks.faults") as (process, url):
 
             def restart_redis() -> None:

@@ -30,19 +30,18 @@ import numpy as np
 from benchmarks.generator import (
     ANSWERED,
     Job,
-    generate_together,
+    generate,
     scrape_metrics,
     service_process,
     split_cores,
     summarise,
-    thread_flags,
 )
 from benchmarks.measure import gpu_figures, gpu_name, percentiles_ms, sample_gpu
 from benchmarks.synthetic import Float32Array, Population, write_embeddings, write_gpu_bundle, write_photographs
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
-from core.runtime import describe_run, faiss, usable_cores
+from core.runtime import describe_run, faiss
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
 from index.embeddings import EmbeddingShards
@@ -52,10 +51,12 @@ from index.search import DEFAULT_K_FACTOR
 from service.encoder import open_encoder, open_session
 from service.settings import Settings
 
+BASE = Path(__file__).parents[1] / "demo" / "bundle"
 IMAGE_SIZES = ((640, 480), (1280, 960))
 IMAGES = 16
 TOP_K = 5
 WARM_UP_S = 2.0
+GENERATOR_CORES = 4
 BATCHES = (1, 8, 32, 64)
 SERVICE_BATCH = 32  # the service's default maximum
 QUERIES = 512
@@ -76,8 +77,6 @@ class Setup:
     generator_cores: list[int]
     service_cores: list[int]
     connections: int
-    max_batch: int
-    start_timeout_s: float
 
     @property
     def batches(self) -> list[int]:
@@ -105,7 +104,7 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
         return
     if folder.exists():
         raise UserError(f"{folder} exists and is incomplete; remove it")
-    write_gpu_bundle(folder, encoder, entities, search_device=device, progress=True)
+    write_gpu_bundle(folder, Bundle.open(BASE), encoder, entities, search_device=device)
 
 
 @main.command()
@@ -113,20 +112,16 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--seconds", default=8.0, show_default=True, help="Length of each measurement.")
 @click.option("--processes", default="1,2,4", show_default=True, help="Numbers of services, one run each.")
-@click.option("--generator-cores", default=4, show_default=True, help="Cores that send requests.")
 @click.option("--connections", default=192, show_default=True, help="Connections of all load generators together.")
 @click.option("--largest-batch", default=BATCHES[-1], show_default=True, help="Largest batch of the encoder alone.")
-@click.option("--max-batch", default=0, show_default=True, help="Largest batch of a service; 0 for its default.")
-@click.option("--start-timeout-s", default=240.0, show_default=True, help="Seconds for a service to become ready.")
 @click.option("--out", type=click.Path(path_type=Path), help="File that is also written after each phase.")
-def measure(folder: Path, processes: str, generator_cores: int, out: Path | None, **options: Any) -> None:
+def measure(folder: Path, processes: str, out: Path | None, **options: Any) -> None:
     """Measure, and print JSON. If a phase fails, its error replaces its figures, and the exit code is 1."""
     bundle = Bundle.open(folder)
-    generator, service = (sorted(cores) for cores in split_cores(generator_cores))
+    generator, service = (sorted(cores) for cores in split_cores(GENERATOR_CORES))
     setup = Setup(bundle=folder, generator_cores=generator, service_cores=service, **options)
     settings = {
-        "device": setup.device, "bundle": bundle.name, "entities": bundle.manifest.counts.entities,
-        "seconds": setup.seconds, "connections": setup.connections, "max_batch": setup.max_batch,
+        **options, "bundle": bundle.name, "entities": bundle.manifest.counts.entities,
         "generator_cores": len(generator), "service_cores": len(service),
     }  # fmt: skip
     figures: Figures = {}
@@ -253,7 +248,6 @@ def _time_calls(call: Callable[[Any], object], inputs: Sequence[Any], seconds: f
 class Service:
     url: str
     pid: int
-    cores: int
 
 
 def _measure_services(
@@ -283,12 +277,9 @@ def running_services(setup: Setup, count: int) -> Iterator[list[Service]]:
     """Start services in parallel, each on its own cores if there are enough."""
 
     def start(cores: set[int]) -> Service:
-        running = service_process(
-            setup.bundle, "--cache", "off", "--device", setup.device, "--max-batch", str(setup.max_batch),
-            *thread_flags(len(cores)), "--log-level", "warning", cores=cores, start_timeout_s=setup.start_timeout_s,
-        )  # fmt: skip
+        running = service_process(setup.bundle, "--cache", "off", "--device", setup.device, cores=cores)
         process, url = stack.enter_context(running)
-        return Service(url=url, pid=process.pid, cores=len(cores))
+        return Service(url=url, pid=process.pid)
 
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
         yield list(pool.map(start, divide_cores(setup.service_cores, count)))
@@ -318,10 +309,10 @@ def run_load(
             time.sleep(seconds)
         usage.append([_usage(service) for service in services])
 
-    runs = generate_together(jobs, watch)
+    runs = generate(jobs, watch)
     return {
         **summarise(runs, warm_up_s=warm_up_s, seconds=seconds),
-        **busy(*usage, cores=sum(service.cores for service in services)),
+        **busy(*usage, cores=len(setup.service_cores)),
         "gpu": gpu_figures(gpu_samples),
     }
 
@@ -389,7 +380,7 @@ def search(vectors: int, dim: int, bandwidth_gb_s: float) -> None:
     """Measure exact search on the GPUs, and compare it with the time that reading the vectors takes."""
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / EMBEDDINGS_FOLDER
-        write_embeddings(folder, vectors, dim, progress=True, threads=usable_cores())
+        write_embeddings(folder, vectors, dim)
         placed = placement(faiss.IndexFlatIP(dim), EmbeddingShards(folder, dim), "cuda")
     queries_QD = Population.of(dim).draw(QUERIES, np.random.default_rng(2))
 

@@ -136,7 +136,7 @@ def measure_scale(like: Bundle, scale: Scale, work: Path) -> dict[str, Any]:
     whole = work / "whole"
     shutil.rmtree(work, ignore_errors=True)
     try:
-        synthetic.write_embeddings(whole / EMBEDDINGS_FOLDER, scale.vectors, scale.dim, progress=True)
+        synthetic.write_embeddings(whole / EMBEDDINGS_FOLDER, scale.vectors, scale.dim)
         figures: dict[int, dict[str, Any]] = {}
         truths: dict[int, Path] = {}
         for size in tqdm(scale.sizes, desc="size"):

@@ -81,7 +81,7 @@ class _Service:
 
     def __init__(self, bundle: Path, live_dir: str) -> None:
         self._bundle = bundle
-        self._flags = ("--live-dir", live_dir, "--admin-token", TOKEN, "--threads", "1", "--log-level", "error")
+        self._flags = ("--live-dir", live_dir, "--admin-token", TOKEN, "--threads", "1")
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()

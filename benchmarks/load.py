@@ -43,7 +43,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """Return the steps of the ramp, its knee, and the steps of mixed traffic and of the spike."""
     generator, service = split_cores()
     step_s = 3.0 if smoke else 10.0
-    with running_service(bundle_path, "--cache", "on", "--log-level", "warning", cores=service) as url:
+    with running_service(bundle_path, "--cache", "on", cores=service) as url:
         run_locust(url, generator, "Cold", shape="steady", rate=10, minutes=0.05)  # warms up
         growth = 1.7 if smoke else 1.35
         ramp = run_locust(url, generator, "Cold", shape="ramp", rate=20, step_s=step_s, growth=growth)

@@ -20,11 +20,10 @@ from benchmarks.generator import (
     Job,
     Response,
     closed_loop,
-    generate_together,
+    generate,
     running_service,
     scrape_metrics,
     split_cores,
-    thread_flags,
 )
 from benchmarks.synthetic import encoder_bundles, write_photographs
 from evaluation.pages import Lines, Report
@@ -69,18 +68,20 @@ def _overload(bundle: Path, images: list[str], *, smoke: bool) -> dict[str, Any]
     peak_s, overload_s, after_s = (
         (SMOKE_PEAK_S, SMOKE_OVERLOAD_S, SMOKE_AFTER_S) if smoke else (PEAK_S, OVERLOAD_S, AFTER_S)
     )
-    flags = (*thread_flags(len(service)), "--deadline-ms", str(DEADLINE_MS))
-    with running_service(
-        bundle, *flags, "--device", "cpu", "--cache", "off", "--log-level", "error", cores=service
-    ) as url:
+    flags = ("--device", "cpu", "--cache", "off", "--deadline-ms", str(DEADLINE_MS))
+    with running_service(bundle, *flags, cores=service) as url:
         target: dict[str, Any] = {"url": f"{url}/recognize?top_k=5", "images": images, "cores": [*generator]}
         job = Job(**target, connections=8 * len(service), seconds=WARM_UP_S + peak_s)
         peak = closed_loop(job, warm_up_s=WARM_UP_S)["per_s"]
         job = Job(**target, phases=((TIMES * peak, overload_s), (peak / 3, after_s)))
         memory_mib: list[float] = []
-        (run,) = generate_together(
-            [job], during=lambda: memory_mib.extend(_sample_memory_mib(url, overload_s + after_s))
-        )
+
+        def sample_memory() -> None:
+            for _ in range(int(overload_s + after_s)):
+                time.sleep(1.0)
+                memory_mib.append(round(scrape_metrics(url)["process_resident_memory_bytes"] / 1024**2, 1))
+
+        (run,) = generate([job], during=sample_memory)
     return {"peak_per_s": peak, **summary(run.responses, peak, overload_s, after_s), "memory_mib": memory_mib}
 
 
@@ -93,6 +94,7 @@ def summary(responses: Sequence[Response], peak: float, overload_s: float, after
     # Goodput counts what is answered during the overload, even if it was sent before.
     answered = sum(each.status == HTTPStatus.OK and SETTLING_S <= each.ended_s < overload_s for each in responses)
     goodput = answered / (overload_s - SETTLING_S)
+    ended = Counter((int(each.ended_s), each.status) for each in responses)
     return {
         "offered_per_s": round(len(overload) / (overload_s - SETTLING_S), 1),
         "goodput_per_s": round(goodput, 2),
@@ -101,12 +103,11 @@ def summary(responses: Sequence[Response], peak: float, overload_s: float, after
         "refused_p99_ms": _p99_ms(refused),
         "statuses": _statuses(overload),
         "refused_without_retry_after": sum(not each.retry_after for each in refused),
-        "after": {
-            "requests": len(after),
-            "statuses": _statuses(after),
-            "p99_ms": _p99_ms(after),
-        },
-        "timeline": _timeline(responses, overload_s + after_s),
+        "after": {"requests": len(after), "statuses": _statuses(after), "p99_ms": _p99_ms(after)},
+        "timeline": [
+            {"second": second, "answered": ended[second, 200], "refused": ended[second, 429]}
+            for second in range(int(overload_s + after_s))
+        ],
     }
 
 
@@ -116,25 +117,3 @@ def _statuses(responses: Sequence[Response]) -> dict[str, int]:
 
 def _p99_ms(responses: Sequence[Response]) -> float | None:
     return round(float(np.percentile([each.took_ms for each in responses], 99)), 1) if responses else None
-
-
-def _timeline(responses: Sequence[Response], total_s: float) -> list[dict[str, int]]:
-    """Return the numbers of requests answered and refused in each second."""
-    ended = Counter((int(each.ended_s), each.status) for each in responses)
-    return [
-        {
-            "second": second,
-            "answered": ended[second, HTTPStatus.OK],
-            "refused": ended[second, HTTPStatus.TOO_MANY_REQUESTS],
-        }
-        for second in range(int(total_s))
-    ]
-
-
-def _sample_memory_mib(url: str, seconds: float) -> list[float]:
-    """Return the resident memory of the service in each second."""
-    samples = []
-    for _ in range(int(seconds)):
-        time.sleep(1.0)
-        samples.append(round(scrape_metrics(url)["process_resident_memory_bytes"] / 1024**2, 1))
-    return samples

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.generator import Job, closed_loop, encode_image, free_port, running_service, split_cores, thread_flags
+from benchmarks.generator import Job, closed_loop, encode_image, free_port, running_service, split_cores
 from benchmarks.synthetic import write_photographs
 from evaluation.pages import Bars, Report
 from index.bundle import Bundle
@@ -74,9 +74,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         work = Path(folder)
         images = write_photographs(work, IMAGES, 1280, 960)
         shared_job = _write_shared_files(Bundle.open(bundle_path), work)
-        flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(cores)), "--log-level", "warning")
         for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
-            with running_service(bundle_path, *flags, cores=cores) as url:
+            with running_service(bundle_path, "--cache", "off", "--device", "cpu", cores=cores) as url:
                 expected = run("wikiclip", f"{url}/recognize?top_k=5", None)
             for peer in VERSIONS:
                 for decoder in ("own",) if smoke else DECODERS:

@@ -29,7 +29,6 @@ from benchmarks.generator import (
     running_service,
     scrape_metrics,
     split_cores,
-    thread_flags,
     wait_for_start,
 )
 from benchmarks.measure import median_interval
@@ -85,7 +84,6 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
 
 def _compare(bundle: Path, images: list[str], *, rounds: int) -> dict[str, Any]:
     generator, cores = split_cores()
-    flags = ("--cache", "off", "--device", "cpu", *thread_flags(len(cores)), "--log-level", "warning")
 
     def request(url: str, connections: int, *, poll: bool = False) -> dict[str, Any]:
         job = Job(
@@ -97,7 +95,7 @@ def _compare(bundle: Path, images: list[str], *, rounds: int) -> dict[str, Any]:
     samples: dict[str, list[float]] = {}
     for _ in range(rounds):
         loop = run_loops(bundle, images, [cores])
-        with running_service(bundle, *flags, cores=cores) as url:
+        with running_service(bundle, "--cache", "off", "--device", "cpu", cores=cores) as url:
             single = request(url, 1, poll=True)
             sleeping = request(url, 1)
             before = scrape_metrics(url)

@@ -115,7 +115,7 @@ def _in_process(bundle: Bundle) -> Iterator[Probe]:
 
 def _over_http(bundle_path: Path, stack: ExitStack) -> Iterator[Probe]:
     """Yield probes of a service: images that it has never seen, and one that is in its cache."""
-    url = stack.enter_context(running_service(bundle_path, "--cache", "on", "--log-level", "warning"))
+    url = stack.enter_context(running_service(bundle_path, "--cache", "on"))
     client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
     images = [photograph(seed) for seed in range(BATCH)]
     numbers = itertools.count()

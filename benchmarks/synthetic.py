@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,24 +29,11 @@ from PIL import Image, ImageDraw, features
 from tqdm import tqdm
 
 from core.errors import UserError
-from core.files import sha256_file
-from core.runtime import faiss, usable_cores
+from core.runtime import usable_cores
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.embeddings import EmbeddingShards, rows_file, vectors_file, write_shard
-from index.manifest import (
-    EMBEDDINGS_FOLDER,
-    IMAGE_ENCODER_FILE,
-    INDEX_FILE,
-    INDEX_MANIFEST_FILE,
-    MANIFEST_FILE,
-    SCHEMA_VERSION,
-    STORE_FILE,
-    Counts,
-    ImageEncoderEntry,
-    IndexManifest,
-    Manifest,
-)
+from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE, Counts, ImageEncoderEntry
 from index.store import INDEXES, SCHEMA
 
 if TYPE_CHECKING:
@@ -56,7 +42,7 @@ if TYPE_CHECKING:
 Float32Array = npt.NDArray[np.float32]
 
 SHARD_SIZE = 4000  # about what an export writes
-PLACEHOLDER_FACTORY = "PQ1x8"  # one byte per embedding
+TINY_FACTORY = "PQ1x8"  # one byte per embedding
 _TOPICS, _CLUSTERS = 300, 20_000
 _OFFSET, _TOPIC, _CLUSTER, _OWN = 0.55, 0.40, 0.45, 0.55  # lengths of the parts; the sum is normalised
 _SIZE_POWER = 0.8  # the r-th largest cluster has a share proportional to r to the -0.8
@@ -169,8 +155,8 @@ class Population:
     directions_DD: Float32Array  # orthogonal; the length of each is the standard deviation along it
 
     @classmethod
-    def of(cls, dim: int, seed: int = 0) -> Population:
-        rng = np.random.default_rng(seed)
+    def of(cls, dim: int) -> Population:
+        rng = np.random.default_rng(0)
         topics_TD = _TOPIC * _unit_vectors(rng, _TOPICS, dim)
         shares_C = np.arange(1, _CLUSTERS + 1) ** -_SIZE_POWER
         spectrum_D = np.arange(1, dim + 1) ** -_SPECTRUM_POWER
@@ -198,24 +184,19 @@ def _unit_vectors(rng: np.random.Generator, count: int, dim: int) -> Float32Arra
     return vectors_nD
 
 
-def write_embeddings(
-    folder: Path, count: int, dim: int, *, seed: int = 0, progress: bool = False, threads: int = 1
-) -> None:
-    """Write `count` synthetic embeddings, one per entity, to `folder` as shards."""
+def write_embeddings(folder: Path, count: int, dim: int) -> None:
+    """Write `count` synthetic embeddings, one per entity, to `folder` as shards. Every core draws some of them."""
     folder.mkdir(parents=True)
-    population = Population.of(dim, seed)
+    population = Population.of(dim)
 
-    def write(shard: int) -> int:
+    def write(shard: int) -> None:
         rows_n = np.arange(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, count))
-        write_shard(folder, shard, rows_n, population.draw(len(rows_n), np.random.default_rng((seed, shard))))
-        return len(rows_n)
+        write_shard(folder, shard, rows_n, population.draw(len(rows_n), np.random.default_rng((0, shard))))
 
-    with (
-        tqdm(desc="draw", unit="embedding", total=count, disable=not progress) as bar,
-        ThreadPoolExecutor(threads) as pool,
-    ):
-        for written in pool.map(write, range(-(-count // SHARD_SIZE))):
-            bar.update(written)
+    shards = -(-count // SHARD_SIZE)
+    with ThreadPoolExecutor(usable_cores()) as pool:
+        for _ in tqdm(pool.map(write, range(shards)), desc="draw", unit="shard", total=shards):
+            pass
 
 
 def link_first_shards(folder: Path, source: Path, count: int) -> None:
@@ -252,23 +233,20 @@ def write_bundle(folder: Path, base: Bundle, *, count: int) -> None:
     write_store(folder / STORE_FILE, count)
     entry = base.manifest.image_encoder
     shutil.copyfile(base.path / entry.file, folder / entry.file)
-    changed = {
-        "name": "synthetic",
-        "embedding_dim": np.load(folder / EMBEDDINGS_FOLDER / vectors_file(0), mmap_mode="r").shape[1],
-        "image_encoder": entry.model_copy(update={"int8": None, "float16": None}),
-        "counts": _counts(count),
-        "calibration": None,
-        "files": list_files(folder),
-        "created_at": _now(),
-    }
-    base.manifest.model_copy(update=changed).write(folder / MANIFEST_FILE)
+    _write_manifest(
+        folder,
+        base,
+        embedding_dim=np.load(folder / EMBEDDINGS_FOLDER / vectors_file(0), mmap_mode="r").shape[1],
+        image_encoder=entry.model_copy(update={"int8": None, "float16": None}),
+        counts=_counts(count),
+        calibration=None,
+    )
 
 
 def encoder_bundles(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[str, Path]:
     """Return bundles by the name of their encoder: `bundle_path`, and without `smoke` one with a ViT-B/32 in int8."""
-    return (
-        {"own": bundle_path} if smoke else {"own": bundle_path, "vit-b32-int8": write_vit_bundle(bundle_path, folder)}
-    )
+    own = {"own": bundle_path}
+    return own if smoke else own | {"vit-b32-int8": write_vit_bundle(bundle_path, folder)}
 
 
 def write_vit_bundle(base_path: Path, folder: Path) -> Path:
@@ -288,22 +266,15 @@ def write_vit_bundle(base_path: Path, folder: Path) -> Path:
     write_shard(bundle / EMBEDDINGS_FOLDER, 0, rows_N, vectors_ND)
     embeddings = EmbeddingShards(bundle / EMBEDDINGS_FOLDER, shape.embedding_dim)
     build_index(bundle, embeddings, factory=base.index_manifest.factory)
-    changed = {
-        "name": bundle.name,
-        "model": {**base.manifest.model, "name": "vit-b32-int8"},
-        "files": list_files(bundle),
-        **_encoder_fields(shape),
-    }
-    base.manifest.model_copy(update=changed).write(bundle / MANIFEST_FILE)
+    _write_manifest(bundle, base, **_encoder_fields(shape))
     return bundle
 
 
-def write_gpu_bundle(bundle: Path, encoder: str, entities: int, *, search_device: str, progress: bool = False) -> None:
+def write_gpu_bundle(bundle: Path, base: Bundle, encoder: str, entities: int, *, search_device: str) -> None:
     """Write the bundle that a GPU is measured with: float16 encoder with random weights, synthetic embeddings.
 
-    For `search_device` `cuda` the index is a placeholder, since exact search on a GPU reads the bundle's embeddings;
-    for `cpu` it is exact. The steps run in parallel, because a machine with a GPU is expensive. Needs the extra
-    `export`, but no GPU.
+    Exact search on a GPU reads the bundle's embeddings, so for `search_device` `cuda` the index is tiny and inexact.
+    The steps run in parallel, because a machine with a GPU is expensive. Needs the extra `export`, but no GPU.
     """
     from benchmarks.generative.models import ENCODERS
 
@@ -317,25 +288,12 @@ def write_gpu_bundle(bundle: Path, encoder: str, entities: int, *, search_device
             pool.submit(_write_float16_encoder, shape, bundle / IMAGE_ENCODER_FILE),
             pool.submit(write_store, bundle / STORE_FILE, entities),
         ]
-        write_embeddings(folder, entities, shape.embedding_dim, progress=progress, threads=usable_cores())
+        write_embeddings(folder, entities, shape.embedding_dim)
         for each in others:
             each.result()
-    if search_device == "cuda":
-        write_placeholder_index(bundle, shape.embedding_dim, entities)
-    else:
-        build_index(bundle, EmbeddingShards(folder, shape.embedding_dim))
-    Manifest(
-        schema_version=SCHEMA_VERSION,
-        name=f"{encoder}-{entities}",
-        model={"name": f"{encoder}, float16, random weights"},
-        counts=_counts(entities),
-        calibration=None,
-        export={"made_up": True, "searched_on": search_device},
-        files=list_files(bundle),
-        created_at=_now(),
-        elapsed_s=0.0,
-        **_encoder_fields(shape),
-    ).write(bundle / MANIFEST_FILE)
+    factory = TINY_FACTORY if search_device == "cuda" else "Flat"
+    build_index(bundle, EmbeddingShards(folder, shape.embedding_dim), factory=factory, progress=True)
+    _write_manifest(bundle, base, counts=_counts(entities), calibration=None, **_encoder_fields(shape))
 
 
 def _write_float16_encoder(shape: EncoderShape, path: Path) -> None:
@@ -347,29 +305,6 @@ def _write_float16_encoder(shape: EncoderShape, path: Path) -> None:
 
     torch.manual_seed(0)
     export_normalised(Normalised(InFloat16(build_tower(shape))), shape.size_px, path)
-
-
-def write_placeholder_index(bundle: Path, dim: int, count: int) -> None:
-    """Write an index that loads but cannot rank: all of its codes are equal."""
-    index = faiss.index_factory(dim, PLACEHOLDER_FACTORY, faiss.METRIC_INNER_PRODUCT)
-    index.is_trained = True
-    index.codes.resize(count)
-    index.ntotal = count
-    path = bundle / INDEX_FILE
-    path.parent.mkdir()
-    faiss.write_index(index, str(path))
-    IndexManifest(
-        factory=PLACEHOLDER_FACTORY,
-        parameters={},
-        why="a placeholder for exact search on a GPU",
-        metric="inner product",
-        dim=dim,
-        count=count,
-        bytes=path.stat().st_size,
-        sha256=sha256_file(path),
-        created_at=_now(),
-        elapsed_s=0.0,
-    ).write(bundle / INDEX_MANIFEST_FILE)
 
 
 def _encoder_fields(shape: EncoderShape) -> dict[str, Any]:
@@ -389,5 +324,7 @@ def _counts(entities: int) -> Counts:
     return Counts(entities=entities, embeddings=entities, without_image=0, without_text=0, rejected=0)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+def _write_manifest(bundle: Path, base: Bundle, **changes: Any) -> None:
+    """Write the manifest of `base` with these changes."""
+    changes |= {"name": bundle.name, "files": list_files(bundle)}
+    base.manifest.model_copy(update=changes).write(bundle / MANIFEST_FILE)

@@ -16,7 +16,7 @@ from benchmarks.generator import Job, Response, Run, closed_loop, generate, runn
 
 @pytest.fixture(scope="module")
 def url(small_bundle: Path) -> Iterator[str]:
-    with running_service(small_bundle, "--log-level", "warning", "--threads", "1") as url:
+    with running_service(small_bundle, "--threads", "1") as url:
         yield f"{url}/recognize"
 
 
@@ -45,7 +45,7 @@ def test_a_closed_loop_counts_answers_and_failures(
 
 def test_an_open_loop_does_not_wait_for_responses(url: str, images: list[str]) -> None:
     cores, _ = split_cores()
-    run = generate(Job(url=url, images=images, cores=[*cores], phases=((20.0, 1.0), (10.0, 1.0))))
+    (run,) = generate([Job(url=url, images=images, cores=[*cores], phases=((20.0, 1.0), (10.0, 1.0)))])
     assert run.responses
     assert {each.status for each in run.responses} <= {200, 422}
     assert all(each.at_s >= 0 for each in run.responses)

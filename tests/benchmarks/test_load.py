@@ -110,7 +110,7 @@ def test_the_report_shows_every_step(locustfile: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def url(small_bundle: Path) -> Iterator[str]:
-    with running_service(small_bundle, "--log-level", "warning") as url:
+    with running_service(small_bundle) as url:
         yield url
 
 

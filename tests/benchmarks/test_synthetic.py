@@ -7,14 +7,14 @@ from pathlib import Path
 
 import faiss
 import numpy as np
+import pytest
 
 from benchmarks import synthetic
+from index.bundle import Bundle
 from index.embeddings import EmbeddingShards, vectors_file
 from index.gpu import clonable
-from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
-from index.search import EntityIndex
+from index.manifest import INDEX_FILE
 from index.store import EntityStore, StoredEntity
-from tests.conftest import EMBEDDING_DIM
 
 
 def test_hostile_bodies_vary_and_repeat_with_the_seed() -> None:
@@ -37,9 +37,10 @@ def test_embeddings_have_the_structure_of_real_ones(tmp_path: Path) -> None:
     assert variances[-1] > 4 * variances[0]  # some directions more than others
 
 
-def test_threads_do_not_change_the_embeddings(tmp_path: Path) -> None:
-    synthetic.write_embeddings(tmp_path / "one", 9000, 8)
-    synthetic.write_embeddings(tmp_path / "several", 9000, 8, threads=2)
+def test_threads_do_not_change_the_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, cores in (("one", 1), ("several", 2)):
+        monkeypatch.setattr(synthetic, "usable_cores", lambda cores=cores: cores)
+        synthetic.write_embeddings(tmp_path / folder, 9000, 8)
     assert len(list((tmp_path / "several").iterdir())) == 6
     for shard in range(3):
         one, several = (np.load(tmp_path / folder / vectors_file(shard)) for folder in ("one", "several"))
@@ -64,10 +65,12 @@ def test_the_store_can_be_read(tmp_path: Path) -> None:
         assert store.by_rows([99]) == [last]
 
 
-def test_the_placeholder_index_loads_and_stays_off_the_gpu(tmp_path: Path) -> None:
-    synthetic.write_embeddings(tmp_path / "embeddings", 5000, EMBEDDING_DIM)
-    synthetic.write_placeholder_index(tmp_path, EMBEDDING_DIM, 5000)
-    manifest = IndexManifest.read(tmp_path / INDEX_MANIFEST_FILE)
-    assert (manifest.factory, manifest.count) == (synthetic.PLACEHOLDER_FACTORY, 5000)
-    EntityIndex.read(tmp_path / INDEX_FILE, EmbeddingShards(tmp_path / "embeddings", EMBEDDING_DIM), {})
-    assert clonable(faiss.read_index(str(tmp_path / INDEX_FILE))) is None
+@pytest.mark.parametrize(("device", "kind"), [("cuda", faiss.IndexPQ), ("cpu", faiss.IndexFlat)])
+def test_the_gpu_bundle_can_be_searched(small_bundle: Path, tmp_path: Path, device: str, kind: type) -> None:
+    bundle = tmp_path / "bundle"
+    synthetic.write_gpu_bundle(bundle, Bundle.open(small_bundle), "vit-b32-2-layers", 500, search_device=device)
+    opened = Bundle.open(bundle)
+    assert opened.manifest.counts.entities == len(opened.index()) == 500
+    index = faiss.read_index(str(bundle / INDEX_FILE))
+    assert isinstance(index, kind)
+    assert clonable(index) is None  # so a GPU searches the embeddings, exactly

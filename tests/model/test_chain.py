@@ -53,7 +53,7 @@ def test_an_onnx_encoder_goes_from_training_to_the_service(
     assert np.allclose(served_BD, own_BD, atol=1e-5) == (centring == "--no-centre")
 
     answered = [json.loads(line)["pred_entity_id"] for line in predictions.read_text().splitlines()]
-    with running_service(bundle, "--cache", "off", "--log-level", "warning") as url:
+    with running_service(bundle, "--cache", "off") as url:
         for row, entity_id in zip(dataset.validation.read_text().splitlines()[:3], answered, strict=False):
             image = (dataset.folder / json.loads(row)["image"]).read_bytes()
             answer = httpx.post(f"{url}/recognize", content=image, headers={"Content-Type": "image/png"}).json()
