@@ -11,9 +11,8 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import numpy as np
 
 from benchmarks.generator import running_service
 from benchmarks.measure import Probe, nested, sample
-from benchmarks.synthetic import Float32Array, Population, bust_cache, photograph
+from benchmarks.synthetic import Population, bust_cache, photograph
 from core.runtime import faiss
 from evaluation.pages import Bars, Lines, Report
 from imaging import Preprocessing, load_pixels
@@ -64,29 +63,22 @@ def measure(bundle_path: Path, *, smoke: bool, minutes: float | None = None) -> 
     Without `smoke`, run two to twelve rounds, as many as `minutes` allow.
     """
     until = None if minutes is None else time.monotonic() + 60 * minutes
-    bundle = Bundle.open(bundle_path)
-    catalogs = _catalogs(SMOKE_CATALOG_SIZES if smoke else CATALOG_SIZES)
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    largest = MEMORY_SHARE * memory / (2 * DIM)  # both indexes share the float16 vectors
+    sizes = SMOKE_CATALOG_SIZES if smoke else CATALOG_SIZES
+    probes = [*_in_process(Bundle.open(bundle_path))]
+    catalogs = []
+    for size in sizes:
+        if size <= max(largest, sizes[0]):
+            growth, catalog = _growth(size)
+            probes += growth
+            catalogs.append(catalog)
     with ExitStack() as stack:
-        probes = [*_in_process(bundle), *_growth(catalogs), *_over_http(bundle_path, stack)]
+        probes += _over_http(bundle_path, stack)
         faiss.omp_set_num_threads(1)
-        metrics = sample(
-            probes,
-            rounds=SMOKE_ROUNDS if smoke else ROUNDS,
-            moment_s=SMOKE_MOMENT_S if smoke else MOMENT_S,
-            until=until,
-        )
-    return {
-        **nested(metrics),
-        "catalogs": [
-            {
-                "entities": each.size, "width": DIM, "exact": EXACT, "exact_mb": round(2e-6 * DIM * each.size, 1),
-                "fast": f"{FAST}, refined in {EXACT}, k_factor {K_FACTOR}",
-                "fast_mb": round((2 * DIM + 64) * 1e-6 * each.size, 1), "fast_recall_at_10": each.recall,
-            }
-            for each in catalogs
-        ],
-        "threads": {"in process": 1, "service": "its default"},
-    }  # fmt: skip
+        rounds, moment_s = (SMOKE_ROUNDS, SMOKE_MOMENT_S) if smoke else (ROUNDS, MOMENT_S)
+        metrics = sample(probes, rounds=rounds, moment_s=moment_s, until=until)
+    return {**nested(metrics), "catalogs": catalogs, "threads": {"in process": 1, "service": "its default"}}
 
 
 def _in_process(bundle: Bundle) -> Iterator[Probe]:
@@ -130,47 +122,35 @@ def _over_http(bundle_path: Path, stack: ExitStack) -> Iterator[Probe]:
     yield Probe(name="end to end/over HTTP, cached", call=lambda _: recognize(images[0]))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Catalog:
-    """Two indexes over synthetic embeddings, queries near some of them, and the recall of the fast index."""
-
-    size: int
-    exact: faiss.Index
-    fast: faiss.Index
-    queries_QD: Float32Array
-    recall: float
-
-
-def _catalogs(sizes: Sequence[int]) -> list[_Catalog]:
-    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    largest = MEMORY_SHARE * memory / (2 * DIM)  # both indexes share the float16 vectors
-    population = Population.of(DIM)
-    return [_catalog(population, size) for size in sizes if size <= max(largest, sizes[0])]
-
-
-def _catalog(population: Population, size: int) -> _Catalog:
+def _growth(size: int) -> tuple[list[Probe], dict[str, Any]]:
+    """Return probes of two indexes over so many synthetic embeddings, and the size and recall of the indexes."""
     rng = np.random.default_rng(size)
+    population = Population.of(DIM)
     exact, codes = (faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT) for factory in (EXACT, FAST))
     for start in range(0, size, CHUNK):
-        vectors = population.draw(min(CHUNK, size - start), rng)
+        vectors_ND = population.draw(min(CHUNK, size - start), rng)
         if start == 0:
-            queries_QD = vectors[:QUERIES] + rng.normal(0, 0.5 / DIM**0.5, vectors[:QUERIES].shape).astype(np.float32)
+            near_QD = vectors_ND[:QUERIES]
+            queries_QD = near_QD + rng.normal(0, 0.5 / DIM**0.5, near_QD.shape).astype(np.float32)
             queries_QD /= np.linalg.norm(queries_QD, axis=1, keepdims=True)
-            exact.train(vectors)
-            codes.train(vectors)
-        exact.add(vectors)
-        codes.add(vectors)
+            exact.train(vectors_ND)
+            codes.train(vectors_ND)
+        exact.add(vectors_ND)
+        codes.add(vectors_ND)
     fast = faiss.IndexRefine(codes, exact)
     fast.k_factor = K_FACTOR
     (_, expected), (_, found) = (each.search(queries_QD, TOP_K) for each in (exact, fast))
     recall = np.mean([len(np.intersect1d(*pair)) / TOP_K for pair in zip(expected, found, strict=True)])
-    return _Catalog(size=size, exact=exact, fast=fast, queries_QD=queries_QD, recall=round(float(recall), 4))
 
-
-def _growth(catalogs: Sequence[_Catalog]) -> Iterator[Probe]:
-    def search(index: faiss.Index, queries_QD: Float32Array, i: int) -> Any:
+    def search(index: faiss.Index, i: int) -> Any:
         return index.search(queries_QD[i % QUERIES][None], TOP_K)
 
-    for each in catalogs:
-        yield Probe(name=f"growth/exact/{each.size}", call=partial(search, each.exact, each.queries_QD))
-        yield Probe(name=f"growth/fast/{each.size}", call=partial(search, each.fast, each.queries_QD))
+    probes = [
+        Probe(name=f"growth/{kind}/{size}", call=partial(search, index))
+        for kind, index in (("exact", exact), ("fast", fast))
+    ]
+    return probes, {
+        "entities": size, "width": DIM, "exact": EXACT, "exact_mb": round(2e-6 * DIM * size, 1),
+        "fast": f"{FAST}, refined in {EXACT}, k_factor {K_FACTOR}", "fast_mb": round((2 * DIM + 64) * 1e-6 * size, 1),
+        "fast_recall_at_10": round(float(recall), 4),
+    }  # fmt: skip
