@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import os
 import random
 import selectors
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from http import HTTPStatus
@@ -211,14 +212,14 @@ def wait_for_start() -> None:
 
 def closed_loop(job: Job, *, warm_up_s: float) -> dict[str, Any]:
     """Run a closed loop and return its figures. Requests that end in the first `warm_up_s` seconds do not count."""
-    return summarise(generate([job]), warm_up_s=warm_up_s, seconds=job.seconds - warm_up_s)
+    (run,) = generate([job])
+    figures = summarise(run.responses, warm_up_s=warm_up_s, seconds=job.seconds - warm_up_s)
+    return {**figures, "generator_busy": run.busy}
 
 
-def summarise(runs: Sequence[Run], *, warm_up_s: float, seconds: float) -> dict[str, Any]:
+def summarise(responses: Iterable[Response], *, warm_up_s: float = 0.0, seconds: float = math.inf) -> dict[str, Any]:
     """Return responses per second, latency percentiles and failures of the `seconds` after the warm-up."""
-    counted = [
-        each for run in runs for each in run.responses if warm_up_s <= each.ended_s < warm_up_s + seconds
-    ]  # fmt: skip
+    counted = [each for each in responses if warm_up_s <= each.ended_s < warm_up_s + seconds]
     took_ms = [each.took_ms for each in counted if each.status == HTTPStatus.OK]
     p50, p99 = np.percentile(took_ms, (50, 99)).round(2).tolist() if took_ms else (None, None)
     return {
@@ -227,7 +228,6 @@ def summarise(runs: Sequence[Run], *, warm_up_s: float, seconds: float) -> dict[
         "p99_ms": p99,
         "answers": len(took_ms),
         "failures": dict(Counter(each.error or str(each.status) for each in counted if each.status != HTTPStatus.OK)),
-        "generator_busy": max(run.busy for run in runs),
     }
 
 
@@ -256,7 +256,6 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._done = asyncio.get_running_loop().create_future()
         self.retry_after = False
-        self.sent = time.perf_counter()
         self.transport.write(request)
         await self._done
 
@@ -335,7 +334,7 @@ class _Generator:
         connection: Connection | None = None
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                connection, connect_s = await self._connect()
+                connection = await self._connect()
                 await connection.post(request)
         except (OSError, TimeoutError) as error:
             took_ms = 1000 * (time.perf_counter() - started)
@@ -343,21 +342,20 @@ class _Generator:
             if connection is not None:
                 connection.transport.abort()
         else:
-            took_ms = 1000 * (connect_s + connection.ended - connection.sent)
+            took_ms = 1000 * (connection.ended - started)
             response = Response(started - self._started, took_ms, connection.status, connection.retry_after, "")
             self._idle.append(connection)
         self.responses.append(response)
 
-    async def _connect(self) -> tuple[Connection, float]:
-        """Return an idle connection or a new one, and the seconds that connecting took."""
+    async def _connect(self) -> Connection:
+        """Return an idle connection or a new one."""
         while self._idle:
             connection = self._idle.pop()
             if not connection.transport.is_closing():
-                return connection, 0.0
-        started = time.perf_counter()
+                return connection
         host, port = str(self._url.hostname), self._url.port or 80
         _, connection = await asyncio.get_running_loop().create_connection(Connection, host, port)
-        return connection, time.perf_counter() - started
+        return connection
 
 
 class _PollingSelector(selectors.DefaultSelector):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -244,10 +245,7 @@ def _time_calls(call: Callable[[Any], object], inputs: Sequence[Any], seconds: f
 # ---- services under load ----
 
 
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    url: str
-    pid: int
+Service = tuple[subprocess.Popen[bytes], str]  # with its base URL
 
 
 def _measure_services(
@@ -278,8 +276,7 @@ def running_services(setup: Setup, count: int) -> Iterator[list[Service]]:
 
     def start(cores: set[int]) -> Service:
         running = service_process(setup.bundle, "--cache", "off", "--device", setup.device, cores=cores)
-        process, url = stack.enter_context(running)
-        return Service(url=url, pid=process.pid)
+        return stack.enter_context(running)
 
     with ExitStack() as stack, ThreadPoolExecutor(count) as pool:
         yield list(pool.map(start, divide_cores(setup.service_cores, count)))
@@ -293,7 +290,7 @@ def run_load(
     warm_up_s = min(WARM_UP_S, seconds)
     jobs = [
         Job(
-            url=f"{services[number % len(services)].url}/recognize?top_k={TOP_K}", images=images,
+            url=f"{services[number % len(services)][1]}/recognize?top_k={TOP_K}", images=images,
             cores=[setup.generator_cores[number % len(setup.generator_cores)]],
             connections=connections // generators, seconds=warm_up_s + seconds,
         )
@@ -311,7 +308,8 @@ def run_load(
 
     runs = generate(jobs, watch)
     return {
-        **summarise(runs, warm_up_s=warm_up_s, seconds=seconds),
+        **summarise((each for run in runs for each in run.responses), warm_up_s=warm_up_s, seconds=seconds),
+        "generator_busy": max(run.busy for run in runs),
         **busy(*usage, cores=len(setup.service_cores)),
         "gpu": gpu_figures(gpu_samples),
     }
@@ -319,9 +317,10 @@ def run_load(
 
 def _usage(service: Service) -> Mapping[str, float]:
     """Return the metrics of a service, the time in seconds, and the CPU seconds of its main thread."""
-    fields = Path(f"/proc/{service.pid}/task/{service.pid}/stat").read_text().rpartition(")")[2].split()
+    process, url = service
+    fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()
     main_thread_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return {**scrape_metrics(service.url), "at_s": time.monotonic(), "main_thread_s": main_thread_s}
+    return {**scrape_metrics(url), "at_s": time.monotonic(), "main_thread_s": main_thread_s}
 
 
 def busy(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]], *, cores: int) -> Figures:

@@ -24,6 +24,7 @@ from benchmarks.generator import (
     running_service,
     scrape_metrics,
     split_cores,
+    summarise,
 )
 from benchmarks.synthetic import encoder_bundles, write_photographs
 from evaluation.pages import Lines, Report
@@ -87,33 +88,24 @@ def _overload(bundle: Path, images: list[str], *, smoke: bool) -> dict[str, Any]
 
 def summary(responses: Sequence[Response], peak: float, overload_s: float, after_s: float) -> dict[str, Any]:
     """Return the figures of `overload_s` seconds of overload and the `after_s` seconds that follow."""
-    overload = [each for each in responses if SETTLING_S <= each.at_s < overload_s]
-    after = [each for each in responses if overload_s + RECOVERY_S <= each.at_s]
-    accepted = [each for each in overload if each.status == HTTPStatus.OK]
-    refused = [each for each in overload if each.status == HTTPStatus.TOO_MANY_REQUESTS]
+    counted_s = overload_s - SETTLING_S
+    during = [each for each in responses if SETTLING_S <= each.at_s < overload_s]
+    refused = [each for each in during if each.status == HTTPStatus.TOO_MANY_REQUESTS]
     # Goodput counts what is answered during the overload, even if it was sent before.
-    answered = sum(each.status == HTTPStatus.OK and SETTLING_S <= each.ended_s < overload_s for each in responses)
-    goodput = answered / (overload_s - SETTLING_S)
+    goodput = summarise(responses, warm_up_s=SETTLING_S, seconds=counted_s)
+    after = summarise([each for each in responses if each.at_s >= overload_s + RECOVERY_S])
     ended = Counter((int(each.ended_s), each.status) for each in responses)
     return {
-        "offered_per_s": round(len(overload) / (overload_s - SETTLING_S), 1),
-        "goodput_per_s": round(goodput, 2),
-        "goodput_share": round(goodput / peak, 3),
-        "accepted_p99_ms": _p99_ms(accepted),
-        "refused_p99_ms": _p99_ms(refused),
-        "statuses": _statuses(overload),
+        "offered_per_s": round(len(during) / counted_s, 1),
+        "goodput_per_s": goodput["per_s"],
+        "goodput_share": round(goodput["per_s"] / peak, 3),
+        "accepted_p99_ms": goodput["p99_ms"],
+        "refused_p99_ms": round(float(np.percentile([each.took_ms for each in refused], 99)), 1) if refused else None,
+        "statuses": {"200": goodput["answers"], **goodput["failures"]},
         "refused_without_retry_after": sum(not each.retry_after for each in refused),
-        "after": {"requests": len(after), "statuses": _statuses(after), "p99_ms": _p99_ms(after)},
+        "after": {"statuses": {"200": after["answers"], **after["failures"]}, "p99_ms": after["p99_ms"]},
         "timeline": [
             {"second": second, "answered": ended[second, 200], "refused": ended[second, 429]}
             for second in range(int(overload_s + after_s))
         ],
     }
-
-
-def _statuses(responses: Sequence[Response]) -> dict[str, int]:
-    return dict(Counter(str(each.status) for each in responses))
-
-
-def _p99_ms(responses: Sequence[Response]) -> float | None:
-    return round(float(np.percentile([each.took_ms for each in responses], 99)), 1) if responses else None

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import generator
-from benchmarks.generator import Job, Response, Run, closed_loop, generate, running_service, split_cores, summarise
+from benchmarks.generator import Job, Response, closed_loop, generate, running_service, split_cores, summarise
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_only_requests_that_end_after_the_warm_up_count() -> None:
         Response(1.6, 100.0, 0, False, "TimeoutError"),
         Response(2.9, 200.0, 200, False, ""),
     ]
-    figures = summarise([Run(responses=responses, busy=0.2)], warm_up_s=1.0, seconds=2.0)
+    figures = summarise(responses, warm_up_s=1.0, seconds=2.0)
     assert figures["per_s"] == 0.5
     assert figures["p99_ms"] == 200.0
     assert figures["failures"] == {"429": 1, "TimeoutError": 1}
