@@ -36,7 +36,6 @@ _SHARD, _SAMPLE_EVERY_S = 4096, 0.5
 _TIMES = ("created_at", "elapsed_s")
 Point = dict[str, float]  # the memory at a second
 
-
 REPORT = Report(
     title="An export of a synthetic catalog",
     plots=(
@@ -170,7 +169,8 @@ def main(records: int, work: Path | None, results: Path) -> None:
     run = describe_run({"records": records})
     with TemporaryDirectory(prefix="scale.", dir=work) as folder:
         figures = measure(records, Path(folder))
-    write_outcome(results, f"export-{records}", {**run, "figures": figures}, REPORT)
+    outcome = {**run, "figures": figures}
+    write_outcome(results, f"export-{records}", outcome, REPORT.title, {"export": (REPORT, figures)})
     click.echo(json.dumps({key: value for key, value in figures.items() if key != "curves"}, indent=1))
 
 

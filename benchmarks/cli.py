@@ -129,7 +129,7 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     import importlib
     import json
 
-    from benchmarks.measure import write_outcome
+    from benchmarks.measure import results_folder, write_outcome
     from core.files import atomic_write_bytes
     from core.runtime import describe_run
 
@@ -138,9 +138,10 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     run = describe_run({"bundle": bundle.name, "smoke": smoke, "benchmarks": [name], **options})
     figures = module.measure(bundle, smoke=smoke, **options)
     outcome = {**run, "figures": figures}
-    path = write_outcome(results, name, outcome, getattr(module, "REPORT", None))
+    report = getattr(module, "REPORT", None)
+    write_outcome(results, name, outcome, name.capitalize(), {name: (report, figures)} if report else {})
     if hasattr(module, "as_csv"):
-        atomic_write_bytes(path.with_suffix(".csv"), module.as_csv(figures).encode())
+        atomic_write_bytes(results_folder(results, run) / f"{name}.csv", module.as_csv(figures).encode())
     if as_json:
         click.echo(json.dumps(outcome))
     else:

@@ -98,42 +98,30 @@ def metrics_of(figures: Any, path: str = "") -> Iterator[tuple[str, dict[str, An
 
 def _change(name: str, one: dict[str, Any], other: dict[str, Any]) -> Change:
     rng = np.random.default_rng(0)
-    raw = [_costs(one), _costs(other)]
+    sign = 1 if one["better"] == "lower" else -1
+    raw = [sign * np.log(run["samples"]) for run in (one, other)]  # of costs, lower is better
     tests = [raw]
     if one.get("reference_ms") and other.get("reference_ms"):
         tests.append([costs - np.log(run["reference_ms"]) for costs, run in zip(raw, (one, other), strict=True)])
     # The smaller change of the two counts; the lower p, corrected for two tests.
-    shifts = [_quiet(b) - _quiet(a) for a, b in tests]
-    least = min(shifts, key=abs) if len({np.sign(shift) for shift in shifts}) == 1 else 0.0
-    p = min(1.0, len(tests) * min(_permutation_p(a, b, rng) for a, b in tests))
+    shifts = [float(_quiet(b) - _quiet(a)) for a, b in tests]
+    least = min(shifts, key=abs) if len(set(np.sign(shifts))) == 1 else 0.0
     a, b = tests[shifts.index(least)] if least in shifts else raw
-    low, high = percentile_interval(np.exp(_resampled(b, rng) - _resampled(a, rng)))
-    sign = 1 if one["better"] == "lower" else -1
-    quiet = [float(f"{np.exp(sign * _quiet(costs)):.5g}") for costs in raw]
+    resampled_R = [_quiet(rng.choice(costs, (RESAMPLINGS, len(costs)))) for costs in (b, a)]
+    low, high = percentile_interval(np.exp(resampled_R[0] - resampled_R[1]))
     return Change(
         name=name,
         unit=one.get("unit", ""),
-        before=quiet[0],
-        after=quiet[1],
+        before=float(np.exp(sign * _quiet(raw[0]))),
+        after=float(np.exp(sign * _quiet(raw[1]))),
         worse=round(float(np.exp(least)), 3),
         interval=(round(low, 3), round(high, 3)),
-        p=p,
+        p=min(1.0, len(tests) * min(_permutation_p(a, b, rng) for a, b in tests)),
     )
 
 
-def _costs(metric: dict[str, Any]) -> Floats:
-    """Return logarithms of which lower is better."""
-    values = np.log(np.asarray(metric["samples"], np.float64))
-    return values if metric["better"] == "lower" else -values
-
-
-def _quiet(costs: Floats) -> float:
-    return float(np.percentile(costs, _QUARTER))
-
-
-def _resampled(costs: Floats, rng: np.random.Generator) -> Floats:
-    drawn: Floats = np.percentile(rng.choice(costs, (RESAMPLINGS, len(costs))), _QUARTER, axis=1)
-    return drawn
+def _quiet(costs: Floats) -> Floats:
+    return np.asarray(np.percentile(costs, _QUARTER, axis=-1))
 
 
 def _permutation_p(one: Floats, other: Floats, rng: np.random.Generator) -> float:
@@ -151,7 +139,7 @@ def _holm(p_values: Sequence[float]) -> list[float]:
     corrected = np.minimum(1, np.take(p_values, order) * np.arange(len(order), 0, -1))
     adjusted = np.empty(len(order))
     adjusted[order] = np.maximum.accumulate(corrected)
-    return [round(p, 5) for p in adjusted.tolist()]
+    return [float(p) for p in adjusted]
 
 
 def _verdict(p: float, worse: float, threshold: float, samples: int) -> str:

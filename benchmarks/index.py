@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import click
 import numpy as np
@@ -245,14 +245,6 @@ def _memory_mb() -> dict[str, float]:
 # ---- peers ----
 
 
-class Peer(Protocol):
-    efforts: Sequence[int]
-
-    def add(self, part_nD: Float32Array) -> None: ...
-
-    def search(self, queries_QD: Float32Array, effort: int) -> Int64Array: ...
-
-
 class FaissPeer:
     """Flat search or HNSW over float16."""
 
@@ -290,17 +282,14 @@ class UsearchPeer:
         return np.atleast_2d(np.asarray(keys)).astype(np.int64)
 
 
-def _flat(dim: int) -> Peer:
-    half = faiss.ScalarQuantizer.QT_fp16
-    return FaissPeer(faiss.IndexScalarQuantizer(dim, half, faiss.METRIC_INNER_PRODUCT), (0,))
-
-
-def _hnsw(dim: int) -> Peer:
-    half = faiss.ScalarQuantizer.QT_fp16
-    return FaissPeer(faiss.IndexHNSWSQ(dim, half, _LINKS, faiss.METRIC_INNER_PRODUCT), _EFFORTS)
-
-
-PEERS: dict[str, Callable[[int], Peer]] = {"flat": _flat, "HNSW32": _hnsw, "usearch": UsearchPeer}
+Peer = FaissPeer | UsearchPeer
+PEERS: dict[str, Callable[[int], Peer]] = {
+    "flat": lambda dim: FaissPeer(faiss.index_factory(dim, "SQfp16", faiss.METRIC_INNER_PRODUCT), (0,)),
+    "HNSW32": lambda dim: FaissPeer(
+        faiss.index_factory(dim, f"HNSW{_LINKS}_SQfp16", faiss.METRIC_INNER_PRODUCT), _EFFORTS
+    ),
+    "usearch": UsearchPeer,
+}
 
 
 def _measure_peer(
@@ -350,7 +339,7 @@ def main(bundle: Path, work: Path, results: Path, **scale_options: Any) -> None:
     scale = Scale(**scale_options)
     ran = describe_run({"bundle": bundle.name, "smoke": False, "benchmarks": ["index"], **vars(scale)})
     figures = measure(bundle, smoke=False, scale=scale, work=work)
-    write_outcome(results, "index", {**ran, "figures": figures}, REPORT)
+    write_outcome(results, "index", {**ran, "figures": figures}, REPORT.title, {"index": (REPORT, figures)})
     click.echo(json.dumps(figures))
 
 

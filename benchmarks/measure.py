@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import click
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from core.errors import UserError
@@ -27,23 +28,25 @@ from evaluation.metrics import RESAMPLINGS, Interval, percentile_interval
 from evaluation.pages import Report, figures_page, require_libraries
 
 BEFORE = ".before.json"  # suffix of the previous run's file
+Parts = Mapping[str, tuple[Report, Any]]  # by name, what to show of which figures
 _MAX_CALLS_PER_ROUND = 200
 _REFERENCE_RUNS = 3
 
 
 def median_interval(samples: Sequence[float]) -> Interval:
     """Return the 95 % bootstrap interval of the median."""
-    drawn = np.random.default_rng(0).choice(samples, (RESAMPLINGS, len(samples)))
-    return percentile_interval(np.median(drawn, axis=1))
+    return percentile_interval(_resampled_medians(samples))
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
     """Return the 95 % bootstrap interval of the ratio of two medians. Both are resampled with the same indices."""
-    drawn_R = [
-        np.median(np.random.default_rng(0).choice(each, (RESAMPLINGS, len(each))), axis=1)
-        for each in (numerators, denominators)
-    ]
-    return [round(bound, 2) for bound in percentile_interval(drawn_R[0] / drawn_R[1])]
+    above_R, below_R = (_resampled_medians(each) for each in (numerators, denominators))
+    return [round(bound, 2) for bound in percentile_interval(above_R / below_R)]
+
+
+def _resampled_medians(samples: Sequence[float]) -> npt.NDArray[np.float64]:
+    drawn = np.random.default_rng(0).choice(samples, (RESAMPLINGS, len(samples)))
+    return np.asarray(np.median(drawn, axis=1))
 
 
 def percentiles_ms(call: Callable[[int], object], *, repeats: int, warm_up: int) -> dict[str, float]:
@@ -193,45 +196,30 @@ def gpu_figures(samples: Sequence[str]) -> dict[str, float] | None:
             rows.append((utilisation / 100, memory_mib, power_w))
     if not rows:
         return None
-    utilisation, _, power_w = np.median(rows, axis=0).tolist()
-    return {
-        "utilisation": round(utilisation, 3),
-        "memory_mib": max(memory_mib for _, memory_mib, _ in rows),
-        "power_w": round(power_w, 1),
-        "samples": len(rows),
-    }
+    (utilisation, _, power_w), (_, memory_mib, _) = np.median(rows, axis=0).tolist(), np.max(rows, axis=0).tolist()
+    figures = {"utilisation": round(utilisation, 3), "memory_mib": memory_mib, "power_w": round(power_w, 1)}
+    return figures | {"samples": len(rows)}
 
 
-def write_results(folder: Path, name: str, outcome: dict[str, Any]) -> Path:
-    """Write `FOLDER/<hardware>-<date>-<commit>/NAME.json` and return its path.
+def write_outcome(folder: Path, name: str, outcome: dict[str, Any], title: str, parts: Parts) -> None:
+    """Write `FOLDER/<hardware>-<date>-<commit>/NAME.json`, and its figures as NAME.html if there is a report.
 
-    A previous run of the same commit is kept as `NAME.before.json`, so the two can be compared.
+    A previous run of the same commit is kept as `NAME.before.json`, so the two can be compared. Without the packages
+    that a report needs, print what to install instead.
     """
     path = results_folder(folder, outcome) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         path.replace(path.with_name(f"{name}{BEFORE}"))
     atomic_write_bytes(path, json.dumps(outcome, indent=1).encode())
-    return path
-
-
-def write_outcome(results: Path, name: str, outcome: dict[str, Any], report: Report | None) -> Path:
-    """Write the JSON file of a run and, where there is a report, the HTML next to it. Return the path of the former."""
-    path = write_results(results, name, outcome)
-    if report is not None:
-        write_report(path, lambda: figures_page(report.title, {name: (report, outcome["figures"])}))
     click.echo(f"written to {path}", err=True)
-    return path
-
-
-def write_report(results: Path, make: Callable[[], str]) -> None:
-    """Write an HTML report next to a result file. Without the packages it needs, print what to install instead."""
-    try:
-        require_libraries()
-    except UserError as error:
-        click.echo(f"no HTML report: {error}", err=True)
-    else:
-        atomic_write_bytes(results.with_suffix(".html"), make().encode())
+    if parts:
+        try:
+            require_libraries()
+        except UserError as error:
+            click.echo(f"no HTML report: {error}", err=True)
+        else:
+            atomic_write_bytes(path.with_suffix(".html"), figures_page(title, parts).encode())
 
 
 def results_folder(folder: Path, run: dict[str, Any]) -> Path:

@@ -22,9 +22,9 @@ from typing import Any
 import click
 
 from benchmarks.cli import Benchmark
-from benchmarks.measure import results_folder, write_report, write_results
+from benchmarks.measure import results_folder, write_outcome
 from core.runtime import describe_run
-from evaluation.pages import Report, figures_page
+from evaluation.pages import Report
 
 MINUTES, SMOKE_MINUTES = 14.0, 0.75
 _GRACE_S = 20  # for an interrupted benchmark to stop its processes
@@ -71,10 +71,9 @@ def run_all(
     for name, each in figures.items():
         module = importlib.import_module(benchmarks[name].module)
         parts[name] = getattr(module, "REPORT", Report(title=name.capitalize())), each
-    path = write_results(results, "all", {**run, "figures": figures})
-    write_report(path, lambda: figures_page(f"Benchmarks on {run['hardware']['name']}", parts))
-    click.echo(f"written to {path}", err=True)
-    return {**run, "figures": figures}
+    whole = {**run, "figures": figures}
+    write_outcome(results, "all", whole, f"Benchmarks on {run['hardware']['name']}", parts)
+    return whole
 
 
 def _earlier(folder: Path, name: str, bundle: Path, *, smoke: bool) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,7 +15,12 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.command()
 @click.option("--bundle", required=True, type=click.Path(path_type=Path), help="The bundle to evaluate, a folder.")
 @click.option(
-    "--queries", required=True, multiple=True, type=_FILE, help="Labelled queries, JSONL; may be given several times."
+    "--queries",
+    "query_files",
+    required=True,
+    multiple=True,
+    type=_FILE,
+    help="Labelled queries, JSONL; may be given several times.",
 )
 @click.option("--out", required=True, type=_FILE, help="Predictions to write, JSONL.")
 @click.option("--image-root", type=_FOLDER, help="Folder of the images. [default: that of the query file]")
@@ -38,16 +44,13 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def evaluate(
     bundle: Path,
-    queries: tuple[Path, ...],
     out: Path,
-    image_root: Path | None,
-    ovenid2impath: Path | None,
-    batch_size: int,
     device: str,
     report: Path | None,
     catalog: Path | None,
     leave_out: float | None,
     as_json: bool,
+    **reading: Any,
 ) -> None:
     """Measure accuracy on labelled queries: recall@1, 5 and 10 by split; top-1 for seen and unseen, and their HM.
 
@@ -57,8 +60,9 @@ def evaluate(
     import json
     from dataclasses import asdict
 
-    from evaluation.evaluate import answer_queries, hold_out
+    from evaluation.evaluate import HoldoutBundle, answer_queries, hold_out
     from evaluation.metrics import as_table, summarise
+    from evaluation.pages import require_libraries, write_report
     from index.bundle import Bundle
     from service.recognizer import Recognizer
     from service.settings import load_settings
@@ -67,23 +71,13 @@ def evaluate(
         if path is not None and not path.parent.is_dir():
             raise UserError(f"{path.parent} does not exist; create the folder or choose another path for {option}")
     if report is not None:
-        from evaluation.pages import require_libraries, write_report
-
         require_libraries()
-    opened, held_out = Bundle.open(bundle), frozenset[int]()
+    opened = Bundle.open(bundle)
     if leave_out is not None:
-        opened = reduced = hold_out(opened, leave_out)
-        held_out = reduced.held_out
+        opened = hold_out(opened, leave_out)
+    held_out = opened.held_out if isinstance(opened, HoldoutBundle) else frozenset[int]()
     with Recognizer(opened, load_settings(cache="off", device=device)) as recognizer:
-        answered, rejected = answer_queries(
-            recognizer,
-            queries,
-            out,
-            image_root=image_root,
-            batch_size=batch_size,
-            ovenid2impath=ovenid2impath,
-            held_out=held_out,
-        )
+        answered, rejected = answer_queries(recognizer, predictions_path=out, held_out=held_out, **reading)
         result = summarise(answered, rejected=rejected)
         if report is not None:
             write_report(report, recognizer, result, answered, catalog=catalog, held_out=len(held_out))

@@ -24,9 +24,7 @@ from imaging import decode
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from index.store import StoredEntity
     from service.recognizer import Recognizer
-    from wikiclip.answers import Prediction
 
 CONFUSIONS = 24
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -265,7 +263,8 @@ def write_report(
     Images of entities come from `catalog`, otherwise from the bundle's thumbnails.
     """
     shown = confusions(answered)[:CONFUSIONS]
-    shown_ids = {each.truth.entity_id for each in shown} | {each.answer.entity_id for each in shown}
+    pairs = [(group[0].entity, group[0].best) for group in shown]
+    shown_ids = {each.entity_id for pair in pairs for each in pair if each is not None}
     images = {} if catalog is None else _catalog_images(catalog, shown_ids)
     with recognizer.acquire() as loaded:
         for entity_id in shown_ids - images.keys():
@@ -290,41 +289,27 @@ def write_report(
         recall_at=RECALL_AT,
         format_interval=format_interval,
         reliability_plot=_RELIABILITY.svg([asdict(each) for each in bins]),
-        confusions=shown,
+        confusions=[(group, _thumbnail(group[0].image)) for group in shown],
         images=images,
     )
     atomic_write_bytes(path, document.encode())
 
 
-@dataclass(frozen=True, kw_only=True)
-class Confusion:
-    """Queries for the entity `truth` that got the wrong `answer`. `cost` is the sum of their confidences."""
+def confusions(answered: Sequence[AnsweredQuery]) -> list[list[AnsweredQuery]]:
+    """Return the wrongly answered queries for entities in the catalog, grouped by entity and answer.
 
-    truth: StoredEntity
-    answer: Prediction
-    queries: int
-    cost: float
-    image: Path | None  # of the most confident query
-
-    @property
-    def query_image(self) -> str | None:
-        return None if self.image is None else _thumbnail(self.image.read_bytes())
+    The groups come by falling sum of confidences, and so do the queries of a group.
+    """
+    groups: dict[tuple[str, str], list[AnsweredQuery]] = {}
+    for each in sorted(answered, key=_cost, reverse=True):
+        if each.in_catalog and each.entity and each.best and each.rank != 1:
+            groups.setdefault((each.entity.entity_id, each.best.entity_id), []).append(each)
+    return sorted(groups.values(), key=lambda group: -sum(map(_cost, group)))
 
 
-def confusions(answered: Sequence[AnsweredQuery]) -> list[Confusion]:
-    """Return all confusions of entities in the catalog by falling cost. Without confidences, each answer costs 1."""
-    by_pair: dict[tuple[str, str], list[tuple[float, Path | None, StoredEntity, Prediction]]] = {}
-    for each in answered:
-        if each.in_catalog and each.entity is not None and each.best is not None and each.rank != 1:
-            cost = 1.0 if each.best.confidence is None else each.best.confidence
-            key = each.entity.entity_id, each.best.entity_id
-            by_pair.setdefault(key, []).append((cost, each.image, each.entity, each.best))
-    found = []
-    for wrong in by_pair.values():
-        _, image, truth, answer = max(wrong, key=lambda item: item[0])
-        cost = sum(item[0] for item in wrong)
-        found.append(Confusion(truth=truth, answer=answer, queries=len(wrong), cost=cost, image=image))
-    return sorted(found, key=lambda each: -each.cost)
+def _cost(query: AnsweredQuery) -> float:
+    """Return the confidence of the answer, 1 without confidences."""
+    return 1.0 if query.best is None or query.best.confidence is None else query.best.confidence
 
 
 def _catalog_images(catalog: Path, entity_ids: Collection[str]) -> dict[str, str]:
@@ -332,17 +317,18 @@ def _catalog_images(catalog: Path, entity_ids: Collection[str]) -> dict[str, str
     images: dict[str, str] = {}
     for item in read_catalog(catalog):
         if isinstance(item, EntityRecord) and item.entity_id in entity_ids:
-            local = (Path(image) for image in item.images if not is_url(image) and Path(image).is_file())
-            uris = (uri for image in local if (uri := _thumbnail(image.read_bytes())))
+            uris = (uri for image in item.images if not is_url(image) and (uri := _thumbnail(Path(image))))
             if uri := next(uris, None):
                 images[item.entity_id] = uri
     return images
 
 
-def _thumbnail(data: bytes) -> str | None:
-    """Return a small version of an image as a data URI, None if it does not decode."""
+def _thumbnail(path: Path | None) -> str | None:
+    """Return a small version of an image file as a data URI, None if it cannot be read."""
+    if path is None or not path.is_file():
+        return None
     try:
-        image = decode(data, max_pixels=_MAX_PIXELS, target_px=_IMAGE_PX)
+        image = decode(path.read_bytes(), max_pixels=_MAX_PIXELS, target_px=_IMAGE_PX)
     except (UndecodableImage, TooLarge):
         return None
     image.thumbnail((_IMAGE_PX, _IMAGE_PX))

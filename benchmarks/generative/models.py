@@ -5,8 +5,6 @@ Shapes: B images, P patches, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,8 +112,8 @@ class ImageTower(nn.Module):
 
 def build_tower(shape: EncoderShape, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> ImageTower:
     """Return a tower in evaluation mode. On the device `meta` it has shapes only."""
-    with _defaults(dtype, device):
-        return ImageTower(shape).eval().requires_grad_(False)
+    with torch.device(device):
+        return ImageTower(shape).to(dtype).eval().requires_grad_(False)
 
 
 def build_model(
@@ -137,27 +135,15 @@ def build_model(
         image_token_index=image_token,
         image_seq_length=size.tower.patches,
     )
-    with _defaults(dtype, device):
-        model = LlavaForConditionalGeneration(config)
-        head = nn.Linear(size.width, size.retrieval_dim, bias=False)
+    with torch.device(device):
+        model = LlavaForConditionalGeneration(config).to(dtype)
+        head = nn.Linear(size.width, size.retrieval_dim, bias=False).to(dtype)
     return model.eval().requires_grad_(False), head.eval().requires_grad_(False)
-
-
-@contextmanager
-def _defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
-    """Create parameters in this dtype, on this device."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def parameter_count(*modules: nn.Module) -> int:
     """Return the number of parameters. Tied ones count once."""
-    return sum({id(p): p.numel() for module in modules for p in module.parameters()}.values())
+    return sum(parameter.numel() for parameter in nn.ModuleList(modules).parameters())
 
 
 def clip_preprocessing(size_px: int) -> Preprocessing:

@@ -67,10 +67,11 @@ class GenerativeRecognizer:
         self._end = token_id(tokenizer, END)
         self.prompt_1L = prompt(tokenizer, model.config.image_seq_length, question).to(name_embeddings_NR.device)
         self.preprocessing = preprocessing or clip_preprocessing(model.config.vision_config.image_size)
-        # All names in one flat array, since six million lists would take several gigabytes.
-        tokens = [each.ids for each in tokenizer.encode_batch(list(names))]
-        self._tokens = np.fromiter((token for each in tokens for token in each), np.int32)
-        self._token_ends = np.cumsum([len(each) for each in tokens])
+        self._tokens = [np.array(each.ids, np.int32) for each in tokenizer.encode_batch(list(names))]
+
+    def quantise(self) -> None:
+        """Switch to int8."""
+        self._model = quantise(self._model)
 
     @torch.inference_mode()
     def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
@@ -99,7 +100,7 @@ class GenerativeRecognizer:
         (sequence_T,) = self._model.generate(
             input_ids=self.prompt_1L, attention_mask=torch.ones_like(self.prompt_1L), pixel_values=pixel_values,
             num_beams=BEAMS, do_sample=False, prefix_allowed_tokens_fn=allowed,
-            max_new_tokens=1 + int(max(np.diff(self._token_ends, prepend=0)[nearest])),
+            max_new_tokens=1 + max(len(self._tokens[row]) for row in nearest),
             eos_token_id=self._end, pad_token_id=self._end,
         )  # fmt: skip
         decoded = sequence_T[length:].tolist()
@@ -120,7 +121,7 @@ class GenerativeRecognizer:
         clock.lap("prefill")
         nearest = self._nearest(state_BC)
         clock.lap("retrieve")
-        trees = [PrefixTree(map(self._tokens_of, rows), self._end) for rows in nearest]
+        trees = [PrefixTree((self._tokens[row].tolist() for row in rows), self._end) for rows in nearest]
         clock.lap("tree")
         decoded: list[list[int]] = [[] for _ in trees]
         found = [tree.completed([]) for tree in trees]
@@ -151,11 +152,6 @@ class GenerativeRecognizer:
         queries_BR = F.normalize(self._head(state_BC), dim=1)
         rows: list[list[int]] = (queries_BR @ self._embeddings_NR.T).topk(self._names_in_tree, dim=1).indices.tolist()
         return rows
-
-    def _tokens_of(self, row: int) -> list[int]:
-        start = self._token_ends[row - 1] if row else 0
-        tokens: list[int] = self._tokens[start : self._token_ends[row]].tolist()
-        return tokens
 
 
 def prompt(tokenizer: Tokenizer, image_tokens: int, question: str = PROMPT) -> torch.Tensor:
@@ -235,35 +231,27 @@ class PrefixTree:
 
         Beam search asks this also for beams that are finished or have probability zero.
         """
-        node = self._node(prefix)
-        return list(node) if node is not None else [self._end]
+        node = self._follow(prefix)
+        return list(node) if isinstance(node, dict) else [self._end]
 
     def completed(self, prefix: Sequence[int]) -> int | None:
         """Return the position of the name that is spelled in full or is the only one with this prefix, else None."""
-        if prefix and prefix[-1] == self._end:
-            return self.name(prefix)
-        node = self._node(prefix)
-        while node is not None and len(node) == 1:
-            token, below = next(iter(node.items()))
-            if token == self._end:
-                return int(below)
-            node = below
-        return None
+        node = self._follow(prefix)
+        while isinstance(node, dict) and len(node) == 1:
+            (node,) = node.values()
+        return node if isinstance(node, int) else None
 
     def name(self, tokens: Sequence[int]) -> int:
         """Return the position of the name that the tokens spell before `end`. Raise `KeyError` if there is none."""
-        node = self._root
-        for token in tokens:
-            if token == self._end:
-                break
-            node = node[token]
-        return int(node[self._end])
+        position = self._follow([*tokens, self._end])
+        if not isinstance(position, int):
+            raise KeyError(tokens)
+        return position
 
-    def _node(self, prefix: Sequence[int]) -> dict[int, Any] | None:
+    def _follow(self, tokens: Sequence[int]) -> Any:
+        """Return the node below the tokens, the position of a whole name, or None."""
         node: Any = self._root
-        for token in prefix:
-            if token == self._end or token not in node:
-                return None
-            node = node[token]
-        assert isinstance(node, dict)
+        for token in tokens:
+            if isinstance(node, dict):
+                node = node.get(token)
         return node

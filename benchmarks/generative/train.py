@@ -17,7 +17,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from benchmarks.generative.recognizer import (
     token_id,
     train_tokenizer,
 )
-from benchmarks.measure import write_results
+from benchmarks.measure import write_outcome
 from catalog import EntityRecord, read_catalog
 from core.errors import UserError
 from core.files import atomic_write
@@ -135,14 +135,6 @@ class TinyLlava(nn.Module):
         outputs = self.model.model(input_ids=prompts_BL, pixel_values=tokens_BPC, use_cache=False)
         return F.normalize(self.head(outputs.last_hidden_state[:, -1]), dim=1)
 
-    def language_loss(self, names_BT: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the loss on names alone, after the token `start`."""
-        tokens = F.pad(names_BT.clamp(min=0), (1, 0), value=start)
-        loss: torch.Tensor = self.model(
-            input_ids=tokens, labels=F.pad(names_BT, (1, 0), value=IGNORED), use_cache=False
-        ).loss
-        return loss
-
     def losses(
         self, tokens_BPC: torch.Tensor, prompt_1L: torch.Tensor, names_BT: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -214,19 +206,15 @@ def _patch_tokens(store: FeatureStore, paths: Sequence[Path]) -> torch.Tensor:
 
     keys = store.image_keys([ImageSource(path=path, line=0, record=path.name) for path in paths], fail, "images")
     rows = [(key, None) for key in keys]
-    return torch.cat([pooled(store.batch(part, torch.device("cpu")).patch_tokens_BPC) for part in _batches(rows)])
-
-
-def _batches(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), _BATCH):
-        yield items[start : start + _BATCH]
+    parts = (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
+    return torch.cat([pooled(store.batch(part, torch.device("cpu")).patch_tokens_BPC) for part in parts])
 
 
 def train(network: TinyLlava, symbols: Symbols, tokenizer: Any, prompt_1L: torch.Tensor, settings: Settings) -> None:
     """Train in place, in bf16: the names first, then images and names."""
     rng = random.Random(settings.seed)
     trainable = [row for row, images in symbols.training_rows.items() if len(images) > 1]
-    end = token_id(tokenizer, END)
+    start, end = int(prompt_1L[0, -1]), token_id(tokenizer, END)
     names = [torch.tensor([*tokenizer.encode(title).ids, end]) for title in symbols.titles]
 
     def padded(drawn: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -234,7 +222,10 @@ def train(network: TinyLlava, symbols: Symbols, tokenizer: Any, prompt_1L: torch
 
     def language() -> torch.Tensor:
         drawn = rng.sample(names, min(settings.names_per_batch, len(names)))
-        return network.language_loss(padded(drawn), int(prompt_1L[0, -1]))
+        names_BT = F.pad(padded(drawn), (1, 0), value=IGNORED)
+        tokens_BT = torch.where(names_BT == IGNORED, start, names_BT)
+        loss: torch.Tensor = network.model(input_ids=tokens_BT, labels=names_BT, use_cache=False).loss
+        return loss
 
     def both() -> torch.Tensor:
         rows = rng.sample(trainable, min(settings.entities_per_batch, len(trainable)))
@@ -272,34 +263,28 @@ def _optimise(
 # ---- evaluation ----
 
 
-def _generated(
-    generative: GenerativeRecognizer, symbols: Symbols, queries: Sequence[Pair], *, faithful: bool
-) -> list[int | None]:
-    """Return 1 for each query whose entity, or another one of the same title, is named, else None."""
-    title_of = dict(zip(symbols.entity_ids, symbols.titles, strict=True))
-    ranks: list[int | None] = []
+def _generated(generative: GenerativeRecognizer, queries: Sequence[Pair], *, faithful: bool) -> list[list[int]]:
+    """Return the row that is named for each query."""
+    found = []
     for query in tqdm(queries, desc="faithful" if faithful else "optimised", unit="query"):
         pixels_HW3 = load_pixels(query.image.path.read_bytes(), generative.preprocessing, max_pixels=MAX_PIXELS)
-        found = generative.faithful(pixels_HW3) if faithful else generative.optimised(pixels_HW3[None])
-        ranks.append(1 if symbols.titles[found.rows[0]] == title_of[query.entity_id] else None)
-    return ranks
+        answer = generative.faithful(pixels_HW3) if faithful else generative.optimised(pixels_HW3[None])
+        found.append(answer.rows)
+    return found
 
 
-def _retrieved(
-    symbols: Symbols, queries: Sequence[Pair], queries_BR: torch.Tensor, entities_NR: torch.Tensor
-) -> list[int | None]:
-    """Return the rank of each query's entity by the baseline's own retrieval embedding."""
-    nearest_BK = (queries_BR @ entities_NR.T).topk(min(10, len(entities_NR)), dim=1).indices.tolist()
+def _answered(
+    symbols: Symbols, labels: Sequence[str], queries: Sequence[Pair], found: Sequence[Sequence[int]]
+) -> list[AnsweredQuery]:
+    """Return the ranks of the right rows. An answer is right if it has the label of the query's entity."""
+    label_of = dict(zip(symbols.entity_ids, labels, strict=True))
     return [
-        rank_of(query.entity_id, [symbols.entity_ids[row] for row in rows])
-        for query, rows in zip(queries, nearest_BK, strict=True)
-    ]
-
-
-def _answered(queries: Sequence[Pair], ranks: Sequence[int | None]) -> list[AnsweredQuery]:
-    return [
-        AnsweredQuery(data_split=query.data_split, seen=query.seen, rank=rank)
-        for query, rank in zip(queries, ranks, strict=True)
+        AnsweredQuery(
+            data_split=query.data_split,
+            seen=query.seen,
+            rank=rank_of(label_of[query.entity_id], [labels[row] for row in rows]),
+        )
+        for query, rows in zip(queries, found, strict=True)
     ]
 
 
@@ -356,13 +341,15 @@ def run(
         queries = _queries(query_file)
         slow = queries[:: -(-len(queries) // faithful_queries)] if faithful_queries else queries
         embeddings_BR = embed(_patch_tokens(store, [query.image.path for query in queries]))
+        retrieved_QK = (embeddings_BR @ entities_NR.T).topk(min(10, len(entities_NR)), dim=1).indices.tolist()
+        titles = symbols.titles  # naming another entity of the same title is right
         systems = {
             "wikiclip": _wikiclip_answers(bundle, query_file),
-            "generative, faithful": _answered(slow, _generated(generative, symbols, slow, faithful=True)),
-            "generative, optimised": _answered(queries, _generated(generative, symbols, queries, faithful=False)),
-            "generative, its retrieval alone": _answered(
-                queries, _retrieved(symbols, queries, embeddings_BR, entities_NR)
+            "generative, faithful": _answered(symbols, titles, slow, _generated(generative, slow, faithful=True)),
+            "generative, optimised": _answered(
+                symbols, titles, queries, _generated(generative, queries, faithful=False)
             ),
+            "generative, its retrieval alone": _answered(symbols, symbols.entity_ids, queries, retrieved_QK),
         }
         for name, answered in systems.items():
             evaluation = summarise(answered, rejected=0)
@@ -393,9 +380,8 @@ def main(steps: int, language_steps: int, results: Path, threads: int, **options
     torch.set_num_threads(threads)
     settings = Settings(steps=steps, language_steps=language_steps)
     outcome = {**describe_run(asdict(settings)), "figures": run(settings=settings, **options)}
-    path = write_results(results, "generative", outcome)
+    write_outcome(results, "generative", outcome, "", {})
     click.echo(json.dumps(outcome))
-    click.echo(f"written to {path}", err=True)
 
 
 if __name__ == "__main__":

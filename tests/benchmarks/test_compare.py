@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks.compare import as_text, compare, metrics_of, read_run, regressions
-from benchmarks.measure import Metric, Probe, nested, ratio_interval, sample, write_report
+from benchmarks.measure import Metric, Probe, nested, ratio_interval, sample, write_outcome
 from core.errors import UserError
 from evaluation import pages
 
@@ -139,13 +139,15 @@ def test_the_interval_of_a_ratio_contains_the_ratio() -> None:
 def test_without_its_libraries_a_report_is_skipped_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    results = tmp_path / "index.json"
-    write_report(results, lambda: "<p>page</p>")
-    assert results.with_suffix(".html").read_text() == "<p>page</p>"
+    outcome = {"hardware": {"name": "box"}, "date": "today", "commit": "abc", "figures": {"x": 1}}
+    parts = {"index": (pages.Report(title="Index"), {"x": 1})}
+    write_outcome(tmp_path, "index", outcome, "Title", parts)
+    assert "<h1>Title</h1>" in (tmp_path / "box-today-abc" / "index.html").read_text()
     monkeypatch.setattr(pages, "find_spec", lambda name: None)
-    write_report(tmp_path / "other.json", lambda: "<p>page</p>")
-    assert not (tmp_path / "other.html").exists()
-    assert capsys.readouterr().err.splitlines() == [
+    write_outcome(tmp_path, "other", outcome, "Title", parts)
+    assert not (tmp_path / "box-today-abc" / "other.html").exists()
+    assert json.loads((tmp_path / "box-today-abc" / "other.json").read_bytes()) == outcome
+    assert capsys.readouterr().err.splitlines()[-1] == (
         "no HTML report: reports need jinja2 and matplotlib; install the extra `report`: "
         "pip install 'wikiclip-serve[report]'"
-    ]
+    )
