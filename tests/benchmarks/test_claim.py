@@ -77,6 +77,6 @@ def test_the_gpu_path_finds_what_an_obvious_search_finds() -> None:
     assert rows_BK[:, 0].tolist() == [7, 500, 999]
     expected = np.sort(queries.numpy() @ index.vectors_ND.numpy().T, axis=1)[:, ::-1][:, :5]
     np.testing.assert_allclose(scores_BK, expected, rtol=1e-5)
-    found = RetrievalRecognizer(encoder, index).recognize(photograph(0))
+    found = RetrievalRecognizer(encoder, index).recognize([photograph(0)])
     assert 0 <= found.rows[0] < 1000
     assert set(found.stages_ms) == {"decode image", "encode", "search"}
