@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                         left_out[name] = str(error)
                     else:
                         runs[name][-1]["same_first_entity"] = round(np.mean(np.array(found) == np.array(expected)), 3)
-    systems = {name: _median_round(rounds) for name, rounds in runs.items()}
+    # The round with the median throughput, so that figures of one round stay together.
+    systems = {name: sorted(rounds, key=itemgetter("per_s"))[len(rounds) // 2] for name, rounds in runs.items()}
     return {
         "systems": systems,
         "ratios": ratios(systems),
@@ -115,11 +117,6 @@ def ratios(systems: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
                 "p99": round(min(each["p99_ms"] for each in peers) / service["p99_ms"], 3),
             }
     return found
-
-
-def _median_round(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the round with the median throughput, so that figures of one round stay together."""
-    return sorted(rounds, key=lambda each: float(each["per_s"]))[len(rounds) // 2]
 
 
 def environment_python(peer: str, *, install: bool) -> Path:
@@ -173,11 +170,7 @@ def running_peer(
     port = str(free_port())
     module = "benchmarks.peer_servers"
     command = [module, "--port", port, "--address", "127.0.0.1"]
-    path, form_field = {
-        "litserve": ("predict", "image"),
-        "mosec": ("inference", None),
-        "bentoml": ("predict", "image"),
-    }[peer]
+    path, form_field = ("inference", None) if peer == "mosec" else ("predict", "image")
     if peer == "bentoml":
         command = ["bentoml", "serve", f"{module}:BentomlPeer", "--port", port, "--host", "127.0.0.1"]
         path = "predict" if job["decoder"] == "own" else "predict_file"
