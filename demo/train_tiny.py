@@ -18,7 +18,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,12 @@ from demo.tiny_data import (
     text_embeddings,
 )
 from imaging.preprocess import Preprocessing
+from model.encoders import resolve_device
 from model.encoders.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, save_tiny
 from model.encoders.torch_module import TorchImageEncoder
 
 _LOG_EVERY = 50  # steps
-_PARTS = ("encoder", "average", "objective", "optimizer")  # of `State`
+_PARTS = ("encoder", "average", "objective", "optimizer")  # of `Training`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,19 +146,61 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.learning_rate * max(0.002, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-@dataclass
-class State:
-    """The state of a run. Saving and loading it resumes the run exactly."""
+class Training:
+    """A training run. Loading the state that it saved resumes it exactly."""
 
-    encoder: TinyEncoder
-    average: TinyEncoder
-    objective: Objective
-    optimizer: torch.optim.Optimizer
-    photographer: Photographer
-    batches: list[EntityBatches]  # of entities and, with icons, of things
-    generator: torch.Generator
-    begun_with: str  # settings and sizes
-    step: int = 0
+    def __init__(
+        self,
+        build: Path,
+        settings: Settings,
+        start: TinyConfig | Path,
+        device: torch.device,
+        icons: Sequence[Drawing],
+    ) -> None:
+        torch.manual_seed(settings.seed)
+        torch.backends.cudnn.benchmark = True  # there are only two batch shapes
+        self.build = build
+        self.settings = settings
+        self.device = device
+        self.drawings = [d for d in read_drawings(build) if d.role == "train"]
+        self.images = [*self.drawings, *visible(icons, build)]
+        self.entities = sorted({d.entity_id for d in self.drawings})
+        self.things = sorted({d.entity_id for d in self.images} - set(self.entities))
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.encoder = TinyEncoder(start) if isinstance(start, TinyConfig) else read_tiny(start)[0].train()
+        self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = copy.deepcopy(self.encoder)
+        config = self.encoder.config
+        texts_NC = text_embeddings(build, self.entities)
+        self.objective = Objective(texts_NC, config.embedding_dim, settings, len(self.things)).to(device)
+        self.batches = [
+            EntityBatches(
+                self.images, self.entities, settings.entities_per_batch, self.generator, icon_share=settings.icon_share
+            )
+        ]
+        if self.things:
+            first_label = len(self.entities)
+            self.batches.append(
+                EntityBatches(
+                    self.images, self.things, settings.things_per_batch, self.generator, first_label=first_label
+                )
+            )
+        parameters = [*self.encoder.parameters(), *self.objective.parameters()]
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+        self.photographer = Photographer(settings.seed, device)
+        self.preprocessing = Preprocessing(
+            size_px=config.size_px, resize="squash", crop="none", interpolation="bicubic",
+            mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
+        )  # fmt: skip
+        self.start_sha256 = sha256_file(start) if isinstance(start, Path) else None
+        self.begun_with = json.dumps(
+            [asdict(settings), asdict(config), device.type, drawings_digest(self.images), self.start_sha256]
+        )
+        self.step = 0
 
     def save(self, path: Path) -> None:
         snapshot = {
@@ -184,6 +227,82 @@ class State:
         for batches, waiting in zip(self.batches, snapshot["waiting"], strict=True):
             batches.waiting = waiting
 
+    def run(self, snapshot: Path) -> None:
+        """Take the remaining steps, and log, validate and save snapshots in between."""
+        settings, device = self.settings, self.device
+        # A flag is identified by its colours, so it is restyled less.
+        restyling = torch.tensor([0.35 if d.kind == "flag" else 1.0 for d in self.images], device=device)
+        pool: torch.Tensor | None = None
+        size_px = 0
+        started, first = time.monotonic(), self.step
+        with (
+            snapshot.with_suffix(".jsonl").open("a", encoding="utf-8", buffering=1) as log,
+            tqdm(total=settings.steps, initial=self.step, desc="training", unit="step", mininterval=5) as progress,
+        ):
+            for indices, label in joined_batches(self.batches):
+                if self.step >= settings.steps:
+                    break
+                small = self.step < int(settings.steps * settings.small_share)
+                step_px = settings.small_px if small else self.encoder.config.size_px
+                if pool is None or size_px != step_px:
+                    size_px = step_px
+                    pool = load_rgba(self.images, self.build, size_px).to(device)
+                chosen = indices.to(device)
+                pixels = self._photographs(pool[chosen], restyling[chosen], size_px)
+                losses = self._update(pixels, label.to(device))
+                progress.update()
+                validates = self.step % settings.snapshot_every == 0 or self.step == settings.steps
+                if self.step % _LOG_EVERY == 0 or validates:  # reading the loss waits for the GPU
+                    row = {name: round(value.item(), 3) for name, value in losses.items()}
+                    if not all(map(math.isfinite, row.values())):
+                        raise click.ClickException(f"loss {row} at step {self.step}; lower the learning rate")
+                    steps_per_s = round((self.step - first) / (time.monotonic() - started), 2)
+                    row |= {"step": self.step, "steps_per_s": steps_per_s}
+                    log.write(json.dumps(row) + "\n")
+                    progress.set_postfix(row)
+                if validates:
+                    figures = self._validate()
+                    log.write(json.dumps({"step": self.step, **figures}) + "\n")
+                    tqdm.write(f"step {self.step}: {figures}")
+                    self.save(snapshot)
+
+    def _photographs(self, rgba: torch.Tensor, restyling: torch.Tensor, size_px: int) -> torch.Tensor:
+        """Restyle and photograph a batch of drawings, harder in later steps."""
+        settings, photographer = self.settings, self.photographer
+        hardest_from = settings.steps * settings.hardest_from
+        ramp = min(1.0, 0.1 + 0.9 * self.step / hardest_from) if hardest_from else 1.0
+        strength, chance, style = torch.rand(3, len(rgba), generator=photographer.generator, device=rgba.device)
+        strength = strength * ramp * (chance > settings.clean_share)
+        drawings = photographer.restyle(rgba.float() / 255, style * restyling * ramp)
+        return photographer.compress(photographer.photograph(drawings, size_px, strength), strength)
+
+    def _update(self, pixels: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Take one step of the optimiser, and update the moving average of the weights. Return the losses."""
+        settings = self.settings
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, settings)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            _, embedding = self.encoder(normalised(pixels))
+        with_text = min(settings.entities_per_batch, len(self.entities))
+        losses: dict[str, torch.Tensor] = self.objective(embedding.float(), label, with_text)
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values(), torch.zeros((), device=self.device)).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.encoder.parameters(), 1.0)
+        self.optimizer.step()
+        decay = min(settings.average_decay, (1 + self.step) / (10 + self.step))  # faster in the first steps
+        mix(self.average, self.encoder, 1 - decay)
+        self.step += 1
+        return losses
+
+    def _validate(self) -> dict[str, float | None]:
+        """Return the averaged encoder's top-1 accuracy in percent, by view and split."""
+        average = copy.deepcopy(self.average)
+        encoder = TorchImageEncoder(
+            average, self.preprocessing, saved_config=asdict(average.config), spec="tiny", device=self.device
+        )
+        evaluations = evaluate_encoder(encoder, self.build, "val")
+        return {f"{view}_{split}": vars(e)[split] for view, e in evaluations.items() for split in ("seen", "unseen")}
+
 
 def train(
     build: Path,
@@ -198,156 +317,31 @@ def train(
 
     `icons` must be rendered already.
     """
-    torch.manual_seed(settings.seed)
-    torch.backends.cudnn.benchmark = True  # there are only two batch shapes
-    training = [d for d in read_drawings(build) if d.role == "train"]
-    images = [*training, *visible(icons, build)]
-    entities = sorted({d.entity_id for d in training})
-    things = sorted({d.entity_id for d in images} - set(entities))
-    generator = torch.Generator().manual_seed(settings.seed)
-    encoder = TinyEncoder(start) if isinstance(start, TinyConfig) else read_tiny(start)[0].train()
-    encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    config = encoder.config
-    objective = Objective(text_embeddings(build, entities), config.embedding_dim, settings, len(things)).to(device)
-    batches = [EntityBatches(images, entities, settings.entities_per_batch, generator, icon_share=settings.icon_share)]
-    if things:
-        batches.append(EntityBatches(images, things, settings.things_per_batch, generator, first_label=len(entities)))
-    start_sha256 = sha256_file(start) if isinstance(start, Path) else None
-    state = State(
-        encoder=encoder,
-        average=copy.deepcopy(encoder),
-        objective=objective,
-        optimizer=torch.optim.AdamW(
-            _parameter_groups(encoder, objective, settings), lr=settings.learning_rate, betas=(0.9, 0.98)
-        ),
-        photographer=Photographer(settings.seed, device),
-        batches=batches,
-        generator=generator,
-        begun_with=json.dumps([asdict(settings), config.to_dict(), device.type, drawings_digest(images), start_sha256]),
-    )
+    training = Training(build, settings, start, device, icons)
     if snapshot.exists():
-        state.load(snapshot)
+        training.load(snapshot)
     elif isinstance(start, Path):
-        objective.warm(prototypes(encoder, images, [*entities, *things], build, device))
-    preprocessing = Preprocessing(
-        size_px=config.size_px, resize="squash", crop="none", interpolation="bicubic",
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
-    )  # fmt: skip
-
-    def validate() -> dict[str, float | None]:
-        """Return the averaged encoder's top-1 accuracy in percent, by view and split."""
-        encoder = TorchImageEncoder(
-            copy.deepcopy(state.average), preprocessing, saved_config=config.to_dict(), spec="tiny", device=device
-        )
-        evaluations = evaluate_encoder(encoder, build, "val")
-        return {f"{view}_{split}": vars(e)[split] for view, e in evaluations.items() for split in ("seen", "unseen")}
-
-    _run_steps(state, settings, images, build, device, snapshot, validate, len(entities))
-
-    average = state.average
+        labels = [*training.entities, *training.things]
+        training.objective.warm(prototypes(training.encoder, training.images, labels, build, device))
+    training.run(snapshot)
+    average = training.average
     if isinstance(start, Path):  # WiSE-FT, Wortsman et al., 2022
         mix(average, read_tiny(start)[0].to(device), settings.start_share)
     if settings.length_share:
-        drawn = load_rgba(training, build, config.size_px)
+        drawn = load_rgba(training.drawings, build, average.config.size_px)
         keep_length(average, mean_patch_tokens(average, drawn, device), settings.length_share)
     notes = {
         "command": "python -m demo.train_tiny" + (" --with-icons" if icons else ""),
         "settings": asdict(settings),
-        "training_drawings": len(training),
-        "training_drawings_sha256": drawings_digest(training),
+        "training_drawings": len(training.drawings),
+        "training_drawings_sha256": drawings_digest(training.drawings),
         "icons": len(icons),
         "icons_sha256": drawings_digest(icons),
-        "begun_from_sha256": start_sha256,
+        "begun_from_sha256": training.start_sha256,
         "torch": torch.__version__,
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_tiny(average.cpu(), preprocessing, out, notes=notes)
-
-
-def _run_steps(
-    state: State,
-    settings: Settings,
-    images: list[Drawing],
-    build: Path,
-    device: torch.device,
-    snapshot: Path,
-    validate: Callable[[], dict[str, float | None]],
-    entities: int,
-) -> None:
-    """Take the remaining steps, and log, validate and save snapshots in between."""
-    encoder, optimizer = state.encoder, state.optimizer
-    # A flag is identified by its colours, so it is restyled less.
-    restyling = torch.tensor([0.35 if d.kind == "flag" else 1.0 for d in images], device=device)
-    large_from = int(settings.steps * settings.small_share)
-    hardest_from = settings.steps * settings.hardest_from
-    pool: torch.Tensor | None = None
-    size_px = 0
-    started, first = time.monotonic(), state.step
-    with (
-        snapshot.with_suffix(".jsonl").open("a", encoding="utf-8", buffering=1) as log,
-        tqdm(total=settings.steps, initial=state.step, desc="training", unit="step", mininterval=5) as progress,
-    ):
-        for indices, label in joined_batches(state.batches):
-            if state.step >= settings.steps:
-                break
-            step_px = settings.small_px if state.step < large_from else encoder.config.size_px
-            if pool is None or size_px != step_px:
-                size_px = step_px
-                pool = load_rgba(images, build, size_px).to(device)
-            ramp = min(1.0, 0.1 + 0.9 * state.step / hardest_from) if hardest_from else 1.0
-            chosen = indices.to(device)
-            pixels = _photographs(state, pool[chosen], restyling[chosen], size_px, ramp, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(state.step, settings)
-            with torch.autocast(device.type, torch.bfloat16):
-                _, embedding = encoder(normalised(pixels))
-            losses = state.objective(embedding.float(), label.to(device), min(settings.entities_per_batch, entities))
-            loss = sum(losses.values(), torch.zeros((), device=device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-            optimizer.step()
-            _update_average(state, settings)
-            state.step += 1
-            progress.update()
-            validates = state.step % settings.snapshot_every == 0 or state.step == settings.steps
-            if state.step % _LOG_EVERY == 0 or validates:  # reading the loss waits for the GPU
-                if not torch.isfinite(loss):
-                    raise click.ClickException(
-                        f"the loss is {loss.item()} at step {state.step}; lower the learning rate"
-                    )
-                row = {name: round(value.item(), 3) for name, value in losses.items()}
-                row |= {
-                    "step": state.step,
-                    "steps_per_s": round((state.step - first) / (time.monotonic() - started), 2),
-                }
-                log.write(json.dumps(row) + "\n")
-                progress.set_postfix(row)
-            if validates:
-                figures = validate()
-                log.write(json.dumps({"step": state.step, **figures}) + "\n")
-                tqdm.write(f"step {state.step}: {figures}")
-                state.save(snapshot)
-
-
-def _parameter_groups(encoder: nn.Module, objective: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    parameters = [*encoder.parameters(), *objective.parameters()]
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-def _photographs(
-    state: State, rgba: torch.Tensor, restyling: torch.Tensor, size_px: int, ramp: float, settings: Settings
-) -> torch.Tensor:
-    """Restyle and photograph a batch of drawings. `ramp` (0 to 1) limits the strength."""
-    photographer = state.photographer
-    strength, chance, style = torch.rand(3, len(rgba), generator=photographer.generator, device=rgba.device)
-    strength = strength * ramp * (chance > settings.clean_share)
-    style = style * restyling * ramp
-    photos = photographer.photograph(photographer.restyle(rgba.float() / 255, style), size_px, strength)
-    return photographer.compress(photos, strength)
+    save_tiny(average.cpu(), training.preprocessing, out, notes=notes)
 
 
 @torch.no_grad()
@@ -375,12 +369,6 @@ def keep_length(encoder: TinyEncoder, pooled_nD: torch.Tensor, share: float) -> 
     encoder.norm.bias.add_(torch.linalg.pinv(encoder.projection.weight) @ added_D)
 
 
-def _update_average(state: State, settings: Settings) -> None:
-    """Update the exponential moving average of the weights, faster in the first steps."""
-    decay = min(settings.average_decay, (1 + state.step) / (10 + state.step))
-    mix(state.average, state.encoder, 1 - decay)
-
-
 @click.command()
 @build_option
 @click.option(
@@ -393,30 +381,20 @@ def _update_average(state: State, settings: Settings) -> None:
     help=f"Training steps.  [default: {Settings.steps}; {ON_GPU.steps} on a GPU; {WITH_ICONS.steps} with icons]",
 )
 @click.option(
-    "--entities-per-batch",
-    type=int,
+    "--entities-per-batch", type=int,
     help=f"Two images each.  [default: {Settings.entities_per_batch}; {ON_GPU.entities_per_batch} on a GPU; "
     f"{WITH_ICONS.entities_per_batch} with icons]",
-)
+)  # fmt: skip
 @click.option("--seed", default=Settings.seed, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming from the last snapshot.")
-def main(
-    build: Path,
-    out: Path,
-    with_icons: bool,
-    steps: int | None,
-    entities_per_batch: int | None,
-    seed: int,
-    device: str,
-    fresh: bool,
-) -> None:
+def main(build: Path, out: Path, with_icons: bool, device: str, fresh: bool, **changes: int | None) -> None:
     """Train the tiny image encoder on Symbols, or train it further with icons."""
     snapshot = build / ("tiny_with_icons.pt" if with_icons else "tiny_training.pt")
     if fresh:
         snapshot.unlink(missing_ok=True)
         snapshot.with_suffix(".jsonl").unlink(missing_ok=True)
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    chosen = resolve_device(device)
     start: TinyConfig | Path
     icons: list[Drawing] = []
     if with_icons:
@@ -425,14 +403,9 @@ def main(
         icons = plan_from(build, source)
         render_icons(icons, source, build)
     else:
-        settings, start = (ON_GPU, CONFIG_ON_GPU) if chosen == "cuda" else (Settings(), TinyConfig())
-    settings = replace(
-        settings,
-        steps=steps or settings.steps,
-        entities_per_batch=entities_per_batch or settings.entities_per_batch,
-        seed=seed,
-    )
-    train(build, out, settings, start, torch.device(chosen), snapshot, icons)
+        settings, start = (ON_GPU, CONFIG_ON_GPU) if chosen.type == "cuda" else (Settings(), TinyConfig())
+    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
+    train(build, out, settings, start, chosen, snapshot, icons)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def export_entity_encoder(checkpoint: Checkpoint, bundle: Path) -> EntityEncoder
         ADAPTOR_FILE: _export_adaptor(checkpoint, folder / ADAPTOR_FILE),
         TEXT_ENCODER_FILE: _export_text_encoder(text_encoder, folder / TEXT_ENCODER_FILE),
     }
-    atomic_write_bytes(folder / TOKENIZER_FILE, text_encoder.tokenizer_json().encode())
+    atomic_write_bytes(folder / TOKENIZER_FILE, text_encoder.tokenizer.to_str().encode())
     encoder = EntityEncoder(
         format_version=FORMAT_VERSION,
         checkpoint_sha256=checkpoint.sha256,
@@ -110,7 +110,9 @@ def _export_text_encoder(encoder: TokenStateEncoder, path: Path) -> dict[str, fl
     generator = torch.Generator().manual_seed(0)
 
     def sample(batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
-        ids = torch.randint(encoder.vocabulary_size, (batch, min(tokens, encoder.max_tokens)), generator=generator)
+        ids = torch.randint(
+            encoder.tokenizer.get_vocab_size(), (batch, min(tokens, encoder.max_tokens)), generator=generator
+        )
         return ids, torch.ones_like(ids)
 
     name = f"text encoder {encoder.spec}"

@@ -14,6 +14,7 @@ tokens, Q queries, K keys, H heads, E = W / H.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -116,11 +117,8 @@ class DecoderLayer(nn.Module):
         super().__init__()
         width = config.width
         self.pre_norm = config.norm == "pre"
-        if config.self_attention:
-            self.self_attention: Attention | None = Attention(width, config.heads, config.dropout)
-            self.self_norm: nn.LayerNorm | None = nn.LayerNorm(width)
-        else:
-            self.self_attention = self.self_norm = None
+        self.self_attention = Attention(width, config.heads, config.dropout) if config.self_attention else None
+        self.self_norm = nn.LayerNorm(width) if config.self_attention else nn.Identity()
         self.text_attention = Attention(width, config.heads, config.dropout)
         self.text_norm = nn.LayerNorm(width)
         hidden = round(width * config.ffn_ratio)
@@ -133,20 +131,18 @@ class DecoderLayer(nn.Module):
     def forward(
         self, queries_BQW: torch.Tensor, query_mask_BQ: torch.Tensor, text_BTW: torch.Tensor, text_mask_BT: torch.Tensor
     ) -> torch.Tensor:
-        x: torch.Tensor = queries_BQW
-        if self.self_attention is not None and self.self_norm is not None:
-            if self.pre_norm:
-                normed = self.self_norm(x)
-                x = x + self.drop(self.self_attention(normed, normed, query_mask_BQ))
-            else:
-                x = self.self_norm(x + self.drop(self.self_attention(x, x, query_mask_BQ)))
-        if self.pre_norm:
-            x = x + self.drop(self.text_attention(self.text_norm(x), text_BTW, text_mask_BT))
-            x = x + self.drop(self.ffn(self.ffn_norm(x)))
-        else:
-            x = self.text_norm(x + self.drop(self.text_attention(x, text_BTW, text_mask_BT)))
-            x = self.ffn_norm(x + self.drop(self.ffn(x)))
-        return x
+        x = queries_BQW
+        attention = self.self_attention
+        if attention is not None:
+            x = self._residual(x, self.self_norm, lambda x: attention(x, x, query_mask_BQ))
+        x = self._residual(x, self.text_norm, lambda x: self.text_attention(x, text_BTW, text_mask_BT))
+        return self._residual(x, self.ffn_norm, self.ffn)
+
+    def _residual(
+        self, x: torch.Tensor, norm: nn.Module, block: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        out: torch.Tensor = x + self.drop(block(norm(x))) if self.pre_norm else norm(x + self.drop(block(x)))
+        return out
 
 
 class Adaptor(nn.Module):

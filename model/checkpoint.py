@@ -80,20 +80,14 @@ class Checkpoint:
         adaptor = _load_adaptor(path, values)
         image, text = values["image_encoder"], values["text_encoder"]
         if image["spec"] == "tiny" and image_encoder_spec is None:
-            _check_file(path, _IMAGE_ENCODER, values)
-            image_encoder_spec = f"tiny:{path / _IMAGE_ENCODER}"
-        image_encoder = open_image_encoder(
-            image_encoder_spec or _recorded_spec(path, "image", image),
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
+            image_encoder_spec = f"tiny:{_check_file(path, _IMAGE_ENCODER, values)}"
+        image_spec = image_encoder_spec or _recorded_spec(path, "image", image)
+        image_encoder = open_image_encoder(image_spec, device=device, trust_remote_code=trust_remote_code)
         _check_same(path, "image", image, image_encoder.content_hash)
+        text_spec = text_encoder_spec or _recorded_spec(path, "text", text)
+        tokens, layer = text["max_tokens"], text["layer"]
         text_encoder = open_text_encoder(
-            text_encoder_spec or _recorded_spec(path, "text", text),
-            device=device,
-            max_tokens=text["max_tokens"],
-            layer=text["layer"],
-            trust_remote_code=trust_remote_code,
+            text_spec, device=device, max_tokens=tokens, layer=layer, trust_remote_code=trust_remote_code
         )
         _check_same(path, "text", text, text_encoder.content_hash)
         check_shapes(adaptor.config, image_encoder, text_encoder)
@@ -167,12 +161,10 @@ def save_checkpoint(
 
 def check_shapes(config: AdaptorConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
     """Raise `CheckpointError` unless the adaptor's widths equal the encoders'."""
-    widths = {
-        "patch_dim": (config.patch_dim, image_encoder.patch_dim),
-        "embedding_dim": (config.embedding_dim, image_encoder.embedding_dim),
-        "text_dim": (config.text_dim, text_encoder.dim),
-    }
-    for name, (ours, theirs) in widths.items():
+    image = image_encoder
+    widths = {"patch_dim": image.patch_dim, "embedding_dim": image.embedding_dim, "text_dim": text_encoder.dim}
+    for name, theirs in widths.items():
+        ours = getattr(config, name)
         if ours != theirs:
             raise CheckpointError(f"the adaptor's {name} is {ours}, the encoder's {theirs}; use the matching encoder")
 
@@ -188,15 +180,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     found = values.get("format_version") if isinstance(values, dict) else None
     if found != FORMAT_VERSION:
         raise CheckpointError(f"{file} has format version {found}, this program reads {FORMAT_VERSION}; train again")
-    for name in ("adaptor", "image_encoder", "text_encoder", "training", "versions", "files", "logit_scale"):
-        kinds = (int, float) if name == "logit_scale" else (dict,)
-        if not isinstance(values.get(name), kinds):
-            raise CheckpointError(f"{file}: `{name}` is missing or of the wrong type; {_RESTORE}")
-    for name, fields in {"image_encoder": (), "text_encoder": ("max_tokens", "layer")}.items():
-        for field in ("spec", "local", "content_hash", *fields):
-            if field not in values[name]:
-                raise CheckpointError(f"{file}: `{name}.{field}` is missing; {_RESTORE}")
     checked: dict[str, Any] = values
+    names = ("adaptor", "image_encoder", "text_encoder", "logit_scale", "training", "versions", "files")
+    missing = [name for name in names if name not in checked]
+    for name, fields in {"image_encoder": (), "text_encoder": ("max_tokens", "layer")}.items():
+        needed = ("spec", "local", "content_hash", *fields)
+        missing += [f"{name}.{field}" for field in needed if field not in checked.get(name, {})]
+    if missing:
+        raise CheckpointError(f"{file}: `{missing[0]}` is missing; {_RESTORE}")
     return checked
 
 

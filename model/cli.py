@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -86,15 +86,13 @@ def train(as_json: bool, smoke: bool, cache_dir: Path | None, **options: Any) ->
     if report is None:  # the first process reports
         return
     if as_json:
-        click.echo(json.dumps(asdict(report)))
+        click.echo(json.dumps(report))
         return
-    click.echo(
-        f"{report.checkpoint}: {report.pairs} pairs, {report.entities} entities, {report.parameters:,} parameters"
-    )
-    click.echo(f"loss {report.loss:.4f} after {report.steps} steps, {report.seconds:.0f} s; weights {report.weights}")
-    if report.validation is not None:
-        shown = {name: value for name, value in asdict(report.validation).items() if value is not None}
+    click.echo("{checkpoint}: {pairs} pairs, {entities} entities, {parameters:,} parameters".format_map(report))
+    click.echo("loss {loss:.4f} after {steps} steps, {seconds:.0f} s; weights {weights}".format_map(report))
+    if report["validation"]:
+        shown = {name: value for name, value in report["validation"].items() if value is not None}
         figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items())
-        click.echo(f"best epoch {report.best_epoch}: {figures}")
-    if report.rejected:
-        click.echo(f"{report.rejected} record(s) rejected, see {request.out.parent / 'rejected.jsonl'}")
+        click.echo(f"best epoch {report['best_epoch']}: {figures}")
+    if report["rejected"]:
+        click.echo(f"{report['rejected']} record(s) rejected, see {request.out.parent / 'rejected.jsonl'}")

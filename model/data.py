@@ -7,7 +7,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -56,51 +55,35 @@ class Entity:
     images: tuple[ImageSource, ...]
 
 
-class OvenImages:
-    """Finds image files inside `image_root` by the image ids of OVEN's annotations.
+def _read_oven_table(table: Path | None) -> dict[str, str]:
+    """Return OVEN's table of image ids and paths, two columns without a header. Raises `CatalogError`."""
+    if table is None:
+        raise CatalogError(
+            f"the pairs name images by OVEN's ids, which needs {OVEN_TABLE} in their folder or in the image root; "
+            "name it with --ovenid2impath"
+        )
+    try:
+        with table.open(encoding="utf-8", newline="") as file:
+            return dict(csv.reader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise CatalogError(
+            f"{table} cannot be read as lines of image id and path: {error}; name OVEN's own table with --ovenid2impath"
+        ) from error
 
-    OVEN's table has a line `image_id,path` per image, without a header. The file is either at that path, which is the
-    source data set's, or, in the released snapshot, at `oven_images/<dd>/<image_id><suffix>`. `dd` is the first two
-    digits of the id. The table is read on first use.
+
+def _find_oven_image(image_root: Path, image_id: str, listed: str) -> Path | None:
+    """Return the file of an image of OVEN inside `image_root`, None if there is none.
+
+    It is either at the path in the table, which is the source data set's, or, in the released snapshot, at
+    `oven_images/<dd>/<image_id><suffix>`. `dd` is the first two digits of the id.
     """
-
-    def __init__(self, image_root: Path, table: Path | None) -> None:
-        self._root = image_root
-        self._table = table
-
-    def find(self, image_id: str) -> Path | None:
-        """Return the image's file, None if there is none. Raises `CatalogError` if the table cannot be read."""
-        listed = self._paths.get(image_id)
-        if listed is None:
-            return None
-        path = PurePosixPath(listed.lstrip("/"))
-        in_shard = PurePosixPath(image_id.rpartition("_")[2][:2]) / (image_id + path.suffix)
-        for candidate in (path, "oven_images" / in_shard, in_shard):
-            file = self._root / candidate
-            if ".." not in candidate.parts and file.is_file():
-                return file
-        return None
-
-    @cached_property
-    def _paths(self) -> dict[str, str]:
-        if self._table is None:
-            raise CatalogError(
-                f"the pairs name images by OVEN's ids, which needs {OVEN_TABLE} in their folder or in the image root; "
-                "name it with --ovenid2impath"
-            )
-        paths = {}
-        try:
-            with self._table.open(encoding="utf-8", newline="") as file:
-                for line, row in enumerate(csv.reader(file), start=1):
-                    if len(row) != 2:
-                        raise CatalogError(
-                            f"{self._table}, line {line} has {len(row)} columns, not an image id and a path; name "
-                            "OVEN's own table with --ovenid2impath"
-                        )
-                    paths[row[0]] = row[1]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise CatalogError(f"{self._table} cannot be read: {error}; check the path") from error
-        return paths
+    path = PurePosixPath(listed.lstrip("/"))
+    in_shard = PurePosixPath(image_id.rpartition("_")[2][:2]) / (image_id + path.suffix)
+    for candidate in (path, "oven_images" / in_shard, in_shard):
+        file = image_root / candidate
+        if ".." not in candidate.parts and file.is_file():
+            return file
+    return None
 
 
 def read_pairs(
@@ -114,7 +97,8 @@ def read_pairs(
     """
     folder = image_root or path.parent
     tables = (parent / OVEN_TABLE for parent in (path.parent, folder))
-    oven = OvenImages(folder, ovenid2impath or next((table for table in tables if table.is_file()), None))
+    table = ovenid2impath or next((table for table in tables if table.is_file()), None)
+    oven_paths: dict[str, str] | None = None
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             yield item
@@ -128,7 +112,10 @@ def read_pairs(
             yield Rejected(line=line, reason=reason, record=record)
             continue
         data_id, image, entity_id, data_split = (str(value) for value in fields)
-        file = (oven.find(image) if image_field == "image_id" else None) or folder / image
+        file = folder / image
+        if image_field == "image_id":
+            oven_paths = _read_oven_table(table) if oven_paths is None else oven_paths
+            file = (_find_oven_image(folder, image, oven_paths[image]) if image in oven_paths else None) or file
         if not missing_ok and not file.is_file():
             yield Rejected(line=line, reason=f"image {image} does not exist in {folder}", record=record)
             continue
@@ -191,11 +178,12 @@ def load_entities(
             images = []
             for image in item.images:
                 record = json.dumps({"entity_id": item.entity_id, "image": image}, ensure_ascii=False)[:_RECORD_CHARS]
-                if not is_url(image) and Path(image).is_file():
-                    images.append(ImageSource(path=Path(image), line=0, record=record))
+                if is_url(image):
+                    rejects.add(Rejected(line=0, reason="images are not fetched from URLs here", record=record))
+                elif not Path(image).is_file():
+                    rejects.add(Rejected(line=0, reason="the image does not exist", record=record))
                 else:
-                    reason = "images are not fetched from URLs here" if is_url(image) else "the image does not exist"
-                    rejects.add(Rejected(line=0, reason=reason, record=record))
+                    images.append(ImageSource(path=Path(image), line=0, record=record))
             entities.append(Entity(entity_id=item.entity_id, text=item.text, images=tuple(images)))
     if not entities:
         what = "no usable entity" if only is None else "none of the entities in the pairs"

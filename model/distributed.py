@@ -59,12 +59,13 @@ class Group:
         """Replace every gradient by its sum over the processes, in one all-reduce."""
         if self.size == 1:
             return
-        trained = list(parameters)
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
+        gradients = []
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradients.append(parameter.grad)
+        flat = nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
-        sizes = [parameter.numel() for parameter in trained]
-        for parameter, gradient in zip(trained, torch.split(flat, sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter).clone()
+        nn.utils.vector_to_parameters(flat, gradients)
 
     def from_first(self, value: _Value) -> _Value:
         """Return the first process's `value` in every process."""

@@ -24,7 +24,7 @@ from core.jsonl import Rejected, RejectLog
 from imaging import load_pixels
 from model.data import Entity, ImageSource, Pair
 from model.encoders import ImageEncoder, TextEncoder
-from model.feature_cache import ImageFeatureCache, TextFeatureCache, content_key
+from model.feature_cache import FeatureCache, content_key
 
 MAX_PIXELS = 64_000_000
 
@@ -66,8 +66,8 @@ class FeatureStore:
         self.text_encoder = text_encoder
         self.computed = 0
         self._batch_size = batch_size
-        self._images = ImageFeatureCache(root, image_encoder.content_hash)
-        self._texts = TextFeatureCache(root, text_encoder.content_hash)
+        self._images = FeatureCache(root, image_encoder.content_hash)
+        self._texts = FeatureCache(root, text_encoder.content_hash)
 
     def image_keys(
         self, sources: Sequence[ImageSource], reject: Callable[[Rejected], None], description: str
@@ -80,26 +80,23 @@ class FeatureStore:
         ):
             for chunk in _chunks(sources, self._batch_size):
                 new: dict[bytes, npt.NDArray[np.uint8]] = {}
-                for source, result in zip(chunk, pool.map(self._read, chunk), strict=True):
+                for source, (key, result) in zip(chunk, pool.map(self._read, chunk), strict=True):
+                    keys.append(key)
                     if isinstance(result, str):
                         reject(Rejected(line=source.line, reason=result, record=source.record))
-                        keys.append(None)
-                        continue
-                    key, pixels = result
-                    keys.append(key)
-                    if pixels is not None:
-                        new[key] = pixels
+                    elif key is not None and result is not None:
+                        new[key] = result
                 if new:
                     features = self.image_encoder.encode(np.stack(list(new.values())))
-                    tokens_BPC = features.patch_tokens_BPC.cpu().numpy()
-                    self._images.add(list(new), tokens_BPC, features.image_embedding_BD.cpu().numpy())
+                    tokens_BPC, embeddings_BD = features.patch_tokens_BPC, features.image_embedding_BD
+                    self._images.add(list(new), tokens_BPC.cpu().numpy(), embeddings_BD.cpu().numpy())
                     self.computed += len(new)
                 progress.update(len(chunk))
         self._images.flush()
         return keys
 
-    def _read(self, source: ImageSource) -> tuple[bytes, npt.NDArray[np.uint8] | None] | str:
-        """Return the image's key, and its pixels unless it is cached; or the reason that it cannot be read."""
+    def _read(self, source: ImageSource) -> tuple[bytes | None, npt.NDArray[np.uint8] | str | None]:
+        """Return the image's key, and its pixels unless it is cached; or None and why it cannot be read."""
         try:
             data = source.path.read_bytes()
             key = content_key(data)
@@ -107,14 +104,12 @@ class FeatureStore:
                 return key, None
             return key, load_pixels(data, self.image_encoder.preprocessing, max_pixels=MAX_PIXELS)
         except (OSError, UndecodableImage, TooLarge) as error:
-            return f"image {source.path.name}: {error}"
+            return None, f"image {source.path.name}: {error}"
 
     def text_keys(self, texts: Sequence[str], description: str) -> list[bytes | None]:
         """Encode the texts that are not cached. Return the key of each, None for a blank one."""
         keys = [content_key(text.encode()) if text.strip() else None for text in texts]
-        missing = {
-            key: text for key, text in zip(keys, texts, strict=True) if key is not None and key not in self._texts
-        }
+        missing = {key: text for key, text in zip(keys, texts, strict=True) if key and key not in self._texts}
         with tqdm(total=len(missing), desc=description, unit="text", leave=False) as progress:
             for chunk in _chunks(missing.items(), self._batch_size):
                 features = self.text_encoder.encode([text for _, text in chunk])
@@ -132,9 +127,7 @@ class FeatureStore:
         image_keys = iter(self.image_keys(sources, reject, "entity images"))
         text_keys = self.text_keys([entity.text for entity in entities], "entity texts")
         return [
-            EntityKeys(
-                images=tuple(key for key in islice(image_keys, len(entity.images)) if key is not None), text=text
-            )
+            EntityKeys(images=tuple(key for key in islice(image_keys, len(entity.images)) if key), text=text)
             for entity, text in zip(entities, text_keys, strict=True)
         ]
 
@@ -153,19 +146,19 @@ class FeatureStore:
 
     def query_embeddings(self, keys: Sequence[bytes]) -> npt.NDArray[np.float32]:
         """Return the image embeddings of query images: float32 `[B, D]`, L2-normalised."""
-        return np.stack([self._images.image_embedding(key) for key in keys])
+        return np.stack([self._images.embedding(key) for key in keys])
 
     def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
         """Return the adaptor's input for rows of (image key, text key), None for a missing one."""
         size = len(rows)
         tokens = np.zeros((size, self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
-        texts = [self._texts.text_tokens(text) if text is not None else None for _, text in rows]
+        texts = [self._texts.tokens(text) if text is not None else None for _, text in rows]
         longest = max((len(text) for text in texts if text is not None), default=0)
         text_tokens = np.zeros((size, longest, self.text_encoder.dim), np.float16)
         text_mask = np.zeros((size, longest), np.bool_)
         for row, ((image, _), text) in enumerate(zip(rows, texts, strict=True)):
             if image is not None:
-                tokens[row] = self._images.patch_tokens(image)
+                tokens[row] = self._images.tokens(image)
             if text is not None:
                 text_tokens[row, : len(text)] = text
                 text_mask[row, : len(text)] = True

@@ -18,12 +18,12 @@ from model.adaptor import AdaptorConfig
 from model.checkpoint import save_checkpoint
 from model.data import balance_pairs, known_pairs, load_entities, load_pairs
 from model.distributed import Group, open_group
-from model.encoders import ImageEncoder, TextEncoder, open_image_encoder, open_text_encoder, resolve_device
+from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.features import EntityKeys, FeatureStore, TrainingPair, catalog_pairs
 from model.resume import Snapshots, fingerprint
-from model.train import TrainResult, open_log, train_adaptor
+from model.train import open_log, train_adaptor
 from model.trainer import TrainSettings
-from model.validation import Accuracy, ValidationSet, half_cosine
+from model.validation import ValidationSet, half_cosine
 
 _SMOKE_STEPS, _SMOKE_BATCH = 3, 16
 _MIN_HALF_COSINE = 0.9999  # between embeddings by float16 and float32 weights, to store float16
@@ -72,32 +72,10 @@ class TrainRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainReport:
-    """The figures of a run. Shares are from 0 to 1."""
-
-    checkpoint: str
-    entities: int
-    pairs: int  # including the catalog's
-    catalog_pairs: int
-    rejected: int
-    features_computed: int
-    parameters: int
-    steps: int
-    best_epoch: int
-    loss: float
-    validation: Accuracy | None
-    half_cosine: float  # the lowest between embeddings by float16 and float32 weights
-    weights: str
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Inputs:
     """The loaded inputs of training, the same in every process."""
 
     config: AdaptorConfig
-    image_encoder: ImageEncoder
-    text_encoder: TextEncoder
     store: FeatureStore
     entities: list[EntityKeys]
     pairs: list[TrainingPair]
@@ -105,81 +83,93 @@ class _Inputs:
     validation: ValidationSet | None
 
 
-def run_training(request: TrainRequest) -> TrainReport | None:
+def run_training(request: TrainRequest) -> dict[str, Any] | None:
     """Train an adaptor and write its checkpoint, with `rejected.jsonl` and the log of the run next to it.
 
-    The checkpoint is written last, so an earlier one is replaced only if training succeeds. Under `torchrun`, every
-    process calls this. The first one computes features, writes and reports; the others return None. Raises
-    `CatalogError`, `EncoderSpecError`, `CheckpointError` or `UserError`.
+    Return the figures of the run, which `wikiclip train --json` prints. The checkpoint is written last, so an earlier
+    one is replaced only if training succeeds. Under `torchrun`, every process calls this. The first one computes
+    features, writes and reports; the others return None. Raises `CatalogError`, `EncoderSpecError`, `CheckpointError`
+    or `UserError`.
     """
     started = time.perf_counter()
     out = request.out
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file; name a folder for the checkpoint")
     with open_group(resolve_device(request.device)) as (group, device), ExitStack() as stack:
-        if not group.first:
+        folder = out.parent
+        if group.first:
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
             group.wait()  # for features
-            scratch = Path(stack.enter_context(TemporaryDirectory()))
-            _train(request, _prepare(request, device, RejectLog(scratch / "rejected.jsonl")), group, device)
-            return None
-        out.parent.mkdir(parents=True, exist_ok=True)
-        rejects = RejectLog(out.parent / "rejected.jsonl")
+        rejects = RejectLog(folder / "rejected.jsonl")
         inputs = _prepare(request, device, rejects)
-        group.wait()
-        result = _train(request, inputs, group, device)
+        if group.first:
+            group.wait()
+        snapshots = _snapshots(request, inputs, group)
+        resume_from = snapshots.load() if request.resume else None
+        log = None
+        if group.first:
+            after_step = resume_from["trainer"]["steps_done"] if resume_from else 0
+            paths = _sibling(out, "train.jsonl"), _sibling(out, "tensorboard")
+            log = stack.enter_context(open_log(*paths, after_step=after_step))
+        result = train_adaptor(
+            inputs.config,
+            request.settings,
+            inputs.store,
+            inputs.entities,
+            inputs.pairs,
+            validation=inputs.validation,
+            device=device,
+            log=log,
+            group=group,
+            snapshots=snapshots,
+            resume_from=resume_from,
+        )
+        if not group.first:
+            return None
     trained_on = [inputs.entities[row] for row in sorted({pair.entity for pair in inputs.pairs})]
     cosine = half_cosine(result.adaptor, inputs.store, trained_on, device)
     half = request.half and cosine >= _MIN_HALF_COSINE
+    figures = {
+        "pairs": len(inputs.pairs),  # including the catalog's
+        "catalog_pairs": inputs.catalog_pairs,
+        "entities": len(inputs.entities),
+        "steps": result.steps,
+        "best_epoch": result.best_epoch,
+        "loss": result.loss,
+        "validation": asdict(result.accuracy) if result.accuracy else None,
+    }
+    limits = {"max_per_entity": request.max_per_entity, "processes": group.size}
     save_checkpoint(
         out,
         adaptor=result.adaptor,
         logit_scale=result.logit_scale,
-        image_encoder=inputs.image_encoder,
-        text_encoder=inputs.text_encoder,
-        training={
-            **asdict(request.settings),
-            "max_per_entity": request.max_per_entity,
-            "processes": group.size,
-            "pairs": len(inputs.pairs),
-            "catalog_pairs": inputs.catalog_pairs,
-            "entities": len(inputs.entities),
-            "steps": result.steps,
-            "best_epoch": result.best_epoch,
-            "loss": result.loss,
-            "validation": asdict(result.accuracy) if result.accuracy else None,
-        },
+        image_encoder=inputs.store.image_encoder,
+        text_encoder=inputs.store.text_encoder,
+        training={**asdict(request.settings), **limits, **figures},
         half=half,
     )
-    _snapshots(request, inputs, group).remove()
-    return TrainReport(
-        checkpoint=str(out),
-        entities=len(inputs.entities),
-        pairs=len(inputs.pairs),
-        catalog_pairs=inputs.catalog_pairs,
-        rejected=rejects.count,
-        features_computed=inputs.store.computed,
-        parameters=result.adaptor.parameter_count(),
-        steps=result.steps,
-        best_epoch=result.best_epoch,
-        loss=result.loss,
-        validation=result.accuracy,
-        half_cosine=cosine,
-        weights="float16" if half else "float32",
-        seconds=time.perf_counter() - started,
-    )
+    snapshots.remove()
+    return {
+        "checkpoint": str(out),
+        **figures,
+        "rejected": rejects.count,
+        "features_computed": inputs.store.computed,
+        "parameters": result.adaptor.parameter_count(),
+        "half_cosine": cosine,
+        "weights": "float16" if half else "float32",
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) -> _Inputs:
     """Open the encoders, read the files and compute the features that are not cached."""
-    image_encoder = open_image_encoder(
-        request.image_encoder, device=device, trust_remote_code=request.trust_remote_code
-    )
+    trust = request.trust_remote_code
+    tokens, layer = request.max_tokens, request.text_layer
+    image_encoder = open_image_encoder(request.image_encoder, device=device, trust_remote_code=trust)
     text_encoder = open_text_encoder(
-        request.text_encoder,
-        device=device,
-        max_tokens=request.max_tokens,
-        layer=request.text_layer,
-        trust_remote_code=request.trust_remote_code,
+        request.text_encoder, device=device, max_tokens=tokens, layer=layer, trust_remote_code=trust
     )
     config = AdaptorConfig(
         patch_dim=image_encoder.patch_dim,
@@ -207,10 +197,8 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     store = FeatureStore(request.cache_dir, image_encoder, text_encoder)
     entity_keys = store.entity_keys(entities, rejects.add)
     rows = {entity.entity_id: row for row, entity in enumerate(entities)}
-    training = [
-        TrainingPair(query=key, entity=rows[pair.entity_id])
-        for pair, key in store.pair_keys(pairs, rejects, "query images")
-    ]
+    keyed = store.pair_keys(pairs, rejects, "query images")
+    training = [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
     paired = Counter(pair.entity for pair in training)
     added = catalog_pairs(entity_keys, paired, request.max_per_entity) if request.catalog_pairs else []
     if not training and not added:
@@ -220,46 +208,20 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     validated = store.pair_keys(queries, rejects, "validation images")
     return _Inputs(
         config=config,
-        image_encoder=image_encoder,
-        text_encoder=text_encoder,
         store=store,
         entities=entity_keys,
         pairs=training + added,
         catalog_pairs=len(added),
-        validation=ValidationSet.from_pairs(validated, rows, store) if validated else None,
+        validation=ValidationSet(validated, rows, store) if validated else None,
     )
-
-
-def _train(request: TrainRequest, inputs: _Inputs, group: Group, device: torch.device) -> TrainResult:
-    snapshots = _snapshots(request, inputs, group)
-    resume_from = snapshots.load() if request.resume else None
-    with ExitStack() as stack:
-        log = None
-        if group.first:
-            after_step = resume_from["trainer"]["steps_done"] if resume_from else 0
-            paths = _sibling(request.out, "train.jsonl"), _sibling(request.out, "tensorboard")
-            log = stack.enter_context(open_log(*paths, after_step=after_step))
-        return train_adaptor(
-            inputs.config,
-            request.settings,
-            inputs.store,
-            inputs.entities,
-            inputs.pairs,
-            validation=inputs.validation,
-            device=device,
-            log=log,
-            group=group,
-            snapshots=snapshots,
-            resume_from=resume_from,
-        )
 
 
 def _snapshots(request: TrainRequest, inputs: _Inputs, group: Group) -> Snapshots:
     settings = {
         "settings": asdict(request.settings),
         "adaptor": inputs.config.to_dict(),
-        "image_encoder": inputs.image_encoder.content_hash,
-        "text_encoder": inputs.text_encoder.content_hash,
+        "image_encoder": inputs.store.image_encoder.content_hash,
+        "text_encoder": inputs.store.text_encoder.content_hash,
         "processes": group.size,
     }
     queries = [inputs.validation] if inputs.validation else []

@@ -5,7 +5,6 @@ Shapes: N pairs, D embedding.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import time
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,10 +117,11 @@ def train_adaptor(
             accuracy = None
             if group.first and validation:
                 accuracy = validate(trainer.adaptor, store, entities, [validation], device)[0]
-            measured = {"validation": asdict(accuracy)} if accuracy else {}
+            validated = asdict(accuracy) if accuracy else {}
             if log:
-                log({"epoch": epoch, "mean_loss": mean_loss, "pairs_per_s": pairs_per_s, **trainer.state(), **measured})
-            bar.set_postfix_str(_postfix(mean_loss, accuracy))
+                row = {"epoch": epoch, "mean_loss": mean_loss, "pairs_per_s": pairs_per_s, **trainer.state()}
+                log({**row, "validation": validated} if validated else row)
+            bar.set_postfix(loss=mean_loss, **{name: value for name, value in validated.items() if value is not None})
             rank = accuracy.rank() if accuracy else float(epoch)
             if progress.best is None or rank > progress.best["rank"]:
                 progress.best = {
@@ -129,7 +129,7 @@ def train_adaptor(
                     "epoch": epoch,
                     "weights": {name: tensor.detach().clone() for name, tensor in trainer.adaptor.state_dict().items()},
                     "logit_scale": trainer.logit_scale().item(),
-                    "accuracy": asdict(accuracy) if accuracy else None,
+                    "accuracy": validated or None,
                 }
             progress.epoch, progress.steps_of_epoch, progress.losses = epoch + 1, 0, []
     best = progress.best
@@ -160,24 +160,9 @@ def _epoch_batches(
     return [order_N[start : start + batch_size] for start in range(0, pairs, batch_size)]
 
 
-def _postfix(mean_loss: float, accuracy: Accuracy | None) -> str:
-    values = {"loss": mean_loss}
-    if accuracy is not None:
-        values |= {name: value for name, value in asdict(accuracy).items() if value is not None}
-    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
-
-
-class _Writer(Protocol):
-    """The part of `torch.utils.tensorboard.SummaryWriter` that is used."""
-
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
 @contextmanager
 def open_log(path: Path, tensorboard: Path, *, after_step: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Open the log of a run, and yield a function that writes a row: a `step` and figures, nested once at most.
+    """Open the log of a run, and yield a function that writes a row: a `step`, figures, and those of `validation`.
 
     Rows go to the JSONL file `path` and, if TensorBoard is installed, to the folder `tensorboard`. Rows of an earlier
     run are kept up to the snapshot at `after_step` (0 keeps none), so a resumed run has one log. An epoch's summary is
@@ -194,15 +179,21 @@ def open_log(path: Path, tensorboard: Path, *, after_step: int) -> Iterator[Call
                 break
             rows.append(line + "\n")
     atomic_write_bytes(path, "".join(rows).encode())
-    writer = _tensorboard_writer(tensorboard, after_step)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer: Any = SummaryWriter(str(tensorboard), purge_step=after_step + 1)
+    except ImportError:
+        writer = None
     with path.open("a", encoding="utf-8") as file:
 
         def write(row: Mapping[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")
             file.flush()
             if writer is not None:
-                for name, value in _flat(row):
-                    if name != "step" and value is not None:
+                validation = {f"validation/{name}": value for name, value in row.get("validation", {}).items()}
+                for name, value in {**row, **validation}.items():
+                    if name not in ("step", "validation") and value is not None:
                         writer.add_scalar(name, value, row["step"])
 
         try:
@@ -210,20 +201,3 @@ def open_log(path: Path, tensorboard: Path, *, after_step: int) -> Iterator[Call
         finally:
             if writer is not None:
                 writer.close()
-
-
-def _tensorboard_writer(folder: Path, after_step: int) -> _Writer | None:
-    try:
-        module = importlib.import_module("torch.utils.tensorboard")
-    except ImportError:
-        return None
-    writer: _Writer = module.SummaryWriter(str(folder), purge_step=after_step + 1)
-    return writer
-
-
-def _flat(row: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{name}/{inner}", figure) for inner, figure in value.items())
-        else:
-            yield name, value

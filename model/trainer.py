@@ -9,7 +9,7 @@ Shapes: B pairs of a batch over all processes, b those of this process, T text t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,10 +129,20 @@ class Trainer:
         self._entities = entities
         self._device = device
         self._group = group
-        self._text_numbers = _numbered([entity.text for entity in entities])
+        texts = dict.fromkeys(entity.text for entity in entities if entity.text is not None)
+        numbers = {text: number for number, text in enumerate(texts)}
+        self._text_numbers = np.array([numbers[e.text] if e.text else -1 for e in entities], np.int64)
         parameter_groups = _parameter_groups(self.adaptor, self.logit_scale, settings.weight_decay)
         self._optimizer = torch.optim.AdamW(parameter_groups, lr=settings.lr)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, _warm_cosine(settings, steps))
+        warmup = round(settings.warmup * steps)
+
+        def factor(step: int) -> float:
+            """Return the learning rate's factor: linear warm-up, then half a cosine down to zero."""
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
         self._parts: dict[str, Any] = {
             "adaptor": self.adaptor,
             "logit_scale": self.logit_scale,
@@ -193,8 +203,8 @@ class Trainer:
         inputs = self._store.batch(rows[mine], device)
         tokens_bT = hide_tokens(inputs.text_mask_BT, settings.text_mask)
         shown_b = torch.tensor([text is not None for _, text in drawn[mine]], dtype=torch.bool, device=device)
-        embeddings_BD = torch.from_numpy(self._store.query_embeddings([pair.query for pair in batch])).to(device)
-        queries_BD = self.adaptor.centred(embeddings_BD)
+        embeddings_BD = torch.from_numpy(self._store.query_embeddings([pair.query for pair in batch]))
+        queries_BD = self.adaptor.centred(embeddings_BD.to(device))
         entity_B = np.array([pair.entity for pair in batch])
         entities_B = torch.from_numpy(entity_B).to(device)
 
@@ -228,27 +238,9 @@ class Trainer:
         return result
 
 
-def _numbered(texts: Sequence[bytes | None]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Number the texts: equal texts get equal numbers, and None gets -1."""
-    numbers: dict[bytes, int] = {}
-    return np.array([-1 if text is None else numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
-
-
 def _parameter_groups(adaptor: Adaptor, logit_scale: LogitScale, weight_decay: float) -> list[dict[str, Any]]:
     """Apply weight decay to matrices only, not to norms, biases, null tokens and the scale."""
     matrices = [p for name, p in adaptor.named_parameters() if p.ndim >= 2 and not name.startswith("null_")]
     decayed = {id(parameter) for parameter in matrices}
     others = [p for p in (*adaptor.parameters(), *logit_scale.parameters()) if id(p) not in decayed]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def _warm_cosine(settings: TrainSettings, steps: int) -> Callable[[int], float]:
-    """Return the learning rate's factor by step: linear warm-up, then half a cosine down to zero."""
-    warmup = round(settings.warmup * steps)
-
-    def share(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-    return share

@@ -35,34 +35,24 @@ class Accuracy:
         return self.top1 if self.hm is None else self.hm
 
 
-@dataclass(frozen=True, kw_only=True)
 class ValidationSet:
-    """Queries, the catalog row of each one's entity, and its split."""
+    """Queries, the catalog row of each one's entity, and its split.
 
-    query_embeddings_QD: npt.NDArray[np.float32]
-    entity_Q: npt.NDArray[np.int64]
-    seen_Q: Sequence[bool | None]
+    They are built from pairs with the keys of their images. `rows` maps entity ids to rows of the catalog.
+    """
 
-    @classmethod
-    def from_pairs(
-        cls, pairs: Sequence[tuple[Pair, bytes]], rows: Mapping[str, int], store: FeatureStore
-    ) -> ValidationSet:
-        """Build the set from pairs with the keys of their images. `rows` maps entity ids to rows of the catalog."""
-        return cls(
-            query_embeddings_QD=store.query_embeddings([key for _, key in pairs]),
-            entity_Q=np.array([rows[pair.entity_id] for pair, _ in pairs], np.int64),
-            seen_Q=[pair.seen for pair, _ in pairs],
-        )
+    def __init__(self, pairs: Sequence[tuple[Pair, bytes]], rows: Mapping[str, int], store: FeatureStore) -> None:
+        self.query_embeddings_QD = store.query_embeddings([key for _, key in pairs])
+        self.entity_Q = np.array([rows[pair.entity_id] for pair, _ in pairs], np.int64)
+        self.seen_Q = [pair.seen for pair, _ in pairs]
 
 
 def measure(correct_Q: npt.NDArray[np.bool_], seen_Q: Sequence[bool | None]) -> Accuracy:
     """Return the accuracy of at least one query, by split."""
-    seen = [bool(right) for right, split in zip(correct_Q, seen_Q, strict=True) if split is True]
-    unseen = [bool(right) for right, split in zip(correct_Q, seen_Q, strict=True) if split is False]
-    top1_seen = sum(seen) / len(seen) if seen else None
-    top1_unseen = sum(unseen) / len(unseen) if unseen else None
-    hm = None if top1_seen is None or top1_unseen is None else harmonic_mean((top1_seen, top1_unseen))
-    return Accuracy(top1=float(correct_Q.mean()), seen=top1_seen, unseen=top1_unseen, hm=hm)
+    parts = [correct_Q[[split is seen for split in seen_Q]] for seen in (True, False)]
+    seen, unseen = (float(part.mean()) if len(part) else None for part in parts)
+    hm = None if seen is None or unseen is None else harmonic_mean((seen, unseen))
+    return Accuracy(top1=float(correct_Q.mean()), seen=seen, unseen=unseen, hm=hm)
 
 
 def validate(

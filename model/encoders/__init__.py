@@ -81,9 +81,9 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"{name!r} is not a device; use auto, cpu or cuda") from None
-    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"{name!r} is not a supported device; use auto, cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"this machine has no device {name}; use --device cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name} is not supported; use auto, cpu or cuda")
     return device

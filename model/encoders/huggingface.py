@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,7 @@ from model.encoders.text import TokenStateEncoder
 from model.encoders.torch_module import TorchImageEncoder
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as the configs store them
-# Raised when loading: nothing found, no network, an invalid config, a missing optional package.
-_LOADING_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError)
+_NEEDS_CODE = " needs code from its repository; read it, then allow it with --trust-remote-code"
 
 
 class ClipTower(nn.Module):
@@ -101,12 +102,9 @@ def _pooled_alone(head: Any, hidden_BPC: torch.Tensor) -> torch.Tensor:
 def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code: bool = False) -> TorchImageEncoder:
     """Load the image tower of a CLIP-family model. Raises `EncoderSpecError` if it or its preprocessing is missing."""
     spec = f"hf:{name}"
-    config = _load_config(spec, name, trust_remote_code)
-    model = _load_model(spec, name, config, trust_remote_code)
-    tower = _tower(spec, name, model)
-    return TorchImageEncoder(
-        tower, _load_preprocessing(spec, name), saved_config=_saved_config(name), spec=spec, device=device
-    )
+    model = _load_model(spec, name, trust_remote_code)
+    tower, preprocessing = _tower(spec, name, model), _load_preprocessing(spec, name)
+    return TorchImageEncoder(tower, preprocessing, saved_config=_saved_config(name), spec=spec, device=device)
 
 
 def load_huggingface_text(
@@ -116,12 +114,9 @@ def load_huggingface_text(
     from transformers import AutoTokenizer
 
     spec = f"hf:{name}"
-    config = _load_config(spec, name, trust_remote_code)
-    model = _load_model(spec, name, config, trust_remote_code, auto=True)
-    try:
+    model = _load_model(spec, name, trust_remote_code, auto=True)
+    with _loading(spec, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise _cannot_load(spec, "tokenizer", error) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise EncoderSpecError(f"{spec} has no fast tokenizer; save one as tokenizer.json in its folder")
@@ -130,56 +125,45 @@ def load_huggingface_text(
     )
 
 
-def _load_config(spec: str, name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
+def _load_model(spec: str, name: str, trust_remote_code: bool, *, auto: bool = False) -> nn.Module:
+    """Load a model in its stored precision: the class in its config or, with `auto`, the network without its head."""
+    import transformers
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()  # _load_model reports missing weights
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-    except _LOADING_ERRORS as error:
-        raise _cannot_load(spec, "config", error) from error
-
-
-def _load_model(spec: str, name: str, config: Any, trust_remote_code: bool, *, auto: bool = False) -> nn.Module:
-    """Load a model in its stored precision: the class in its config or, with `auto`, the network without its head."""
-    import transformers
-
+    logging.set_verbosity_error()  # missing weights are reported below
+    with _loading(spec, "config"):
+        config: Any = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     architecture = (config.architectures or [""])[0]
     has_code = bool(getattr(config, "auto_map", None))
     if has_code and not trust_remote_code and not hasattr(transformers, architecture):
-        raise _needs_remote_code(spec)
+        raise EncoderSpecError(spec + _NEEDS_CODE)
     remote = trust_remote_code and has_code
     kind = transformers.AutoModel if auto or remote else getattr(transformers, architecture, transformers.AutoModel)
     options = {"trust_remote_code": True} if remote else {}
-    try:
+    with _loading(spec, "weights"):
         model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
-    except _LOADING_ERRORS as error:
-        raise _cannot_load(spec, "weights", error) from error
     missing = set(info["missing_keys"])
-    if auto and all(key.startswith("pooler.") for key in missing):
+    if missing and auto and all(key.startswith("pooler.") for key in missing):
         # Checkpoints with a language-model head have no pooler. A random one would change the content hash each time.
-        if missing:
-            model.pooler = None
-        missing = set()
-    if missing:
+        model.pooler = None
+    elif missing:
         raise EncoderSpecError(
             f"{spec} lacks {len(missing)} weights of {type(model).__name__}, such as {min(missing)}; save all of them"
         )
-    loaded: nn.Module = model
-    return loaded
+    return model  # type: ignore[no-any-return]
 
 
-def _needs_remote_code(spec: str) -> EncoderSpecError:
-    return EncoderSpecError(f"{spec} needs code from its repository; read it, then allow it with --trust-remote-code")
-
-
-def _cannot_load(spec: str, what: str, error: Exception) -> EncoderSpecError:
-    if "trust_remote_code" in str(error):
-        return _needs_remote_code(spec)
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return EncoderSpecError(f"{spec}: cannot load its {what}; check the name or the folder: {reason}")
+@contextmanager
+def _loading(spec: str, what: str) -> Iterator[None]:
+    """Raise `EncoderSpecError` if transformers cannot load a part of a model."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise EncoderSpecError(spec + _NEEDS_CODE) from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EncoderSpecError(f"{spec}: cannot load its {what}; check the name or the folder: {reason}") from error
 
 
 def _tower(spec: str, name: str, model: nn.Module) -> nn.Module:
@@ -204,9 +188,10 @@ def _load_preprocessing(spec: str, name: str) -> Preprocessing:
     """Return the preprocessing of the model's image processor. Raises `EncoderSpecError`."""
     from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-    values = _read_json(name, IMAGE_PROCESSOR_NAME) or (_read_json(name, PROCESSOR_NAME) or {}).get("image_processor")
-    if not values and any("EvaCLIP" in architecture for architecture in _saved_config(name).get("architectures", [])):
-        values = _clip_processor(_saved_config(name)["vision_config"]["image_size"])
+    config = _saved_config(name)
+    values = _read_json(name, IMAGE_PROCESSOR_NAME) or _read_json(name, PROCESSOR_NAME).get("image_processor")
+    if not values and any("EvaCLIP" in architecture for architecture in config.get("architectures", [])):
+        values = _clip_processor(config["vision_config"]["image_size"])
     if not values:
         raise EncoderSpecError(f"{spec} has no {IMAGE_PROCESSOR_NAME}; save the model's image processor in its folder")
     return preprocessing_from_processor(spec, values)
@@ -223,19 +208,18 @@ def _clip_processor(size_px: int) -> dict[str, Any]:
 def _saved_config(name: str) -> dict[str, Any]:
     from transformers.utils import CONFIG_NAME
 
-    return _read_json(name, CONFIG_NAME) or {}
+    return _read_json(name, CONFIG_NAME)
 
 
-def _read_json(name: str, file: str) -> dict[str, Any] | None:
+def _read_json(name: str, file: str) -> dict[str, Any]:
+    """Return a JSON file of a model, empty if it has none."""
     from transformers.utils import cached_file
 
     path = cached_file(
         name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
-    if path is None:
-        return None
     try:
-        values: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(Path(path).read_bytes()) if path else {}
     except ValueError as error:
         raise EncoderSpecError(f"hf:{name}: {file} is not JSON: {error}") from error
     return values

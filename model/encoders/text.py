@@ -42,14 +42,14 @@ class TokenStateEncoder:
         layer: int | None = None,
     ) -> None:
         config: Any = model.config
-        self.dim: int = _hidden_size(config, spec)
         _check_supported(config, spec, max_tokens, layer)
+        self.dim: int = config.get_text_config().hidden_size
         self.spec = spec
         self.max_tokens = max_tokens
         self.layer = layer
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_tokens)
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         settings = {
             "config": content_config(saved_config),
             # Hashes what the tokenizer does: its saved form differs between versions of `tokenizers`.
@@ -60,21 +60,8 @@ class TokenStateEncoder:
         self.content_hash = hash_module(model, settings)
         config.use_cache = False  # one pass over each text needs no keys and values afterwards
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self._device = device
-
-    @property
-    def model(self) -> nn.Module:
-        """The network, for an export."""
-        return self._model
-
-    @property
-    def vocabulary_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size())
-
-    def tokenizer_json(self) -> str:
-        """Return the tokenizer as this encoder uses it, in the format of `tokenizer.json`."""
-        return str(self._tokenizer.to_str())
 
     def encode(self, texts: Sequence[str]) -> TextFeatures:
         """Return token states `[B, T, C]`, float32, on the encoder's device; padding is zero.
@@ -105,7 +92,7 @@ class TokenStateEncoder:
 
     def _encodings(self, texts: Sequence[str]) -> list[Encoding]:
         longest = self.max_tokens * MAX_CHARACTERS_PER_TOKEN
-        encodings: list[Encoding] = self._tokenizer.encode_batch([text.strip()[:longest] for text in texts])
+        encodings: list[Encoding] = self.tokenizer.encode_batch([text.strip()[:longest] for text in texts])
         return encodings
 
     def token_spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
@@ -118,7 +105,7 @@ class TokenStateEncoder:
 
     @torch.no_grad()
     def _states(self, ids: torch.Tensor, attend: torch.Tensor) -> torch.Tensor:
-        outputs = self._model(input_ids=ids, attention_mask=attend, output_hidden_states=self.layer is not None)
+        outputs = self.model(input_ids=ids, attention_mask=attend, output_hidden_states=self.layer is not None)
         states: torch.Tensor = outputs.last_hidden_state if self.layer is None else outputs.hidden_states[self.layer]
         return states
 
@@ -135,18 +122,13 @@ def _by_length(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield batch
 
 
-def _hidden_size(config: Any, spec: str) -> int:
-    size = getattr(config.get_text_config(), "hidden_size", None)
+def _check_supported(config: Any, spec: str, max_tokens: int, layer: int | None) -> None:
+    text_config = config.get_text_config()
     usable = "name a causal language model or a text encoder"
-    if not isinstance(size, int):
+    if not isinstance(getattr(text_config, "hidden_size", None), int):
         raise EncoderSpecError(f"{spec} has no hidden_size in its config; {usable}")
     if getattr(config, "is_encoder_decoder", False):
         raise EncoderSpecError(f"{spec} is an encoder-decoder; {usable}")
-    return size
-
-
-def _check_supported(config: Any, spec: str, max_tokens: int, layer: int | None) -> None:
-    text_config = config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if max_tokens < 1 or (positions is not None and max_tokens > positions):
         raise EncoderSpecError(f"{spec} takes 1 to {positions} tokens, not {max_tokens}; lower max_tokens")
@@ -173,12 +155,7 @@ def load_minilm(*, device: torch.device, max_tokens: int = 256, layer: int | Non
     model = AutoModel.from_pretrained(MODEL_DIR, dtype="auto", local_files_only=True)
     # AutoTokenizer would keep the file's padding and its truncation to 128 tokens.
     tokenizer = Tokenizer.from_file(str(MODEL_DIR / "tokenizer.json"))
+    config = json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8"))
     return TokenStateEncoder(
-        model,
-        tokenizer,
-        saved_config=json.loads((MODEL_DIR / "config.json").read_text(encoding="utf-8")),
-        spec="minilm",
-        device=device,
-        max_tokens=max_tokens,
-        layer=layer,
+        model, tokenizer, saved_config=config, spec="minilm", device=device, max_tokens=max_tokens, layer=layer
     )

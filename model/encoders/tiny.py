@@ -39,11 +39,7 @@ class TinyConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TinyConfig:
-        sequences = {key: tuple(values[key]) for key in ("widths", "blocks")}
-        return cls(**{**values, **sequences})
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return cls(**{**values, "widths": tuple(values["widths"]), "blocks": tuple(values["blocks"])})
 
 
 def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -133,7 +129,7 @@ def save_tiny(
         for name, tensor in module.state_dict().items()
     }
     metadata = {
-        "config": json.dumps(module.config.to_dict()),
+        "config": json.dumps(asdict(module.config)),
         "preprocessing": json.dumps(preprocessing.to_dict()),
         "notes": json.dumps(notes or {}, sort_keys=True),
     }
@@ -164,5 +160,5 @@ def load_tiny(path: Path | None = None, *, device: torch.device | str = "cpu") -
     module, preprocessing, _ = read_tiny(path or BUILT_IN)
     spec = f"tiny:{path}" if path else "tiny"
     return TorchImageEncoder(
-        module, preprocessing, saved_config=module.config.to_dict(), spec=spec, device=torch.device(device)
+        module, preprocessing, saved_config=asdict(module.config), spec=spec, device=torch.device(device)
     )

@@ -13,7 +13,7 @@ from PIL import Image
 
 import demo
 from core.errors import UserError
-from demo.ablation import ARMS, END, START, _nearest, fill_in, main, table
+from demo.ablation import ARMS, END, START, fill_in, main, nearest_image, table
 
 DEMO = Path(demo.__file__).parent
 SOME = ["mean patch token, untrained", "text only", "VGKA, both", "VGKA, unfamiliar artists"]
@@ -101,10 +101,8 @@ def test_a_page_without_markers_is_an_error() -> None:
 def test_the_nearest_image_is_never_the_query_itself() -> None:
     images_ND = np.eye(3, dtype=np.float32)
     queries_QD = np.array([[0.9, 0.4, 0.1], [0.1, 0.2, 0.9]], np.float32)
-    owner_N = np.array([7, 8, 9])
-    keys = [b"x", b"y", b"z"]
-    assert _nearest(queries_QD, images_ND, owner_N).tolist() == [7, 9]
-    assert _nearest(queries_QD, images_ND, owner_N, own=[b"x", b"q"], keys=keys).tolist() == [8, 9]
+    assert nearest_image(queries_QD, images_ND).tolist() == [0, 2]
+    assert nearest_image(queries_QD, images_ND, [b"x", b"q"], [b"x", b"y", b"z"]).tolist() == [1, 2]
 
 
 def test_all_arms_differ() -> None:

@@ -116,7 +116,7 @@ def test_invalid_tables(released: Path) -> None:
     rejects = RejectLog(released / "rejected.jsonl")
     pairs, table = released / "oven_entity_val.jsonl", released / "other.csv"
     table.write_text("oven_00000001,a.jpg,extra\n")
-    with pytest.raises(CatalogError, match="line 1 has 3 columns"):
+    with pytest.raises(CatalogError, match="#0 has length 3"):
         load_pairs(pairs, released / "images", rejects, ovenid2impath=table)
     with pytest.raises(CatalogError, match="cannot be read"):
         load_pairs(pairs, released / "images", rejects, ovenid2impath=released / "nowhere.csv")

@@ -234,7 +234,7 @@ class TestOnnx:
         [
             ({"outputs": ("tokens", "image_embedding")}, "`patch_tokens`"),
             ({"outputs": ("patch_tokens", "pooled")}, "`image_embedding`"),
-            ({"pooled_rank": 3}, "`image_embedding` must be"),
+            ({"pooled_rank": 3}, "`image_embedding` [B, D]"),
         ],
     )
     def test_wrong_outputs(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from model.feature_cache import ImageFeatureCache, TextFeatureCache, content_key
+from model.feature_cache import FeatureCache, content_key
 
 HASH = "ab" * 32
 
@@ -22,52 +22,52 @@ def features(seed: int, count: int) -> tuple[list[bytes], np.ndarray, np.ndarray
 
 
 def test_images_are_read_back_after_reopening(tmp_path: Path) -> None:
-    cache = ImageFeatureCache(tmp_path, HASH)
+    cache = FeatureCache(tmp_path, HASH)
     for seed in (1, 2):
         cache.add(*features(seed, 3))
         cache.flush()
-    again = ImageFeatureCache(tmp_path, HASH)
+    again = FeatureCache(tmp_path, HASH)
     for seed in (1, 2):
         for key, tokens, embedding in zip(*features(seed, 3), strict=True):
-            np.testing.assert_array_equal(again.patch_tokens(key), tokens.astype(np.float16))
-            np.testing.assert_array_equal(again.image_embedding(key), embedding)
-            assert again.patch_tokens(key).dtype == np.float16
-            assert again.image_embedding(key).dtype == np.float32
+            np.testing.assert_array_equal(again.tokens(key), tokens.astype(np.float16))
+            np.testing.assert_array_equal(again.embedding(key), embedding)
+            assert again.tokens(key).dtype == np.float16
+            assert again.embedding(key).dtype == np.float32
     assert content_key(b"other") not in again
 
 
 def test_texts_of_any_length_are_read_back(tmp_path: Path) -> None:
     texts = [np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32) for n in (3, 1, 7, 2)]
     keys = [content_key(bytes([n])) for n in range(4)]
-    cache = TextFeatureCache(tmp_path, HASH)
+    cache = FeatureCache(tmp_path, HASH)
     cache.add(keys, texts)
     cache.flush()
-    again = TextFeatureCache(tmp_path, HASH)
+    again = FeatureCache(tmp_path, HASH)
     for key, text in zip(keys, texts, strict=True):
-        np.testing.assert_array_equal(again.text_tokens(key), text.astype(np.float16))
+        np.testing.assert_array_equal(again.tokens(key), text.astype(np.float16))
 
 
 def test_encoders_do_not_share_features(tmp_path: Path) -> None:
-    cache = ImageFeatureCache(tmp_path, HASH)
+    cache = FeatureCache(tmp_path, HASH)
     keys, *arrays = features(1, 2)
     cache.add(keys, arrays[0], arrays[1])
     cache.flush()
     assert keys[0] in cache
-    assert keys[0] not in ImageFeatureCache(tmp_path, "cd" * 32)
+    assert keys[0] not in FeatureCache(tmp_path, "cd" * 32)
 
 
 def test_values_beyond_float16_stay_finite(tmp_path: Path) -> None:
-    cache = TextFeatureCache(tmp_path, HASH)
+    cache = FeatureCache(tmp_path, HASH)
     cache.add([content_key(b"x")], [np.array([[1e6, -1e6, 1.0]], np.float32)])
     cache.flush()
-    assert cache.text_tokens(content_key(b"x")).tolist() == [[65504.0, -65504.0, 1.0]]
+    assert cache.tokens(content_key(b"x")).tolist() == [[65504.0, -65504.0, 1.0]]
 
 
 WRITER = """
 import sys, numpy as np
 from pathlib import Path
-from model.feature_cache import ImageFeatureCache, content_key
-cache = ImageFeatureCache(Path(sys.argv[1]), "ab" * 32)
+from model.feature_cache import FeatureCache, content_key
+cache = FeatureCache(Path(sys.argv[1]), "ab" * 32)
 for number in range(100000):
     keys = [content_key(b"%d-%d" % (number, row)) for row in range(50)]
     cache.add(keys, np.full((50, 64, 32), number % 1000, np.float32), np.full((50, 8), number, np.float32))
@@ -86,26 +86,28 @@ def test_a_kill_while_writing_leaves_only_complete_segments(tmp_path: Path) -> N
             break
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    cache = ImageFeatureCache(tmp_path, HASH)
+    cache = FeatureCache(tmp_path, HASH)
     for number in range(written + 1):
         for row in (0, 49):
             key = content_key(b"%d-%d" % (number, row))
-            assert set(cache.patch_tokens(key).ravel().tolist()) == {number % 1000}
-            assert set(cache.image_embedding(key).tolist()) == {number}
+            assert set(cache.tokens(key).ravel().tolist()) == {number % 1000}
+            assert set(cache.embedding(key).tolist()) == {number}
 
 
-def test_a_segment_without_keys_is_ignored(tmp_path: Path) -> None:
-    cache = ImageFeatureCache(tmp_path, HASH)
+def test_an_incomplete_segment_is_ignored(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, HASH)
     keys, tokens, embeddings = features(1, 2)
     cache.add(keys, tokens, embeddings)
     cache.flush()
-    (keys_file,) = tmp_path.rglob("*.keys.npy")
-    keys_file.unlink()
-    assert keys[0] not in ImageFeatureCache(tmp_path, HASH)
+    (segment,) = tmp_path.rglob("*.safetensors")
+    (segment.parent / ".1.safetensors").write_bytes(segment.read_bytes()[:100])
+    (segment.parent / ".1.safetensors.partial").write_bytes(b"")
+    segment.unlink()
+    assert keys[0] not in FeatureCache(tmp_path, HASH)
 
 
 def test_errors_name_an_unwritable_folder(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(UserError, match="--cache-dir"):
-        ImageFeatureCache(blocked, HASH)
+        FeatureCache(blocked, HASH)

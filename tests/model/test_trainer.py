@@ -127,7 +127,7 @@ def test_the_encoders_get_no_gradient(stored: tuple[FeatureStore, list[EntityKey
     store, entities = stored
     made = trainer(stored)
     made.step([batch_of(entities)], synthesise=True)
-    modules = [store.image_encoder.module, store.text_encoder._model]  # type: ignore[attr-defined]
+    modules = [store.image_encoder.module, store.text_encoder.model]  # type: ignore[attr-defined]
     frozen = [parameter for module in modules for parameter in module.parameters()]
     assert frozen
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in frozen)
