@@ -76,7 +76,7 @@ ablation: symbols  ## train small adaptors with each part of the method and with
 	$(BIN)/python -m demo.ablation $(ARGS)
 
 demo-live: $(ALL)  ## serve the demo bundle with live edits (needs WIKICLIP_ADMIN_TOKEN)
-	$(BIN)/python -m demo.live
+	$(BIN)/python -m demo.bundle --live
 	@test -n "$$WIKICLIP_ADMIN_TOKEN" || { echo "error: set WIKICLIP_ADMIN_TOKEN, the token for editing entities" >&2; exit 2; }
 	@exec $(BIN)/wikiclip serve --bundle demo/bundle --live-dir build/live --host $(HOST) --port $(PORT) $(ARGS)
 

@@ -29,8 +29,10 @@ from core.jsonl import RejectLog
 from core.runtime import describe_run, faiss
 from demo.build import BUILD, build_option, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
+from model.cli import PATH
 from model.data import Pair, balance_pairs, known_pairs, load_entities, load_pairs
 from model.encoders import open_image_encoder, open_text_encoder
+from model.encoders.base import widths
 from model.features import EntityKeys, FeatureStore, TrainingPair
 from model.resume import fingerprint
 from model.train import train_adaptor
@@ -126,15 +128,8 @@ def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict
     It measures the adaptor of the last epoch, so nothing is selected by accuracy.
     """
     store = symbols.store
-    config = AdaptorConfig(
-        patch_dim=store.image_encoder.patch_dim,
-        text_dim=store.text_encoder.dim,
-        embedding_dim=store.image_encoder.embedding_dim,
-        width=width,
-        dropout=0.1,
-        residual=arm.residual,
-        centre=arm.centre,
-    )
+    sizes = {**widths(store.image_encoder, store.text_encoder), "width": width}
+    config = AdaptorConfig(**sizes, dropout=0.1, residual=arm.residual, centre=arm.centre)
     entities = [
         EntityKeys(images=entity.images if arm.image else (), text=entity.text if arm.text else None)
         for entity in symbols.entities
@@ -284,29 +279,13 @@ def fill_in(page: str, text: str) -> str:
 @click.option("--width", default=128, help="Channels inside the adaptor.")
 @click.option("--image-encoder", default="tiny", help="tiny, onnx:PATH or hf:ID_OR_PATH.")
 @build_option
-@click.option(
-    "--work", type=click.Path(path_type=Path, file_okay=False), default=BUILD / "ablation",
-    help="Folder of cached features and finished runs.",
-)  # fmt: skip
-@click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), default=DEMO / "ablation.json", help="Figures, JSON."
-)
-@click.option(
-    "--page", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=PAGE,
-    help="Page whose table is replaced.",
-)  # fmt: skip
+@click.option("--work", type=PATH, default=BUILD / "ablation", help="Folder of cached features and finished runs.")
+@click.option("--out", type=PATH, default=DEMO / "ablation.json", help="Figures, JSON.")
+@click.option("--page", type=PATH, default=PAGE, help="Page whose table is replaced.")
 def main(
-    only: tuple[str, ...],
-    seeds: int,
-    max_per_entity: int,
-    width: int,
-    image_encoder: str,
-    build: Path,
-    work: Path,
-    out: Path,
-    page: Path,
-    **training: Any,
-) -> None:
+    only: tuple[str, ...], seeds: int, max_per_entity: int, width: int, image_encoder: str,
+    build: Path, work: Path, out: Path, page: Path, **training: Any,
+) -> None:  # fmt: skip
     """Train every arm on Symbols, measure it and write the figures. An interrupted command resumes."""
     settings = TrainSettings(**training, cluster_size=training["batch_size"] // 4, modality_dropout=0.1)
     symbols = Symbols(build, work, image_encoder, max_per_entity)

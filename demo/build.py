@@ -93,6 +93,10 @@ class Drawing:
     split: str
     role: str
 
+    def photo(self, number: int = 1) -> str:
+        """Return the path of one of the drawing's photographs."""
+        return f"photos/{self.artist}_{Path(self.image).stem}{f'_{number}' if number > 1 else ''}.jpg"
+
 
 def read_drawings(build: Path) -> list[Drawing]:
     with (build / "drawings.jsonl").open(encoding="utf-8") as file:
@@ -123,15 +127,13 @@ def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Dra
             continue
         split = splits[symbol.entity_id]
         for artist, icon in symbol.drawings.items():
-            unseen = split.endswith("unseen")
-            if artist in ADAPTOR_ARTISTS and unseen:
-                continue
-            role = (
-                "query" if artist in HELD_OUT_ARTISTS
-                else "adapt" if artist in ADAPTOR_ARTISTS
-                else "catalog" if unseen
-                else "train"
-            )  # fmt: skip
+            role = "catalog" if split.endswith("unseen") else "train"
+            if artist in HELD_OUT_ARTISTS:
+                role = "query"
+            elif artist in ADAPTOR_ARTISTS:
+                if role == "catalog":
+                    continue
+                role = "adapt"
             image = f"drawings/{artist}/{symbol.entity_id.replace(':', '_')}.png"
             entity = {"entity_id": symbol.entity_id, "kind": symbol.kind, "split": split, "role": role}
             drawings.append(Drawing(artist=artist, icon=icon, image=image, **entity))
@@ -173,31 +175,21 @@ def _photograph_all(drawn: list[Drawing], build: Path, seed: int, number: int = 
     (build / "photos").mkdir(exist_ok=True)
     for start in tqdm(range(0, len(drawn), 32), desc="photos", unit="batch"):
         batch = drawn[start : start + 32]
-        if all((build / _photo(drawing, number)).exists() for drawing in batch):
+        if all((build / drawing.photo(number)).exists() for drawing in batch):
             continue
         photographer = Photographer(seed + start)
         drawings = premultiply(torch.stack([to_tensor(Image.open(build / d.image)) for d in batch]))
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
         photos = photographer.photograph(drawings, PHOTO_PX, strength)
         for drawing, photo, quality in zip(batch, photos, (95 - 60 * strength).int().tolist(), strict=True):
-            atomic_write_bytes(build / _photo(drawing, number), to_jpeg(photo, quality))
-
-
-def _photo(drawing: Drawing, number: int = 1) -> str:
-    return f"photos/{drawing.artist}_{Path(drawing.image).stem}{f'_{number}' if number > 1 else ''}.jpg"
-
-
-def _queries(queries: list[Drawing], part: str, how: str) -> Iterable[dict[str, object]]:
-    for drawing in queries:
-        if drawing.split.startswith(part):
-            yield _labelled(drawing, how, f"{drawing.kind}_{how}_{drawing.split.removeprefix(part + '_')}")
+            atomic_write_bytes(build / drawing.photo(number), to_jpeg(photo, quality))
 
 
 def _labelled(drawing: Drawing, how: str, data_split: str, number: int = 1) -> dict[str, object]:
     """Return a row of a pairs or queries file: the drawing (`clean`) or one of its photographs (`photo`)."""
     return {
         "data_id": f"{how}{number if number > 1 else ''}:{drawing.artist}:{drawing.entity_id}",
-        "image": drawing.image if how == "clean" else _photo(drawing, number),
+        "image": drawing.image if how == "clean" else drawing.photo(number),
         "entity_id": drawing.entity_id,
         "data_split": data_split,
     }
@@ -222,25 +214,24 @@ def main(build: Path) -> None:
     _write_jsonl(build / "catalog.jsonl", (_record(symbols[i], drawn, build) for i, drawn in catalog.items()))
 
     training = [d for d in drawings if d.role in ("train", "adapt")]
-    _write_jsonl(
-        build / "pairs_train.jsonl",
-        (_labelled(drawing, how, f"train_{how}_seen") for drawing in training for how in ("clean", "photo")),
-    )
     queries = [d for d in drawings if d.role == "query" and d.entity_id in catalog]
-    _photograph_all(queries, build, PHOTO_SEED)
-    _photograph_all(training, build, PHOTO_SEED + 10**6)
-    for part in ("val", "test"):
-        for how in ("clean", "photo"):
-            _write_jsonl(build / f"queries_{part}_{how}.jsonl", _queries(queries, part, how))
     # All drawings by artists that the image encoder never saw, except test queries.
     unfamiliar = [d for d in queries if d.split.startswith("val")] + [d for d in training if d.role == "adapt"]
-    views = [("clean", 1), *(("photo", number) for number in range(1, CALIBRATION_PHOTOS + 1))]
+    _photograph_all(queries, build, PHOTO_SEED)
+    _photograph_all(training, build, PHOTO_SEED + 10**6)
     for number in range(2, CALIBRATION_PHOTOS + 1):
         _photograph_all(unfamiliar, build, PHOTO_SEED + number * 10**6, number)
-    _write_jsonl(
-        build / "queries_calibration.jsonl",
-        (_labelled(d, how, f"{d.kind}_{how}", number) for d in unfamiliar for how, number in views),
-    )
+
+    pairs = (_labelled(d, how, f"train_{how}_seen") for d in training for how in ("clean", "photo"))
+    _write_jsonl(build / "pairs_train.jsonl", pairs)
+    for part in ("val", "test"):
+        for how in ("clean", "photo"):
+            mine = [d for d in queries if d.split.startswith(part)]
+            rows = (_labelled(d, how, f"{d.kind}_{how}_{d.split.removeprefix(part + '_')}") for d in mine)
+            _write_jsonl(build / f"queries_{part}_{how}.jsonl", rows)
+    views = [("clean", 1), *(("photo", number) for number in range(1, CALIBRATION_PHOTOS + 1))]
+    rows = (_labelled(d, how, f"{d.kind}_{how}", number) for d in unfamiliar for how, number in views)
+    _write_jsonl(build / "queries_calibration.jsonl", rows)
     click.echo(f"{len(catalog)} entities, {len(drawings)} drawings, {len(queries)} queries in {build.name}/")
 
 

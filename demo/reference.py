@@ -21,9 +21,9 @@ from evaluation.metrics import RECALL_AT, AnsweredQuery, Evaluation, as_table, r
 from imaging import load_pixels
 from model.data import read_pairs
 from model.encoders import ImageEncoder, open_image_encoder
+from model.features import MAX_PIXELS
 
 _BATCH = 64
-_MAX_PIXELS = 64_000_000
 
 
 def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
@@ -31,7 +31,7 @@ def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
     embeddings = []
     for start in tqdm(range(0, len(paths), _BATCH), desc="images", unit="batch", leave=False):
         batch = paths[start : start + _BATCH]
-        pixels = [load_pixels(path.read_bytes(), encoder.preprocessing, max_pixels=_MAX_PIXELS) for path in batch]
+        pixels = [load_pixels(path.read_bytes(), encoder.preprocessing, max_pixels=MAX_PIXELS) for path in batch]
         embeddings.append(encoder.encode(np.stack(pixels)).image_embedding_BD.cpu())
     return torch.cat(embeddings)
 

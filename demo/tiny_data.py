@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -46,64 +47,56 @@ def load_rgba(drawings: Sequence[Drawing], build: Path, size_px: int) -> torch.T
 
 
 class EntityBatches:
-    """Yields `(drawing indices [2E], labels [2E])`: every entity once per epoch, by two artists if possible.
+    """Yields `(drawing indices [2B], labels [2B])`: the first images of all, then their second images.
 
-    If an entity has both drawings and icons, its first image is a drawing, and `icon_share` of the second ones are
-    icons. Entities are labelled from `first_label`.
+    A batch has `sizes[i]` entities of `groups[i]`, each once per epoch, by two artists if possible. Their labels are
+    their positions in all groups. If an entity has both drawings and icons, its first image is a drawing, and
+    `icon_share` of the second ones are icons.
     """
 
     def __init__(
         self,
-        drawings: list[Drawing],
-        entities: list[str],
-        size: int,
+        drawings: Sequence[Drawing],
+        groups: Sequence[Sequence[str]],
+        sizes: Sequence[int],
         generator: torch.Generator,
-        *,
         icon_share: float = 0.0,
-        first_label: int = 0,
     ) -> None:
-        position = {entity: i for i, entity in enumerate(entities)}
-        drawn: list[list[int]] = [[] for _ in entities]
-        icons: list[list[int]] = [[] for _ in entities]
+        labels = {entity: label for label, entity in enumerate(chain(*groups))}
+        drawn: list[list[int]] = [[] for _ in labels]
+        icons: list[list[int]] = [[] for _ in labels]
         for index, drawing in enumerate(drawings):
-            if drawing.entity_id in position:
+            if drawing.entity_id in labels:
                 of_role = icons if drawing.role == ICON_ROLE else drawn
-                of_role[position[drawing.entity_id]].append(index)
-        self._of_entity = [own or others for own, others in zip(drawn, icons, strict=True)]
+                of_role[labels[drawing.entity_id]].append(index)
+        self._images = [own or others for own, others in zip(drawn, icons, strict=True)]
         self._icons = [others if own else [] for own, others in zip(drawn, icons, strict=True)]
-        self._size = size
+        self._groups = [[labels[entity] for entity in group] for group in groups]
+        self._sizes = sizes
         self._generator = generator
         self._icon_share = icon_share
-        self._first_label = first_label
-        self.waiting: list[int] = []
+        self.waiting: list[list[int]] = [[] for _ in groups]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
-            if len(self.waiting) < self._size:
-                self.waiting = torch.randperm(len(self._of_entity), generator=self._generator).tolist()
-            chosen, self.waiting = self.waiting[: self._size], self.waiting[self._size :]
-            first, second = [], []
-            for entity in chosen:
-                images, icons = self._of_entity[entity], self._icons[entity]
-                order = torch.randperm(len(images), generator=self._generator).tolist()
-                first.append(images[order[0]])
-                if icons and torch.rand((), generator=self._generator).item() < self._icon_share:
-                    second.append(icons[int(torch.randint(len(icons), (), generator=self._generator))])
-                else:
-                    second.append(images[order[1 % len(images)]])
-            yield torch.tensor(first + second), torch.tensor(chosen + chosen) + self._first_label
+            rows = [row for number, group in enumerate(self._groups) if group for row in self._draw(number)]
+            label, first, second = torch.tensor(rows).T
+            yield torch.cat([first, second]), torch.cat([label, label])
 
-
-def joined_batches(batches: Sequence[EntityBatches]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Join a batch of each: the first images of all, then the second images of all, and their labels likewise."""
-    for each in zip(*batches, strict=False):  # endless
-        indices, labels = zip(*each, strict=True)
-        yield _join_halves(indices), _join_halves(labels)
-
-
-def _join_halves(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    first, second = zip(*(tensor.chunk(2) for tensor in tensors), strict=True)
-    return torch.cat([*first, *second])
+    def _draw(self, number: int) -> Iterator[tuple[int, int, int]]:
+        """Yield label, first and second image of the next entities of a group."""
+        group, size = self._groups[number], self._sizes[number]
+        if len(self.waiting[number]) < size:
+            order = torch.randperm(len(group), generator=self._generator).tolist()
+            self.waiting[number] = [group[place] for place in order]
+        chosen, self.waiting[number] = self.waiting[number][:size], self.waiting[number][size:]
+        for label in chosen:
+            images, icons = self._images[label], self._icons[label]
+            order = torch.randperm(len(images), generator=self._generator).tolist()
+            second = images[order[1 % len(images)]]
+            if icons and torch.rand((), generator=self._generator).item() < self._icon_share:
+                second = icons[int(torch.randint(len(icons), (), generator=self._generator))]
+            yield label, images[order[0]], second
 
 
 def text_embeddings(build: Path, entities: list[str]) -> torch.Tensor:
@@ -117,12 +110,6 @@ def text_embeddings(build: Path, entities: list[str]) -> torch.Tensor:
         mask = features.mask_BT[..., None].float()
         rows.append((features.text_tokens_BTC.float() * mask).sum(1) / mask.sum(1))
     return F.normalize(torch.cat(rows), dim=1)
-
-
-def on_white(rgba: torch.Tensor) -> torch.Tensor:
-    """Lay premultiplied uint8 RGBA over white. Returns floats from 0 to 1."""
-    values = rgba.float() / 255
-    return values[:, :3] + 1 - values[:, 3:]
 
 
 def normalised(pixels_B3HW: torch.Tensor) -> torch.Tensor:
@@ -141,8 +128,10 @@ def mean_patch_tokens(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.de
     encoder.eval()
     tokens = []
     for part in torch.split(rgba, 256):
+        values = part.to(device).float() / 255
+        on_white = values[:, :3] + 1 - values[:, 3:]
         with torch.autocast(device.type, torch.bfloat16):
-            tokens.append(encoder(normalised(on_white(part.to(device))))[0].float().mean(1))
+            tokens.append(encoder(normalised(on_white))[0].float().mean(1))
     encoder.train(training)
     return torch.cat(tokens)
 
@@ -151,13 +140,11 @@ def prototypes(
     encoder: TinyEncoder, drawings: Sequence[Drawing], labels: list[str], build: Path, device: torch.device
 ) -> torch.Tensor:
     """Return the mean embedding of the first two drawings of each label, `[L, D]`, L2-normalised."""
-    position = {label: row for row, label in enumerate(labels)}
-    of_label: list[list[Drawing]] = [[] for _ in labels]
+    of_label: dict[str, list[Drawing]] = {label: [] for label in labels}
     for drawing in drawings:
-        of_label[position[drawing.entity_id]].append(drawing)
-    chosen = [drawing for group in of_label for drawing in group[:2]]
-    tokens = mean_patch_tokens(encoder, load_rgba(chosen, build, encoder.config.size_px), device)
-    rows = torch.tensor([position[drawing.entity_id] for drawing in chosen], device=device)
-    sums = torch.zeros(len(labels), tokens.shape[1], device=device)
-    sums.index_add_(0, rows, F.normalize(tokens, dim=1))
-    return F.normalize(sums, dim=1)
+        of_label[drawing.entity_id].append(drawing)
+    chosen = [group[:2] for group in of_label.values()]
+    rgba = load_rgba([drawing for group in chosen for drawing in group], build, encoder.config.size_px)
+    embeddings_nD = F.normalize(mean_patch_tokens(encoder, rgba, device), dim=1)
+    sums = [part.sum(0) for part in torch.split(embeddings_nD, [len(group) for group in chosen])]
+    return F.normalize(torch.stack(sums), dim=1)

@@ -37,7 +37,6 @@ from demo.reference import evaluate_encoder
 from demo.tiny_data import (
     EntityBatches,
     drawings_digest,
-    joined_batches,
     load_rgba,
     mean_patch_tokens,
     normalised,
@@ -108,7 +107,7 @@ class Objective(nn.Module):
         self.logit_scale.data.copy_(torch.tensor([14.0, 14.0, 20.0]).log())
 
     def forward(self, embedding: torch.Tensor, label: torch.Tensor, entities: int) -> dict[str, torch.Tensor]:
-        """Return the losses of a batch of `joined_batches`. The first `entities` rows of each half have a text."""
+        """Return the losses of a batch of `EntityBatches`. The first `entities` rows of each half have a text."""
         image_scale, text_scale, prototype_scale = self.logit_scale.clamp(max=math.log(50.0)).exp()
         count = len(embedding)
         similarity = embedding @ embedding.T * image_scale
@@ -120,10 +119,11 @@ class Objective(nn.Module):
         image_to_text = embedding[with_text] @ text_ND.T * text_scale
         text_to_image = text_ND[label[:entities]] @ embedding.T * text_scale
         # Both images of an entity are positives of its text, so each is hidden while the other is the target.
-        text_loss = F.cross_entropy(image_to_text, label[with_text]) + 0.5 * (
-            F.cross_entropy(_without(text_to_image, own + count // 2), own)
-            + F.cross_entropy(_without(text_to_image, own), own + count // 2)
+        first, second = (
+            F.cross_entropy(text_to_image.scatter(1, hidden[:, None], -1e4), target)
+            for target, hidden in ((own, own + count // 2), (own + count // 2, own))
         )
+        text_loss = F.cross_entropy(image_to_text, label[with_text]) + 0.5 * (first + second)
         to_prototypes = embedding @ F.normalize(self.prototypes, dim=1).T
         margin = F.one_hot(label, len(self.prototypes)) * 0.1
         prototype_loss = F.cross_entropy((to_prototypes - margin) * prototype_scale, label)
@@ -132,10 +132,6 @@ class Objective(nn.Module):
             "text": text_loss * self.settings.text_weight,
             "prototype": prototype_loss * self.settings.prototype_weight,
         }
-
-
-def _without(logits: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-    return logits.scatter(1, column[:, None], -1e4)
 
 
 def learning_rate(step: int, settings: Settings) -> float:
@@ -150,12 +146,7 @@ class Training:
     """A training run. Loading the state that it saved resumes it exactly."""
 
     def __init__(
-        self,
-        build: Path,
-        settings: Settings,
-        start: TinyConfig | Path,
-        device: torch.device,
-        icons: Sequence[Drawing],
+        self, build: Path, settings: Settings, start: TinyConfig | Path, device: torch.device, icons: Sequence[Drawing]
     ) -> None:
         torch.manual_seed(settings.seed)
         torch.backends.cudnn.benchmark = True  # there are only two batch shapes
@@ -173,18 +164,9 @@ class Training:
         config = self.encoder.config
         texts_NC = text_embeddings(build, self.entities)
         self.objective = Objective(texts_NC, config.embedding_dim, settings, len(self.things)).to(device)
-        self.batches = [
-            EntityBatches(
-                self.images, self.entities, settings.entities_per_batch, self.generator, icon_share=settings.icon_share
-            )
-        ]
-        if self.things:
-            first_label = len(self.entities)
-            self.batches.append(
-                EntityBatches(
-                    self.images, self.things, settings.things_per_batch, self.generator, first_label=first_label
-                )
-            )
+        sizes = (settings.entities_per_batch, settings.things_per_batch)
+        labels = (self.entities, self.things)
+        self.batches = EntityBatches(self.images, labels, sizes, self.generator, settings.icon_share)
         parameters = [*self.encoder.parameters(), *self.objective.parameters()]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -209,7 +191,7 @@ class Training:
             **{name: getattr(self, name).state_dict() for name in _PARTS},
             "photographer": self.photographer.generator.get_state(),
             "generator": self.generator.get_state(),
-            "waiting": [batches.waiting for batches in self.batches],
+            "waiting": self.batches.waiting,
         }
         with atomic_write(path) as temporary:
             torch.save(snapshot, temporary)
@@ -224,28 +206,25 @@ class Training:
             getattr(self, name).load_state_dict(snapshot[name])
         self.photographer.generator.set_state(snapshot["photographer"])
         self.generator.set_state(snapshot["generator"])
-        for batches, waiting in zip(self.batches, snapshot["waiting"], strict=True):
-            batches.waiting = waiting
+        self.batches.waiting = snapshot["waiting"]
 
     def run(self, snapshot: Path) -> None:
         """Take the remaining steps, and log, validate and save snapshots in between."""
         settings, device = self.settings, self.device
         # A flag is identified by its colours, so it is restyled less.
         restyling = torch.tensor([0.35 if d.kind == "flag" else 1.0 for d in self.images], device=device)
-        pool: torch.Tensor | None = None
-        size_px = 0
+        pool = torch.empty(0)
         started, first = time.monotonic(), self.step
         with (
             snapshot.with_suffix(".jsonl").open("a", encoding="utf-8", buffering=1) as log,
             tqdm(total=settings.steps, initial=self.step, desc="training", unit="step", mininterval=5) as progress,
         ):
-            for indices, label in joined_batches(self.batches):
+            for indices, label in self.batches:
                 if self.step >= settings.steps:
                     break
                 small = self.step < int(settings.steps * settings.small_share)
-                step_px = settings.small_px if small else self.encoder.config.size_px
-                if pool is None or size_px != step_px:
-                    size_px = step_px
+                size_px = settings.small_px if small else self.encoder.config.size_px
+                if pool.shape[-1] != size_px:
                     pool = load_rgba(self.images, self.build, size_px).to(device)
                 chosen = indices.to(device)
                 pixels = self._photographs(pool[chosen], restyling[chosen], size_px)

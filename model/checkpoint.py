@@ -25,6 +25,7 @@ from core.errors import CheckpointError, UserError
 from core.files import atomic_write, sha256_file
 from model.adaptor import Adaptor, AdaptorConfig
 from model.encoders import ImageEncoder, TextEncoder, open_image_encoder, open_text_encoder
+from model.encoders.base import widths
 
 FORMAT_VERSION = 1
 _JSON = "checkpoint.json"
@@ -161,9 +162,7 @@ def save_checkpoint(
 
 def check_shapes(config: AdaptorConfig, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
     """Raise `CheckpointError` unless the adaptor's widths equal the encoders'."""
-    image = image_encoder
-    widths = {"patch_dim": image.patch_dim, "embedding_dim": image.embedding_dim, "text_dim": text_encoder.dim}
-    for name, theirs in widths.items():
+    for name, theirs in widths(image_encoder, text_encoder).items():
         ours = getattr(config, name)
         if ours != theirs:
             raise CheckpointError(f"the adaptor's {name} is {ours}, the encoder's {theirs}; use the matching encoder")

@@ -19,6 +19,7 @@ from model.checkpoint import save_checkpoint
 from model.data import balance_pairs, known_pairs, load_entities, load_pairs
 from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
+from model.encoders.base import widths
 from model.features import EntityKeys, FeatureStore, TrainingPair, catalog_pairs
 from model.resume import Snapshots, fingerprint
 from model.train import open_log, train_adaptor
@@ -171,12 +172,8 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     text_encoder = open_text_encoder(
         request.text_encoder, device=device, max_tokens=tokens, layer=layer, trust_remote_code=trust
     )
-    config = AdaptorConfig(
-        patch_dim=image_encoder.patch_dim,
-        text_dim=text_encoder.dim,
-        embedding_dim=image_encoder.embedding_dim,
-        **request.adaptor,
-    )
+    store = FeatureStore(request.cache_dir, image_encoder, text_encoder)
+    config = AdaptorConfig(**widths(image_encoder, text_encoder), **request.adaptor)
     root, limit = request.image_root, request.limit
     pairs, queries = (
         load_pairs(path, root, rejects, ovenid2impath=request.ovenid2impath, limit=limit) if path else []
@@ -194,7 +191,6 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     if request.max_per_entity is not None:
         pairs = balance_pairs(pairs, request.max_per_entity, request.settings.seed)
 
-    store = FeatureStore(request.cache_dir, image_encoder, text_encoder)
     entity_keys = store.entity_keys(entities, rejects.add)
     rows = {entity.entity_id: row for row, entity in enumerate(entities)}
     keyed = store.pair_keys(pairs, rejects, "query images")

@@ -87,3 +87,9 @@ def content_config(saved_config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model's saved config without the fields that record only its path and the version that wrote it."""
     ignored = {"_name_or_path", "name_or_path", "transformers_version"}
     return {key: value for key, value in saved_config.items() if key not in ignored}
+
+
+def widths(image_encoder: ImageEncoder, text_encoder: TextEncoder) -> dict[str, Any]:
+    """Return the fields of `AdaptorConfig` that the encoders determine."""
+    image = image_encoder
+    return {"patch_dim": image.patch_dim, "embedding_dim": image.embedding_dim, "text_dim": text_encoder.dim}

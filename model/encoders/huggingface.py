@@ -186,23 +186,19 @@ def _tower(spec: str, name: str, model: nn.Module) -> nn.Module:
 
 def _load_preprocessing(spec: str, name: str) -> Preprocessing:
     """Return the preprocessing of the model's image processor. Raises `EncoderSpecError`."""
+    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
     config = _saved_config(name)
     values = _read_json(name, IMAGE_PROCESSOR_NAME) or _read_json(name, PROCESSOR_NAME).get("image_processor")
     if not values and any("EvaCLIP" in architecture for architecture in config.get("architectures", [])):
-        values = _clip_processor(config["vision_config"]["image_size"])
+        # EVA-CLIP's repositories use CLIP's image processor without including it.
+        size_px = config["vision_config"]["image_size"]
+        values = {"size": size_px, "crop_size": size_px, "do_center_crop": True, "resample": 3}
+        values |= {"image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
     if not values:
         raise EncoderSpecError(f"{spec} has no {IMAGE_PROCESSOR_NAME}; save the model's image processor in its folder")
     return preprocessing_from_processor(spec, values)
-
-
-def _clip_processor(size_px: int) -> dict[str, Any]:
-    """Return CLIP's image processor. EVA-CLIP's repositories use it without including it."""
-    from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    size = {"size": {"shortest_edge": size_px}, "crop_size": {"height": size_px, "width": size_px}}
-    return {**size, "do_center_crop": True, "resample": 3, "image_mean": OPENAI_CLIP_MEAN, "image_std": OPENAI_CLIP_STD}
 
 
 def _saved_config(name: str) -> dict[str, Any]:

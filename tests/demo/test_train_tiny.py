@@ -19,7 +19,7 @@ from PIL import Image
 
 from demo.build import Drawing
 from demo.icons import ROLE as ICON_ROLE
-from demo.tiny_data import EntityBatches, joined_batches, mean_patch_tokens
+from demo.tiny_data import EntityBatches, mean_patch_tokens
 from demo.train_tiny import Objective, Settings, keep_length, learning_rate, mix, train
 from model.encoders.tiny import TinyConfig, TinyEncoder, read_tiny
 
@@ -144,7 +144,7 @@ def test_training_further_with_icons(build: Path, tmp_path: Path) -> None:
 def test_batches_pair_two_artists_and_visit_every_entity() -> None:
     drawings = [_drawing(entity, artist) for entity in range(6) for artist in ("a", "b")]
     entities = [f"emoji:{entity}" for entity in range(6)]
-    batches = iter(EntityBatches(drawings, entities, 3, torch.Generator().manual_seed(0)))
+    batches = iter(EntityBatches(drawings, [entities], [3], torch.Generator().manual_seed(0)))
     seen: list[int] = []
     for _ in range(2):
         indices, entity = next(batches)
@@ -160,9 +160,7 @@ def test_second_images_can_be_icons_and_things_join_the_batch() -> None:
     drawings += [_drawing(entity, artist, ICON_ROLE) for entity in (0, 7, 8) for artist in ("x", "y")]
     generator = torch.Generator().manual_seed(0)
     entities, things = [f"emoji:{entity}" for entity in range(4)], ["emoji:7", "emoji:8"]
-    of_entities = EntityBatches(drawings, entities, 4, generator, icon_share=1.0)
-    of_things = EntityBatches(drawings, things, 2, generator, first_label=4)
-    indices, label = next(joined_batches([of_entities, of_things]))
+    indices, label = next(iter(EntityBatches(drawings, [entities, things], [4, 2], generator, icon_share=1.0)))
     assert [drawings[i].entity_id for i in indices] == [[*entities, *things][each] for each in label]
     assert label[:6].tolist() == label[6:].tolist()
     assert sorted(label[:4].tolist()) == [0, 1, 2, 3]
