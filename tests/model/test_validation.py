@@ -50,19 +50,17 @@ def test_an_entity_is_found_by_its_best_image(dataset: Any, tiny_spec: str, text
         load_entities(dataset.catalog, None, RejectLog(tmp_path / "rejected.jsonl")), unexpected
     )
     adaptor = Adaptor(AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)).train()
-    asked = [(row, key) for row, entity in enumerate(entities) for key in entity.images]
-    queries = ValidationSet(
-        query_embeddings_QD=store.query_embeddings([key for _, key in asked]),
-        entity_Q=np.array([row for row, _ in asked]),
-        seen_Q=[None] * len(asked),
-    )
+    image = ImageSource(path=Path("x"), line=1, record="")
+    asked = [
+        (Pair(data_id="", entity_id=str(row), data_split="train", image=image), key)
+        for row, entity in enumerate(entities)
+        for key in entity.images
+    ]
+    rows = {str(row): row for row in range(len(entities))}
+    queries = ValidationSet(asked, rows, store)
     (accuracy,) = validate(adaptor, store, entities, [queries], torch.device("cpu"))
     assert len(asked) == 22
     assert accuracy.top1 == 1.0
     assert adaptor.training
-    wrong = ValidationSet(
-        query_embeddings_QD=queries.query_embeddings_QD,
-        entity_Q=(queries.entity_Q + 1) % len(entities),
-        seen_Q=queries.seen_Q,
-    )
+    wrong = ValidationSet(asked, {entity_id: (row + 1) % len(entities) for entity_id, row in rows.items()}, store)
     assert validate(adaptor, store, entities, [wrong], torch.device("cpu"))[0].top1 == 0.0
