@@ -43,11 +43,14 @@ class _Recomputing(FeatureStore):
         return result_BD
 
     def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
-        images, texts = zip(*rows, strict=True)  # every entity has both
-        text = self.text_encoder.encode([self._inputs[1][key] for key in texts])
+        images = [image for image, _ in rows if image is not None]  # training leaves some images and texts out
+        text = self.text_encoder.encode([self._inputs[1][key] if key else "" for _, key in rows])
+        mask_B = torch.tensor([image is not None for image, _ in rows])
+        patch_tokens_BPC = torch.zeros(len(rows), self.image_encoder.patches, self.image_encoder.patch_dim)
+        patch_tokens_BPC[mask_B] = _rounded(self._encode(images).patch_tokens_BPC)
         return EntityBatch(
-            patch_tokens_BPC=_rounded(self._encode(images).patch_tokens_BPC),
-            image_mask_B=torch.ones(len(rows), dtype=torch.bool),
+            patch_tokens_BPC=patch_tokens_BPC,
+            image_mask_B=mask_B,
             text_tokens_BTL=_rounded(text.text_tokens_BTC),
             text_mask_BT=text.mask_BT,
         )
