@@ -227,7 +227,7 @@ def test_a_full_disk_is_reported_and_finished_shards_stay(
 
     open_tar = tarfile.open
     monkeypatch.setattr(tarfile, "open", lambda *_, **__: open_tar(fileobj=FullDisk(), mode="w"))
-    with pytest.raises(UserError, match="is full; make room"):
+    with pytest.raises(UserError, match="is full; free some space"):
         fetch_images(config)
     monkeypatch.undo()
     assert ImageReader(config.out).read(server.url("good/0"))
