@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -38,9 +37,9 @@ from export.config import ExportConfig, load_checkpoint
 from export.local import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder, chunk_size, embed_shards
 from export.pipeline import SAMPLED_ENTITIES
 from export.precision import catalog_images, measure_cost, quantise
-from export.prepare import Chunk, Preparer, decode_pool
+from export.prepare import Chunk, decode_pool, prepare_chunks
 from export.shards import EntityImages, Reservoir, StageTimes, read_shards
-from export.staging import ShardWriter, StagingDir
+from export.staging import StagingDir, write_shards
 from imaging import Preprocessing
 from index.bundle import Bundle
 from model.adaptor import Adaptor, AdaptorConfig
@@ -179,7 +178,7 @@ def _throughput(config: ExportConfig, root: Path, rounds: int) -> dict[str, Any]
     counted = [*read_shards(config)][_WARM_UP_SHARDS:]
     with decode_pool(config, checkpoint.image_encoder.preprocessing) as pool:
         size = chunk_size(checkpoint, config.batch_size)
-        chunks = list(Preparer(config, pool, checkpoint.text_encoder, chunk_size=size).chunks(counted))
+        chunks = list(prepare_chunks(config, pool, checkpoint.text_encoder, counted, chunk_size=size))
     entities = sum(len(shard.records) for shard in counted)
     seconds: dict[str, list[float]] = {}
     gpu_samples: list[str] = []
@@ -217,11 +216,9 @@ def _export_seconds(config: ExportConfig, checkpoint: Checkpoint, out: Path) -> 
     staging.begin({})
     started = 0.0
     shards = embed_shards(replace(config, out=out), checkpoint, read_shards(config), times)
-    with ShardWriter(staging, checkpoint.text_encoder, times) as writer, closing(shards):
-        for number, embedded in enumerate(shards, start=1):
-            writer.write(embedded)
-            if number == _WARM_UP_SHARDS:
-                started = time.perf_counter()
+    for number, _ in enumerate(write_shards(config, checkpoint, staging, shards, times), start=1):
+        if number == _WARM_UP_SHARDS:
+            started = time.perf_counter()
     return time.perf_counter() - started
 
 
@@ -268,7 +265,7 @@ def _int8_symbols(bundle_path: Path, root: Path, *, queries: int | None) -> dict
         reservoir.add((row, tuple(record.images)))
     calibration = [pixels for _, pixels in catalog_images(ImageReader(), preprocessing, reservoir.items)]
     quantised = root / "symbols.int8.onnx"
-    quantise(bundle.image_encoder_path, quantised, np.stack(calibration), preprocessing)
+    quantise(bundle.image_encoder_path, quantised, calibration, preprocessing)
     with bundle.store() as store:
         labelled = [(row_of(q.entity_id, store), q.pixels_HW3) for q in read_queries(query_file, preprocessing, [])]
     chosen = labelled if queries is None else labelled[:: -(-len(labelled) // queries)]

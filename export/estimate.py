@@ -6,7 +6,7 @@ The sample passes through the same overlapping stages as an export, so the times
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from export.local import WAITING, embed_shards
 from export.onnx import stored_bytes
 from export.reuse import open_base
 from export.shards import Reservoir, Shard, StageTimes, read_records
-from export.staging import STAGING_FOLDER, WRITING, ShardWriter, StagingDir
+from export.staging import STAGING_FOLDER, WRITING, StagingDir, write_shards
 from index.manifest import STORE_FILE
 from index.store import write_store
 from model.checkpoint import Checkpoint
@@ -30,7 +30,7 @@ from model.encoders import resolve_device
 
 _SAMPLE_ENTITIES = 2048
 _MEASURED_S = 10.0
-_WARM_UP_SHARDS, _WARM_UP_S = 3, 5.0
+_WARM_UP_SHARDS = 3
 _NPY_HEADER_BYTES = 128
 _STORE = "store"
 _STAGE_NAMES = {WAITING: "reading, decoding and tokenising", WRITING: "writing shards"}
@@ -129,41 +129,36 @@ def _measure(config: ExportConfig, checkpoint: Checkpoint, records: list[EntityR
     ]
     warm_up = min(_WARM_UP_SHARDS, len(shards) // 2)
     measured = all_entities = embeddings = 0
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(TemporaryDirectory(prefix="plan.")))
+    with (
+        TemporaryDirectory(prefix="plan.") as name,
+        open_base(config, checkpoint) as base,
+        tqdm(desc="sample", unit="entity", total=len(records), disable=not config.progress) as bar,
+    ):
+        folder = Path(name)
         staging = StagingDir(folder)
         staging.begin({})
-        base = open_base(config, checkpoint)
-        if base is not None:
-            stack.callback(base.close)
-        bar = stack.enter_context(tqdm(desc="sample", unit="entity", total=len(records), disable=not config.progress))
         started = time.monotonic()
-        with (
-            ShardWriter(staging, checkpoint.text_encoder, times) as writer,
-            closing(embed_shards(config, checkpoint, shards, times, base=base)) as embedded_shards,
-        ):
-            for number, embedded in enumerate(embedded_shards):
-                writer.write(embedded)
+        embedded_shards = embed_shards(config, checkpoint, shards, times, base=base)
+        with closing(write_shards(config, checkpoint, staging, embedded_shards, times)) as written:
+            for number, embedded in enumerate(written, start=1):
                 count = len(embedded.records.entities)
                 bar.update(count)
                 all_entities += count
                 embeddings += len(embedded.rows) + sum(len(copied_kD) for _, copied_kD in embedded.records.copied)
-                elapsed_s = time.monotonic() - started
-                if number >= warm_up:
+                if number > warm_up:
                     measured += count
-                    if elapsed_s > _MEASURED_S:
+                    if time.monotonic() - started > _MEASURED_S:
                         break
-                elif number == warm_up - 1 or elapsed_s > _WARM_UP_S:
-                    warm_up = number  # the next shard is the first that counts
+                elif number == warm_up:
                     times.seconds.clear()
                     started = time.monotonic()
-        store = folder / STORE_FILE
+        store, empty_store = folder / STORE_FILE, folder / "empty.sqlite"
         with times.measure(_STORE):
             write_store(store, staging.entities())
         store_s = times.seconds.pop(_STORE)
-        write_store(folder / "empty.sqlite", iter(()))
+        write_store(empty_store, iter(()))
         work_bytes = sum(file.stat().st_size for file in (folder / STAGING_FOLDER / "shards").iterdir())
-        store_bytes = store.stat().st_size - (folder / "empty.sqlite").stat().st_size
+        store_bytes = store.stat().st_size - empty_store.stat().st_size
     seconds = {_STAGE_NAMES.get(stage, stage): each_s / measured for stage, each_s in times.seconds.items()}
     return _Measured(
         entities=measured,

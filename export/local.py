@@ -1,6 +1,7 @@
 """The local engine: shards through the models on this machine, image encoder, text encoder and adaptor in batches.
 
-Shapes: B samples of a chunk, I those with an image, P patches, C patch channels, T text tokens, D embedding width.
+Shapes: B samples of a chunk, J those with an image and a blank one, P patches, C patch channels, T text tokens,
+D embedding width.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from export.config import ExportConfig
-from export.prepare import Chunk, Preparer, decode_pool
+from export.prepare import Chunk, decode_pool, prepare_chunks
 from export.reuse import BaseEntities
 from export.shards import EmbeddedChunk, EmbeddedShard, Shard, StageTimes, join_chunks, prefetch
 from model.adaptor import embed_with_attention
@@ -42,9 +43,9 @@ def embed_shards(
     embedder = Embedder(checkpoint, batch_size=config.batch_size, record_attention=config.store_text, times=times)
     with decode_pool(config, checkpoint.image_encoder.preprocessing) as pool:
         size = chunk_size(checkpoint, config.batch_size)
-        preparer = Preparer(config, pool, checkpoint.text_encoder, chunk_size=size, base=base)
+        prepared = prepare_chunks(config, pool, checkpoint.text_encoder, shards, chunk_size=size, base=base)
         embedded: list[EmbeddedChunk] = []
-        with closing(prefetch(preparer.chunks(shards), _CHUNKS_AHEAD)) as chunks:
+        with closing(prefetch(prepared, _CHUNKS_AHEAD)) as chunks:
             while (chunk := times.next(WAITING, chunks)) is not None:
                 embedded.append(embedder.embed(chunk))
                 if chunk.rows:
@@ -86,28 +87,25 @@ class Embedder:
         if not chunk.rows:
             return EmbeddedChunk(rows=(), embeddings_BD=embeddings_BD, ends=chunk.ends)
         with self._times.measure(IMAGE_STAGE):
-            patch_tokens_IPC = self._encode_images(chunk)
+            patch_tokens_JPC = self._encode_images(chunk)
         with self._times.measure(TEXT_STAGE):
             text = self._checkpoint.text_encoder.encode_tokens(chunk.tokens)
             self._synchronize()
         attention: dict[int, npt.NDArray[np.float32]] = {}  # by sample
         with self._times.measure(ADAPTOR_STAGE):
-            image_of_B = np.cumsum([pixels is not None for pixels in chunk.pixels]) - 1
+            has_image_B = np.array([pixels is not None for pixels in chunk.pixels])
+            image_of_B = np.where(has_image_B, np.cumsum(has_image_B) - 1, -1)
+            text_of_B = np.array(chunk.text_of)
             lengths = [len(chunk.tokens[number]) for number in chunk.text_of]
             by_length = sorted(range(len(chunk.rows)), key=lengths.__getitem__)
             for start in range(0, len(by_length), self._batch_size):
                 batch = by_length[start : start + self._batch_size]
                 longest = lengths[batch[-1]]
-                with_image = [sample for sample in batch if chunk.pixels[sample] is not None]
-                image_mask_B = torch.tensor([chunk.pixels[sample] is not None for sample in batch], device=self._device)
-                patch_tokens_BPC = self._blank_patches(len(batch))
-                patch_tokens_BPC[image_mask_B] = patch_tokens_IPC[image_of_B[with_image]]
-                text_of_B = torch.tensor([chunk.text_of[sample] for sample in batch], device=self._device)
                 inputs = (
-                    patch_tokens_BPC,
-                    image_mask_B,
-                    text.text_tokens_BTC[:, :longest].to(self._device)[text_of_B],
-                    text.mask_BT[:, :longest].to(self._device)[text_of_B],
+                    patch_tokens_JPC[image_of_B[batch]],
+                    torch.from_numpy(has_image_B[batch]).to(self._device),
+                    text.text_tokens_BTC[text_of_B[batch], :longest].to(self._device),
+                    text.mask_BT[text_of_B[batch], :longest].to(self._device),
                 )
                 batch_BD: torch.Tensor
                 if self._record_attention:
@@ -125,19 +123,16 @@ class Embedder:
         )
 
     def _encode_images(self, chunk: Chunk) -> torch.Tensor:
-        """Return patch tokens [I, P, C] of the samples that have an image, in order."""
+        """Return patch tokens [J, P, C] of the samples that have an image, in order, then zeros for the others."""
         images = [pixels for pixels in chunk.pixels if pixels is not None]
         encoder, size = self._checkpoint.image_encoder, self._batch_size
         batches = [
             encoder.encode(np.stack(images[start : start + size])).patch_tokens_BPC.to(self._device)
             for start in range(0, len(images), size)
         ]
+        batches.append(torch.zeros(1, encoder.patches, encoder.patch_dim, device=self._device))
         self._synchronize()
-        return torch.cat(batches) if batches else self._blank_patches(0)
-
-    def _blank_patches(self, count: int) -> torch.Tensor:
-        encoder = self._checkpoint.image_encoder
-        return torch.zeros(count, encoder.patches, encoder.patch_dim, device=self._device)
+        return torch.cat(batches)
 
     def _synchronize(self) -> None:
         """Wait for the GPU, so that its time is counted in the stage that used it."""

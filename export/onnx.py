@@ -248,20 +248,13 @@ def fold_centre(path: Path, centre_D: torch.Tensor) -> None:
 
 def _strip(model: Any) -> None:
     """Remove the exporter's metadata, such as stack traces with paths of this machine."""
-    model.metadata_props.clear()
-    model.doc_string = None
-    graphs = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        graph.metadata_props.clear()
-        graph.doc_string = None
-        values = [*graph.inputs, *getattr(graph, "initializers", {}).values()]
-        for node in graph.all_nodes():
-            node.metadata_props.clear()
-            node.doc_string = None
-            values += node.outputs
-        for value in values:
-            value.metadata_props.clear()
-            value.doc_string = None
+    parts = [model, *model.graph.initializers.values()]
+    for graph in (model.graph, *model.functions.values()):
+        nodes = list(graph.all_nodes())
+        parts += [graph, *graph.inputs, *nodes, *(value for node in nodes for value in node.outputs)]
+    for part in parts:
+        part.metadata_props.clear()
+        part.doc_string = None
 
 
 @contextmanager

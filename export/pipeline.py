@@ -7,8 +7,9 @@ export has the same bytes as an uninterrupted one.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +24,6 @@ from core.jsonl import RejectLog
 from export.calibrate import calibrate
 from export.config import (
     ExportConfig,
-    check_image_root,
     check_inputs,
     content_settings,
     describe_model,
@@ -36,7 +36,7 @@ from export.onnx import INPUT, OUTPUTS, export_image_encoder
 from export.precision import add_float16, add_int8
 from export.reuse import open_base
 from export.shards import EntityImages, Reservoir, Shard, StageTimes, read_shards
-from export.staging import ShardWriter, StagingDir, check_output, is_unfinished
+from export.staging import StagingDir, check_output, is_unfinished, write_shards
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.calibration import Calibration
@@ -86,12 +86,14 @@ class ExportSummary:
     stages_s: dict[str, float] = field(default_factory=dict)  # of the main thread, one after the other
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class _Embedded:
-    resumed_shards: int
-    copied_entities: int
-    base_fits: bool
-    sample: Sequence[EntityImages]  # of the whole catalog, the same one each time
+    """The result of embedding the catalog."""
+
+    resumed_shards: int = 0
+    copied_entities: int = 0
+    base_fits: bool = True
+    sample: Reservoir[EntityImages] = field(default_factory=lambda: Reservoir(SAMPLED_ENTITIES))  # of the whole catalog
 
 
 def export_bundle(config: ExportConfig) -> ExportSummary:
@@ -107,26 +109,42 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     device = resolve_device(config.device)
     checkpoint = load_checkpoint(config, device)
     settings = content_settings(config, checkpoint, device.type)
-    if (config.out / MANIFEST_FILE).exists():
-        return _already_complete(config, checkpoint, settings, started)
-    staging, times = StagingDir(config.out), StageTimes()
-    embedded = None
-    with staging.locked():
-        _begin_or_resume(config, staging, settings)
-        if not staging.is_ready_to_publish:
-            with report_disk_full(config.out, again=_RESUME):
-                float16 = _write_encoders(config, checkpoint, staging, times)
-                embedded = _embed_catalog(config, checkpoint, staging, times)
-                with times.measure("store, index, manifest"):
-                    _assemble(config, checkpoint, staging, settings, started, embedded.sample, float16)
-        staging.publish()
+    staging, times, embedded = StagingDir(config.out), StageTimes(), _Embedded()
+    already_complete = (config.out / MANIFEST_FILE).exists()
+    if already_complete:
+        _check_complete(config, settings)
+    else:
+        with staging.locked():
+            _begin_or_resume(config, staging, settings)
+            if not staging.is_ready_to_publish:
+                with report_disk_full(config.out, again=_RESUME):
+                    float16 = _write_encoders(config, checkpoint, staging, times)
+                    embedded = _embed_catalog(config, checkpoint, staging, times)
+                    with times.measure("store, index, manifest"):
+                        _assemble(config, checkpoint, staging, settings, started, embedded.sample.items, float16)
+            staging.publish()
     _add_entity_encoder(config, checkpoint)
-    return _summary(config, started, embedded, times)
+    bundle, rejects = Bundle.open(config.out), _rejects_path(config.out)
+    return ExportSummary(
+        bundle=str(config.out),
+        fingerprint=bundle.fingerprint,
+        counts=bundle.manifest.counts,
+        shards=sum(name.endswith(".rows.npy") for name in bundle.manifest.files),
+        resumed_shards=embedded.resumed_shards,
+        already_complete=already_complete,
+        calibrated=bundle.calibration is not None,
+        int8=bundle.manifest.image_encoder.int8,
+        float16=bundle.manifest.image_encoder.float16,
+        rejects=str(rejects) if rejects.exists() else "",
+        elapsed_s=round(time.perf_counter() - started, 3),
+        copied_entities=embedded.copied_entities,
+        base_fits=embedded.base_fits,
+        stages_s={stage: round(seconds, 3) for stage, seconds in times.seconds.items()},
+    )
 
 
-def _already_complete(
-    config: ExportConfig, checkpoint: Checkpoint, settings: Mapping[str, Any], started: float
-) -> ExportSummary:
+def _check_complete(config: ExportConfig, settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` if the complete bundle was made with other settings. Delete what is left of its staging."""
     bundle = Bundle.open(config.out)
     refuse_differences(config.out, bundle.manifest.export, settings)
     if config.name is not None and config.name != bundle.name:
@@ -135,8 +153,6 @@ def _already_complete(
         staging = StagingDir(config.out)
         with staging.locked():
             staging.remove()
-    _add_entity_encoder(config, checkpoint)
-    return _summary(config, started, None, StageTimes(), already_complete=True)
 
 
 def _begin_or_resume(config: ExportConfig, staging: StagingDir, settings: Mapping[str, Any]) -> None:
@@ -172,32 +188,28 @@ def _write_encoders(
 
 def _embed_catalog(config: ExportConfig, checkpoint: Checkpoint, staging: StagingDir, times: StageTimes) -> _Embedded:
     """Embed and write every shard that is not finished yet. Raises `CatalogError` if the catalog has no entity."""
-    entities = resumed_entities = resumed_shards = finished_entities = copied = 0
-    sample: Reservoir[EntityImages] = Reservoir(SAMPLED_ENTITIES)
+    result = _Embedded()
+    finished_entities = 0
     total = config.limit or (count_hint(config.catalog) if config.progress else None)
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(desc="entities", unit="entity", total=total, disable=not config.progress))
-        base = open_base(config, checkpoint)
-        if base is not None:
-            stack.callback(base.close)
+    bar = tqdm(desc="entities", unit="entity", total=total, disable=not config.progress)
+    with bar, open_base(config, checkpoint) as base:
+        result.base_fits = config.base is None or base is not None
 
         def unfinished() -> Iterator[Shard]:
-            nonlocal entities, resumed_entities, resumed_shards
+            nonlocal finished_entities
             for shard in read_shards(config):
-                entities += len(shard.records)
                 for row, record in enumerate(shard.records, shard.first_row):
                     if record.images:
-                        sample.add((row, tuple(record.images)))
+                        result.sample.add((row, tuple(record.images)))
                 if staging.has_shard(shard.number):
-                    resumed_shards += 1
-                    resumed_entities += len(shard.records)
+                    result.resumed_shards += 1
+                    finished_entities += len(shard.records)
                 else:
                     yield shard
 
         def advance(count: int) -> None:
             bar.update(max(0, count - bar.n))
 
-        writer = stack.enter_context(ShardWriter(staging, checkpoint.text_encoder, times))
         if config.engine == "ray":
             from export.ray import embed_shards_on_ray
 
@@ -207,21 +219,14 @@ def _embed_catalog(config: ExportConfig, checkpoint: Checkpoint, staging: Stagin
             shards = embed_shards(
                 config, checkpoint, unfinished(), times, base=base, on_row=lambda row: advance(row + 1)
             )
-        for embedded in stack.enter_context(closing(shards)):
-            check_image_root(config)  # otherwise a shard whose images all seem missing would count as finished
-            copied += len(embedded.records.copied)
+        for embedded in write_shards(config, checkpoint, staging, shards, times):
+            result.copied_entities += len(embedded.records.copied)
             finished_entities += len(embedded.records.entities)
-            advance(resumed_entities + finished_entities)
-            writer.write(embedded)
-    if entities == 0:
+            advance(finished_entities)
+    if finished_entities == 0:
         staging.remove()
         raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
-    return _Embedded(
-        resumed_shards=resumed_shards,
-        copied_entities=copied,
-        base_fits=config.base is None or base is not None,
-        sample=sample.items,
-    )
+    return result
 
 
 def _assemble(
@@ -291,23 +296,18 @@ def _assemble(
 
 
 def _count_and_log(staging: StagingDir, log: RejectLog, embeddings: int) -> Counts:
-    entities = without_image = without_text = rejected = images_failed = 0
+    counts: Counter[str] = Counter(embeddings=embeddings)
     for shard in staging.shards():
-        entities += len(shard.entities)
-        without_image += sum(entity.image_count == 0 for entity, _ in shard.entities)
-        without_text += sum(not entity.has_text for entity, _ in shard.entities)
-        rejected += len(shard.rejected)
-        images_failed += len(shard.images_failed)
+        counts.update(
+            entities=len(shard.entities),
+            without_image=sum(entity.image_count == 0 for entity, _ in shard.entities),
+            without_text=sum(not entity.has_text for entity, _ in shard.entities),
+            rejected=len(shard.rejected),
+            images_failed=len(shard.images_failed),
+        )
         for item in sorted((*shard.rejected, *shard.images_failed), key=lambda item: item.line):
             log.add(item)
-    return Counts(
-        entities=entities,
-        embeddings=embeddings,
-        without_image=without_image,
-        without_text=without_text,
-        rejected=rejected,
-        images_failed=images_failed,
-    )
+    return Counts(**counts)
 
 
 def _add_entity_encoder(config: ExportConfig, checkpoint: Checkpoint) -> None:
@@ -327,31 +327,3 @@ def _progress(config: ExportConfig, step: str) -> Iterator[None]:
 def _rejects_path(out: Path) -> Path:
     """Return the path next to the bundle, which has only what a service needs."""
     return out.resolve().parent / "rejected.jsonl"
-
-
-def _summary(
-    config: ExportConfig,
-    started: float,
-    embedded: _Embedded | None,
-    times: StageTimes,
-    *,
-    already_complete: bool = False,
-) -> ExportSummary:
-    bundle = Bundle.open(config.out)
-    rejects = _rejects_path(config.out)
-    return ExportSummary(
-        bundle=str(config.out),
-        fingerprint=bundle.fingerprint,
-        counts=bundle.manifest.counts,
-        shards=sum(name.endswith(".rows.npy") for name in bundle.manifest.files),
-        resumed_shards=0 if embedded is None else embedded.resumed_shards,
-        already_complete=already_complete,
-        calibrated=bundle.calibration is not None,
-        int8=bundle.manifest.image_encoder.int8,
-        float16=bundle.manifest.image_encoder.float16,
-        rejects=str(rejects) if rejects.exists() else "",
-        elapsed_s=round(time.perf_counter() - started, 3),
-        copied_entities=0 if embedded is None else embedded.copied_entities,
-        base_fits=embedded is None or embedded.base_fits,
-        stages_s={stage: round(seconds, 3) for stage, seconds in times.seconds.items()},
-    )

@@ -9,11 +9,11 @@ Shapes: B batch, N images, P patches, C patch channels, D embedding width, H = W
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from core.jsonl import read_jsonl
 from core.runtime import onnxruntime
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
-from export.decode import MAX_PIXELS
+from export.decode import MAX_PIXELS, Pixels
 from export.onnx import (
     INPUT,
     MIN_COSINE,
@@ -57,8 +57,7 @@ _MAX_QUERIES = 1000
 _BATCH = 32
 _QUANTISED_OPERATORS = ["Conv", "MatMul", "Gemm"]
 
-LabelledImage = tuple[int, npt.NDArray[np.uint8]]  # row of the right entity (-1: none) and pixels [H, W, 3]
-OnImages = Callable[[int], object]  # called with the number of images of each finished batch
+LabelledImage = tuple[int, Pixels]  # row of the right entity (-1: none) and pixels [H, W, 3]
 
 
 class InFloat16(nn.Module):
@@ -144,11 +143,8 @@ def add_int8(
     judged_on, judged = "catalog images", images[1::2] or images
     if config.validation is not None and (queries := _queries(config.validation, preprocessing, store)):
         judged_on, judged = "validation queries", queries
-    total = len(calibration) + 2 * len(judged)
-    with tqdm(desc="int8", unit="image", total=total, disable=not config.progress) as bar:
-        pixels_BHW3 = np.stack([pixels for _, pixels in calibration])
-        quantise(source, target, pixels_BHW3, preprocessing, on_images=bar.update)
-        cost = measure_cost(source, target, judged, preprocessing, index, on_images=bar.update)
+    quantise(source, target, [pixels for _, pixels in calibration], preprocessing, progress=config.progress)
+    cost = measure_cost(source, target, judged, preprocessing, index, progress=config.progress)
     if not cost["mean_cosine"] >= MIN_MEAN_COSINE:
         raise EncoderSpecError(
             f"the encoder loses too much in int8: mean cosine {cost['mean_cosine']:.3f} to its own embeddings, "
@@ -186,16 +182,17 @@ def _queries(path: Path, preprocessing: Preprocessing, store: EntityStore) -> li
 def quantise(
     source: Path,
     target: Path,
-    pixels_BHW3: npt.NDArray[np.uint8],
+    images: Sequence[Pixels],
     preprocessing: Preprocessing,
     *,
-    on_images: OnImages = lambda images: None,
+    progress: bool = False,
 ) -> None:
     """Write the ONNX file `source` in int8, calibrated on some images. The same inputs give the same bytes."""
     from onnxruntime.quantization import QuantType, quantize_static  # onnxruntime itself is configured above
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     large = is_large(source)
+    batches = _batches(images, preprocessing, "int8 ranges", progress=progress)
     with TemporaryDirectory(prefix="quantise.") as folder, quiet():
         prepared, quantised = Path(folder) / "prepared.onnx", Path(folder) / "quantised.onnx"
         # This makes float16 weights float32 constants, and folds the scales of norms into the weights.
@@ -203,7 +200,7 @@ def quantise(
         quantize_static(
             prepared,
             quantised,
-            _CalibrationImages(pixels_BHW3, preprocessing, on_images),
+            SimpleNamespace(get_next=lambda: next(batches, None)),
             op_types_to_quantize=_QUANTISED_OPERATORS,
             per_channel=True,
             activation_type=QuantType.QUInt8,
@@ -224,20 +221,12 @@ def quantise(
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
-class _CalibrationImages:
-    """Implements ONNX Runtime's `CalibrationDataReader`."""
-
-    def __init__(self, pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing, on_images: OnImages) -> None:
-        self._pixels_BHW3, self._preprocessing, self._on_images = pixels_BHW3, preprocessing, on_images
-        self._starts = iter(range(0, len(pixels_BHW3), _BATCH))
-
-    def get_next(self) -> Any:
-        start = next(self._starts, None)
-        if start is None:
-            return None
-        batch_BHW3 = self._pixels_BHW3[start : start + _BATCH]
-        self._on_images(len(batch_BHW3))
-        return {INPUT: normalise(batch_BHW3, self._preprocessing)}
+def _batches(
+    images: Sequence[Pixels], preprocessing: Preprocessing, step: str, *, progress: bool
+) -> Iterator[dict[str, npt.NDArray[np.float32]]]:
+    """Yield images as inputs of an encoder, in batches."""
+    for start in tqdm(range(0, len(images), _BATCH), desc=step, unit="batch", disable=not progress):
+        yield {INPUT: normalise(np.stack(images[start : start + _BATCH]), preprocessing)}
 
 
 def measure_cost(
@@ -247,11 +236,21 @@ def measure_cost(
     preprocessing: Preprocessing,
     index: EntityIndex,
     *,
-    on_images: OnImages = lambda images: None,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Compare the embeddings and the best entities of two encoder files: cosines, and percentages."""
     own_N = np.array([row for row, _ in judged])
-    float_ND, int8_ND = (_encode(file, judged, preprocessing, on_images) for file in (source, target))
+    images = [pixels_HW3 for _, pixels_HW3 in judged]
+
+    def embed(path: Path, step: str) -> npt.NDArray[np.float32]:
+        """Return embeddings [N, D], L2-normalised."""
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        batches = _batches(images, preprocessing, step, progress=progress)
+        all_ND: npt.NDArray[np.float32] = np.concatenate([session.run([OUTPUTS[1]], inputs)[0] for inputs in batches])
+        all_ND /= np.linalg.norm(all_ND, axis=1, keepdims=True)
+        return all_ND
+
+    float_ND, int8_ND = embed(source, "int8: float32 embeddings"), embed(target, "int8: int8 embeddings")
     cosines_N = (float_ND * int8_ND).sum(axis=1)
     float_N, int8_N = (index.search(embeddings_ND, 1)[0][:, 0] for embeddings_ND in (float_ND, int8_ND))
     return {
@@ -261,21 +260,6 @@ def measure_cost(
         "top_1_float": _percent(float_N == own_N),
         "top_1_int8": _percent(int8_N == own_N),
     }
-
-
-def _encode(
-    path: Path, images: Sequence[LabelledImage], preprocessing: Preprocessing, on_images: OnImages
-) -> npt.NDArray[np.float32]:
-    """Return embeddings [N, D], L2-normalised."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    pending, embeddings = iter(images), []
-    while batch := list(islice(pending, _BATCH)):
-        pixels_BHW3 = np.stack([pixels_HW3 for _, pixels_HW3 in batch])
-        embeddings += session.run([OUTPUTS[1]], {INPUT: normalise(pixels_BHW3, preprocessing)})
-        on_images(len(batch))
-    all_ND: npt.NDArray[np.float32] = np.concatenate(embeddings)
-    all_ND /= np.linalg.norm(all_ND, axis=1, keepdims=True)
-    return all_ND
 
 
 def _percent(hits_N: npt.NDArray[np.bool_]) -> float:

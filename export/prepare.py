@@ -45,71 +45,52 @@ class Tokenizer(Protocol):
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]: ...
 
 
-class Preparer:
-    """Makes chunks of `chunk_size` samples. Unchanged entities of `base` are copied instead."""
+def prepare_chunks(
+    config: ExportConfig,
+    pool: DecodePool,
+    tokenizer: Tokenizer,
+    shards: Iterable[Shard],
+    *,
+    chunk_size: int,
+    base: BaseEntities | None = None,
+) -> Generator[Chunk]:
+    """Yield chunks of at most `chunk_size` samples, the last one of each shard with `ends`.
 
-    def __init__(
-        self,
-        config: ExportConfig,
-        pool: DecodePool,
-        tokenizer: Tokenizer,
-        *,
-        chunk_size: int,
-        base: BaseEntities | None = None,
-    ) -> None:
-        self._pool = pool
-        self._tokenizer = tokenizer
-        self._chunk_size = chunk_size
-        self._store_text = config.store_text
-        self._base = base
+    Unchanged entities of `base` are copied instead.
+    """
+    for shard in shards:
+        records = ShardRecords(shard=shard)
+        samples: list[_Sample] = []
+        for sample in _samples(config, pool, base, records):
+            if len(samples) == chunk_size:
+                yield _chunk(samples, tokenizer)
+                samples = []
+            samples.append(sample)
+        yield _chunk(samples, tokenizer, ends=records)
 
-    def chunks(self, shards: Iterable[Shard]) -> Generator[Chunk]:
-        """Yield the chunks of each shard, the last one with `ends`."""
-        for shard in shards:
-            records = ShardRecords(shard=shard)
-            samples: list[_Sample] = []
-            for sample in self._samples(shard, records):
-                if len(samples) == self._chunk_size:
-                    yield self._chunk(samples)
-                    samples = []
-                samples.append(sample)
-            yield self._chunk(samples, ends=records)
 
-    def _chunk(self, samples: Sequence[_Sample], ends: ShardRecords | None = None) -> Chunk:
-        texts = {text: number for number, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
-        return Chunk(
-            rows=[sample.row for sample in samples],
-            pixels=[sample.pixels for sample in samples],
-            tokens=self._tokenizer.tokenize(list(texts)),  # once for all images of an entity
-            text_of=[texts[sample.text] for sample in samples],
-            ends=ends,
-        )
+def _chunk(samples: Sequence[_Sample], tokenizer: Tokenizer, ends: ShardRecords | None = None) -> Chunk:
+    texts = {text: number for number, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
+    return Chunk(
+        rows=[sample.row for sample in samples],
+        pixels=[sample.pixels for sample in samples],
+        tokens=tokenizer.tokenize(list(texts)),  # once for all images of an entity
+        text_of=[texts[sample.text] for sample in samples],
+        ends=ends,
+    )
 
-    def _samples(self, shard: Shard, out: ShardRecords) -> Iterator[_Sample]:
-        """Yield the samples of a shard's entities, and add everything else to `out`."""
-        known = {} if self._base is None else self._base.find([record.entity_id for record in shard.records])
-        jobs = (_job(record, known.get(record.entity_id)) for record in shard.records)
-        for row, (record, decoded) in enumerate(zip(shard.records, self._pool.map(jobs), strict=True), shard.first_row):
-            for image, why in decoded.failures:
-                reason = f"image {image}: {why}; the entity is kept without it"
-                out.images_failed.append(Rejected(line=record.line, reason=reason, record=record.entity_id))
-            out.content_hashes.append(decoded.content_hash)
-            if decoded.unchanged:
-                copied = known[record.entity_id]
-                out.copied.append((row, copied.embeddings_kD))
-                entity = self._stored(record, row, copied.image_count)
-                if self._store_text:
-                    entity = replace(entity, attended_words=copied.attended_words)
-                out.entities.append((entity, copied.thumbnail))
-                continue
-            if not decoded.pixels:
-                yield _Sample(row=row, text=record.text, pixels=None)
-            for pixels in decoded.pixels:
-                yield _Sample(row=row, text=record.text, pixels=pixels)
-            out.entities.append((self._stored(record, row, len(decoded.pixels)), decoded.thumbnail))
 
-    def _stored(self, record: EntityRecord, row: int, image_count: int) -> StoredEntity:
-        return StoredEntity(
+def _samples(config: ExportConfig, pool: DecodePool, base: BaseEntities | None, out: ShardRecords) -> Iterator[_Sample]:
+    """Yield the samples of a shard's entities, and add everything else to `out`."""
+    shard = out.shard
+    known = {} if base is None else base.find([record.entity_id for record in shard.records])
+    jobs = (_job(record, known.get(record.entity_id)) for record in shard.records)
+    for row, (record, decoded) in enumerate(zip(shard.records, pool.map(jobs), strict=True), shard.first_row):
+        for image, why in decoded.failures:
+            reason = f"image {image}: {why}; the entity is kept without it"
+            out.images_failed.append(Rejected(line=record.line, reason=reason, record=record.entity_id))
+        out.content_hashes.append(decoded.content_hash)
+        entity = StoredEntity(
             row=row,
             entity_id=record.entity_id,
             title=record.title,
@@ -118,10 +99,21 @@ class Preparer:
             url=record.url,
             types=record.types,
             symbol=record.symbol,
-            image_count=image_count,
+            image_count=len(decoded.pixels),
             has_text=bool(record.text.strip()),
-            text=record.text if self._store_text else None,
+            text=record.text if config.store_text else None,
         )
+        if decoded.unchanged:
+            copied = known[record.entity_id]
+            words = copied.attended_words if config.store_text else ()
+            entity = replace(entity, image_count=copied.image_count, attended_words=words)
+            out.copied.append((row, copied.embeddings_kD))
+            out.entities.append((entity, copied.thumbnail))
+            continue
+        images: Sequence[Pixels | None] = decoded.pixels or [None]
+        for pixels in images:
+            yield _Sample(row=row, text=record.text, pixels=pixels)
+        out.entities.append((entity, decoded.thumbnail))
 
 
 def _job(record: EntityRecord, known: BaseEntity | None) -> ImageJob:

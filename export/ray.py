@@ -14,6 +14,7 @@ import pickle
 from collections import defaultdict
 from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ import torch
 from core.errors import UserError
 from export.config import ExportConfig, load_checkpoint
 from export.local import Embedder, chunk_size
-from export.prepare import Chunk, Preparer, decode_pool
+from export.prepare import Chunk, decode_pool, prepare_chunks
 from export.reuse import BaseEntities
 from export.shards import EmbeddedChunk, EmbeddedShard, join_chunks, read_shards
 from imaging import Preprocessing
@@ -102,11 +103,11 @@ class _Prepare:
     def __init__(self, config: ExportConfig, preprocessing: Preprocessing, size: int) -> None:
         pool = decode_pool(replace(config, workers=1), preprocessing)
         base = None if config.base is None else BaseEntities(config.base)
-        self._preparer = Preparer(config, pool, _NoTokenizer(), chunk_size=size, base=base)
+        self._chunks = partial(prepare_chunks, config, pool, _NoTokenizer(), chunk_size=size, base=base)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         shard = pickle.loads(batch[_DATA][0])
-        for place, chunk in enumerate(self._preparer.chunks([shard])):
+        for place, chunk in enumerate(self._chunks([shard])):
             yield _batch(shard.number, place, chunk)
 
 

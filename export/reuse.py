@@ -9,7 +9,8 @@ Shapes: n entities of a shard, N entities of the bundle, k embeddings of one ent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,24 +69,24 @@ class BaseEntities:
         return found
 
 
-def open_base(config: ExportConfig, checkpoint: Checkpoint) -> BaseEntities | None:
-    """Open the bundle of `--base`. Returns None without one, or if nothing can be copied from it.
+@contextmanager
+def open_base(config: ExportConfig, checkpoint: Checkpoint) -> Iterator[BaseEntities | None]:
+    """Open the bundle of `--base`. Yields None without one, or if nothing can be copied from it.
 
     Models and thumbnails must be the same. With `--store-text`, the base must have texts too, because their attended
     words are copied with the embeddings.
     """
     if config.base is None:
-        return None
-    base = BaseEntities(config.base)
-    model, settings = describe_model(checkpoint), base.manifest.export
-    if (
-        all(base.manifest.model.get(key) == model[key] for key in _MODEL_KEYS)
-        and settings.get("thumbnail_px") == config.thumbnail_px
-        and (not config.store_text or settings.get("store_text"))
-    ):
-        return base
-    base.close()
-    return None
+        yield None
+        return
+    with closing(BaseEntities(config.base)) as base:
+        model, settings = describe_model(checkpoint), base.manifest.export
+        fits = (
+            all(base.manifest.model.get(key) == model[key] for key in _MODEL_KEYS)
+            and settings.get("thumbnail_px") == config.thumbnail_px
+            and (not config.store_text or settings.get("store_text"))
+        )
+        yield base if fits else None
 
 
 def write_hashes(folder: Path, shard: int, content_hashes: Sequence[bytes]) -> None:

@@ -17,24 +17,26 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
 from core.errors import UserError
 from core.files import atomic_write_bytes, sync
 from core.jsonl import Rejected
+from export.config import ExportConfig, check_image_root
 from export.onnx import Parity
 from export.reuse import write_hashes
 from export.shards import EmbeddedShard, StageTimes
 from index.embeddings import write_shard
 from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE
 from index.store import StoredEntity
+from model.checkpoint import Checkpoint
 from model.encoders import TextEncoder
 
 STAGING_FOLDER = ".partial"
@@ -81,7 +83,8 @@ class StagingDir:
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings the export was begun with, or None for a new one."""
-        return _read_json(self._folder / "settings.json")
+        path = self._folder / "settings.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         for folder in (self.embeddings, self._folder / "shards"):
@@ -90,8 +93,8 @@ class StagingDir:
 
     def parity(self) -> Parity | None:
         """Return the image encoder's parity, or None before its ONNX file is complete."""
-        content = _read_json(self._folder / "image_encoder.json")
-        return None if content is None else Parity(**content)
+        path = self._folder / "image_encoder.json"
+        return Parity(**json.loads(path.read_bytes())) if path.exists() else None
 
     def finish_image_encoder(self, parity: Parity) -> None:
         atomic_write_bytes(self._folder / "image_encoder.json", json.dumps(asdict(parity)).encode())
@@ -128,21 +131,17 @@ class StagingDir:
             yield from shard.entities
 
     def _read_shard(self, number: int) -> StagedShard:
-        entities: list[tuple[StoredEntity, bytes | None]] = []
-        rejected: list[Rejected] = []
-        images_failed: list[Rejected] = []
         with self._shard_path(number).open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                if "entity" in row:
-                    webp = row["thumbnail"]
-                    thumbnail = None if webp is None else base64.b64decode(webp)
-                    entities.append((StoredEntity.from_dict(row["entity"]), thumbnail))
-                elif "rejected" in row:
-                    rejected.append(Rejected(**row["rejected"]))
-                else:
-                    images_failed.append(Rejected(**row["image_failed"]))
-        return StagedShard(entities=entities, rejected=rejected, images_failed=images_failed)
+            rows = [json.loads(line) for line in file]
+        return StagedShard(
+            entities=[
+                (StoredEntity.from_dict(row["entity"]), base64.b64decode(row["thumbnail"] or "") or None)
+                for row in rows
+                if "entity" in row
+            ],
+            rejected=[Rejected(**row["rejected"]) for row in rows if "rejected" in row],
+            images_failed=[Rejected(**row["image_failed"]) for row in rows if "image_failed" in row],
+        )
 
     def _shard_path(self, number: int) -> Path:
         return self._folder / "shards" / f"{number:05d}.jsonl"
@@ -186,63 +185,49 @@ def check_output(out: Path, *, resume: bool) -> None:
         raise UserError(f"--out {out} is not empty (it has {files[0]}); choose an empty or a new folder")
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    content: dict[str, Any] = json.loads(path.read_bytes())
-    return content
+def write_shards(
+    config: ExportConfig,
+    checkpoint: Checkpoint,
+    staging: StagingDir,
+    shards: Generator[EmbeddedShard],
+    times: StageTimes,
+) -> Generator[EmbeddedShard]:
+    """Write shards in a thread while the models embed the next one. Yields each when its writing begins."""
+    previous: Future[None] = Future()
+    previous.set_result(None)
+    with ThreadPoolExecutor(1, thread_name_prefix="writer") as thread, closing(shards):
+        for embedded in shards:
+            check_image_root(config)  # otherwise a shard whose images all seem missing would count as finished
+            with times.measure(WRITING):
+                previous.result()
+            previous = thread.submit(_write, staging, checkpoint.text_encoder, embedded)
+            yield embedded
+        previous.result()
 
 
-class ShardWriter:
-    """Writes a shard in a thread while the models embed the next one."""
+def _write(staging: StagingDir, text_encoder: TextEncoder, embedded: EmbeddedShard) -> None:
+    records = embedded.records
+    number, copied = records.shard.number, records.copied
+    rows_n = np.array([*embedded.rows, *(row for row, copied_kD in copied for _ in copied_kD)], np.int64)
+    all_nD = np.concatenate([embedded.embeddings_nD.astype(np.float16), *(copied_kD for _, copied_kD in copied)])
+    order_n = np.argsort(rows_n, kind="stable")
+    write_shard(staging.embeddings, number, rows_n[order_n], all_nD[order_n])
+    write_hashes(staging.embeddings, number, records.content_hashes)
+    entities = [(_with_words(entity, embedded, text_encoder), webp) for entity, webp in records.entities]
+    staging.finish_shard(
+        number,
+        StagedShard(entities=entities, rejected=records.shard.rejected, images_failed=records.images_failed),
+    )
 
-    def __init__(self, staging: StagingDir, text_encoder: TextEncoder, times: StageTimes) -> None:
-        self._staging = staging
-        self._text_encoder = text_encoder
-        self._times = times
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._pending: Future[None] | None = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown()
-        if kind is None and self._pending is not None:
-            self._pending.result()
-
-    def write(self, embedded: EmbeddedShard) -> None:
-        """Wait until the previous shard is written, and begin with this one. Raises the previous one's error."""
-        if self._pending is not None:
-            with self._times.measure(WRITING):
-                self._pending.result()
-        self._pending = self._thread.submit(self._write, embedded)
-
-    def _write(self, embedded: EmbeddedShard) -> None:
-        records = embedded.records
-        number, copied = records.shard.number, records.copied
-        rows_n = np.array([*embedded.rows, *(row for row, copied_kD in copied for _ in copied_kD)], np.int64)
-        all_nD = np.concatenate([embedded.embeddings_nD.astype(np.float16), *(copied_kD for _, copied_kD in copied)])
-        order_n = np.argsort(rows_n, kind="stable")
-        write_shard(self._staging.embeddings, number, rows_n[order_n], all_nD[order_n])
-        write_hashes(self._staging.embeddings, number, records.content_hashes)
-        self._staging.finish_shard(
-            number,
-            StagedShard(
-                entities=[(self._with_words(entity, embedded), webp) for entity, webp in records.entities],
-                rejected=records.shard.rejected,
-                images_failed=records.images_failed,
-            ),
-        )
-
-    def _with_words(self, entity: StoredEntity, embedded: EmbeddedShard) -> StoredEntity:
-        """Add the most attended words of the entity's text, by the mean attention over its images."""
-        if entity.row not in embedded.attention:
-            return entity
-        assert entity.text is not None, "attention is recorded only with --store-text"
-        (spans_T,) = self._text_encoder.token_spans([entity.text])
-        mean_T = np.mean(embedded.attention[entity.row], axis=0).tolist()
-        return replace(entity, attended_words=find_attended_words(entity.text, spans_T, mean_T))
+def _with_words(entity: StoredEntity, embedded: EmbeddedShard, text_encoder: TextEncoder) -> StoredEntity:
+    """Add the most attended words of the entity's text, by the mean attention over its images."""
+    if entity.row not in embedded.attention:
+        return entity
+    assert entity.text is not None, "attention is recorded only with --store-text"
+    (spans_T,) = text_encoder.token_spans([entity.text])
+    mean_T = np.mean(embedded.attention[entity.row], axis=0).tolist()
+    return replace(entity, attended_words=find_attended_words(entity.text, spans_T, mean_T))
 
 
 def find_attended_words(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -179,7 +178,7 @@ def quantised_file(path: Path, size_px: int, folder: Path, *, images: int = _CAL
         folder.mkdir(parents=True, exist_ok=True)
         preprocessing = clip_preprocessing(size_px)
         pixels = [load_pixels(photograph(number), preprocessing, max_pixels=MAX_PIXELS) for number in range(images)]
-        quantise(path, out, np.stack(pixels), preprocessing)
+        quantise(path, out, pixels, preprocessing)
     return out
 
 

@@ -18,7 +18,7 @@ from catalog.images import TarShards
 from core.errors import CatalogError, UserError
 from export.config import ExportConfig
 from export.pipeline import export_bundle
-from export.staging import ShardWriter
+from export.staging import StagingDir
 from index.bundle import Bundle
 
 ray = pytest.importorskip("ray")
@@ -93,21 +93,21 @@ def test_the_bundle_equals_the_local_one_although_a_worker_is_killed(
     copied = export_bundle(config).copied_entities
     assert 10 < copied < 20  # unreadable images are tried again
     on_ray = dataclasses.replace(config, out=tmp_path / "ray" / "things", resume=True)
-    write, written, killed = ShardWriter.write, 0, set[int]()
+    finish, written, killed = StagingDir.finish_shard, 0, set[int]()
 
-    def stop(self: ShardWriter, embedded: Any) -> None:
+    def stop(self: StagingDir, number: int, shard: Any) -> None:
         nonlocal written
         if written == 3:
             raise StoppedError
         written += 1
-        write(self, embedded)
+        finish(self, number, shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ShardWriter, "write", stop)
+        patch.setattr(StagingDir, "finish_shard", stop)
         with pytest.raises(StoppedError):
             export_bundle(on_ray)
 
-    def kill_then_write(self: ShardWriter, embedded: Any) -> None:
+    def kill_then_finish(self: StagingDir, number: int, shard: Any) -> None:
         if not killed:
             deadline = time.monotonic() + 120
             while len(workers := embedding_workers()) < 2:
@@ -115,9 +115,9 @@ def test_the_bundle_equals_the_local_one_although_a_worker_is_killed(
                 time.sleep(0.01)
             killed.add(min(workers))
             os.kill(min(workers), signal.SIGKILL)
-        write(self, embedded)
+        finish(self, number, shard)
 
-    monkeypatch.setattr(ShardWriter, "write", kill_then_write)
+    monkeypatch.setattr(StagingDir, "finish_shard", kill_then_finish)
     summary = export_bundle(dataclasses.replace(on_ray, engine="ray"))
     assert len(killed) == 1
     assert (summary.shards, summary.resumed_shards) == (26, 3)
