@@ -22,7 +22,7 @@ from catalog.compressed import START, OnBytes, Position, read_lines
 from catalog.formats import read_catalog, write_catalog
 from catalog.joins import JoinedPage, Joins, open_joins
 from catalog.records import BadRecord, EntityRecord, to_native
-from catalog.wikidata import may_be_class, number_of, parse_item
+from catalog.wikidata import SUBCLASS_CLAIM, number_of, parse_item
 from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes, report_disk_full
 from core.jsonl import RejectLog
@@ -85,7 +85,10 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
     content = _content_files(config.content)
     settings = _settings(config, content)
     if config.out.exists() and not work.exists():
-        return _finished(config.out, report_path, settings)
+        finished = json.loads(report_path.read_bytes()) if report_path.exists() else {}
+        if finished.pop("settings", None) != settings:
+            raise UserError(f"--out {config.out} exists and was made with other settings; choose another name")
+        return CatalogReport(**finished)
     with report_disk_full(config.out), open_joins(work, settings) as joins:
         if config.base is not None:
             _read_base(joins, config.base)
@@ -99,14 +102,6 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
         report = replace(report, elapsed_s=round(time.perf_counter() - started, 3))
         atomic_write_bytes(report_path, json.dumps({**asdict(report), "settings": settings}, indent=2).encode())
     return report
-
-
-def _finished(out: Path, report_path: Path, settings: Mapping[str, Any]) -> CatalogReport:
-    """Return the report of a complete catalog. Raises `UserError` if it was made with other settings."""
-    report = json.loads(report_path.read_bytes()) if report_path.exists() else {}
-    if report.pop("settings", None) != settings:
-        raise UserError(f"--out {out} exists and was made with other settings; choose another name")
-    return CatalogReport(**report)
 
 
 def _check(config: CatalogConfig, work: Path) -> None:
@@ -227,7 +222,7 @@ def _read_wikidata(joins: Joins, path: Path, config: CatalogConfig) -> None:
     for entity, line in _resumable(joins, "wikidata", path, read_lines, config):
         number = number_of(entity)
         # Only a tenth of the 115 million items is needed. The others are not parsed.
-        if number is not None and not may_be_class(entity) and not joins.has_item(number):
+        if number is not None and SUBCLASS_CLAIM not in entity and not joins.has_item(number):
             continue
         try:
             item = parse_item(entity, languages)

@@ -15,7 +15,7 @@ from catalog.records import BadRecord, parse_object
 INSTANCE_OF, SUBCLASS_OF, IMAGE = "P31", "P279", "P18"
 ALL_LANGUAGES = "mul"  # the fallback for languages without a label
 _ID = re.compile(rb'"id":\s*"Q(\d+)"')
-_SUBCLASS_CLAIM = b'"P279"'
+SUBCLASS_CLAIM = b'"P279"'  # in the line of an item that is a subclass, and whose label may name a type
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,6 @@ def number_of(line: bytes) -> int | None:
     """Return the item number of a line without parsing it, or None if it is not near the start."""
     match = _ID.search(line, 0, 200)
     return None if match is None else int(match[1])
-
-
-def may_be_class(line: bytes) -> bool:
-    """Return whether the line may describe a subclass, whose label is needed to name types."""
-    return _SUBCLASS_CLAIM in line
 
 
 def parse_item(line: bytes, languages: Sequence[str]) -> Item | None:

@@ -22,6 +22,7 @@ from catalog import is_url
 from catalog.images import ImageReader, UnusableImage
 from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, read_jsonl
+from export.config import ExportConfig
 from export.decode import MAX_PIXELS
 from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
 from imaging import Preprocessing, load_pixels
@@ -51,13 +52,7 @@ class SearchedQueries:
 
 
 def calibrate(
-    queries: Path,
-    checkpoint: Checkpoint,
-    index: EntityIndex,
-    store: EntityStore,
-    *,
-    batch_size: int,
-    progress: bool = False,
+    queries: Path, config: ExportConfig, checkpoint: Checkpoint, index: EntityIndex, store: EntityStore
 ) -> tuple[Calibration, list[Rejected]]:
     """Search for the queries and for images without an entity, and fit a calibration to their scores and embeddings.
 
@@ -73,16 +68,15 @@ def calibrate(
             entity_ids.append(query.entity_id)
             yield query.pixels_HW3
 
-    shown = tqdm(images(), desc="validation", unit="query", disable=not progress)
-    rows_NF, scores_NF, embeddings_ND = _search(iter(shown), checkpoint, index, batch_size)
+    shown = tqdm(images(), desc="validation", unit="query", disable=not config.progress)
+    rows_NF, scores_NF, embeddings_ND = _search(iter(shown), config, checkpoint, index)
     own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)  # -1: not in the store
     right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
     without_NK = _without(scores_NF, right_NF)
     calibration = fit_calibration(scores_NF[:, :CANDIDATES], right_NF[:, :CANDIDATES], own_N >= 0, without_NK)
     count = min(max(len(own_N) // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
-    _, outlier_scores_NF, outlier_embeddings_ND = _search(
-        outlier_images(count, preprocessing.size_px), checkpoint, index, batch_size
-    )
+    outliers = outlier_images(count, preprocessing.size_px)
+    _, outlier_scores_NF, outlier_embeddings_ND = _search(outliers, config, checkpoint, index)
     calibration = add_open_set_model(
         calibration,
         SearchedQueries(scores_NK=scores_NF[:, :CANDIDATES], embeddings_ND=embeddings_ND),
@@ -90,7 +84,7 @@ def calibrate(
         without_NK,
         group_N=np.unique(entity_ids, return_inverse=True)[1],
         outliers=SearchedQueries(scores_NK=outlier_scores_NF[:, :CANDIDATES], embeddings_ND=outlier_embeddings_ND),
-        progress=progress,
+        progress=config.progress,
     )
     return calibration, rejected
 
@@ -187,13 +181,13 @@ def add_open_set_model(
 
 
 def _search(
-    images: Iterator[npt.NDArray[np.uint8]], checkpoint: Checkpoint, index: EntityIndex, batch_size: int
+    images: Iterator[npt.NDArray[np.uint8]], config: ExportConfig, checkpoint: Checkpoint, index: EntityIndex
 ) -> tuple[IntArray, Float64Array, Float32Array]:
     """Return the best rows and scores `[N, F]`, one more than a calibration uses, and the query embeddings `[N, D]`."""
     rows = [np.zeros((0, CANDIDATES + 1), np.int64)]
     scores = [np.zeros((0, CANDIDATES + 1))]
     embeddings = [np.zeros((0, checkpoint.image_encoder.embedding_dim), np.float32)]
-    while batch := list(islice(images, batch_size)):
+    while batch := list(islice(images, config.batch_size)):
         queries_BD = checkpoint.embed_queries(np.stack(batch))
         rows_BF, scores_BF = index.search(queries_BD, CANDIDATES + 1)
         rows.append(rows_BF)

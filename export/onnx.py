@@ -270,20 +270,18 @@ def quiet() -> Iterator[None]:
 
 
 def _copy(source: Path, path: Path) -> None:
+    copies: dict[Path, Path] = {}
     for data in external_data(source):
         name = PurePath(data).relative_to(source.parent)
         if ".." in name.parts:
             raise EncoderSpecError(
                 f"onnx:{source} has external data outside its folder ({name}); save it in the same folder"
             )
-        (path.parent / name).parent.mkdir(parents=True, exist_ok=True)
-        _copy_file(data, path.parent / name)
-    _copy_file(source, path)
-
-
-def _copy_file(source: Path, path: Path) -> None:
-    with atomic_write(path) as temporary:
-        shutil.copyfile(source, temporary)
+        copies[data] = path.parent / name
+    for original, target in {**copies, source: path}.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(target) as temporary:
+            shutil.copyfile(original, temporary)
 
 
 def _sample_pixels(batch: int, size_px: int) -> npt.NDArray[np.uint8]:

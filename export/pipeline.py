@@ -257,14 +257,7 @@ def _assemble(
         index = EntityIndex.read(bundle / INDEX_FILE, embeddings, index_manifest.parameters)
         with EntityStore(bundle / STORE_FILE) as store:
             if config.validation is not None:
-                calibration, unusable = calibrate(
-                    config.validation,
-                    checkpoint,
-                    index,
-                    store,
-                    batch_size=config.batch_size,
-                    progress=config.progress,
-                )
+                calibration, unusable = calibrate(config.validation, config, checkpoint, index, store)
                 if calibration.open_set_model is not None:
                     calibration.open_set_model.write(bundle / OPEN_SET_FILE)
                 for rejected in unusable:

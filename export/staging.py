@@ -122,26 +122,22 @@ class StagingDir:
         """Yield the finished shards, in order."""
         number = 0
         while self.has_shard(number):
-            yield self._read_shard(number)
+            rows = [json.loads(line) for line in self._shard_path(number).read_bytes().splitlines()]
+            yield StagedShard(
+                entities=[
+                    (StoredEntity.from_dict(row["entity"]), base64.b64decode(row["thumbnail"] or "") or None)
+                    for row in rows
+                    if "entity" in row
+                ],
+                rejected=[Rejected(**row["rejected"]) for row in rows if "rejected" in row],
+                images_failed=[Rejected(**row["image_failed"]) for row in rows if "image_failed" in row],
+            )
             number += 1
 
     def entities(self) -> Iterator[tuple[StoredEntity, bytes | None]]:
         """Yield the entities of the finished shards, in row order."""
         for shard in self.shards():
             yield from shard.entities
-
-    def _read_shard(self, number: int) -> StagedShard:
-        with self._shard_path(number).open(encoding="utf-8") as file:
-            rows = [json.loads(line) for line in file]
-        return StagedShard(
-            entities=[
-                (StoredEntity.from_dict(row["entity"]), base64.b64decode(row["thumbnail"] or "") or None)
-                for row in rows
-                if "entity" in row
-            ],
-            rejected=[Rejected(**row["rejected"]) for row in rows if "rejected" in row],
-            images_failed=[Rejected(**row["image_failed"]) for row in rows if "image_failed" in row],
-        )
 
     def _shard_path(self, number: int) -> Path:
         return self._folder / "shards" / f"{number:05d}.jsonl"
