@@ -35,7 +35,7 @@ from export.reuse import write_hashes
 from export.shards import EmbeddedShard, StageTimes
 from index.embeddings import write_shard
 from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE
-from index.store import StoredEntity
+from index.store import ENTITY_JSON, StoredEntity
 from model.checkpoint import Checkpoint
 from model.encoders import TextEncoder
 
@@ -110,7 +110,10 @@ class StagingDir:
     def finish_shard(self, number: int, shard: StagedShard) -> None:
         """Record a shard as finished. Its embeddings must have been written."""
         rows: list[dict[str, Any]] = [
-            {"entity": entity.to_dict(), "thumbnail": None if webp is None else base64.b64encode(webp).decode()}
+            {
+                "entity": ENTITY_JSON.dump_python(entity, mode="json", by_alias=True),
+                "thumbnail": None if webp is None else base64.b64encode(webp).decode(),
+            }
             for entity, webp in shard.entities
         ]
         rows += [{"rejected": asdict(rejected)} for rejected in shard.rejected]
@@ -125,7 +128,7 @@ class StagingDir:
             rows = [json.loads(line) for line in self._shard_path(number).read_bytes().splitlines()]
             yield StagedShard(
                 entities=[
-                    (StoredEntity.from_dict(row["entity"]), base64.b64decode(row["thumbnail"] or "") or None)
+                    (ENTITY_JSON.validate_python(row["entity"]), base64.b64decode(row["thumbnail"] or "") or None)
                     for row in rows
                     if "entity" in row
                 ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,7 +43,11 @@ def build_index(
     the targets, or if there is no GPU for `cuda`.
     """
     started = time.perf_counter()
-    gpus = _training_gpus(device)
+    gpus = 0 if device == "cpu" else visible_gpus()
+    if device == "cuda" and gpus == 0:
+        raise UserError(
+            "--device cuda: this faiss sees no GPU; install the `gpu` extra on a machine with one, or use --device cpu"
+        )
     choice: dict[str, Any] = {}
     why = "exact search, nothing is lost" if factory == "Flat" else "given on the command line"
     if factory == "auto":
@@ -56,7 +60,7 @@ def build_index(
     path = bundle / INDEX_FILE
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path) as temporary:
-        batches = _with_progress(embeddings, progress)
+        batches = tqdm(embeddings, desc="index", total=embeddings.parts, unit="shard", disable=not progress)
         if type(faiss.downcast_index(index)) is faiss.IndexFlatIP:
             _write_flat(temporary, index, embeddings, batches)
         else:
@@ -86,23 +90,7 @@ def build_index(
     return manifest
 
 
-def _training_gpus(device: str) -> int:
-    gpus = visible_gpus()
-    if device == "cuda" and gpus == 0:
-        raise UserError(
-            "--device cuda: this faiss sees no GPU; install the `gpu` extra on a machine with one, or use --device cpu"
-        )
-    return 0 if device == "cpu" else gpus
-
-
-def _with_progress(embeddings: EmbeddingShards, progress: bool) -> Iterator[Float32Array]:
-    with tqdm(total=len(embeddings), desc="index", unit="embedding", disable=not progress) as bar:
-        for embeddings_nD in embeddings:
-            yield embeddings_nD
-            bar.update(len(embeddings_nD))
-
-
-def _write_flat(path: Path, index: Any, embeddings: EmbeddingShards, batches: Iterator[Float32Array]) -> None:
+def _write_flat(path: Path, index: Any, embeddings: EmbeddingShards, batches: Iterable[Float32Array]) -> None:
     """Write the file of an exact index without holding all vectors in memory, as faiss would.
 
     The layout is that of `IndexFlatIP` in faiss/impl/index_write.cpp: a header, then float32 [N, D].

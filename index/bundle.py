@@ -106,10 +106,8 @@ class Bundle:
 
 def open_manifest(path: Path, verify: Verify = "quick") -> Manifest:
     """Check everything except the index, and read the manifest. Raise as `Bundle.open` does."""
-    if not path.exists():
-        raise BundleMissing(f"bundle {path} does not exist; check the path, or make one with `wikiclip export`")
     if not path.is_dir():
-        raise BundleMissing(f"{path} is not a bundle: a bundle is a folder; give the folder with {MANIFEST_FILE} in it")
+        raise BundleMissing(f"bundle {path} does not exist as a folder; check it, or make one with `wikiclip export`")
     if not (path / MANIFEST_FILE).is_file():
         raise BundleIncomplete(
             f"{path} has no {MANIFEST_FILE}: it is not a bundle, or its export was interrupted; finish it with "

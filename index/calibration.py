@@ -27,6 +27,7 @@ import numpy.typing as npt
 from core.files import atomic_write
 
 CANDIDATES = 10  # scores that the softmax and the background are taken over
+_SCALARS = ("offset", "best", "background", "width")
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -60,7 +61,7 @@ class OpenSetModel:
 
     def write(self, path: Path) -> None:
         """Write an `.npz` file. Equal models give equal bytes."""
-        scalars = np.array([self.offset, self.best, self.background, self.width])
+        scalars = np.array([getattr(self, name) for name in _SCALARS])
         weights_2L = np.stack([self.level_L, self.slope_L])
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, scalars=scalars, landmarks=self.landmarks_LD.astype(np.float16), weights=weights_2L)
@@ -68,17 +69,10 @@ class OpenSetModel:
     @classmethod
     def read(cls, path: Path) -> Self:
         with np.load(path, allow_pickle=False) as content:
-            offset, best, background, width = content["scalars"].tolist()
+            scalars = dict(zip(_SCALARS, content["scalars"].tolist(), strict=True))
             level_L, slope_L = content["weights"]
-            return cls(
-                offset=offset,
-                best=best,
-                background=background,
-                width=width,
-                landmarks_LD=content["landmarks"].astype(np.float32),
-                level_L=level_L,
-                slope_L=slope_L,
-            )
+            landmarks_LD = content["landmarks"].astype(np.float32)
+            return cls(**scalars, landmarks_LD=landmarks_LD, level_L=level_L, slope_L=slope_L)
 
 
 @dataclass(frozen=True, kw_only=True)

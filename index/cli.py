@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,11 +113,8 @@ def _load_into_milvus(path: Path, uri: str, factory: str, *, as_json: bool) -> N
     bundle = Bundle.open(path)
     count = load_bundle(connect(uri), bundle, factory, progress=True)
     collection = collection_name(bundle)
-    _print(
-        {"collection": collection, "embeddings": count},
-        f"collection {collection} holds {count} embeddings",
-        as_json=as_json,
-    )
+    text = f"collection {collection} holds {count} embeddings"
+    _print({"collection": collection, "embeddings": count}, text, as_json=as_json)
 
 
 def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
@@ -178,8 +176,6 @@ def pull(uri: str, folder: Path, as_json: bool) -> None:
 
 
 def _print_transfer(result: Transferred, where: str, *, as_json: bool) -> None:
-    from dataclasses import asdict
-
     _print(
         asdict(result),
         f"{result.bundle} {where}: {result.files} file(s) of {result.bytes / 1e6:.1f} MB transferred, "

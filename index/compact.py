@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -125,7 +126,8 @@ def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[t
 
 
 def _write_embeddings(base: EmbeddingShards, base_count: int, delta: Delta, folder: Path) -> None:
-    number = position = 0
+    numbers = count()
+    position = 0
     for embeddings_nD in base:
         rows_n = base.rows_N[position : position + len(embeddings_nD)]
         position += len(embeddings_nD)
@@ -133,11 +135,9 @@ def _write_embeddings(base: EmbeddingShards, base_count: int, delta: Delta, fold
         if visible_n.any():
             # Each row moves up by the hidden rows before it.
             moved_n = rows_n[visible_n] - np.searchsorted(delta.hidden_H, rows_n[visible_n])
-            write_shard(folder, number, moved_n, embeddings_nD[visible_n])
-            number += 1
+            write_shard(folder, next(numbers), moved_n, embeddings_nD[visible_n])
     put_MD = delta.embeddings_MD[delta.alive_M]
     first_row = base_count - len(delta.hidden_H)
     for start in range(0, len(put_MD), _SHARD_SIZE):
         part_nD = put_MD[start : start + _SHARD_SIZE]
-        write_shard(folder, number, first_row + start + np.arange(len(part_nD)), part_nD)
-        number += 1
+        write_shard(folder, next(numbers), first_row + start + np.arange(len(part_nD)), part_nD)

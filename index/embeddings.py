@@ -87,7 +87,6 @@ class EmbeddingShards(Embeddings):
     """All embeddings of a bundle, memory-mapped. Raise `BundleIncomplete` or `BundleAltered`."""
 
     def __init__(self, folder: Path, embedding_dim: int) -> None:
-        paths: list[Path] = []
         vectors: list[Float16Array] = []
         rows: list[Int64Array] = []
         while (vectors_path := folder / vectors_file(len(rows))).exists():
@@ -99,18 +98,17 @@ class EmbeddingShards(Embeddings):
                     f"{vectors_path} has shape {vectors_nD.shape} and {rows_path.name} {rows_n.shape}, "
                     f"expected [n, {embedding_dim}] and [n]; export the bundle again"
                 )
-            paths.append(vectors_path)
             vectors.append(vectors_nD)
             rows.append(np.array(rows_n))
         super().__init__(embedding_dim, vectors, rows)
-        self._paths = paths
+        self._folder = folder
         if np.any(np.diff(self.rows_N) < 0):
             raise BundleAltered(f"the embeddings in {folder} are not in row order; export the bundle again")
 
     def part(self, number: int) -> Float32Array:
         """Return the normalised embeddings [n, D] of a shard. Thread-safe."""
         # Not from the memory map: every page that was touched once would stay in memory.
-        return normalised(np.load(self._paths[number], allow_pickle=False))
+        return normalised(np.load(self._folder / vectors_file(number), allow_pickle=False))
 
 
 def normalised(vectors_nD: Float16Array | Float32Array) -> Float32Array:

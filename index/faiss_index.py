@@ -18,6 +18,8 @@ from core.errors import UserError
 from core.runtime import faiss
 from index.embeddings import BoolArray, Embeddings, Float32Array, Int64Array
 
+Parameters = Mapping[str, Any]  # of a search: `nprobe`, `efSearch`, `k_factor`
+
 SEED = 1234
 POINTS_PER_LIST = 40  # faiss warns below 39
 _K_MEANS_ITERATIONS = 10
@@ -46,12 +48,7 @@ class Candidates(Protocol):
     def efforts(self) -> list[dict[str, float]]: ...
 
     def search(
-        self,
-        queries_QD: Float32Array,
-        count: int,
-        parameters: Mapping[str, Any],
-        allowed_N: BoolArray | None,
-        effort: float,
+        self, queries_QD: Float32Array, count: int, parameters: Parameters, allowed_N: BoolArray | None, effort: float
     ) -> tuple[Float32Array, Int64Array]: ...
 
 
@@ -71,12 +68,7 @@ class CpuCandidates:
         self._selector: tuple[BoolArray, Any] | None = None
 
     def search(
-        self,
-        queries_QD: Float32Array,
-        count: int,
-        parameters: Mapping[str, Any],
-        allowed_N: BoolArray | None,
-        effort: float,
+        self, queries_QD: Float32Array, count: int, parameters: Parameters, allowed_N: BoolArray | None, effort: float
     ) -> tuple[Float32Array, Int64Array]:
         self._set_parallelism(len(queries_QD))
         selector = None if allowed_N is None or not self.filters else self._selector_of(allowed_N)
@@ -113,7 +105,7 @@ def list_efforts(lists: int) -> list[dict[str, float]]:
     return [{"nprobe": float(nprobe)} for nprobe in (*(each for each in _EFFORTS if each < lists), lists)]
 
 
-def search_parameters(index: Any, parameters: Mapping[str, Any], selector: Any = None, effort: float = 1) -> Any:
+def search_parameters(index: Any, parameters: Parameters, selector: Any = None, effort: float = 1) -> Any:
     """Return faiss's search parameters for the index's type, or None if it takes none."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
@@ -136,10 +128,8 @@ def search_parameters(index: Any, parameters: Mapping[str, Any], selector: Any =
 def untuned_parameters(index: Any) -> dict[str, Any]:
     """Return search parameters that favour recall."""
     parameters: dict[str, Any] = {}
-    whole, core = faiss.downcast_index(index), _core(index)
-    if isinstance(whole, faiss.IndexPreTransform):
-        whole = faiss.downcast_index(whole.index)
-    if isinstance(whole, faiss.IndexRefine):
+    core = _core(index)
+    if isinstance(faiss.downcast_index(index), faiss.IndexRefine):
         parameters["k_factor"] = 10
     if isinstance(core, faiss.IndexIVF):
         parameters["nprobe"] = max(1, round(2 * core.nlist**0.5))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ import numpy as np
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
 from index.embeddings import BoolArray, Embeddings, Float32Array, Int64Array
-from index.faiss_index import Candidates, CpuCandidates, faiss_reason, list_efforts, visible_gpus
+from index.faiss_index import Candidates, CpuCandidates, Parameters, faiss_reason, list_efforts, visible_gpus
 
 SCRATCH_BYTES = 2 * 1024**3  # per GPU, for faiss's intermediate results
 RESERVED_BYTES = 2 * 1024**3  # per GPU, for ONNX Runtime, whose arena grows with the batches
@@ -54,8 +54,7 @@ class GpuCandidates:
     Scores come from float16 values summed in another order. `EntityIndex` computes them again from stored vectors.
     """
 
-    exact = close = False
-    filters = False
+    exact = close = filters = False
 
     def __init__(self, index: Any, lists: int | None, resources: Sequence[Any] = ()) -> None:
         """`lists` is None for exact search. `resources` must live as long as the index."""
@@ -68,12 +67,7 @@ class GpuCandidates:
         return [{}] if self._lists is None else list_efforts(min(self._lists, _MAX_RESULTS))
 
     def search(
-        self,
-        queries_QD: Float32Array,
-        count: int,
-        parameters: Mapping[str, Any],
-        allowed_N: BoolArray | None,
-        effort: float,
+        self, queries_QD: Float32Array, count: int, parameters: Parameters, allowed_N: BoolArray | None, effort: float
     ) -> tuple[Float32Array, Int64Array]:
         settings = None
         if self._lists is not None:

@@ -52,7 +52,7 @@ CREATE TABLE tombstone (generation INTEGER PRIMARY KEY, entity_id TEXT NOT NULL 
 
 
 class LiveSegment:
-    """The live changes to one bundle. Thread-safe.
+    """The live changes to one bundle. `delta` has those of the last `refresh`. Thread-safe.
 
     Raise `LiveDirError` if the folder cannot be used or has changes to another bundle.
     """
@@ -76,7 +76,7 @@ class LiveSegment:
             self.base_revision = self._read_base_revision(self._reader)
             compacted = "SELECT count(*) FROM entity WHERE row <= ?"
             (self.compacted_count,) = self._reader.execute(compacted, (self.base_revision,)).fetchone()
-            self._delta = self._builder.delta(self.base_revision)
+            self.delta = self._builder.delta(self.base_revision)
             self.refresh()
         except LiveDirError:
             self.close()
@@ -88,11 +88,6 @@ class LiveSegment:
         self._reader.close()
         self._writer.close()
 
-    @property
-    def delta(self) -> Delta:
-        """The changes as of the last `refresh`."""
-        return self._delta
-
     def refresh(self) -> Delta:
         """Read the changes of all processes. Cheap if there are none.
 
@@ -103,7 +98,7 @@ class LiveSegment:
             if version != self._seen_version:
                 self._read_changes()
                 self._seen_version = version
-            return self._delta
+            return self.delta
 
     def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool:
         """Add or replace an entity, and return whether it is new. Its `row` is ignored.
@@ -112,7 +107,7 @@ class LiveSegment:
         """
         vector_D = normalised(embedding_D[None])[0].astype("<f2")
         with self._transaction() as connection:
-            created = not self._exists(connection, entity.entity_id)
+            created = not self._exists(entity.entity_id)
             row = self._next_revision(connection)
             self._forget(connection, entity.entity_id)
             insert_entity(connection, replace(entity, row=row), thumbnail)
@@ -123,7 +118,7 @@ class LiveSegment:
     def delete(self, entity_id: str) -> None:
         """Delete an entity. Raise `UnknownEntity` if there is none, otherwise as `put` does."""
         with self._transaction() as connection:
-            if not self._exists(connection, entity_id):
+            if not self._exists(entity_id):
                 raise unknown_entity(entity_id)
             revision = self._next_revision(connection)
             self._forget(connection, entity_id)
@@ -149,7 +144,7 @@ class LiveSegment:
         return self.store.thumbnails([revision]).get(revision)
 
     def _read_changes(self) -> None:
-        last = (self._delta.revision,)
+        last = (self.delta.revision,)
         with self._reader:
             self._reader.execute("BEGIN")  # one snapshot for all statements
             self._read_base_revision(self._reader)
@@ -169,7 +164,7 @@ class LiveSegment:
                 normalised(vector_D[None])[0],
                 base_row=self._base_row(change.entity_id),
             )
-        self._delta = self._builder.delta(revision)
+        self.delta = self._builder.delta(revision)
 
     def _read_base_revision(self, connection: sqlite3.Connection) -> int:
         """Return up to which revision this bundle contains the changes."""
@@ -188,13 +183,10 @@ class LiveSegment:
         except UnknownEntity:
             return None
 
-    def _exists(self, connection: sqlite3.Connection, entity_id: str) -> bool:
-        after = (entity_id, self.base_revision)
-        if connection.execute("SELECT 1 FROM entity WHERE entity_id = ? AND row > ?", after).fetchone():
-            return True
-        if connection.execute("SELECT 1 FROM tombstone WHERE entity_id = ? AND generation > ?", after).fetchone():
-            return False
-        return self._base_row(entity_id) is not None
+    def _exists(self, entity_id: str) -> bool:
+        """Return whether an entity exists. In a transaction, no other process can change that."""
+        latest = self.refresh().latest
+        return (latest[entity_id] if entity_id in latest else self._base_row(entity_id)) is not None
 
     def _next_revision(self, connection: sqlite3.Connection) -> int:
         self._read_base_revision(connection)

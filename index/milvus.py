@@ -9,11 +9,10 @@ proves that the bundle is loaded completely.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +25,7 @@ from core.errors import BadParameter, Unavailable, UserError
 from index.bundle import Bundle
 from index.embeddings import Float32Array
 from index.manifest import content_fingerprint
-from index.store import StoredEntity
+from index.store import ENTITY_JSON, StoredEntity
 
 try:
     from pymilvus import DataType, MilvusClient
@@ -104,7 +103,7 @@ def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, 
     `factory` is `Flat`, `HNSW32`, `IVF1024,Flat`, or `auto` for HNSW32. Raise `UserError` for any other, and if the
     collection is loaded already, because it may have changes.
     """
-    index_type, parameters = _index(factory)
+    index = _index(factory)
     name, counters = collection_name(bundle), counters_name(bundle)
     if is_loaded(client, bundle):
         raise UserError(f"collection {name} holds this bundle already; serve it, or drop it in Milvus to load it again")
@@ -115,9 +114,9 @@ def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, 
         client.create_collection(name, schema=_schema(client, bundle.manifest.embedding_dim))
         _insert_all(client, name, bundle, progress)
         client.flush(name)
-        _index_and_load(client, name, "embedding", index_type, parameters, inverted=("key", "row"))
+        _index_and_load(client, name, "embedding", index, inverted=("key", "row"))
         client.create_collection(counters, schema=_counters_schema(client))
-        _index_and_load(client, counters, _DUMMY, "FLAT", {})
+        _index_and_load(client, counters, _DUMMY, ("FLAT", {}))
         write_counter(client, counters, _LOADED, changes=0, added=0)
     return bundle.manifest.counts.embeddings
 
@@ -136,19 +135,13 @@ def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str) -> 
     row = FIRST_PUT_ROW + hash63(entity.entity_id) // 2
     thumbnail = thumbnail if len(thumbnail) <= _MAX_VARCHAR else ""
     stored = replace(entity, row=row, attended_words=(), has_thumbnail=bool(thumbnail))
-    record = json.dumps(stored.to_dict(), ensure_ascii=False)
-    if len(record.encode()) > _MAX_VARCHAR:
-        raise BadParameter(
-            f"the record has {len(record.encode())} bytes, Milvus takes {_MAX_VARCHAR}; shorten its text"
-        )
+    record = ENTITY_JSON.dump_json(stored, by_alias=True)
+    if len(record) > _MAX_VARCHAR:
+        raise BadParameter(f"the record has {len(record)} bytes, Milvus takes {_MAX_VARCHAR}; shorten its text")
     title_words = {word for title in (entity.title, *entity.titles.values()) for word in words(title)}
     prefixes = {word[:length] for word in title_words for length in range(1, len(word) + 1)}
     hashes = sorted(hash63(prefix) for prefix in prefixes)[:_MAX_WORDS]
-    return {**_row(row, stored, embedding_D), "words": hashes, "record": record, "thumbnail": thumbnail}
-
-
-def read_record(text: str) -> StoredEntity:
-    return StoredEntity.from_dict(json.loads(text))
+    return {**_row(row, stored, embedding_D), "words": hashes, "record": record.decode(), "thumbnail": thumbnail}
 
 
 def key_filter(entity_id: str) -> str:
@@ -211,15 +204,11 @@ def _counters_schema(client: MilvusClient) -> Any:
 
 
 def _index_and_load(
-    client: MilvusClient,
-    name: str,
-    vector: str,
-    index_type: str,
-    parameters: Mapping[str, int],
-    inverted: Sequence[str] = (),
+    client: MilvusClient, name: str, vector: str, index: tuple[str, dict[str, int]], inverted: Sequence[str] = ()
 ) -> None:
+    index_type, parameters = index
     indexes = client.prepare_index_params()
-    indexes.add_index(field_name=vector, index_type=index_type, metric_type="COSINE", params=dict(parameters))
+    indexes.add_index(field_name=vector, index_type=index_type, metric_type="COSINE", params=parameters)
     for field in inverted:
         indexes.add_index(field_name=field, index_type="INVERTED")
     client.create_index(name, indexes)

@@ -23,8 +23,8 @@ from core.errors import BundleError, UnknownEntity
 from index import milvus
 from index.bundle import Bundle
 from index.embeddings import Float32Array, Int64Array, normalised
-from index.milvus import FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors, read_record
-from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct, unknown_entity
+from index.milvus import FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
+from index.store import ENTITY_JSON, AttendedWords, EntityStore, Selection, StoredEntity, distinct, unknown_entity
 
 _LOAD_TIMEOUT_S = 60.0
 _STRONG_FOR_S = 10.0  # after a change. `Bounded` consistency is faster and at most 5 s behind
@@ -67,20 +67,18 @@ class MilvusEntities:
                 self._client.load_collection(each, timeout=_LOAD_TIMEOUT_S)
             self._search_parameters = self._untuned_parameters()
         self._changed_at = time.monotonic()
-        self._state = self._read_state()
+        self.delta = MilvusState(revision=0, added=0)
+        self.refresh()
 
     def close(self) -> None:
         self._client.close()
 
-    @property
-    def delta(self) -> MilvusState:
-        return self._state
-
     def refresh(self) -> MilvusState:
         """Look for changes of all processes. Raise `Unavailable`."""
-        state = self._read_state()
-        if state != self._state:
-            self._state, self._changed_at = state, time.monotonic()
+        rows = self.query("changes >= 0", ["changes", "added"], collection=self._counters)
+        changes, added = (sum(int(row[each]) for row in rows) for each in ("changes", "added"))
+        if (state := MilvusState(revision=changes, added=added)) != self.delta:
+            self.delta, self._changed_at = state, time.monotonic()
         return state
 
     def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool:
@@ -122,15 +120,26 @@ class MilvusEntities:
             )
         return [[dict(hit["entity"], score=hit["distance"]) for hit in hits] for hits in found]
 
-    def query(self, condition: str, fields: Sequence[str], *, strong: bool = True) -> list[dict[str, Any]]:
-        """Return up to `MAX_RESULTS` rows that meet a condition. Raise `Unavailable`."""
-        return self._query(self._name, condition, fields, "Strong" if strong else self._consistency())
+    def query(
+        self, condition: str, fields: Sequence[str], *, strong: bool = True, collection: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Return up to `MAX_RESULTS` rows that meet a condition, of entities by default. Raise `Unavailable`."""
+        with milvus_errors():
+            found = self._client.query(
+                collection or self._name,
+                filter=condition,
+                output_fields=list(fields),
+                limit=MAX_RESULTS,
+                consistency_level="Strong" if strong else self._consistency(),
+                timeout=TIMEOUT_S,
+            )
+        return [dict(row) for row in found]
 
     def cache(self, row: int, record: str) -> StoredEntity:
         """Parse a record and cache it for `by_row`. Each step is atomic, so no lock is needed."""
         if len(self._records) >= _CACHED_RECORDS:
             self._records.clear()
-        self._records[row] = entity = read_record(record)
+        self._records[row] = entity = ENTITY_JSON.validate_json(record)
         return entity
 
     def by_row(self, row: int) -> StoredEntity:
@@ -148,33 +157,17 @@ class MilvusEntities:
         if not found:
             raise unknown_entity(entity_id)
         newest = max(found, key=lambda each: each["row"])
-        return self.store.get(entity_id) if newest["row"] < FIRST_PUT_ROW else read_record(newest["record"])
+        of_bundle = newest["row"] < FIRST_PUT_ROW
+        return self.store.get(entity_id) if of_bundle else ENTITY_JSON.validate_json(newest["record"])
 
     def _rows_of(self, entity_id: str) -> list[dict[str, Any]]:
         return self.query(key_filter(entity_id), ["row", "record"])
-
-    def _query(self, collection: str, condition: str, fields: Sequence[str], consistency: str) -> list[dict[str, Any]]:
-        with milvus_errors():
-            found = self._client.query(
-                collection,
-                filter=condition,
-                output_fields=list(fields),
-                limit=MAX_RESULTS,
-                consistency_level=consistency,
-                timeout=TIMEOUT_S,
-            )
-        return [dict(row) for row in found]
 
     def _count_change(self, added: int) -> None:
         self._changes, self._added = self._changes + 1, self._added + added
         with milvus_errors():
             milvus.write_counter(self._client, self._counters, self._writer, changes=self._changes, added=self._added)
         self.refresh()
-
-    def _read_state(self) -> MilvusState:
-        rows = self._query(self._counters, "changes >= 0", ["changes", "added"], "Strong")
-        changes, added = (sum(int(row[each]) for row in rows) for each in ("changes", "added"))
-        return MilvusState(revision=changes, added=added)
 
     def _consistency(self) -> str:
         return "Strong" if time.monotonic() - self._changed_at < _STRONG_FOR_S else "Bounded"
@@ -188,7 +181,10 @@ class MilvusEntities:
 
 
 class MilvusView:
-    """A collection as `EntityView`. Entities are always current. `delta` is the state when the view was made."""
+    """A collection as `EntityView`: its methods do what those of `OverlayView` do. Entities are always current.
+
+    `delta` is the state when the view was made.
+    """
 
     def __init__(self, entities: MilvusEntities) -> None:
         self._entities = entities
@@ -228,7 +224,6 @@ class MilvusView:
         return rows_BK, scores_BK
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
-        """Return the entities at rows that `search` returned, in the same order."""
         base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < FIRST_PUT_ROW])}
         return [base[row] if row < FIRST_PUT_ROW else self._entities.by_row(int(row)) for row in rows]
 
@@ -237,7 +232,6 @@ class MilvusView:
         return None
 
     def images_of(self, row: int) -> Float32Array:
-        """Return the embeddings [I, D] of an entity's images."""
         found = self._entities.query(f"row == {int(row)}", ["embedding"])
         return normalised(np.array([each["embedding"] for each in found], np.float32))
 
@@ -246,11 +240,9 @@ class MilvusView:
         return self._store.attended_words(row) if row < FIRST_PUT_ROW else ()
 
     def get(self, entity_id: str) -> StoredEntity:
-        """Return the entity with that id. Raise `UnknownEntity`."""
         return self._entities.get(entity_id)
 
     def thumbnail(self, entity_id: str) -> bytes | None:
-        """Return the entity's WebP thumbnail, if it has one. Raise `UnknownEntity`."""
         row = self._entities.get(entity_id).row
         if row < FIRST_PUT_ROW:
             return self._store.thumbnail(entity_id)
@@ -268,7 +260,7 @@ class MilvusView:
         put: list[StoredEntity] = []
         if query_words := milvus.words(query):
             rows = self._entities.query(milvus.prefixes_filter(query_words), ["record"])
-            put = sorted((read_record(each["record"]) for each in rows), key=lambda each: len(each.title))
+            put = sorted((ENTITY_JSON.validate_json(each["record"]) for each in rows), key=lambda each: len(each.title))
         return distinct([*visible, *put], limit)
 
     def _rank(self, hits: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:

@@ -114,8 +114,7 @@ class EntityIndex:
 
     def images_of(self, row: int) -> Float32Array:
         """Return the embeddings [I, D] of an entity's images. Thread-safe."""
-        start, end = np.searchsorted(self._rows_N, (row, row + 1))
-        return self._embeddings.at(np.arange(start, end, dtype=np.int64))
+        return self._embeddings.at(self._all_images(np.array([row])))
 
     def _search_candidates(
         self, queries_BD: Float32Array, count: int, allowed: _Allowed, settings: Mapping[str, Any]

@@ -8,13 +8,14 @@ import re
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, TypeAdapter
 
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
 from core.files import atomic_write
@@ -84,20 +85,11 @@ class StoredEntity:
     image_count: int
     has_text: bool
     text: str | None = None
-    attended_words: AttendedWords = ()
+    attended_words: Annotated[AttendedWords, Field(alias="heard")] = ()
     has_thumbnail: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the JSON form, which names the attended words `heard`."""
-        content = asdict(self)
-        content["heard"] = content.pop("attended_words")
-        return content
 
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Self:
-        content = dict(content)
-        words = tuple((start, end, weight) for start, end, weight in content.pop("heard"))
-        return cls(**{**content, "types": tuple(content["types"]), "attended_words": words})
+ENTITY_JSON = TypeAdapter(StoredEntity)  # names the attended words `heard`
 
 
 def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]]) -> None:
@@ -224,8 +216,12 @@ class EntityStore:
         found = {row: entity for row in rows if (entity := self._cache.get(row)) is not None}
         missing = [row for row in rows if row not in found]
         read = {entity.row: entity for entity in self._select(f"WHERE row {_LISTED}", (json.dumps(missing),))}
-        self._add_to_cache(read)
         found |= read
+        if self._immutable:
+            short = {row: entity for row, entity in read.items() if len(entity.text or "") <= _CACHED_TEXT}
+            if len(self._cache) + len(short) > _CACHED_ENTITIES:
+                self._cache.clear()
+            self._cache.update(itertools.islice(short.items(), _CACHED_ENTITIES))  # atomic, so no lock is needed
         if unknown := set(missing) - found.keys():
             raise IndexError(f"no entity at row {min(unknown)}, the store has {len(self)}")
         return [found[row] for row in rows]
@@ -314,14 +310,6 @@ class EntityStore:
             return ()
         found = self._execute("SELECT words FROM heard WHERE row = ?", (row,)).fetchone()
         return () if found is None else tuple((start, end, weight) for start, end, weight in json.loads(found[0]))
-
-    def _add_to_cache(self, read: Mapping[int, StoredEntity]) -> None:
-        """Add entities without very long texts. Each step is atomic, so no lock is needed."""
-        if self._immutable:
-            short = {row: entity for row, entity in read.items() if len(entity.text or "") <= _CACHED_TEXT}
-            if len(self._cache) + len(short) > _CACHED_ENTITIES:
-                self._cache.clear()
-            self._cache.update(itertools.islice(short.items(), _CACHED_ENTITIES))
 
     def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
         return select_entities(self._connection(), clause, parameters)

@@ -88,18 +88,13 @@ class Remote:
         with self._as_transfer_error(), self._target(name) as path:
             self._filesystem.put_file(str(source), path)
 
-    def chunks(self, name: str, start: int = 0) -> Iterator[bytes]:
-        """Yield the content of a file from `start` on."""
-        with self._as_transfer_error():
-            opened = self._filesystem.open(self._path(name), "rb", cache_type="none")
-        with opened:
-            opened.seek(start)
-            while True:
-                with self._as_transfer_error():
-                    chunk: bytes = opened.read(CHUNK_BYTES)
-                if not chunk:
-                    return
-                yield chunk
+    def chunks(self, name: str, start: int, end: int) -> Iterator[bytes]:
+        """Yield the content of a file between two positions."""
+        for position in range(start, end, CHUNK_BYTES):
+            until = min(position + CHUNK_BYTES, end)
+            with self._as_transfer_error():
+                chunk: bytes = self._filesystem.cat_file(self._path(name), start=position, end=until)
+            yield chunk
 
     def remove(self, name: str) -> None:
         """Remove a file, if there is one."""
@@ -226,7 +221,7 @@ def push(bundle_path: Path, uri: str, *, verify: bool = False, progress: bool = 
                 sent.append(entry)
         for name, entry in _files(release, "verify", progress) if verify else ():
             digest = hashlib.sha256()
-            for chunk in remote.chunks(name):
+            for chunk in remote.chunks(name, 0, entry.bytes):
                 digest.update(chunk)
             if digest.hexdigest() != entry.sha256:
                 raise BundleAltered(f"{uri}/{name} is altered: remove it there, and push again")
@@ -245,13 +240,17 @@ def pull(uri: str, folder: Path, *, progress: bool = False) -> Transferred:
 
 
 def local_bundle(source: str | Path, cache: Path | None) -> Path:
-    """Return the folder of a bundle. Pull it into the cache first if it is given by URI. Raise as `pull` does."""
+    """Return the folder of a bundle. Pull it into the cache first if it is given by URI. Raise as `pull` does.
+
+    The default cache is `wikiclip/bundles` in the user's cache folder.
+    """
     if not is_uri(source):
         return Path(source)
     remote = Remote(str(source))
     release = Release.read(remote)
     # Named by fingerprint only: another bundle at the same URI gets another folder, and the name is not trusted.
-    folder = (cache or default_cache()) / release.fingerprint
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = (cache or user_cache / "wikiclip" / "bundles") / release.fingerprint
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Services may share a cache: one of them pulls, the others wait.
@@ -264,12 +263,6 @@ def local_bundle(source: str | Path, cache: Path | None) -> Path:
             "WIKICLIP_BUNDLE_CACHE"
         ) from error
     return folder
-
-
-def default_cache() -> Path:
-    """Return the cache of bundles given by URI: `wikiclip/bundles` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "wikiclip" / "bundles"
 
 
 def _pull(remote: Remote, release: Release, folder: Path, *, hash_complete: bool, progress: bool) -> Transferred:
@@ -290,7 +283,7 @@ def _receive(remote: Remote, name: str, entry: FileEntry, path: Path) -> None:
     partial = path.with_name(f".{path.name}.partial")
     resumed = partial.exists()
     with partial.open("ab") as file:
-        for chunk in remote.chunks(name, file.tell()):
+        for chunk in remote.chunks(name, file.tell(), entry.bytes):
             file.write(chunk)
     if sha256_file(partial) == entry.sha256:
         sync(partial)

@@ -135,9 +135,9 @@ def put_half(self, name, source):
             self._filesystem.put_file = lambda *_: die()
     put(self, name, source)
 
-def half(self, name, start=0):
+def half(self, name, start, end):
     begun.append(name)
-    data = b"".join(chunks(self, name, start))
+    data = b"".join(chunks(self, name, start, end))
     if len(begun) < 3:
         yield data
     else:
@@ -192,9 +192,9 @@ def test_an_interrupted_file_is_resumed(small_bundle, tmp_path, monkeypatch, dam
     started: dict[str, list[int]] = {}
     chunks = Remote.chunks
 
-    def noted(self, name, start=0):
+    def noted(self, name, start, end):
         started.setdefault(name, []).append(start)
-        return chunks(self, name, start)
+        return chunks(self, name, start, end)
 
     monkeypatch.setattr(Remote, "chunks", noted)
     pull(store, folder)
