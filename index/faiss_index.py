@@ -151,7 +151,7 @@ def factory_index(dim: int, factory: str) -> Any:
         ) from error
 
 
-def faiss_reason(error: RuntimeError) -> str:
+def faiss_reason(error: Exception) -> str:
     """Return faiss's message without its source location."""
     return _SOURCE_LOCATION.sub("", str(error).splitlines()[-1])
 

@@ -14,7 +14,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,13 +88,14 @@ def placement(index: Any, embeddings: Embeddings, device: str) -> Placement:
         if (ivf := clonable(index)) is not None:
             return _place_ivf(ivf, free_bytes)
         return _place_flat(embeddings, free_bytes)
-    except NotOnGpuError as reason:
+    except (NotOnGpuError, RuntimeError) as error:  # faiss raises RuntimeError
+        reason = faiss_reason(error)
         if device == "cuda":
             raise UserError(
                 f"device cuda: the index cannot be searched there: {reason}; fix that, or search on the CPU with "
                 "--search-device cpu"
-            ) from reason
-        return Placement(candidates=CpuCandidates(index), device="cpu", why=str(reason))
+            ) from error
+        return Placement(candidates=CpuCandidates(index), device="cpu", why=reason)
 
 
 def clonable(index: Any) -> Any | None:
@@ -194,8 +194,7 @@ def _place_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:
         config.device, config.useFloat16 = gpu, True
         return faiss.GpuIndexFlatIP(resources[-1], embeddings.dim, config)
 
-    with _faiss_errors():
-        index = sharded_flat(embeddings, counts, new_block)
+    index = sharded_flat(embeddings, counts, new_block)
     why = f"exact over float16 on {sum(count > 0 for count in counts)} GPU(s)"
     return Placement(candidates=GpuCandidates(index, None, resources), device="cuda", why=why)
 
@@ -208,19 +207,9 @@ def _place_ivf(index: Any, free_bytes: Sequence[int]) -> Placement:
     options.shard, options.shard_type = True, _MODE_IDS_MODULO
     options.useFloat16 = True
     options.allowCpuCoarseQuantizer = True  # if HNSW finds the lists
-    with _faiss_errors():
-        cloned = faiss.index_cpu_to_gpu_multiple_py(resources, index, options, gpus)
+    cloned = faiss.index_cpu_to_gpu_multiple_py(resources, index, options, gpus)
     why = f"IVF on {len(gpus)} GPU(s)"
     return Placement(candidates=GpuCandidates(cloned, int(index.nlist), resources), device="cuda", why=why)
-
-
-@contextmanager
-def _faiss_errors() -> Iterator[None]:
-    """Turn faiss's errors into `NotOnGpuError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise NotOnGpuError(faiss_reason(error)) from error
 
 
 def _resources(scratch_bytes: int) -> Any:
