@@ -69,7 +69,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_a_file_is_not_a_bundle(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(BundleMissing, match="a bundle is a folder"):
+    with pytest.raises(BundleMissing, match="does not exist as a folder"):
         Bundle.open(tmp_path / "file")
 
 
