@@ -92,7 +92,7 @@ class Remote:
         """Yield the content of a file between two positions."""
         for position in range(start, end, CHUNK_BYTES):
             until = min(position + CHUNK_BYTES, end)
-            with self._as_transfer_error():
+            with self._as_transfer_error(name):
                 chunk: bytes = self._filesystem.cat_file(self._path(name), start=position, end=until)
             yield chunk
 
@@ -116,7 +116,7 @@ class Remote:
             yield str(temporary)
 
     @contextmanager
-    def _as_transfer_error(self) -> Iterator[None]:
+    def _as_transfer_error(self, name: str = "") -> Iterator[None]:
         try:
             yield
         except UserError:
@@ -124,8 +124,8 @@ class Remote:
         except Exception as error:  # each fsspec driver has its own exceptions
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TransferError(
-                f"{self.uri} cannot be used ({reason}); check the URI, the network and the credentials, and run it "
-                "again: finished files stay"
+                f"{self.uri}/{name} cannot be used ({reason}); check the URI, the network and the credentials, and run "
+                "it again: finished files stay"
             ) from error
 
 
