@@ -122,11 +122,12 @@ class Lines:
         lines: dict[tuple[str, ...], list[tuple[float, float, Any]]] = {}
         for path in self.points:
             for (*parents, key), point in _select(figures, path):
+                line_name = parents if path.endswith("*") else (*parents, key)
                 for y in self.y:
                     number, interval = _number(_at(point, y))
                     if number is not None:
                         x = float(_at(point, self.x) if self.x else key)
-                        lines.setdefault((*parents, y), []).append((x, number, interval))
+                        lines.setdefault((*line_name, y), []).append((x, number, interval))
         if not lines:
             return ""
         with _figure(3.6) as figure:

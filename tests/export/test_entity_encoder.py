@@ -116,7 +116,7 @@ def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(
     )
     export_bundle(config)
     shown = capsys.readouterr().err
-    assert all(f"{stage}: 100%" in shown for stage in ("image encoder", "float16", "int8", "entity encoder"))
+    assert all(f"{stage}: 100%" in shown for stage in ("image encoder", "float16", "int8 embeddings", "entity encoder"))
     row = next(row for row in map(json.loads, catalog.path.read_text().splitlines()) if row["entity_id"] == "Q4")
     settings = Settings(threads=1, live_dir=tmp_path / "live")
     with Recognizer.open(out, settings) as recognizer:
