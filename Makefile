@@ -7,7 +7,10 @@ ARGS   ?=
 
 VENV := .venv
 # Tests for `make quick`: fast, and without redis, chromium, nginx or training.
-QUICK := tests/imaging tests/index tests/model/test_adaptor.py tests/service/test_engine.py
+QUICK := tests/catalog tests/evaluation tests/fetch tests/imaging tests/index/test_bundle.py tests/index/test_calibration.py \
+         tests/index/test_live.py tests/index/test_store.py tests/model/test_data.py tests/model/test_losses.py \
+         tests/packaging/test_docs.py tests/service/test_bundle_0_1.py tests/service/test_engine.py \
+         tests/service/test_errors_http.py tests/service/test_pipeline.py tests/service/test_recognize_http.py
 BIN  := $(VENV)/bin
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 NODE_MODULES := tests/page/node_modules/.package-lock.json
