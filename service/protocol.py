@@ -1,5 +1,5 @@
-"""What uvicorn's HTTP connection lacks: limits on the size and time of a request head, a limit on the time of a body
-that continues after its response, and one write for the head and the body of a response.
+"""Limits that uvicorn lacks: on the size and time of a request head, and on the time of a body that continues after its
+response.
 
 This is the only module that depends on uvicorn's private classes. It is written for uvicorn 0.54; pyproject.toml pins
 that minor version.
@@ -8,7 +8,7 @@ that minor version.
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
@@ -40,7 +40,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(asyncio.Transport, _JoinedWrites(transport, self.loop)))
+        super().connection_made(transport)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -110,29 +110,3 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             lines = [name + b": " + value + b"\r\n" for name, value in headers]
             self.transport.write(b"".join([STATUS_LINE[error.status], *lines, b"\r\n", bytes(response.body)]))
         self.transport.close()
-
-
-class _JoinedWrites:
-    """A transport that sends what is written within one turn of the event loop with a single system call."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._pending: list[bytes] = []
-
-    def write(self, data: bytes) -> None:
-        if not self._pending:
-            self._loop.call_soon(self._flush)
-        self._pending.append(data)
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _flush(self) -> None:
-        if self._pending and not self._transport.is_closing():
-            self._transport.write(b"".join(self._pending))
-        self._pending.clear()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
