@@ -32,6 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
 def cluster() -> Iterator[None]:
     """A Ray cluster with room for two embedding and two decoding workers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # 30 by default: too short on busy cores
     ray.init(
         num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR",
         object_store_memory=200_000_000, _node_ip_address="127.0.0.1",
