@@ -25,7 +25,7 @@ from service.limits import Rate, RateLimiter
 from service.middleware import RequestContext
 from service.recognizer import Recognizer
 from service.settings import Settings
-from service.telemetry import Tracing, open_tracing
+from service.telemetry import Metrics, Tracing, open_tracing
 from wikiclip.answers import Info, Liveness, Problem, Readiness
 
 _PAGE = Path(__file__).parent / "page"
@@ -58,7 +58,7 @@ def create_app(
         if opened is None:
             assert settings.bundle is not None
             opened = await asyncio.to_thread(Recognizer.open, settings.bundle, settings)
-        app.state.recognizer = opened
+        app.state.recognizer, app.state.metrics = opened, opened.metrics
         try:
             yield
         finally:
@@ -77,7 +77,9 @@ def create_app(
         redoc_url=None,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # service.telemetry has its own
     )
+    # Without a recogniser, these are replaced at startup. A server that skips ASGI's startup gets 503 for every image.
     app.state.recognizer = recognizer
+    app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
     app.state.api_keys = ApiKeys(settings.api_keys)
     app.state.admin_token = AdminToken(settings.admin_token)
     app.state.fetcher = fetcher or ImageFetcher(
@@ -113,11 +115,13 @@ def _add_operations(app: FastAPI) -> None:
         return Readiness()
 
     @app.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
-    async def scrape_metrics(recognizer: routes.AnyRecognizer) -> Response:
-        metrics = recognizer.metrics
-        metrics.in_flight_images.set(recognizer.admission.in_flight)
-        metrics.queue_images.set(recognizer.queue_depth)
-        metrics.ready.set(recognizer.unready_reason is None)
+    async def scrape_metrics() -> Response:
+        recognizer: Recognizer | None = app.state.recognizer
+        metrics: Metrics = app.state.metrics
+        if recognizer is not None:
+            metrics.in_flight_images.set(recognizer.admission.in_flight)
+            metrics.queue_images.set(recognizer.queue_depth)
+        metrics.ready.set(recognizer is not None and recognizer.unready_reason is None)
         return Response(metrics.exposition(), headers={"Content-Type": metrics.content_type})
 
     @app.get("/info", summary="Describe what is served, and its limits", responses=errors.problems(503))

@@ -71,7 +71,8 @@ class RequestContext:
     async def _respond(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> int:
         """Run the app and return the response's status, 0 if there was no response."""
         started_at = time.monotonic()
-        recognizer: Recognizer = scope["app"].state.recognizer
+        state = scope["app"].state
+        recognizer: Recognizer | None = state.recognizer
         status = 0
 
         async def send_with_headers(message: Message) -> None:
@@ -82,7 +83,7 @@ class RequestContext:
             await send(message)
 
         try:
-            if scope["method"] == "POST" and scope["path"] in RECOGNITION_PATHS:
+            if recognizer is not None and scope["method"] == "POST" and scope["path"] in RECOGNITION_PATHS:
                 recognizer.admission.refuse_if_full(1)
             await self._app(scope, receive, send_with_headers)
         except TooManyRequests as error:  # from refuse_if_full: the app answers those that it raises
@@ -100,7 +101,7 @@ class RequestContext:
             await unexpected_response(request_id)(scope, receive, send_with_headers)
         finally:
             elapsed_s = time.monotonic() - started_at
-            recognizer.metrics.observe_request(_route(scope), status, elapsed_s)
+            state.metrics.observe_request(_route(scope), status, elapsed_s)
             _log_access(scope, request_id, status, elapsed_s)
         return status
 

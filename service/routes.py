@@ -45,8 +45,10 @@ admin_router = APIRouter(dependencies=[Depends(require_admin)])
 
 
 async def any_recognizer(request: Request) -> Recognizer:
-    """Return the app's recogniser, ready or not."""
-    recognizer: Recognizer = request.app.state.recognizer
+    """Return the app's recogniser, ready or not. Raises `Unavailable` while there is none."""
+    recognizer: Recognizer | None = request.app.state.recognizer
+    if recognizer is None:
+        raise Unavailable("the bundle is being loaded; retry later or elsewhere")
     return recognizer
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import re
+from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
+
+from service.app import create_app
+from service.settings import Settings
 
 
 def test_an_entity_record(service):
@@ -37,6 +43,22 @@ def test_title_search(service):
 def test_probes(service):
     assert service.get("/livez").json() == {"status": "alive"}
     assert service.get("/readyz").json() == {"status": "ready"}
+
+
+def test_an_app_without_asgi_startup_is_alive_but_not_ready(small_bundle: Path, giraffe: bytes) -> None:
+    async def statuses() -> list[int]:
+        app = create_app(Settings(bundle=small_bundle))
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            image = await client.post("/recognize", content=giraffe, headers={"Content-Type": "image/png"})
+            assert image.json()["detail"].startswith("the bundle is being loaded")
+            metrics = await client.get("/metrics")
+            assert "wikiclip_ready 0.0" in metrics.text
+            assert 'wikiclip_requests_total{route="/recognize",status="503"} 1.0' in metrics.text
+            paths = ("/livez", "/readyz", "/info", "/entities/Q15083")
+            return [image.status_code, *[(await client.get(path)).status_code for path in paths]]
+
+    assert asyncio.run(statuses()) == [503, 200, 503, 503, 503]
 
 
 def test_info(service):
