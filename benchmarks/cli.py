@@ -91,12 +91,12 @@ BENCHMARKS = {
 }  # fmt: skip
 _COMMON = [
     click.Option(
-        ["--bundle"], default=Path("demo/bundle"), show_default=True, type=click.Path(path_type=Path),
+        ["--bundle"], default=Path("demo/bundle"), type=click.Path(path_type=Path),
         help="The bundle to measure on.",
     ),
     click.Option(["--smoke"], is_flag=True, help="The same path with less work: ends within 50 s on 2 cores."),
     click.Option(
-        ["--results"], default=Path("benchmarks/results"), show_default=True,
+        ["--results"], default=Path("benchmarks/results"),
         type=click.Path(path_type=Path, file_okay=False),
         help="Folder for the results, in a folder named by hardware, date and commit.",
     ),
@@ -168,7 +168,7 @@ def _without_samples(figures: Any) -> Any:
 @click.argument("before", metavar="A", type=click.Path(path_type=Path))
 @click.argument("after", metavar="B", type=click.Path(path_type=Path))
 @click.option(
-    "--threshold", default=20.0, show_default=True, type=click.FloatRange(min=0, min_open=True), metavar="PERCENT",
+    "--threshold", default=20.0, type=click.FloatRange(min=0, min_open=True), metavar="PERCENT",
     help="A metric that is worse by more, beyond noise, is a regression.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object last.")

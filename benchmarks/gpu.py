@@ -95,9 +95,9 @@ def main() -> None:
 
 @main.command()
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="Folder for the bundle.")
-@click.option("--entities", default=6_063_945, show_default=True, help="Entities, with one embedding each.")
-@click.option("--encoder", default="vit-l14", show_default=True, help="Encoder, of benchmarks/generative/models.py.")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True, help="For `measure`.")
+@click.option("--entities", default=6_063_945, help="Entities, with one embedding each.")
+@click.option("--encoder", default="vit-l14", help="Encoder, of benchmarks/generative/models.py.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="For `measure`.")
 def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
     """Write the bundle, unless it exists."""
     if (folder / MANIFEST_FILE).exists():
@@ -110,11 +110,11 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
 
 @main.command()
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="The bundle of `prepare`.")
-@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
-@click.option("--seconds", default=8.0, show_default=True, help="Length of each measurement.")
-@click.option("--processes", default="1,2,4", show_default=True, help="Numbers of services, one run each.")
-@click.option("--connections", default=192, show_default=True, help="Connections of all load generators together.")
-@click.option("--largest-batch", default=BATCHES[-1], show_default=True, help="Largest batch of the encoder alone.")
+@click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda")
+@click.option("--seconds", default=8.0, help="Length of each measurement.")
+@click.option("--processes", default="1,2,4", help="Numbers of services, one run each.")
+@click.option("--connections", default=192, help="Connections of all load generators together.")
+@click.option("--largest-batch", default=BATCHES[-1], help="Largest batch of the encoder alone.")
 @click.option("--out", type=click.Path(path_type=Path), help="File that is also written after each phase.")
 def measure(folder: Path, processes: str, out: Path | None, **options: Any) -> None:
     """Measure, and print JSON. If a phase fails, its error replaces its figures, and the exit code is 1."""
@@ -372,8 +372,8 @@ def shares(full: Figures, figures: Figures, batch: int) -> Figures:
 
 
 @main.command()
-@click.option("--vectors", default=6_063_945, show_default=True, help="Synthetic embeddings.")
-@click.option("--dim", default=1280, show_default=True, help="Embedding width.")
+@click.option("--vectors", default=6_063_945, help="Synthetic embeddings.")
+@click.option("--dim", default=1280, help="Embedding width.")
 @click.option("--bandwidth-gb-s", type=float, required=True, help="Memory bandwidth of all GPUs, by their data sheet.")
 def search(vectors: int, dim: int, bandwidth_gb_s: float) -> None:
     """Measure exact search on the GPUs, and compare it with the time that reading the vectors takes."""

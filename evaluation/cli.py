@@ -28,10 +28,8 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
     "--ovenid2impath", type=_FILE,
     help="OVEN's table of image ids and paths. [default: in the folder of the queries, or in the image root]",
 )  # fmt: skip
-@click.option("--batch-size", default=256, show_default=True, type=click.IntRange(min=1), help="Images per batch.")
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Where to encode."
-)
+@click.option("--batch-size", default=256, type=click.IntRange(min=1), help="Images per batch.")
+@click.option("--device", default="auto", type=click.Choice(["auto", "cpu", "cuda"]), help="Where to encode.")
 @click.option("--report", type=_FILE, help="Write a report with plots and confusions as one HTML file.")
 @click.option(
     "--catalog", type=click.Path(path_type=Path, dir_okay=False, exists=True),

@@ -78,7 +78,6 @@ def serve(**flags: Any) -> None:
     "--top-k",
     type=click.IntRange(1, 100),
     default=5,
-    show_default=True,
     help="Maximum number of predictions for an image.",
 )
 @click.option("--types", default="", help="Only entities with any of these types, separated by commas.  [default: all]")
@@ -93,7 +92,6 @@ def serve(**flags: Any) -> None:
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
-    show_default=True,
     help="Where the image encoder runs, with --bundle.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON Lines, one line per image.")
