@@ -39,10 +39,16 @@ class Pipeline:
         return self.view.loaded._users - 1  # the fixture is one
 
     async def idle(self) -> None:
-        """Return when all threads have done what was submitted."""
+        """Return when all threads have done what was submitted and, within a time limit, released the bundle."""
         for pool in (self.decode_pool, self.lookup_pool):
             await asyncio.wrap_future(pool.submit(lambda: None))
         await asyncio.wrap_future(self.engine.submit(np.ones(WIDTH, np.float32), 1))
+        await asyncio.to_thread(self._wait_until_released)  # a pool has several threads: one idle one is not enough
+
+    def _wait_until_released(self) -> None:
+        loaded = self.view.loaded
+        with loaded._unused:
+            loaded._unused.wait_for(lambda: loaded._users == 1, TIMEOUT_S)
 
     async def encoding(self) -> None:
         """Return when the encoder has begun a batch."""
