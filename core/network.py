@@ -17,6 +17,18 @@ Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 _IPV6_IN_USE = ipaddress.IPv6Network("2000::/3")
 # 6to4 and Teredo addresses contain an IPv4 address that could be private.
 _IPV6_TUNNELS = (ipaddress.IPv6Network("2002::/16"), ipaddress.IPv6Network("2001::/32"))
+# Services that give a machine of a cloud its credentials. Azure's has an address that counts as public.
+_METADATA = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "169.254.0.0/16",
+        "168.63.129.16",
+        "100.100.100.200",
+        "192.0.0.192",
+        "fd00:ec2::254",
+        "fd20:ce::254",
+    )
+)
 
 
 def is_public(address: str) -> bool:
@@ -30,8 +42,26 @@ def is_public(address: str) -> bool:
     ):
         return False  # this includes IPv4-mapped addresses
     return parsed.is_global and not (
-        parsed.is_private or parsed.is_loopback or parsed.is_link_local or parsed.is_multicast or parsed.is_reserved
+        parsed.is_private
+        or parsed.is_loopback
+        or parsed.is_link_local
+        or parsed.is_multicast
+        or parsed.is_reserved
+        or is_metadata(address)
     )
+
+
+def is_metadata(address: str) -> bool:
+    """Return whether an address is a cloud's metadata service, also in an IPv6 form of an IPv4 address."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    forms: list[ipaddress.IPv4Address | ipaddress.IPv6Address | None] = [parsed]
+    if isinstance(parsed, ipaddress.IPv6Address):
+        # Mapped and NAT64 addresses end in the IPv4 address.
+        forms += [ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF), parsed.sixtofour, *(parsed.teredo or ())]
+    return any(form in network for form in forms if form is not None for network in _METADATA)
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -41,7 +71,7 @@ async def resolve(host: str, port: int) -> list[str]:
 
 
 class PublicNetwork(httpcore.AsyncNetworkBackend):
-    """Connect only to hosts on the public internet, or to any host with `allow_private`.
+    """Connect only to hosts on the public internet, or with `allow_private` to any but metadata services of clouds.
 
     Each host name is resolved once. All of its addresses are checked, and the connection uses the first of them, so a
     second DNS answer cannot redirect it. TLS certificates are still checked against the name.
@@ -79,6 +109,7 @@ class PublicNetwork(httpcore.AsyncNetworkBackend):
         if not addresses:
             raise FetchFailed("the host of the URL has no address; check the URL")
         # A single private address is enough to refuse: an honest public host has none.
-        if not self._allow_private and not all(is_public(address) for address in addresses):
+        allowed = (lambda each: not is_metadata(each)) if self._allow_private else is_public
+        if not all(map(allowed, addresses)):
             raise Forbidden("the host of the URL is not on the public internet; give one that is")
         return addresses[0]

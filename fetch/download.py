@@ -196,9 +196,10 @@ def _target(url: str, base: httpx.URL | None = None) -> httpx.URL:
     prefix = "is not" if base is None else "redirects to something that is not"
     try:
         target = httpx.URL(url) if base is None else base.join(url)
+        host, port = target.host, target.port or 80  # `host` raises for some malformed names
     except (httpx.InvalidURL, ValueError) as error:
         raise NotFetched(f"{prefix} a URL") from error
-    if target.scheme not in ("http", "https") or not target.host or target.userinfo:
+    if target.scheme not in ("http", "https") or not host or target.userinfo or not 0 < port < 2**16:
         raise NotFetched(f"{prefix} an http or https URL")
     return target
 
@@ -209,6 +210,6 @@ def _seconds(retry_after: str) -> float | None:
         return float(retry_after)
     try:
         when = parsedate_to_datetime(retry_after)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max((when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds(), 0.0)

@@ -153,13 +153,13 @@ def _recognize_request(image: bytes, options: RecognizeOptions | None) -> dict[s
 
 def _retry_after_s(response: httpx.Response) -> float | None:
     value = response.headers.get("retry-after", "")
-    return min(float(value), _MAX_PAUSE_S) if value.isdigit() else None
+    return min(float(value), _MAX_PAUSE_S) if value.isdecimal() else None
 
 
 def _error_of(response: httpx.Response) -> UserError:
     try:
         detail = str(response.json()["detail"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         detail = f"the service answered {response.status_code} without a reason; is this a WikiCLIP service?"
     if response.status_code == TooManyRequests.status:
         return TooManyRequests(detail, retry_after_s=_retry_after_s(response) or 1.0)

@@ -18,6 +18,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+STRANGE = (  # headers that once ended the run
+    ("Retry-After", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"),
+    ("Retry-After", "Mon, 01 Jan 2020 00:00:00 +99999999999999"),
+    ("Retry-After", "9" * 5000),
+    ("Location", "http://127.0.0.1:99999/"),
+    ("Location", "http://127.0.0.1:-1/"),
+    ("Location", "http://xn--/"),
+)
+
 
 def jpeg(seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, size=(12, 16, 3), dtype=np.uint8)
@@ -108,6 +117,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_moved(self, _: int) -> None:
         self.send(301, b"", {"Location": "/good/moved"})
+
+    def answer_strange(self, _: int) -> None:
+        name, value = STRANGE[int(self.path.rsplit("/", 1)[1])]
+        self.send(503 if name == "Retry-After" else 302, b"", {name: value})
 
     def answer_away(self, _: int) -> None:
         self.send(302, b"", {"Location": "file:///etc/passwd"})

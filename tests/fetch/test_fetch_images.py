@@ -108,6 +108,19 @@ def test_transient_failures_are_retried_and_permanent_ones_reported(
     assert (report.fetched, report.failed, report.known) == (0, len(permanent), len(transient))
 
 
+def test_a_nonsensical_header_fails_one_image(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
+    strange = [f"strange/{number}" for number in range(6)]
+    catalog_of([*strange, "good/1"])
+    report = fetch_images(config)
+    assert (report.fetched, report.failed) == (1, len(strange))
+    assert list(reasons(config.out).values()) == [
+        *["the server answered 503, 3 times"] * 2,
+        "the server answered 503 and asks to wait inf s; try again later",
+        *["redirects to something that is not an http or https URL"] * 2,
+        "redirects to something that is not a URL",
+    ]
+
+
 def test_a_slow_response_times_out(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     catalog_of(["drip/1", "good/1"])
     limits = replace(config.limits, timeout_s=0.3, retries=1)

@@ -108,7 +108,7 @@ both = pytest.mark.parametrize("way", ["blocking", "async"])
 
 @both
 def test_retry_after_is_honoured(way):
-    refusals = (429, {"Retry-After": "1"}, {"detail": "full"}), (503, {}, {"detail": "x"})
+    refusals = (429, {"Retry-After": "1"}, {"detail": "full"}), (503, {"Retry-After": "\xb2"}, {"detail": "x"})
     with scripted(*refusals, (200, {}, ANSWER)) as (url, asked_at):
         assert recognize(url, b"x", way).bundle == "b@1"
     assert len(asked_at) == 3

@@ -11,7 +11,7 @@ import httpcore
 import pytest
 
 from core.errors import BadRequest, FetchFailed, Forbidden, TooLarge
-from core.network import is_public
+from core.network import PublicNetwork, is_public
 from service.image_fetcher import ImageFetcher, host_allowed, host_pattern
 
 PUBLIC = "93.184.215.14"
@@ -271,10 +271,42 @@ def test_a_slow_server_times_out(network):
         "2001:db8::1",
         "fec0::1",
         "no address",
+        "168.63.129.16",  # Azure's metadata service
+        "2a00:1450::a83f:8110",  # the same through NAT64 with a network's own prefix
     ],
 )
 def test_addresses_that_are_not_public(address):
     assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "169.254.169.254",  # AWS, Azure, GCP, Oracle
+        "168.63.129.16",  # Azure
+        "100.100.100.200",  # Alibaba
+        "192.0.0.192",  # Oracle
+        "fd00:ec2::254",  # AWS
+        "fd20:ce::254",  # GCP
+        "::ffff:169.254.169.254",
+        "64:ff9b::a83f:8110",
+        "64:ff9b:1::6464:64c8",
+        "2002:a9fe:a9fe::",
+        "2001:0:1::5601:5601",  # Teredo inverts the client's address
+    ],
+)
+def test_metadata_services_are_refused_even_where_private_addresses_are_allowed(network, address):
+    async def resolver(host, port):
+        return [host]
+
+    async def connect(host):
+        stream = await PublicNetwork(network, resolver=resolver, allow_private=True).connect_tcp(host, 80)
+        await stream.aclose()
+
+    asyncio.run(connect("10.1.2.3"))
+    with pytest.raises(Forbidden):
+        asyncio.run(connect(address))
+    assert network.intended == [("10.1.2.3", 80)]
 
 
 @pytest.mark.parametrize("address", ["8.8.8.8", PUBLIC, "2606:4700::1111"])
