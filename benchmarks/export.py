@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from benchmarks.generative.models import ENCODERS, open_encoder, quantised_file, write_encoder
 from benchmarks.measure import Probe, gpu_figures, ratio_interval, sample, sample_gpu
-from benchmarks.sizing import WIKI6M_ENTITIES
 from benchmarks.synthetic import photograph
 from catalog import EntityRecord, read_catalog
 from catalog.images import ImageReader
@@ -48,6 +47,7 @@ from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 
 _WARM_UP_SHARDS = 1
 _WORDS = ("river", "stone", "tower", "bird", "market", "north", "island", "castle", "music", "harbour", "forest", "sea")
+WIKI6M_ENTITIES = 6_063_945
 _IMAGES = 1000  # different ones; a larger catalog repeats them
 REPORT = Report(
     title="The exporter",

@@ -1,4 +1,4 @@
-"""The operations page, word for word: swap, rollback, backup and compaction do as it says; tables are computed."""
+"""The operations page, word for word: swap, rollback, backup and compaction do as it says; sizes are computed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from typing import Any
 
 import pytest
 
-from benchmarks.sizing import DOCS, GPUS, SERVICE_GB, STORE_BYTES_AN_ENTITY, oven_hours, put_in, tables
+from index.autotune import candidates
 from index.bundle import Bundle
 
 PageRun = Any  # the dataclass in conftest.py, which no module can import
 
 ROOT = Path(__file__).resolve().parents[2]
+# The page's figures for the demo: a service's memory, and `entities.sqlite` over its entities.
+SERVICE_GB, STORE_BYTES_AN_ENTITY = 0.17, 803
 ALERTS = (
     "WikiclipDown", "WikiclipNotReady", "WikiclipHighLatency", "WikiclipRejecting",
     "WikiclipErrors", "WikiclipEngineDeaths", "WikiclipRedisFailing", "WikiclipQueueFull",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +58,21 @@ def test_the_store_is_as_large_as_the_page_says() -> None:
     assert (bundle / "entities.sqlite").stat().st_size / entities == pytest.approx(STORE_BYTES_AN_ENTITY, rel=0.01)
 
 
-@pytest.mark.parametrize("place", ["oven.md: disk", "oven.md: hours", "operations.md: serving"])
-def test_tables_are_what_the_command_computes(place: str) -> None:
-    file, name = place.split(": ")
-    page = (DOCS / file).read_text(encoding="utf-8")
-    content = tables(utilisation=0.4, bandwidth_gb_s=20.0, price=None)[place]
-    assert f"<!-- sizing: {name} -->" in page
-    assert put_in(page, name, content) == page, "run `python -m benchmarks.sizing --write`"
-
-
-def test_cost_is_hours_times_price() -> None:
-    for row in oven_hours(0.4, 2.5).splitlines()[2:]:
-        *_, together, cost = (cell.strip() for cell in row.strip("|").split("|"))
-        assert float(cost) == pytest.approx(2.5 * float(together), abs=1)
-    assert all(gpu in oven_hours(0.4, None) for gpu in GPUS)
+def test_the_table_of_sizes_follows_from_its_formulas(page: str) -> None:
+    rows = re.findall(r"^\| ([\d,]+) \| (\d+) \| (.*) \|$", page, flags=re.MULTILINE)
+    assert len(rows) == 12
+    for entities, width, sizes in rows:
+        count, dim = int(entities.replace(",", "")), int(width)
+        embeddings_gb = 2e-9 * dim * count
+        by_kind = {each.factory(count)[:3]: each.bytes(count) for each in candidates(count, dim)}
+        ivf_gb = SERVICE_GB + by_kind["IVF"] / 1e9 if "IVF" in by_kind else None
+        disk_gb = 2 * embeddings_gb + STORE_BYTES_AN_ENTITY * count / 1e9
+        exact = [disk_gb, SERVICE_GB + by_kind["SQf"] / 1e9, ivf_gb, embeddings_gb, 1000 * embeddings_gb / 20]
+        for shown, computed in zip(sizes.split(" | "), exact, strict=True):
+            decimals = len(shown.partition(".")[2])
+            assert shown == ("-" if computed is None else f"{computed:.{decimals}f}")
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_the_runbook_has_every_alert(alert: str) -> None:
-    page = (DOCS / "operations.md").read_text(encoding="utf-8")
+def test_the_runbook_has_every_alert(page: str, alert: str) -> None:
     assert page.count(f"| `{alert}` |") == 1
