@@ -30,10 +30,6 @@ _CLAIM = (
     click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one per core]"),
     _DEVICE,
 )  # fmt: skip
-_FOLDER = click.Option(
-    ["--folder"], type=click.Path(path_type=Path, file_okay=False),
-    help="Keep catalog and checkpoint there for the next run.  [default: a temporary folder]",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,8 +81,7 @@ BENCHMARKS = {
         order=8, takes_s=420,
     ),
     "export": Benchmark(
-        "benchmarks.export", "An export against its models alone; int8 against float32.", [_DEVICE, _FOLDER],
-        order=6, takes_s=60,
+        "benchmarks.export", "An export against its models alone.", [_DEVICE], order=6, takes_s=60
     ),
 }  # fmt: skip
 _COMMON = [

@@ -31,10 +31,10 @@ def test_bench_prints_one_object_with_what_it_ran_on(small_bundle: Path, tmp_pat
             < outcome["figures"]["throughput"]["share_of_slowest"]
             <= outcome["figures"]["throughput"]["share_of_all_models"]
         )
-        assert "make symbols" in outcome["figures"]["int8_symbols"]
         assert len(list(tmp_path.glob("*/export.html"))) == 1
     elif name == "train":
-        assert outcome["figures"]["recomputed_loss"] == pytest.approx(outcome["figures"]["cached_loss"], rel=1e-4)
+        assert outcome["figures"]["pairs"] == 96
+        assert outcome["figures"]["ratio"] > 1
     else:
         assert outcome["figures"]["batch_64_queries_per_s"] > 0
     assert len(list(tmp_path.glob(f"*/{name}.json"))) == 1
