@@ -1,7 +1,7 @@
 """`python -m benchmarks.catalog_scale --records 1000000`: export a large synthetic catalog, killed and undisturbed.
 
-One export runs undisturbed. A second is killed (SIGKILL) three times, after random numbers of shards, and resumed. Every
-file of the two bundles must be equal, except for times. The encoders are tiny, so that the cost of everything else
+One export runs undisturbed. A second is killed (SIGKILL) after random numbers of shards, and resumed. Every file of the
+two bundles must be equal, except for times. The encoders are tiny, so that the cost of everything else
 shows. Memory is the proportional set size of the process and its workers. Linux only.
 """
 
