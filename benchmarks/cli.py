@@ -30,6 +30,19 @@ _CLAIM = (
     click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one per core]"),
     _DEVICE,
 )  # fmt: skip
+_INDEX = (
+    click.Option(["--vectors"], type=click.IntRange(min=1), help="The largest size.  [default: 100000]"),
+    click.Option(["--dim"], type=click.IntRange(min=1), help="Width of the synthetic embeddings.  [default: 512]"),
+    click.Option(
+        ["--peers-up-to"], type=click.IntRange(min=0),
+        help="The largest size with flat search, HNSW and usearch.  [default: 20000]",
+    ),
+    click.Option(
+        ["--work"], type=click.Path(path_type=Path, file_okay=False),
+        help="Work folder, 1.1 KB per embedding and more. It is emptied first and removed at the end.  "
+        "[default: build/bench-index]",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,14 +50,12 @@ class Benchmark:
     """A benchmark: its module, help text and own options, each an argument of its `measure`.
 
     In `wikiclip bench all`, it gets `takes_s` seconds on two cores, or `smoke_s` in a smoke run, which leaves it out
-    without. Those of a lower `order` run first. `budgeted`: it takes `--minutes`. `short`: only its smoke run fits; a
-    whole run of the same commit is shown instead if there is one.
+    without. `budgeted`: it takes `--minutes`. `short`: only its smoke run fits.
     """
 
     module: str
     help: str
     options: Sequence[click.Option] = ()
-    order: int = 9
     takes_s: float = 90.0
     smoke_s: float | None = None
     budgeted: bool = False
@@ -52,37 +63,32 @@ class Benchmark:
     smoke_options: Sequence[str] = ()
 
 
-BENCHMARKS = {
+BENCHMARKS = {  # in the order in which `wikiclip bench all` runs them
+    "stages": Benchmark(
+        "benchmarks.stages", "Decode, encode, search, end to end, and the cache.", takes_s=60, smoke_s=12
+    ),
     "claim": Benchmark(
         "benchmarks.claim", "Retrieval against generation on this machine: how many times faster.", _CLAIM,
-        order=1, takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny"),
+        takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny"),
+    ),
+    "load": Benchmark("benchmarks.load", "Latency against offered load, and the knee.", takes_s=130),
+    "peers": Benchmark(
+        "benchmarks.peers", "LitServe, mosec and BentoML with the same encoder and vectors.", takes_s=100, short=True
     ),
     "service": Benchmark(
-        "benchmarks.service", "What HTTP adds to decode, encode and search.", order=4, takes_s=170, smoke_s=14
+        "benchmarks.service", "What HTTP adds to decode, encode and search.", takes_s=170, smoke_s=14
     ),
-    "index": Benchmark("benchmarks.index", "Search time for one query and many.", order=5),
-    "train": Benchmark("benchmarks.training", "What the feature cache saves in training."),
-    "live": Benchmark("benchmarks.live", "Live changes checked against a dict, with kills and restarts."),
-    "load": Benchmark("benchmarks.load", "Latency against offered load, and the knee.", order=2, takes_s=130),
-    "peers": Benchmark(
-        "benchmarks.peers", "LitServe, mosec and BentoML with the same encoder and vectors.",
-        order=3, takes_s=100, short=True,
-    ),
-    "stages": Benchmark(
-        "benchmarks.stages", "Decode, encode, search, end to end, the cache, and growth with the catalog.", [_MINUTES],
-        order=0, takes_s=240, smoke_s=12, budgeted=True,
-    ),
+    "index": Benchmark("benchmarks.index", "Search time for one query and many, and by size.", _INDEX),
+    "export": Benchmark("benchmarks.export", "An export against its models alone.", [_DEVICE], takes_s=60),
     "overload": Benchmark(
-        "benchmarks.overload", "Ten times the peak load: goodput, refusals, memory, recovery.", order=7, takes_s=240
+        "benchmarks.overload", "Ten times the peak load: goodput, refusals, memory, recovery.", takes_s=240
     ),
     "faults": Benchmark(
         "benchmarks.faults",
-        "Under load: Redis and the engine killed, bundles swapped, clients that leave, hostile bodies.",
-        order=8, takes_s=420,
+        "Under load: Redis and the engine killed, bundles swapped, clients that leave, hostile bodies.", takes_s=420,
     ),
-    "export": Benchmark(
-        "benchmarks.export", "An export against its models alone.", [_DEVICE], order=6, takes_s=60
-    ),
+    "train": Benchmark("benchmarks.training", "What the feature cache saves in training."),
+    "live": Benchmark("benchmarks.live", "Live changes checked against a dict, with kills and restarts."),
 }  # fmt: skip
 _COMMON = [
     click.Option(
@@ -124,8 +130,7 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     import importlib
     import json
 
-    from benchmarks.measure import results_folder, write_outcome
-    from core.files import atomic_write_bytes
+    from benchmarks.measure import write_outcome
     from core.runtime import describe_run
 
     module = importlib.import_module(BENCHMARKS[name].module)
@@ -135,8 +140,6 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     outcome = {**run, "figures": figures}
     report = getattr(module, "REPORT", None)
     write_outcome(results, name, outcome, name.capitalize(), {name: (report, figures)} if report else {})
-    if hasattr(module, "as_csv"):
-        atomic_write_bytes(results_folder(results, run) / f"{name}.csv", module.as_csv(figures).encode())
     if as_json:
         click.echo(json.dumps(outcome))
     else:

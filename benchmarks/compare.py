@@ -2,16 +2,16 @@
 
 A metric is anything in the figures with `samples` and `better`. The size of a change comes from the better quarter of
 the samples, because other work on a machine makes samples worse and hardly ever better. Whether a change is real is a
-permutation test of the ranks of all samples, corrected for the number of metrics (Holm). Both are computed twice, from
-the samples as they are and relative to the reference timed next to each. The smaller change counts: neither a machine
-that is slower all day nor a disturbed reference is a regression.
+permutation test of the ranks of all samples, corrected for the number of tests (Bonferroni). Both are computed twice,
+from the samples as they are and relative to the reference timed next to each. The smaller change counts: neither a
+machine that is slower all day nor a disturbed reference is a regression.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Change:
     worse: float
     interval: tuple[float, float]
     p: float
-    verdict: str = ""
+    verdict: str
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -72,12 +72,8 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, threshold: float =
     common = [name for name in one if name in other]
     if not common:
         raise UserError("the two runs have no metric with samples in common; compare runs of one benchmark")
-    changes = [_change(name, one[name], other[name]) for name in common]
-    judged = []
-    for change, p in zip(changes, _holm([change.p for change in changes]), strict=True):
-        samples = min(len(run[change.name]["samples"]) for run in (one, other))
-        judged.append(replace(change, p=p, verdict=_verdict(p, change.worse, threshold, samples)))
-    return sorted(judged, key=lambda change: -change.worse)
+    changes = [_change(name, one[name], other[name], metrics=len(common), threshold=threshold) for name in common]
+    return sorted(changes, key=lambda change: -change.worse)
 
 
 def regressions(changes: Sequence[Change]) -> list[str]:
@@ -96,27 +92,30 @@ def metrics_of(figures: Any, path: str = "") -> Iterator[tuple[str, dict[str, An
         yield from metrics_of(below, f"{path}/{name}" if path else name)
 
 
-def _change(name: str, one: dict[str, Any], other: dict[str, Any]) -> Change:
+def _change(name: str, one: dict[str, Any], other: dict[str, Any], *, metrics: int, threshold: float) -> Change:
     rng = np.random.default_rng(0)
     sign = 1 if one["better"] == "lower" else -1
     raw = [sign * np.log(run["samples"]) for run in (one, other)]  # of costs, lower is better
     tests = [raw]
     if one.get("reference_ms") and other.get("reference_ms"):
         tests.append([costs - np.log(run["reference_ms"]) for costs, run in zip(raw, (one, other), strict=True)])
-    # The smaller change of the two counts; the lower p, corrected for two tests.
+    # The smaller change of the two counts; the lower p, corrected for all tests of all metrics.
     shifts = [float(_quiet(b) - _quiet(a)) for a, b in tests]
     least = min(shifts, key=abs) if len(set(np.sign(shifts))) == 1 else 0.0
     a, b = tests[shifts.index(least)] if least in shifts else raw
     resampled_R = [_quiet(rng.choice(costs, (RESAMPLINGS, len(costs)))) for costs in (b, a)]
     low, high = percentile_interval(np.exp(resampled_R[0] - resampled_R[1]))
+    worse = round(float(np.exp(least)), 3)
+    p = min(1.0, metrics * len(tests) * min(_permutation_p(a, b, rng) for a, b in tests))
     return Change(
         name=name,
         unit=one.get("unit", ""),
         before=float(np.exp(sign * _quiet(raw[0]))),
         after=float(np.exp(sign * _quiet(raw[1]))),
-        worse=round(float(np.exp(least)), 3),
+        worse=worse,
         interval=(round(low, 3), round(high, 3)),
-        p=min(1.0, len(tests) * min(_permutation_p(a, b, rng) for a, b in tests)),
+        p=p,
+        verdict=_verdict(p, worse, threshold, min(len(run["samples"]) for run in (one, other))),
     )
 
 
@@ -131,15 +130,6 @@ def _permutation_p(one: Floats, other: Floats, rng: np.random.Generator) -> floa
     drawn = np.abs(shuffled[:, : len(one)].mean(axis=1) - ranks.mean())
     observed = abs(ranks[: len(one)].mean() - ranks.mean())
     return float((1 + (drawn >= observed - 1e-9).sum()) / (1 + _PERMUTATIONS))
-
-
-def _holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number (Holm, 1979)."""
-    order = np.argsort(p_values, kind="stable")
-    corrected = np.minimum(1, np.take(p_values, order) * np.arange(len(order), 0, -1))
-    adjusted = np.empty(len(order))
-    adjusted[order] = np.maximum.accumulate(corrected)
-    return [float(p) for p in adjusted]
 
 
 def _verdict(p: float, worse: float, threshold: float, samples: int) -> str:

@@ -3,16 +3,14 @@
 A closed loop sends the next request of a connection when the response is there. An open loop sends requests at random
 times (Poisson), however long responses take. Users' own load tests are written with Locust (`locustfile.py`); Locust
 cannot offer ten times the capacity of a service from one core, and costs more than the latencies compared here.
-
-`python -m benchmarks.generator` is the process of one `Job`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import math
+import multiprocessing
 import os
 import random
 import selectors
@@ -22,14 +20,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-import httptools
 import httpx
 import numpy as np
 
@@ -39,7 +38,10 @@ START_TIMEOUT_S = 240  # a large catalog is copied to a GPU first
 ANSWERED = 'wikiclip_images_total{outcome="answered"}'  # a metric
 TIMEOUT_S = 60.0
 _MAX_DELAY_S = 0.2  # of an arrival in an open loop
+_FAILURES = (OSError, EOFError, TimeoutError, ValueError, LookupError)  # of a request
 _BOUNDARY = "wikiclip-benchmark-boundary"
+
+Result = TypeVar("Result")
 
 
 # ---- the service ----
@@ -166,48 +168,26 @@ class Run:
 
 def generate(jobs: Sequence[Job], during: Callable[[], object] = lambda: None) -> list[Run]:
     """Run jobs at the same time, each in a process of its own. Call `during` when all have started."""
-    runs = run_workers("benchmarks.generator", [asdict(job) for job in jobs], during)
-    return [Run(responses=[Response(*each) for each in run["responses"]], busy=run["busy"]) for run in runs]
+    return run_on_cores([(partial(run_job, job), job.cores) for job in jobs], during)
 
 
-def run_workers(module: str, jobs: Sequence[Any], during: Callable[[], object] = lambda: None) -> list[Any]:
-    """Run a module in one process for each job, and return what they write.
-
-    The main function of the module calls `read_job`, prepares itself, calls `wait_for_start` and writes JSON. All
-    processes start at the same time. Raise `RuntimeError` if one fails.
-    """
+def run_on_cores(
+    calls: Sequence[tuple[Callable[[], Result], Iterable[int]]], during: Callable[[], object] = lambda: None
+) -> list[Result]:
+    """Call functions at the same time, each in a new process on its cores. Call `during` when all have started."""
     with ExitStack() as stack:
-        processes = []
-        for job in jobs:
-            command, root = [sys.executable, "-m", module], Path(__file__).parents[1]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
-            processes.append(stack.enter_context(process))
-            assert process.stdin is not None
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        outputs = [process.stdout for process in processes if process.stdout is not None]
-        for output in outputs:
-            output.readline()  # "ready"
-        for process in processes:
-            assert process.stdin is not None
-            process.stdin.close()
+        spawn = multiprocessing.get_context("spawn")
+        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in calls]
+        pinned = [pool.submit(_pin, list(cores)) for pool, (_, cores) in zip(pools, calls, strict=True)]
+        for each in pinned:
+            each.result()
+        running = [pool.submit(call) for pool, (call, _) in zip(pools, calls, strict=True)]
         during()
-        results = [output.read() for output in outputs]
-    if failed := [process.returncode for process in processes if process.returncode]:
-        raise RuntimeError(f"{module} ended with exit code {failed[0]}; see its message above")
-    return [json.loads(result) for result in results]
+        return [each.result() for each in running]
 
 
-def read_job() -> Any:
-    """Return the job of this process."""
-    return json.loads(sys.stdin.readline())
-
-
-def wait_for_start() -> None:
-    """Return when all processes are ready."""
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
-    sys.stdin.read()
+def _pin(cores: Sequence[int]) -> None:
+    os.sched_setaffinity(0, cores)
 
 
 def closed_loop(job: Job, *, warm_up_s: float) -> dict[str, Any]:
@@ -240,46 +220,29 @@ def encode_image(image: bytes, form_field: str | None) -> tuple[bytes, str]:
     return body, f"multipart/form-data; boundary={_BOUNDARY}"
 
 
-class Connection(asyncio.Protocol):
-    """An HTTP/1.1 connection for one request at a time."""
+class _Connection:
+    """An HTTP/1.1 connection for one request at a time, to servers that send `Content-Length`."""
 
-    _done: asyncio.Future[None] | None = None
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+    @property
+    def closed(self) -> bool:
+        return self._writer.is_closing() or self._reader.at_eof()
 
-    async def post(self, request: bytes) -> None:
-        """Send a request and wait for its response. Raise `OSError` if there is none."""
-        if self.transport.is_closing():
-            raise ConnectionResetError("closed before the request was sent")
-        self._parser = httptools.HttpResponseParser(self)
-        self._done = asyncio.get_running_loop().create_future()
-        self.retry_after = False
-        self.transport.write(request)
-        await self._done
+    def close(self) -> None:
+        self._writer.close()
 
-    def data_received(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self.connection_lost(ConnectionError(f"not an HTTP response: {error}"))
-
-    def on_header(self, name: bytes, _: bytes) -> None:
-        self.retry_after |= name.lower() == b"retry-after"
-
-    def on_message_complete(self) -> None:
-        self.ended = time.perf_counter()
-        self.status = self._parser.get_status_code()
-        if not self._parser.should_keep_alive():
-            self.transport.close()
-        if self._done is not None and not self._done.done():
-            self._done.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.transport.close()
-        if self._done is not None and not self._done.done():
-            self._done.set_exception(error or ConnectionResetError("closed before the response was complete"))
+    async def post(self, request: bytes) -> tuple[int, bool]:
+        """Return the status, and whether there is a `Retry-After`. Raise one of `_FAILURES` without a response."""
+        self._writer.write(request)
+        head = await self._reader.readuntil(b"\r\n\r\n")
+        status, *lines = head.lower().split(b"\r\n")
+        headers = dict(line.split(b": ", 1) for line in lines if line)
+        await self._reader.readexactly(int(headers[b"content-length"]))
+        if headers.get(b"connection") == b"close":
+            self.close()
+        return int(status.split()[1]), b"retry-after" in headers
 
 
 class _Generator:
@@ -287,7 +250,7 @@ class _Generator:
         self._job = job
         self._url = urlsplit(job.url)
         self._images = [Path(path).read_bytes() for path in job.images]
-        self._idle: list[Connection] = []
+        self._idle: list[_Connection] = []
         self.responses: list[Response] = []
 
     async def run(self) -> None:
@@ -298,7 +261,7 @@ class _Generator:
         else:
             await asyncio.gather(*(self._closed_loop(requests) for _ in range(self._job.connections)))
         for connection in self._idle:
-            connection.transport.close()
+            connection.close()
         self.responses.sort()
 
     async def _closed_loop(self, requests: Iterator[bytes]) -> None:
@@ -331,31 +294,27 @@ class _Generator:
     async def _send(self, request: bytes) -> None:
         """Send a request on an idle connection or a new one, and record its response."""
         started = time.perf_counter()
-        connection: Connection | None = None
+        connection: _Connection | None = None
+        status, retry_after, problem = 0, False, ""
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 connection = await self._connect()
-                await connection.post(request)
-        except (OSError, TimeoutError) as error:
-            took_ms = 1000 * (time.perf_counter() - started)
-            response = Response(started - self._started, took_ms, 0, False, type(error).__name__)
+                status, retry_after = await connection.post(request)
+        except _FAILURES as error:
+            problem = type(error).__name__
             if connection is not None:
-                connection.transport.abort()
+                connection.close()
         else:
-            took_ms = 1000 * (connection.ended - started)
-            response = Response(started - self._started, took_ms, connection.status, connection.retry_after, "")
             self._idle.append(connection)
-        self.responses.append(response)
+        ended = time.perf_counter()
+        self.responses.append(Response(started - self._started, 1000 * (ended - started), status, retry_after, problem))
 
-    async def _connect(self) -> Connection:
+    async def _connect(self) -> _Connection:
         """Return an idle connection or a new one."""
         while self._idle:
-            connection = self._idle.pop()
-            if not connection.transport.is_closing():
+            if not (connection := self._idle.pop()).closed:
                 return connection
-        host, port = str(self._url.hostname), self._url.port or 80
-        _, connection = await asyncio.get_running_loop().create_connection(Connection, host, port)
-        return connection
+        return _Connection(*await asyncio.open_connection(self._url.hostname, self._url.port or 80))
 
 
 class _PollingSelector(selectors.DefaultSelector):
@@ -374,15 +333,3 @@ def run_job(job: Job) -> Run:
         runner.run(generator.run())
     busy = (time.process_time() - cpu_started) / (time.perf_counter() - started)
     return Run(responses=generator.responses, busy=round(busy, 2))
-
-
-def main() -> None:
-    """Run a job on its cores, and write the run."""
-    job = Job(**read_job())
-    os.sched_setaffinity(0, job.cores)
-    wait_for_start()
-    json.dump(asdict(run_job(job)), sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -38,7 +38,7 @@ from benchmarks.generator import (
     summarise,
 )
 from benchmarks.measure import gpu_figures, gpu_name, percentiles_ms, sample_gpu
-from benchmarks.synthetic import Float32Array, Population, write_embeddings, write_gpu_bundle, write_photographs
+from benchmarks.synthetic import Float32Array, Population, write_embeddings, write_photographs, write_vit_bundle
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
@@ -105,7 +105,7 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
         return
     if folder.exists():
         raise UserError(f"{folder} exists and is incomplete; remove it")
-    write_gpu_bundle(folder, Bundle.open(BASE), encoder, entities, search_device=device)
+    write_vit_bundle(folder, Bundle.open(BASE), encoder, entities, search_device=device)
 
 
 @main.command()

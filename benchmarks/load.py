@@ -7,8 +7,6 @@ spike from half the knee to four times the knee. Locust has one core and the ser
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import subprocess
@@ -22,11 +20,6 @@ from benchmarks.generator import running_service, split_cores
 from core.errors import UserError
 from evaluation.pages import Lines, Report
 
-COLUMNS = (
-    "planned_per_s", "offered_per_s", "answered_per_s", "in_time_per_s", "p50_ms", "p90_ms", "p99_ms",
-    "refused_share", "failed_share",
-)  # fmt: skip
-PARTS = ("ramp", "mixed", "spike")
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 REPORT = Report(
     title="Load",
@@ -87,13 +80,3 @@ def run_locust(url: str, cores: set[int], *kinds: str, **options: object) -> lis
 def find_knee(ramp: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the step with the highest load at which the service kept up, or None."""
     return max((step for step in ramp if step["kept_up"]), key=lambda step: float(step["offered_per_s"]), default=None)
-
-
-def as_csv(figures: dict[str, Any]) -> str:
-    """Return one line for each step."""
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(("part", *COLUMNS))
-    for part in PARTS:
-        writer.writerows((part, *(step[key] for key in COLUMNS)) for step in figures[part])
-    return out.getvalue()

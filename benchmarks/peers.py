@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -25,15 +24,16 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.generator import Job, closed_loop, encode_image, free_port, running_service, split_cores
+from benchmarks.generator import Job, closed_loop, encode_image, free_port, running_service, split_cores, wait_for
 from benchmarks.synthetic import write_photographs
+from core.errors import UserError
 from evaluation.pages import Bars, Report
 from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8
 ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
 SMOKE_ROUNDS, SMOKE_SECONDS = 1, 3.0
-START_TIMEOUT_S, STOP_TIMEOUT_S, INSTALL_TIMEOUT_S = 90, 15, 900
+STOP_TIMEOUT_S, INSTALL_TIMEOUT_S = 15, 900
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -48,10 +48,6 @@ REPORT = Report(
         Bars(title="p99, less is better", label="ms", values=("systems/*/p99_ms",)),
     ),
 )
-
-
-class PeerUnavailable(Exception):
-    """A peer cannot be installed or run here. The message goes into `left_out`."""
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -88,8 +84,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                         job = {**shared_job, "decoder": decoder}
                         with running_peer(peer, python, job, images[0], work, cores) as (url, form_field):
                             found = run(name, url, form_field)
-                    except PeerUnavailable as error:
-                        left_out[name] = str(error)
+                    except UserError as error:
+                        left_out[name] = error.detail
                     else:
                         runs[name][-1]["same_first_entity"] = round(np.mean(np.array(found) == np.array(expected)), 3)
     # The round with the median throughput, so that figures of one round stay together.
@@ -120,7 +116,7 @@ def ratios(systems: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def environment_python(peer: str, *, install: bool) -> Path:
-    """Return the Python of a peer's environment, which `install` may create. Raise `PeerUnavailable`."""
+    """Return the Python of a peer's environment, which `install` may create. Raise `UserError`."""
     shared = [f"{name}=={version(name)}" for name in (*SHARED, *EXTRA.get(peer, ()))]
     packages = [f"{peer}=={VERSIONS[peer]}", *shared]
     folder = ENVIRONMENTS / peer
@@ -128,7 +124,7 @@ def environment_python(peer: str, *, install: bool) -> Path:
     if requirements.exists() and requirements.read_text() == "\n".join(packages):
         return python
     if not install:
-        raise PeerUnavailable("its environment does not exist; a run without --smoke installs it")
+        raise UserError("its environment does not exist; a run without --smoke installs it")
     for command in (
         [sys.executable, "-m", "venv", "--clear", str(folder)],
         [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages],
@@ -137,7 +133,7 @@ def environment_python(peer: str, *, install: bool) -> Path:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=INSTALL_TIMEOUT_S)
         except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
             reason = str(getattr(error, "stderr", None) or error)
-            raise PeerUnavailable(f"it cannot be installed: {reason.strip()[-300:]}") from error
+            raise UserError(f"it cannot be installed: {reason.strip()[-300:]}") from error
     requirements.write_text("\n".join(packages))
     return python
 
@@ -165,7 +161,7 @@ def _write_shared_files(bundle: Bundle, work: Path) -> dict[str, Any]:
 def running_peer(
     peer: str, python: Path, job: dict[str, Any], image: str, work: Path, cores: set[int]
 ) -> Iterator[tuple[str, str | None]]:
-    """Run a peer, and yield its URL and the form field for images, None for a plain body. Raise `PeerUnavailable`."""
+    """Run a peer, and yield its URL and the form field for images, None for a plain body. Raise `UserError`."""
     (work / "job.json").write_text(json.dumps(job))
     port = str(free_port())
     module = "benchmarks.peer_servers"
@@ -178,42 +174,29 @@ def running_peer(
         **os.environ, "PEER_JOB": str(work / "job.json"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(cores)),
         "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(ENVIRONMENTS / "bentoml-home"), "NO_COLOR": "1",
     }  # fmt: skip
-    own_cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)  # every process of the server inherits it
+    url, log = f"http://127.0.0.1:{port}/{path}", work / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(python), "-m", *command], cwd=work, env=environment, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    os.sched_setaffinity(process.pid, cores)  # the processes that it will start inherit it
+
+    def is_serving() -> bool:
+        if process.poll() is not None:
+            raise UserError(f"it ended: {' '.join(log.read_text(errors='replace').splitlines()[-1:])[:300]}")
+        with suppress(httpx.HTTPError):
+            return bool(_first_entity(url, form_field, image))
+        return False
+
     try:
-        with (work / "log").open("wb") as log:
-            process = subprocess.Popen(
-                [str(python), "-m", *command], cwd=work, env=environment, stdout=log, stderr=log,
-                start_new_session=True,
-            )  # fmt: skip
-    finally:
-        os.sched_setaffinity(0, own_cores)
-    url = f"http://127.0.0.1:{port}/{path}"
-    try:
-        _wait_until_serving(process, url, form_field, image, work / "log")
+        wait_for(is_serving, "it did not serve")
         yield url, form_field
     finally:
         for number in (signal.SIGTERM, signal.SIGKILL):  # to every process that it started
             with suppress(ProcessLookupError, subprocess.TimeoutExpired):
                 os.killpg(process.pid, number)
                 process.wait(timeout=STOP_TIMEOUT_S)
-
-
-def _wait_until_serving(
-    process: subprocess.Popen[bytes], url: str, form_field: str | None, image: str, log: Path
-) -> None:
-    """Return once an image is recognised. Raise `PeerUnavailable` with the last line of the log."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    problem = ""
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            _first_entity(url, form_field, image)
-            return
-        except httpx.HTTPError as error:
-            problem = str(error)
-        time.sleep(0.1)  # polls a server that is not ready yet
-    last_line = log.read_text(errors="replace").strip().splitlines()[-1:]
-    raise PeerUnavailable(f"it does not serve ({problem}): {' '.join(last_line)[:300]}")
 
 
 def _first_entity(url: str, form_field: str | None, image: str) -> str:

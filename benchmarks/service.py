@@ -2,19 +2,15 @@
 
 The service (cache off) and a plain loop over the same three functions take turns on the same cores, images and threads,
 with one request at a time and at saturation. Both are restarted in every round, because where a process happens to be
-in memory changes more than what is measured here. The generator polls, so its own waking up does not count as latency;
-`sleeping_adds_ms` is measured with one that sleeps. Its event loop adds about 0.05 ms, which counts as the service's.
-
-`python -m benchmarks.service` is the process of a plain loop.
+in memory changes more than what is measured here. The generator polls, so its own waking up does not count as latency.
+Its event loop adds about 0.06 ms, which counts as the service's.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +20,10 @@ from benchmarks.generator import (
     ANSWERED,
     Job,
     closed_loop,
-    read_job,
-    run_workers,
+    run_on_cores,
     running_service,
     scrape_metrics,
     split_cores,
-    wait_for_start,
 )
 from benchmarks.measure import median_interval
 from benchmarks.synthetic import encoder_bundles, write_photographs
@@ -81,31 +75,29 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
 def _compare(bundle: Path, images: list[str], rounds: int) -> dict[str, Any]:
     generator, cores = split_cores()
 
-    def request(url: str, connections: int, *, poll: bool = False) -> dict[str, Any]:
+    def request(url: str, connections: int) -> dict[str, Any]:
         job = Job(
             url=f"{url}/recognize?top_k={TOP_K}", images=images, cores=[*generator], connections=connections,
-            seconds=WARM_UP_S + SECONDS, poll=poll,
+            seconds=WARM_UP_S + SECONDS, poll=connections == 1,
         )  # fmt: skip
         return closed_loop(job, warm_up_s=WARM_UP_S)
 
     samples: dict[str, list[float]] = {}
     for _ in range(rounds):
-        loop = run_loops(bundle, images, [cores])
+        loop = _run_loops(bundle, images, [cores])
         with running_service(bundle, "--cache", "off", "--device", "cpu", cores=cores) as url:
-            single = request(url, 1, poll=True)
-            sleeping = request(url, 1)
+            single = request(url, 1)
             before = scrape_metrics(url)
             full = request(url, CONNECTIONS_PER_CORE * len(cores))
             after = scrape_metrics(url)
         # One loop per core keeps all cores busy.
-        loops = loop if len(cores) == 1 else run_loops(bundle, images, [{core} for core in sorted(cores)])
+        loops = loop if len(cores) == 1 else _run_loops(bundle, images, [{core} for core in sorted(cores)])
         cpu_s, answered = (after[name] - before.get(name, 0) for name in ("process_cpu_seconds_total", ANSWERED))
         figures = {
             "loop_p50_ms": loop["p50_ms"],
             "service_p50_ms": single["p50_ms"],
             "adds_ms": single["p50_ms"] - loop["p50_ms"],
             "ratio": single["p50_ms"] / loop["p50_ms"],
-            "sleeping_adds_ms": sleeping["p50_ms"] - loop["p50_ms"],
             **{key: loop[key] for key in ("decode_ms", "encode_ms", "search_ms")},
             "loop_per_s": loops["per_s"],
             "service_per_s": full["per_s"],
@@ -113,7 +105,7 @@ def _compare(bundle: Path, images: list[str], rounds: int) -> dict[str, Any]:
             "loop_cpu_ms": loops["cpu_ms"],
             "service_cpu_ms": 1000 * cpu_s / answered,
             "service_p99_ms": full["p99_ms"],
-            "failures": sum(sum(each["failures"].values()) for each in (single, sleeping, full)),
+            "failures": sum(sum(each["failures"].values()) for each in (single, full)),
         }
         for key, value in figures.items():
             samples.setdefault(key, []).append(value)
@@ -123,35 +115,30 @@ def _compare(bundle: Path, images: list[str], rounds: int) -> dict[str, Any]:
     }
 
 
-def run_loops(bundle: Path, images: list[str], cores: list[set[int]]) -> dict[str, float]:
+def _run_loops(bundle: Path, images: list[str], cores: list[set[int]]) -> dict[str, float]:
     """Run a plain loop on each set of cores at the same time, with one thread per core.
 
     Return the images per second of all loops, and the medians of the first in ms.
     """
-    jobs = [{"bundle": str(bundle.resolve()), "images": images, "cores": [*loop_cores]} for loop_cores in cores]
-    figures = run_workers("benchmarks.service", jobs)
+    figures = run_on_cores([(partial(_loop, bundle, images, len(each)), each) for each in cores])
     return {**figures[0], "per_s": round(sum(each["per_s"] for each in figures), 2)}
 
 
-def main() -> None:
-    """Run a plain loop, and write its figures."""
-    job = read_job()
-    os.sched_setaffinity(0, job["cores"])
-    threads = len(job["cores"])
-    images = [Path(path).read_bytes() for path in job["images"]]
-    bundle = Bundle.open(Path(job["bundle"]))
+def _loop(bundle_path: Path, images: list[str], threads: int) -> dict[str, float]:
+    """Decode, encode and search in turn, and return the figures."""
+    contents = [Path(path).read_bytes() for path in images]
+    bundle = Bundle.open(bundle_path)
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
     encoder = open_encoder(bundle, preprocessing, Settings(device="cpu", threads=threads))
     index = bundle.index()
     faiss.omp_set_num_threads(threads)
     top_k = TOP_K if bundle.calibration is None else max(TOP_K, CANDIDATES)  # as the service searches
-    wait_for_start()
     counted_from = time.perf_counter() + WARM_UP_S
     end = counted_from + SECONDS
     times: list[tuple[float, float, float, float]] = []
     cpu_started = time.process_time()
     while (started := time.perf_counter()) < end:
-        pixels_HW3 = load_pixels(images[len(times) % len(images)], preprocessing, max_pixels=MAX_PIXELS)
+        pixels_HW3 = load_pixels(contents[len(times) % len(contents)], preprocessing, max_pixels=MAX_PIXELS)
         decoded = time.perf_counter()
         embedding_1D = encoder.encode(pixels_HW3[None])
         encoded = time.perf_counter()
@@ -160,7 +147,7 @@ def main() -> None:
     cpu_ms = 1000 * (time.process_time() - cpu_started) / len(times)
     stages_ms = 1000 * np.diff([each for each in times if counted_from <= each[-1] < end])
     decode_ms, encode_ms, search_ms = np.median(stages_ms, axis=0).round(3).tolist()
-    figures = {
+    return {
         "per_s": round(len(stages_ms) / SECONDS, 2),
         "p50_ms": round(float(np.median(stages_ms.sum(axis=1))), 3),
         "cpu_ms": round(cpu_ms, 3),
@@ -168,8 +155,3 @@ def main() -> None:
         "encode_ms": encode_ms,
         "search_ms": search_ms,
     }
-    sys.stdout.write(json.dumps(figures))
-
-
-if __name__ == "__main__":
-    main()

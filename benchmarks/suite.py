@@ -1,8 +1,7 @@
 """`wikiclip bench all`, or `make bench`: each benchmark in its own process within a time budget, one JSON and one page.
 
-The most important ones come first and get a share of the budget. The others run if their time allows. A benchmark that
-did not run is taken from an earlier run of the same hardware, date and commit, if there is one. One that fails or is
-stopped is named in the report with its reason; the others run as usual.
+The most important ones come first. Each runs if the time allows. One that does not run, fails or is stopped is named
+in the report with its reason; the others run as usual.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from typing import Any
 import click
 
 from benchmarks.cli import Benchmark
-from benchmarks.measure import results_folder, write_outcome
+from benchmarks.measure import write_outcome
+from core.errors import UserError
 from core.runtime import describe_run
 from evaluation.pages import Report
 
@@ -40,31 +40,25 @@ def run_all(
     began = time.monotonic()
     ends = began + 60 * minutes - (0 if smoke else _REPORT_S)
     run = describe_run({"bundle": bundle.name, "smoke": smoke, "minutes": minutes})
-    folder = results_folder(results, run)
     figures: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     took_s: dict[str, float] = {}
-    for name, benchmark in sorted(benchmarks.items(), key=lambda item: item[1].order):
+    for name, benchmark in benchmarks.items():
         needed = benchmark.smoke_s if smoke else benchmark.takes_s
         left = ends - time.monotonic()
-        outcome: Any = "not run within the time given"
-        if benchmark.short and not smoke and _earlier(folder, name, bundle, smoke=False) is not None:
-            outcome = "only its smoke run would fit"
-        elif needed is not None and (left >= needed or (benchmark.budgeted and left > needed / 2)):
-            click.echo(f"{name}: {left:.0f} s left", err=True)
-            started = time.monotonic()
-            command = ["bench", name, "--json", "--bundle", str(bundle), "--results", str(results)]
-            command += [*benchmark.smoke_options, "--smoke"] if smoke else ["--smoke"] if benchmark.short else []
-            command += ["--minutes", f"{min(needed, left) / 60:.2f}"] if benchmark.budgeted else []
-            outcome = _run(command, timeout_s=left + (_SMOKE_OVERTIME_S if smoke else 0))
-            took_s[name] = round(time.monotonic() - started, 1)
-        if not isinstance(outcome, str):
-            figures[name] = outcome
+        if needed is None or left < (needed / 2 if benchmark.budgeted else needed):
+            left_out[name] = "not run within the time given"
             continue
-        left_out[name] = outcome
-        if (earlier := _earlier(folder, name, bundle, smoke=smoke)) is not None:
-            figures[name] = earlier
-            left_out[name] += "; figures are of an earlier run of this commit"
+        click.echo(f"{name}: {left:.0f} s left", err=True)
+        started = time.monotonic()
+        command = ["bench", name, "--json", "--bundle", str(bundle), "--results", str(results)]
+        command += [*benchmark.smoke_options, "--smoke"] if smoke else ["--smoke"] if benchmark.short else []
+        command += ["--minutes", f"{min(needed, left) / 60:.2f}"] if benchmark.budgeted else []
+        try:
+            figures[name] = _run(command, timeout_s=left + (_SMOKE_OVERTIME_S if smoke else 0))
+        except UserError as error:
+            left_out[name] = error.detail
+        took_s[name] = round(time.monotonic() - started, 1)
     run["settings"] |= {"took_s": took_s, "left_out": left_out}
     run["minutes"] = round((time.monotonic() - began) / 60, 1)
     parts = {"machine": (Report(title="Hardware and commit"), run)}
@@ -76,18 +70,8 @@ def run_all(
     return whole
 
 
-def _earlier(folder: Path, name: str, bundle: Path, *, smoke: bool) -> Any:
-    """Return the figures of an earlier run with the same bundle and size, None if there is none."""
-    try:
-        run = json.loads((folder / f"{name}.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    same = run["settings"].get("bundle") == bundle.name and run["settings"].get("smoke") is smoke
-    return run["figures"] if same else None
-
-
-def _run(arguments: Sequence[str], *, timeout_s: float) -> dict[str, Any] | str:
-    """Run a command in its own session. Return its figures, or the reason why there are none."""
+def _run(arguments: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
+    """Run a command in its own session and return its figures. Raise `UserError` with the reason if there are none."""
     process = subprocess.Popen(
         [sys.executable, "-m", "wikiclip", *arguments],
         stdout=subprocess.PIPE,
@@ -101,13 +85,13 @@ def _run(arguments: Sequence[str], *, timeout_s: float) -> dict[str, Any] | str:
     except subprocess.TimeoutExpired:
         output, errors = _interrupt(process)
         if process.returncode:  # otherwise it had just finished
-            return f"stopped after {timeout_s:.0f} s, the time that was left"
+            raise UserError(f"stopped after {timeout_s:.0f} s, the time that was left") from None
     except BaseException:
         _interrupt(process)
         raise
     if process.returncode:
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
-        return lines[-1].removeprefix("error: ")
+        raise UserError(lines[-1].removeprefix("error: "))
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])["figures"]
     return figures
 

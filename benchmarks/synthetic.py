@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +35,6 @@ from index.bundle import Bundle, list_files
 from index.embeddings import EmbeddingShards, rows_file, vectors_file, write_shard
 from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE, Counts, ImageEncoderEntry
 from index.store import INDEXES, SCHEMA
-
-if TYPE_CHECKING:
-    from benchmarks.generative.models import EncoderShape
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -236,95 +233,63 @@ def write_bundle(folder: Path, base: Bundle, *, count: int) -> None:
     _write_manifest(
         folder,
         base,
+        count,
         embedding_dim=np.load(folder / EMBEDDINGS_FOLDER / vectors_file(0), mmap_mode="r").shape[1],
         image_encoder=entry.model_copy(update={"int8": None, "float16": None}),
-        counts=_counts(count),
-        calibration=None,
     )
 
 
 def encoder_bundles(bundle_path: Path, folder: Path, *, smoke: bool) -> dict[str, Path]:
     """Return bundles by the name of their encoder: `bundle_path`, and without `smoke` one with a ViT-B/32 in int8."""
-    own = {"own": bundle_path}
-    return own if smoke else own | {"vit-b32-int8": write_vit_bundle(bundle_path, folder)}
+    bundles = {"own": bundle_path}
+    if not smoke:
+        base = Bundle.open(bundle_path)
+        bundles["vit-b32-int8"] = folder / "vit-b32-int8"
+        write_vit_bundle(bundles["vit-b32-int8"], base, "vit-b32", base.manifest.counts.entities, int8=True)
+    return bundles
 
 
-def write_vit_bundle(base_path: Path, folder: Path) -> Path:
-    """Write a bundle below `folder` and return its path: the entities of `base_path`, a ViT-B/32 in int8 with random
-    weights, and random embeddings. Serving it costs as much as a real bundle of that size. Needs the extra `export`."""
-    from benchmarks.generative.models import ENCODERS, quantised_file, write_encoder
+def write_vit_bundle(
+    bundle: Path, base: Bundle, encoder: str, entities: int, *, int8: bool = False, search_device: str = "cpu"
+) -> None:
+    """Write a bundle with a ViT of random weights, in int8 or float16, and synthetic entities.
 
-    shape = ENCODERS["vit-b32"]
-    base = Bundle.open(base_path)
-    bundle = folder / "vit-b32-int8"
-    (bundle / EMBEDDINGS_FOLDER).mkdir(parents=True)
-    encoder_file, _ = write_encoder("vit-b32", folder)
-    shutil.copyfile(quantised_file(encoder_file, shape.size_px, folder), bundle / IMAGE_ENCODER_FILE)
-    shutil.copyfile(base_path / STORE_FILE, bundle / STORE_FILE)
-    rows_N = base.embeddings().rows_N
-    vectors_ND = _unit_vectors(np.random.default_rng(0), len(rows_N), shape.embedding_dim)
-    write_shard(bundle / EMBEDDINGS_FOLDER, 0, rows_N, vectors_ND)
-    embeddings = EmbeddingShards(bundle / EMBEDDINGS_FOLDER, shape.embedding_dim)
-    build_index(bundle, embeddings, factory=base.index_manifest.factory)
-    _write_manifest(bundle, base, **_encoder_fields(shape))
-    return bundle
-
-
-def write_gpu_bundle(bundle: Path, base: Bundle, encoder: str, entities: int, *, search_device: str) -> None:
-    """Write the bundle that a GPU is measured with: float16 encoder with random weights, synthetic embeddings.
-
-    Exact search on a GPU reads the bundle's embeddings, so for `search_device` `cuda` the index is tiny and inexact.
-    The steps run in parallel, because a machine with a GPU is expensive. Needs the extra `export`, but no GPU.
+    Serving it costs as much as a real bundle of that size. Exact search on a GPU reads the bundle's embeddings, so for
+    `search_device` `cuda` the index is tiny and inexact. Needs the extra `export`, but no GPU.
     """
-    from benchmarks.generative.models import ENCODERS
+    import torch
+
+    from benchmarks.generative.models import ENCODERS, build_tower, clip_preprocessing, quantised_file, write_encoder
+    from export.onnx import INPUT, OUTPUTS, Normalised, export_normalised
+    from export.precision import InFloat16
 
     if encoder not in ENCODERS:
         raise UserError(f"--encoder {encoder} is unknown; choose one of {', '.join(ENCODERS)}")
     shape = ENCODERS[encoder]
-    folder = bundle / EMBEDDINGS_FOLDER
-    bundle.mkdir(parents=True)
-    with ThreadPoolExecutor(2) as pool:
-        others = [
-            pool.submit(_write_float16_encoder, shape, bundle / IMAGE_ENCODER_FILE),
-            pool.submit(write_store, bundle / STORE_FILE, entities),
-        ]
-        write_embeddings(folder, entities, shape.embedding_dim)
-        for each in others:
-            each.result()
-    factory = TINY_FACTORY if search_device == "cuda" else "Flat"
-    build_index(bundle, EmbeddingShards(folder, shape.embedding_dim), factory=factory, progress=True)
-    _write_manifest(bundle, base, counts=_counts(entities), calibration=None, **_encoder_fields(shape))
+    write_embeddings(bundle / EMBEDDINGS_FOLDER, entities, shape.embedding_dim)
+    write_store(bundle / STORE_FILE, entities)
+    if int8:
+        float32_file, _ = write_encoder(encoder, bundle.parent)
+        quantised_file(float32_file, shape.size_px, bundle.parent).rename(bundle / IMAGE_ENCODER_FILE)
+    else:
+        torch.manual_seed(0)
+        tower = Normalised(InFloat16(build_tower(shape)))
+        export_normalised(tower, shape.size_px, bundle / IMAGE_ENCODER_FILE)
+    embeddings = EmbeddingShards(bundle / EMBEDDINGS_FOLDER, shape.embedding_dim)
+    build_index(bundle, embeddings, factory=TINY_FACTORY if search_device == "cuda" else "Flat", progress=True)
+    _write_manifest(
+        bundle,
+        base,
+        entities,
+        preprocessing=clip_preprocessing(shape.size_px).to_dict(),
+        embedding_dim=shape.embedding_dim,
+        patches=shape.patches,
+        image_encoder=ImageEncoderEntry(file=IMAGE_ENCODER_FILE, input=INPUT, outputs=OUTPUTS, parity={}),
+    )
 
 
-def _write_float16_encoder(shape: EncoderShape, path: Path) -> None:
-    import torch
-
-    from benchmarks.generative.models import build_tower
-    from export.onnx import Normalised, export_normalised
-    from export.precision import InFloat16
-
-    torch.manual_seed(0)
-    export_normalised(Normalised(InFloat16(build_tower(shape))), shape.size_px, path)
-
-
-def _encoder_fields(shape: EncoderShape) -> dict[str, Any]:
-    """Return the manifest's fields about an image encoder of that shape."""
-    from benchmarks.generative.models import clip_preprocessing
-    from export.onnx import INPUT, OUTPUTS
-
-    return {
-        "preprocessing": clip_preprocessing(shape.size_px).to_dict(),
-        "embedding_dim": shape.embedding_dim,
-        "patches": (shape.size_px // shape.patch_px) ** 2,
-        "image_encoder": ImageEncoderEntry(file=IMAGE_ENCODER_FILE, input=INPUT, outputs=OUTPUTS, parity={}),
-    }
-
-
-def _counts(entities: int) -> Counts:
-    return Counts(entities=entities, embeddings=entities, without_image=0, without_text=0, rejected=0)
-
-
-def _write_manifest(bundle: Path, base: Bundle, **changes: Any) -> None:
-    """Write the manifest of `base` with these changes."""
-    changes |= {"name": bundle.name, "files": list_files(bundle)}
+def _write_manifest(bundle: Path, base: Bundle, entities: int, **changes: Any) -> None:
+    """Write the manifest of `base` with these changes, without calibration."""
+    counts = Counts(entities=entities, embeddings=entities, without_image=0, without_text=0, rejected=0)
+    changes |= {"name": bundle.name, "counts": counts, "calibration": None, "files": list_files(bundle)}
     base.manifest.model_copy(update=changes).write(bundle / MANIFEST_FILE)

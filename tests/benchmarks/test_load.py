@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks.generator import running_service
-from benchmarks.load import LOCUSTFILE, REPORT, as_csv, find_knee
+from benchmarks.load import LOCUSTFILE, REPORT, find_knee
 
 
 @pytest.fixture(scope="module")
@@ -96,14 +96,11 @@ def test_the_knee_is_the_highest_load_at_which_the_service_kept_up() -> None:
     assert find_knee(steps[2:]) is None
 
 
-def test_the_report_shows_every_step(locustfile: ModuleType) -> None:
+def test_the_report_shows_the_knee(locustfile: ModuleType) -> None:
     step = locustfile.Step(rate=10, length_s=10)
     step.add(5.0, 13.0, None)
     one = step.figures()
     figures = {"knee": one, "ramp": [one], "mixed": [one], "spike": [one]}
-    lines = as_csv(figures).splitlines()
-    assert [line.split(",")[0] for line in lines] == ["part", "ramp", "mixed", "spike"]
-    assert "13" in lines[1].split(",")
     (plot,) = REPORT.plots
     assert "knee, p50 ms" in plot.svg(figures)
 

@@ -16,6 +16,7 @@ from benchmarks import peers
 from benchmarks.peer_servers import Recognizer, make_decoder, preprocess
 from benchmarks.peers import REPORT, ratios
 from benchmarks.synthetic import photograph
+from core.errors import UserError
 from imaging import Preprocessing, load_pixels, normalise
 from index.bundle import Bundle
 
@@ -69,7 +70,7 @@ def test_ratios_compare_with_the_best_peer_of_each_decoder() -> None:
 
 def test_a_missing_environment_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
-    with pytest.raises(peers.PeerUnavailable, match="without --smoke"):
+    with pytest.raises(UserError, match="without --smoke"):
         peers.environment_python("mosec", install=False)
 
 

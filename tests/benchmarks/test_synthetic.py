@@ -68,7 +68,7 @@ def test_the_store_can_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("device", "kind"), [("cuda", faiss.IndexPQ), ("cpu", faiss.IndexFlat)])
 def test_the_gpu_bundle_can_be_searched(small_bundle: Path, tmp_path: Path, device: str, kind: type) -> None:
     bundle = tmp_path / "bundle"
-    synthetic.write_gpu_bundle(bundle, Bundle.open(small_bundle), "vit-b32-2-layers", 500, search_device=device)
+    synthetic.write_vit_bundle(bundle, Bundle.open(small_bundle), "vit-b32-2-layers", 500, search_device=device)
     opened = Bundle.open(bundle)
     assert opened.manifest.counts.entities == len(opened.index()) == 500
     index = faiss.read_index(str(bundle / INDEX_FILE))
