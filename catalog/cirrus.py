@@ -20,13 +20,14 @@ from urllib.parse import quote
 from catalog.compressed import OnBytes, Position, read_lines
 from catalog.records import BadRecord, optional_string, parse_object
 from core.errors import CatalogError
+from core.jsonl import LINE_TOO_LONG, MAX_LINE_BYTES
 
 _ITEM = re.compile(r"Q([1-9]\d{0,17})")
-_ACTION = re.compile(rb'\{"index":.*"_id":\s*"?(\d+)')
+_ACTION = re.compile(rb'\{"index":.*"_id":\s*"?(\d{1,18})\b')  # up to SQLite's integers
 _WIKIPEDIA = re.compile(r"([a-z][a-z0-9_]*)wiki")
 _OTHER_PROJECTS = {"commons", "mediawiki", "meta", "outreach", "sources", "species", "wikidata", "wikifunctions"}
 # Quotes within a string are escaped, so this cannot match inside a string.
-_PAGE_IMAGE = re.compile(rb"\((\d+),'(page_image|page_image_free)','((?:[^'\\]|\\.)*)'[,)]", re.DOTALL)
+_PAGE_IMAGE = re.compile(rb"\((\d{1,18}),'(page_image|page_image_free)','((?:[^'\\]|\\.)*)'[,)]", re.DOTALL)
 _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
 _SPECIAL = {b"0": b"\0", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"Z": b"\x1a"}
 _DATABASE = re.compile(rb"^-- Host:.*Database: *(\w+)", re.MULTILINE)
@@ -86,7 +87,7 @@ def parse_page(line: bytes, page_id: int | None, *, language: str | None, min_li
         raise LeftOut(f"fewer than {min_links} links to it")
     if page_id is None:
         page_id = document.get("page_id")
-    if not isinstance(page_id, int):
+    if not isinstance(page_id, int) or page_id >= 2**63:
         raise BadRecord("the page id is missing: no action line precedes the document")
     title, wiki = optional_string(document, "title"), optional_string(document, "wiki")
     if not title or not wiki:
@@ -124,6 +125,8 @@ class PageImage:
 def read_page_images(path: Path, start: Position, on_bytes: OnBytes) -> Iterator[tuple[list[PageImage], Position]]:
     """Yield the page images of each line with the position after it. Raises `CatalogError`."""
     for line, position in read_lines(path, start, on_bytes):
+        if len(line) > MAX_LINE_BYTES:
+            raise CatalogError(f"{path}, line {position.line}: {LINE_TOO_LONG}; give Wikimedia's own dump")
         images = [
             PageImage(page_id=int(page_id), file=name, free=prop == b"page_image_free")
             for page_id, prop, value in _PAGE_IMAGE.findall(line)

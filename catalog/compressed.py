@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from core.errors import CatalogError
+from core.jsonl import MAX_LINE_BYTES
 
 _CHUNK_BYTES = 1 << 18
 OnBytes = Callable[[int], object]  # called with the bytes of the file read since the last call
@@ -42,6 +43,8 @@ def read_lines(
 ) -> Iterator[tuple[bytes, Position]]:
     """Yield each line of a plain, gzip or bzip2 file (detected by content) with the position after it.
 
+    A line over `MAX_LINE_BYTES` is cut somewhere after that many.
+
     Raises `CatalogError` if the file is missing, damaged or truncated.
     """
     line, partial = start.line, b""
@@ -55,7 +58,8 @@ def read_lines(
                     position = Position(offset=piece.stream, skip=piece.begin + end + 1, line=line)
                     yield partial + piece.data[begin : end + 1], position
                     partial, begin = b"", end + 1
-                partial += piece.data[begin:]
+                if len(partial) <= MAX_LINE_BYTES:
+                    partial += piece.data[begin:]
     except FileNotFoundError:
         raise CatalogError(f"{path} does not exist; check the path") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -86,10 +90,13 @@ def _decompressed(
         if decompressor.eof:
             decompressor, produced = new_decompressor(), 0
             stream = file.tell() - len(pending)
-        data = decompressor.decompress(pending)
+        data = decompressor.decompress(pending, _CHUNK_BYTES)
+        while data:
+            yield _Piece(stream, produced, data)
+            produced += len(data)
+            rest = getattr(decompressor, "unconsumed_tail", b"")  # bzip2's keeps it to itself
+            data = b"" if decompressor.eof else decompressor.decompress(rest, _CHUNK_BYTES)
         on_bytes(len(pending) - len(decompressor.unused_data))
-        yield _Piece(stream, produced, data)
-        produced += len(data)
         pending = decompressor.unused_data if decompressor.eof else b""
     if not decompressor.eof:
         raise EOFError("the file is truncated")

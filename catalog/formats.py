@@ -16,11 +16,12 @@ from typing import Any, BinaryIO, cast
 from catalog.records import BadRecord, EntityRecord, from_encyclopedic_vqa, from_native, from_oven, to_native
 from core.errors import CatalogError
 from core.files import atomic_write
-from core.jsonl import Rejected, read_jsonl
+from core.jsonl import Rejected, excerpt, read_jsonl
 
 _PARQUET_BATCH_ROWS = 1024
 _BLOCK_BYTES = 1 << 20
 _SEEN_CACHE_KIB = 16 * 1024
+_MAX_DEPTH = 100  # ijson's memory grows with the square of the depth: 100,000 levels take 25 GB
 # Encyclopedic-VQA's knowledge base is one object whose keys are URLs. The first key of a JSONL record never is one.
 _URL_KEYED_OBJECT = re.compile(rb'\s*\{\s*"https?:')
 
@@ -44,8 +45,7 @@ def read_catalog(path: Path, image_root: Path | None = None) -> Iterator[EntityR
                 if not seen.add(record.entity_id):
                     raise BadRecord(f"entity_id {record.entity_id!r} repeats an earlier record")
             except BadRecord as error:
-                excerpt = json.dumps(row, ensure_ascii=True, default=str)[:500]
-                yield Rejected(line=line, reason=str(error), record=excerpt)
+                yield Rejected(line=line, reason=str(error), record=excerpt(row))
                 continue
             yield record
 
@@ -135,8 +135,16 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _url_keyed_entries(path: Path) -> Iterator[tuple[str, Any]]:
     import ijson
 
+    def limited(events: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+        depth = 0
+        for event in events:
+            depth += (event[0] in ("start_map", "start_array")) - (event[0] in ("end_map", "end_array"))
+            if depth > _MAX_DEPTH:
+                raise ijson.JSONError(f"it is nested over {_MAX_DEPTH} levels deep")
+            yield event
+
     with _open(path, ijson.JSONError) as file:
-        yield from ijson.kvitems(file, "", use_float=True)
+        yield from ijson.kvitems(ijson.parse(limited(ijson.basic_parse(file, use_float=True))), "")
 
 
 def write_catalog(path: Path, records: Iterable[EntityRecord]) -> None:

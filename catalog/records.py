@@ -11,6 +11,8 @@ from typing import Any
 
 import orjson
 
+from core.jsonl import LINE_TOO_LONG, MAX_LINE_BYTES
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -45,6 +47,8 @@ def is_url(image: str) -> bool:
 
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse a line of a dump. Raises `BadRecord` unless it is a JSON object."""
+    if len(line) > MAX_LINE_BYTES:
+        raise BadRecord(LINE_TOO_LONG)
     try:
         value = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -85,7 +89,7 @@ def from_oven(row: Mapping[str, Any], image_root: Path | None) -> EntityRecord:
     images: tuple[str, ...] = ()
     if image_root is not None:
         image = image_root / "wikipedia_images_full" / entity_id[:4] / f"{entity_id}.jpg"
-        images = (str(image),) if image.is_file() else ()
+        images = (str(image),) if os.path.isfile(image) else ()  # unlike is_file, without an error for a long name
     return EntityRecord(
         entity_id=entity_id,
         title=title,

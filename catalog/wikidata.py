@@ -14,7 +14,7 @@ from catalog.records import BadRecord, parse_object
 
 INSTANCE_OF, SUBCLASS_OF, IMAGE = "P31", "P279", "P18"
 ALL_LANGUAGES = "mul"  # the fallback for languages without a label
-_ID = re.compile(rb'"id":\s*"Q(\d+)"')
+_ID = re.compile(rb'"id":\s*"Q(\d{1,18})"')
 SUBCLASS_CLAIM = b'"P279"'  # in the line of an item that is a subclass, and whose label may name a type
 
 
@@ -51,7 +51,7 @@ def parse_item(line: bytes, languages: Sequence[str]) -> Item | None:
         claims = entity.get("claims") or {}
         labels, descriptions = entity.get("labels") or {}, entity.get("descriptions") or {}
         return Item(
-            number=int(entity["id"].removeprefix("Q")),
+            number=_number(entity["id"].removeprefix("Q")),
             types=tuple(_best(claims, INSTANCE_OF, _item_number)),
             superclasses=tuple(_best(claims, SUBCLASS_OF, _item_number)),
             image=next(_best(claims, IMAGE, str), None),
@@ -72,7 +72,14 @@ def _best(claims: Mapping[str, Any], property_id: str, convert: Callable[[Any], 
 
 
 def _item_number(value: Mapping[str, Any]) -> int:
-    return int(value["numeric-id"] if "numeric-id" in value else value["id"].removeprefix("Q"))
+    return _number(value["numeric-id"] if "numeric-id" in value else value["id"].removeprefix("Q"))
+
+
+def _number(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{number} is not the number of an item")
+    return number
 
 
 def _text(texts: Mapping[str, Any], language: str) -> str | None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from core.errors import CatalogError
+
+MAX_LINE_BYTES = 16 * 1024**2  # the largest articles and items of Wikimedia's dumps have about 5 MB
+LINE_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,32 +29,51 @@ class Rejected:
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Rejected]:
     """Yield `(line_number, object)` for each line of a `.jsonl` or `.jsonl.gz` file.
 
-    Yields `Rejected` for a line that is not a JSON object. Skips blank lines.
+    Yields `Rejected` for a line that is not a JSON object, nests too deeply or is over `MAX_LINE_BYTES`. Skips blank
+    lines.
 
     Raises `CatalogError` if the file is missing, truncated, or not in gzip format although its name says so.
     """
     line_number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for line_number, raw in enumerate(file, start=1):
-                if raw.strip():
+            for line_number, raw in enumerate(_limited_lines(file), start=1):
+                if len(raw) > MAX_LINE_BYTES:
+                    yield Rejected(line=line_number, reason=LINE_TOO_LONG, record=_excerpt(raw))
+                elif raw.strip():
                     yield _parse(line_number, raw)
     except FileNotFoundError:
         raise CatalogError(f"{path} does not exist; check the path") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CatalogError(f"{path} cannot be read after line {line_number}: {error}") from error
+
+
+def _limited_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
+    """Yield each line; of a line over `MAX_LINE_BYTES`, one byte more than that."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
+        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES + 1)
 
 
 def _parse(line_number: int, raw: bytes) -> tuple[int, dict[str, Any]] | Rejected:
     try:
         value = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Rejected(line=line_number, reason=f"not JSON: {error}", record=_excerpt(raw))
     if not isinstance(value, dict):
         return Rejected(
             line=line_number, reason=f"expected a JSON object, got {type(value).__name__}", record=_excerpt(raw)
         )
     return line_number, value
+
+
+def excerpt(row: object) -> str:
+    """Return the beginning of a row as JSON, for `Rejected.record`."""
+    try:
+        return json.dumps(row, default=str)[:500]
+    except RecursionError:
+        return "(nested too deeply to be shown)"
 
 
 def _excerpt(raw: bytes) -> str:
@@ -67,7 +91,7 @@ class RejectLog:
     def add(self, rejected: Rejected) -> None:
         self.count += 1
         row = {"line": rejected.line, "reason": rejected.reason, "record": rejected.record}
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # for lone surrogates
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def summary(self) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from catalog import is_url
 from catalog.images import ImageReader, UnusableImage
 from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
-from core.jsonl import Rejected, read_jsonl
+from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
 from export.decode import MAX_PIXELS
 from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
@@ -264,6 +264,6 @@ def read_queries(
             data = ImageReader().read(image if is_url(image) else str(path.parent / image))
             pixels_HW3 = load_pixels(data, preprocessing, max_pixels=MAX_PIXELS)
         except (UnusableImage, UndecodableImage, TooLarge) as error:
-            rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=str(row)[:500]))
+            rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=excerpt(row)))
             continue
         yield Query(entity_id=entity_id, pixels_HW3=pixels_HW3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
+import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,9 @@ import numpy as np
 
 from catalog import is_url, read_catalog
 from core.errors import CatalogError
-from core.jsonl import Rejected, RejectLog, read_jsonl
+from core.jsonl import Rejected, RejectLog, excerpt, read_jsonl
 
 OVEN_TABLE = "ovenid2impath.csv"
-_RECORD_CHARS = 500  # of a rejected record
 _STREAM = 2  # of random numbers; streams 0 and 1 are those of `model.train` and `model.trainer`
 
 
@@ -81,7 +80,7 @@ def _find_oven_image(image_root: Path, image_id: str, listed: str) -> Path | Non
     in_shard = PurePosixPath(image_id.rpartition("_")[2][:2]) / (image_id + path.suffix)
     for candidate in (path, "oven_images" / in_shard, in_shard):
         file = image_root / candidate
-        if ".." not in candidate.parts and file.is_file():
+        if ".." not in candidate.parts and os.path.isfile(file):
             return file
     return None
 
@@ -104,10 +103,10 @@ def read_pairs(
             yield item
             continue
         line, row = item
-        record = json.dumps(row, ensure_ascii=False)[:_RECORD_CHARS]
+        record = excerpt(row)
         image_field = "image_id" if "image_id" in row and "image" not in row else "image"
         fields = [row.get(name) for name in ("data_id", image_field, "entity_id", "data_split")]
-        if not all(isinstance(value, str) and value for value in fields):
+        if not all(map(_is_text, fields)):
             reason = f"data_id, {image_field}, entity_id and data_split must be non-empty strings"
             yield Rejected(line=line, reason=reason, record=record)
             continue
@@ -116,11 +115,16 @@ def read_pairs(
         if image_field == "image_id":
             oven_paths = _read_oven_table(table) if oven_paths is None else oven_paths
             file = (_find_oven_image(folder, image, oven_paths[image]) if image in oven_paths else None) or file
-        if not missing_ok and not file.is_file():
+        if not missing_ok and not os.path.isfile(file):  # unlike is_file, without an error for a long name
             yield Rejected(line=line, reason=f"image {image} does not exist in {folder}", record=record)
             continue
         source = ImageSource(path=file, line=line, record=record)
         yield Pair(data_id=data_id, entity_id=entity_id, data_split=data_split, image=source)
+
+
+def _is_text(value: object) -> bool:
+    """Return whether a value is a non-empty string that UTF-8 can encode."""
+    return isinstance(value, str) and value != "" and value.encode(errors="ignore").decode() == value
 
 
 def load_pairs(
@@ -177,7 +181,7 @@ def load_entities(
         elif only is None or item.entity_id in only:
             images = []
             for image in item.images:
-                record = json.dumps({"entity_id": item.entity_id, "image": image}, ensure_ascii=False)[:_RECORD_CHARS]
+                record = excerpt({"entity_id": item.entity_id, "image": image})
                 if is_url(image):
                     rejects.add(Rejected(line=0, reason="images are not fetched from URLs here", record=record))
                 elif not Path(image).is_file():

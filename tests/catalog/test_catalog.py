@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ import pytest
 from catalog import EntityRecord, formats, is_url, read_catalog
 from catalog.formats import SeenIds
 from core.errors import CatalogError
-from core.jsonl import Rejected
+from core.jsonl import MAX_LINE_BYTES, Rejected, read_jsonl
 
 FULL = {
     "entity_id": "Q1",
@@ -181,6 +184,9 @@ def test_encyclopedic_vqa(tmp_path: Path, name: str, indent: int | None) -> None
         ({"entity_id": "Q9", "title": "\ud83e"}, "`title` contains a lone surrogate"),
         ({"entity_id": "Q1", "title": "again"}, "entity_id 'Q1' repeats an earlier record"),
         ({"wikidata_id": "", "wikipedia_title": "x"}, "`wikidata_id` is missing or empty"),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        ('{"title": ' + "[" * 900 + "]" * 900 + "}", "`entity_id` is missing"),
+        ('{"entity_id": "Q9", "title": "' + "x" * MAX_LINE_BYTES + '"}', "the line is over 16777216 bytes"),
     ],
 )
 def test_a_bad_record_is_rejected(tmp_path: Path, row: Any, reason: str) -> None:
@@ -220,6 +226,40 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert isinstance(next(items), EntityRecord)
     with pytest.raises(CatalogError, match="cannot be read to its end"):
         next(items)
+    (tmp_path / "kb.json").write_text('{"https://x": ' + "[" * 100_000)
+    with pytest.raises(CatalogError, match="nested over 100 levels"):
+        list(read_catalog(tmp_path / "kb.json"))
+    (tmp_path / "c.gz").write_bytes(gzip.compress(b"{}\n")[:10] + b"\xff" * 20)
+    with pytest.raises(CatalogError, match="cannot be read after line 0"):
+        list(read_jsonl(tmp_path / "c.gz"))
+
+
+def test_a_line_of_gigabytes_is_one_reject_in_little_memory(tmp_path: Path) -> None:
+    """The line has 100 MB, and compressed a few kB."""
+    lines = b" " * 100_000_000 + b'\n{"entity_id": "Q1", "title": "x"}\n'
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(lines, 1))
+    (tmp_path / "c.bz2").write_bytes(bz2.compress(lines, 1))
+    process = subprocess.run(
+        [sys.executable, "-c", _READ_BOTH, tmp_path / "c.jsonl.gz", tmp_path / "c.bz2"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    rejected, number, last, peak_kb = json.loads(process.stdout)
+    assert (rejected, number) == ([1, "the line is over 16777216 bytes"], 2)
+    assert last == [2, '{"entity_id": "Q1", "title": "x"}\n']
+    assert peak_kb < 110_000
+
+
+_READ_BOTH = """
+import json, re, sys
+from pathlib import Path
+from catalog.compressed import read_lines
+from core.jsonl import read_jsonl
+rejected, (number, _) = read_jsonl(Path(sys.argv[1]))
+for line, position in read_lines(Path(sys.argv[2])):
+    pass
+peak_kb = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+print(json.dumps([[rejected.line, rejected.reason], number, [position.line, line.decode()], peak_kb]))
+"""
 
 
 def test_a_truncated_gzip_yields_its_first_records(tmp_path: Path) -> None:

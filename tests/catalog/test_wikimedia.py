@@ -454,6 +454,17 @@ def test_a_full_disk_is_reported_and_the_build_resumes(
     assert report.documents == 9_000
 
 
+def test_numbers_too_large_for_the_work_file_are_rejected(dumps: CatalogConfig, tmp_path: Path) -> None:
+    huge = 10**30
+    content = write_content(
+        tmp_path / "content.json", [*DOCUMENTS[:2], ({"index": {"_id": str(huge)}}, DOCUMENTS[2][1]), DOCUMENTS[3]]
+    )
+    entities = [*ENTITIES[:-1], item(huge, [statement("P279", 1)]), item(GIRAFFE, [statement("P279", huge)])]
+    wikidata = write_wikidata(tmp_path / "wikidata.json", entities)
+    report, found = build(dumps, tmp_path / "c.jsonl", content=(content,), wikidata=wikidata)
+    assert (report.rejected, len(found)) == (3, 2)
+
+
 def test_escapes_in_sql(tmp_path: Path) -> None:
     path = tmp_path / "p.sql"
     path.write_bytes(

@@ -49,6 +49,18 @@ def test_an_entity_stays_without_its_bad_images(tmp_path: Path) -> None:
     assert any("URL" in reason for reason in reasons)
 
 
+def test_a_strange_pair_is_one_reject(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    pair = {"data_id": "1", "image": "a.png", "entity_id": "Q1", "data_split": "train"}
+    strange = [{"image": "\ud800.png"}, {"image": "x" * 300}, {"image": "\0"}, {"entity_id": "\ud800"}]
+    pairs = write(tmp_path / "p.jsonl", pair, *({**pair, **each} for each in strange))
+    with pairs.open("a") as file:
+        file.write('{"data_id": ' + "[" * 900 + "]" * 900 + "}\n" + "[" * 100_000 + "\n")
+    rejects = RejectLog(tmp_path / "rejected.jsonl")
+    assert len(load_pairs(pairs, None, rejects)) == 1
+    assert [json.loads(line)["line"] for line in rejects.path.read_text().splitlines()] == [2, 3, 4, 5, 6, 7]
+
+
 def test_only_selected_entities(tmp_path: Path) -> None:
     catalog = write(tmp_path / "c.jsonl", *({"entity_id": f"Q{n}", "title": "T"} for n in range(5)))
     rejects = RejectLog(tmp_path / "rejected.jsonl")
