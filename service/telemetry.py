@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import time
@@ -14,7 +15,6 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
@@ -32,6 +32,7 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 _UNTRACED_PATHS = frozenset(("/livez", "/readyz", "/metrics"))  # polled every few seconds
 _EXPORT_TIMEOUT_S = 5.0  # also the longest that an unreachable collector delays shutdown
 
+_JSON = json.JSONEncoder(default=str)  # ASCII only
 _LOG_FIELDS = ("request_id", "method", "path", "status", "elapsed_ms", "client")
 
 
@@ -196,7 +197,7 @@ def open_tracing(settings: Settings) -> Tracing | None:
 
 
 class JsonFormatter(logging.Formatter):
-    """Formats each record as one line of JSON."""
+    """Formats each record as one line of JSON in ASCII: what a request contains must not control a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -208,7 +209,7 @@ class JsonFormatter(logging.Formatter):
         line |= {name: getattr(record, name) for name in _LOG_FIELDS if hasattr(record, name)}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+        return _JSON.encode(line)
 
 
 def configure_logging(level: str) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import logging
 import subprocess
 import sys
 
@@ -11,7 +14,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from core.errors import UserError
 from service.settings import Settings, load_settings
-from service.telemetry import Tracing, open_tracing
+from service.telemetry import JsonFormatter, Tracing, open_tracing
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -109,3 +112,50 @@ def test_tracing_is_off_and_not_imported_by_default():
 def test_an_invalid_endpoint_is_refused():
     with pytest.raises(UserError, match="otlp_endpoint"):
         load_settings(otlp_endpoint="collector:4318")
+
+
+@pytest.fixture
+def log_stream():
+    """Everything that is logged, formatted as the service does."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(JsonFormatter())
+    root, own = logging.getLogger(), logging.getLogger("wikiclip")
+    level = own.level
+    root.addHandler(handler)
+    own.setLevel(logging.INFO)
+    yield stream
+    root.removeHandler(handler)
+    own.setLevel(level)
+
+
+UNPRINTABLE = "a\nb\r\x1b[2J\x7f\x85\x9b2J\u2028\u202eb\udc80"  # ends in half of a surrogate pair, as in a file's name
+
+
+def check_lines(written: str) -> list[dict[str, object]]:
+    lines = written.split("\n")[:-1]
+    assert lines
+    assert all(line.isascii() and line.isprintable() for line in lines)
+    return [json.loads(line) for line in lines]
+
+
+def test_log_lines_of_requests_have_no_control_characters(serve, small_bundle, log_stream):
+    with serve(small_bundle) as service:
+        path = "/%0aforged%1b%5b2J%7f%c2%9b%e2%80%a8%e2%80%ae"
+        assert service.get(path, headers={b"X-Request-ID": b"\xc2\x9b2J"}).status_code == 404
+        assert service.post("/recognize?top_k=%0a%1b", content=b"x").status_code == 422
+        assert service.post("/recognize", content=b"x", headers={b"Content-Type": b"a\xc2\x9b"}).status_code == 415
+    lines = check_lines(log_stream.getvalue())
+    assert "/\nforged\x1b[2J\x7f\x9b\u2028\u202e" in [line.get("path") for line in lines]
+
+
+def test_log_lines_of_errors_have_no_control_characters(log_stream):
+    log = logging.getLogger("wikiclip.service")
+    log.error("the bundle %s is missing", UNPRINTABLE, extra={"client": UNPRINTABLE})
+    try:
+        raise ValueError(UNPRINTABLE)
+    except ValueError:
+        log.exception("unexpected error")
+    message, unexpected = check_lines(log_stream.getvalue())
+    assert message["message"] == f"the bundle {UNPRINTABLE} is missing"
+    assert UNPRINTABLE in str(unexpected["exception"])
