@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
 
@@ -82,7 +83,7 @@ Options = Annotated[RecognizeOptions, Depends(checked_options)]
 async def recognize(request: Request, response: Response, options: Options, recognizer: ReadyRecognizer) -> Recognition:
     await _apply_rate_limit(request, recognizer, 1)
     body = await _read_body(request, recognizer)
-    image = uploads.image_of(body, request.headers.get("content-type", ""))
+    image = await uploads.parse(uploads.image_of, body, request.headers.get("content-type", ""))
 
     async def recognize_image() -> Recognition:
         return await recognizer.recognize(await _fetched(request, image), options)
@@ -102,9 +103,11 @@ async def recognize(request: Request, response: Response, options: Options, reco
 )
 async def recognize_batch(request: Request, options: Options, recognizer: ReadyRecognizer) -> BatchRecognition:
     body = await _read_body(request, recognizer)
-    images = uploads.images_of(body, request.headers.get("content-type", ""))
-    if len(images) > recognizer.settings.max_batch_images:
-        raise BadRequest(f"{len(images)} images; send at most {recognizer.settings.max_batch_images} at a time")
+    max_images = recognizer.settings.max_batch_images
+    read = partial(uploads.images_of, max_images=max_images)
+    images = await uploads.parse(read, body, request.headers.get("content-type", ""))
+    if len(images) > max_images:
+        raise BadRequest(f"{len(images)} images; send at most {max_images} at a time")
     await _apply_rate_limit(request, recognizer, len(images))
     request_id = request.state.request_id
 
@@ -211,7 +214,7 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
             f"an entity id has 1 to {_MAX_ID_CHARACTERS} characters and does not end in /thumbnail; choose another"
         )
     body = await _read_body(request, recognizer)
-    record, image = uploads.record_of(body, request.headers.get("content-type", ""))
+    record, image = await uploads.parse(uploads.record_of, body, request.headers.get("content-type", ""))
     try:
         entity = EntityRequest.model_validate(record)
     except ValidationError as error:

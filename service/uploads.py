@@ -7,8 +7,10 @@ import base64
 import binascii
 import io
 import math
+import string
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import orjson
 from pydantic import BaseModel
@@ -20,8 +22,22 @@ from core.errors import BadRequest, SlowRequest, TooLarge, UnsupportedMediaType,
 from imaging import canonical_type, readable_types
 
 _DRAIN_BYTES = 8 * 1024**2  # read beyond the limit before the connection is closed
+_OTHER_PARTS = 16  # parts of a form besides those that the service reads
+_MAX_JSON_VALUES = 100_000  # 20 MB of empty lists take seconds to parse, in one call that stops all threads
+_INLINE_BYTES = 256 * 1024  # parsed in about a millisecond
 _UNKNOWN_TYPE = "application/octet-stream"  # clients send it for a file whose type they do not know
+_WHITESPACE = string.whitespace.encode()
 _JSON_EXAMPLE = '{"image": {"base64": "..."}}'
+
+
+T = TypeVar("T")
+
+
+async def parse(reader: Callable[[bytes, str], T], body: bytes, content_type: str) -> T:
+    """Call `image_of`, `images_of` or `record_of`, in a thread if the body is so large that others would wait."""
+    if len(body) <= _INLINE_BYTES:
+        return reader(body, content_type)
+    return await asyncio.to_thread(reader, body, content_type)
 
 
 async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:
@@ -79,14 +95,15 @@ def image_of(body: bytes, content_type: str) -> bytes | str:
     return body
 
 
-def images_of(body: bytes, content_type: str) -> list[bytes | UserError]:
+def images_of(body: bytes, content_type: str, max_images: int = 1) -> list[bytes | UserError]:
     """Return the `image` parts of a multipart body, in order. An empty part or one of another type is an error.
 
-    Raises `BadRequest` for a malformed body or one without such a part, `UnsupportedMediaType` if it is not multipart.
+    Raises `BadRequest` for a malformed body, one without such a part, and one with far more parts than `max_images`;
+    `UnsupportedMediaType` if it is not multipart.
     """
     if _media_type(content_type) != "multipart/form-data":
         raise UnsupportedMediaType("send multipart/form-data with parts named image")
-    parts = [part for part in _parse_multipart(body, content_type) if part.name == b"image"]
+    parts = [part for part in _parse_multipart(body, content_type, max_images) if part.name == b"image"]
     if not parts:
         raise BadRequest("the form has no part named image; add one")
     return [_image_in_part(part) for part in parts]
@@ -104,7 +121,7 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
         return record, None if image is None else _image_in_json(image)
     if media_type != "multipart/form-data":
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
-    parts = _parse_multipart(body, content_type)
+    parts = _parse_multipart(body, content_type, 2)
     records = [part for part in parts if part.name == b"record"]
     images = [_image_in_part(part) for part in parts if part.name == b"image"]
     if len(records) != 1 or len(images) > 1:
@@ -147,6 +164,8 @@ def _check_type(content_type: str) -> None:
 
 
 def _json(body: bytes) -> Any:
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MAX_JSON_VALUES:
+        raise BadRequest(f"the JSON has over {_MAX_JSON_VALUES} values; send {_JSON_EXAMPLE}")
     try:
         return orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -165,7 +184,7 @@ def _image_in_json(image: object) -> bytes | str:
         head, _, value = value.partition(",")
         _check_type(head.removeprefix("data:"))
     try:
-        data = base64.b64decode("".join(value.split()), validate=True)
+        data = base64.b64decode(value.encode("ascii").translate(None, _WHITESPACE), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadRequest(f"image.base64 is malformed ({error}); encode the file's bytes in base64") from error
     if not data:
@@ -173,7 +192,7 @@ def _image_in_json(image: object) -> bytes | str:
     return data
 
 
-def _parse_multipart(body: bytes, content_type: str) -> list[_Part]:
+def _parse_multipart(body: bytes, content_type: str, max_read: int) -> list[_Part]:
     _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary")
     if not boundary:
@@ -181,13 +200,18 @@ def _parse_multipart(body: bytes, content_type: str) -> list[_Part]:
     parts: list[_Part] = []
     endings: list[None] = []
 
+    def add(part: _Part) -> None:
+        if len(parts) == max_read + _OTHER_PARTS:
+            raise BadRequest(f"the form has over {len(parts)} parts; send fewer")
+        parts.append(part)
+
     def add_field(field: Field) -> None:
-        parts.append(_Part(name=field.field_name, content_type=field.content_type, data=field.value or b""))
+        add(_Part(name=field.field_name, content_type=field.content_type, data=field.value or b""))
 
     def add_file(file: File) -> None:
         assert file.in_memory
         data = cast(io.BytesIO, file.file_object).getvalue()
-        parts.append(_Part(name=file.field_name, content_type=file.content_type, data=data))
+        add(_Part(name=file.field_name, content_type=file.content_type, data=data))
 
     parser = FormParser(
         "multipart/form-data",
