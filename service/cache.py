@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 _REDIS_TTL_S = 24 * 3600
 _ENTRY_OVERHEAD_BYTES = 200
@@ -65,7 +65,8 @@ def _cost_bytes(key: str, value: bytes) -> int:
 
 
 class RedisLink:
-    """A Redis that may be slow, full or down. A call takes at most `timeout_s`. After a failure, calls pause for 2 s.
+    """A Redis that may be slow, full or down. A call takes at most `timeout_s`. After a failure, calls pause for 2 s,
+    but not if Redis answers that it refuses the command.
 
     `on_error` is called after each failure. For one event loop. Close it when done.
     """
@@ -74,6 +75,7 @@ class RedisLink:
         self._timeout_s = timeout_s
         self._on_error = on_error
         self._paused_until = 0.0
+        self._refused = False
         self._client = redis.asyncio.Redis.from_url(
             url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
         )
@@ -85,6 +87,12 @@ class RedisLink:
         try:
             # The client's own timeouts are for each read and write. This one is for all of them together.
             answer = await asyncio.wait_for(call(self._client), self._timeout_s)
+        except ResponseError as error:  # of this command only, for example because another program uses its key
+            if not self._refused:
+                log.warning("Redis refuses a command (%s): continuing without it", error)
+            self._refused = True
+            self._on_error()
+            return None
         except (RedisError, OSError, TimeoutError) as error:
             if self._paused_until == 0.0:
                 log.warning("Redis does not answer (%s): continuing without it", error or type(error).__name__)

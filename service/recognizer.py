@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,8 @@ from wikiclip.answers import Recognition, RecognizeOptions
 
 Float32Array = npt.NDArray[np.float32]
 Edit = TypeVar("Edit")
+
+_MAX_NORM = 1e6  # of an embedding from the cache; most encoders give about 1
 
 _OUTCOMES: dict[type[BaseException], str] = {  # as the metric names them
     UndecodableImage: "undecodable",
@@ -249,7 +252,7 @@ class Recognizer:
         embedding_key = cache_key("embedding", image_sha256, encoder_hash, repr(options.box))
         # Services of one bundle that share a Redis may run encoders of different precisions.
         answer_key = cache_key("answer", image_sha256, f"{view.label} {encoder_hash}", repr(options))
-        answer = _read_answer(await self._cache.get(answer_key))
+        answer = _read_answer(await self._cache.get(answer_key), view.label)
         if answer is not None:
             self.metrics.cache_lookups.labels("answer").inc()
             return answer
@@ -312,19 +315,24 @@ def _read_embedding(value: bytes | None, dim: int) -> Float32Array | None:
     if value is None or len(value) != 4 * dim:
         return None
     embedding_D = np.frombuffer(value, "<f4").astype(np.float32)
-    return embedding_D if np.isfinite(embedding_D).all() else None
+    return embedding_D if 0 < np.linalg.norm(embedding_D.astype(np.float64)) < _MAX_NORM else None  # false for NaN
 
 
 def _write_answer(recognition: Recognition) -> bytes:
     return recognition.model_copy(update={"cached": True, "timings_ms": {}}).model_dump_json().encode()
 
 
-def _read_answer(value: bytes | None) -> Recognition | None:
-    """Return an answer from the cache, None if it is missing or damaged."""
+def _read_answer(value: bytes | None, label: str) -> Recognition | None:
+    """Return an answer from the cache, None if it is missing or not as `_write_answer` writes those of this bundle."""
     if value is None:
         return None
     try:
-        return Recognition.model_validate_json(value)
+        answer = Recognition.model_validate_json(value)
+        numbers = [number for each in answer.predictions for number in (each.score, each.confidence)]
+        finite = all(number is None or math.isfinite(number) for number in (*numbers, answer.in_catalog_probability))
+        if finite and (answer.bundle, answer.cached, answer.timings_ms) == (label, True, {}):
+            return answer
     except ValidationError:
-        log.warning("an answer in the cache is damaged and is computed again")
-        return None
+        pass
+    log.warning("an answer in the cache is damaged and is computed again")
+    return None

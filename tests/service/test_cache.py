@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import socket
 import time
 
+import numpy as np
 import redis
 
 from service.cache import Cache, Lru, SingleFlight, cache_key
@@ -172,6 +175,54 @@ def test_what_redis_holds_is_hashes_embeddings_and_answers_and_damage_is_ignored
             answer = ask(other, image).json()
     assert answer["predictions"] == expected
     assert answer["cached"] is False
+
+
+def test_entries_of_an_unexpected_shape_are_computed_again_and_replaced(
+    serve, small_bundle, small_images, redis_server
+):
+    _, url = redis_server()
+    image = small_images["Q140"]
+    settings = {"redis_url": url, "redis_timeout_ms": 5000, "cache_max_bytes": 1}  # nothing is cached in the process
+    with serve(small_bundle, **settings) as service, redis.Redis.from_url(url) as client:
+        expected = ask(service, image).json()["predictions"]
+        held = {key.split(b":")[2]: (key, client.get(key)) for key in client.scan_iter()}
+        (answer_key, answer), (embedding_key, embedding) = held[b"answer"], held[b"embedding"]
+        content = json.loads(answer)
+        strange = [
+            (answer_key, json.dumps({**content, **changed}).encode())
+            for changed in (
+                {"timings_ms": {"\u2603\n": 1.0}},
+                {"bundle": "another@0"},
+                {"known": math.nan},
+                {"predictions": [{**content["predictions"][0], "score": math.inf}]},
+            )
+        ]
+        strange += [(answer_key, value) for value in (b"[" * 100_000, answer[:-9], b"null", None)]
+        strange += [(embedding_key, np.full(16, number, "<f4").tobytes()) for number in (0, 1e30, math.nan)]
+        strange += [(embedding_key, value) for value in (embedding[:-4], None)]
+        for key, value in strange:
+            client.delete(answer_key)
+            client.delete(key)
+            if value is None:
+                client.rpush(key, "of another program")
+            else:
+                client.set(key, value)
+            recognized = ask(service, image)
+            assert recognized.status_code == 200, value
+            assert recognized.json()["predictions"] == expected, value
+            assert client.get(answer_key) == answer, value
+            assert client.get(embedding_key) == embedding, value
+
+
+def test_a_bucket_of_an_unexpected_shape_stops_neither_limit_nor_cache(serve, small_bundle, small_images, redis_server):
+    _, url = redis_server()
+    settings = {"redis_url": url, "redis_timeout_ms": 5000, "rate_limit": "2/hour"}
+    with serve(small_bundle, **settings) as service, redis.Redis.from_url(url) as client:
+        assert ask(service, small_images["Q140"]).status_code == 200
+        (bucket,) = client.scan_iter("*:rate:*")
+        client.set(bucket, "of another program")
+        assert [ask(service, small_images["Q89"]).status_code for _ in range(3)] == [200, 200, 429]
+        assert len(list(client.scan_iter("*:answer:*"))) == 2
 
 
 def test_a_redis_that_never_answers_costs_its_timeout_and_then_nothing():
