@@ -26,8 +26,6 @@ _CLAIM = (
         help="The image encoder of retrieval, by its shape.  [default: vit-b32; vit-l14 on a GPU]",
     ),
     click.Option(["--entities"], type=click.IntRange(min=1), help="Size of the catalog.  [default: 100000]"),
-    click.Option(["--repeats"], type=click.IntRange(min=2), help="Images.  [default: 12]"),
-    click.Option(["--threads"], type=click.IntRange(min=1), help="Of both systems.  [default: one per core]"),
     _DEVICE,
 )  # fmt: skip
 _INDEX = (

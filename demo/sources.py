@@ -9,7 +9,6 @@ import io
 import json
 import subprocess
 import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -157,12 +156,3 @@ class WordNet:
 
     def _line(self, offset: int) -> str:
         return self._data[offset : self._data.index(b"\n", offset)].decode("ascii")
-
-
-def nouns(folder: Path) -> Iterator[str]:
-    """Yield every noun of WordNet as spelled, with capitals, once for each of its synsets."""
-    with (folder / "data.noun").open(encoding="ascii") as file:
-        for line in file:
-            if not line.startswith(" "):
-                fields = line.partition("|")[0].split()
-                yield from (word.replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2])

@@ -14,10 +14,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.synthetic import photograph
-from export.onnx import INPUT, OUTPUTS, export_module
-from export.precision import quantise
+from export.onnx import INPUT, OUTPUTS, Normalised, export_module, export_normalised
+from export.precision import InFloat16, quantise
 from imaging import Preprocessing, load_pixels
 from service.encoder import OnnxEncoder
+from service.settings import Device
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
@@ -182,8 +183,27 @@ def quantised_file(path: Path, size_px: int, folder: Path, *, images: int = _CAL
     return out
 
 
-def open_encoder(path: Path, shape: EncoderShape, *, threads: int) -> OnnxEncoder:
+def export_encoder(name: str, path: Path, precision: str = "float32") -> int:
+    """Write an encoder with random weights as ONNX, and return its number of parameters.
+
+    `precision` is `float32`, `float16` or `int8`, which is calibrated on synthetic photographs.
+    """
+    shape = ENCODERS[name]
+    torch.manual_seed(0)
+    tower = build_tower(shape)
+    source = path.with_suffix(".float32.onnx") if precision == "int8" else path
+    export_normalised(Normalised(InFloat16(tower) if precision == "float16" else tower), shape.size_px, source)
+    if precision == "int8":
+        preprocessing = clip_preprocessing(shape.size_px)
+        images = (photograph(number) for number in range(_CALIBRATION_IMAGES))
+        pixels = [load_pixels(image, preprocessing, max_pixels=MAX_PIXELS) for image in images]
+        quantise(source, path, pixels, preprocessing)
+        source.unlink()
+    return parameter_count(tower)
+
+
+def open_encoder(path: Path, shape: EncoderShape, *, threads: int, device: Device = "cpu") -> OnnxEncoder:
     return OnnxEncoder(
         path, clip_preprocessing(shape.size_px), input_name=INPUT, patches_name=OUTPUTS[0], embedding_name=OUTPUTS[1],
-        embedding_dim=shape.embedding_dim, device="cpu", threads=threads,
+        embedding_dim=shape.embedding_dim, device=device, threads=threads,
     )  # fmt: skip

@@ -76,7 +76,7 @@ class GenerativeRecognizer:
     @torch.inference_mode()
     def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
         """Answer one preprocessed image."""
-        clock = _Clock(self._embeddings_NR.device)
+        clock = Clock(self._embeddings_NR.device)
         pixel_values = self._pixel_values(pixels_HW3[None])
         features = self._model.get_image_features(pixel_values=pixel_values)
         clock.lap("image tower")
@@ -85,7 +85,7 @@ class GenerativeRecognizer:
         clock.lap("prefill")
         nearest = self._nearest(state_BC)[0]
         clock.lap("retrieve")
-        tree = PrefixTree(
+        tree = AllowedNames(
             (each.ids for each in self._tokenizer.encode_batch([self._names[i] for i in nearest])), self._end
         )
         clock.lap("tree")
@@ -112,7 +112,7 @@ class GenerativeRecognizer:
     @torch.inference_mode()
     def optimised(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Answer:
         """Answer a batch of preprocessed images. All prompts are equally long, so there is no padding."""
-        clock = _Clock(self._embeddings_NR.device)
+        clock = Clock(self._embeddings_NR.device)
         features = self._model.get_image_features(pixel_values=self._pixel_values(pixels_BHW3))
         clock.lap("image tower")
         prompt_BL = self.prompt_1L.expand(len(pixels_BHW3), -1)
@@ -121,7 +121,7 @@ class GenerativeRecognizer:
         clock.lap("prefill")
         nearest = self._nearest(state_BC)
         clock.lap("retrieve")
-        trees = [PrefixTree((self._tokens[row].tolist() for row in rows), self._end) for rows in nearest]
+        trees = [AllowedNames((self._tokens[row].tolist() for row in rows), self._end) for rows in nearest]
         clock.lap("tree")
         decoded: list[list[int]] = [[] for _ in trees]
         found = [tree.completed([]) for tree in trees]
@@ -175,7 +175,7 @@ def quantise(module: torch.nn.Module) -> torch.nn.Module:
     return quantised
 
 
-class _Clock:
+class Clock:
     """Stage times. On a GPU, a lap waits for the queued work."""
 
     def __init__(self, device: torch.device) -> None:
@@ -214,44 +214,33 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     return found
 
 
-class PrefixTree:
-    """A tree of token sequences that each end with the token `end`. Of equal names, the first counts."""
+class AllowedNames:
+    """The names that decoding may spell, each ended with the token `end`. Of equal names, the first counts.
+
+    A few hundred names are searched one by one, which takes far less time than a pass through the model.
+    """
 
     def __init__(self, names: Iterable[Sequence[int]], end: int) -> None:
         self._end = end
-        self._root: dict[int, Any] = {}
+        self._positions: dict[tuple[int, ...], int] = {}
         for position, tokens in enumerate(names):
-            node = self._root
-            for token in tokens:
-                node = node.setdefault(token, {})
-            node.setdefault(end, position)
+            self._positions.setdefault((*tokens, end), position)
 
     def allowed(self, prefix: Sequence[int]) -> list[int]:
         """Return the tokens that may follow: after a whole name or an unknown prefix, only `end`.
 
         Beam search asks this also for beams that are finished or have probability zero.
         """
-        node = self._follow(prefix)
-        return list(node) if isinstance(node, dict) else [self._end]
+        return list({name[len(prefix)] for name in self._with(prefix) if len(name) > len(prefix)}) or [self._end]
 
     def completed(self, prefix: Sequence[int]) -> int | None:
-        """Return the position of the name that is spelled in full or is the only one with this prefix, else None."""
-        node = self._follow(prefix)
-        while isinstance(node, dict) and len(node) == 1:
-            (node,) = node.values()
-        return node if isinstance(node, int) else None
+        """Return the position of the only name with this prefix, None if there are several."""
+        names = self._with(prefix)
+        return self._positions[names[0]] if len(names) == 1 else None
 
     def name(self, tokens: Sequence[int]) -> int:
-        """Return the position of the name that the tokens spell before `end`. Raise `KeyError` if there is none."""
-        position = self._follow([*tokens, self._end])
-        if not isinstance(position, int):
-            raise KeyError(tokens)
-        return position
+        """Return the position of the name that the tokens spell, up to the first `end`. Raise `KeyError` if none."""
+        return self._positions[tuple(tokens[: tokens.index(self._end) + 1])]
 
-    def _follow(self, tokens: Sequence[int]) -> Any:
-        """Return the node below the tokens, the position of a whole name, or None."""
-        node: Any = self._root
-        for token in tokens:
-            if isinstance(node, dict):
-                node = node.get(token)
-        return node
+    def _with(self, prefix: Sequence[int]) -> list[tuple[int, ...]]:
+        return [name for name in self._positions if name[: len(prefix)] == tuple(prefix)]
