@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +64,8 @@ def serve(**flags: Any) -> None:
 
     Each flag can also be set as an environment variable. A flag takes precedence.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can be remembered; no bundle has been read yet
+
     from service.server import run_server
     from service.settings import load_settings
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
+import threading
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import cast
 
 import uvicorn
@@ -21,6 +24,7 @@ from service.recognizer import Recognizer
 from service.settings import Settings
 from service.telemetry import configure_logging
 
+_CLOSE_S = 8  # after the last request; an unreachable trace collector takes 5
 _GC_THRESHOLD = 20_000  # allocations minus deallocations that start a collection
 
 log = logging.getLogger("wikiclip.service")
@@ -31,6 +35,10 @@ def run_server(settings: Settings) -> None:
     if settings.bundle is None:
         raise UserError("there is no bundle to serve; name one with --bundle or WIKICLIP_BUNDLE")
     configure_logging(settings.log_level)
+    early_sighups: list[int] = []
+    signal.signal(signal.SIGHUP, lambda number, _: early_sighups.append(number))
+    if os.getpid() == 1:  # the kernel would ignore what ends any other process, also while the bundle loads
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
     with bind(settings.host, settings.port) as listener:
         # Imported modules are excluded from garbage collection, but not the bundle, which may be swapped out later.
         gc.collect()
@@ -40,7 +48,7 @@ def run_server(settings: Settings) -> None:
         host, port = listener.getsockname()[:2]
         log.info("serving %s on http://%s:%d", recognizer.label, f"[{host}]" if ":" in host else host, port)
         config = server_config(settings, create_app(settings, recognizer))
-        _Server(config, recognizer, settings.bundle).run(sockets=[listener])
+        _Server(config, recognizer, settings.bundle, early_sighups).run(sockets=[listener])
 
 
 def server_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
@@ -60,17 +68,25 @@ def server_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
 
 
 class _Server(uvicorn.Server):
-    """Makes the service unready when shutdown begins, and reloads the configured bundle on SIGHUP."""
+    """Makes the service unready when shutdown begins, ends the process if shutdown takes too long, and reloads the
+    configured bundle on SIGHUP. `early_sighups` are those of the start, which may have read the bundle before them.
+    """
 
-    def __init__(self, config: uvicorn.Config, recognizer: Recognizer, bundle: Path | str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, recognizer: Recognizer, bundle: Path | str, early_sighups: list[int]
+    ) -> None:
         super().__init__(config)
         self._recognizer = recognizer
         self._bundle = bundle
+        self._early_sighups = early_sighups
         self._reloads: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references to tasks
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._on_sighup)
+        if self._early_sighups:
+            log.info("SIGHUP during start: the bundle is reloaded")
+            self._on_sighup()
 
     def _on_sighup(self) -> None:
         reload = asyncio.ensure_future(self._reload())
@@ -83,9 +99,26 @@ class _Server(uvicorn.Server):
         except UserError as error:
             log.error("SIGHUP: the bundle was not reloaded: %s", error)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            limit_s = (self.config.timeout_graceful_shutdown or 0) + _CLOSE_S
+            watchdog = threading.Timer(limit_s, _exit_now, [limit_s])
+            watchdog.daemon = True
+            watchdog.start()
+        super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._recognizer.begin_draining()
         await super().shutdown(sockets)
+
+
+def _exit_now(limit_s: float) -> None:
+    names = ", ".join(sorted(thread.name for thread in threading.enumerate()))
+    message = "the shutdown did not end within %g s: the process exits at once. Its threads: %s"
+    logging_thread = threading.Thread(target=log.error, args=[message, limit_s, names], daemon=True)
+    logging_thread.start()
+    logging_thread.join(1)  # whoever reads the log may hang as well
+    os._exit(1)
 
 
 def bind(host: str, port: int) -> socket.socket:
