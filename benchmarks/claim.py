@@ -26,9 +26,9 @@ from benchmarks.generative.models import (
     MAX_PIXELS,
     SIZES,
     build_model,
-    export_encoder,
     open_encoder,
     parameter_count,
+    write_encoder,
 )
 from benchmarks.generative.recognizer import (
     BEAMS,
@@ -160,7 +160,7 @@ def measure(
             if precision == "int8":
                 generative.quantise()
             file = Path(folder) / f"{precision}.onnx"
-            encoder_parameters = export_encoder(encoder, file, precision)
+            encoder_parameters = write_encoder(encoder, file, precision)
             retrieve = partial(_retrieve, open_encoder(file, shape, threads=threads, device=device), index)
             # The rest of the time is for throughput and, after the first of two precisions, for the second.
             share = 0.8 if precision == planned[-1] else 0.55

@@ -257,24 +257,15 @@ def write_vit_bundle(
     Serving it costs as much as a real bundle of that size. Exact search on a GPU reads the bundle's embeddings, so for
     `search_device` `cuda` the index is tiny and inexact. Needs the extra `export`, but no GPU.
     """
-    import torch
-
-    from benchmarks.generative.models import ENCODERS, build_tower, clip_preprocessing, quantised_file, write_encoder
-    from export.onnx import INPUT, OUTPUTS, Normalised, export_normalised
-    from export.precision import InFloat16
+    from benchmarks.generative.models import ENCODERS, clip_preprocessing, write_encoder
+    from export.onnx import INPUT, OUTPUTS
 
     if encoder not in ENCODERS:
         raise UserError(f"--encoder {encoder} is unknown; choose one of {', '.join(ENCODERS)}")
     shape = ENCODERS[encoder]
     write_embeddings(bundle / EMBEDDINGS_FOLDER, entities, shape.embedding_dim)
     write_store(bundle / STORE_FILE, entities)
-    if int8:
-        float32_file, _ = write_encoder(encoder, bundle.parent)
-        quantised_file(float32_file, shape.size_px, bundle.parent).rename(bundle / IMAGE_ENCODER_FILE)
-    else:
-        torch.manual_seed(0)
-        tower = Normalised(InFloat16(build_tower(shape)))
-        export_normalised(tower, shape.size_px, bundle / IMAGE_ENCODER_FILE)
+    write_encoder(encoder, bundle / IMAGE_ENCODER_FILE, "int8" if int8 else "float16")
     embeddings = EmbeddingShards(bundle / EMBEDDINGS_FOLDER, shape.embedding_dim)
     build_index(bundle, embeddings, factory=TINY_FACTORY if search_device == "cuda" else "Flat", progress=True)
     _write_manifest(

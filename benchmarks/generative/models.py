@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.synthetic import photograph
-from export.onnx import INPUT, OUTPUTS, Normalised, export_module, export_normalised
+from export.onnx import INPUT, OUTPUTS, Normalised, export_normalised
 from export.precision import InFloat16, quantise
 from imaging import Preprocessing, load_pixels
 from service.encoder import OnnxEncoder
@@ -104,16 +104,11 @@ class ImageTower(nn.Module):
 
         super().__init__()
         self.tower = CLIPVisionModelWithProjection(shape.config())
+        self.eval().requires_grad_(False)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = self.tower(pixel_values=pixel_values)
         return out.last_hidden_state[:, 1:], F.normalize(out.image_embeds, dim=1)
-
-
-def build_tower(shape: EncoderShape, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> ImageTower:
-    """Return a tower in evaluation mode. On the device `meta` it has shapes only."""
-    with torch.device(device):
-        return ImageTower(shape).to(dtype).eval().requires_grad_(False)
 
 
 def build_model(
@@ -154,43 +149,14 @@ def clip_preprocessing(size_px: int) -> Preprocessing:
     )  # fmt: skip
 
 
-def write_encoder(name: str, folder: Path) -> tuple[Path, int]:
-    """Write `NAME.onnx` to `folder` unless it exists. Return its path and its number of parameters."""
-    path = folder / f"{name}.onnx"
-    torch.manual_seed(0)
-    module = build_tower(ENCODERS[name])
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        size_px = ENCODERS[name].size_px
-        export_module(
-            module, (torch.zeros(2, 3, size_px, size_px),), path, inputs=(INPUT,), outputs=OUTPUTS,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-        )  # fmt: skip
-    return path, parameter_count(module)
-
-
-def quantised_file(path: Path, size_px: int, folder: Path, *, images: int = _CALIBRATION_IMAGES) -> Path:
-    """Write the int8 version as `wikiclip export --int8` does, calibrated on synthetic photographs, unless it exists.
-
-    Return its path.
-    """
-    out = folder / f"{path.stem}.int8.onnx"
-    if not out.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        preprocessing = clip_preprocessing(size_px)
-        pixels = [load_pixels(photograph(number), preprocessing, max_pixels=MAX_PIXELS) for number in range(images)]
-        quantise(path, out, pixels, preprocessing)
-    return out
-
-
-def export_encoder(name: str, path: Path, precision: str = "float32") -> int:
+def write_encoder(name: str, path: Path, precision: str = "float32") -> int:
     """Write an encoder with random weights as ONNX, and return its number of parameters.
 
     `precision` is `float32`, `float16` or `int8`, which is calibrated on synthetic photographs.
     """
     shape = ENCODERS[name]
     torch.manual_seed(0)
-    tower = build_tower(shape)
+    tower = ImageTower(shape)
     source = path.with_suffix(".float32.onnx") if precision == "int8" else path
     export_normalised(Normalised(InFloat16(tower) if precision == "float16" else tower), shape.size_px, source)
     if precision == "int8":
