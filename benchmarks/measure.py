@@ -11,8 +11,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,47 +157,14 @@ def nested(metrics: dict[str, Metric]) -> dict[str, Any]:
     return tree
 
 
-def _nvidia_smi(fields: str, *options: str) -> list[str]:
-    return ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", *options]
-
-
 def gpu_name() -> str | None:
     """Return the names of this machine's GPUs, or None without nvidia-smi."""
     try:
-        done = subprocess.run(_nvidia_smi("name"), capture_output=True, text=True, check=True)
+        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None
     return ", ".join(done.stdout.splitlines())
-
-
-@contextmanager
-def sample_gpu(samples: list[str]) -> Iterator[None]:
-    """Add what nvidia-smi reports of the first GPU while the block runs, four times a second, to `samples`."""
-    try:
-        command = _nvidia_smi("utilization.gpu,memory.used,power.draw", "--id=0", "-lms", "250")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    except FileNotFoundError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        process.terminate()
-        samples += process.communicate()[0].splitlines()
-
-
-def gpu_figures(samples: Sequence[str]) -> dict[str, float] | None:
-    """Return median utilisation (the share of time in which anything ran), the most memory, and median power."""
-    rows = []
-    for line in samples:
-        with suppress(ValueError):  # "[N/A]", or a truncated last line
-            utilisation, memory_mib, power_w = map(float, line.split(","))
-            rows.append((utilisation / 100, memory_mib, power_w))
-    if not rows:
-        return None
-    (utilisation, _, power_w), (_, memory_mib, _) = np.median(rows, axis=0).tolist(), np.max(rows, axis=0).tolist()
-    figures = {"utilisation": round(utilisation, 3), "memory_mib": memory_mib, "power_w": round(power_w, 1)}
-    return figures | {"samples": len(rows)}
 
 
 def write_outcome(folder: Path, name: str, outcome: dict[str, Any], title: str, parts: Parts) -> None:

@@ -9,15 +9,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import faiss
 import onnxruntime
 import pytest
 
 from benchmarks.generator import split_cores
-from benchmarks.gpu import busy, divide_cores, shares
-from benchmarks.measure import gpu_figures
-
-GPUS = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
+from benchmarks.gpu import busy, shares
 
 
 @pytest.mark.parametrize(
@@ -29,11 +25,6 @@ def test_cores_are_split(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
     assert split_cores(4) == (generator, service)
-
-
-def test_services_divide_their_cores() -> None:
-    assert divide_cores(range(12), 4) == [{0, 1, 2}, {3, 4, 5}, {6, 7, 8}, {9, 10, 11}]
-    assert divide_cores([1], 2) == [{1}, {1}]
 
 
 FULL = {"per_s": 250.0, "generator_busy": 0.3, "cores_busy": 0.4, "http_thread_busy": 0.2, "engine_busy": 0.95}
@@ -51,15 +42,17 @@ FULL = {"per_s": 250.0, "generator_busy": 0.3, "cores_busy": 0.4, "http_thread_b
     ],
 )
 def test_the_first_full_part_limits_the_service(changes: dict[str, float], expected: str | None) -> None:
-    batches = {"8": {"session_per_s": 100.0}, "32": {"session_per_s": 500.0, "encode_per_s": 400.0}}
-    search = {"1": {"candidates_ms": {"p50": 4.0}}, "32": {"candidates_ms": {"p50": 16.0}}}
-    figures = {"encoder_alone": {"batches": batches}, "search_alone": {"batches": search}}
     full = FULL | changes
-    found = shares(full, figures, 32)
+    found = shares(
+        {
+            "encoder_alone": {"batches": {"32": {"session_per_s": 500.0, "encode_per_s": 400.0}}},
+            "search_alone": {"batches": {"32": {"candidates_ms": {"p50": 16.0}}}},
+            "services": {"full": full},
+        }
+    )
     assert found["limited_by"] == expected
     assert found["of_encoder_loop"] == pytest.approx(full["per_s"] / 400, abs=1e-3)
     assert found["gpu_work_share"] == pytest.approx(full["per_s"] * 2.5e-3, abs=1e-3)  # 2 ms and 0.5 ms for an image
-    assert shares(FULL, {"encoder_alone": {"error": "no GPU"}, "search_alone": {}}, 32) == {"limited_by": "engine"}
 
 
 def test_busy_between_two_snapshots() -> None:
@@ -85,59 +78,30 @@ def test_busy_between_two_snapshots() -> None:
     assert found["engine_busy"] == 0.05  # two batches of 50 ms in two seconds
 
 
-def test_output_of_nvidia_smi() -> None:
-    assert gpu_figures(["98, 1000, 500.5", "[N/A], 1, 2", "100, 1200, 510.5", "97, 11"]) == {
-        "utilisation": 0.99, "memory_mib": 1200.0, "power_w": 505.5, "samples": 2,
-    }  # fmt: skip
-    assert gpu_figures([]) is None
-
-
 def test_a_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cpu",
-        "--seconds", "0.5", "--processes", "1", "--largest-batch", "8", "--connections", "4",
-        "--out", str(tmp_path / "out.json"),
+        "--seconds", "1.5", "--services", "2", "--connections", "4", "--out", str(tmp_path / "out.json"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
     assert json.loads((tmp_path / "out.json").read_bytes()) == outcome
     figures = outcome["figures"]
-    assert figures["encoder_alone"]["batches"]["8"]["session_per_s"] > 0
+    assert figures["encoder_alone"]["batches"]["32"]["session_per_s"] > 0
     assert figures["search_alone"]["nearest_is_first"] > 0.5
-    for size in ("640x480", "1280x960"):
-        full = figures["services_1"][size]["full"]
-        assert full["per_s"] > 0
-        assert full["failures"] == {}
-        assert full["of_encoder_loop"] > 0
-        assert figures["services_1"][size]["one_at_a_time"]["stages_ms"]["encode"] > 0
+    full = figures["services"]["full"]
+    assert full["per_s"] > 0
+    assert full["failures"] == {}
+    assert figures["shares"]["of_encoder_loop"] > 0
+    assert figures["services"]["one_at_a_time"]["stages_ms"]["encode"] > 0
 
 
-def test_a_failed_phase_does_not_stop_the_others(small_bundle: Path) -> None:
-    command = [
-        sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cuda",
-        "--seconds", "0.2", "--processes", "1", "--largest-batch", "1",
-    ]  # fmt: skip
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        pytest.skip("this onnxruntime has CUDA")
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
+)
+def test_a_missing_gpu_is_one_line_of_error(small_bundle: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cuda"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    figures = json.loads(done.stdout)["figures"]
-    assert "device cuda" in figures["encoder_alone"]["error"]
-    assert "device cuda" in figures["search_alone"]["error"]
-    assert "before it was ready" in figures["services_1"]["error"]
-
-
-@pytest.mark.skipif(GPUS > 0, reason="faiss sees a GPU")
-def test_exact_search_without_a_gpu_is_an_error() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "search", "--vectors", "100", "--dim", "8"]
-    done = subprocess.run([*command, "--bandwidth-gb-s", "1"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "faiss sees no GPU" in done.stderr
-
-
-@pytest.mark.skipif(GPUS == 0, reason="faiss sees no GPU")
-def test_exact_search_on_gpus() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "search", "--vectors", "5000", "--dim", "64"]
-    done = subprocess.run([*command, "--bandwidth-gb-s", "1000"], capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout)["figures"]["single"]["p50_ms"] > 0
+    assert "error: device cuda" in done.stderr.splitlines()[-1]
