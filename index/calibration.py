@@ -24,6 +24,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from core.errors import BundleAltered
 from core.files import atomic_write
 
 CANDIDATES = 10  # scores that the softmax and the background are taken over
@@ -125,8 +126,11 @@ class Calibration:
         if "a" in content:
             sigmoid = {"slope": content["a"], "none_offset": -content["b"], "none_slope": 0.0}
             content = {**sigmoid, "unknown": 0, "candidates": 1, **content}
-        known = {each.name for each in fields(cls)}
-        return cls(**{key: value for key, value in content.items() if key in known}, open_set_model=open_set_model)
+        known = {each.name for each in fields(cls)} & content.keys()
+        for name in sorted(known):
+            if not isinstance(content[name], int | float):
+                raise BundleAltered(f"calibration.{name} must be a number; export the bundle again")
+        return cls(**{name: content[name] for name in known}, open_set_model=open_set_model)
 
 
 def background(scores: Sequence[float]) -> float:

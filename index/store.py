@@ -7,6 +7,7 @@ import json
 import re
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,6 +55,10 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
 _MAX_RANKED = 10_000  # title matches
 _LISTED = "IN (SELECT value FROM json_each(?))"  # no limit, as there is on the variables of a statement
 _CACHED_ENTITIES, _CACHED_TEXT = 2048, 4096  # characters
+# Only a file made for it has a statement that takes so long, or values so large.
+_MAX_OPENING_S, _MAX_STATEMENT_S = 10.0, 60.0
+_STEPS = 1_000_000  # of SQLite's virtual machine between two looks at the clock
+_MAX_VALUE_BYTES = 256 * 1024**2
 
 AttendedWords = tuple[tuple[int, int, float], ...]
 
@@ -162,7 +167,8 @@ class EntityStore:
     """Read access to a store from any thread. Each thread has its own connection.
 
     A bundle's store is `immutable`, and recently read rows are cached. The live store changes, and every read sees all
-    committed changes. Raise `BundleIncomplete` if the file is missing, `BundleAltered` if it is not a store.
+    committed changes. A statement that takes too long fails, so that no file can block its reader. Raise
+    `BundleIncomplete` if the file is missing, `BundleAltered` if it is not a store.
     """
 
     def __init__(self, path: Path, *, immutable: bool = True) -> None:
@@ -172,14 +178,20 @@ class EntityStore:
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         self._cache: dict[int, StoredEntity] = {}
+        self._max_statement_s = _MAX_OPENING_S
         if not path.is_file():
             raise BundleIncomplete(f"{path} is missing; export the bundle again")
         try:
+            # Only tables and indexes have pages: views, triggers and virtual tables would run what they say.
+            others = "SELECT type || ' ' || name FROM sqlite_master WHERE rootpage = 0 AND name != 'title_search'"
+            if (other := self._execute(others).fetchone()) is not None:
+                raise sqlite3.DatabaseError(f"it contains the {other[0]}")
             # Rows count from 0 without gaps.
             (self._count,) = self._execute("SELECT coalesce(max(row) + 1, 0) FROM entity").fetchone()
             self._execute("SELECT row FROM thumbnail LIMIT 1").fetchone()
             tables = self._execute("SELECT name FROM sqlite_master WHERE name = 'heard'")
             self._has_attended_words = tables.fetchone() is not None
+            self._max_statement_s = _MAX_STATEMENT_S
         except sqlite3.DatabaseError as error:
             self.close()
             raise BundleAltered(f"{path} is not an entity store: {error}; export the bundle again") from error
@@ -318,12 +330,18 @@ class EntityStore:
         return self._connection().execute(statement, parameters)
 
     def _connection(self) -> sqlite3.Connection:
+        """Return this thread's connection, for a statement that starts now."""
+        self._local.started_at = time.monotonic()
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             # `immutable` skips locks and checks for changes.
             uri = self._path.resolve().as_uri() + ("?mode=ro&immutable=1" if self._immutable else "?mode=ro")
             connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
             connection.row_factory = sqlite3.Row
+            connection.executescript("PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON; PRAGMA query_only = ON")
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
+            local = self._local  # of this thread, as the connection
+            connection.set_progress_handler(lambda: time.monotonic() - local.started_at > self._max_statement_s, _STEPS)
             self._local.connection = connection
             with self._lock:
                 self._connections.append(connection)

@@ -36,6 +36,7 @@ from index.manifest import (
 )
 
 MARKER_FILE = ".transfer"
+_SCHEMES = ("file", "s3", "s3a")
 CHUNK_BYTES = 16 * 1024**2  # one request to an object store
 _MANIFESTS = (ENTITY_ENCODER_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE)  # in the order that they are written
 
@@ -48,6 +49,11 @@ class Remote:
 
     def __init__(self, uri: str) -> None:
         """`uri` is `file://...`, `s3://bucket/...`, or the path of a folder."""
+        scheme = uri.partition("://")[0] if is_uri(uri) else "file"
+        if scheme not in _SCHEMES or "::" in uri:  # fsspec would chain several
+            raise TransferError(
+                f"{uri} is not a place for bundles; give a folder, file://... or s3://... (which needs the extra s3)"
+            )
         # Imported late: a service with a local bundle does not need fsspec.
         from fsspec.core import url_to_fs
         from fsspec.implementations.local import LocalFileSystem
@@ -56,9 +62,8 @@ class Remote:
             # A new instance, because a cached one may have old listings.
             self._filesystem, root = url_to_fs(uri, skip_instance_cache=True)
         except ImportError as error:
-            remedy = "pip install 'wikiclip-serve[s3]'" if uri.startswith(("s3://", "s3a://")) else "install it"
-            raise TransferError(f"{uri} needs a package ({error}); {remedy}") from error
-        except ValueError as error:
+            raise TransferError(f"{uri} needs a package ({error}); pip install 'wikiclip-serve[s3]'") from error
+        except Exception as error:  # each fsspec driver has its own exceptions
             raise TransferError(f"{uri} cannot be used ({error}); give a folder, file://... or s3://...") from error
         self.uri = uri.rstrip("/")
         self._root = root.rstrip("/")

@@ -33,6 +33,18 @@ from wikiclip.answers import RecognizeOptions
 log = logging.getLogger("wikiclip.bundle")
 
 
+@contextmanager
+def opening(bundle: Path | str) -> Iterator[None]:
+    """Raise `BundleAltered` for whatever the content of a bundle makes its readers raise, except `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise BundleAltered(f"{bundle} cannot be opened ({type(error).__name__}: {reason}); export it again") from error
+
+
 class LoadedBundle:
     """A bundle that is ready to answer. Each has its own engine, so a batch never mixes two bundles.
 
@@ -44,6 +56,7 @@ class LoadedBundle:
         model = bundle.manifest.model
         self.model = str(model.get("name") or Path(str(model.get("image_encoder", "unknown"))).name)
         self.preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+        self._calibration = bundle.calibration
         # The encoder first: on a GPU, the index gets the memory that the encoder leaves.
         file = bundle.manifest.image_encoder.file
         if encoder is None:
@@ -146,7 +159,7 @@ class LoadedBundle:
         return BundleView(
             loaded=self,
             entities=entities,
-            ranker=Ranker(entities, self.bundle.calibration),
+            ranker=Ranker(entities, self._calibration),
             label=f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}",
         )
 

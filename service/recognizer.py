@@ -38,7 +38,7 @@ from index.transfer import local_bundle
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
 from service.limits import Admission
-from service.loaded_bundle import BundleView, LoadedBundle
+from service.loaded_bundle import BundleView, LoadedBundle, opening
 from service.pipeline import PipelineResult, RecognitionPipeline
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
@@ -47,6 +47,7 @@ from wikiclip.answers import Recognition, RecognizeOptions
 Float32Array = npt.NDArray[np.float32]
 Edit = TypeVar("Edit")
 
+_MAX_REASON = 1000  # characters of a manifest's errors
 _MAX_NORM = 1e6  # of an embedding from the cache; most encoders give about 1
 
 _OUTCOMES: dict[type[BaseException], str] = {  # as the metric names them
@@ -100,7 +101,8 @@ class Recognizer:
         Raises `BundleError`, `TransferError` if a URI does not answer, `UserError` if the device is not available.
         """
         settings = settings or Settings()
-        return cls(Bundle.open(local_bundle(bundle, settings.bundle_cache)), settings)
+        with opening(bundle):
+            return cls(Bundle.open(local_bundle(bundle, settings.bundle_cache)), settings)
 
     def __enter__(self) -> Self:
         return self
@@ -159,10 +161,11 @@ class Recognizer:
         self._swapping = True
         try:
             new = await asyncio.to_thread(self._load, bundle)
-        except (UserError, OSError) as error:
+        except UserError as error:
             self.metrics.bundle_swaps.labels("refused").inc()
             log.warning("%s is refused, %s stays: %s", bundle, self.label, error)
-            raise BundleRefused(f"{error}; {self.label} stays") from error
+            reason = " ".join(str(error).split())[:_MAX_REASON]
+            raise BundleRefused(f"{reason}; {self.label} stays") from error
         finally:
             self._swapping = False
         if self._closing:
@@ -177,8 +180,9 @@ class Recognizer:
         return new
 
     def _load(self, bundle: Path | str) -> LoadedBundle:
-        folder = local_bundle(bundle, self.settings.bundle_cache)
-        loaded = LoadedBundle(Bundle.open(folder), self.settings, self.metrics, self._encoder)
+        with opening(bundle):
+            folder = local_bundle(bundle, self.settings.bundle_cache)
+            loaded = LoadedBundle(Bundle.open(folder), self.settings, self.metrics, self._encoder)
         try:
             loaded.check()
         except BundleAltered:

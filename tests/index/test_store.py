@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -224,6 +225,45 @@ def test_files_that_are_not_a_store(tmp_path: Path) -> None:
     (tmp_path / "empty.sqlite").write_bytes(b"")
     with pytest.raises(BundleAltered, match=r"empty\.sqlite is not an entity store"):
         EntityStore(tmp_path / "empty.sqlite")
+
+
+ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n) SELECT max(i) AS row FROM n"
+
+
+def hostile(path: Path, *statements: str) -> Path:
+    """Write a store, then change it."""
+    write_store(path, [(entity(0, "x"), None)])
+    with closing(sqlite3.connect(path)) as connection:
+        connection.executescript(";".join(statements))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("statements", "said"),
+    [
+        (["DROP TABLE entity", f"CREATE VIEW entity AS SELECT row FROM ({ENDLESS})"], "the view entity"),
+        (["DROP TABLE thumbnail", "CREATE VIRTUAL TABLE thumbnail USING fts5(row)"], "the table thumbnail"),
+        (["CREATE TRIGGER t AFTER INSERT ON entity BEGIN SELECT 1; END"], "the trigger t"),
+    ],
+)
+def test_a_store_with_anything_but_tables_is_refused(tmp_path: Path, statements: list[str], said: str) -> None:
+    with pytest.raises(BundleAltered, match=said):
+        EntityStore(hostile(tmp_path / "s.sqlite", *statements))
+
+
+def test_a_statement_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_store(tmp_path / "s.sqlite", ((entity(row, "x"), None) for row in range(1000)))
+    monkeypatch.setattr("index.store._STEPS", 100)
+    monkeypatch.setattr("index.store._MAX_STATEMENT_S", 0.0)
+    with EntityStore(tmp_path / "s.sqlite") as store:
+        with pytest.raises(sqlite3.OperationalError, match="interrupted"):
+            store.search_titles("x")
+        monkeypatch.setattr(store, "_max_statement_s", 60.0)
+        assert len(store.search_titles("x", 3)) == 3
+    monkeypatch.setattr("index.store._STEPS", 1)
+    monkeypatch.setattr("index.store._MAX_OPENING_S", 0.0)
+    with pytest.raises(BundleAltered, match="interrupted"):
+        EntityStore(tmp_path / "s.sqlite")
 
 
 def test_a_path_with_odd_characters(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import fsspec
 import pytest
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError
+from index import transfer
 from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder
 from index.manifest import FileEntry
@@ -60,6 +61,7 @@ def place(request, tmp_path):
     if request.param == "s3":
         yield request.getfixturevalue("s3")
     elif request.param == "memory":
+        request.getfixturevalue("monkeypatch").setattr(transfer, "_SCHEMES", ("file", "memory"))
         yield "memory://bundles/one"
         fsspec.filesystem("memory").rm("/bundles", recursive=True)
     else:
@@ -304,7 +306,14 @@ def test_a_manifest_cannot_name_a_file_outside(small_bundle, tmp_path):
 
 @pytest.mark.parametrize(
     ("uri", "said"),
-    [("nothing://of/the/kind", "cannot be used"), ("s3://bucket-that-is-not-there/one", "bucket")],
+    [
+        ("nothing://of/the/kind", "give a folder, file://... or s3://... (which needs the extra s3)"),
+        ("ftp://127.0.0.1:1/one", "is not a place for bundles"),
+        ("http://127.0.0.1:1/one", "is not a place for bundles"),
+        ("file:///one::http://127.0.0.1:1/", "is not a place for bundles"),
+        ("s3://bucket-that-is-not-there/one", "bucket"),
+        ("s3://", "cannot be used"),
+    ],
 )
 def test_an_unusable_uri_gives_a_one_line_error(s3, small_bundle, uri, said):
     with pytest.raises(TransferError) as refused:

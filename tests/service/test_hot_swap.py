@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import httpx
 import numpy as np
@@ -148,9 +152,81 @@ def incomplete(bundles, tmp_path):
     return tmp_path / "incomplete"
 
 
+def with_manifest(name, change):
+    """Return a function that copies a bundle and changes one of its manifests."""
+
+    def make(bundles, tmp_path):
+        shutil.copytree(bundles / "b", tmp_path / "changed")
+        path = tmp_path / "changed" / name
+        content = json.loads(path.read_bytes())
+        change(content)
+        path.write_text(json.dumps(content))
+        return tmp_path / "changed"
+
+    return make
+
+
+def endless(bundles, tmp_path):
+    """Copy a bundle and replace the records by a view that never ends."""
+    path = with_manifest("manifest.json", lambda content: None)(bundles, tmp_path)
+    store = path / "entities.sqlite"
+    with closing(sqlite3.connect(store)) as connection:
+        numbers = "WITH RECURSIVE n (row) AS (SELECT 0 UNION ALL SELECT row + 1 FROM n) SELECT row FROM n"
+        connection.executescript(f"DROP TABLE entity; CREATE VIEW entity AS {numbers}")
+    manifest = json.loads((path / "manifest.json").read_bytes())
+    manifest["files"]["entities.sqlite"] = {
+        "bytes": store.stat().st_size,
+        "sha256": hashlib.sha256(store.read_bytes()).hexdigest(),
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+WRONG = [
+    {"files": {f"{n}\n": 1 for n in range(5000)}},
+    {"embedding_dim": "sixteen"},
+    {"preprocessing": {}},
+    {"preprocessing": {"size_px": []}},
+    {"calibration": {"slope": "x"}},
+    {"calibration": {"a": {}, "b": []}},
+    {"calibration": {}},
+    {"model": {"name": []}, "image_encoder": 7},
+    {"counts": []},
+    {"schema_version": {"x": "y" * 100_000}},
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: str(wrong)[:40])
+def test_a_manifest_of_wrong_types_is_refused_in_one_line(bundles_service, bundles, tmp_path, wrong):
+    refused = swap(
+        bundles_service, with_manifest("manifest.json", lambda content: content.update(wrong))(bundles, tmp_path)
+    )
+    assert refused.status_code == 422
+    assert "\n" not in refused.json()["detail"]
+    assert len(refused.json()["detail"]) < 1200
+
+
+@pytest.mark.parametrize("scheme", ["ftp", "http", "https", "gs", "memory", "nothing"])
+def test_a_scheme_that_is_not_supported_is_refused_in_one_line(bundles_service, scheme):
+    refused = swap(bundles_service, f"{scheme}://127.0.0.1:1/bundle")
+    assert refused.status_code == 422
+    assert "give a folder, file://... or s3://..." in refused.json()["detail"]
+
+
+@pytest.fixture(scope="module")
+def bundles_service(serve, bundles):
+    with serve(bundles / "a", admin_token=TOKEN) as service:
+        yield service
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
+        (endless, "the view entity"),
+        (
+            with_manifest("index/manifest.json", lambda content: content.update(parameters={"k_factor": "x"})),
+            "blank image",
+        ),
         (altered, "altered"),
         (incomplete, "missing"),
         (lambda bundles, tmp_path: tmp_path / "nowhere", "does not exist"),
@@ -167,6 +243,7 @@ def test_a_bad_bundle_is_refused_and_the_old_one_stays(serve, bundles, small_ima
         assert said in refused.json()["detail"]
         assert refused.json()["detail"].endswith(" stays")
         assert check(recognize(service, small_images["Q140"]), "Q140") == "a"
+        assert swap(service, bundles / "b").status_code == 200
 
 
 def test_a_bundle_whose_encoder_fails_is_refused_and_leaves_nothing_behind(serve, bundles, small_images):
