@@ -220,11 +220,12 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"]) or "record"
-        raise BadParameter(f"{field}: {first['msg']}; see PUT /entities in /docs") from error
+        raise BadParameter(f"{field[:100]}: {first['msg']}; see PUT /entities in /docs") from error
     with recognizer.admission.admit(1), recognizer.acquire() as view:
         editor = _editor(view)
         image_bytes = None if image is None else await _fetched(request, image)
-        stored, created, revision = await recognizer.edit(view, editor.put(entity_id, entity, image_bytes))
+        change = recognizer.edit(view, editor.put(entity_id, entity, image_bytes))
+        stored, created, revision = await _while_connected(request, change)
     if created:
         response.status_code = HTTPStatus.CREATED
     return EditedEntity(**dict(Entity.model_validate(stored, from_attributes=True)), bundle=view.label_at(revision))

@@ -10,10 +10,11 @@ import logging
 import sqlite3
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable, UserError
 from imaging import Preprocessing, load_pixels, make_thumbnail
@@ -35,10 +36,16 @@ from service.encoder import open_session
 from service.engine import Encoder
 
 _THREADS = 1  # one thread leaves the cores to queries
+_MAX_TITLES = 200_000  # characters of the titles in all languages, which stay in memory
 
 Float32Array = npt.NDArray[np.float32]
 
 log = logging.getLogger("wikiclip.updates")
+
+
+_Title = Annotated[str, Field(max_length=2000)]
+_Type = Annotated[str, Field(max_length=500)]
+_Language = Annotated[str, Field(max_length=35)]
 
 
 class EntityRequest(BaseModel):
@@ -46,14 +53,26 @@ class EntityRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    title: str = Field(min_length=1, max_length=2000, pattern=r"\S")
-    text: str = Field(default="", description="The entity's text. It goes into the embedding.")
-    types: list[str] = []
-    url: str | None = None
-    titles: dict[str, str] = Field(default={}, description="By language.")
-    description: str | None = Field(default=None, description="One line to show; default: the text's first sentence.")
-    symbol: str | None = Field(default=None, description="A character that shows the entity.")
-    embedding: list[float] | None = Field(default=None, description="Instead of image and text. It is normalised.")
+    title: _Title = Field(min_length=1, pattern=r"\S")
+    text: str = Field(default="", max_length=1_000_000, description="The entity's text. It goes into the embedding.")
+    types: list[_Type] = Field(default=[], max_length=100)
+    url: str | None = Field(default=None, max_length=4096)
+    titles: dict[_Language, _Title] = Field(default={}, max_length=1000, description="By language.")
+    description: str | None = Field(
+        default=None, max_length=5000, description="One line to show; default: the text's first sentence."
+    )
+    symbol: str | None = Field(default=None, max_length=64, description="A character that shows the entity.")
+    embedding: list[float] | None = Field(
+        default=None, max_length=65_536, description="Instead of image and text. It is normalised."
+    )
+
+    @field_validator("titles")
+    @classmethod
+    def _check_total(cls, titles: dict[str, str]) -> dict[str, str]:
+        total = sum(map(len, titles.values()))
+        if total > _MAX_TITLES:
+            raise ValueError(f"should have at most {_MAX_TITLES} characters in all, not {total}")
+        return titles
 
 
 class EntityEmbedder:

@@ -114,6 +114,27 @@ def test_ids_may_contain_slashes_and_unicode(live):
         ({"embedding": "abc"}, 422, "embedding"),
         ({"embedding": vector(1), "titel": "x"}, 422, "titel"),
         ({"embedding": vector(1), "types": "animal"}, 422, "types"),
+        ({"title": "x" * 2001}, 422, "title: String should have at most 2000 characters"),
+        ({"text": "x" * 1_000_001}, 422, "text: String should have at most 1000000 characters"),
+        ({"types": ["x"] * 101}, 422, "types: List should have at most 100 items"),
+        ({"types": ["x" * 501]}, 422, "types.0: String should have at most 500 characters"),
+        ({"url": "x" * 4097}, 422, "url: String should have at most 4096 characters"),
+        (
+            {"titles": dict.fromkeys(map(str, range(1001)), "x")},
+            422,
+            "titles: Dictionary should have at most 1000 items",
+        ),
+        ({"titles": {"x" * 5000: "x"}}, 422, "String should have at most 35 characters"),
+        ({"titles": {"fr": "x" * 2001}}, 422, "titles.fr: String should have at most 2000 characters"),
+        (
+            {"titles": dict.fromkeys(map(str, range(101)), "x" * 2000)},
+            422,
+            "at most 200000 characters in all, not 202000",
+        ),
+        ({"description": "x" * 5001}, 422, "description: String should have at most 5000 characters"),
+        ({"symbol": "x" * 65}, 422, "symbol: String should have at most 64 characters"),
+        ({"embedding": [1] * 65_537}, 422, "embedding: List should have at most 65536 items"),
+        ({"x" * 5000: 1}, 422, "Extra inputs are not permitted"),
         ({}, 422, "nothing to embed"),
         ({"text": "An animal."}, 422, "send embedding (16 numbers)"),
         ({"image": {"base64": "AAAA"}}, 422, "no entity encoder"),
@@ -126,6 +147,7 @@ def test_an_invalid_record_is_refused_and_changes_nothing(live, record, status, 
     answer = put(live, "new", **record)
     assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json")
     assert said.lower() in answer.json()["detail"].lower()
+    assert len(answer.json()["detail"]) < 300
     assert live.get("/entities/new").status_code == 404
     assert "+" not in live.get("/info").json()["bundle"]
 
