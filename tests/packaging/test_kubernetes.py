@@ -39,7 +39,7 @@ POD = ALL["Deployment"]["spec"]["template"]
 def test_there_is_one_of_each_kind() -> None:
     kinds = {"Deployment", "Service", "HorizontalPodAutoscaler", "PodDisruptionBudget", "PersistentVolumeClaim", "Job"}
     assert len(manifests()) == len(ALL)
-    assert set(ALL) == kinds
+    assert set(ALL) == {*kinds, "Ingress"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -129,6 +129,15 @@ def test_probes_and_ports_are_the_services() -> None:
     assert port == {"name": "http", "containerPort": Settings().port}
     assert [each["targetPort"] for each in ALL["Service"]["spec"]["ports"]] == ["http"]
     assert POD["metadata"]["annotations"]["prometheus.io/port"] == str(Settings().port)
+
+
+def test_a_body_that_the_service_takes_passes_the_ingress() -> None:
+    ingress = ALL["Ingress"]
+    limit = ingress["metadata"]["annotations"]["nginx.ingress.kubernetes.io/proxy-body-size"]
+    assert int(limit.removesuffix("m")) * 1024**2 > Settings().max_body_bytes
+    (path,) = ingress["spec"]["rules"][0]["http"]["paths"]
+    (port,) = ALL["Service"]["spec"]["ports"]
+    assert path["backend"]["service"] == {"name": ALL["Service"]["metadata"]["name"], "port": {"name": port["name"]}}
 
 
 def test_replicas_follow_a_metric_that_there_is() -> None:

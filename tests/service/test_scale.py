@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -214,6 +216,28 @@ def test_a_replica_may_be_killed_under_load(small_bundle, redis_server, tmp_path
             until(lambda: first.answered("/recognize/batch") > 0, "Locust does not ask the replica to be killed")
             first.end(signal.SIGKILL)
             assert locust.wait(TIMEOUT_S) == 0, "a request failed"
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_the_proxy_limits_the_connections_of_a_client(tmp_path):
+    listen = free_port()
+    address = ("127.0.0.1", listen)
+    get = b"GET /livez HTTP/1.1\r\nHost: a\r\n\r\n"
+    with ExitStack() as ended:
+        deaf = ended.enter_context(socket.create_server(("127.0.0.1", 0), backlog=512))  # accepts and never answers
+        configuration = nginx_configuration(tmp_path, listen, [deaf.getsockname()[1]] * 2)
+        ended.enter_context(running(NGINX, "-c", str(configuration), "-p", str(tmp_path)))
+        until(lambda: listens(address), "nginx does not listen")
+        connections = [ended.enter_context(socket.create_connection(address, TIMEOUT_S)) for _ in range(129)]
+        for connection in connections:
+            connection.sendall(get)
+        refused, _, _ = select.select(connections, [], [], TIMEOUT_S)
+        assert [connection.recv(12) for connection in refused] == [b"HTTP/1.1 429"]
+
+
+def listens(address: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(address) == 0
 
 
 def reachable(url: str) -> bool:
