@@ -48,20 +48,14 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def running_service(bundle: Path, *flags: str, cores: set[int] | None = None) -> Iterator[str]:
-    """Run `wikiclip serve` on a free port and yield its base URL once it is ready. Raise `UserError` if it is not.
-
-    With `cores`, the service runs on these cores, with the default number of threads for so many.
-    """
-    with service_process(bundle, *flags, cores=cores) as (_, url):
-        yield url
-
-
-@contextmanager
 def service_process(
     bundle: Path, *flags: str, cores: set[int] | None = None, module: str = "wikiclip"
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Like `running_service`, but also yield the process. `module` takes the arguments of `python -m wikiclip`."""
+    """Run `wikiclip serve` on a free port and yield process and base URL once it is ready. Raise `UserError` if not.
+
+    With `cores`, the service runs on these cores, with the default number of threads for so many. `module` takes the
+    arguments of `python -m wikiclip`.
+    """
     port = free_port()
     command = [sys.executable, "-m", module, "serve", "--bundle", str(bundle), "--port", str(port)]
     if cores is not None:  # by default the service counts all cores of the machine

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.generator import running_service, split_cores
+from benchmarks.generator import service_process, split_cores
 from core.errors import UserError
 from evaluation.pages import Lines, Report
 
@@ -36,7 +36,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """Return the steps of the ramp, its knee, and the steps of mixed traffic and of the spike."""
     generator, service = split_cores()
     step_s = 3.0 if smoke else 10.0
-    with running_service(bundle_path, "--cache", "on", cores=service) as url:
+    with service_process(bundle_path, "--cache", "on", cores=service) as (_, url):
         run_locust(url, generator, "Cold", shape="steady", rate=10, minutes=0.05)  # warms up
         growth = 1.7 if smoke else 1.35
         ramp = run_locust(url, generator, "Cold", shape="ramp", rate=20, step_s=step_s, growth=growth)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
@@ -21,13 +20,12 @@ from benchmarks.generator import (
     Response,
     closed_loop,
     generate,
-    running_service,
     scrape_metrics,
+    service_process,
     split_cores,
     summarise,
 )
 from benchmarks.synthetic import encoder_bundles, write_photographs
-from evaluation.pages import Lines, Report
 
 TIMES = 10
 IMAGES = 16
@@ -37,15 +35,6 @@ WARM_UP_S = 1.0
 DEADLINE_MS = 5000
 SETTLING_S = 1.0  # not counted: the service still estimates its own speed
 RECOVERY_S = 2.0
-REPORT = Report(
-    title="Overload",
-    plots=(
-        Lines(
-            title="Answers and refusals", x_label="seconds", y_label="requests/s", points=("encoders/*/timeline/*",),
-            x="second", y=("answered", "refused"),
-        ),
-    ),
-)  # fmt: skip
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -70,7 +59,7 @@ def _overload(bundle: Path, images: list[str], *, smoke: bool) -> dict[str, Any]
         (SMOKE_PEAK_S, SMOKE_OVERLOAD_S, SMOKE_AFTER_S) if smoke else (PEAK_S, OVERLOAD_S, AFTER_S)
     )
     flags = ("--device", "cpu", "--cache", "off", "--deadline-ms", str(DEADLINE_MS))
-    with running_service(bundle, *flags, cores=service) as url:
+    with service_process(bundle, *flags, cores=service) as (_, url):
         target: dict[str, Any] = {"url": f"{url}/recognize?top_k=5", "images": images, "cores": [*generator]}
         job = Job(**target, connections=8 * len(service), seconds=WARM_UP_S + peak_s)
         peak = closed_loop(job, warm_up_s=WARM_UP_S)["per_s"]
@@ -94,7 +83,6 @@ def summary(responses: Sequence[Response], peak: float, overload_s: float, after
     # Goodput counts what is answered during the overload, even if it was sent before.
     goodput = summarise(responses, warm_up_s=SETTLING_S, seconds=counted_s)
     after = summarise([each for each in responses if each.at_s >= overload_s + RECOVERY_S])
-    ended = Counter((int(each.ended_s), each.status) for each in responses)
     return {
         "offered_per_s": round(len(during) / counted_s, 1),
         "goodput_per_s": goodput["per_s"],
@@ -104,8 +92,4 @@ def summary(responses: Sequence[Response], peak: float, overload_s: float, after
         "statuses": {"200": goodput["answers"], **goodput["failures"]},
         "refused_without_retry_after": sum(not each.retry_after for each in refused),
         "after": {"statuses": {"200": after["answers"], **after["failures"]}, "p99_ms": after["p99_ms"]},
-        "timeline": [
-            {"second": second, "answered": ended[second, 200], "refused": ended[second, 429]}
-            for second in range(int(overload_s + after_s))
-        ],
     }

@@ -1,8 +1,8 @@
 """LitServe, mosec and BentoML as their examples use them, with the work that each does: decode, encode, search.
 
 This file runs in the environment of one peer, which has numpy, Pillow, ONNX Runtime and faiss besides. Of this project
-it can import `core.runtime`, and `imaging` where it uses our decoder. The environment variable `PEER_JOB` names a JSON
-file with the job of the server.
+it can import `core.runtime` and `imaging`. The environment variable `PEER_JOB` names a JSON file with the job of the
+server.
 
 Shapes: B batch, H/W pixels, K results.
 """
@@ -37,37 +37,23 @@ def read_job() -> dict[str, Any]:
 
 
 def make_decoder(job: dict[str, Any]) -> Callable[[bytes], Pixels]:
-    """Return a function from the bytes of an image to normalised pixels [3, H, W]."""
-    if job["decoder"] == "own":
-        return lambda data: preprocess(Image.open(io.BytesIO(data)), job["preprocessing"])
+    """Return a function from the bytes of an image to normalised pixels [3, H, W].
 
-    from imaging import Preprocessing, load_pixels, normalise
+    The peers' own examples decode with Pillow. Our decoder decodes at a reduced scale.
+    """
+    from imaging import Preprocessing, load_pixels, normalise, to_pixels
 
     preprocessing = Preprocessing.from_dict(job["preprocessing"])
 
     def decode(data: bytes) -> Pixels:
-        pixels_HW3 = load_pixels(data, preprocessing, max_pixels=64_000_000)
+        if job["decoder"] == "own":
+            pixels_HW3 = to_pixels(Image.open(io.BytesIO(data)).convert("RGB"), preprocessing)
+        else:
+            pixels_HW3 = load_pixels(data, preprocessing, max_pixels=64_000_000)
         pixels_3HW: Pixels = normalise(pixels_HW3[None], preprocessing)[0]
         return pixels_3HW
 
     return decode
-
-
-def preprocess(image: Image.Image, preprocessing: dict[str, Any]) -> Pixels:
-    """Resize, crop and normalise the fully decoded image, as the examples of the peers do."""
-    resampling = getattr(Image.Resampling, preprocessing["interpolation"].upper())
-    size_px = preprocessing["size_px"]
-    image = image.convert("RGB")
-    if preprocessing["resize"] == "squash":
-        image = image.resize((size_px, size_px), resampling)
-    else:
-        scale = size_px / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), resampling)
-        left, top = (image.width - size_px) // 2, (image.height - size_px) // 2
-        image = image.crop((left, top, left + size_px, top + size_px))
-    pixels_HW3 = np.asarray(image, np.float32) / 255
-    mean, std = (np.array(preprocessing[name], np.float32) for name in ("mean", "std"))
-    return np.ascontiguousarray(((pixels_HW3 - mean) / std).transpose(2, 0, 1))
 
 
 class Recognizer:
@@ -162,17 +148,11 @@ if find_spec("bentoml") is not None:
         """A method that takes an image, as in BentoML's examples, with one thread per core."""
 
         def __init__(self) -> None:
-            self._job = read_job()
-            self._decode = make_decoder(self._job)
-            self._recognizer = Recognizer(self._job)
+            self._decode = make_decoder(read_job())
+            self._recognizer = Recognizer(read_job())
 
         @bentoml.api
-        def predict(self, image: Image.Image) -> dict[str, Any]:
-            return self._recognizer.recognize([preprocess(image, self._job["preprocessing"])])[0]
-
-        @bentoml.api
-        def predict_file(self, image: Path) -> dict[str, Any]:
-            """Decode the file with our decoder."""
+        def predict(self, image: Path) -> dict[str, Any]:
             return self._recognizer.recognize([self._decode(image.read_bytes())])[0]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.generator import Job, closed_loop, encode_image, free_port, running_service, split_cores, wait_for
+from benchmarks.generator import Job, closed_loop, encode_image, free_port, service_process, split_cores, wait_for
 from benchmarks.synthetic import write_photographs
 from core.errors import UserError
 from evaluation.pages import Bars, Report
@@ -72,7 +72,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         images = write_photographs(work, IMAGES, 1280, 960)
         shared_job = _write_shared_files(Bundle.open(bundle_path), work)
         for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
-            with running_service(bundle_path, "--cache", "off", "--device", "cpu", cores=cores) as url:
+            with service_process(bundle_path, "--cache", "off", "--device", "cpu", cores=cores) as (_, url):
                 expected = run("wikiclip", f"{url}/recognize?top_k=5", None)
             for peer in VERSIONS:
                 for decoder in ("own",) if smoke else DECODERS:
@@ -169,7 +169,6 @@ def running_peer(
     path, form_field = ("inference", None) if peer == "mosec" else ("predict", "image")
     if peer == "bentoml":
         command = ["bentoml", "serve", f"{module}:BentomlPeer", "--port", port, "--host", "127.0.0.1"]
-        path = "predict" if job["decoder"] == "own" else "predict_file"
     environment = {
         **os.environ, "PEER_JOB": str(work / "job.json"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(len(cores)),
         "BENTOML_DO_NOT_TRACK": "True", "BENTOML_HOME": str(ENVIRONMENTS / "bentoml-home"), "NO_COLOR": "1",

@@ -21,8 +21,8 @@ from benchmarks.generator import (
     Job,
     closed_loop,
     run_on_cores,
-    running_service,
     scrape_metrics,
+    service_process,
     split_cores,
 )
 from benchmarks.measure import median_interval
@@ -85,7 +85,7 @@ def _compare(bundle: Path, images: list[str], rounds: int) -> dict[str, Any]:
     samples: dict[str, list[float]] = {}
     for _ in range(rounds):
         loop = _run_loops(bundle, images, [cores])
-        with running_service(bundle, "--cache", "off", "--device", "cpu", cores=cores) as url:
+        with service_process(bundle, "--cache", "off", "--device", "cpu", cores=cores) as (_, url):
             single = request(url, 1)
             before = scrape_metrics(url)
             full = request(url, CONNECTIONS_PER_CORE * len(cores))

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.generator import running_service
+from benchmarks.generator import service_process
 from benchmarks.measure import Probe, nested, sample
 from benchmarks.synthetic import bust_cache, photograph
 from core.runtime import faiss
@@ -75,7 +75,7 @@ def _in_process(bundle: Bundle) -> Iterator[Probe]:
 
 def _over_http(bundle_path: Path, stack: ExitStack) -> Iterator[Probe]:
     """Yield probes of a service: images that it has never seen, and one that is in its cache."""
-    url = stack.enter_context(running_service(bundle_path, "--cache", "on"))
+    _, url = stack.enter_context(service_process(bundle_path, "--cache", "on"))
     client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
     images = [photograph(seed) for seed in range(BATCH)]
     numbers = itertools.count()

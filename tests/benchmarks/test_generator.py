@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import generator
-from benchmarks.generator import Job, Response, closed_loop, generate, running_service, split_cores, summarise
+from benchmarks.generator import Job, Response, closed_loop, generate, service_process, split_cores, summarise
 
 
 @pytest.fixture(scope="module")
 def url(small_bundle: Path) -> Iterator[str]:
-    with running_service(small_bundle, "--threads", "1") as url:
+    with service_process(small_bundle, "--threads", "1") as (_, url):
         yield f"{url}/recognize"
 
 

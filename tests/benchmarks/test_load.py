@@ -15,7 +15,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks.generator import running_service
+from benchmarks.generator import service_process
 from benchmarks.load import LOCUSTFILE, REPORT, find_knee
 
 
@@ -107,7 +107,7 @@ def test_the_report_shows_the_knee(locustfile: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def url(small_bundle: Path) -> Iterator[str]:
-    with running_service(small_bundle) as url:
+    with service_process(small_bundle) as (_, url):
         yield url
 
 

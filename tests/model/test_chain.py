@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from benchmarks.generator import running_service
+from benchmarks.generator import service_process
 from imaging import normalise
 from model.encoders import open_image_encoder
 
@@ -53,7 +53,7 @@ def test_an_onnx_encoder_goes_from_training_to_the_service(
     assert np.allclose(served_BD, own_BD, atol=1e-5) == (centring == "--no-centre")
 
     answered = [json.loads(line)["pred_entity_id"] for line in predictions.read_text().splitlines()]
-    with running_service(bundle, "--cache", "off") as url:
+    with service_process(bundle, "--cache", "off") as (_, url):
         for row, entity_id in zip(dataset.validation.read_text().splitlines()[:3], answered, strict=False):
             image = (dataset.folder / json.loads(row)["image"]).read_bytes()
             answer = httpx.post(f"{url}/recognize", content=image, headers={"Content-Type": "image/png"}).json()
