@@ -1,8 +1,8 @@
 """`wikiclip bench live`: PUT, DELETE and searches over HTTP, compared with a dict, while the service is killed.
 
 Two services share one live folder. The first takes the changes; every few hundred operations it is killed (SIGKILL) at
-a random moment and restarted. The second only reads. An acknowledged change must be there. A change whose response was
-lost may be there. `differences` counts answers that are not the dict's.
+a random moment around a change and restarted. The second only reads. An acknowledged change must be there. A change
+whose response was lost may be there. `differences` counts answers that are not the dict's.
 
 Shapes: N embeddings of the bundle, Q queries, D embedding width.
 """
@@ -33,6 +33,7 @@ OPERATIONS_PER_KILL, SMOKE_OPERATIONS_PER_KILL = 300, 70
 QUERIES, TOP_K = 12, 5
 TOLERANCE = 1e-4  # of a cosine
 SEEN_TIMEOUT_S = 30
+KILL_WITHIN_S = 0.02  # of the start of a change, which takes about as long
 TOKEN = "benchmark"
 
 Floats = npt.NDArray[np.float64]
@@ -46,15 +47,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         _Service(bundle_path, folder) as reader,
     ):
         run = _Run(Bundle.open(bundle_path), writer, reader)
-        if smoke:
-            run.run(SMOKE_OPERATIONS, SMOKE_OPERATIONS_PER_KILL)
-        else:
-            run.run(OPERATIONS, OPERATIONS_PER_KILL)
-    return {
-        **run.counts,
-        "put": _summary(run.put_ms),
-        "seen_by_another_process": _summary(run.seen_ms),
-    }
+        run.run(*((SMOKE_OPERATIONS, SMOKE_OPERATIONS_PER_KILL) if smoke else (OPERATIONS, OPERATIONS_PER_KILL)))
+    return {**run.counts, "put": _summary(run.put_ms), "seen_by_another_process": _summary(run.seen_ms)}
 
 
 class Model(dict[str, tuple[str, Floats]]):
@@ -97,6 +91,10 @@ class _Service:
         self._process.kill()
         self._process.wait()
 
+    def restart(self) -> None:
+        self.__exit__()
+        self.__enter__()
+
     def title(self, entity_id: str) -> str | None:
         """Return the title of an entity, or None if it does not exist."""
         answer = self.client.get(f"/entities/{entity_id}")
@@ -125,7 +123,6 @@ class _Run:
         self._queries_QD = _embed(bundle, self._images)
         existing = self._rng.choice(sorted(self._model), 40, replace=False).tolist()
         self._entity_ids = [*existing, *(f"new {number}" for number in range(40))]
-        self._killer: Timer | None = None
         self.counts = dict.fromkeys(("operations", "kills", "cut_off", "differences"), 0)
         self.put_ms: list[float] = []
         self.seen_ms: list[float] = []
@@ -133,23 +130,16 @@ class _Run:
     def run(self, operations: int, operations_per_kill: int) -> None:
         for number in range(operations):
             self.counts["operations"] += 1
-            if number % operations_per_kill == operations_per_kill - 1:
-                self._killer = Timer(float(self._rng.uniform(0, 0.2)), self._writer.kill)
-                self._killer.start()
+            kill = number % operations_per_kill == operations_per_kill - 1
             kind = self._rng.choice(["put", "delete", "search"], p=[0.35, 0.25, 0.4])
             entity_id, query = str(self._rng.choice(self._entity_ids)), int(self._rng.integers(QUERIES))
-            if kind == "search":
-                try:
-                    self._search(self._writer, query)
-                except httpx.TransportError:
-                    self._restart_writer()
+            if kind == "search" and not kill:
+                self._search(self._writer, query)
                 continue
-            title = f"Version {number}" if kind == "put" else None
-            self._change(entity_id, title, _nearby(self._queries_QD[query], self._rng))
+            title = None if kind == "delete" else f"Version {number}"
+            self._change(entity_id, title, _nearby(self._queries_QD[query], self._rng), kill=kill)
             if number % 10 == 0:
                 self.seen_ms.append(self._time_until_seen(entity_id))
-        if self._killer is not None:
-            self._restart_writer()
         for service in (self._writer, self._reader):
             for entity_id in self._entity_ids:
                 self.counts["differences"] += service.title(entity_id) != self._model.title(entity_id)
@@ -160,11 +150,15 @@ class _Run:
         agrees = service.agrees(self._model, self._images[query], self._queries_QD[query])
         self.counts["differences"] += not agrees
 
-    def _change(self, entity_id: str, title: str | None, embedding_D: Floats) -> None:
-        """PUT an entity, or DELETE it if `title` is None."""
+    def _change(self, entity_id: str, title: str | None, embedding_D: Floats, *, kill: bool) -> None:
+        """PUT an entity, or DELETE it if `title` is None. With `kill`, the writer dies about then."""
         before = self._model.title(entity_id)
+        killer = Timer(self._rng.uniform(0, KILL_WITHIN_S), self._writer.kill)
+        if kill:
+            killer.start()
+        acknowledged = True
+        started = time.perf_counter()
         try:
-            started = time.perf_counter()
             if title is None:
                 answer = self._writer.client.delete(f"/entities/{entity_id}")
                 expected = httpx.codes.NOT_FOUND if before is None else httpx.codes.NO_CONTENT
@@ -174,8 +168,13 @@ class _Run:
                 expected = httpx.codes.CREATED if before is None else httpx.codes.OK
                 self.put_ms.append(1000 * (time.perf_counter() - started))
             self.counts["differences"] += answer.status_code != expected
-        except httpx.TransportError:  # the change was made, or it was not
-            self._restart_writer()
+        except httpx.TransportError:
+            acknowledged = False
+        if kill:
+            killer.join()
+            self._writer.restart()
+            self.counts["kills"] += 1
+        if not acknowledged:  # the change was made, or it was not
             self.counts["cut_off"] += 1
             now = self._writer.title(entity_id)
             self.counts["differences"] += now not in (title, before)
@@ -185,15 +184,6 @@ class _Run:
             self._model.pop(entity_id, None)
         else:
             self._model[entity_id] = title, embedding_D[None]
-
-    def _restart_writer(self) -> None:
-        """Restart the service after the kill, which may be about to happen."""
-        assert self._killer is not None, "the service ended by itself"
-        self._killer.join()
-        self._killer = None
-        self._writer.__exit__()
-        self._writer.__enter__()
-        self.counts["kills"] += 1
 
     def _time_until_seen(self, entity_id: str) -> float:
         """Return the milliseconds until the other process has the current title."""
