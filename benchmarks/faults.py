@@ -171,7 +171,8 @@ class _Redis:
     def __enter__(self) -> Self:
         options = ("--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder)
         self._process = subprocess.Popen(["redis-server", *options], stdout=subprocess.DEVNULL)
-        wait_for(self._is_listening, "redis-server did not start")
+        with socket.socket() as probe:
+            wait_for(lambda: probe.connect_ex(("127.0.0.1", self._port)) == 0, "redis-server did not start")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -183,10 +184,6 @@ class _Redis:
 
     def restart(self) -> None:
         self.__enter__()
-
-    def _is_listening(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
 
 def main() -> None:

@@ -27,7 +27,6 @@ from geventhttpclient.client import HTTPClientPool
 from locust import FastHttpUser, LoadTestShape, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
-from locust.runners import WorkerRunner
 from locust.stats import RequestStats
 
 HOT_IMAGES = 16  # few enough for a cache
@@ -160,11 +159,6 @@ def cold_image() -> bytes:
     return PHOTOGRAPH + next(_numbers).to_bytes(8, "big")
 
 
-def hot_image() -> bytes:
-    """Return one of a few images that repeat."""
-    return PHOTOGRAPH + random.randrange(HOT_IMAGES).to_bytes(1, "big")
-
-
 class Cold(Arrivals):
     """Images never seen before. Each takes a pass of the encoder."""
 
@@ -180,7 +174,7 @@ class Hot(Arrivals):
     kind, weight = "hot", 4
 
     def request(self) -> None:
-        self.post("/recognize", hot_image(), "image/jpeg")
+        self.post("/recognize", PHOTOGRAPH + random.randrange(HOT_IMAGES).to_bytes(1, "big"), "image/jpeg")
 
 
 class Batch(Arrivals):
@@ -205,15 +199,14 @@ class Hostile(Arrivals):
     kind, weight = "hostile", 1
 
     def request(self) -> None:
-        image = hot_image()
         body, content_type = random.choice(
             [
                 (b"", "image/jpeg"),
-                (image[: len(image) // 3], "image/jpeg"),
+                (PHOTOGRAPH[: len(PHOTOGRAPH) // 3], "image/jpeg"),
                 (os.urandom(2000), "image/png"),
                 (b"not an image", "text/plain"),
                 (b'{"image": {"base64": "%%%"}}', "application/json"),
-                (image[:200] + os.urandom(500), "image/webp"),
+                (PHOTOGRAPH[:200] + os.urandom(500), "image/webp"),
             ]
         )
         self.post("/recognize", body, content_type, expected_statuses=(400, 415, 422))
@@ -258,8 +251,6 @@ def _drain(**_: Any) -> None:
 @events.quitting.add_listener
 def _check_limits(environment: Environment, **_: Any) -> None:
     """Write the steps, and set exit code 1 if a limit was exceeded."""
-    if isinstance(environment.runner, WorkerRunner):
-        return
     options = _options(environment)
     if options.steps:
         Path(options.steps).write_text(json.dumps([step.figures() for step in Shape.started], indent=1))

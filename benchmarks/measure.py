@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,25 +95,16 @@ class Metric:
         }
 
 
-class Reference:
-    """A fixed piece of work on one core: a matrix product, a pass over memory and a Python loop."""
+def _reference() -> Callable[[], float]:
+    """Return a function that times fixed work on one core, in ms: matrices, a pass over memory and a Python loop."""
+    matrix, memory = np.ones((192, 192), np.float32), np.ones(2_000_000, np.float32)
 
-    def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        self._matrix = rng.standard_normal((192, 192), dtype=np.float32)
-        self._memory = np.ones(2_000_000, np.float32)
-        self._time_ms()
-
-    def time_ms(self) -> float:
-        """Return the shortest of a few runs, in milliseconds."""
-        return min(self._time_ms() for _ in range(_REFERENCE_RUNS))
-
-    def _time_ms(self) -> float:
-        started = time.perf_counter()
-        np.einsum("ij,jk->ik", self._matrix, self._matrix)  # einsum is single-threaded, unlike BLAS
-        float(self._memory.sum())
+    def work() -> None:
+        np.einsum("ij,jk->ik", matrix, matrix)  # einsum is single-threaded, unlike BLAS
+        float(memory.sum())
         sum(number * number for number in range(20_000))
-        return 1000 * (time.perf_counter() - started)
+
+    return lambda: 1000 * min(timeit.repeat(work, number=1, repeat=_REFERENCE_RUNS))
 
 
 def sample(
@@ -123,7 +115,7 @@ def sample(
     Each round gives one sample, the median of the calls within `moment_s` seconds. Stop early, after at least two
     rounds, once `time.monotonic()` is past `until`.
     """
-    reference = Reference()
+    reference_ms = _reference()
     metrics = {probe.name: Metric() for probe in probes}
     calls = dict.fromkeys(metrics, 0)
     for probe in probes:
@@ -134,7 +126,7 @@ def sample(
             break
         order = order[1:] + order[:1]
         for probe in order:
-            metrics[probe.name].reference_ms.append(reference.time_ms())
+            metrics[probe.name].reference_ms.append(reference_ms())
             durations: list[float] = []
             while not durations or (sum(durations) < moment_s and len(durations) < _MAX_CALLS_PER_ROUND):
                 calls[probe.name] += 1
@@ -159,8 +151,8 @@ def nested(metrics: dict[str, Metric]) -> dict[str, Any]:
 
 def gpu_name() -> str | None:
     """Return the names of this machine's GPUs, or None without nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None

@@ -100,17 +100,8 @@ if find_spec("litserve") is not None:
             form: Any = request
             return self._decode(form["image"].file.read())
 
-        def batch(self, inputs: list[Any]) -> list[Any]:
-            return list(inputs)
-
-        def predict(self, pixels: list[Any]) -> list[dict[str, Any]]:
+        def predict(self, pixels: Any) -> list[dict[str, Any]]:
             return self._recognizer.recognize(pixels)
-
-        def unbatch(self, output: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return output
-
-        def encode_response(self, output: dict[str, Any]) -> Any:
-            return output
 
 
 if find_spec("mosec") is not None:

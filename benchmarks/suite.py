@@ -83,12 +83,10 @@ def _run(arguments: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
     try:
         output, errors = process.communicate(timeout=max(timeout_s, 0.1))
     except subprocess.TimeoutExpired:
-        output, errors = _interrupt(process)
-        if process.returncode:  # otherwise it had just finished
-            raise UserError(f"stopped after {timeout_s:.0f} s, the time that was left") from None
-    except BaseException:
-        _interrupt(process)
-        raise
+        raise UserError(f"stopped after {timeout_s:.0f} s, the time that was left") from None
+    finally:
+        if process.poll() is None:
+            _interrupt(process)
     if process.returncode:
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         raise UserError(lines[-1].removeprefix("error: "))
@@ -101,11 +99,10 @@ def _accept_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _interrupt(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """End a process and its children, as by Ctrl-C, then by SIGKILL. Return its output and errors."""
+def _interrupt(process: subprocess.Popen[str]) -> None:
+    """End a process and its children, as by Ctrl-C, then by SIGKILL."""
     for number in (signal.SIGINT, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
+        os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
-            return process.communicate(timeout=_GRACE_S)
-    raise RuntimeError(f"process {process.pid} does not end, though it was killed")
+            process.communicate(timeout=_GRACE_S)
+            return

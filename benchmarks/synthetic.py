@@ -10,7 +10,6 @@ Shapes: N embeddings, n of them in a shard, D embedding width, T topics, C clust
 from __future__ import annotations
 
 import io
-import os
 import random
 import shutil
 import sqlite3
@@ -32,7 +31,7 @@ from core.errors import UserError
 from core.runtime import usable_cores
 from index.build import build_index
 from index.bundle import Bundle, list_files
-from index.embeddings import EmbeddingShards, rows_file, vectors_file, write_shard
+from index.embeddings import EmbeddingShards, vectors_file, write_shard
 from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE, Counts, ImageEncoderEntry
 from index.store import INDEXES, SCHEMA
 
@@ -182,7 +181,10 @@ def _unit_vectors(rng: np.random.Generator, count: int, dim: int) -> Float32Arra
 
 
 def write_embeddings(folder: Path, count: int, dim: int) -> None:
-    """Write `count` synthetic embeddings, one per entity, to `folder` as shards. Every core draws some of them."""
+    """Write `count` synthetic embeddings, one per entity, to `folder` as shards. Every core draws some of them.
+
+    The first whole shards are the same for any `count`.
+    """
     folder.mkdir(parents=True)
     population = Population.of(dim)
 
@@ -194,14 +196,6 @@ def write_embeddings(folder: Path, count: int, dim: int) -> None:
     with ThreadPoolExecutor(usable_cores()) as pool:
         for _ in tqdm(pool.map(write, range(shards)), desc="draw", unit="shard", total=shards):
             pass
-
-
-def link_first_shards(folder: Path, source: Path, count: int) -> None:
-    """Hard-link the first `count` embeddings of `source`, in whole shards, into the new `folder`."""
-    folder.mkdir(parents=True)
-    for shard in range(-(-count // SHARD_SIZE)):
-        for name in (vectors_file(shard), rows_file(shard)):
-            os.link(source / name, folder / name)
 
 
 # ---- bundles ----

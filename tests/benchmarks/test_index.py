@@ -36,5 +36,5 @@ def test_every_size_is_measured_reported_and_removed(
     for peer in small["peers"].values():
         assert max(point["recall_at_10"] for point in peer["points"]) > 0.97
     text = figures_page("Index", {"index": (index.REPORT, {"made_up": found})})
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 2
     assert "4500" in text
