@@ -98,10 +98,13 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._parse_piece(self._body_left_bytes or _PIECE_BYTES)
         if self._ended:
             return
-        self.flow.held = bool(self._unparsed)
+        was_held, self.flow.held = self.flow.held, bool(self._unparsed)
         if self.flow.held:
             self.flow.pause_reading()
-        elif self._idle and (self._head_bytes or not self._in_head):
+            return
+        if was_held:
+            self.flow.resume_reading()
+        if self._idle and (self._head_bytes or not self._in_head):
             self._start_timer()
         elif self._idle and self._timer is None and self.timeout_keep_alive_task is None:
             # uvicorn starts its keep-alive timer after the response, but its request body may end later.

@@ -10,6 +10,9 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from itertools import pairwise
+from random import Random
 
 import httpx
 import pytest
@@ -176,3 +179,34 @@ def test_a_slow_reader_gets_all_of_a_response(serve, small_bundle):
             if time.monotonic() < began_at + 2.5:
                 time.sleep(0.01)  # the slow reading is what is tested
     assert received > requests * size_bytes
+
+
+def test_requests_may_be_cut_into_packets_anywhere(service, giraffe):
+    upgrade = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
+    chunks = b"%x;ext\r\n%b\r\n1\r\n%b\r\n0\r\nX: trailer\r\n\r\n" % (len(giraffe) - 1, giraffe[:-1], giraffe[-1:])
+    length = b"Content-Length: %d\r\n\r\n" % len(giraffe)
+    image = extreme.POST % b"image/png"
+    requests = [
+        (extreme.GET, 200),
+        (b"GET /livez HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n", 200),
+        (image + length + giraffe, 200),
+        (image + upgrade + length + giraffe, 200),
+        (extreme.CHUNKED + chunks, 200),
+        (extreme.CHUNKED[:-2] + upgrade + b"\r\n" + chunks, 200),
+        (b"POST /nowhere HTTP/1.1\r\nHost: a\r\n" + length + giraffe, 404),  # answered before its body is there
+        (b"POST /nowhere HTTP/1.1\r\nHost: a\r\n" + upgrade + b"Transfer-Encoding: chunked\r\n\r\n" + chunks, 404),
+    ]
+    random = Random(7)
+    for _ in range(40):
+        chosen = random.choices(requests, k=8)
+        sent = b"".join(request for request, _ in chosen) + extreme.LAST_GET
+        cuts = [0, *sorted(random.choices(range(len(sent)), k=random.choice([0, 3, 40]))), len(sent)]
+        pieces = [sent[start:end] for start, end in pairwise(cuts)]
+        received = extreme.send(service.base_url.host, service.base_url.port, paced(pieces, random))
+        assert extreme.statuses(received) == [*(status for _, status in chosen), 200]
+
+
+def paced(pieces: list[bytes], random: Random) -> Iterator[bytes]:
+    for piece in pieces:
+        yield piece
+        time.sleep(random.choice([0, 0, 0.002]))  # otherwise the kernel joins the pieces
