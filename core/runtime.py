@@ -6,11 +6,14 @@ they are being loaded, so they are loaded here, on first use, after `configure_n
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +22,8 @@ if TYPE_CHECKING:
     import faiss as faiss  # noqa: PLC0414 - re-exported
     import onnxruntime as onnxruntime  # noqa: PLC0414 - re-exported
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt, from malloc.h
+_DEFAULT_THRESHOLD, _MAX_MMAP_THRESHOLD = 128 * 1024, 32 * 1024**2  # bytes, glibc's own values
 _CPU_INFO = Path("/proc/cpuinfo")
 _BLAS_KERNELS = (
     ("SkylakeX", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
@@ -59,6 +64,26 @@ def _cpu_flags() -> set[str]:
             return next((set(line.split()[2:]) for line in lines if line.startswith("flags")), set())
     except OSError:
         return set()
+
+
+@contextmanager
+def returnable_memory() -> Iterator[None]:
+    """Let blocks of 128 KiB or more that are allocated meanwhile go back to the system as soon as they are freed.
+
+    glibc raises its thresholds as it frees large blocks. The weights and tables of a bundle would then share its heaps
+    with small blocks that outlive them. Outside, requests may take large blocks from the heaps, which is faster.
+    Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+    mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
 
 
 def usable_cores() -> int:

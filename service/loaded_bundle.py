@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,6 +46,14 @@ def opening(bundle: Path | str) -> Iterator[None]:
         raise BundleAltered(f"{bundle} cannot be opened ({type(error).__name__}: {reason}); export it again") from error
 
 
+class _Revision(NamedTuple):
+    """A `BundleView` without its bundle. The bundle keeps this one: with a view it would be a reference cycle."""
+
+    entities: EntityView
+    ranker: Ranker
+    label: str
+
+
 class LoadedBundle:
     """A bundle that is ready to answer. Each has its own engine, so a batch never mixes two bundles.
 
@@ -71,10 +80,10 @@ class LoadedBundle:
         live = self._open_index(settings) if settings.index is None else self._open_milvus(settings.index)
         log.info("searching on %s: %s", *self.search_device)
         self.editor = None if live is None else self._open_editor(live, settings)
-        self._view = self._make_view()
+        self._revision = self._current_revision()
         self.engine = Engine(
             self.encoder,
-            self._view.entities,
+            self._revision.entities,
             max_batch=settings.batch_limit(self.encoder.device),
             queue_limit=settings.queue_limit,
             # OpenMP's number of threads is a setting of the calling thread.
@@ -99,9 +108,10 @@ class LoadedBundle:
 
     def view(self) -> BundleView:
         """Return the current view. Later changes to entities do not affect it."""
-        if self.editor is not None and self.editor.live.delta is not self._view.entities.delta:
-            self._view = self._make_view()
-        return self._view
+        revision = self._revision
+        if self.editor is not None and self.editor.live.delta is not revision.entities.delta:
+            revision = self._revision = self._current_revision()
+        return BundleView(loaded=self, entities=revision.entities, ranker=revision.ranker, label=revision.label)
 
     def check(self) -> None:
         """Recognise a blank image. Raises `BundleAltered` if that fails in any way."""
@@ -140,28 +150,24 @@ class LoadedBundle:
             with self._unused:
                 self._unused.wait_for(lambda: self._users == 0)
             if self.close(timeout_s):
-                log.info("%s is closed", self._view.label)
+                log.info("%s is closed", self._revision.label)
 
         threading.Thread(target=close_when_unused, name="retire", daemon=True).start()
 
     def close(self, timeout_s: float) -> bool:
         """Finish accepted jobs and close everything. Return False if the engine takes longer than `timeout_s`."""
         if not self.engine.close(timeout_s):
-            log.error("the engine of %s did not stop in %g s", self._view.label, timeout_s)
+            log.error("the engine of %s did not stop in %g s", self._revision.label, timeout_s)
             return False  # it still uses the store and the index
         if self.editor is not None:
             self.editor.close()
         self._store.close()
         return True
 
-    def _make_view(self) -> BundleView:
+    def _current_revision(self) -> _Revision:
         entities = self._entity_view()
-        return BundleView(
-            loaded=self,
-            entities=entities,
-            ranker=Ranker(entities, self._calibration),
-            label=f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}",
-        )
+        label = f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}"
+        return _Revision(entities, Ranker(entities, self._calibration), label)
 
     def _open_index(self, settings: Settings) -> LiveChanges | None:
         """Search the bundle's own index, with the changes in LIVE_DIR. Return None if entities cannot be changed."""

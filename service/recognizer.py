@@ -33,6 +33,7 @@ from core.errors import (
     UndecodableImage,
     UserError,
 )
+from core.runtime import returnable_memory
 from index.bundle import Bundle
 from index.transfer import local_bundle
 from service.cache import Cache, SingleFlight, cache_key
@@ -182,11 +183,12 @@ class Recognizer:
     def _load(self, bundle: Path | str) -> LoadedBundle:
         with opening(bundle):
             folder = local_bundle(bundle, self.settings.bundle_cache)
-            loaded = LoadedBundle(Bundle.open(folder), self.settings, self.metrics, self._encoder)
+            with returnable_memory():
+                loaded = LoadedBundle(Bundle.open(folder), self.settings, self.metrics, self._encoder)
         try:
             loaded.check()
         except BundleAltered:
-            loaded.close(0)
+            loaded.close(self.settings.deadline_ms / 1000)
             raise
         return loaded
 

@@ -18,6 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from core.errors import UserError
+from core.runtime import returnable_memory
 from service.app import create_app
 from service.protocol import GuardedHttpProtocol
 from service.recognizer import Recognizer
@@ -44,7 +45,8 @@ def run_server(settings: Settings) -> None:
         gc.collect()
         gc.freeze()
         gc.set_threshold(_GC_THRESHOLD, 10, 10)
-        recognizer = Recognizer.open(settings.bundle, settings)
+        with returnable_memory():
+            recognizer = Recognizer.open(settings.bundle, settings)
         host, port = listener.getsockname()[:2]
         log.info("serving %s on http://%s:%d", recognizer.label, f"[{host}]" if ":" in host else host, port)
         config = server_config(settings, create_app(settings, recognizer))
