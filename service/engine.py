@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -228,7 +229,9 @@ class Engine:
             self._process(batch)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].future.set_exception(error)
+                # The error refers to these frames, and they refer to the job: with its future a reference cycle.
+                traceback.clear_frames(error.__traceback__)
+                batch.pop().future.set_exception(error)
                 return
             log.warning("a batch of %d failed (%s): retrying its images one by one", len(batch), error)
             for job in batch:
