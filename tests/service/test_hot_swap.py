@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import asyncio
 import gc
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,8 +17,8 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from contextlib import closing
+from pathlib import Path
 
 import httpx
 import numpy as np
