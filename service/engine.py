@@ -76,7 +76,8 @@ class _Job:
 class Engine:
     """A bounded queue and the thread that processes it in batches.
 
-    As soon as the thread is free, it takes what is queued, up to `max_batch`. It skips jobs whose future was cancelled.
+    As soon as the thread is free, it takes what is queued, up to `max_batch`. A job leaves the queue when its future is
+    cancelled.
     If a batch fails, its jobs are retried one by one, so that only the bad one fails. If the thread dies, a new thread
     retries the jobs of that batch one by one. After three deaths in a row the engine stops for good.
     """
@@ -153,7 +154,16 @@ class Engine:
                 raise TooManyRequests(f"{len(self._queue)} images are waiting; retry later", retry_after_s=1)
             self._queue.append(job)
             self._wake.notify()
+        job.future.add_done_callback(self._drop_if_cancelled)
         return job.future
+
+    def _drop_if_cancelled(self, future: Future[Found]) -> None:
+        if future.cancelled():
+            with self._wake:
+                for job in self._queue:
+                    if job.future is future:
+                        self._queue.remove(job)
+                        return
 
     def close(self, timeout_s: float) -> bool:
         """Accept no more jobs, finish those accepted and stop. Return False if that takes longer than `timeout_s`."""

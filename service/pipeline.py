@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from core.errors import Unavailable
 from imaging import load_region
 from service.loaded_bundle import BundleView
+from service.pools import submit
 from service.ranking import Ranking
 from wikiclip.answers import Box, RecognizeOptions
 
@@ -111,7 +112,7 @@ class RecognitionPipeline:
 
 async def _submit(pool: ThreadPoolExecutor, work: Callable[[], T], on_end: Callable[[], None] = lambda: None) -> T:
     try:
-        pending: Future[T] = pool.submit(work)
+        pending = submit(pool, work)
     except RuntimeError:
         on_end()
         raise Unavailable("the service is stopping; retry later or elsewhere") from None
@@ -119,4 +120,4 @@ async def _submit(pool: ThreadPoolExecutor, work: Callable[[], T], on_end: Calla
     try:
         return await asyncio.wrap_future(pending)
     finally:
-        del pending  # an exception refers to this frame, and the future to the exception: a reference cycle
+        del pending, work  # an exception refers to this frame, and the future to the exception: a reference cycle

@@ -10,6 +10,7 @@ import logging
 import sqlite3
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -34,6 +35,7 @@ from index.overlay import LiveChanges
 from index.store import StoredEntity, first_sentence
 from service.encoder import open_session
 from service.engine import Encoder
+from service.pools import submit
 
 _THREADS = 1  # one thread leaves the cores to queries
 _MAX_TITLES = 200_000  # characters of the titles in all languages, which stay in memory
@@ -145,11 +147,11 @@ class Editor:
 
         The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
         """
-        return self._executor.submit(self._put, entity_id, record, image)
+        return submit(self._executor, partial(self._put, entity_id, record, image))
 
     def delete(self, entity_id: str) -> Future[None]:
         """Delete an entity. The future raises as `LiveChanges.delete` does."""
-        return self._executor.submit(self.live.delete, entity_id)
+        return submit(self._executor, partial(self.live.delete, entity_id))
 
     def _put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> tuple[StoredEntity, bool, int]:
         embedding_D = self._embedding(record, image)

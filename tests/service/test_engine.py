@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import CancelledError, wait
+import weakref
+from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from core.errors import TooManyRequests, Unavailable
 from index.store import Selection
 from service.engine import Engine
+from service.pools import submit
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
 
@@ -171,6 +174,30 @@ def test_a_cancelled_job_is_never_encoded(engine, encoder):
     assert encoder.batches == [[1], [3]]
     with pytest.raises(CancelledError):
         abandoned.result()
+
+
+def test_a_cancelled_job_leaves_the_queue_with_its_pixels(engine, encoder):
+    occupy(engine, encoder)
+    pixels = image(2)
+    abandoned, _ = engine.submit(pixels, 1), engine.submit(image(3), 1)
+    held = weakref.ref(pixels)
+    del pixels
+    assert abandoned.cancel()
+    assert held() is None
+    assert engine.depth == 1
+
+
+def test_a_pool_keeps_nothing_of_cancelled_work():
+    gate, pixels = threading.Event(), image(2)
+    with ThreadPoolExecutor(1) as pool:
+        running = submit(pool, partial(gate.wait, TIMEOUT_S))
+        abandoned = submit(pool, partial(np.sum, pixels))
+        held = weakref.ref(pixels)
+        del pixels
+        assert abandoned.cancel()
+        assert held() is None
+        gate.set()
+        assert running.result(TIMEOUT_S)
 
 
 def test_closing_finishes_accepted_jobs_and_accepts_no_more(engine, encoder):

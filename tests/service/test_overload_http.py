@@ -99,6 +99,7 @@ def test_past_the_deadline_is_a_504_and_waiting_images_are_dropped(serve, small_
         assert [answer.status_code for answer in answers] == [504] * 3
         assert f"{DEADLINE_MS} ms" in answers[0].json()["detail"]
         until(service, 'wikiclip_images_total{outcome="deadline"}', 3.0)
+        until(service, "wikiclip_queue_images", 0.0)
         encoder.gate.set()
         assert ask(service, images[3]).status_code == 200
     assert encoder.sizes == [1, 1]  # the two that waited were dropped
@@ -243,6 +244,7 @@ def test_a_disconnected_client_frees_its_place_and_is_not_encoded(serve, small_b
             leaving.sendall(head.encode() + b"\r\n\r\n" + images[1])
             until(service, "wikiclip_queue_images", 1.0)
         until(service, "wikiclip_in_flight_images", 1.0)
+        until(service, "wikiclip_queue_images", 0.0)
         encoder.gate.set()
         assert first.result(TIMEOUT_S).status_code == 200
         until(service, 'wikiclip_images_total{outcome="abandoned"}', 1.0)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
+import sqlite3
 import threading
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -189,6 +194,26 @@ def test_another_service_sees_a_change(live, serve, small_bundle, tmp_path):
             never.wait(0.05)
         assert other.get("/entities/new").status_code == 200
         assert other.get("/entities/Q140").status_code == 404
+
+
+def test_changes_past_their_deadline_are_dropped_with_their_records(serve, small_bundle, tmp_path):
+    with (
+        serve(small_bundle, live_dir=tmp_path / "live", admin_token=TOKEN, deadline_ms=1000) as client,
+        closing(sqlite3.connect(tmp_path / "live" / "live.sqlite", isolation_level=None)) as other,
+        ThreadPoolExecutor(12) as pool,
+    ):
+        other.execute("BEGIN IMMEDIATE")  # another process that does not end its change
+        tracemalloc.start()
+        try:
+            text = "x" * 1_000_000
+            late = [pool.submit(put, client, f"late{n}", text=text, embedding=vector(n)) for n in range(12)]
+            assert [late.pop().result(WAIT_S).status_code for _ in range(12)] == [504] * 12
+            gc.collect()  # the client has reference cycles
+            held_bytes, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert held_bytes < 6_000_000  # one change has begun, the others are gone
+        other.execute("ROLLBACK")
 
 
 def test_changes_survive_a_restart_and_a_swap_to_a_foreign_bundle_is_refused(serve, small_bundle, tmp_path):
