@@ -3,7 +3,8 @@
 A few clients send images whose answers are known. Meanwhile Redis is killed and restarted, bundles are swapped, the
 engine thread is killed, three in ten clients disconnect early, and hostile bodies are sent. `wrong` counts answers that
 differ from the first ones, `failed` requests of those clients without a 200, and `faults` hostile bodies that got a
-status of 500 or more or a leak. All should be 0. Needs redis-server.
+status of 500 or more or a leak. All should be 0. `own_memory_mib` is the service's memory before and after the swaps,
+which should differ by little. Needs redis-server.
 
 `python -m benchmarks.faults serve ...` is `wikiclip serve` with an engine that can be killed by SIGUSR1.
 """
@@ -11,6 +12,7 @@ status of 500 or more or a leak. All should be 0. Needs redis-server.
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import signal
 import socket
@@ -61,12 +63,21 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                     redis.restart()
                     time.sleep(REDIS_UP_S)
 
-            def swap_bundles() -> None:
+            def swap_bundles() -> dict[str, Any]:
+                before_mib = own_memory_mib()
                 for number in range(SMOKE_SWAPS if smoke else SWAPS):
                     path = bundle_path if number % 2 else other_path
                     headers = {"Authorization": f"Bearer {TOKEN}"}
                     body = {"path": str(path.resolve())}
                     httpx.post(f"{url}/admin/bundle", json=body, headers=headers, timeout=TIMEOUT_S).raise_for_status()
+                return {"own_memory_mib": [before_mib, own_memory_mib()]}
+
+            def own_memory_mib() -> float:
+                """Return the service's memory without mapped files."""
+                (kib,) = re.findall(
+                    r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE
+                )
+                return round(int(kib) / 1024, 1)
 
             def kill_engine() -> None:
                 for number in range(kills):
