@@ -68,7 +68,8 @@ class LiveSegment:
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._writer = _open(folder)
-        path = folder / LIVE_FILE
+        self._path = path = folder / LIVE_FILE
+        self._file = path.stat()
         self._reader = _connect(path)
         self.store = EntityStore(path, immutable=False)
         self._seen_version: int | None = None
@@ -91,8 +92,9 @@ class LiveSegment:
     def refresh(self) -> Delta:
         """Read the changes of all processes. Cheap if there are none.
 
-        Raise `LiveDirError` if the changes no longer belong to this bundle.
+        Raise `LiveDirError` if the changes no longer belong to this bundle, or their file has disappeared.
         """
+        self._check_file()
         with self._read_lock:
             (version,) = self._reader.execute("PRAGMA data_version").fetchone()
             if version != self._seen_version:
@@ -214,6 +216,17 @@ class LiveSegment:
                 if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY:
                     raise Unavailable("other processes have been changing entities for too long; try again") from error
                 raise LiveDirError(f"the change could not be written ({error}); check LIVE_DIR's disk") from error
+
+    def _check_file(self) -> None:
+        """Raise `LiveDirError` if the open file is not the one in LIVE_DIR: what is written to it would be lost."""
+        try:
+            same = os.path.samestat(self._path.stat(), self._file)
+        except OSError as error:
+            raise LiveDirError(
+                f"the file in LIVE_DIR has disappeared ({error.strerror}); move it back, or restart the service"
+            ) from error
+        if not same:
+            raise LiveDirError("the file in LIVE_DIR was replaced while it was open; restart the service")
 
 
 def _open(folder: Path) -> sqlite3.Connection:

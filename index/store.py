@@ -172,7 +172,7 @@ class EntityStore:
     """
 
     def __init__(self, path: Path, *, immutable: bool = True) -> None:
-        self._path = path
+        self._path = path.resolve()  # threads open it later, and links change
         self._immutable = immutable
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
@@ -335,7 +335,7 @@ class EntityStore:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if connection is None:
             # `immutable` skips locks and checks for changes.
-            uri = self._path.resolve().as_uri() + ("?mode=ro&immutable=1" if self._immutable else "?mode=ro")
+            uri = self._path.as_uri() + ("?mode=ro&immutable=1" if self._immutable else "?mode=ro")
             connection = sqlite3.connect(uri, uri=True, check_same_thread=False, isolation_level=None)
             connection.row_factory = sqlite3.Row
             connection.executescript("PRAGMA trusted_schema = OFF; PRAGMA cell_size_check = ON; PRAGMA query_only = ON")

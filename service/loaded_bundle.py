@@ -21,7 +21,7 @@ from imaging import Preprocessing
 from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
-from index.manifest import EMBEDDINGS_FOLDER, STORE_FILE
+from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE, STORE_FILE
 from index.overlay import EntityView, LiveChanges, OverlayView
 from service.encoder import open_encoder
 from service.engine import Encoder, Engine
@@ -30,6 +30,8 @@ from service.settings import MILVUS, Settings
 from service.telemetry import Metrics
 from service.updates import Editor
 from wikiclip.answers import RecognizeOptions
+
+_WATCH_INTERVAL_S = 1.0
 
 log = logging.getLogger("wikiclip.bundle")
 
@@ -44,6 +46,15 @@ def opening(bundle: Path | str) -> Iterator[None]:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise BundleAltered(f"{bundle} cannot be opened ({type(error).__name__}: {reason}); export it again") from error
+
+
+def _watch(manifest: Path, closing: threading.Event, gone: threading.Event) -> None:
+    """Say whether the manifest is gone, until closing. In a thread, because a network's file system may hang."""
+    while not closing.wait(_WATCH_INTERVAL_S):
+        if manifest.is_file():
+            gone.clear()
+        else:
+            gone.set()
 
 
 class _Revision(NamedTuple):
@@ -94,12 +105,18 @@ class LoadedBundle:
         self._stuck_after_s = settings.stuck_ms / 1000
         self._users = 0
         self._unused = threading.Condition()
+        self._closing, self._folder_gone = threading.Event(), threading.Event()
+        manifest = bundle.path.resolve() / MANIFEST_FILE
+        watch = threading.Thread(target=_watch, args=(manifest, self._closing, self._folder_gone), daemon=True)
+        watch.start()
 
     @property
     def unready_reason(self) -> str | None:
         """Return why it cannot answer now, None if it can."""
         if self.editor is not None and self.editor.sync_error is not None:
             return self.editor.sync_error
+        if self._folder_gone.is_set():
+            return "the bundle's folder has disappeared"
         if not self.engine.alive:
             return "the engine has died"
         if self.engine.silent_s > self._stuck_after_s:
@@ -156,6 +173,7 @@ class LoadedBundle:
 
     def close(self, timeout_s: float) -> bool:
         """Finish accepted jobs and close everything. Return False if the engine takes longer than `timeout_s`."""
+        self._closing.set()
         if not self.engine.close(timeout_s):
             log.error("the engine of %s did not stop in %g s", self._revision.label, timeout_s)
             return False  # it still uses the store and the index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gc
 import json
+import shutil
 import sqlite3
 import threading
 import tracemalloc
@@ -214,6 +215,55 @@ def test_changes_past_their_deadline_are_dropped_with_their_records(serve, small
             tracemalloc.stop()
         assert held_bytes < 6_000_000  # one change has begun, the others are gone
         other.execute("ROLLBACK")
+
+
+def test_a_change_to_a_folder_that_has_disappeared_is_not_acknowledged(live, tmp_path):
+    put(live, "kept", embedding=vector(1)).raise_for_status()
+    folder, elsewhere = tmp_path / "live", tmp_path / "elsewhere"
+    for disappear, appear in (
+        (lambda: folder.rename(elsewhere), lambda: elsewhere.rename(folder)),
+        (lambda: shutil.rmtree(folder), None),
+    ):
+        disappear()
+        assert put(live, "lost", embedding=vector(2)).status_code == 503
+        until_ready(live, False)
+        assert "LIVE_DIR has disappeared" in live.get("/readyz").json()["detail"]
+        assert live.delete("/entities/Q140", headers=ADMIN).status_code == 503
+        assert live.get("/livez").status_code == 200
+        if appear is not None:
+            appear()
+            until_ready(live, True)
+            assert live.get("/entities/kept").status_code == 200
+            assert live.get("/entities/lost").status_code == 404
+    folder.mkdir()
+    (folder / "live.sqlite").write_bytes(b"")
+    refused = put(live, "lost", embedding=vector(2))
+    assert refused.status_code == 503
+    assert "restart the service" in refused.json()["detail"]
+
+
+def until_ready(service, ready: bool) -> None:
+    never = threading.Event()
+    for _ in range(WAIT_S * 20):
+        if (service.get("/readyz").status_code == 200) is ready:
+            return
+        never.wait(0.05)  # the service looks for changes in a thread of its own
+    raise AssertionError(f"ready was never {ready}")
+
+
+def test_a_service_whose_bundle_has_disappeared_is_not_ready_until_it_is_back(serve, small_bundle, tmp_path, giraffe):
+    shutil.copytree(small_bundle, tmp_path / "bundle")
+    (tmp_path / "current").symlink_to(tmp_path / "bundle")
+    with serve(tmp_path / "current") as service:
+        (tmp_path / "current").unlink()  # as before a swap: the bundle itself is still there
+        (tmp_path / "bundle").rename(tmp_path / "gone")
+        until_ready(service, False)
+        assert "the bundle's folder has disappeared" in service.get("/readyz").json()["detail"]
+        assert service.get("/entities/Q140").status_code == 503
+        assert service.get("/livez").status_code == 200
+        (tmp_path / "gone").rename(tmp_path / "bundle")
+        until_ready(service, True)
+        assert recognized(service, giraffe)["predictions"][0]["entity_id"] == "Q15083"
 
 
 def test_changes_survive_a_restart_and_a_swap_to_a_foreign_bundle_is_refused(serve, small_bundle, tmp_path):
