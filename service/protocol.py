@@ -113,14 +113,14 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             )
 
     def _parse_piece(self, size: int) -> None:
-        piece, rest = self._unparsed[:size], self._unparsed[size:]
-        self._unparsed = rest
+        unparsed = self._unparsed
+        piece, self._unparsed = unparsed[:size], unparsed[size:]
         self._head_bytes += len(piece)
         try:
             self.parser.feed_data(piece)
         except httptools.HttpParserUpgrade as upgrade:
             # The parser has ended the message after its head. Let it continue with the body.
-            self._unparsed = memoryview(bytes(piece[upgrade.args[0] :]) + bytes(rest))
+            self._unparsed = unparsed[upgrade.args[0] :]
             framing = [name + b": " + value for name, value in self.headers if name in _FRAMING]
             self.parser.feed_data(b"\r\n".join([b"POST / HTTP/1.1", *framing, b"\r\n"]))
         except httptools.HttpParserError as error:

@@ -117,6 +117,21 @@ def test_pipelined_requests_wait_unparsed(serve, small_bundle, giraffe, gated_en
     assert extreme.statuses(received) == [200] * 2002
 
 
+def test_no_more_is_read_than_is_answered(service):
+    request = extreme.POST % b"image/png" + b"Content-Length: 1\r\n\r\nx"
+    sent_bytes = 0
+
+    def requests() -> Iterator[bytes]:
+        nonlocal sent_bytes
+        for _ in range(80):
+            yield request * 6000
+            sent_bytes += 6000 * len(request)
+
+    answered = extreme.statuses(extreme.send(service.base_url.host, service.base_url.port, requests()))
+    # The rest is in the kernel's buffers, on both sides, and one packet in the service.
+    assert sent_bytes < len(answered) * len(request) + 20_000_000
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize("chunked", [False, True])
 def test_curl_asking_for_http2_sends_an_image(service, giraffe, tmp_path, chunked):
@@ -149,16 +164,10 @@ def test_other_forms_of_requests(service, request_bytes, status):
 
 
 def test_trailers_are_not_headers(service, giraffe):
-    body = b"%x\r\n%b\r\n0\r\nX-Request-ID: trailer\r\nContent-Type: text/html\r\n\r\n" % (len(giraffe), giraffe)
-    head = extreme.CHUNKED[:-2] + b"Connection: close\r\n\r\n"
+    body = b"%x\r\n%b\r\n0\r\nContent-Type: image/png\r\n\r\n" % (len(giraffe), giraffe)
+    head = b"POST /recognize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
     received = extreme.send(service.base_url.host, service.base_url.port, [head + body])
-    assert extreme.statuses(received) == [200]
-    assert b"trailer" not in received
-
-
-def test_a_body_that_resembles_a_request_is_not_answered(service):
-    received = extreme.upgrade_with_body(service.base_url.host, service.base_url.port)
-    assert len(extreme.statuses(received)) == 2
+    assert extreme.statuses(received) == [415]
 
 
 def test_a_slow_reader_gets_all_of_a_response(serve, small_bundle):
@@ -177,7 +186,7 @@ def test_a_slow_reader_gets_all_of_a_response(serve, small_bundle):
         while chunk := connection.recv(16384):
             received += len(chunk)
             if time.monotonic() < began_at + 2.5:
-                time.sleep(0.01)  # the slow reading is what is tested
+                time.sleep(0.02)  # the slow reading is what is tested
     assert received > requests * size_bytes
 
 

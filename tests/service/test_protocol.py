@@ -106,6 +106,21 @@ def test_an_endless_head_is_a_431(connection):
     check_refusal(received, 431, "65536")
 
 
+def test_a_refusal_arrives_while_the_client_still_sends(connection):
+    connection.sendall(b"GET /livez HTTP/1.1\r\nX: " + b"x" * 8_000_000)
+    check_refusal(read_until_closed(connection), 431, "65536")  # no reset
+
+
+def test_a_malformed_body_gets_no_second_response(connection):
+    connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n")
+    received = b""
+    while not received.endswith(b"}"):
+        received += connection.recv(65536)
+    assert received.startswith(b"HTTP/1.1 404")
+    connection.sendall(b"x\r\n")
+    assert read_until_closed(connection) == b""
+
+
 def test_malformed_http_is_a_400(connection):
     connection.sendall(b"\x16\x03\x01\x02\0\x01\0\r\n\r\n")
     check_refusal(read_until_closed(connection), 400, "HTTP")
