@@ -2,12 +2,14 @@
 
 It finds the nearest drawing in the catalog for each query. `demo.train_tiny` validates with it.
 
-Shapes: B images, D embedding width.
+Shapes: N drawings of the catalog, Q queries, D embedding width.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -17,17 +19,17 @@ from tqdm import tqdm
 
 from core.jsonl import Rejected
 from demo.build import CATALOG_ROLES, build_option, read_drawings
-from evaluation.metrics import RECALL_AT, AnsweredQuery, Evaluation, as_table, rank_of, summarise
 from imaging import load_pixels
 from model.data import read_pairs
 from model.encoders import ImageEncoder, open_image_encoder
 from model.features import MAX_PIXELS
+from model.validation import Accuracy, measure
 
 _BATCH = 64
 
 
 def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
-    """Return the L2-normalised embeddings `[B, D]` of image files."""
+    """Return the L2-normalised embeddings `[N, D]` of image files."""
     embeddings = []
     for start in tqdm(range(0, len(paths), _BATCH), desc="images", unit="batch", leave=False):
         batch = paths[start : start + _BATCH]
@@ -36,31 +38,18 @@ def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
     return torch.cat(embeddings)
 
 
-def nearest_entities(similarity: torch.Tensor, entity_ids: Sequence[str], count: int) -> list[str]:
-    """Return the `count` best entities of one query, each by its best drawing."""
-    found: dict[str, None] = {}
-    for position in similarity.argsort(descending=True).tolist():
-        found.setdefault(entity_ids[position])
-        if len(found) == count:
-            break
-    return list(found)
-
-
-def evaluate_encoder(encoder: ImageEncoder, build: Path, part: str) -> dict[str, Evaluation]:
-    """Evaluate an encoder alone on the queries of `part` (val or test), clean and photographed."""
+def evaluate_encoder(encoder: ImageEncoder, build: Path, part: str) -> dict[str, Accuracy]:
+    """Return an encoder's accuracy alone on the queries of `part` (val or test), clean and photographed."""
     catalog = [drawing for drawing in read_drawings(build) if drawing.role in CATALOG_ROLES]
-    entity_ids = [drawing.entity_id for drawing in catalog]
+    owner_N = np.array([drawing.entity_id for drawing in catalog])
     catalog_ND = embed(encoder, [build / drawing.image for drawing in catalog])
-    evaluations = {}
+    accuracies = {}
     for view in ("clean", "photo"):
         pairs = [item for item in read_pairs(build / f"queries_{part}_{view}.jsonl") if not isinstance(item, Rejected)]
-        answered = []
-        for pair, embedding_D in zip(pairs, embed(encoder, [pair.image.path for pair in pairs]), strict=True):
-            found = nearest_entities(catalog_ND @ embedding_D, entity_ids, max(RECALL_AT))
-            rank = rank_of(pair.entity_id, found)
-            answered.append(AnsweredQuery(data_split=pair.data_split, seen=pair.seen, rank=rank))
-        evaluations[view] = summarise(answered, rejected=0)
-    return evaluations
+        nearest_Q = (embed(encoder, [pair.image.path for pair in pairs]) @ catalog_ND.T).argmax(dim=1).numpy()
+        correct_Q = owner_N[nearest_Q] == [pair.entity_id for pair in pairs]
+        accuracies[view] = measure(correct_Q, [pair.seen for pair in pairs])
+    return accuracies
 
 
 @click.command()
@@ -68,8 +57,8 @@ def evaluate_encoder(encoder: ImageEncoder, build: Path, part: str) -> dict[str,
 @build_option
 def main(image_encoder: str, build: Path) -> None:
     """Measure an image encoder alone on the test queries, clean and photographed."""
-    for evaluation in evaluate_encoder(open_image_encoder(image_encoder), build, "test").values():
-        click.echo(as_table(evaluation))
+    accuracies = evaluate_encoder(open_image_encoder(image_encoder), build, "test")
+    click.echo(json.dumps({view: asdict(accuracy) for view, accuracy in accuracies.items()}, indent=1))
 
 
 if __name__ == "__main__":

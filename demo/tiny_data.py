@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -33,25 +33,23 @@ def drawings_digest(drawings: Sequence[Drawing]) -> str:
 
 def load_rgba(drawings: Sequence[Drawing], build: Path, size_px: int) -> torch.Tensor:
     """Load drawings as uint8 `[n, 4, size_px, size_px]`, colours premultiplied by alpha."""
-    pixels = torch.empty(len(drawings), 4, size_px, size_px, dtype=torch.uint8)
 
-    def read(row: int) -> None:
-        image = Image.open(build / drawings[row].image).resize((size_px, size_px), Image.Resampling.BOX)
+    def read(drawing: Drawing) -> torch.Tensor:
+        image = Image.open(build / drawing.image).resize((size_px, size_px), Image.Resampling.BOX)
         rgba = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         rgba[:3] = (rgba[:3].short() * rgba[3:].short() // 255).byte()
-        pixels[row] = rgba
+        return rgba
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(read, range(len(drawings))))
-    return pixels
+        return torch.stack(list(pool.map(read, drawings)))
 
 
 class EntityBatches:
-    """Yields `(drawing indices [2B], labels [2B])`: the first images of all, then their second images.
+    """Draws `(drawing indices [2B], labels [2B])`: the first images of all, then their second images.
 
     A batch has `sizes[i]` entities of `groups[i]`, each once per epoch, by two artists if possible. Their labels are
     their positions in all groups. If an entity has both drawings and icons, its first image is a drawing, and
-    `icon_share` of the second ones are icons.
+    `icon_share` of the second ones are icons. A batch depends only on the seed and its number.
     """
 
     def __init__(
@@ -59,7 +57,7 @@ class EntityBatches:
         drawings: Sequence[Drawing],
         groups: Sequence[Sequence[str]],
         sizes: Sequence[int],
-        generator: torch.Generator,
+        seed: int,
         icon_share: float = 0.0,
     ) -> None:
         labels = {entity: label for label, entity in enumerate(chain(*groups))}
@@ -73,30 +71,23 @@ class EntityBatches:
         self._icons = [others if own else [] for own, others in zip(drawn, icons, strict=True)]
         self._groups = [[labels[entity] for entity in group] for group in groups]
         self._sizes = sizes
-        self._generator = generator
+        self._seed = seed
         self._icon_share = icon_share
-        self.waiting: list[list[int]] = [[] for _ in groups]
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        while True:
-            rows = [row for number, group in enumerate(self._groups) if group for row in self._draw(number)]
-            label, first, second = torch.tensor(rows).T
-            yield torch.cat([first, second]), torch.cat([label, label])
-
-    def _draw(self, number: int) -> Iterator[tuple[int, int, int]]:
-        """Yield label, first and second image of the next entities of a group."""
-        group, size = self._groups[number], self._sizes[number]
-        if len(self.waiting[number]) < size:
-            order = torch.randperm(len(group), generator=self._generator).tolist()
-            self.waiting[number] = [group[place] for place in order]
-        chosen, self.waiting[number] = self.waiting[number][:size], self.waiting[number][size:]
-        for label in chosen:
-            images, icons = self._images[label], self._icons[label]
-            order = torch.randperm(len(images), generator=self._generator).tolist()
-            second = images[order[1 % len(images)]]
-            if icons and torch.rand((), generator=self._generator).item() < self._icon_share:
-                second = icons[int(torch.randint(len(icons), (), generator=self._generator))]
-            yield label, images[order[0]], second
+    def batch(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        random = np.random.default_rng((self._seed, 0, number))
+        rows = []
+        for group, size in zip(self._groups, self._sizes, strict=True):
+            epoch, place = divmod(number, max(1, len(group) // max(1, size)))
+            order = np.random.default_rng((self._seed, 1, epoch)).permutation(group)
+            for label in order[place * size : (place + 1) * size]:
+                images, icons = random.permutation(self._images[label]), self._icons[label]
+                second = images[1 % len(images)]
+                if icons and random.random() < self._icon_share:
+                    second = random.choice(icons)
+                rows.append((label, images[0], second))
+        label, first, second = torch.tensor(np.array(rows)).T
+        return torch.cat([first, second]), torch.cat([label, label])
 
 
 def text_embeddings(build: Path, entities: list[str]) -> torch.Tensor:
@@ -107,8 +98,7 @@ def text_embeddings(build: Path, entities: list[str]) -> torch.Tensor:
     rows = []
     for start in tqdm(range(0, len(entities), 64), desc="texts", unit="batch"):
         features = encoder.encode([texts[entity] for entity in entities[start : start + 64]])
-        mask = features.mask_BT[..., None].float()
-        rows.append((features.text_tokens_BTC.float() * mask).sum(1) / mask.sum(1))
+        rows.append(features.text_tokens_BTC.sum(1))  # padding is zero
     return F.normalize(torch.cat(rows), dim=1)
 
 
@@ -121,18 +111,14 @@ def normalised(pixels_B3HW: torch.Tensor) -> torch.Tensor:
 def mean_patch_tokens(encoder: TinyEncoder, rgba: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Return `[n, D]`, the embeddings of drawings (as `load_rgba` returns them) before normalisation.
 
-    The encoder runs in evaluation mode and keeps its own mode, so its batch normalisation does not learn from these
-    drawings.
+    The encoder must be in evaluation mode.
     """
-    training = encoder.training
-    encoder.eval()
     tokens = []
     for part in torch.split(rgba, 256):
         values = part.to(device).float() / 255
         on_white = values[:, :3] + 1 - values[:, 3:]
         with torch.autocast(device.type, torch.bfloat16):
             tokens.append(encoder(normalised(on_white))[0].float().mean(1))
-    encoder.train(training)
     return torch.cat(tokens)
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from demo.build import ADAPTOR_ARTISTS, HELD_OUT_ARTISTS, Drawing, _labelled, is_blank, split_entities
 from demo.entities import Symbol, hexcode, slug
@@ -114,11 +113,3 @@ def test_main_colours_names_what_covers_most() -> None:
     flag[:6] = (215, 40, 45, 255)
     flag[6:9] = (250, 250, 250, 255)  # the last row stays transparent
     assert main_colours(flag) == ["red", "white"]
-
-
-def test_the_reference_lists_each_entity_once_by_its_best_drawing() -> None:
-    from demo.reference import nearest_entities
-
-    similarity = torch.tensor([0.1, 0.9, 0.8, 0.7, 0.2])
-    assert nearest_entities(similarity, ["a", "b", "b", "c", "a"], 2) == ["b", "c"]
-    assert nearest_entities(similarity, ["a", "b", "b", "c", "a"], 10) == ["b", "c", "a"]
