@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -144,26 +145,24 @@ def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
     atomic_write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
 
 
-def render_missing(drawings: Iterable[Drawing], set_of: Callable[[str], Path], build: Path) -> None:
-    """Render missing drawings on all cores. A blank drawing gets no file. `set_of` maps artists to icon sets."""
-    missing: dict[str, list[Drawing]] = {}
-    for drawing in drawings:
-        if not (build / drawing.image).exists():
-            missing.setdefault(drawing.artist, []).append(drawing)
+def render_missing(drawings: Iterable[tuple[Path, Drawing]], build: Path) -> None:
+    """Render missing drawings, each given with the file of its icon set, on all cores. A blank one gets no file."""
+    missing = [(file, drawing, build) for file, drawing in drawings if not (build / drawing.image).exists()]
+    missing.sort(key=lambda each: each[0])  # a process keeps one icon set in memory
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        sets = [pool.submit(_render_set, set_of(artist), mine, build) for artist, mine in missing.items()]
-        for each in tqdm(sets, desc="drawings", unit="set"):
-            each.result()
+        list(tqdm(pool.map(_render, missing, chunksize=64), total=len(missing), desc="drawings", unit="drawing"))
 
 
-def _render_set(file: Path, drawings: list[Drawing], build: Path) -> None:
-    icons = IconSet(file)
-    for drawing in drawings:
-        image, path = render(icons.svg(drawing.icon)), build / drawing.image
-        if not is_blank(np.asarray(image)):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path) as temporary:
-                image.save(temporary, "PNG")
+_icon_set = lru_cache(maxsize=1)(IconSet)
+
+
+def _render(job: tuple[Path, Drawing, Path]) -> None:
+    file, drawing, build = job
+    image, path = render(_icon_set(file).svg(drawing.icon)), build / drawing.image
+    if not is_blank(np.asarray(image)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as temporary:
+            image.save(temporary, "PNG")
 
 
 def visible(drawings: Iterable[Drawing], build: Path) -> list[Drawing]:
@@ -203,7 +202,7 @@ def main(build: Path) -> None:
     symbols = {symbol.entity_id: symbol for symbol in build_symbols(build / "sources")}
     splits = split_entities(symbols.values())
     planned = plan_drawings(symbols.values(), splits)
-    render_missing(planned, lambda artist: build / "sources" / artist / "icons.json", build)
+    render_missing([(build / "sources" / d.artist / "icons.json", d) for d in planned], build)
     drawings = visible(planned, build)
     _write_jsonl(build / "drawings.jsonl", map(asdict, drawings))
 

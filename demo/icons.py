@@ -4,7 +4,7 @@ They are all of Iconify's freely licensed sets, except those of Symbols and of h
 name are taken to show the same thing. Icons with the name of a seen entity of Symbols are more training drawings of it,
 and are in no catalog. Icons with the name of an unseen entity are left out.
 
-`python -m demo.icons` writes the sets with their authors and licences to `demo/icon_sets.md`.
+`demo/icon_sets.md` lists the sets with their authors and licences.
 """
 
 from __future__ import annotations
@@ -12,21 +12,17 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
-from core.files import atomic_write_bytes
-from demo.build import Drawing, build_option, read_drawings, render_missing
+from demo.build import Drawing, read_drawings, render_missing
 from demo.entities import slug
 from demo.sources import ICON_SETS, IconSet, fetch_package
 
 PACKAGE, VERSION = "@iconify/json", "2.2.535"
 ROLE = "icon"
-TABLE = Path(__file__).parent / "icon_sets.md"
 
 LICENCES = ("MIT", "ISC", "BSD-3-Clause", "Apache-2.0", "MPL-2.0", "OFL-1.1", "CC-BY-4.0", "CC0-1.0", "Unlicense")
 # Sets by held-out and adaptor artists, and animated sets.
@@ -125,27 +121,7 @@ def _chosen(found: list[tuple[str, str, str, bool]], chance: random.Random) -> l
 
 def render_icons(planned: Iterable[Drawing], icons: Path, build: Path) -> None:
     """Render the missing icons. A blank one gets no file."""
-    render_missing(planned, lambda artist: icons / "json" / f"{artist}.json", build)
-
-
-def icon_set_page(planned: Iterable[Drawing], icons: Path) -> str:
-    """Return a Markdown page of every set, with its author, licence and number of planned icons."""
-    collections: dict[str, dict[str, Any]] = json.loads((icons / "collections.json").read_bytes())
-    counts = Counter(drawing.artist for drawing in planned)
-    lines = [
-        "# Icon sets that the image encoder was trained with",
-        "",
-        f"{counts.total():,} icons of {len(counts)} sets, from `{PACKAGE}` {VERSION} on npm. None is in this",
-        "repository or in the bundle. They were only used in training, restyled and photographed by a program.",
-        "Written by `python -m demo.icons`.",
-        "",
-        "| set | name and author | licence | icons |",
-        "| --- | --- | --- | --- |",
-    ]
-    for artist, count in sorted(counts.items()):
-        name, author, licence = (collections[artist][what] for what in ("name", "author", "license"))
-        lines.append(f"| `{artist}` | {name}, by {author['name']} | {licence['spdx']} | {count:,} |")
-    return "\n".join(lines) + "\n"
+    render_missing([(icons / "json" / f"{icon.artist}.json", icon) for icon in planned], build)
 
 
 def plan_from(build: Path, icons: Path) -> list[Drawing]:
@@ -153,15 +129,3 @@ def plan_from(build: Path, icons: Path) -> list[Drawing]:
     with (build / "catalog.jsonl").open(encoding="utf-8") as file:
         titles = {record["entity_id"]: record["title"] for record in map(json.loads, file)}
     return plan_icons(icons, read_drawings(build), titles)
-
-
-@click.command()
-@build_option
-def main(build: Path) -> None:
-    """Write the page of icon sets that the image encoder is trained with."""
-    icons = fetch_icons(build / "sources")
-    atomic_write_bytes(TABLE, icon_set_page(plan_from(build, icons), icons).encode())
-
-
-if __name__ == "__main__":
-    main()

@@ -33,15 +33,17 @@ def drawings_digest(drawings: Sequence[Drawing]) -> str:
 
 def load_rgba(drawings: Sequence[Drawing], build: Path, size_px: int) -> torch.Tensor:
     """Load drawings as uint8 `[n, 4, size_px, size_px]`, colours premultiplied by alpha."""
+    pixels = torch.empty(len(drawings), 4, size_px, size_px, dtype=torch.uint8)
 
-    def read(drawing: Drawing) -> torch.Tensor:
-        image = Image.open(build / drawing.image).resize((size_px, size_px), Image.Resampling.BOX)
+    def read(row: int) -> None:
+        image = Image.open(build / drawings[row].image).resize((size_px, size_px), Image.Resampling.BOX)
         rgba = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         rgba[:3] = (rgba[:3].short() * rgba[3:].short() // 255).byte()
-        return rgba
+        pixels[row] = rgba
 
     with ThreadPoolExecutor() as pool:
-        return torch.stack(list(pool.map(read, drawings)))
+        list(pool.map(read, range(len(drawings))))
+    return pixels
 
 
 class EntityBatches:

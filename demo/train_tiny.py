@@ -15,9 +15,7 @@ icons, C text channels, D embedding width.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +27,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.files import atomic_write, sha256_file
+from core.cli import run
+from core.errors import UserError
+from core.files import sha256_file
 from demo.build import Drawing, build_option, read_drawings, visible
 from demo.icons import fetch_icons, plan_from, render_icons
 from demo.photograph import Photographer
@@ -47,8 +47,10 @@ from imaging.preprocess import Preprocessing
 from model.encoders import resolve_device
 from model.encoders.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, save_tiny
 from model.encoders.torch_module import TorchImageEncoder
+from model.resume import Snapshots, fingerprint
+from model.validation import Accuracy
 
-_LOG_EVERY = 50  # steps
+_SHOWN_EVERY = 50  # steps
 _PARTS = ("encoder", "average", "objective", "optimizer")  # of `Training`
 
 
@@ -143,12 +145,11 @@ def learning_rate(step: int, settings: Settings) -> float:
 
 
 class Training:
-    """A training run. Loading the state that it saved resumes it exactly."""
+    """A training run. A step depends only on the settings, its number and the state of the parts."""
 
     def __init__(
-        self, build: Path, settings: Settings, start: TinyConfig | Path, device: torch.device, icons: Sequence[Drawing]
+        self, build: Path, settings: Settings, encoder: TinyEncoder, device: torch.device, icons: Sequence[Drawing]
     ) -> None:
-        torch.manual_seed(settings.seed)
         torch.backends.cudnn.benchmark = True  # there are only two batch shapes
         self.build = build
         self.settings = settings
@@ -157,97 +158,64 @@ class Training:
         self.images = [*self.drawings, *visible(icons, build)]
         self.entities = sorted({d.entity_id for d in self.drawings})
         self.things = sorted({d.entity_id for d in self.images} - set(self.entities))
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.encoder = TinyEncoder(start) if isinstance(start, TinyConfig) else read_tiny(start)[0].train()
-        self.encoder.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.average = copy.deepcopy(self.encoder)
-        config = self.encoder.config
+        self.encoder = copy.deepcopy(encoder).train().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = copy.deepcopy(self.encoder).eval().requires_grad_(False)
+        config = encoder.config
         texts_NC = text_embeddings(build, self.entities)
         self.objective = Objective(texts_NC, config.embedding_dim, settings, len(self.things)).to(device)
         sizes = (settings.entities_per_batch, settings.things_per_batch)
         labels = (self.entities, self.things)
-        self.batches = EntityBatches(self.images, labels, sizes, self.generator, settings.icon_share)
+        self.batches = EntityBatches(self.images, labels, sizes, settings.seed, settings.icon_share)
         parameters = [*self.encoder.parameters(), *self.objective.parameters()]
         groups = [
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
-        self.photographer = Photographer(settings.seed, device)
         self.preprocessing = Preprocessing(
             size_px=config.size_px, resize="squash", crop="none", interpolation="bicubic",
             mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5),
         )  # fmt: skip
-        self.start_sha256 = sha256_file(start) if isinstance(start, Path) else None
-        self.begun_with = json.dumps(
-            [asdict(settings), asdict(config), device.type, drawings_digest(self.images), self.start_sha256]
-        )
         self.step = 0
 
-    def save(self, path: Path) -> None:
-        snapshot = {
-            "begun_with": self.begun_with,
-            "step": self.step,
-            **{name: getattr(self, name).state_dict() for name in _PARTS},
-            "photographer": self.photographer.generator.get_state(),
-            "generator": self.generator.get_state(),
-            "waiting": self.batches.waiting,
-        }
-        with atomic_write(path) as temporary:
-            torch.save(snapshot, temporary)
+    def snapshot(self) -> dict[str, Any]:
+        return {"step": self.step, **{name: getattr(self, name).state_dict() for name in _PARTS}}
 
-    def load(self, path: Path) -> None:
-        """Restore a snapshot. Raises `click.ClickException` if it is of a run with other settings."""
-        snapshot: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        if snapshot.get("begun_with") != self.begun_with:
-            raise click.ClickException(f"{path} is of a run with other settings; start over with --fresh")
+    def restore(self, snapshot: dict[str, Any]) -> None:
         self.step = snapshot["step"]
         for name in _PARTS:
             getattr(self, name).load_state_dict(snapshot[name])
-        self.photographer.generator.set_state(snapshot["photographer"])
-        self.generator.set_state(snapshot["generator"])
-        self.batches.waiting = snapshot["waiting"]
 
-    def run(self, snapshot: Path) -> None:
-        """Take the remaining steps, and log, validate and save snapshots in between."""
+    def run(self, snapshots: Snapshots) -> None:
+        """Take the remaining steps, and show losses, validate and save snapshots in between."""
         settings, device = self.settings, self.device
         # A flag is identified by its colours, so it is restyled less.
         restyling = torch.tensor([0.35 if d.kind == "flag" else 1.0 for d in self.images], device=device)
         pool = torch.empty(0)
-        started, first = time.monotonic(), self.step
-        with (
-            snapshot.with_suffix(".jsonl").open("a", encoding="utf-8", buffering=1) as log,
-            tqdm(total=settings.steps, initial=self.step, desc="training", unit="step", mininterval=5) as progress,
-        ):
-            for indices, label in self.batches:
-                if self.step >= settings.steps:
-                    break
+        with tqdm(total=settings.steps, initial=self.step, desc="training", unit="step", mininterval=5) as progress:
+            while self.step < settings.steps:
                 small = self.step < int(settings.steps * settings.small_share)
                 size_px = settings.small_px if small else self.encoder.config.size_px
                 if pool.shape[-1] != size_px:
                     pool = load_rgba(self.images, self.build, size_px).to(device)
-                chosen = indices.to(device)
-                pixels = self._photographs(pool[chosen], restyling[chosen], size_px)
-                losses = self._update(pixels, label.to(device))
+                indices, label = (each.to(device) for each in self.batches.batch(self.step))
+                pixels = self._photographs(pool[indices], restyling[indices], size_px)
+                losses = self._update(pixels, label)
                 progress.update()
-                validates = self.step % settings.snapshot_every == 0 or self.step == settings.steps
-                if self.step % _LOG_EVERY == 0 or validates:  # reading the loss waits for the GPU
-                    row = {name: round(value.item(), 3) for name, value in losses.items()}
-                    if not all(map(math.isfinite, row.values())):
-                        raise click.ClickException(f"loss {row} at step {self.step}; lower the learning rate")
-                    steps_per_s = round((self.step - first) / (time.monotonic() - started), 2)
-                    row |= {"step": self.step, "steps_per_s": steps_per_s}
-                    log.write(json.dumps(row) + "\n")
-                    progress.set_postfix(row)
+                validates = snapshots.due(self.step) or self.step == settings.steps
+                if self.step % _SHOWN_EVERY == 0 or validates:  # reading the loss waits for the GPU
+                    shown = {name: round(value.item(), 3) for name, value in losses.items()}
+                    if not all(map(math.isfinite, shown.values())):
+                        raise UserError(f"loss {shown} at step {self.step}; lower the learning rate")
+                    progress.set_postfix(shown)
                 if validates:
-                    figures = self._validate()
-                    log.write(json.dumps({"step": self.step, **figures}) + "\n")
-                    tqdm.write(f"step {self.step}: {figures}")
-                    self.save(snapshot)
+                    tqdm.write(f"step {self.step}: {self._validate()}")
+                    snapshots.save(self.snapshot())
 
     def _photographs(self, rgba: torch.Tensor, restyling: torch.Tensor, size_px: int) -> torch.Tensor:
         """Restyle and photograph a batch of drawings, harder in later steps."""
-        settings, photographer = self.settings, self.photographer
+        settings = self.settings
+        photographer = Photographer(settings.seed * 10**9 + self.step, self.device)
         hardest_from = settings.steps * settings.hardest_from
         ramp = min(1.0, 0.1 + 0.9 * self.step / hardest_from) if hardest_from else 1.0
         strength, chance, style = torch.rand(3, len(rgba), generator=photographer.generator, device=rgba.device)
@@ -273,14 +241,13 @@ class Training:
         self.step += 1
         return losses
 
-    def _validate(self) -> dict[str, float | None]:
-        """Return the averaged encoder's top-1 accuracy in percent, by view and split."""
-        average = copy.deepcopy(self.average)
+    def _validate(self) -> dict[str, Accuracy]:
+        """Return the averaged encoder's accuracy on the validation drawings, clean and photographed."""
+        config = asdict(self.average.config)
         encoder = TorchImageEncoder(
-            average, self.preprocessing, saved_config=asdict(average.config), spec="tiny", device=self.device
+            self.average, self.preprocessing, saved_config=config, spec="tiny", device=self.device
         )
-        evaluations = evaluate_encoder(encoder, self.build, "val")
-        return {f"{view}_{split}": vars(e)[split] for view, e in evaluations.items() for split in ("seen", "unseen")}
+        return evaluate_encoder(encoder, self.build, "val")
 
 
 def train(
@@ -294,31 +261,37 @@ def train(
 ) -> None:
     """Train a new encoder, or the one in the file `start`, and write its averaged weights to `out`.
 
-    `icons` must be rendered already.
+    Resumes from the file `snapshot`. Raises `CheckpointError` if that is of a run with other settings or data. `icons`
+    must be rendered already.
     """
-    training = Training(build, settings, start, device, icons)
-    if snapshot.exists():
-        training.load(snapshot)
-    elif isinstance(start, Path):
-        labels = [*training.entities, *training.things]
-        training.objective.warm(prototypes(training.encoder, training.images, labels, build, device))
-    training.run(snapshot)
+    torch.manual_seed(settings.seed)
+    first = TinyEncoder(start) if isinstance(start, TinyConfig) else read_tiny(start)[0].to(device)
+    training = Training(build, settings, first, device, icons)
     average = training.average
-    if isinstance(start, Path):  # WiSE-FT, Wortsman et al., 2022
-        mix(average, read_tiny(start)[0].to(device), settings.start_share)
-    if settings.length_share:
-        drawn = load_rgba(training.drawings, build, average.config.size_px)
-        keep_length(average, mean_patch_tokens(average, drawn, device), settings.length_share)
-    notes = {
-        "command": "python -m demo.train_tiny" + (" --with-icons" if icons else ""),
+    begun_from = None if isinstance(start, TinyConfig) else sha256_file(start)
+    about = {
         "settings": asdict(settings),
         "training_drawings": len(training.drawings),
         "training_drawings_sha256": drawings_digest(training.drawings),
         "icons": len(icons),
         "icons_sha256": drawings_digest(icons),
-        "begun_from_sha256": training.start_sha256,
+        "begun_from_sha256": begun_from,
         "torch": torch.__version__,
     }
+    key = fingerprint({**about, "config": asdict(first.config), "device": device.type})
+    snapshots = Snapshots(path=snapshot, every_steps=settings.snapshot_every, run=key)
+    if saved := snapshots.load():
+        training.restore(saved)
+    elif begun_from:
+        labels = [*training.entities, *training.things]
+        training.objective.warm(prototypes(first, training.images, labels, build, device))
+    training.run(snapshots)
+    if begun_from:  # WiSE-FT, Wortsman et al., 2022
+        mix(average, first, settings.start_share)
+    if settings.length_share:
+        drawn = load_rgba(training.drawings, build, average.config.size_px)
+        keep_length(average, mean_patch_tokens(average, drawn, device), settings.length_share)
+    notes = {"command": "python -m demo.train_tiny" + (" --with-icons" if icons else ""), **about}
     out.parent.mkdir(parents=True, exist_ok=True)
     save_tiny(average.cpu(), training.preprocessing, out, notes=notes)
 
@@ -354,38 +327,25 @@ def keep_length(encoder: TinyEncoder, pooled_nD: torch.Tensor, share: float) -> 
     "--out", type=click.Path(path_type=Path, dir_okay=False), default=BUILT_IN, help="The safetensors file to write."
 )
 @click.option("--with-icons", is_flag=True, help="Train the encoder in that file further, with icons by many artists.")
-@click.option(
-    "--steps",
-    type=int,
-    help=f"Training steps.  [default: {Settings.steps}; {ON_GPU.steps} on a GPU; {WITH_ICONS.steps} with icons]",
-)
-@click.option(
-    "--entities-per-batch", type=int,
-    help=f"Two images each.  [default: {Settings.entities_per_batch}; {ON_GPU.entities_per_batch} on a GPU; "
-    f"{WITH_ICONS.entities_per_batch} with icons]",
-)  # fmt: skip
-@click.option("--seed", default=Settings.seed, show_default=True)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@click.option("--steps", type=int, help="Training steps.  [default: those of the recipe]")
+@click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--fresh", is_flag=True, help="Start over instead of resuming from the last snapshot.")
-def main(build: Path, out: Path, with_icons: bool, device: str, fresh: bool, **changes: int | None) -> None:
+def main(build: Path, out: Path, with_icons: bool, steps: int | None, device: str, fresh: bool) -> None:
     """Train the tiny image encoder on Symbols, or train it further with icons."""
     snapshot = build / ("tiny_with_icons.pt" if with_icons else "tiny_training.pt")
     if fresh:
         snapshot.unlink(missing_ok=True)
-        snapshot.with_suffix(".jsonl").unlink(missing_ok=True)
     chosen = resolve_device(device)
-    start: TinyConfig | Path
+    settings, config = (ON_GPU, CONFIG_ON_GPU) if chosen.type == "cuda" else (Settings(), TinyConfig())
     icons: list[Drawing] = []
     if with_icons:
-        settings, start = WITH_ICONS, out
+        settings = WITH_ICONS
         source = fetch_icons(build / "sources")
         icons = plan_from(build, source)
         render_icons(icons, source, build)
-    else:
-        settings, start = (ON_GPU, CONFIG_ON_GPU) if chosen.type == "cuda" else (Settings(), TinyConfig())
-    settings = replace(settings, **{name: value for name, value in changes.items() if value is not None})
-    train(build, out, settings, start, chosen, snapshot, icons)
+    settings = replace(settings, steps=steps or settings.steps)
+    train(build, out, settings, out if with_icons else config, chosen, snapshot, icons)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

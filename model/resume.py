@@ -48,11 +48,11 @@ class Snapshots:
             values = torch.load(self.path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{self.path} cannot be read: {reason}; start over without --resume") from error
+            raise CheckpointError(f"{self.path} cannot be read: {reason}; delete it to start over") from error
         if not isinstance(values, dict) or values.get("run") != self.run:
             raise CheckpointError(
-                f"{self.path} is of a run with other settings, encoders, pairs or number of processes; use the same "
-                "ones, or start over without --resume"
+                f"{self.path} is of a run with other settings, encoders, data or number of processes; use the same "
+                "ones, or delete it to start over"
             )
         return values
 
