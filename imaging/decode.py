@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, ImageOps, JpegImagePlugin, features
+import numpy.typing as npt
+from PIL import AvifImagePlugin, Image, JpegImagePlugin, features
 
 from core.errors import TooLarge, UndecodableImage
 
@@ -48,6 +50,18 @@ _FTYP_BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"), "image/heic"),
 }
 _MAX_FTYP_BYTES = 256
+_STRIP_PIXELS = 2**20  # converted at a time, so that no conversion holds a third copy of the image
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @cache
@@ -55,6 +69,8 @@ def readable_types() -> tuple[str, ...]:
     """Configure Pillow and return the media types that can be decoded with the installed libraries."""
     # Pillow's own limit is the same for the whole process. `decode` checks each caller's limit against the header.
     Image.MAX_IMAGE_PIXELS = None
+    # Damaged metadata makes Pillow warn, in words from the file: that would let anyone write to the log.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     # Callers decode many images in parallel, so one image uses one thread.
     AvifImagePlugin.DEFAULT_MAX_THREADS = 1
     if pillow_heif is not None:
@@ -85,56 +101,110 @@ def sniff(data: bytes) -> str | None:
     return None
 
 
-def decode(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Image.Image:
-    """Decode to RGB: upright by EXIF, transparent pixels white, the first frame of an animation.
-
-    With `target_px`, a large JPEG is decoded at a reduced scale, with both sides still at least `2 * target_px`.
-    Raises `TooLarge` if the header declares more than `max_pixels` pixels, `UndecodableImage` if decoding fails.
-    """
+def readable_type(data: bytes) -> str:
+    """Return the media type of the bytes. Raises `UndecodableImage` unless it can be decoded here."""
     kind = sniff(data)
     if kind is None:
         raise UndecodableImage("the bytes are not an image; send one of " + ", ".join(readable_types()))
     if kind not in readable_types():
         raise UndecodableImage(f"{kind} is not supported here; send one of " + ", ".join(readable_types()))
+    return kind
+
+
+def check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise `TooLarge` if the image has more than `max_pixels` pixels."""
+    if width * height > max_pixels:
+        raise TooLarge(f"the image has {width} x {height} pixels; the limit is {max_pixels}, scale it down")
+
+
+def decode(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Image.Image:
+    """Decode to RGB: upright by EXIF, transparent pixels white, the first frame of an animation.
+
+    With `target_px`, a large JPEG is decoded at a reduced scale, with both sides still at least `2 * target_px`.
+    Raises `TooLarge` if the header declares more than `max_pixels` pixels, `UndecodableImage` if decoding fails. Time
+    and memory are not limited: `Decoder` does that.
+    """
+    kind = readable_type(data)
     try:
         with Image.open(io.BytesIO(data), formats=(_PILLOW_FORMATS[kind],)) as image:
-            width, height = image.size
-            if width * height > max_pixels:
-                raise TooLarge(f"the image has {width} x {height} pixels; the limit is {max_pixels}, scale it down")
+            check_size(*image.size, max_pixels)
             if target_px is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                 image.draft(None, (2 * target_px, 2 * target_px))
             image.load()
-            with suppress(Exception):  # a picture that decodes is accepted even if its metadata does not parse
-                ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
-    except TooLarge:
+            return _to_rgb(_upright(image))
+    except (TooLarge, MemoryError):
         raise
     except Exception as error:
         # Damaged files make Pillow raise many types: OSError, SyntaxError, struct.error, zlib.error, IndexError ...
         raise UndecodableImage(f"the {kind} data is truncated or damaged; send a whole image file") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation. `ImageOps.exif_transpose` also rewrites the EXIF block, which may take any time."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+    except MemoryError:
+        raise
+    except Exception:  # a picture that decodes is accepted even if its metadata does not parse
+        return image
+    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode == "F" or image.mode.startswith("I"):
         return _from_deep_grey(image)
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        background = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(background, layer).convert("RGB")
-    return image.convert("RGB")
+        return _in_strips(image, _on_white)
+    return _in_strips(image, lambda strip: strip.convert("RGB"))
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield the top row and the pixels of each strip of the image."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    if rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Return the RGB image that `convert` makes of the image, strip by strip."""
+    result: Image.Image | None = None
+    for top, strip in _strips(image):
+        converted = convert(strip)
+        if converted.size == image.size:
+            return converted
+        result = result or Image.new("RGB", image.size)
+        result.paste(converted, (0, top))
+    assert result is not None, "an image has rows"
+    return result
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
 
 
 def _from_deep_grey(image: Image.Image) -> Image.Image:
     """Convert 16- or 32-bit grey to RGB. Pillow's own conversion clips at 255, which gives a white image."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float32))
-    if image.mode.startswith("I;16"):
-        scale = 255 / 65535
-    else:
+    scale = 255 / 65535
+    if not image.mode.startswith("I;16"):
         # 32-bit files do not declare their range. Use the smallest common range that fits the values.
-        peak = float(values.max(initial=0))
-        white = next((limit for limit in (1.0, 255.0, 65535.0) if peak <= limit), peak)
-        scale = 255 / white
-    return Image.fromarray(np.clip(values * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
+        peak = max(float(_values(strip).max(initial=0)) for _, strip in _strips(image))
+        scale = 255 / next((limit for limit in (1.0, 255.0, 65535.0) if peak <= limit), peak)
+
+    def convert(strip: Image.Image) -> Image.Image:
+        return Image.fromarray(np.clip(_values(strip) * scale, 0, 255).round().astype(np.uint8)).convert("RGB")
+
+    return _in_strips(image, convert)
+
+
+def _values(grey: Image.Image) -> npt.NDArray[np.float32]:
+    values: npt.NDArray[np.float32] = np.nan_to_num(np.asarray(grey).astype(np.float32))
+    return values
 
 
 def make_thumbnail(data: bytes, size_px: int, *, max_pixels: int) -> bytes:
