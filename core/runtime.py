@@ -1,4 +1,4 @@
-"""The process and its native libraries: how many cores to use, and faiss and ONNX Runtime with the settings they need.
+"""The process and its native libraries: usable cores and memory, and faiss and ONNX Runtime with their settings.
 
 Other modules write `from core.runtime import faiss` (or `onnxruntime`). Both libraries read environment variables while
 they are being loaded, so they are loaded here, on first use, after `configure_native_libraries`.
@@ -13,7 +13,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,6 +89,31 @@ def returnable_memory() -> Iterator[None]:
 def usable_cores() -> int:
     """Return how many cores this process may use: its CPU affinity on Linux, elsewhere all of the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def usable_memory(root: Path = Path("/")) -> int:
+    """Return how many bytes this process may use: the machine's memory, or less in a cgroup (version 1 or 2)."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    try:
+        entries = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:  # not Linux
+        return limits[0]
+    for entry in entries:
+        _, controllers, path = entry.split(":", 2)
+        if controllers == "":
+            mount, file = "sys/fs/cgroup", "memory.max"
+        elif "memory" in controllers.split(","):
+            mount, file = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+        else:
+            continue
+        # Every group above limits too. In a container, the path may be the host's, and only the top exists.
+        group = root / mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # there is no such group, or its limit is "max"
+                limits.append(int((folder / file).read_text()))
+            if folder == root / mount:
+                break
+    return min(limits)
 
 
 def describe_run(settings: dict[str, Any]) -> dict[str, Any]:

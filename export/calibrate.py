@@ -23,9 +23,9 @@ from catalog.images import ImageReader, UnusableImage
 from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
-from export.decode import MAX_PIXELS
+from export.decode import image_decoder
 from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
-from imaging import Preprocessing, load_pixels
+from imaging import Preprocessing
 from index.calibration import CANDIDATES, Calibration, Float32Array, Float64Array, background
 from index.search import EntityIndex
 from index.store import EntityStore
@@ -262,7 +262,7 @@ def read_queries(
             if not isinstance(image, str) or not isinstance(entity_id, str):
                 raise UnusableImage("`image` and `entity_id` must be strings")
             data = ImageReader().read(image if is_url(image) else str(path.parent / image))
-            pixels_HW3 = load_pixels(data, preprocessing, max_pixels=MAX_PIXELS)
+            pixels_HW3 = image_decoder().load_pixels(data, preprocessing)
         except (UnusableImage, UndecodableImage, TooLarge) as error:
             rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=excerpt(row)))
             continue

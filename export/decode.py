@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice
 from typing import Self
 
@@ -24,10 +25,11 @@ import numpy.typing as npt
 from catalog.images import ImageReader, UnusableImage
 from core.errors import TooLarge, UndecodableImage
 from core.runtime import usable_cores
-from imaging import Preprocessing, load_pixels, make_thumbnail
+from imaging import Decoder, Preprocessing, automatic_budget
 
 MAX_PIXELS = 200_000_000  # catalogs are trusted; this only keeps one file from exhausting memory
 HASH_BYTES = 16
+_TIMEOUT_S = 30.0  # to decode an image; nobody waits for it
 _ENTITIES_PER_JOB = 8
 _JOBS_PER_WORKER = 3
 _NICENESS = 19  # of workers; the models have priority on the cores
@@ -68,8 +70,15 @@ def default_workers() -> int:
     return min(16, usable_cores())
 
 
+@cache
+def image_decoder() -> Decoder:
+    """Return this process's decoder. Its budget leaves as much to one worker on each other core."""
+    budget_bytes = automatic_budget() // usable_cores()
+    return Decoder(max_pixels=MAX_PIXELS, budget_bytes=budget_bytes, timeout_s=_TIMEOUT_S, processes=1)
+
+
 @dataclass(frozen=True, kw_only=True)
-class _Decoder:
+class _EntityDecoder:
     reader: ImageReader
     preprocessing: Preprocessing
     thumbnail_px: int
@@ -95,9 +104,9 @@ class _Decoder:
         thumbnail: bytes | None = None
         for image, data in readable:
             try:
-                pixels_HW3 = load_pixels(data, self.preprocessing, max_pixels=MAX_PIXELS)
+                pixels_HW3 = image_decoder().load_pixels(data, self.preprocessing)
                 if thumbnail is None and self.thumbnail_px:
-                    thumbnail = make_thumbnail(data, self.thumbnail_px, max_pixels=MAX_PIXELS)
+                    thumbnail = image_decoder().make_thumbnail(data, self.thumbnail_px)
             except (UndecodableImage, TooLarge) as error:
                 failures[image] = str(error)
                 continue
@@ -116,7 +125,7 @@ class DecodePool:
     """A pool of decoding processes, started at the first image. Raises the reader's errors except `UnusableImage`."""
 
     def __init__(self, reader: ImageReader, preprocessing: Preprocessing, *, thumbnail_px: int, workers: int) -> None:
-        self._decoder = _Decoder(reader=reader, preprocessing=preprocessing, thumbnail_px=thumbnail_px)
+        self._decoder = _EntityDecoder(reader=reader, preprocessing=preprocessing, thumbnail_px=thumbnail_px)
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
 

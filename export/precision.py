@@ -30,7 +30,7 @@ from core.jsonl import read_jsonl
 from core.runtime import onnxruntime
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
-from export.decode import MAX_PIXELS, Pixels
+from export.decode import Pixels, image_decoder
 from export.onnx import (
     INPUT,
     MIN_COSINE,
@@ -45,7 +45,7 @@ from export.onnx import (
     torch_module,
 )
 from export.shards import EntityImages, Reservoir
-from imaging import Preprocessing, load_pixels, normalise
+from imaging import Preprocessing, normalise
 from index.manifest import FLOAT16_ENCODER_FILE, IMAGE_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
 from index.search import EntityIndex
 from index.store import EntityStore
@@ -162,7 +162,7 @@ def catalog_images(
     for row, images in sample:
         for image in images:
             try:
-                pixels_HW3 = load_pixels(reader.read(image), preprocessing, max_pixels=MAX_PIXELS)
+                pixels_HW3 = image_decoder().load_pixels(reader.read(image), preprocessing)
             except (UnusableImage, UndecodableImage, TooLarge):
                 continue
             yield row, pixels_HW3

@@ -17,7 +17,7 @@ import httpx
 
 from core.errors import FetchFailed, Forbidden, TooLarge, UndecodableImage
 from core.network import PublicNetwork
-from imaging import decode, sniff
+from imaging import Decoder, sniff
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
@@ -94,7 +94,14 @@ class Downloader:
     """Downloads images over persistent connections. Belongs to one event loop; close it with `aclose`."""
 
     def __init__(
-        self, *, user_agent: str, pace: Pace, limits: DownloadLimits, network: PublicNetwork, connections: int
+        self,
+        *,
+        user_agent: str,
+        pace: Pace,
+        limits: DownloadLimits,
+        network: PublicNetwork,
+        decoder: Decoder,
+        connections: int,
     ) -> None:
         self._headers = [
             (b"User-Agent", user_agent.encode("ascii")),
@@ -102,6 +109,7 @@ class Downloader:
             (b"Accept-Encoding", b"identity"),  # so that the size limit counts the image's own bytes
         ]
         self._pace = pace
+        self._decoder = decoder
         self._limits = limits
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpcore.default_ssl_context(), network_backend=network, max_connections=connections
@@ -184,7 +192,7 @@ class Downloader:
     def _checked(self, data: bytes) -> str:
         """Return the media type of bytes that decode. Raises `NotFetched`."""
         try:
-            decode(data, max_pixels=self._limits.max_pixels, target_px=224)
+            self._decoder.check(data)
         except (UndecodableImage, TooLarge) as error:
             raise NotFetched(error.detail.partition(";")[0]) from error
         kind = sniff(data)

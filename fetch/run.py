@@ -21,9 +21,12 @@ from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.jsonl import Rejected, RejectLog
 from core.network import PublicNetwork
+from core.runtime import usable_cores
 from fetch.download import Downloader, DownloadLimits, NotFetched, Pace, PaceLimits
+from imaging import Decoder, automatic_budget
 
 _WORKERS = 16  # over all hosts; PaceLimits.connections is per host
+_DECODE_TIMEOUT_S = 30.0
 _CONTACT = re.compile(r"(https?://[!-'*-~]+|[!-'*-?A-~]+@[!-'*-~]+\.[!-'*-~]+)")
 
 
@@ -96,11 +99,18 @@ def fetch_images(config: FetchConfig) -> FetchReport:
 
 
 async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: RejectLog, counts: Counter[str]) -> None:
+    decoder = Decoder(
+        max_pixels=config.limits.max_pixels,
+        budget_bytes=automatic_budget(),
+        timeout_s=_DECODE_TIMEOUT_S,
+        threads=usable_cores(),
+    )
     downloader = Downloader(
         user_agent=agent,
         pace=Pace(config.pace),
         limits=config.limits,
         network=PublicNetwork(allow_private=config.allow_private),
+        decoder=decoder,
         connections=_WORKERS,
     )
     images = _images(config, log)
@@ -133,6 +143,7 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
         raise errors.exceptions[0] from None  # the first failure cancelled the other tasks
     finally:
         await downloader.aclose()
+        decoder.close()
 
 
 def _images(config: FetchConfig, log: RejectLog) -> Iterator[tuple[str, EntityRecord]]:

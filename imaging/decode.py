@@ -50,7 +50,7 @@ _FTYP_BRANDS = {
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"), "image/heic"),
 }
 _MAX_FTYP_BYTES = 256
-_STRIP_PIXELS = 2**20  # converted at a time, so that no conversion holds a third copy of the image
+_STRIP_PIXELS = 2**18  # converted at a time, so that no conversion holds a third copy of the image
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -111,10 +111,10 @@ def readable_type(data: bytes) -> str:
     return kind
 
 
-def check_size(width: int, height: int, max_pixels: int) -> None:
-    """Raise `TooLarge` if the image has more than `max_pixels` pixels."""
+def check_size(width: int, height: int, max_pixels: int, what: str = "the image") -> None:
+    """Raise `TooLarge` if there are more than `max_pixels` pixels."""
     if width * height > max_pixels:
-        raise TooLarge(f"the image has {width} x {height} pixels; the limit is {max_pixels}, scale it down")
+        raise TooLarge(f"{what} has {width} x {height} pixels; the limit is {max_pixels}, scale it down")
 
 
 def decode(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Image.Image:
@@ -131,24 +131,27 @@ def decode(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Ima
             if target_px is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
                 image.draft(None, (2 * target_px, 2 * target_px))
             image.load()
-            return _to_rgb(_upright(image))
+            orientation = _orientation(image)
+            rgb = _to_rgb(image)
     except (TooLarge, MemoryError):
         raise
     except Exception as error:
         # Damaged files make Pillow raise many types: OSError, SyntaxError, struct.error, zlib.error, IndexError ...
         raise UndecodableImage(f"the {kind} data is truncated or damaged; send a whole image file") from error
+    if orientation not in _UPRIGHT:
+        return rgb
+    del image  # otherwise there would be three copies of the pixels
+    return rgb.transpose(_UPRIGHT[orientation])
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation. `ImageOps.exif_transpose` also rewrites the EXIF block, which may take any time."""
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation. (`ImageOps.exif_transpose` also rewrites the EXIF block, which may take long.)"""
     try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except MemoryError:
         raise
     except Exception:  # a picture that decodes is accepted even if its metadata does not parse
-        return image
-    method = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if method is None else image.transpose(method)
+        return 1
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

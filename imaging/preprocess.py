@@ -113,15 +113,21 @@ def load_region(
     """Return what `load_pixels` returns, and the region of the upright image that the pixels show."""
     if box is not None:
         check_box(box)
-    image = decode(data, max_pixels=max_pixels, target_px=_target_px(preprocessing, box))
+    image = decode(data, max_pixels=max_pixels, target_px=needed_px(preprocessing, box))
     return to_pixels(image, preprocessing, box), covered_region(image, preprocessing, box)
 
 
-def _target_px(preprocessing: Preprocessing, box: Box | None) -> int:
+def needed_px(preprocessing: Preprocessing, box: Box | None) -> int:
     """Return the side the whole image needs for `box` to fill the encoder's input."""
     if box is None:
         return preprocessing.size_px
     return math.ceil(preprocessing.size_px / min(box[2], box[3]))
+
+
+def resize_bytes(preprocessing: Preprocessing, width: int, height: int) -> int:
+    """Return the memory that `to_pixels` takes at most. Pillow resizes rows first, at the image's full height."""
+    rows = min(width, height) if preprocessing.resize == "shortest" else max(width, height)
+    return 4 * preprocessing.size_px * rows
 
 
 def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> npt.NDArray[np.uint8]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from core.errors import BundleAltered, UserError
 from core.runtime import faiss
-from imaging import Preprocessing
+from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
@@ -71,7 +71,9 @@ class LoadedBundle:
     Without an `encoder`, it runs the bundle's own. Raises `BundleError`, or `UserError` if the device is not available.
     """
 
-    def __init__(self, bundle: Bundle, settings: Settings, metrics: Metrics, encoder: Encoder | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, settings: Settings, metrics: Metrics, decoder: Decoder, encoder: Encoder | None = None
+    ) -> None:
         self.bundle = bundle
         model = bundle.manifest.model
         self.model = str(model.get("name") or Path(str(model.get("image_encoder", "unknown"))).name)
@@ -90,7 +92,7 @@ class LoadedBundle:
         self._entity_view: Callable[[], EntityView]
         live = self._open_index(settings) if settings.index is None else self._open_milvus(settings.index)
         log.info("searching on %s: %s", *self.search_device)
-        self.editor = None if live is None else self._open_editor(live, settings)
+        self.editor = None if live is None else self._open_editor(live, settings, decoder)
         self._revision = self._current_revision()
         self.engine = Engine(
             self.encoder,
@@ -206,14 +208,14 @@ class LoadedBundle:
         self._entity_view = lambda: MilvusView(entities)
         return entities
 
-    def _open_editor(self, live: LiveChanges, settings: Settings) -> Editor:
+    def _open_editor(self, live: LiveChanges, settings: Settings, decoder: Decoder) -> Editor:
         try:
             encoder = self.encoder
             if self.precision != "float" and (self.bundle.path / ENTITY_ENCODER_FOLDER).is_dir():
                 # The export embedded all other entities in float, so int8 and float16 are for queries only.
                 float_settings = settings.model_copy(update={"precision": "float"})
                 encoder = open_encoder(self.bundle, self.preprocessing, float_settings)
-            return Editor(self.bundle, live, encoder, max_pixels=settings.max_pixels)
+            return Editor(self.bundle, live, encoder, decoder)
         except UserError:
             live.close()
             raise

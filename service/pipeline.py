@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.errors import Unavailable
-from imaging import load_region
+from imaging import Decoder
 from service.loaded_bundle import BundleView
 from service.pools import submit
 from service.ranking import Ranking
@@ -47,15 +47,14 @@ class PipelineResult:
 
 
 class RecognitionPipeline:
-    """Two thread pools, for decoding and for the entity store, around the engine of a bundle.
+    """A decoder, and a thread pool for the entity store, around the engine of a bundle.
 
     The entity store has its own pool, so that a lookup does not wait for all queued images to be decoded.
     """
 
-    def __init__(self, *, decode_threads: int, max_pixels: int) -> None:
-        self._decode_pool = ThreadPoolExecutor(decode_threads, thread_name_prefix="decode")
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
         self._lookup_pool = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
-        self._max_pixels = max_pixels
 
     async def run(self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView) -> PipelineResult:
         """Recognise an image, or an embedding [D].
@@ -69,8 +68,8 @@ class RecognitionPipeline:
             stages: dict[str, tuple[float, float]] = {}
             query: npt.NDArray[np.uint8] | Float32Array
             if isinstance(image, bytes):
-                query, region, stages["decode"] = await _submit(
-                    self._decode_pool, lambda: self._decode(image, options, view)
+                query, region, stages["decode"] = await self._decoder.load_region(
+                    image, view.loaded.preprocessing, options.box
                 )
             else:
                 query = image
@@ -94,15 +93,8 @@ class RecognitionPipeline:
 
     def close(self) -> None:
         """Finish the stages that are running or queued, then stop."""
-        self._decode_pool.shutdown()
+        self._decoder.close()
         self._lookup_pool.shutdown()
-
-    def _decode(
-        self, data: bytes, options: RecognizeOptions, view: BundleView
-    ) -> tuple[npt.NDArray[np.uint8], Box, tuple[float, float]]:
-        started_at = time.monotonic()
-        pixels_HW3, region = load_region(data, view.loaded.preprocessing, max_pixels=self._max_pixels, box=options.box)
-        return pixels_HW3, region, (started_at, time.monotonic())
 
     async def _lookup(self, view: BundleView, work: Callable[[], T]) -> T:
         """Run `work` in the lookup pool. The bundle stays open until it ends, even if the caller is cancelled."""

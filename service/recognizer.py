@@ -34,6 +34,7 @@ from core.errors import (
     UserError,
 )
 from core.runtime import returnable_memory
+from imaging import Decoder, automatic_budget
 from index.bundle import Bundle
 from index.transfer import local_bundle
 from service.cache import Cache, SingleFlight, cache_key
@@ -79,13 +80,18 @@ class Recognizer:
             on_refusal=partial(self.metrics.count_images, "full"),
         )
         self._encoder = encoder
-        self._current = LoadedBundle(bundle, settings, self.metrics, encoder)
+        self._decoder = Decoder(
+            max_pixels=settings.max_pixels,
+            budget_bytes=settings.decode_budget_bytes or automatic_budget(),
+            timeout_s=settings.decode_timeout_s,
+            wait_s=settings.decode_wait_s,
+            threads=settings.decode_thread_count,
+        )
+        self._current = LoadedBundle(bundle, settings, self.metrics, self._decoder, encoder)
         self._current_lock = threading.Lock()  # a bundle must not be retired between being read here and acquired
         self._swapping = False
         self._closing = False
-        self._pipeline = RecognitionPipeline(
-            decode_threads=settings.decode_thread_count, max_pixels=settings.max_pixels
-        )
+        self._pipeline = RecognitionPipeline(self._decoder)
         self._cache = Cache(
             settings.cache_max_bytes,
             settings.redis_url,
@@ -184,7 +190,7 @@ class Recognizer:
         with opening(bundle):
             folder = local_bundle(bundle, self.settings.bundle_cache)
             with returnable_memory():
-                loaded = LoadedBundle(Bundle.open(folder), self.settings, self.metrics, self._encoder)
+                loaded = LoadedBundle(Bundle.open(folder), self.settings, self.metrics, self._decoder, self._encoder)
         try:
             loaded.check()
         except BundleAltered:

@@ -93,6 +93,17 @@ class Settings(BaseSettings):
         default=0, ge=0, le=1024, description="Threads for the encoder and the search; 0 is one per core."
     )
     decode_threads: int = Field(default=0, ge=0, le=1024, description="Threads that decode images; 0 is two per core.")
+    decode_budget_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Bytes that images may take while they are decoded, together; 0 is 40 % of the memory that the "
+        "process may use.",
+    )
+    decode_timeout_ms: int = Field(
+        default=4000,
+        ge=1,
+        description="Milliseconds after which decoding an image is stopped; at most half of the deadline.",
+    )
     cache: Literal["on", "off"] = Field(default="on", description="Cache embeddings and answers by image.")
     cache_max_bytes: int = Field(default=64 * 1024**2, ge=1, description="Bytes of the in-process cache.")
     redis_url: str | None = Field(
@@ -196,6 +207,18 @@ class Settings(BaseSettings):
     def decode_thread_count(self) -> int:
         # With one per core, batches reach the engine unevenly and the slowest requests wait for two of them.
         return self.decode_threads or 2 * usable_cores()
+
+    @property
+    def decode_timeout_s(self) -> float:
+        return min(self.decode_timeout_ms, self.deadline_ms / 2) / 1000
+
+    @property
+    def decode_wait_s(self) -> float:
+        """Return how long an image may wait for a decoder, so that it is answered before the deadline in any case.
+
+        A quarter of the deadline is for the rest, such as the start of a process.
+        """
+        return 0.75 * self.deadline_ms / 1000 - self.decode_timeout_s
 
 
 def load_settings(**arguments: Any) -> Settings:

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable, UserError
-from imaging import Preprocessing, load_pixels, make_thumbnail
+from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
 from index.entity_encoder import (
     ADAPTOR_FILE,
@@ -120,10 +120,10 @@ class Editor:
     Raises `BundleError` if the bundle's entity encoder is incomplete, `UserError` as `EntityEmbedder` does.
     """
 
-    def __init__(self, bundle: Bundle, live: LiveChanges, image_encoder: Encoder, *, max_pixels: int) -> None:
+    def __init__(self, bundle: Bundle, live: LiveChanges, image_encoder: Encoder, decoder: Decoder) -> None:
         self.live = live
         self.sync_error: str | None = None  # why changes of other processes cannot be read at the moment
-        self._max_pixels = max_pixels
+        self._decoder = decoder
         self._dim = bundle.manifest.embedding_dim
         self._preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
         self._thumbnail_px = int(bundle.manifest.export.get("thumbnail_px", 0))
@@ -157,7 +157,7 @@ class Editor:
         embedding_D = self._embedding(record, image)
         thumbnail = None
         if image is not None and self._thumbnail_px:
-            thumbnail = make_thumbnail(image, self._thumbnail_px, max_pixels=self._max_pixels)
+            thumbnail = self._decoder.make_thumbnail(image, self._thumbnail_px)
         entity = StoredEntity(
             row=-1,
             entity_id=entity_id,
@@ -194,7 +194,7 @@ class Editor:
             )
         pixels_HW3 = None
         if image is not None:
-            pixels_HW3 = load_pixels(image, self._preprocessing, max_pixels=self._max_pixels)
+            pixels_HW3 = self._decoder.load_pixels(image, self._preprocessing)
         return self._embedder.embed(pixels_HW3, record.text)
 
     def _sync(self) -> None:

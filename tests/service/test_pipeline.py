@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from core.errors import Unavailable, UndecodableImage
+from imaging import Decoder, load_region
 from index.bundle import Bundle
 from service.pipeline import RecognitionPipeline
 from service.recognizer import Recognizer
@@ -19,13 +22,20 @@ TIMEOUT_S = 120  # generous: a busy machine is not a failure
 WIDTH = 16
 
 
+def tiny_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 class Pipeline:
     """A pipeline over one view of a bundle, with one thread for each pool."""
 
     def __init__(self, view, encoder) -> None:
         self.view, self.encoder, self.engine = view, encoder, view.loaded.engine
-        self.pipeline = RecognitionPipeline(decode_threads=1, max_pixels=10**7)
-        self.decode_pool, self.lookup_pool = self.pipeline._decode_pool, self.pipeline._lookup_pool
+        self.decoder = Decoder(max_pixels=10**7, budget_bytes=2**28, timeout_s=TIMEOUT_S)
+        self.pipeline = RecognitionPipeline(self.decoder)
+        self.lookup_pool = self.pipeline._lookup_pool
 
     async def run(self, image, **options):
         async with asyncio.timeout(TIMEOUT_S):
@@ -40,8 +50,8 @@ class Pipeline:
 
     async def idle(self) -> None:
         """Return when all threads have done what was submitted and, within a time limit, released the bundle."""
-        for pool in (self.decode_pool, self.lookup_pool):
-            await asyncio.wrap_future(pool.submit(lambda: None))
+        await asyncio.to_thread(self.decoder.check, tiny_png())  # it has one thread
+        await asyncio.wrap_future(self.lookup_pool.submit(lambda: None))
         await asyncio.wrap_future(self.engine.submit(np.ones(WIDTH, np.float32), 1))
         await asyncio.to_thread(self._wait_until_released)  # a pool has several threads: one idle one is not enough
 
@@ -123,18 +133,26 @@ def test_a_bad_image_fails_alone(pipeline, giraffe):
     assert pipeline.users == 0
 
 
-def test_an_image_cancelled_before_it_is_decoded_is_never_decoded(pipeline, giraffe):
+def test_an_image_cancelled_before_it_is_decoded_is_never_decoded(pipeline, giraffe, monkeypatch):
+    decoding, gate = threading.Event(), threading.Event()
+
+    def gated(data, **arguments):
+        decoding.set()
+        assert gate.wait(TIMEOUT_S)
+        return load_region(data, **arguments)
+
+    monkeypatch.setattr("imaging.decoder.load_region", gated)
+
     async def run() -> None:
-        gate = threading.Event()
-        busy = pipeline.decode_pool.submit(gate.wait, TIMEOUT_S)
-        submitted = pipeline.decode_pool._work_queue
-        task = pipeline.start(giraffe)
+        first = pipeline.start(giraffe)
+        assert await asyncio.to_thread(decoding.wait, TIMEOUT_S)
+        second = pipeline.start(giraffe)
         async with asyncio.timeout(TIMEOUT_S):
-            while submitted.qsize() != 1:
+            while len(pipeline.decoder._ordinary.queue) != 1:
                 await asyncio.sleep(0)
-        await pipeline.cancelled(task)
+        await pipeline.cancelled(second)
+        await pipeline.cancelled(first)
         gate.set()
-        await asyncio.wrap_future(busy)
         await pipeline.idle()
 
     asyncio.run(run())
@@ -195,9 +213,9 @@ def test_the_bundle_stays_open_while_a_thread_reads_it_for_a_cancelled_image(pip
     assert pipeline.users == 0
 
 
-@pytest.mark.parametrize(("options", "pool"), [({}, "decode_pool"), ({"types": ("animal",)}, "lookup_pool")])
-def test_a_closed_pool_is_reported_as_unavailable(pipeline, giraffe, options, pool):
-    getattr(pipeline, pool).shutdown()
+@pytest.mark.parametrize("options", [{}, {"types": ("animal",)}])
+def test_a_closed_pipeline_is_reported_as_unavailable(pipeline, giraffe, options):
+    pipeline.pipeline.close()
     with pytest.raises(Unavailable, match="stopping"):
         asyncio.run(pipeline.run(giraffe, **options))
     assert pipeline.users == 0

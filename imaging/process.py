@@ -1,0 +1,177 @@
+"""A decoder process: it has a memory and a time limit, and it can be killed at any moment.
+
+A thread cannot be stopped while a library decodes, and libraries exceed what a header declares. Both ends are in this
+module. The parent starts the process with `subprocess`: `multiprocessing` would import the caller's main module again.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from core.errors import TooLarge, UndecodableImage, UserError
+from imaging.decode import readable_types
+
+_MAIN = "import sys; from imaging.process import main; main(int(sys.argv[1]))"
+_NICENESS = 5  # ordinary images are decoded first
+_GRACE_S = 5.0  # for the process to start, and to be killed by its own timer
+_SECRETS = "WIKICLIP_"  # prefix of settings, which the process does not need
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    function: Callable[..., Any]
+    arguments: dict[str, Any]
+    memory_bytes: int
+    timeout_s: float
+
+
+class DecoderProcess:
+    """Runs one task at a time, in a process that starts at the first and is replaced if it dies."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pipe: Connection[Any, Any] | None = None
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        data: bytes,
+        arguments: dict[str, Any],
+        *,
+        memory_bytes: int,
+        timeout_s: float,
+    ) -> Any:
+        """Return `function(data, **arguments)`, both of which can be pickled.
+
+        Raises what it raises, `TooLarge` if it takes more than `memory_bytes`, `UndecodableImage` if it takes longer
+        than `timeout_s` or crashes.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._start()
+        assert self._pipe is not None
+        try:
+            self._pipe.send(
+                _Task(function=function, arguments=arguments, memory_bytes=memory_bytes, timeout_s=timeout_s)
+            )
+            self._pipe.send_bytes(data)
+            answered = self._pipe.poll(timeout_s + _GRACE_S)
+            outcome = self._pipe.recv() if answered else UndecodableImage(_too_slow(timeout_s))
+        except (EOFError, OSError):
+            raise self._death(memory_bytes, timeout_s) from None
+        if isinstance(outcome, MemoryError) or not answered:
+            self.close()  # if it is alive, its heap may be fragmented
+        if isinstance(outcome, MemoryError):
+            raise TooLarge(_too_much(memory_bytes))
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+        finally:
+            del outcome  # an exception refers to this frame: a reference cycle
+
+    def kill(self) -> None:
+        """Stop the task that is running, from any thread. `run` then raises."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the process. A later `run` starts another one."""
+        if self._process is not None and self._pipe is not None:
+            self._process.kill()
+            self._process.wait()
+            self._pipe.close()
+            self._process = self._pipe = None
+
+    def _start(self) -> None:
+        self.close()
+        ours, theirs = multiprocessing.Pipe()
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _MAIN, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # libtiff writes a line for each damaged row
+            )
+        self._pipe = ours
+
+    def _death(self, memory_bytes: int, timeout_s: float) -> UserError:
+        """Return why the process died."""
+        assert self._process is not None
+        self._process.kill()
+        status = self._process.wait()
+        self.close()
+        if status == -signal.SIGALRM:
+            return UndecodableImage(_too_slow(timeout_s))
+        if status == -signal.SIGKILL:  # by the kernel, for want of memory
+            return TooLarge(_too_much(memory_bytes))
+        return UndecodableImage("the image crashed its decoder; save it anew as a JPEG or PNG file")
+
+
+def _too_slow(timeout_s: float) -> str:
+    return f"decoding the image takes longer than {timeout_s:g} s; send a smaller one, or a JPEG or PNG file"
+
+
+def _too_much(memory_bytes: int) -> str:
+    megabytes = memory_bytes / 1e6
+    return (
+        f"decoding the image takes more than the {megabytes:.0f} MB that its header suggests; send a JPEG or PNG file"
+    )
+
+
+def main(descriptor: int) -> None:
+    """Run tasks from the pipe until the other end is closed, as it is when the parent ends in any way."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    os.nice(_NICENESS)
+    with suppress(OSError):  # where the kernel runs out of memory, this process is the one to kill
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    readable_types()
+    with Connection(descriptor) as pipe:
+        while True:
+            try:
+                task, data = pipe.recv(), pipe.recv_bytes()
+            except EOFError:
+                return
+            pipe.send(_run(task, data))
+            del task, data  # while this waits for the next
+
+
+def _run(task: _Task, data: bytes) -> Any:
+    # SIGALRM keeps its default action, which ends the process even in the middle of a library, and without the parent.
+    signal.setitimer(signal.ITIMER_REAL, task.timeout_s)
+    unlimited, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if (used := _address_space_bytes()) is not None:
+        limit = used + task.memory_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    try:
+        return task.function(data, **task.arguments)
+    except MemoryError:
+        return MemoryError()
+    except UserError as error:
+        return error.with_traceback(None)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (unlimited, hard))
+
+
+def _address_space_bytes() -> int | None:
+    """Return the size of this process's address space, None where the system does not tell (not Linux)."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return None
