@@ -19,14 +19,14 @@ from imaging.decode import check_size, readable_type
 _BYTES_PER_PIXEL = {
     "image/jpeg": 8,
     "image/png": 10,
-    "image/webp": 26,
-    "image/gif": 12,
-    "image/bmp": 12,
-    "image/tiff": 16,
-    "image/avif": 26,
-    "image/heic": 26,
+    "image/webp": 20,
+    "image/gif": 8,
+    "image/bmp": 8,
+    "image/tiff": 12,
+    "image/avif": 16,
+    "image/heic": 16,
 }
-_FIXED_BYTES = 8 * 2**20  # tables of the libraries, and small allocations
+_FIXED_BYTES = 12 * 2**20  # tables of the libraries, strips that are converted, the stack of a thread
 _UNKNOWN_PIXELS = 2**22  # assumed where the header does not say
 
 # Beyond these limits, an image is not ordinary.

@@ -98,7 +98,11 @@ class DecoderProcess:
         self.close()
         ours, theirs = multiprocessing.Pipe()
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
-        environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment |= {
+            "MALLOC_ARENA_MAX": "1",  # otherwise each thread of a library reserves 64 MB of address space
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _MAIN, str(theirs.fileno())],
@@ -128,10 +132,7 @@ def _too_slow(timeout_s: float) -> str:
 
 
 def _too_much(memory_bytes: int) -> str:
-    megabytes = memory_bytes / 1e6
-    return (
-        f"decoding the image takes more than the {megabytes:.0f} MB that its header suggests; send a JPEG or PNG file"
-    )
+    return f"decoding takes more than the {memory_bytes >> 20} MiB that the header suggests; send a JPEG or PNG file"
 
 
 def main(descriptor: int) -> None:
