@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -33,6 +32,7 @@ _ORDINARY_SHARE = 0.25  # of the budget
 _PROCESS_BYTES = 16 * 2**20  # what a process takes in addition to the image: modules that it imports late
 _MAX_PROCESSES = 4
 _IDLE_S = 10.0  # after which a process ends
+_WAIT_SHARE, _PATIENCE = 0.75, 0.9  # of a deadline: by when an image must be begun if it takes all its time, and end
 _CHECK_PX = 224
 
 Pixels = npt.NDArray[np.uint8]
@@ -51,6 +51,7 @@ class _Job:
     arguments: dict[str, Any]
     memory_bytes: int
     lane: _Lane
+    submitted_at: float = field(default_factory=time.monotonic)
     future: Future[Any] = field(default_factory=Future)
     process: DecoderProcess | None = None  # while it is running in one
     stage: Stage = (0.0, 0.0)
@@ -72,8 +73,8 @@ class _Lane:
 class Decoder:
     """Decodes images for any number of threads and event loops. Close it when done, or use `with`.
 
-    An image that is not begun within `wait_s` gets `TooManyRequests`. One that is not ordinary gets `timeout_s` to
-    decode. Threads and processes start when they are needed.
+    An image that is not ordinary gets `timeout_s` to decode. With a `deadline_s`, one that is not begun in time gets
+    `TooManyRequests`, and all end in nine tenths of it. Threads and processes start when they are needed.
 
     All methods raise `TooLarge` if the image exceeds `max_pixels` or the budget, `UndecodableImage` if it is damaged or
     takes too long, `Unavailable` if this is closed.
@@ -85,13 +86,14 @@ class Decoder:
         max_pixels: int,
         budget_bytes: int,
         timeout_s: float,
-        wait_s: float | None = None,
+        deadline_s: float = math.inf,
         threads: int = 1,
         processes: int | None = None,
     ) -> None:
         self._max_pixels = max_pixels
         self._timeout_s = timeout_s
-        self._wait_s = wait_s
+        self._patience_s = _PATIENCE * deadline_s
+        self._wait_s = _WAIT_SHARE * deadline_s - timeout_s if math.isfinite(deadline_s) else None
         self._lock = threading.Lock()
         self._closing = False
         ordinary_bytes = int(_ORDINARY_SHARE * budget_bytes)
@@ -204,7 +206,7 @@ class Decoder:
                 return
             job.lane.queue.remove(job)
         if job.future.set_running_or_notify_cancel():
-            reason = f"no decoder was free for this image for {self._wait_s:g} s; retry later"
+            reason = f"no decoder was free for this image in {self._wait_s:g} s; retry later"
             job.future.set_exception(TooManyRequests(reason, retry_after_s=math.ceil(self._timeout_s)))
 
     def _drop(self, job: _Job) -> None:
@@ -255,8 +257,14 @@ class Decoder:
             elif job.process is None:
                 outcome = job.function(job.data, **job.arguments)
             else:
-                run = partial(job.process.run, memory_bytes=job.memory_bytes, timeout_s=self._timeout_s)
-                outcome = run(job.function, job.data, job.arguments)
+                outcome = job.process.run(
+                    job.function,
+                    job.data,
+                    job.arguments,
+                    memory_bytes=job.memory_bytes,
+                    timeout_s=self._timeout_s,
+                    patience_s=job.submitted_at + self._patience_s - started_at,
+                )
         except MemoryError:
             failure = TooLarge("there is no memory to decode the image now; scale it down")
         except Exception as error:

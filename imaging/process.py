@@ -6,6 +6,7 @@ module. The parent starts the process with `subprocess`: `multiprocessing` would
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -24,7 +25,7 @@ from imaging.decode import readable_types
 
 _MAIN = "import sys; from imaging.process import main; main(int(sys.argv[1]))"
 _NICENESS = 5  # ordinary images are decoded first
-_GRACE_S = 5.0  # for the process to start, and to be killed by its own timer
+_GRACE_S = 5.0  # for the process to start, and to be ended by its own timer
 _SECRETS = "WIKICLIP_"  # prefix of settings, which the process does not need
 
 
@@ -51,11 +52,12 @@ class DecoderProcess:
         *,
         memory_bytes: int,
         timeout_s: float,
+        patience_s: float = math.inf,
     ) -> Any:
         """Return `function(data, **arguments)`, both of which can be pickled.
 
         Raises what it raises, `TooLarge` if it takes more than `memory_bytes`, `UndecodableImage` if it takes longer
-        than `timeout_s` or crashes.
+        than `timeout_s` or, with the start of the process, than `patience_s`, or crashes.
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
@@ -65,7 +67,7 @@ class DecoderProcess:
                 _Task(function=function, arguments=arguments, memory_bytes=memory_bytes, timeout_s=timeout_s)
             )
             self._pipe.send_bytes(data)
-            answered = self._pipe.poll(timeout_s + _GRACE_S)
+            answered = self._pipe.poll(max(0.0, min(timeout_s + _GRACE_S, patience_s)))
             outcome = self._pipe.recv() if answered else UndecodableImage(_too_slow(timeout_s))
         except (EOFError, OSError):
             raise self._death(memory_bytes, timeout_s) from None

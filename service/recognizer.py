@@ -84,7 +84,7 @@ class Recognizer:
             max_pixels=settings.max_pixels,
             budget_bytes=settings.decode_budget_bytes or automatic_budget(),
             timeout_s=settings.decode_timeout_s,
-            wait_s=settings.decode_wait_s,
+            deadline_s=settings.deadline_ms / 1000,
             threads=settings.decode_thread_count,
         )
         self._current = LoadedBundle(bundle, settings, self.metrics, self._decoder, encoder)

@@ -212,14 +212,6 @@ class Settings(BaseSettings):
     def decode_timeout_s(self) -> float:
         return min(self.decode_timeout_ms, self.deadline_ms / 2) / 1000
 
-    @property
-    def decode_wait_s(self) -> float:
-        """Return how long an image may wait for a decoder, so that it is answered before the deadline in any case.
-
-        A quarter of the deadline is for the rest, such as the start of a process.
-        """
-        return 0.75 * self.deadline_ms / 1000 - self.decode_timeout_s
-
 
 def load_settings(**arguments: Any) -> Settings:
     """Load settings from arguments, environment and defaults. Empty variables count as unset.
