@@ -24,7 +24,7 @@ from imaging import canonical_type, readable_types
 _DRAIN_BYTES = 8 * 1024**2  # read beyond the limit before the connection is closed
 _OTHER_PARTS = 16  # parts of a form besides those that the service reads
 _MAX_JSON_VALUES = 100_000  # 20 MB of empty lists take seconds to parse, in one call that stops all threads
-_INLINE_BYTES = 256 * 1024  # parsed in about a millisecond
+_INLINE_BYTES = 1024**2  # parsed in some milliseconds; a thread costs half of one
 _UNKNOWN_TYPE = "application/octet-stream"  # clients send it for a file whose type they do not know
 _WHITESPACE = string.whitespace.encode()
 _JSON_EXAMPLE = '{"image": {"base64": "..."}}'
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 async def parse(reader: Callable[[bytes, str], T], body: bytes, content_type: str) -> T:
     """Call `image_of`, `images_of` or `record_of`, in a thread if the body is so large that others would wait."""
-    if len(body) <= _INLINE_BYTES:
+    if len(body) <= _INLINE_BYTES or canonical_type(content_type) is not None:  # an image is not parsed here
         return reader(body, content_type)
     return await asyncio.to_thread(reader, body, content_type)
 
