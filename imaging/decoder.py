@@ -68,6 +68,7 @@ class _Lane:
         self.queue: deque[_Job] = deque()
         self.threads: list[threading.Thread] = []
         self.idle = 0
+        self.started_at: dict[int, float] = {}  # of the jobs in progress, by thread
 
 
 class Decoder:
@@ -110,6 +111,12 @@ class Decoder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def stuck_s(self) -> float:
+        """Return for how long every thread has been at the same image, 0 while one is free. Processes have a limit."""
+        started_at = list(self._ordinary.started_at.values())
+        return time.monotonic() - max(started_at) if len(started_at) == self._ordinary.max_threads else 0.0
 
     async def load_region(
         self, data: bytes, preprocessing: Preprocessing, box: Box | None = None
@@ -223,6 +230,7 @@ class Decoder:
         while (job := self._take(lane, process)) is not None:
             self._run(job)
             with self._lock:
+                del lane.started_at[threading.get_ident()]
                 lane.free_bytes += job.memory_bytes
                 lane.wake.notify()
             del job
@@ -235,6 +243,7 @@ class Decoder:
             while True:
                 if lane.queue and lane.queue[0].memory_bytes <= lane.free_bytes:
                     job = lane.queue.popleft()
+                    lane.started_at[threading.get_ident()] = time.monotonic()
                     job.process = process
                     lane.free_bytes -= job.memory_bytes
                     lane.wake.notify()  # the next one may fit too

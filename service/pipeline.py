@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +17,7 @@ import numpy.typing as npt
 from core.errors import Unavailable
 from imaging import Decoder
 from service.loaded_bundle import BundleView
-from service.pools import submit
+from service.pools import Pool
 from service.ranking import Ranking
 from wikiclip.answers import Box, RecognizeOptions
 
@@ -54,7 +53,7 @@ class RecognitionPipeline:
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._lookup_pool = ThreadPoolExecutor(_LOOKUP_THREADS, thread_name_prefix="lookup")
+        self._lookup_pool = Pool(_LOOKUP_THREADS, "lookup")
 
     async def run(self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView) -> PipelineResult:
         """Recognise an image, or an embedding [D].
@@ -91,6 +90,16 @@ class RecognitionPipeline:
             stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
             return PipelineResult(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
 
+    def stuck_reason(self, after_s: float) -> str | None:
+        """Return which threads have been stuck for longer than `after_s`, None if there are free ones of each kind."""
+        for threads, stuck_s in (
+            ("decoders", self._decoder.stuck_s),
+            ("lookups of entities", self._lookup_pool.stuck_s),
+        ):
+            if stuck_s > after_s:
+                return f"all {threads} have been stuck for {stuck_s:.0f} s"
+        return None
+
     def close(self) -> None:
         """Finish the stages that are running or queued, then stop."""
         self._decoder.close()
@@ -102,9 +111,9 @@ class RecognitionPipeline:
         return await _submit(self._lookup_pool, work, on_end=view.loaded.release)
 
 
-async def _submit(pool: ThreadPoolExecutor, work: Callable[[], T], on_end: Callable[[], None] = lambda: None) -> T:
+async def _submit(pool: Pool, work: Callable[[], T], on_end: Callable[[], None] = lambda: None) -> T:
     try:
-        pending = submit(pool, work)
+        pending = pool.submit(work)
     except RuntimeError:
         on_end()
         raise Unavailable("the service is stopping; retry later or elsewhere") from None

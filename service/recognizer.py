@@ -140,7 +140,9 @@ class Recognizer:
     @property
     def unready_reason(self) -> str | None:
         """Return why requests cannot be answered now, None if they can."""
-        return "the service is stopping" if self._closing else self._current.unready_reason
+        if self._closing:
+            return "the service is stopping"
+        return self._current.unready_reason or self._pipeline.stuck_reason(self.settings.stuck_ms / 1000)
 
     @property
     def queue_depth(self) -> int:

@@ -129,7 +129,8 @@ class Settings(BaseSettings):
     stuck_ms: int = Field(
         default=20_000,
         ge=1,
-        description="Milliseconds without progress after which the engine is unready; must exceed its longest batch.",
+        description="Milliseconds without progress after which engine or decoders are unready; must exceed the longest "
+        "batch.",
     )
     receive_timeout_ms: int = Field(
         default=30_000, ge=1, description="Milliseconds for a request's head to arrive, and again for its body."

@@ -9,8 +9,7 @@ import importlib.util
 import logging
 import sqlite3
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import Future
 from typing import Annotated
 
 import numpy as np
@@ -35,7 +34,7 @@ from index.overlay import LiveChanges
 from index.store import StoredEntity, first_sentence
 from service.encoder import open_session
 from service.engine import Encoder
-from service.pools import submit
+from service.pools import Pool
 
 _THREADS = 1  # one thread leaves the cores to queries
 _MAX_TITLES = 200_000  # characters of the titles in all languages, which stay in memory
@@ -130,7 +129,7 @@ class Editor:
         self._store_text = bool(bundle.manifest.export.get("store_text", False))
         entity_encoder = bundle.entity_encoder()
         self._embedder = None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, image_encoder)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="edit")
+        self._executor = Pool(1, "edit")
         self._closing = threading.Event()
         self._sync_thread = threading.Thread(target=self._sync, name="live", daemon=True)
         self._sync_thread.start()
@@ -147,11 +146,11 @@ class Editor:
 
         The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
         """
-        return submit(self._executor, partial(self._put, entity_id, record, image))
+        return self._executor.submit(self._put, entity_id, record, image)
 
     def delete(self, entity_id: str) -> Future[None]:
         """Delete an entity. The future raises as `LiveChanges.delete` does."""
-        return submit(self._executor, partial(self.live.delete, entity_id))
+        return self._executor.submit(self.live.delete, entity_id)
 
     def _put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> tuple[StoredEntity, bool, int]:
         embedding_D = self._embedding(record, image)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
-from functools import partial
+from concurrent.futures import CancelledError, wait
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import pytest
 from core.errors import TooManyRequests, Unavailable
 from index.store import Selection
 from service.engine import Engine
-from service.pools import submit
+from service.pools import Pool
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
 
@@ -189,9 +188,9 @@ def test_a_cancelled_job_leaves_the_queue_with_its_pixels(engine, encoder):
 
 def test_a_pool_keeps_nothing_of_cancelled_work():
     gate, pixels = threading.Event(), image(2)
-    with ThreadPoolExecutor(1) as pool:
-        running = submit(pool, partial(gate.wait, TIMEOUT_S))
-        abandoned = submit(pool, partial(np.sum, pixels))
+    with Pool(1, "test") as pool:
+        running = pool.submit(gate.wait, TIMEOUT_S)
+        abandoned = pool.submit(np.sum, pixels)
         held = weakref.ref(pixels)
         del pixels
         assert abandoned.cancel()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
+
+from imaging import decoder
 
 TIMEOUT_S = 120  # long enough for a busy machine
 DEADLINE_MS = 3000  # long enough for a busy machine to decode an image
@@ -302,6 +305,29 @@ def test_a_dead_engine_is_not_ready_but_alive(serve, small_bundle, images):
         assert ask(service, images[0]).status_code == 503
         assert service.get("/livez").status_code == 200
         assert service.get("/info").status_code == 200
+
+
+def test_stuck_decoders_are_not_ready_but_alive_until_one_moves(serve, small_bundle, images, monkeypatch):
+    gate, load_region = threading.Event(), decoder.load_region
+
+    def stuck(*arguments, **options):
+        assert gate.wait(TIMEOUT_S)
+        return load_region(*arguments, **options)
+
+    monkeypatch.setattr(decoder, "load_region", stuck)
+    with serve(small_bundle, deadline_ms=DEADLINE_MS, stuck_ms=DEADLINE_MS) as service:  # with two decoders
+        try:
+            assert ask(service, images[0]).status_code == 504
+            assert service.get("/readyz").status_code == 200
+            assert ask(service, images[1]).status_code == 504
+            until(service, "wikiclip_ready", 0.0)
+            assert "all decoders have been stuck" in service.get("/readyz").json()["detail"]
+            assert ask(service, images[2]).status_code == 503
+            assert service.get("/livez").status_code == 200
+        finally:
+            gate.set()
+        until(service, "wikiclip_ready", 1.0)
+        assert ask(service, images[2]).status_code == 200
 
 
 def test_a_stuck_engine_is_not_ready_but_alive_until_it_moves(serve, small_bundle, encoder, images):
