@@ -92,10 +92,8 @@ class RecognitionPipeline:
 
     def stuck_reason(self, after_s: float) -> str | None:
         """Return which threads have been stuck for longer than `after_s`, None if there are free ones of each kind."""
-        for threads, stuck_s in (
-            ("decoders", self._decoder.stuck_s),
-            ("lookups of entities", self._lookup_pool.stuck_s),
-        ):
+        stuck = {"decoders": self._decoder.stuck_s, "lookups of entities": self._lookup_pool.stuck_s}
+        for threads, stuck_s in stuck.items():
             if stuck_s > after_s:
                 return f"all {threads} have been stuck for {stuck_s:.0f} s"
         return None
