@@ -100,7 +100,8 @@ def install(app: FastAPI) -> None:
     async def on_wikiclip_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, WikiclipError)
         if error.status >= 500:
-            log.warning("%s: %s", type(error).__name__, error, extra={"request_id": request.state.request_id})
+            # As text: a handler may keep records, and the error's traceback refers to the image.
+            log.warning("%s: %s", type(error).__name__, str(error), extra={"request_id": request.state.request_id})
         return problem_response(error, request.state.request_id)
 
     async def on_http_error(request: Request, error: Exception) -> Response:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import socket
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
@@ -106,6 +109,32 @@ def test_past_the_deadline_is_a_504_and_waiting_images_are_dropped(serve, small_
         encoder.gate.set()
         assert ask(service, images[3]).status_code == 200
     assert encoder.sizes == [1, 1]  # the two that waited were dropped
+
+
+def test_bodies_are_dropped_with_their_requests(serve, small_bundle, encoder, images):
+    """Late images and those of clients that left are freed while the engine is still busy."""
+    bodies = [image + bytes(4_000_000) for image in images[:6]]
+    with serve(small_bundle, encoder=encoder, deadline_ms=DEADLINE_MS) as service, ThreadPoolExecutor(3) as pool:
+        tracemalloc.start()
+        try:
+            assert [answer.status_code for answer in pool.map(partial(ask, service), bodies[:3])] == [504] * 3
+            with ExitStack() as leaving:
+                for body in bodies[3:]:
+                    client = leaving.enter_context(
+                        socket.create_connection((service.base_url.host, service.base_url.port), TIMEOUT_S)
+                    )
+                    head = (
+                        f"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: {len(body)}"
+                    )
+                    client.sendall(head.encode() + b"\r\n\r\n" + body)
+                until(service, "wikiclip_queue_images", 3.0)
+            until(service, "wikiclip_in_flight_images", 0.0)
+            gc.collect()  # the clients have reference cycles
+            held_bytes, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        encoder.gate.set()
+    assert held_bytes < 4_000_000
 
 
 def test_a_full_queue_is_a_429_with_retry_after(serve, small_bundle, encoder, images):
