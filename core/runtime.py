@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt, from malloc.h
 _DEFAULT_THRESHOLD, _MAX_MMAP_THRESHOLD = 128 * 1024, 32 * 1024**2  # bytes, glibc's own values
+_SERVING_TRIM_THRESHOLD = 16 * 1024**2  # with less, the heap of a large request body is returned and faulted in again
 _CPU_INFO = Path("/proc/cpuinfo")
 _BLAS_KERNELS = (
     ("SkylakeX", {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
@@ -84,6 +85,7 @@ def returnable_memory() -> Iterator[None]:
         yield
     finally:
         mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, _SERVING_TRIM_THRESHOLD)
 
 
 def usable_cores() -> int:
