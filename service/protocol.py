@@ -78,6 +78,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_send_timer()
+        self._unset_keepalive_if_required()  # uvicorn does so only for connections that end without an error
         self._unparsed = memoryview(b"")
         if self._active is not None and not self._active.response_complete:  # uvicorn tells only the last request
             self._active.disconnected = True

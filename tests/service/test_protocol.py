@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import struct
 import time
 
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
+from service.protocol import GuardedHttpProtocol
 from service.server import bind
 
 TIMEOUT_S = 120  # long enough for a busy machine
@@ -175,3 +179,33 @@ def test_accepted_connections_do_not_wait_for_delayed_acks():
         return result
 
     assert asyncio.run(has_nodelay())
+
+
+def test_a_reset_connection_leaves_no_timer():
+    async def answer(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def timer_after_reset() -> object:
+        config = uvicorn.Config(answer, log_config=None, proxy_headers=False)
+        config.load()
+        lost = asyncio.Event()
+
+        class Protocol(GuardedHttpProtocol):
+            def connection_lost(self, exc):
+                assert exc is not None
+                super().connection_lost(exc)
+                lost.set()
+
+        protocol = Protocol(config=config, server_state=ServerState(), app_state={}, timeout_s=TIMEOUT_S)
+        server = await asyncio.get_running_loop().create_server(lambda: protocol, "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+        await lost.wait()
+        server.close()
+        return protocol.timeout_keep_alive_task
+
+    assert asyncio.run(timer_after_reset()) is None
