@@ -6,6 +6,7 @@ import base64
 import gc
 import json
 import shutil
+import socket
 import sqlite3
 import threading
 import tracemalloc
@@ -215,6 +216,34 @@ def test_changes_past_their_deadline_are_dropped_with_their_records(serve, small
             tracemalloc.stop()
         assert held_bytes < 6_000_000  # one change has begun, the others are gone
         other.execute("ROLLBACK")
+
+
+def test_a_waiting_change_of_a_client_that_left_is_not_made(live, tmp_path):
+    def until_in_flight(count: int) -> None:
+        never = threading.Event()
+        for _ in range(WAIT_S * 20):
+            if f"\nwikiclip_in_flight_images {count}.0\n" in live.get("/metrics").text:
+                return
+            never.wait(0.05)
+        raise AssertionError(f"there never were {count} in flight")
+
+    body = json.dumps({"title": "x", "embedding": vector(1)}).encode()
+    head = f"PUT /entities/left HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(body)}\r\n"
+    with (
+        closing(sqlite3.connect(tmp_path / "live" / "live.sqlite", isolation_level=None)) as other,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        other.execute("BEGIN IMMEDIATE")  # another process that is changing entities
+        first = pool.submit(put, live, "first", embedding=vector(1))
+        until_in_flight(1)
+        with socket.create_connection((live.base_url.host, live.base_url.port), WAIT_S) as leaving:
+            leaving.sendall(head.encode() + b"Content-Type: application/json\r\n\r\n" + body)
+            until_in_flight(2)
+        until_in_flight(1)
+        other.execute("ROLLBACK")
+        assert first.result(WAIT_S).status_code == 201
+    assert put(live, "last", embedding=vector(1)).status_code == 201
+    assert live.get("/entities/left").status_code == 404
 
 
 def test_a_change_to_a_folder_that_has_disappeared_is_not_acknowledged(live, tmp_path):
