@@ -33,6 +33,7 @@ _PROCESS_BYTES = 16 * 2**20  # what a process takes in addition to the image: mo
 _MAX_PROCESSES = 4
 _IDLE_S = 10.0  # after which a process ends
 _WAIT_SHARE, _PATIENCE = 0.75, 0.9  # of a deadline: by when an image must be begun if it takes all its time, and end
+_SMALL_SHARE = 0.25  # of the time for an image of `max_pixels`: what one without pixels gets
 _CHECK_PX = 224
 
 Pixels = npt.NDArray[np.uint8]
@@ -50,6 +51,7 @@ class _Job:
     data: bytes
     arguments: dict[str, Any]
     memory_bytes: int
+    timeout_s: float
     lane: _Lane
     submitted_at: float = field(default_factory=time.monotonic)
     future: Future[Any] = field(default_factory=Future)
@@ -74,8 +76,9 @@ class _Lane:
 class Decoder:
     """Decodes images for any number of threads and event loops. Close it when done, or use `with`.
 
-    An image that is not ordinary gets `timeout_s` to decode. With a `deadline_s`, one that is not begun in time gets
-    `TooManyRequests`, and all end in nine tenths of it. Threads and processes start when they are needed.
+    An image that is not ordinary gets `timeout_s` to decode, a small one a quarter of that. With a `deadline_s`, one
+    that is not begun in time gets `TooManyRequests`, and all end in nine tenths of it. Threads and processes start when
+    they are needed.
 
     All methods raise `TooLarge` if the image exceeds `max_pixels` or the budget, `UndecodableImage` if it is damaged or
     takes too long, `Unavailable` if this is closed.
@@ -170,6 +173,7 @@ class Decoder:
     def _begin(
         self, function: Callable[..., Any], data: bytes, arguments: dict[str, Any], header: Header, more_bytes: int = 0
     ) -> _Job:
+        pixels = header.width * header.height
         memory_bytes, lane = header.memory_bytes + more_bytes, self._ordinary
         if not header.ordinary or memory_bytes > lane.share_bytes:
             lane = self._isolated
@@ -184,6 +188,7 @@ class Decoder:
             data=data,
             arguments={**arguments, "max_pixels": self._max_pixels},
             memory_bytes=memory_bytes,
+            timeout_s=self._timeout_s * (_SMALL_SHARE + (1 - _SMALL_SHARE) * pixels / self._max_pixels),
             lane=lane,
         )
         with self._lock:
@@ -271,7 +276,7 @@ class Decoder:
                     job.data,
                     job.arguments,
                     memory_bytes=job.memory_bytes,
-                    timeout_s=self._timeout_s,
+                    timeout_s=job.timeout_s,
                     patience_s=job.submitted_at + self._patience_s - started_at,
                 )
         except MemoryError:

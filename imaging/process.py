@@ -102,6 +102,8 @@ class DecoderProcess:
         environment = {name: value for name, value in os.environ.items() if not name.startswith(_SECRETS)}
         environment |= {
             "MALLOC_ARENA_MAX": "1",  # otherwise each thread of a library reserves 64 MB of address space
+            "MALLOC_MMAP_THRESHOLD_": str(2**17),  # the default rises, and then freed images stay in the heap
+            "MALLOC_TRIM_THRESHOLD_": str(2**17),
             "OPENBLAS_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parents[1]),
         }
@@ -130,7 +132,7 @@ class DecoderProcess:
 
 
 def _too_slow(timeout_s: float) -> str:
-    return f"decoding the image takes longer than {timeout_s:g} s; send a smaller one, or a JPEG or PNG file"
+    return f"decoding the image takes longer than {timeout_s:.2g} s; send a smaller one, or a JPEG or PNG file"
 
 
 def _too_much(memory_bytes: int) -> str:

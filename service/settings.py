@@ -102,7 +102,8 @@ class Settings(BaseSettings):
     decode_timeout_ms: int = Field(
         default=4000,
         ge=1,
-        description="Milliseconds after which decoding an image is stopped; at most half of the deadline.",
+        description="Milliseconds after which decoding an image of MAX_PIXELS is stopped, a small one after a quarter "
+        "of them; at most half of the deadline.",
     )
     cache: Literal["on", "off"] = Field(default="on", description="Cache embeddings and answers by image.")
     cache_max_bytes: int = Field(default=64 * 1024**2, ge=1, description="Bytes of the in-process cache.")
