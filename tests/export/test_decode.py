@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.extreme import encoded, tiff_fax
 from catalog.images import ImageReader, UnusableImage
 from core.errors import CatalogError
 from export.decode import DecodePool, ImageJob, hash_text
@@ -49,6 +50,12 @@ def images(tmp_path: Path) -> list[str]:
     return paths
 
 
+def gif_with_a_large_frame() -> bytes:
+    data = bytearray(encoded(Image.new("P", (5000, 5000)), "GIF"))
+    data[6:10] = b"\x40\0\x40\0"  # the canvas, which Pillow enlarges to its first frame
+    return bytes(data)
+
+
 def job(*images: str, text: str = "", known_hash: bytes = b"", known_images: int = 0) -> ImageJob:
     return ImageJob(images=images, text_hash=hash_text(text), known_hash=known_hash, known_images=known_images)
 
@@ -78,6 +85,19 @@ def test_only_the_image_that_crashes_its_worker_is_rejected(images: list[str], r
             expected_HW3 = load_pixels(Path(image).read_bytes(), PREPROCESSING, max_pixels=1000)
             np.testing.assert_array_equal(found.pixels[0], expected_HW3)
             assert not found.failures
+
+
+def test_an_extreme_image_is_rejected_alone(images: list[str], tmp_path: Path) -> None:
+    extreme = {"fax": tiff_fax(10**6), "frame": gif_with_a_large_frame()}
+    for name, data in extreme.items():
+        (tmp_path / name).write_bytes(data)
+    paths = [str(tmp_path / name) for name in extreme]
+    with pool(ImageReader()) as workers:
+        (found,) = workers.map([job(images[0], *paths, images[1])])
+    assert len(found.pixels) == 2
+    assert [image for image, _ in found.failures] == paths
+    assert "fax coding" in found.failures[0][1]
+    assert "the header suggests" in found.failures[1][1]
 
 
 def test_a_failing_disk_ends_the_export(images: list[str], reader: object) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.extreme import tiff_fax
+
 STRANGE = (  # headers that once ended the run
     ("Retry-After", "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"),
     ("Retry-After", "Mon, 01 Jan 2020 00:00:00 +99999999999999"),
@@ -127,6 +129,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer_text(self, _: int) -> None:
         self.send(200, b"<html></html>", {"Content-Type": "image/jpeg"})
+
+    def answer_fax(self, _: int) -> None:
+        self.send(200, tiff_fax(10**6))
 
     def answer_half(self, _: int) -> None:
         self.send(200, self.image()[:200])
