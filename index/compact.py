@@ -75,7 +75,7 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
     counted = {"entities": 0, "without_image": 0, "without_text": 0}
 
     def entities() -> Iterator[tuple[StoredEntity, bytes | None]]:
-        total = len(store) - len(delta.hidden_H) + delta.alive_count
+        total = len(store) - len(delta.hidden_H) + len(delta.rows_M)
         with tqdm(desc="entities", unit="entity", total=total, disable=not progress) as bar:
             for entity, thumbnail in _entities(store, live, delta):
                 yield replace(entity, row=counted["entities"]), thumbnail
@@ -121,7 +121,7 @@ def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[t
         for entity in store.by_rows(rows):
             words = store.attended_words(entity.row)
             yield replace(entity, attended_words=words), thumbnails.get(entity.row)
-    for row in delta.rows_M[delta.alive_M].tolist():
+    for row in delta.rows_M.tolist():
         yield delta.entities[row], live.thumbnail(row)
 
 
@@ -136,8 +136,7 @@ def _write_embeddings(base: EmbeddingShards, base_count: int, delta: Delta, fold
             # Each row moves up by the hidden rows before it.
             moved_n = rows_n[visible_n] - np.searchsorted(delta.hidden_H, rows_n[visible_n])
             write_shard(folder, next(numbers), moved_n, embeddings_nD[visible_n])
-    put_MD = delta.embeddings_MD[delta.alive_M]
     first_row = base_count - len(delta.hidden_H)
-    for start in range(0, len(put_MD), _SHARD_SIZE):
-        part_nD = put_MD[start : start + _SHARD_SIZE]
+    for start in range(0, len(delta.rows_M), _SHARD_SIZE):
+        part_nD = delta.embeddings_MD[start : start + _SHARD_SIZE]
         write_shard(folder, next(numbers), first_row + start + np.arange(len(part_nD)), part_nD)

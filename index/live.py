@@ -25,7 +25,7 @@ import numpy as np
 from core.errors import LiveDirError, Unavailable, UnknownEntity
 from core.files import sync
 from index.bundle import Bundle
-from index.delta import Delta, DeltaBuilder
+from index.delta import Delta
 from index.embeddings import Float32Array, normalised
 from index.manifest import content_fingerprint
 from index.store import (
@@ -64,7 +64,6 @@ class LiveSegment:
         self._name = bundle.name
         self._base = base
         self._base_count = len(base)
-        self._builder = DeltaBuilder(bundle.manifest.embedding_dim)
         self._write_lock = threading.Lock()
         self._read_lock = threading.Lock()
         self._writer = _open(folder)
@@ -77,7 +76,7 @@ class LiveSegment:
             self.base_revision = self._read_base_revision(self._reader)
             compacted = "SELECT count(*) FROM entity WHERE row <= ?"
             (self.compacted_count,) = self._reader.execute(compacted, (self.base_revision,)).fetchone()
-            self.delta = self._builder.delta(self.base_revision)
+            self.delta = Delta.empty(bundle.manifest.embedding_dim, self.base_revision)
             self.refresh()
         except LiveDirError:
             self.close()
@@ -151,22 +150,24 @@ class LiveSegment:
             self._reader.execute("BEGIN")  # one snapshot for all statements
             self._read_base_revision(self._reader)
             (revision,) = self._reader.execute("SELECT generation FROM live").fetchone()
-            put = select_entities(self._reader, "WHERE row > ?", last)
+            put = select_entities(self._reader, "WHERE row > ? ORDER BY row", last)
             vectors = dict(self._reader.execute("SELECT row, vector FROM embedding WHERE row > ?", last).fetchall())
-            deleted = self._reader.execute("SELECT generation, entity_id FROM tombstone WHERE generation > ?", last)
-            changes: dict[int, StoredEntity | str] = dict(deleted.fetchall())
-        changes.update((entity.row, entity) for entity in put)
-        for number, change in sorted(changes.items()):
-            if isinstance(change, str):
-                self._builder.delete(change, base_row=self._base_row(change))
-                continue
-            vector_D = np.frombuffer(vectors[number], "<f2").astype(np.float32)
-            self._builder.put(
-                replace(change, row=self._base_count + number),
-                normalised(vector_D[None])[0],
-                base_row=self._base_row(change.entity_id),
-            )
-        self.delta = self._builder.delta(revision)
+            tombstones = self._reader.execute("SELECT entity_id FROM tombstone WHERE generation > ?", last)
+            deleted = [entity_id for (entity_id,) in tombstones]
+        # The file has each entity once: what was put last, or a tombstone.
+        base_rows = map(self._base_row, [*(entity.entity_id for entity in put), *deleted])
+        self.delta = self.delta.changed(
+            revision,
+            [
+                (
+                    replace(entity, row=self._base_count + entity.row),
+                    normalised(np.frombuffer(vectors[entity.row], "<f2")[None])[0],
+                )
+                for entity in put
+            ],
+            deleted,
+            hidden=[row for row in base_rows if row is not None],
+        )
 
     def _read_base_revision(self, connection: sqlite3.Connection) -> int:
         """Return up to which revision this bundle contains the changes."""

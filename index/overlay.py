@@ -90,7 +90,7 @@ class _OverlaySelection(Selection):
 class OverlayView:
     """One state of a bundle and its live changes: rows that `search` returns are valid in the same view.
 
-    Without `live` it is the bundle alone. `get`, `thumbnail` and `search_titles` see the latest state.
+    Without `live` it is the bundle alone.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class OverlayView:
         self.entity_count = index.entity_count
         self.version = ""
         if live is not None and self.delta is not None:
-            self.entity_count += self.delta.alive_count - len(self.delta.hidden_H)
+            self.entity_count += len(self.delta.rows_M) - len(self.delta.hidden_H)
             if self.delta.revision > live.base_revision:
                 self.version = f"+{self.delta.revision}"
 
@@ -129,7 +129,7 @@ class OverlayView:
         base = selection.base if isinstance(selection, _OverlaySelection) else selection
         if self.delta is None or not (len(self.delta.rows_M) or len(self.delta.hidden_H)):
             return self._index.search(query_embeddings_BD, top_k, selection=base)
-        allowed_M = selection.allowed_M if isinstance(selection, _OverlaySelection) else self.delta.alive_M
+        allowed_M = selection.allowed_M if isinstance(selection, _OverlaySelection) else None
         base_rows_BF, base_scores_BF = self._search_base(query_embeddings_BD, top_k, self.delta.hidden_H, base)
         rows_BM, scores_BM = self.delta.search(normalised(query_embeddings_BD), top_k, allowed_M)
         rows_BF = np.concatenate([base_rows_BF, rows_BM], axis=1)

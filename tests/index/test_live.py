@@ -18,7 +18,7 @@ import pytest
 
 from core.errors import LiveDirError, Unavailable, UnknownEntity, UserError
 from index.bundle import Bundle
-from index.delta import DeltaBuilder
+from index.delta import Delta
 from index.live import LIVE_FILE, LiveSegment
 from index.overlay import OverlayView
 from index.search import EntityIndex
@@ -139,27 +139,23 @@ def test_a_view_does_not_change(edited: Opened) -> None:
     assert (earlier.version, edited.view.version) == ("+1", "+3")
 
 
-def test_memory_of_replaced_entities_is_freed_and_earlier_deltas_do_not_change() -> None:
-    builder = DeltaBuilder(embedding_dim=16)
-    for row in range(1, 40):
-        builder.put(entity(f"old {row}", row=row), vector(row), base_row=None)
-    earlier = builder.delta(39)
-    for row in range(40, 4000):
-        builder.put(entity("changing", f"Version {row}", row=row), vector(row), base_row=7)
-        latest = builder.delta(row)
-    assert len(latest.rows_M) < 2000
-    assert latest.alive_count == latest.alive_M.sum() == 40
+def test_replaced_entities_are_dropped_and_earlier_deltas_do_not_change() -> None:
+    put = [(entity(f"old {row}", row=row), vector(row)) for row in range(1, 40)]
+    latest = earlier = Delta.empty(16, 0).changed(39, put, [], [])
+    for row in range(40, 100):
+        latest = latest.changed(row, [(entity("changing", f"Version {row}", row=row), vector(row))], [], [7])
+    assert len(latest.rows_M) == len(latest.embeddings_MD) == len(latest.entities) == 40
     assert latest.hidden_H.tolist() == [7]
-    for delta, row in ((earlier, 20), (latest, 20), (latest, 3999)):
-        rows_BK, scores_BK = delta.search(vector(row)[None], 1, delta.alive_M)
+    for delta, row in ((earlier, 20), (latest, 20), (latest, 99)):
+        rows_BK, scores_BK = delta.search(vector(row)[None], 1)
         assert rows_BK.tolist() == [[row]]
         np.testing.assert_allclose(scores_BK, 1, atol=1e-3)
-    assert latest.entities[3999].title == "Version 3999"
+    assert latest.entities[99].title == "Version 99"
     assert earlier.latest["old 20"] == latest.latest["old 20"] == 20
-    for row in range(1, 40):
-        builder.delete(f"old {row}", base_row=None)
-    builder.delete("changing", base_row=7)
-    assert builder.delta(4001).alive_count == 0
+    empty = latest.changed(100, [], [*(found.entity_id for found in latest.entities.values())], [])
+    assert len(empty.rows_M) == len(empty.embeddings_MD) == len(empty.entities) == 0
+    assert set(empty.latest.values()) == {None}
+    assert len(earlier.rows_M) == 39
 
 
 class Model:
