@@ -70,7 +70,7 @@ def _export(command: list[str], out: Path, *, kill_at: float = math.inf) -> floa
     peak_mb = 0.0
     with subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL) as child:
         while child.poll() is None:
-            if len(list((out / ".partial" / "shards").glob("0*.jsonl"))) >= kill_at:
+            if len(list((out / ".partial" / "shards").glob("0*.json"))) >= kill_at:
                 child.kill()
             peak_mb = max(peak_mb, _memory_mb(child.pid))
             with suppress(subprocess.TimeoutExpired):

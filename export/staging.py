@@ -3,7 +3,7 @@
 OUT/.partial/
     settings.json           what the content depends on; a resumed export must match it
     image_encoder.json      parity of the ONNX file, written after the file
-    shards/00000.jsonl      records and rejects of a shard, written after its embeddings
+    shards/00000.json       records and rejects of a shard, written after its embeddings
     bundle/                 the unfinished bundle; moved into OUT at the end, manifest last
 
 Shapes: n embeddings of a shard, T text tokens, D embedding width.
@@ -11,7 +11,6 @@ Shapes: n embeddings of a shard, T text tokens, D embedding width.
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
 from core.errors import UserError
 from core.files import atomic_write_bytes, sync
@@ -35,7 +35,7 @@ from export.reuse import write_hashes
 from export.shards import EmbeddedShard, StageTimes
 from index.embeddings import write_shard
 from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE
-from index.store import ENTITY_JSON, StoredEntity
+from index.store import StoredEntity
 from model.checkpoint import Checkpoint
 from model.encoders import TextEncoder
 
@@ -49,9 +49,13 @@ _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 class StagedShard:
     """A finished shard without its embeddings: entities with thumbnails, bad records and failed images."""
 
+    __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
     entities: Sequence[tuple[StoredEntity, bytes | None]]
     rejected: Sequence[Rejected]
     images_failed: Sequence[Rejected]
+
+
+_STAGED_JSON = TypeAdapter(StagedShard)
 
 
 class StagingDir:
@@ -109,32 +113,13 @@ class StagingDir:
 
     def finish_shard(self, number: int, shard: StagedShard) -> None:
         """Record a shard as finished. Its embeddings must have been written."""
-        rows: list[dict[str, Any]] = [
-            {
-                "entity": ENTITY_JSON.dump_python(entity, mode="json", by_alias=True),
-                "thumbnail": None if webp is None else base64.b64encode(webp).decode(),
-            }
-            for entity, webp in shard.entities
-        ]
-        rows += [{"rejected": asdict(rejected)} for rejected in shard.rejected]
-        rows += [{"image_failed": asdict(rejected)} for rejected in shard.images_failed]
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        atomic_write_bytes(self._shard_path(number), text.encode())
+        atomic_write_bytes(self._shard_path(number), _STAGED_JSON.dump_json(shard, by_alias=True))
 
     def shards(self) -> Iterator[StagedShard]:
         """Yield the finished shards, in order."""
         number = 0
         while self.has_shard(number):
-            rows = [json.loads(line) for line in self._shard_path(number).read_bytes().splitlines()]
-            yield StagedShard(
-                entities=[
-                    (ENTITY_JSON.validate_python(row["entity"]), base64.b64decode(row["thumbnail"] or "") or None)
-                    for row in rows
-                    if "entity" in row
-                ],
-                rejected=[Rejected(**row["rejected"]) for row in rows if "rejected" in row],
-                images_failed=[Rejected(**row["image_failed"]) for row in rows if "image_failed" in row],
-            )
+            yield _STAGED_JSON.validate_json(self._shard_path(number).read_bytes())
             number += 1
 
     def entities(self) -> Iterator[tuple[StoredEntity, bytes | None]]:
@@ -143,7 +128,7 @@ class StagingDir:
             yield from shard.entities
 
     def _shard_path(self, number: int) -> Path:
-        return self._folder / "shards" / f"{number:05d}.jsonl"
+        return self._folder / "shards" / f"{number:05d}.json"
 
     @property
     def is_ready_to_publish(self) -> bool:

@@ -58,7 +58,7 @@ def test_an_export_resumes_after_space_was_freed(catalog: CatalogFiles, checkpoi
     full = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, check=False, timeout=300)
     assert full.returncode == 2, full.stderr
     assert "out is full; free some space and go on with --resume" in full.stderr.splitlines()[-1]
-    assert len(list((out / ".partial" / "shards").glob("0*.jsonl"))) == 2
+    assert len(list((out / ".partial" / "shards").glob("0*.json"))) == 2
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed_shards"] == 2

@@ -88,7 +88,7 @@ def kill_once(config: ExportConfig, moment: Callable[[], bool]) -> None:
 def test_killed_early_and_late(uninterrupted: ExportConfig, interrupted: ExportConfig) -> None:
     config = interrupted  # killed once
     work = config.out / ".partial"
-    kill_once(config, (work / "shards" / "00006.jsonl").exists)
+    kill_once(config, (work / "shards" / "00006.json").exists)
     finished = len(list((work / "shards").iterdir()))
     assert not (config.out / "manifest.json").exists()
     with pytest.raises(UserError, match="unfinished export; finish it with --resume"):
@@ -110,7 +110,7 @@ def test_resume_of_a_missing_and_of_a_complete_bundle(uninterrupted: ExportConfi
 def killed_once(uninterrupted: ExportConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of an export that was killed after some shards."""
     config = dataclasses.replace(uninterrupted, out=tmp_path_factory.mktemp("killed") / "things")
-    kill_once(config, (config.out / ".partial" / "shards" / "00003.jsonl").exists)
+    kill_once(config, (config.out / ".partial" / "shards" / "00003.json").exists)
     return config.out
 
 
