@@ -11,7 +11,6 @@ A shard is renamed into place before its images are listed, so an unlisted shard
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -20,14 +19,14 @@ import sqlite3
 import stat
 import tarfile
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from catalog.records import is_url
-from core.errors import CatalogError, UserError
-from core.files import atomic_write
+from core.errors import CatalogError
+from core.files import atomic_write, locked
 from core.jsonl import Rejected
 
 INDEX_FILE = "images.sqlite"
@@ -109,14 +108,10 @@ class TarShards:
     def __init__(self, folder: Path, *, shard_bytes: int) -> None:
         self._folder = folder
         self._shard_bytes = shard_bytes
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise UserError(f"another process is fetching into {folder}; wait for it to end") from None
-        self._db = sqlite3.connect(folder / INDEX_FILE, isolation_level=None)
+        self._opened = ExitStack()
+        busy = f"another process is fetching into {folder}; wait for it to end"
+        self._opened.enter_context(locked(folder, busy))
+        self._db = self._opened.enter_context(closing(sqlite3.connect(folder / INDEX_FILE, isolation_level=None)))
         self._db.executescript(_SCHEMA)
         (last,) = self._db.execute("SELECT MAX(shard) FROM images").fetchone()
         self._number = 0 if last is None else last + 1
@@ -127,11 +122,8 @@ class TarShards:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with self._opened:
             self.finish_shard()
-        finally:
-            self._db.close()
-            os.close(self._lock)
 
     def knows(self, url: str) -> bool:
         """Return whether an image has been added or its failure recorded."""

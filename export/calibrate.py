@@ -6,7 +6,7 @@ H = W = size_px. Scores fall along K. NaN pads.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -38,14 +38,6 @@ _NEXT_STEP = "give more validation queries or leave --validation out"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
-    """A labelled query. `entity_id` is the right answer."""
-
-    entity_id: str
-    pixels_HW3: npt.NDArray[np.uint8]
-
-
-@dataclass(frozen=True, kw_only=True)
 class SearchedQueries:
     scores_NK: Float64Array
     embeddings_ND: Float32Array
@@ -64,9 +56,9 @@ def calibrate(
     preprocessing = checkpoint.image_encoder.preprocessing
 
     def images() -> Iterator[npt.NDArray[np.uint8]]:
-        for query in read_queries(queries, preprocessing, rejected):
-            entity_ids.append(query.entity_id)
-            yield query.pixels_HW3
+        for entity_id, pixels_HW3 in read_queries(queries, preprocessing, rejected):
+            entity_ids.append(entity_id)
+            yield pixels_HW3
 
     shown = tqdm(images(), desc="validation", unit="query", disable=not config.progress)
     rows_NF, scores_NF, embeddings_ND = _search(iter(shown), config, checkpoint, index)
@@ -247,16 +239,14 @@ def row_of(entity_id: str, store: EntityStore) -> int:
 
 
 def read_queries(
-    path: Path, preprocessing: Preprocessing, rejected: list[Rejected], *, lines: Collection[int] | None = None
-) -> Iterator[Query]:
-    """Yield the queries of a file, or of some of its lines. Add those that cannot be used to `rejected`."""
+    path: Path, preprocessing: Preprocessing, rejected: list[Rejected]
+) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+    """Yield the right entity and the pixels [H, W, 3] of each query. Add those that cannot be used to `rejected`."""
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             rejected.append(Rejected(line=item.line, reason=f"{path.name}: {item.reason}", record=item.record))
             continue
         line, row = item
-        if lines is not None and line not in lines:
-            continue
         image, entity_id = row.get("image"), row.get("entity_id")
         try:
             if not isinstance(image, str) or not isinstance(entity_id, str):
@@ -266,4 +256,4 @@ def read_queries(
         except (UnusableImage, UndecodableImage, TooLarge) as error:
             rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=excerpt(row)))
             continue
-        yield Query(entity_id=entity_id, pixels_HW3=pixels_HW3)
+        yield entity_id, pixels_HW3

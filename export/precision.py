@@ -26,7 +26,6 @@ from tqdm import tqdm
 from catalog.images import ImageReader, UnusableImage
 from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
 from core.files import atomic_write, sync
-from core.jsonl import read_jsonl
 from core.runtime import onnxruntime
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
@@ -171,12 +170,10 @@ def catalog_images(
 
 def _queries(path: Path, preprocessing: Preprocessing, store: EntityStore) -> list[LabelledImage]:
     """Return a sample of the validation queries."""
-    lines: Reservoir[int] = Reservoir(_MAX_QUERIES)
-    for item in read_jsonl(path):
-        if isinstance(item, tuple):
-            lines.add(item[0])
-    queries = read_queries(path, preprocessing, [], lines=frozenset(lines.items))
-    return [(row_of(query.entity_id, store), query.pixels_HW3) for query in queries]
+    sample: Reservoir[tuple[str, Pixels]] = Reservoir(_MAX_QUERIES)
+    for query in read_queries(path, preprocessing, []):
+        sample.add(query)
+    return [(row_of(entity_id, store), pixels_HW3) for entity_id, pixels_HW3 in sample.items]
 
 
 def quantise(

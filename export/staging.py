@@ -11,7 +11,6 @@ Shapes: n embeddings of a shard, T text tokens, D embedding width.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -27,7 +26,7 @@ import numpy as np
 from pydantic import ConfigDict, TypeAdapter
 
 from core.errors import UserError
-from core.files import atomic_write_bytes, sync
+from core.files import atomic_write_bytes, locked, sync
 from core.jsonl import Rejected
 from export.config import ExportConfig, check_image_root
 from export.onnx import Parity
@@ -70,20 +69,11 @@ class StagingDir:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Create and lock the folder, and delete half-written files. Raises `UserError` if another process has it."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another export is writing {self._out}; wait for it to end, or choose another --out"
-                ) from None
+        busy = f"another export is writing {self._out}; wait for it to end, or choose another --out"
+        with locked(self._folder, busy):
             for leftover in self._folder.rglob(".*.partial"):
                 leftover.unlink()
             yield
-        finally:
-            os.close(descriptor)
 
     def settings(self) -> dict[str, Any] | None:
         """Return the settings the export was begun with, or None for a new one."""

@@ -11,8 +11,6 @@ can share the folder. Rows that only the old bundle needs are deleted at the nex
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import threading
 from collections.abc import Iterator
@@ -23,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from core.errors import LiveDirError, Unavailable, UnknownEntity
-from core.files import sync
+from core.files import locked, sync
 from index.bundle import Bundle
 from index.delta import Delta
 from index.embeddings import Float32Array, normalised
@@ -234,13 +232,8 @@ def _open(folder: Path) -> sqlite3.Connection:
     """Return a connection for writing. Create the folder and its file if they are missing."""
     path = folder / LIVE_FILE
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)  # processes that start together must not both create the file
+        with locked(folder):  # processes that start together must not both create the file
             version = _create(path)
-        finally:
-            os.close(descriptor)
     except (OSError, sqlite3.Error) as error:
         raise LiveDirError(f"{path} cannot be used for live changes ({error}); choose another LIVE_DIR") from error
     if version != _SCHEMA_VERSION:

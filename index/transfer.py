@@ -9,7 +9,6 @@ A folder that was pushed to is a bundle. A pushed bundle never changes: another 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Self
 from tqdm import tqdm
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError, UserError
-from core.files import atomic_write, is_uri, report_disk_full, sha256_file, sync
+from core.files import atomic_write, is_uri, locked, report_disk_full, sha256_file, sync
 from index.bundle import Bundle, check_names
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder
 from index.manifest import (
@@ -257,10 +256,7 @@ def local_bundle(source: str | Path, cache: Path | None) -> Path:
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = (cache or user_cache / "wikiclip" / "bundles") / release.fingerprint
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Services may share a cache: one of them pulls, the others wait.
-        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(folder):  # services may share a cache: one of them pulls, the others wait
             _pull(remote, release, folder, hash_complete=False, progress=False)
     except OSError as error:
         raise TransferError(
