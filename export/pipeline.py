@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -277,7 +277,7 @@ def _assemble(
             file=IMAGE_ENCODER_FILE,
             input=INPUT,
             outputs=OUTPUTS,
-            parity={"max_abs_diff": parity.max_abs_diff, "min_cosine": parity.min_cosine},
+            parity=asdict(parity),
             int8=int8,
             float16=float16,
         ),

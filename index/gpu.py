@@ -104,23 +104,19 @@ def clonable(index: Any) -> Any | None:
     return index if type(index) in (faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer, faiss.IndexIVFPQ) else None
 
 
-def shares(free_bytes: Sequence[int], count: int, bytes_each: int) -> list[int]:
-    """Return how many of `count` vectors each GPU gets, in proportion to its room. Raise `NotOnGpuError`."""
-    rooms = _rooms(free_bytes, bytes_each)
-    if sum(rooms) < count:
-        raise NotOnGpuError(_too_large(free_bytes, count, bytes_each))
-    ends = [count * sum(rooms[: number + 1]) // sum(rooms) for number in range(len(rooms))]
-    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
-
-
-def equal_shares(free_bytes: Sequence[int], count: int, bytes_each: int, bytes_fixed: int) -> list[int]:
+def equal_shares(free_bytes: Sequence[int], count: int, bytes_each: int, bytes_fixed: int = 0) -> list[int]:
     """Return as many GPUs as have room for an equal share and `bytes_fixed`. Raise `NotOnGpuError`."""
-    rooms = _rooms([free - bytes_fixed for free in free_bytes], bytes_each)
+    available = [max(0, free - SCRATCH_BYTES - RESERVED_BYTES) for free in free_bytes]
+    rooms = [max(0, free - bytes_fixed) // bytes_each for free in available]
     best_first = sorted(range(len(rooms)), key=lambda gpu: -rooms[gpu])
     for gpus in range(len(rooms), 0, -1):
         if rooms[best_first[gpus - 1]] >= math.ceil(count / gpus):
             return sorted(best_first[:gpus])
-    raise NotOnGpuError(_too_large(free_bytes, count, bytes_each))
+    raise NotOnGpuError(
+        f"{count} vectors need {count * bytes_each / 1e9:.1f} GB, {len(free_bytes)} GPU(s) have "
+        f"{sum(available) / 1e9:.1f} GB left after {(SCRATCH_BYTES + RESERVED_BYTES) / 1e9:.1f} GB each for the "
+        "encoder and scratch"
+    )
 
 
 def sharded_flat(
@@ -128,7 +124,7 @@ def sharded_flat(
 ) -> Any:
     """Return an exact index with the first `counts[0]` vectors on the first GPU, and so on.
 
-    `new_block(gpu)` makes an empty index. Each block is filled in one call, because faiss would copy it for a second
+    `new_block(number)` makes an empty index on one of them. Each block is filled in one call, because faiss would copy it for a second
     one. Each is searched by its own thread.
     """
     whole = faiss.IndexShards(embeddings.dim, len(counts) > 1, True)
@@ -183,19 +179,20 @@ def _prefetched_parts(embeddings: Embeddings) -> Iterator[Float32Array]:
 
 
 def _place_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:
-    counts = shares(free_bytes, len(embeddings), 2 * embeddings.dim + 4)  # float16, and faiss stores a norm
-    scratch_bytes = [SCRATCH_BYTES // max(1, len(_block_sizes(count, embeddings.dim))) for count in counts]
+    gpus = equal_shares(free_bytes, len(embeddings), 2 * embeddings.dim + 4)  # float16, and faiss stores a norm
+    counts = [(len(embeddings) + number) // len(gpus) for number in range(len(gpus))]
+    scratch_bytes = SCRATCH_BYTES // max(1, len(_block_sizes(counts[-1], embeddings.dim)))
     resources = []
 
-    def new_block(gpu: int) -> Any:
+    def new_block(number: int) -> Any:
         # Each block has its own thread, so it needs its own stream and share of the scratch memory.
-        resources.append(_resources(scratch_bytes[gpu]))
+        resources.append(_resources(scratch_bytes))
         config = faiss.GpuIndexFlatConfig()
-        config.device, config.useFloat16 = gpu, True
+        config.device, config.useFloat16 = gpus[number], True
         return faiss.GpuIndexFlatIP(resources[-1], embeddings.dim, config)
 
     index = sharded_flat(embeddings, counts, new_block)
-    why = f"exact over float16 on {sum(count > 0 for count in counts)} GPU(s)"
+    why = f"exact over float16 on {len(gpus)} GPU(s)"
     return Placement(candidates=GpuCandidates(index, None, resources), device="cuda", why=why)
 
 
@@ -216,18 +213,6 @@ def _resources(scratch_bytes: int) -> Any:
     resources = faiss.StandardGpuResources()
     resources.setTempMemory(scratch_bytes)
     return resources
-
-
-def _rooms(free_bytes: Sequence[int], bytes_each: int) -> list[int]:
-    return [max(0, free - SCRATCH_BYTES - RESERVED_BYTES) // bytes_each for free in free_bytes]
-
-
-def _too_large(free_bytes: Sequence[int], count: int, bytes_each: int) -> str:
-    available = sum(max(0, free - SCRATCH_BYTES - RESERVED_BYTES) for free in free_bytes)
-    return (
-        f"{count} vectors need {count * bytes_each / 1e9:.1f} GB, {len(free_bytes)} GPU(s) have {available / 1e9:.1f} "
-        f"GB left after {(SCRATCH_BYTES + RESERVED_BYTES) / 1e9:.1f} GB each for the encoder and scratch"
-    )
 
 
 def _free_bytes() -> list[int]:

@@ -15,7 +15,7 @@ from index import gpu
 from index.build import build_index
 from index.embeddings import Embeddings, EmbeddingShards, write_shard
 from index.faiss_index import CpuCandidates, one_thread
-from index.gpu import GpuCandidates, NotOnGpuError, equal_shares, placement, sharded_flat, shares
+from index.gpu import GpuCandidates, NotOnGpuError, equal_shares, placement, sharded_flat
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
 from index.store import Selection
@@ -52,23 +52,18 @@ def bundle(tmp_path: Path) -> EmbeddingShards:
 
 
 class TestSharing:
-    def test_shares_are_in_proportion_to_free_memory(self) -> None:
-        assert shares([RESERVED + 3000, RESERVED + 1000, RESERVED], 200, 10) == [150, 50, 0]
-
-    def test_all_free_memory_can_be_used(self) -> None:
-        assert shares([RESERVED + 1000, RESERVED + 500], 150, 10) == [100, 50]
-
     def test_one_vector_too_many_is_refused(self) -> None:
-        with pytest.raises(NotOnGpuError, match=r"151 vectors need 0\.0 GB, 2 GPU\(s\) have 0\.0 GB left"):
-            shares([RESERVED + 1000, RESERVED + 500], 151, 10)
+        assert equal_shares([RESERVED + 1000, RESERVED + 1000], 200, 10) == [0, 1]
+        with pytest.raises(NotOnGpuError, match=r"201 vectors need 0\.0 GB, 2 GPU\(s\) have 0\.0 GB left"):
+            equal_shares([RESERVED + 1000, RESERVED + 1000], 201, 10)
 
     def test_full_gpus_do_not_count(self) -> None:
         with pytest.raises(NotOnGpuError):
-            shares([RESERVED - 1, 0], 1, 10)
+            equal_shares([RESERVED - 1, 0], 1, 10)
 
     def test_equal_shares_leave_out_gpus_without_room(self) -> None:
-        assert equal_shares([RESERVED + 1000, RESERVED + 90, RESERVED + 600], 100, 10, 0) == [0, 2]
-        assert equal_shares([RESERVED + 1000, RESERVED + 400, RESERVED + 400], 100, 10, 0) == [0, 1, 2]
+        assert equal_shares([RESERVED + 1000, RESERVED + 90, RESERVED + 600], 100, 10) == [0, 2]
+        assert equal_shares([RESERVED + 1000, RESERVED + 400, RESERVED + 400], 100, 10) == [0, 1, 2]
 
     def test_fixed_bytes_per_gpu_count(self) -> None:
         assert equal_shares([RESERVED + 1100], 100, 10, 100) == [0]
