@@ -124,8 +124,8 @@ def sharded_flat(
 ) -> Any:
     """Return an exact index with the first `counts[0]` vectors on the first GPU, and so on.
 
-    `new_block(number)` makes an empty index on one of them. Each block is filled in one call, because faiss would copy it for a second
-    one. Each is searched by its own thread.
+    `new_block(number)` makes an empty index on one of them. Each block is filled in one call, because faiss would copy
+    it for a second one. Each is searched by its own thread.
     """
     whole = faiss.IndexShards(embeddings.dim, len(counts) > 1, True)
     sizes = [_block_sizes(count, embeddings.dim, block_bytes) for count in counts]
