@@ -60,10 +60,7 @@ LabelledImage = tuple[int, Pixels]  # row of the right entity (-1: none) and pix
 
 
 class InFloat16(nn.Module):
-    """A float16 copy of a module on the CPU, in evaluation mode, with float32 inputs and outputs.
-
-    Integer and boolean tensors are passed through.
-    """
+    """A float16 copy of an image encoder's module on the CPU, in evaluation mode, with float32 input and outputs."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -74,19 +71,13 @@ class InFloat16(nn.Module):
         halves.update({id(buffer): _half(buffer) for buffer in module.buffers()})
         self.module = copy.deepcopy(module, halves).eval()
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        outputs = self.module(*(_cast(tensor, torch.float16) for tensor in inputs))
-        if isinstance(outputs, torch.Tensor):
-            return _cast(outputs, torch.float32)
-        return tuple(_cast(tensor, torch.float32) for tensor in outputs)
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        patch_tokens_BPC, image_embedding_BD = self.module(pixel_values.half())
+        return patch_tokens_BPC.float(), image_embedding_BD.float()
 
 
 def _half(tensor: torch.Tensor) -> torch.Tensor:
-    return _cast(tensor.detach().to("cpu"), torch.float16)
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensor.detach().to("cpu", torch.float16 if tensor.is_floating_point() else tensor.dtype)
 
 
 def add_float16(encoder: ImageEncoder, bundle: Path, centre_D: torch.Tensor | None = None) -> Float16Entry:
