@@ -41,14 +41,7 @@ def is_public(address: str) -> bool:
         parsed not in _IPV6_IN_USE or any(parsed in tunnel for tunnel in _IPV6_TUNNELS)
     ):
         return False  # this includes IPv4-mapped addresses
-    return parsed.is_global and not (
-        parsed.is_private
-        or parsed.is_loopback
-        or parsed.is_link_local
-        or parsed.is_multicast
-        or parsed.is_reserved
-        or is_metadata(address)
-    )
+    return parsed.is_global and not (parsed.is_multicast or parsed.is_reserved or is_metadata(address))
 
 
 def is_metadata(address: str) -> bool:
