@@ -11,6 +11,7 @@ can share the folder. Rows that only the old bundle needs are deleted at the nex
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
