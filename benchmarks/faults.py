@@ -6,11 +6,15 @@ differ from the first ones, `failed` requests of those clients without a 200, an
 status of 500 or more or a leak. All should be 0. `own_memory_mib` is the service's memory before and after the swaps,
 which should differ by little. Needs redis-server.
 
+Then a second service, limited to 1 GiB of memory, is sent images and connections that are valid and extreme
+(`benchmarks.extreme`, `benchmarks.extreme_connections`), each case under the same load. See `_measure_extremes`.
+
 `python -m benchmarks.faults serve ...` is `wikiclip serve` with an engine that can be killed by SIGUSR1.
 """
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import shutil
@@ -21,13 +25,17 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Self
 
 import httpx
 
+from benchmarks import extreme, extreme_connections
 from benchmarks.generator import ANSWERED, free_port, scrape_metrics, service_process, wait_for
 from benchmarks.synthetic import hostile_bodies, photograph
 from core.errors import UserError
@@ -43,6 +51,18 @@ REDIS_UP_S = 2.5  # longer than the service waits before it retries
 TOKEN = "benchmark"
 TIMEOUT_S = 60
 LEAKS = ("Traceback", ".py", "/home")
+GROUP_BYTES = 1024**3
+RECEIVE_MS = 3000
+SMOKE_SHARE = 0.02  # of the size of an extreme image
+CALM_S = 60.0  # by when the memory of extreme requests should be free again
+CALM_BYTES = 100 * 1024**2
+CONNECTIONS = (
+    extreme_connections.unread, extreme_connections.pipelined, extreme_connections.large_second_head,
+    extreme_connections.many_headers, extreme_connections.slow_chunks, extreme_connections.endless_chunk_extension,
+    extreme_connections.endless_trailer, extreme_connections.upgrade_with_body, extreme_connections.multipart_parts,
+    extreme_connections.wide_json,
+)  # fmt: skip
+SMOKE_CASES = ("webp_canvas", "jpeg_scans", "png_line", "tiff_fax", "avif_lie", "pipelined", "many_headers")
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -64,20 +84,13 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                     time.sleep(REDIS_UP_S)
 
             def swap_bundles() -> dict[str, Any]:
-                before_mib = own_memory_mib()
+                before = _memory_bytes(process.pid)
                 for number in range(SMOKE_SWAPS if smoke else SWAPS):
                     path = bundle_path if number % 2 else other_path
                     headers = {"Authorization": f"Bearer {TOKEN}"}
                     body = {"path": str(path.resolve())}
                     httpx.post(f"{url}/admin/bundle", json=body, headers=headers, timeout=TIMEOUT_S).raise_for_status()
-                return {"own_memory_mib": [before_mib, own_memory_mib()]}
-
-            def own_memory_mib() -> float:
-                """Return the service's memory without mapped files."""
-                (kib,) = re.findall(
-                    r"^RssAnon:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE
-                )
-                return round(int(kib) / 1024, 1)
+                return {"own_memory_mib": [before >> 20, _memory_bytes(process.pid) >> 20]}
 
             def kill_engine() -> None:
                 for number in range(kills):
@@ -100,8 +113,128 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                 ),
                 "hostile bodies": load.during(lambda: _send_hostile_bodies(url, SMOKE_BODIES if smoke else BODIES)),
             }
-    totals = {key: sum(part.get(key, 0) for part in parts.values()) for key in ("wrong", "failed", "faults")}
-    return {**totals, "parts": parts}
+    extremes = _measure_extremes(bundle_path, smoke=smoke)
+    every = [*parts.values(), *extremes["cases"].values()]
+    totals = {key: sum(part.get(key, 0) for part in every) for key in ("wrong", "failed", "faults")}
+    return {**totals, "parts": parts, "extremes": extremes}
+
+
+def _measure_extremes(bundle_path: Path, *, smoke: bool) -> dict[str, Any]:
+    """Return what the clients saw during each extreme case, and what a service limited to 1 GiB took for them all.
+
+    `memory_mib` is the memory of the service and its decoders at the start, at most, and at the end. For each case,
+    `livez_ms` is the longest wait for an answer of `/livez`. Each case should get a status from 400 to 429.
+    """
+    parts: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as log, _limited_memory() as group:
+        prefix = () if group is None else ("sh", "-c", f'echo $$ > {group}/cgroup.procs; exec "$0" "$@"')
+        flags = ("--log-level", "warning", "--receive-timeout-ms", str(RECEIVE_MS))
+        with service_process(bundle_path, *flags, prefix=prefix, stderr=log) as (process, url):
+            load = _Load(url)
+            start, highest = _memory_bytes(process.pid), 0
+
+            def send_case(send: Callable[[], list[int]]) -> dict[str, Any]:
+                nonlocal highest
+                stop = threading.Event()
+                with ThreadPoolExecutor(2) as pool:
+                    silence = pool.submit(_longest_silence_s, url, stop)
+                    memory = pool.submit(_highest_memory_bytes, process.pid, stop)
+                    try:
+                        statuses = send()
+                    finally:
+                        stop.set()
+                    highest = max(highest, memory.result())
+                    counted = {str(status): count for status, count in sorted(Counter(statuses).items())}
+                    faults = sum(status >= HTTPStatus.INTERNAL_SERVER_ERROR for status in statuses)
+                    return {"statuses": counted, "faults": faults, "livez_ms": round(1000 * silence.result())}
+
+            for name, send in _extremes(url, SMOKE_SHARE if smoke else 1.0):
+                if not smoke or name in SMOKE_CASES:
+                    parts[name] = load.during(partial(send_case, send))
+            calm_by = time.monotonic() + CALM_S
+            while _memory_bytes(process.pid) > start + CALM_BYTES and time.monotonic() < calm_by:
+                time.sleep(0.5)
+            end = _memory_bytes(process.pid)
+            killed = process.poll() is not None
+        log_bytes = log.seek(0, os.SEEK_END)
+    return {
+        "limit_mib": None if group is None else GROUP_BYTES >> 20,
+        "killed": killed,
+        "memory_mib": [start >> 20, highest >> 20, end >> 20],
+        "log_bytes": log_bytes,
+        "livez_ms": max(part["livez_ms"] for part in parts.values()),
+        "cases": parts,
+    }
+
+
+@contextmanager
+def _limited_memory() -> Iterator[Path | None]:
+    """Create a cgroup of 1 GiB (version 1 or 2), and remove it when it is empty. Yield None where that is forbidden."""
+    root = Path("/sys/fs/cgroup")
+    version_1 = (root / "memory").is_dir()
+    group = (root / "memory" if version_1 else root) / f"wikiclip-bench-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / ("memory.limit_in_bytes" if version_1 else "memory.max")).write_text(str(GROUP_BYTES))
+    except OSError:
+        yield None
+        return
+    try:
+        yield group
+    finally:
+        wait_for(lambda: not (group / "cgroup.procs").read_text(), "a decoder process did not end")
+        group.rmdir()
+
+
+def _memory_bytes(pid: int) -> int:
+    """Return the memory of a process and its children, without mapped files."""
+    total = 0
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    for each in [pid, *(int(child) for path in children for child in path.read_text().split())]:
+        with suppress(OSError):  # it has ended
+            lines = Path(f"/proc/{each}/status").read_text()
+            total += 1024 * sum(int(kib) for kib in re.findall(r"^RssAnon:\s+(\d+) kB", lines, re.MULTILINE))
+    return total
+
+
+def _highest_memory_bytes(pid: int, stop: threading.Event) -> int:
+    highest = 0
+    while not stop.wait(0.05):
+        highest = max(highest, _memory_bytes(pid))
+    return highest
+
+
+def _longest_silence_s(url: str, stop: threading.Event) -> float:
+    """Return the longest time that `/livez` took to answer, on connections of its own."""
+    longest_s = 0.0
+    while not stop.is_set():
+        started_at = time.monotonic()
+        httpx.get(f"{url}/livez", timeout=TIMEOUT_S).raise_for_status()
+        longest_s = max(longest_s, time.monotonic() - started_at)
+        stop.wait(0.05)
+    return longest_s
+
+
+def _extremes(url: str, share: float) -> Iterator[tuple[str, Callable[[], list[int]]]]:
+    """Yield the name of each case, and what sends it and returns the statuses."""
+    target = httpx.URL(url)
+
+    def statuses(connect: Callable[[str, int], bytes]) -> list[int]:
+        return extreme_connections.statuses(connect(target.host, target.port or 80))
+
+    for case in extreme.cases(share):
+        yield case.name, partial(_send_at_once, url, case)
+    for connect in CONNECTIONS:
+        yield connect.__name__, partial(statuses, connect)
+
+
+def _send_at_once(url: str, case: extreme.Case) -> list[int]:
+    def post(body: bytes) -> int:
+        headers = {"Content-Type": case.content_type}
+        return httpx.post(f"{url}/recognize", content=body, headers=headers, timeout=TIMEOUT_S).status_code
+
+    with ThreadPoolExecutor(len(case.bodies)) as pool:
+        return list(pool.map(post, case.bodies))
 
 
 class _Load:

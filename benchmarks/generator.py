@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
@@ -49,18 +49,23 @@ Result = TypeVar("Result")
 
 @contextmanager
 def service_process(
-    bundle: Path, *flags: str, cores: set[int] | None = None, module: str = "wikiclip"
+    bundle: Path,
+    *flags: str,
+    cores: set[int] | None = None,
+    module: str = "wikiclip",
+    prefix: Sequence[str] = (),
+    stderr: IO[bytes] | None = None,
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Run `wikiclip serve` on a free port and yield process and base URL once it is ready. Raise `UserError` if not.
 
     With `cores`, the service runs on these cores, with the default number of threads for so many. `module` takes the
-    arguments of `python -m wikiclip`.
+    arguments of `python -m wikiclip`. `prefix` is a command that runs the command after it.
     """
     port = free_port()
-    command = [sys.executable, "-m", module, "serve", "--bundle", str(bundle), "--port", str(port)]
+    command = [*prefix, sys.executable, "-m", module, "serve", "--bundle", str(bundle), "--port", str(port)]
     if cores is not None:  # by default the service counts all cores of the machine
         command += ["--threads", str(len(cores)), "--decode-threads", str(2 * len(cores))]
-    process = subprocess.Popen([*command, "--log-level", "error", *flags], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--log-level", "error", *flags], stdout=subprocess.DEVNULL, stderr=stderr)
     try:
         if cores is not None:
             os.sched_setaffinity(process.pid, cores)
