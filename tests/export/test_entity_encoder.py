@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.errors import BundleAltered, BundleIncomplete, EncoderSpecError
+from benchmarks.extreme import tiff_fax
+from core.errors import BundleAltered, BundleIncomplete, EncoderSpecError, UndecodableImage
 from export.config import ExportConfig
 from export.entity_encoder import export_entity_encoder
 from export.pipeline import export_bundle
@@ -93,6 +94,8 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             assert held.entities.get("new").has_thumbnail
             text_only, _, _ = held.loaded.editor.put("words", request, None).result()  # type: ignore[union-attr]
             assert not text_only.has_thumbnail
+            with pytest.raises(UndecodableImage, match="fax coding"):
+                held.loaded.editor.put("fax", request, tiff_fax(10**6)).result()  # type: ignore[union-attr]
 
 
 def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(

@@ -373,7 +373,7 @@ def test_a_refused_bundle_is_freed_without_the_collector(bundles, caplog):
             raise RuntimeError("out of order")
 
     def count_loaded() -> int:
-        return sum(isinstance(each, LoadedBundle) for each in gc.get_objects())
+        return sum(type(each) is LoadedBundle for each in gc.get_objects())
 
     gc.collect()
     gc.disable()
