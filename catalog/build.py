@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from catalog.cirrus import LeftOut, file_url, parse_page, read_documents, read_page_images, site_of, wiki_of
-from catalog.compressed import START, OnBytes, Position, read_lines
 from catalog.formats import read_catalog, write_catalog
 from catalog.joins import JoinedPage, Joins, open_joins
 from catalog.records import BadRecord, EntityRecord, to_native
@@ -26,6 +25,7 @@ from catalog.wikidata import SUBCLASS_CLAIM, number_of, parse_item
 from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes, report_disk_full
 from core.jsonl import RejectLog
+from core.lines import START, OnBytes, Position, read_lines
 
 COMMONS = "https://commons.wikimedia.org"
 NO_ENTITIES = (4167410, 13406463, 4167836, 11266439)  # disambiguation pages, lists, categories, templates

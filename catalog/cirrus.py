@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from catalog.compressed import OnBytes, Position, read_lines
 from catalog.records import BadRecord, optional_string, parse_object
 from core.errors import CatalogError
-from core.jsonl import LINE_TOO_LONG, MAX_LINE_BYTES
+from core.lines import LINE_TOO_LONG, MAX_LINE_BYTES, OnBytes, Position, read_lines
 
 _ITEM = re.compile(r"Q([1-9]\d{0,17})")
 _ACTION = re.compile(rb'\{"index":.*"_id":\s*"?(\d{1,18})\b')  # up to SQLite's integers

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from catalog.cirrus import Page, PageImage
-from catalog.compressed import START, Position
 from catalog.wikidata import Item
 from core.errors import UserError
 from core.jsonl import Rejected
+from core.lines import START, Position
 
 _SCHEMA = """
 CREATE TABLE settings (value TEXT NOT NULL);

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from core.jsonl import LINE_TOO_LONG, MAX_LINE_BYTES
+from core.lines import LINE_TOO_LONG, MAX_LINE_BYTES
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 

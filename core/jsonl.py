@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from core.errors import CatalogError
-
-MAX_LINE_BYTES = 16 * 1024**2  # the largest articles and items of Wikimedia's dumps have about 5 MB
-LINE_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes"
+from core.lines import LINE_TOO_LONG, MAX_LINE_BYTES, read_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,33 +21,16 @@ class Rejected:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Rejected]:
-    """Yield `(line_number, object)` for each line of a `.jsonl` or `.jsonl.gz` file.
+    """Yield `(line_number, object)` for each line of a file, which may be compressed. Skip blank lines.
 
-    Yields `Rejected` for a line that is not a JSON object, nests too deeply or is over `MAX_LINE_BYTES`. Skips blank
-    lines.
-
-    Raises `CatalogError` if the file is missing, truncated, or not in gzip format although its name says so.
+    Yields `Rejected` for a line that is not a JSON object, nests too deeply or is over `MAX_LINE_BYTES`. Raises
+    `CatalogError` as `read_lines` does.
     """
-    line_number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for line_number, raw in enumerate(_limited_lines(file), start=1):
-                if len(raw) > MAX_LINE_BYTES:
-                    yield Rejected(line=line_number, reason=LINE_TOO_LONG, record=_excerpt(raw))
-                elif raw.strip():
-                    yield _parse(line_number, raw)
-    except FileNotFoundError:
-        raise CatalogError(f"{path} does not exist; check the path") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise CatalogError(f"{path} cannot be read after line {line_number}: {error}") from error
-
-
-def _limited_lines(file: io.BufferedIOBase) -> Iterator[bytes]:
-    """Yield each line; of a line over `MAX_LINE_BYTES`, one byte more than that."""
-    while line := file.readline(MAX_LINE_BYTES + 1):
-        yield line
-        while len(line) > MAX_LINE_BYTES and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES + 1)
+    for raw, position in read_lines(path):
+        if len(raw) > MAX_LINE_BYTES:
+            yield Rejected(line=position.line, reason=LINE_TOO_LONG, record=_excerpt(raw))
+        elif raw.strip():
+            yield _parse(position.line, raw)
 
 
 def _parse(line_number: int, raw: bytes) -> tuple[int, dict[str, Any]] | Rejected:

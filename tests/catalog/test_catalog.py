@@ -18,7 +18,8 @@ import pytest
 from catalog import EntityRecord, formats, is_url, read_catalog
 from catalog.formats import SeenIds
 from core.errors import CatalogError
-from core.jsonl import MAX_LINE_BYTES, Rejected, read_jsonl
+from core.jsonl import Rejected, read_jsonl
+from core.lines import MAX_LINE_BYTES
 
 FULL = {
     "entity_id": "Q1",
@@ -252,7 +253,7 @@ def test_a_line_of_gigabytes_is_one_reject_in_little_memory(tmp_path: Path) -> N
 _READ_BOTH = """
 import json, re, sys
 from pathlib import Path
-from catalog.compressed import read_lines
+from core.lines import read_lines
 from core.jsonl import read_jsonl
 rejected, (number, _) = read_jsonl(Path(sys.argv[1]))
 for line, position in read_lines(Path(sys.argv[2])):

@@ -23,8 +23,8 @@ import pytest
 from catalog import EntityRecord, joins, read_catalog
 from catalog.build import CatalogConfig, CatalogReport, build_catalog
 from catalog.cirrus import read_page_images
-from catalog.compressed import START, read_lines
 from core.errors import CatalogError, UserError
+from core.lines import START, read_lines
 
 Json = dict[str, Any]
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from core.errors import CatalogError
-from core.jsonl import MAX_LINE_BYTES
 
+MAX_LINE_BYTES = 16 * 1024**2  # the largest articles and items of Wikimedia's dumps have about 5 MB
+LINE_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes"
 _CHUNK_BYTES = 1 << 18
 OnBytes = Callable[[int], object]  # called with the bytes of the file read since the last call
 
@@ -63,7 +64,9 @@ def read_lines(
     except FileNotFoundError:
         raise CatalogError(f"{path} does not exist; check the path") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise CatalogError(f"{path} cannot be read after line {line}: {error}; download it again") from error
+        raise CatalogError(
+            f"{path} cannot be read after line {line}: {error}; check it, or download it again"
+        ) from error
     if partial:
         yield partial, Position(offset=piece.stream, skip=piece.begin + len(piece.data), line=line + 1)
 
