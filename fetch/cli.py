@@ -45,14 +45,20 @@ def fetch_images(
 
     After an interruption, run the same command again to continue.
     """
-    from fetch.download import DownloadLimits, PaceLimits
+    from fetch.download import FetchLimits
     from fetch.run import FetchConfig
     from fetch.run import fetch_images as run
 
     report = run(
         FetchConfig(
-            pace=PaceLimits(connections=connections, requests_per_s=rate, bits_per_s=max_mbps * 1e6),
-            limits=DownloadLimits(max_bytes=max_mb * _MEGABYTE, timeout_s=timeout, retries=retries),
+            limits=FetchLimits(
+                connections=connections,
+                requests_per_s=rate,
+                bits_per_s=max_mbps * 1e6,
+                max_bytes=max_mb * _MEGABYTE,
+                timeout_s=timeout,
+                retries=retries,
+            ),
             shard_bytes=shard_mb * _MEGABYTE,
             progress=True,
             **options,

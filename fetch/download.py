@@ -23,17 +23,30 @@ _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
 
 
+WORKERS = 16  # downloads at once, over all hosts
+
+
 @dataclass(frozen=True, kw_only=True)
-class PaceLimits:
-    """The rate limits of each host. The defaults are those of Wikimedia's policy for robots."""
+class FetchLimits:
+    """The first three limit each host; their defaults are those of Wikimedia's policy for robots.
+
+    `timeout_s` is for one attempt with its redirects.
+    """
 
     connections: int = 2
     requests_per_s: float = 5.0
     bits_per_s: float = 25e6
+    max_bytes: int = 20 * 2**20
+    max_pixels: int = 200_000_000
+    timeout_s: float = 60.0
+    retries: int = 5
+    redirects: int = 5
+    backoff_s: float = 1.0  # before the first retry, then doubled
+    longest_wait_s: float = 600.0
 
 
 class _Host:
-    def __init__(self, limits: PaceLimits) -> None:
+    def __init__(self, limits: FetchLimits) -> None:
         self.connections = asyncio.Semaphore(limits.connections)
         self.next_start = 0.0
 
@@ -41,7 +54,7 @@ class _Host:
 class Pace:
     """Delays requests to keep each host's rate limits. Belongs to one event loop."""
 
-    def __init__(self, limits: PaceLimits) -> None:
+    def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
         self._hosts: defaultdict[str, _Host] = defaultdict(lambda: _Host(limits))
 
@@ -65,19 +78,6 @@ class Pace:
         state.next_start = max(state.next_start, time.monotonic() + wait_s)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DownloadLimits:
-    """`timeout_s` is for one attempt with its redirects."""
-
-    max_bytes: int = 20 * 2**20
-    max_pixels: int = 200_000_000
-    timeout_s: float = 60.0
-    retries: int = 5
-    redirects: int = 5
-    backoff_s: float = 1.0  # before the first retry, then doubled
-    longest_wait_s: float = 600.0
-
-
 class NotFetched(Exception):
     """An image that cannot be downloaded. The message says why."""
 
@@ -93,26 +93,19 @@ class _Transient(Exception):
 class Downloader:
     """Downloads images over persistent connections. Belongs to one event loop; close it with `aclose`."""
 
-    def __init__(
-        self,
-        *,
-        user_agent: str,
-        pace: Pace,
-        limits: DownloadLimits,
-        network: PublicNetwork,
-        decoder: Decoder,
-        connections: int,
-    ) -> None:
+    def __init__(self, user_agent: str, limits: FetchLimits, decoder: Decoder, *, allow_private: bool) -> None:
         self._headers = [
             (b"User-Agent", user_agent.encode("ascii")),
             (b"Accept", b"image/*"),
             (b"Accept-Encoding", b"identity"),  # so that the size limit counts the image's own bytes
         ]
-        self._pace = pace
+        self._pace = Pace(limits)
         self._decoder = decoder
         self._limits = limits
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=httpcore.default_ssl_context(), network_backend=network, max_connections=connections
+            ssl_context=httpcore.default_ssl_context(),
+            network_backend=PublicNetwork(allow_private=allow_private),
+            max_connections=WORKERS,
         )
 
     async def aclose(self) -> None:

@@ -20,12 +20,10 @@ from catalog.images import TarShards
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.jsonl import Rejected, RejectLog
-from core.network import PublicNetwork
 from core.runtime import usable_cores
-from fetch.download import Downloader, DownloadLimits, NotFetched, Pace, PaceLimits
+from fetch.download import WORKERS, Downloader, FetchLimits, NotFetched
 from imaging import Decoder, automatic_budget
 
-_WORKERS = 16  # over all hosts; PaceLimits.connections is per host
 _DECODE_TIMEOUT_S = 30.0
 _CONTACT = re.compile(r"(https?://[!-'*-~]+|[!-'*-?A-~]+@[!-'*-~]+\.[!-'*-~]+)")
 
@@ -37,8 +35,7 @@ class FetchConfig:
     catalog: Path
     out: Path
     contact: str
-    pace: PaceLimits = field(default_factory=PaceLimits)
-    limits: DownloadLimits = field(default_factory=DownloadLimits)
+    limits: FetchLimits = field(default_factory=FetchLimits)
     shard_bytes: int = 128 * 2**20
     images_per_entity: int | None = None
     retry_failed: bool = False
@@ -105,14 +102,7 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
         timeout_s=_DECODE_TIMEOUT_S,
         threads=usable_cores(),
     )
-    downloader = Downloader(
-        user_agent=agent,
-        pace=Pace(config.pace),
-        limits=config.limits,
-        network=PublicNetwork(allow_private=config.allow_private),
-        decoder=decoder,
-        connections=_WORKERS,
-    )
+    downloader = Downloader(agent, config.limits, decoder, allow_private=config.allow_private)
     images = _images(config, log)
     in_progress: set[str] = set()
 
@@ -137,7 +127,7 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
     try:
         with tqdm(desc="images", unit="image", disable=not config.progress) as bar:
             async with asyncio.TaskGroup() as group:
-                for _ in range(_WORKERS):
+                for _ in range(WORKERS):
                     group.create_task(work(bar))
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None  # the first failure cancelled the other tasks

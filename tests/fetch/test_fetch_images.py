@@ -19,7 +19,7 @@ import pytest
 
 from catalog.images import ImageReader, TarShards, UnusableImage, shard_path
 from core.errors import CatalogError, UserError
-from fetch.download import DownloadLimits, PaceLimits
+from fetch.download import FetchLimits
 from fetch.run import FetchConfig, fetch_images, user_agent
 from imaging import decode
 
@@ -35,8 +35,15 @@ def config(tmp_path: Path) -> FetchConfig:
         catalog=tmp_path / "catalog.jsonl",
         out=tmp_path / "images",
         contact=CONTACT,
-        pace=PaceLimits(connections=16, requests_per_s=1e6, bits_per_s=1e12),
-        limits=DownloadLimits(max_bytes=100_000, timeout_s=10, retries=2, backoff_s=0.01),
+        limits=FetchLimits(
+            connections=16,
+            requests_per_s=1e6,
+            bits_per_s=1e12,
+            max_bytes=100_000,
+            timeout_s=10,
+            retries=2,
+            backoff_s=0.01,
+        ),
         allow_private=True,
     )
 
@@ -132,7 +139,7 @@ def test_a_slow_response_times_out(config: FetchConfig, server: Server, catalog_
 
 def test_retry_after_pauses_the_host(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     catalog_of(["busy/1", *(f"good/{number}" for number in range(30))])
-    report = fetch_images(replace(config, pace=replace(config.pace, connections=1)))
+    report = fetch_images(replace(config, limits=replace(config.limits, connections=1)))
     assert (report.fetched, report.failed) == (31, 0)
     refused_at = next(at for path, at in server.times if path == "/busy/1")
     assert min(at for _, at in server.times if at > refused_at) - refused_at > 0.95
@@ -140,7 +147,7 @@ def test_retry_after_pauses_the_host(config: FetchConfig, server: Server, catalo
 
 def test_connections_per_host_are_limited(config: FetchConfig, server: Server, catalog_of: CatalogOf) -> None:
     catalog_of([f"slow/{number}" for number in range(12)])
-    fetch_images(replace(config, pace=replace(config.pace, connections=3)))
+    fetch_images(replace(config, limits=replace(config.limits, connections=3)))
     assert server.most_active == 3
 
 
@@ -150,7 +157,7 @@ def test_the_rate_per_host_is_limited(
 ) -> None:
     """Ten more images take half a second at 20 requests per second, or at the bytes of 20 images per second."""
     catalog_of([f"good/{number}" for number in range(11)])
-    fetch_images(replace(config, pace=replace(config.pace, **pace, connections=1)))
+    fetch_images(replace(config, limits=replace(config.limits, **pace, connections=1)))
     times = [at for _, at in server.times]
     assert times[-1] - times[0] > 0.45
 
