@@ -56,15 +56,6 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """A factory, why it was chosen, and what was measured of each candidate, in order."""
-
-    factory: str
-    why: str
-    candidates: tuple[Mapping[str, Any], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Point:
     """Search parameters with their recall@10 against exact search and their median time of one query."""
 
@@ -78,25 +69,27 @@ class Point:
         return self.recall - 2 * self.standard_error >= recall
 
 
-def choose(embeddings: Embeddings, targets: Targets, *, progress: bool = False) -> Choice:
-    """Return the first candidate that is expected to meet `targets` over all `embeddings`.
+def choose(
+    embeddings: Embeddings, targets: Targets, *, progress: bool = False
+) -> tuple[str, str, list[dict[str, Any]]]:
+    """Return the factory of the first candidate that is expected to meet `targets` over all `embeddings`.
 
+    Also return why it was chosen, and what was measured of each candidate, in order.
     The candidates are ordered by preference, and those after the chosen one are not measured. Times at two sample sizes
     are extrapolated to full size. Raise `UserError` if no candidate meets the targets.
     """
     count = len(embeddings)
     if count <= K:
-        return Choice(factory="Flat", why=f"auto: exact search over {count} embeddings", candidates=())
+        return "Flat", f"auto: exact search over {count} embeddings", []
     assessed: list[dict[str, Any]] = []
     for candidate in tqdm(candidates(count, embeddings.dim), desc="measure", unit="index", disable=not progress):
         assessed.append(_assess(candidate, embeddings, targets))
         if assessed[-1]["verdict"] == "chosen":
-            return Choice(
-                factory=assessed[-1]["factory"],
-                why=f"auto: of the indexes expected to meet recall {targets.recall}, {targets.budget_ms:g} ms and "
-                f"{targets.memory_gb:g} GB the first of: exact, lists of codes, codes, graph",
-                candidates=tuple(assessed),
+            why = (
+                f"auto: of the indexes expected to meet recall {targets.recall}, {targets.budget_ms:g} ms and "
+                f"{targets.memory_gb:g} GB the first of: exact, lists of codes, codes, graph"
             )
+            return assessed[-1]["factory"], why, assessed
     reasons = "; ".join(f"{each['factory']} {each['verdict']}" for each in assessed)
     raise UserError(
         f"no index is expected to meet recall {targets.recall}, {targets.budget_ms:g} ms and {targets.memory_gb:g} GB "

@@ -52,9 +52,7 @@ def build_index(
     why = "exact search, nothing is lost" if factory == "Flat" else "given on the command line"
     if factory == "auto":
         targets = targets or Targets()
-        chosen = choose(embeddings, targets, progress=progress)
-        factory, why = chosen.factory, chosen.why
-        choice["candidates"] = chosen.candidates
+        factory, why, choice["candidates"] = choose(embeddings, targets, progress=progress)
     index = factory_index(embeddings.dim, factory)
     parameters: Mapping[str, Any] = untuned_parameters(index)
     path = bundle / INDEX_FILE

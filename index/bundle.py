@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -32,7 +31,7 @@ from index.store import EntityStore
 Verify = Literal["quick", "full"]
 
 _SMALL_BYTES = 64 * 1024**2  # a quick check compares only the size of larger files
-_HASHED_BYTES = 256 * 1024**2  # in all: hashing the shards of millions of embeddings is slow
+_HASHED_BYTES = 256 * 1024**2  # of embeddings: hashing those of millions is slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,9 @@ class Bundle:
     def open(cls, path: Path, verify: Verify = "quick") -> Bundle:
         """Check a bundle and read its manifests.
 
-        `quick` checks the presence and size of every file, and the hash of files up to 64 MiB until 256 MiB are hashed,
-        embeddings last. `full` hashes every byte. Raise `BundleMissing`, `BundleIncomplete` (a file or the manifest is
-        missing), `BundleAltered` (a size or hash differs) or `BundleSchemaMismatch`.
+        `quick` checks the presence and size of every file, and hashes files up to 64 MiB, but embeddings only if they
+        have up to 256 MiB together. `full` hashes every byte. Raise `BundleMissing`, `BundleIncomplete` (a file or the
+        manifest is missing), `BundleAltered` (a size or hash differs) or `BundleSchemaMismatch`.
         """
         manifest = open_manifest(path, verify)
         index_manifest_path = path / INDEX_MANIFEST_FILE
@@ -152,11 +151,6 @@ def list_files(folder: Path) -> Mapping[str, FileEntry]:
 
 
 def _hashed_quickly(files: Mapping[str, FileEntry]) -> set[str]:
-    """Return the small files that a quick check hashes. Embeddings come last, because there are many."""
-
-    def order(name: str) -> tuple[bool, int]:
-        return name.startswith(f"{EMBEDDINGS_FOLDER}/"), files[name].bytes
-
-    small = sorted((name for name, entry in files.items() if entry.bytes <= _SMALL_BYTES), key=order)
-    total = accumulate(files[name].bytes for name in small)
-    return {name for name, until in zip(small, total, strict=True) if until <= _HASHED_BYTES}
+    small = {name for name, entry in files.items() if entry.bytes <= _SMALL_BYTES}
+    embeddings = {name for name in files if name.startswith(f"{EMBEDDINGS_FOLDER}/")}
+    return small if sum(files[name].bytes for name in embeddings) <= _HASHED_BYTES else small - embeddings

@@ -32,7 +32,7 @@ _EFFORTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 51
 class Candidates(Protocol):
     """Finds what may be nearest to a query.
 
-    - `exact`: scores are cosines and nothing is missed. `close`: the same, except for rounding to float16.
+    - `exact`: scores are cosines and nothing is missed.
     - `filters`: `search` respects `allowed_N`.
     - `limit`: the largest `count`.
 
@@ -41,7 +41,6 @@ class Candidates(Protocol):
     """
 
     exact: bool
-    close: bool
     filters: bool
     limit: int
 
@@ -60,9 +59,7 @@ class CpuCandidates:
         core = _core(index)
         self._ivf = core if isinstance(core, faiss.IndexIVF) else None
         self._hnsw = isinstance(core, faiss.IndexHNSW)
-        whole = faiss.downcast_index(index)
-        self.exact = isinstance(whole, faiss.IndexFlat)
-        self.close = isinstance(whole, faiss.IndexScalarQuantizer) and whole.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+        self.exact = isinstance(faiss.downcast_index(index), faiss.IndexFlat)
         self.filters = not isinstance(core, (faiss.IndexPQ, faiss.IndexFastScan))  # these accept no selector
         self.limit = int(index.ntotal)
         self._selector: tuple[BoolArray, Any] | None = None

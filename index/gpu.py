@@ -53,7 +53,7 @@ class GpuCandidates:
     Scores come from float16 values summed in another order. `EntityIndex` computes them again from stored vectors.
     """
 
-    exact = close = filters = False
+    exact = filters = False
 
     def __init__(self, index: Any, lists: int | None, resources: Sequence[Any] = ()) -> None:
         """`lists` is None for exact search. `resources` must live as long as the index."""

@@ -124,7 +124,7 @@ class EntityIndex:
         k_factor = float(settings.get("k_factor", DEFAULT_K_FACTOR))
         fetch = count if candidates.exact else math.ceil(k_factor * max(count, _MIN_FETCH))
         # A second search costs as much as the first. Rounding may swap the last results with the next candidates.
-        fetch = max(fetch, count * self._images_each + (_MIN_FETCH if candidates.close else 0))
+        fetch = max(fetch, count * self._images_each + _MIN_FETCH)
         scarcity = len(self) / allowed.embeddings
         if candidates.filters:
             effort = math.sqrt(scarcity)  # allowed embeddings are farther away
@@ -164,8 +164,6 @@ class EntityIndex:
         """Rank the entities of candidates by exact cosines."""
         if self.candidates.exact:
             return self._rank(positions_F, scores_F)
-        if self.candidates.close:
-            return self._rank(positions_F, self._embeddings.at(positions_F) @ query_D)
         stored_FD = self._embeddings.stored(positions_F)
         self._rescorer.reset()
         self._rescorer.add_sa_codes(stored_FD.view(np.uint8))

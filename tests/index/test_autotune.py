@@ -35,16 +35,16 @@ def embeddings(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingShards:
 
 
 def test_exact_search_is_chosen_if_it_fits(embeddings: EmbeddingShards) -> None:
-    choice = choose(embeddings, LOOSE)
-    assert choice.factory == "SQfp16"  # bundles store float16
-    assert [each["verdict"] for each in choice.candidates] == ["chosen"]
+    factory, _, measured = choose(embeddings, LOOSE)
+    assert factory == "SQfp16"  # bundles store float16
+    assert [each["verdict"] for each in measured] == ["chosen"]
 
 
 def test_candidates_that_need_too_much_memory_are_skipped(embeddings: EmbeddingShards) -> None:
     flat_gb = 4 * DIM * COUNT / 1e9
-    choice = choose(embeddings, Targets(budget_ms=1e6, recall=0.9, memory_gb=flat_gb / 4))
-    assert choice.factory == "PQ8x4fs"
-    assert all("curves" not in exact for exact in choice.candidates[:2])
+    factory, _, measured = choose(embeddings, Targets(budget_ms=1e6, recall=0.9, memory_gb=flat_gb / 4))
+    assert factory == "PQ8x4fs"
+    assert all("curves" not in exact for exact in measured[:2])
 
 
 def test_impossible_targets_are_refused(embeddings: EmbeddingShards) -> None:

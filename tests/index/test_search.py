@@ -140,8 +140,7 @@ def test_half_precision_finds_what_exact_search_finds(tmp_path: Path, rows_N: li
         (tmp_path / name).mkdir()
     exact, _ = make(tmp_path / "flat", rows_N)
     close, _ = make(tmp_path / "half", rows_N, factory="SQfp16")
-    assert close.candidates.close
-    assert not exact.candidates.close
+    assert (exact.candidates.exact, close.candidates.exact) == (True, False)
     for found, expected in zip(close.search(queries(20), top_k), exact.search(queries(20), top_k), strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
