@@ -111,30 +111,34 @@ def test_past_the_deadline_is_a_504_and_waiting_images_are_dropped(serve, small_
     assert encoder.sizes == [1, 1]  # the two that waited were dropped
 
 
-def test_bodies_are_dropped_with_their_requests(serve, small_bundle, encoder, images):
-    """Late images and those of clients that left are freed while the engine is still busy."""
-    bodies = [image + bytes(4_000_000) for image in images[:6]]
-    with serve(small_bundle, encoder=encoder, deadline_ms=DEADLINE_MS) as service, ThreadPoolExecutor(3) as pool:
+@pytest.mark.parametrize("late", [True, False])
+def test_bodies_are_dropped_with_their_requests(serve, small_bundle, encoder, images, late):
+    """Images that are late, or whose client left, are freed while the engine is still busy."""
+    bodies = [image + bytes(4_000_000) for image in images[:3]]
+    deadline_ms = DEADLINE_MS if late else 1000 * TIMEOUT_S
+    with serve(small_bundle, encoder=encoder, deadline_ms=deadline_ms) as service, ThreadPoolExecutor(3) as pool:
         tracemalloc.start()
         try:
-            assert [answer.status_code for answer in pool.map(partial(ask, service), bodies[:3])] == [504] * 3
-            with ExitStack() as leaving:
-                for body in bodies[3:]:
-                    client = leaving.enter_context(
-                        socket.create_connection((service.base_url.host, service.base_url.port), TIMEOUT_S)
-                    )
-                    head = (
-                        f"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: {len(body)}"
-                    )
-                    client.sendall(head.encode() + b"\r\n\r\n" + body)
-                until(service, "wikiclip_queue_images", 3.0)
+            if late:
+                statuses = {answer.status_code for answer in pool.map(partial(ask, service), bodies)}
+                assert 504 in statuses
+                assert statuses <= {504, 429}  # 429: on a busy machine, an image may be refused before it is decoded
+            else:
+                with ExitStack() as leaving:
+                    for body in bodies:
+                        address = (service.base_url.host, service.base_url.port)
+                        client = leaving.enter_context(socket.create_connection(address, TIMEOUT_S))
+                        head = "POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\n"
+                        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                    until(service, "wikiclip_in_flight_images", 3.0)
+                    assert encoder.entered.acquire(timeout=TIMEOUT_S)  # the engine is at one of them
             until(service, "wikiclip_in_flight_images", 0.0)
             gc.collect()  # the clients have reference cycles
             held_bytes, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
         encoder.gate.set()
-    assert held_bytes < 4_000_000
+    assert held_bytes < 6_000_000  # of 12 MB; a decoder may still be at one
 
 
 def test_a_full_queue_is_a_429_with_retry_after(serve, small_bundle, encoder, images):
