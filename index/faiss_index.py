@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from core.errors import UserError
 from core.runtime import faiss
@@ -23,7 +22,6 @@ Parameters = Mapping[str, Any]  # of a search: `nprobe`, `efSearch`, `k_factor`
 SEED = 1234
 POINTS_PER_LIST = 40  # faiss warns below 39
 _K_MEANS_ITERATIONS = 10
-_TWO_LEVELS_FROM = 2048  # lists
 _MAX_POINTS_WITHOUT_LISTS = 100_000
 _SOURCE_LOCATION = re.compile(r"^Error in .+? at \S+:\d+: (Error: )?")
 _EFFORTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -223,37 +221,9 @@ def exact_lists(index: Any) -> Iterator[None]:
 
 
 def centroids(sample_SD: Float32Array, lists: int, *, gpus: int = 0) -> Float32Array:
-    """Return unit-length centroids [L, D] from spherical k-means.
-
-    K-means costs S x L. On the CPU, many centroids come from two levels: coarse clusters first, then k-means within
-    each, for a number of centroids in proportion to its size.
-    """
-    if lists < _TWO_LEVELS_FROM or gpus:
-        return _k_means(sample_SD, lists, gpus)
-    coarse = round(lists**0.5)
-    coarse_index = faiss.IndexFlatIP(sample_SD.shape[1])
-    coarse_index.add(_k_means(sample_SD[:: max(1, len(sample_SD) // (256 * coarse))], coarse, 0))
-    cluster_S = coarse_index.search(sample_SD, 1)[1][:, 0]
-    sizes = np.bincount(cluster_S, minlength=coarse)
-    shares = _shares(sizes, lists)
-    return np.concatenate([_k_means(sample_SD[cluster_S == c], int(shares[c]), 0) for c in np.flatnonzero(sizes)])
-
-
-def _shares(sizes: npt.NDArray[np.int64], lists: int) -> npt.NDArray[np.int64]:
-    """Divide `lists` in proportion to `sizes`: at least one for each non-empty cluster, at most its size."""
-    bounds = np.round(np.cumsum(sizes) * lists / sizes.sum()).astype(np.int64)
-    shares: npt.NDArray[np.int64] = np.diff(bounds, prepend=0).clip(np.minimum(sizes, 1), sizes)
-    while (excess := int(shares.sum()) - lists) != 0:
-        at = np.argmax(shares if excess > 0 else sizes - shares)  # the one with the most room
-        shares[at] -= np.sign(excess)
-    return shares
-
-
-def _k_means(sample_SD: Float32Array, count: int, gpus: int) -> Float32Array:
-    if len(sample_SD) == count:
-        return sample_SD
+    """Return unit-length centroids [L, D] from spherical k-means."""
     k_means = faiss.Kmeans(
-        sample_SD.shape[1], count, niter=_K_MEANS_ITERATIONS, seed=SEED, spherical=True, gpu=gpus or False,
+        sample_SD.shape[1], lists, niter=_K_MEANS_ITERATIONS, seed=SEED, spherical=True, gpu=gpus or False,
         min_points_per_centroid=1, max_points_per_centroid=len(sample_SD),
     )  # fmt: skip
     k_means.train(sample_SD)

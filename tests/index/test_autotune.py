@@ -112,11 +112,12 @@ def test_filling_uses_float32_centroids_and_searching_the_stored_ones() -> None:
     np.testing.assert_array_equal(found, expected)
 
 
-def test_centroids_in_two_levels() -> None:
-    rng = np.random.default_rng(1)
-    sample_SD = rng.normal(size=(6000, 8)).astype(np.float32)
-    sample_SD[:3000] = sample_SD[0] + 0.01 * sample_SD[:3000]
+@pytest.mark.parametrize("lists", [64, 600])
+def test_centroids_have_unit_length_and_are_distinct(lists: int) -> None:
+    sample_SD = np.random.default_rng(1).normal(size=(600, 8)).astype(np.float32)
+    sample_SD[:300] = sample_SD[0] + 0.01 * sample_SD[:300]
     sample_SD /= np.linalg.norm(sample_SD, axis=1, keepdims=True)
-    centroids_LD = centroids(sample_SD, 2048)
-    assert centroids_LD.shape == (2048, 8)
+    centroids_LD = centroids(sample_SD, lists)
+    assert centroids_LD.shape == (lists, 8)
     np.testing.assert_allclose(np.linalg.norm(centroids_LD, axis=1), 1, atol=1e-5)
+    assert len(np.unique(centroids_LD, axis=0)) == lists
