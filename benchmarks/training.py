@@ -15,12 +15,13 @@ import torch
 
 from benchmarks.export import WORDS
 from benchmarks.synthetic import write_photographs
+from catalog import EntityRecord
 from core.jsonl import Rejected
 from model.adaptor import AdaptorConfig
-from model.data import Entity, ImageSource
+from model.data import ImageSource
 from model.distributed import Group
 from model.encoders import open_image_encoder, open_text_encoder
-from model.features import FeatureStore, TrainingPair
+from model.features import FeatureStore, KeyedPair
 from model.trainer import Trainer, TrainSettings
 
 _BATCH = 64
@@ -38,16 +39,16 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         root = Path(folder)
         store = FeatureStore(root / "cache", open_image_encoder("tiny"), open_text_encoder("minilm"))
         paths = write_photographs(root, 2 * count, 640, 480)
-        sources = [ImageSource(path=Path(path), line=0, record="") for path in paths]
+        sources = [ImageSource(path=Path(path), line=0, record="") for path in paths[count:]]
         records = [
-            Entity(entity_id=f"Q{number}", text=" ".join(random.choice(WORDS, 60)), images=(source,))
-            for number, source in enumerate(sources[:count])
+            EntityRecord(entity_id=f"Q{number}", title="", text=" ".join(random.choice(WORDS, 60)), images=(path,))
+            for number, path in enumerate(paths[:count])
         ]
         started = time.perf_counter()
         entities = store.entity_keys(records, _unexpected)
-        queries = store.image_keys(sources[count:], _unexpected, "query images")
+        queries = store.image_keys(sources, _unexpected, "query images")
         filled_s = time.perf_counter() - started
-        pairs = [TrainingPair(query=key, entity=row) for row, key in enumerate(queries) if key is not None]
+        pairs = [KeyedPair(query=key, entity=row) for row, key in enumerate(queries) if key is not None]
         config = AdaptorConfig(
             patch_dim=store.image_encoder.patch_dim, text_dim=store.text_encoder.dim,
             embedding_dim=store.image_encoder.embedding_dim, width=_WIDTH,

@@ -28,11 +28,11 @@ from model.cli import PATH
 from model.data import Pair, balance_pairs, known_pairs, load_entities, load_pairs
 from model.encoders import open_image_encoder, open_text_encoder
 from model.encoders.base import widths
-from model.features import EntityKeys, FeatureStore, TrainingPair
+from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.resume import fingerprint
 from model.train import train_adaptor
 from model.trainer import TrainSettings
-from model.validation import ValidationSet, validate
+from model.validation import validate
 
 DEMO = Path(__file__).parent
 PAGE = DEMO.parent / "docs" / "ablation.md"
@@ -88,22 +88,21 @@ class Symbols:
         self.store = store
         self.entities = store.entity_keys(records, rejects.add)
 
-        def training(pairs: Sequence[Pair]) -> list[TrainingPair]:
-            keyed = store.pair_keys(balance_pairs(pairs, max_per_entity, seed=0), rejects, "query images")
-            return [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
+        def training(pairs: Sequence[Pair]) -> list[KeyedPair]:
+            return store.pair_keys(balance_pairs(pairs, max_per_entity, seed=0), rows, rejects, "query images")
 
-        labelled = known_pairs(load_pairs(build / "pairs_train.jsonl", None, rejects), records, catalog, rejects)
+        labelled = known_pairs(load_pairs(build / "pairs_train.jsonl", None, rejects), rows, catalog, rejects)
         adapt_only = {f"{d.artist}:{d.entity_id}" for d in read_drawings(build) if d.role == "adapt"}
         unfamiliar = [pair for pair in labelled if pair.data_id.partition(":")[2] in adapt_only]
         self.pairs, self.unfamiliar = training(labelled), training(unfamiliar)
         self.queries = []  # test drawings, one set for each of _VIEWS
         for view in _VIEWS:
             pairs = load_pairs(build / f"queries_test_{view}.jsonl", None, rejects)
-            self.queries.append(ValidationSet(store.pair_keys(pairs, rejects, "test images"), rows, store))
+            self.queries.append(store.pair_keys(pairs, rows, rejects, "test images"))
         if rejects.count:
             raise UserError(f"{rejects.count} record(s) of Symbols cannot be used, see {rejects.path}; build it again")
         encoders = {"image": store.image_encoder.content_hash, "text": store.text_encoder.content_hash}
-        self.digest = fingerprint(encoders, self.entities, self.pairs, self.queries)
+        self.digest = fingerprint(encoders, self.entities, self.pairs, *self.queries)
 
 
 def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict[str, Any]:
@@ -123,7 +122,7 @@ def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict
         # Every arm takes the same number of steps.
         epochs = max(1, round(settings.epochs * len(symbols.pairs) / len(pairs)))
         settings = replace(settings, epochs=epochs, hard_negatives=arm.hard_negatives)
-        result = train_adaptor(config, settings, store, entities, pairs, validation=None, device=_CPU, log=None)
+        result = train_adaptor(config, settings, store, entities, pairs, device=_CPU, log=None)
         adaptor = result.adaptor
     else:
         adaptor = Adaptor(config).eval()  # its output is the residual, the mean patch token

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from core.errors import CatalogError, UnknownEntity
+from core.errors import UnknownEntity
 from core.files import atomic_write
 from core.jsonl import Rejected, RejectLog
 from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
@@ -22,7 +22,7 @@ from index.bundle import Bundle
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
 from index.store import Selection
-from model.data import Pair, read_pairs
+from model.data import Pair, load_pairs
 from service.recognizer import Recognizer
 from wikiclip.answers import Recognition, RecognizeOptions
 
@@ -51,9 +51,9 @@ def answer_queries(
         recognizer.acquire() as loaded,
     ):
         for path in query_files:
-            before = len(answered)
-            pairs = iter(tqdm(_queries(path, image_root, ovenid2impath, rejects), desc=path.name, unit="query"))
-            while batch := list(islice(pairs, batch_size)):
+            pairs = load_pairs(path, image_root, rejects, ovenid2impath=ovenid2impath, missing_ok=True)
+            queries = iter(tqdm(pairs, desc=path.name, unit="query"))
+            while batch := list(islice(queries, batch_size)):
                 for pair, answer in zip(batch, _recognize(recognizer, batch, rejects), strict=True):
                     try:
                         entity = loaded.entities.get(pair.entity_id)
@@ -75,17 +75,7 @@ def answer_queries(
                             in_catalog_probability=answer.in_catalog_probability if answer else None,
                         )
                     )
-            if len(answered) == before:
-                raise CatalogError(f"{path} has no usable query; see {rejects.path}")
     return answered, rejects.count
-
-
-def _queries(path: Path, image_root: Path | None, ovenid2impath: Path | None, rejects: RejectLog) -> Iterator[Pair]:
-    for item in read_pairs(path, image_root, ovenid2impath, missing_ok=True):
-        if isinstance(item, Rejected):
-            rejects.add(item)
-        else:
-            yield item
 
 
 def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog) -> Iterator[Recognition | None]:

@@ -59,8 +59,7 @@ class Checkpoint:
 
     def describe(self) -> dict[str, Any]:
         """Return what a bundle records of its checkpoint: plain JSON values, no paths."""
-        names = ("format_version", "adaptor", "image_encoder", "text_encoder", "logit_scale", "training", "versions")
-        return {"sha256": self.sha256, **{name: self.values[name] for name in names}}
+        return {"sha256": self.sha256, **{name: value for name, value in self.values.items() if name != "files"}}
 
     @classmethod
     def load(

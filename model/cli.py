@@ -10,6 +10,9 @@ from typing import Any
 import click
 
 PATH = click.Path(path_type=Path)
+_COUNT = click.IntRange(1)
+_HALF = click.FloatRange(0, 0.5)
+_SHARE = click.FloatRange(0, 1, max_open=True)
 
 
 @click.command(context_settings={"show_default": True})
@@ -24,26 +27,28 @@ PATH = click.Path(path_type=Path)
     "--ovenid2impath", type=click.Path(path_type=Path, dir_okay=False),
     help="OVEN's table of image ids and paths.  [default: in the folder of the pairs or the image root]",
 )  # fmt: skip
-@click.option("--max-per-entity", type=int, help="Most pairs per entity, drawn at random.  [default: no limit]")
+@click.option("--max-per-entity", type=_COUNT, help="Most pairs per entity, drawn at random.  [default: no limit]")
 @click.option("--catalog-pairs", is_flag=True, help="Add pairs from the catalog: entity images as query images.")
-@click.option("--epochs", default=20, help="Passes over the pairs.")
-@click.option("--batch-size", default=256, help="Pairs in a batch, per process. Negatives come from the batch.")
-@click.option("--accumulate", default=1, help="Batches per optimiser step.")
-@click.option("--lr", default=5e-4, help="Peak learning rate of AdamW.")
-@click.option("--weight-decay", default=0.05, help="Weight decay of AdamW.")
-@click.option("--warmup", default=0.05, help="Share of all steps in which the learning rate rises, from 0 to 1.")
+@click.option("--epochs", type=_COUNT, default=20, help="Passes over the pairs.")
 @click.option(
-    "--modality-dropout", default=0.1, help="Probability of hiding an image, and of hiding a text, up to 0.5."
+    "--batch-size", type=click.IntRange(2), default=256, help="Pairs, and so negatives, per batch and process."
 )
-@click.option("--text-mask", default=0.0, help="Probability of hiding a text token, from 0 to 1.")
+@click.option("--accumulate", type=_COUNT, default=1, help="Batches per optimiser step.")
+@click.option("--lr", type=click.FloatRange(0, 1, min_open=True), default=5e-4, help="Peak learning rate of AdamW.")
+@click.option("--weight-decay", type=click.FloatRange(0), default=0.05, help="Weight decay of AdamW.")
+@click.option("--warmup", type=_SHARE, default=0.05, help="Share of all steps in which the learning rate rises.")
+@click.option(
+    "--modality-dropout", type=_HALF, default=0.1, help="Probability of hiding an image, and of hiding a text."
+)
+@click.option("--text-mask", type=_SHARE, default=0.0, help="Probability of hiding a text token.")
 @click.option(
     "--hard-negatives", type=click.Choice(["none", "clusters", "synthesis", "both"]), default="none",
     help="Batches of similar query images, synthetic negatives (an image with another entity's text), or both.",
 )  # fmt: skip
-@click.option("--n-sync", default=8, help="Synthetic negatives per image.")
+@click.option("--n-sync", type=_COUNT, default=8, help="Synthetic negatives per image.")
 @click.option("--cluster-size", type=int, help="Similar query images per batch.  [default: the whole batch]")
-@click.option("--hard-negatives-from", default=1, help="First epoch with hard negatives.")
-@click.option("--seed", default=0, help="Seed of initial weights, order and dropout.")
+@click.option("--hard-negatives-from", type=_COUNT, default=1, help="First epoch with hard negatives.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Seed of initial weights, order and dropout.")
 @click.option("--width", default=256, help="Channels inside the adaptor.")
 @click.option("--layers", default=2, help="Decoder layers of the adaptor.")
 @click.option("--heads", default=8, help="Attention heads of the adaptor.")
@@ -57,7 +62,7 @@ PATH = click.Path(path_type=Path)
 @click.option("--text-layer", type=int, help="Hidden layer of the text encoder; -1 is the last.  [default: its output]")
 @click.option("--half/--no-half", default=True, help="Store weights in float16 if that changes no embedding.")
 @click.option("--resume", is_flag=True, help="Resume from the snapshot of an interrupted run, if there is one.")
-@click.option("--snapshot-every", default=500, help="Steps between the snapshots that --resume needs; 0 for none.")
+@click.option("--snapshot-every", type=click.IntRange(0), default=500, help="Steps between snapshots; 0 for none.")
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--cache-dir", type=PATH, help="Folder of cached features.  [default: in the user's cache folder]")
 @click.option("--smoke", is_flag=True, help="Try the same run on a few small batches; writes OUT.smoke.")

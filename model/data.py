@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from catalog import is_url, read_catalog
+from catalog import EntityRecord, is_url, read_catalog
 from core.errors import CatalogError
 from core.jsonl import Rejected, RejectLog, excerpt, read_jsonl
 
@@ -24,7 +24,7 @@ class ImageSource:
     """An image file and the record that names it."""
 
     path: Path
-    line: int  # 1-based; 0 for a catalog, whose readers keep no line numbers
+    line: int  # 1-based
     record: str
 
 
@@ -43,15 +43,6 @@ class Pair:
         if self.data_split.endswith("unseen"):
             return False
         return True if self.data_split.endswith("seen") else None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entity:
-    """The fields of an entity record that training uses."""
-
-    entity_id: str
-    text: str
-    images: tuple[ImageSource, ...]
 
 
 def _read_oven_table(table: Path | None) -> dict[str, str]:
@@ -134,6 +125,7 @@ def load_pairs(
     *,
     ovenid2impath: Path | None = None,
     limit: int | None = None,
+    missing_ok: bool = False,
 ) -> list[Pair]:
     """Return all pairs of a file and log its rejects. With `limit`, stop at that number, with two per entity at most.
 
@@ -141,7 +133,7 @@ def load_pairs(
     """
     pairs: list[Pair] = []
     of_entity: Counter[str] = Counter()
-    for item in read_pairs(path, image_root, ovenid2impath):
+    for item in read_pairs(path, image_root, ovenid2impath, missing_ok=missing_ok):
         if isinstance(item, Rejected):
             rejects.add(item)
         elif limit is None or of_entity[item.entity_id] < 2:
@@ -168,27 +160,21 @@ def balance_pairs(pairs: Sequence[Pair], limit: int, seed: int) -> list[Pair]:
 
 def load_entities(
     path: Path, image_root: Path | None, rejects: RejectLog, only: Collection[str] | None = None
-) -> list[Entity]:
-    """Return the entities of a catalog in its order, or those in `only`, and log bad records and images.
+) -> list[EntityRecord]:
+    """Return the entities of a catalog in its order, or those in `only`, and log bad records.
 
-    A missing image, or one named by URL, is rejected without its entity. Raises `CatalogError` if the catalog cannot be
-    read or has no usable entity.
+    An image named by URL is rejected without its entity. Raises `CatalogError` if the catalog cannot be read or has no
+    usable entity.
     """
     entities = []
     for item in read_catalog(path, image_root):
         if isinstance(item, Rejected):
             rejects.add(item)
         elif only is None or item.entity_id in only:
-            images = []
-            for image in item.images:
+            for image in filter(is_url, item.images):
                 record = excerpt({"entity_id": item.entity_id, "image": image})
-                if is_url(image):
-                    rejects.add(Rejected(line=0, reason="images are not fetched from URLs here", record=record))
-                elif not Path(image).is_file():
-                    rejects.add(Rejected(line=0, reason="the image does not exist", record=record))
-                else:
-                    images.append(ImageSource(path=Path(image), line=0, record=record))
-            entities.append(Entity(entity_id=item.entity_id, text=item.text, images=tuple(images)))
+                rejects.add(Rejected(line=item.line, reason="images are not fetched from URLs here", record=record))
+            entities.append(replace(item, images=tuple(image for image in item.images if not is_url(image))))
     if not entities:
         what = "no usable entity" if only is None else "none of the entities in the pairs"
         rejected = f" ({rejects.count} rejected, see {rejects.path})" if rejects.count else ""
@@ -196,12 +182,14 @@ def load_entities(
     return entities
 
 
-def known_pairs(pairs: list[Pair], entities: list[Entity], catalog: Path, rejects: RejectLog) -> list[Pair]:
-    """Return the pairs whose entity is in the catalog and log the others. Raises `CatalogError` if none is left."""
-    known_ids = {entity.entity_id for entity in entities}
+def known_pairs(pairs: list[Pair], entity_ids: Container[str], catalog: Path, rejects: RejectLog) -> list[Pair]:
+    """Return the pairs whose entity is in the catalog, and log the others.
+
+    Raises `CatalogError` if none is left.
+    """
     known = []
     for pair in pairs:
-        if pair.entity_id in known_ids:
+        if pair.entity_id in entity_ids:
             known.append(pair)
         else:
             reason = f"entity_id {pair.entity_id} is not in the catalog"

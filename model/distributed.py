@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 _TIMEOUT = timedelta(days=7)  # the others wait while the first process computes features or validates
@@ -46,26 +45,19 @@ class Group:
         """Return `[count, D]` from the shares of all processes. Gradients flow only to this process's own share."""
         if self.size == 1:
             return share_BD
-        shares = [self.share(count, rank) for rank in range(self.size)]
-        lengths = [share.stop - share.start for share in shares]
-        padded_BD = F.pad(share_BD.detach(), (0, 0, 0, max(lengths) - len(share_BD))).contiguous()
-        gathered = [torch.empty_like(padded_BD) for _ in shares]
-        dist.all_gather(gathered, padded_BD)
-        parts = [part[:length] for part, length in zip(gathered, lengths, strict=True)]
-        parts[self.rank] = share_BD
-        return torch.cat(parts)
+        gathered_BD = share_BD.new_zeros(count, share_BD.shape[1])
+        gathered_BD[self.share(count)] = share_BD.detach()
+        dist.all_reduce(gathered_BD)  # shares may differ in length, which all_gather does not support everywhere
+        gathered_BD[self.share(count)] = share_BD
+        return gathered_BD
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the processes, in one all-reduce."""
+        """Replace every gradient by its sum over the processes."""
         if self.size == 1:
             return
-        gradients = []
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            gradients.append(parameter.grad)
-        flat = nn.utils.parameters_to_vector(gradients)
-        dist.all_reduce(flat)
-        nn.utils.vector_to_parameters(flat, gradients)
+            dist.all_reduce(parameter.grad)
 
     def from_first(self, value: _Value) -> _Value:
         """Return the first process's `value` in every process."""

@@ -7,28 +7,28 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from catalog import EntityRecord
 from core.errors import CatalogError, TooLarge, UndecodableImage
-from core.jsonl import Rejected, RejectLog
+from core.jsonl import Rejected, RejectLog, excerpt
 from imaging import load_pixels
-from model.data import Entity, ImageSource, Pair
+from model.data import ImageSource, Pair
 from model.encoders import ImageEncoder, TextEncoder
 from model.feature_cache import FeatureCache, content_key
 
 MAX_PIXELS = 64_000_000
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,12 @@ class EntityKeys:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingPair:
-    """The key of a query image and the row of its entity."""
+class KeyedPair:
+    """A pair for training or validation: the key of its query image, the row of its entity, and its split."""
 
     query: bytes
     entity: int
+    seen: bool | None = None
 
 
 class EntityBatch(NamedTuple):
@@ -78,7 +79,8 @@ class FeatureStore:
             ThreadPoolExecutor(os.cpu_count()) as pool,
             tqdm(total=len(sources), desc=description, unit="image", leave=False) as progress,
         ):
-            for chunk in _chunks(sources, self._batch_size):
+            for start in range(0, len(sources), self._batch_size):
+                chunk = sources[start : start + self._batch_size]
                 new: dict[bytes, npt.NDArray[np.uint8]] = {}
                 for source, (key, result) in zip(chunk, pool.map(self._read, chunk), strict=True):
                     keys.append(key)
@@ -109,9 +111,11 @@ class FeatureStore:
     def text_keys(self, texts: Sequence[str], description: str) -> list[bytes | None]:
         """Encode the texts that are not cached. Return the key of each, None for a blank one."""
         keys = [content_key(text.encode()) if text.strip() else None for text in texts]
-        missing = {key: text for key, text in zip(keys, texts, strict=True) if key and key not in self._texts}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key and key not in self._texts}
+        missing = list(new.items())
         with tqdm(total=len(missing), desc=description, unit="text", leave=False) as progress:
-            for chunk in _chunks(missing.items(), self._batch_size):
+            for start in range(0, len(missing), self._batch_size):
+                chunk = missing[start : start + self._batch_size]
                 features = self.text_encoder.encode([text for _, text in chunk])
                 lengths = features.mask_BT.sum(dim=1).tolist()
                 rows = features.text_tokens_BTC.cpu().numpy()
@@ -121,9 +125,13 @@ class FeatureStore:
         self._texts.flush()
         return keys
 
-    def entity_keys(self, entities: Sequence[Entity], reject: Callable[[Rejected], None]) -> list[EntityKeys]:
+    def entity_keys(self, entities: Sequence[EntityRecord], reject: Callable[[Rejected], None]) -> list[EntityKeys]:
         """Encode the entities' images and texts that are not cached. Return their keys in the same order."""
-        sources = [image for entity in entities for image in entity.images]
+        sources = [
+            ImageSource(path=Path(image), line=each.line, record=excerpt({"entity_id": each.entity_id, "image": image}))
+            for each in entities
+            for image in each.images
+        ]
         image_keys = iter(self.image_keys(sources, reject, "entity images"))
         text_keys = self.text_keys([entity.text for entity in entities], "entity texts")
         return [
@@ -131,16 +139,20 @@ class FeatureStore:
             for entity, text in zip(entities, text_keys, strict=True)
         ]
 
-    def pair_keys(self, pairs: Sequence[Pair], rejects: RejectLog, description: str) -> list[tuple[Pair, bytes]]:
-        """Encode the query images that are not cached. Return the readable pairs with the keys of their images.
+    def pair_keys(
+        self, pairs: Sequence[Pair], rows: Mapping[str, int], rejects: RejectLog, description: str
+    ) -> list[KeyedPair]:
+        """Encode the query images that are not cached. Return the pairs whose image can be read.
 
-        Raises `CatalogError` if no image can be read.
+        `rows` maps entity ids to rows of the catalog. Raises `CatalogError` if no image can be read.
         """
-        if not pairs:
-            return []
         keys = self.image_keys([pair.image for pair in pairs], rejects.add, description)
-        readable = [(pair, key) for pair, key in zip(pairs, keys, strict=True) if key is not None]
-        if not readable:
+        readable = [
+            KeyedPair(query=key, entity=rows[pair.entity_id], seen=pair.seen)
+            for pair, key in zip(pairs, keys, strict=True)
+            if key is not None
+        ]
+        if pairs and not readable:
             raise CatalogError(f"none of the {description} can be read; see {rejects.path}")
         return readable
 
@@ -150,29 +162,22 @@ class FeatureStore:
 
     def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
         """Return the adaptor's input for rows of (image key, text key), None for a missing one."""
-        size = len(rows)
-        tokens = np.zeros((size, self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
-        texts = [self._texts.tokens(text) if text is not None else None for _, text in rows]
-        longest = max((len(text) for text in texts if text is not None), default=0)
-        text_tokens = np.zeros((size, longest, self.text_encoder.dim), np.float16)
-        text_mask = np.zeros((size, longest), np.bool_)
-        for row, ((image, _), text) in enumerate(zip(rows, texts, strict=True)):
-            if image is not None:
-                tokens[row] = self._images.tokens(image)
-            if text is not None:
-                text_tokens[row, : len(text)] = text
-                text_mask[row, : len(text)] = True
+        images, texts = self._images, self._texts
+        no_image = np.zeros((self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
+        no_text = np.zeros((0, self.text_encoder.dim), np.float16)
+        tokens_BPC = np.stack([no_image if image is None else images.tokens(image) for image, _ in rows])
+        texts_B = [torch.from_numpy(no_text if text is None else texts.tokens(text)) for _, text in rows]
+        text_tokens_BTL = nn.utils.rnn.pad_sequence(texts_B, batch_first=True)
+        lengths_B1 = torch.tensor([[len(text_TL)] for text_TL in texts_B])
         return EntityBatch(
-            patch_tokens_BPC=torch.from_numpy(tokens).to(device).float(),
+            patch_tokens_BPC=torch.from_numpy(tokens_BPC).to(device).float(),
             image_mask_B=torch.tensor([image is not None for image, _ in rows], dtype=torch.bool, device=device),
-            text_tokens_BTL=torch.from_numpy(text_tokens).to(device).float(),
-            text_mask_BT=torch.from_numpy(text_mask).to(device),
+            text_tokens_BTL=text_tokens_BTL.to(device).float(),
+            text_mask_BT=(torch.arange(text_tokens_BTL.shape[1]) < lengths_B1).to(device),
         )
 
 
-def catalog_pairs(
-    entities: Sequence[EntityKeys], paired: Counter[int], max_per_entity: int | None
-) -> list[TrainingPair]:
+def catalog_pairs(entities: Sequence[EntityKeys], paired: Counter[int], max_per_entity: int | None) -> list[KeyedPair]:
     """Return pairs from the catalog alone: each image of an entity as a query for it (the paper's document pairs).
 
     Training never shows an entity by the query's own image, so an entity with one image and no text gives no pair.
@@ -184,11 +189,5 @@ def catalog_pairs(
         if entity.text is None and len(images) < 2:
             continue
         room = None if max_per_entity is None else max(0, max_per_entity - paired[row])
-        pairs += [TrainingPair(query=image, entity=row) for image in images[:room]]
+        pairs += [KeyedPair(query=image, entity=row) for image in images[:room]]
     return pairs
-
-
-def _chunks(items: Iterable[_Item], size: int) -> Iterator[list[_Item]]:
-    iterator = iter(items)
-    while chunk := list(islice(iterator, size)):
-        yield chunk

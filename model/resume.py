@@ -14,8 +14,7 @@ import torch
 
 from core.errors import CheckpointError
 from core.files import atomic_write
-from model.features import EntityKeys, TrainingPair
-from model.validation import ValidationSet
+from model.features import EntityKeys, KeyedPair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,23 +59,11 @@ class Snapshots:
         self.path.unlink(missing_ok=True)
 
 
-def fingerprint(
-    settings: Mapping[str, Any],
-    entities: Iterable[EntityKeys] = (),
-    pairs: Iterable[TrainingPair] = (),
-    queries: Iterable[ValidationSet] = (),
-) -> str:
+def fingerprint(settings: Mapping[str, Any], *data: Iterable[EntityKeys | KeyedPair]) -> str:
     """Return the SHA-256, in hexadecimal, of plain settings and of the data of a run."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-
-    def add(row: bytes) -> None:
-        digest.update(len(row).to_bytes(8, "big") + row)
-
-    for entity in entities:
-        add(b"".join((*entity.images, b"|", entity.text or b"")))
-    for pair in pairs:
-        add(pair.query + pair.entity.to_bytes(8, "big"))
-    for each in queries:
-        add(each.query_embeddings_QD.tobytes())
-        add(each.entity_Q.tobytes())
+    for rows in data:
+        digest.update(b"\n")
+        for row in rows:
+            digest.update(repr(row).encode())
     return digest.hexdigest()

@@ -20,11 +20,11 @@ from model.data import balance_pairs, known_pairs, load_entities, load_pairs
 from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.encoders.base import widths
-from model.features import EntityKeys, FeatureStore, TrainingPair, catalog_pairs
+from model.features import EntityKeys, FeatureStore, KeyedPair, catalog_pairs
 from model.resume import Snapshots, fingerprint
 from model.train import open_log, train_adaptor
 from model.trainer import TrainSettings
-from model.validation import ValidationSet, half_cosine
+from model.validation import half_cosine
 
 _SMOKE_STEPS, _SMOKE_BATCH = 3, 16
 _MIN_HALF_COSINE = 0.9999  # between embeddings by float16 and float32 weights, to store float16
@@ -59,10 +59,6 @@ class TrainRequest:
     def __post_init__(self) -> None:
         if self.pairs is None and not self.catalog_pairs:
             raise UserError("there are no pairs; give --pairs, or --catalog-pairs to make them from the catalog")
-        if self.max_per_entity is not None and self.max_per_entity < 1:
-            raise UserError(f"max per entity must be at least 1, not {self.max_per_entity}")
-        if self.snapshot_every < 0:
-            raise UserError(f"snapshot every must be at least 0 steps, not {self.snapshot_every}")
 
     def smoke(self) -> TrainRequest:
         """Return the same run with a few small batches, written to `NAME.smoke` so that no checkpoint is replaced."""
@@ -79,9 +75,9 @@ class _Inputs:
     config: AdaptorConfig
     store: FeatureStore
     entities: list[EntityKeys]
-    pairs: list[TrainingPair]
+    pairs: list[KeyedPair]
     catalog_pairs: int
-    validation: ValidationSet | None
+    validation: list[KeyedPair]
 
 
 def run_training(request: TrainRequest) -> dict[str, Any] | None:
@@ -186,29 +182,26 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     if not pairs and limit is not None:
         in_queries = {query.entity_id for query in queries}
         entities = [entity for row, entity in enumerate(entities) if row < limit or entity.entity_id in in_queries]
-    pairs = known_pairs(pairs, entities, request.catalog, rejects)
-    queries = known_pairs(queries, entities, request.catalog, rejects)
+    rows = {entity.entity_id: row for row, entity in enumerate(entities)}
+    pairs, queries = (known_pairs(each, rows, request.catalog, rejects) for each in (pairs, queries))
     if request.max_per_entity is not None:
         pairs = balance_pairs(pairs, request.max_per_entity, request.settings.seed)
 
     entity_keys = store.entity_keys(entities, rejects.add)
-    rows = {entity.entity_id: row for row, entity in enumerate(entities)}
-    keyed = store.pair_keys(pairs, rejects, "query images")
-    training = [TrainingPair(query=key, entity=rows[pair.entity_id]) for pair, key in keyed]
+    training = store.pair_keys(pairs, rows, rejects, "query images")
     paired = Counter(pair.entity for pair in training)
     added = catalog_pairs(entity_keys, paired, request.max_per_entity) if request.catalog_pairs else []
     if not training and not added:
         raise CatalogError(
             f"no entity of {request.catalog} has two images, or an image and a text, to make a pair; give --pairs"
         )
-    validated = store.pair_keys(queries, rejects, "validation images")
     return _Inputs(
         config=config,
         store=store,
         entities=entity_keys,
         pairs=training + added,
         catalog_pairs=len(added),
-        validation=ValidationSet(validated, rows, store) if validated else None,
+        validation=store.pair_keys(queries, rows, rejects, "validation images"),
     )
 
 
@@ -220,11 +213,10 @@ def _snapshots(request: TrainRequest, inputs: _Inputs, group: Group) -> Snapshot
         "text_encoder": inputs.store.text_encoder.content_hash,
         "processes": group.size,
     }
-    queries = [inputs.validation] if inputs.validation else []
     return Snapshots(
         path=_sibling(request.out, "snapshot.pt"),
         every_steps=request.snapshot_every,
-        run=fingerprint(settings, inputs.entities, inputs.pairs, queries),
+        run=fingerprint(settings, inputs.entities, inputs.pairs, inputs.validation),
     )
 
 

@@ -23,11 +23,11 @@ from core.errors import UserError
 from core.files import atomic_write_bytes
 from model.adaptor import Adaptor, AdaptorConfig
 from model.distributed import Group
-from model.features import EntityKeys, FeatureStore, TrainingPair
+from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.losses import Ints, cluster_batches
 from model.resume import Snapshots
 from model.trainer import Trainer, TrainSettings
-from model.validation import Accuracy, ValidationSet, validate
+from model.validation import Accuracy, validate
 
 _LOG_EVERY_STEPS = 10
 _STREAM = 0  # of random numbers; the steps use stream 1
@@ -60,9 +60,9 @@ def train_adaptor(
     settings: TrainSettings,
     store: FeatureStore,
     entities: Sequence[EntityKeys],
-    pairs: Sequence[TrainingPair],
+    pairs: Sequence[KeyedPair],
     *,
-    validation: ValidationSet | None,
+    validation: Sequence[KeyedPair] = (),
     device: torch.device,
     log: Callable[[Mapping[str, Any]], None] | None,
     group: Group | None = None,
@@ -168,17 +168,10 @@ def open_log(path: Path, tensorboard: Path, *, after_step: int) -> Iterator[Call
     run are kept up to the snapshot at `after_step` (0 keeps none), so a resumed run has one log. An epoch's summary is
     written after the snapshot of its last step, so it is dropped and written again.
     """
-    rows = []
-    if after_step and path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:  # incomplete: the run was killed while writing it
-                break
-            if row["step"] > after_step or (row["step"] == after_step and "mean_loss" in row):
-                break
-            rows.append(line + "\n")
-    atomic_write_bytes(path, "".join(rows).encode())
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if after_step and path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave part of a line
+    kept = [row for row in rows if (row["step"], "mean_loss" in row) < (after_step, True)]
+    atomic_write_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
     try:
         from torch.utils.tensorboard import SummaryWriter
 

@@ -5,7 +5,7 @@ Shapes: N entity embeddings, Q queries, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import harmonic_mean
 
@@ -14,8 +14,7 @@ import numpy.typing as npt
 import torch
 
 from model.adaptor import Adaptor
-from model.data import Pair
-from model.features import EntityKeys, FeatureStore
+from model.features import EntityKeys, FeatureStore, KeyedPair
 
 _BATCH = 256
 _HALF_SAMPLE = 256
@@ -35,18 +34,6 @@ class Accuracy:
         return self.top1 if self.hm is None else self.hm
 
 
-class ValidationSet:
-    """Queries, the catalog row of each one's entity, and its split.
-
-    They are built from pairs with the keys of their images. `rows` maps entity ids to rows of the catalog.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[Pair, bytes]], rows: Mapping[str, int], store: FeatureStore) -> None:
-        self.query_embeddings_QD = store.query_embeddings([key for _, key in pairs])
-        self.entity_Q = np.array([rows[pair.entity_id] for pair, _ in pairs], np.int64)
-        self.seen_Q = [pair.seen for pair, _ in pairs]
-
-
 def measure(correct_Q: npt.NDArray[np.bool_], seen_Q: Sequence[bool | None]) -> Accuracy:
     """Return the accuracy of at least one query, by split."""
     parts = [correct_Q[[split is seen for split in seen_Q]] for seen in (True, False)]
@@ -59,7 +46,7 @@ def validate(
     adaptor: Adaptor,
     store: FeatureStore,
     catalog: Sequence[EntityKeys],
-    query_sets: Sequence[ValidationSet],
+    query_sets: Sequence[Sequence[KeyedPair]],
     device: torch.device,
 ) -> list[Accuracy]:
     """Embed every image of every entity, find the entity nearest to each query, and return each set's accuracy."""
@@ -68,13 +55,13 @@ def validate(
     embeddings_ND = embed(adaptor, store, rows, device)
     accuracies = []
     for queries in query_sets:
-        correct = []
-        for start in range(0, len(queries.entity_Q), _BATCH):
-            part = slice(start, start + _BATCH)
-            queries_BD = adaptor.centred(torch.from_numpy(queries.query_embeddings_QD[part]).to(device))
-            best_B = (queries_BD @ embeddings_ND.T).argmax(dim=1).cpu().numpy()
-            correct.append(owner_N[best_B] == queries.entity_Q[part])
-        accuracies.append(measure(np.concatenate(correct), queries.seen_Q))
+        correct: list[bool] = []
+        for start in range(0, len(queries), _BATCH):
+            part = queries[start : start + _BATCH]
+            embeddings_BD = torch.from_numpy(store.query_embeddings([each.query for each in part])).to(device)
+            best_B = (adaptor.centred(embeddings_BD) @ embeddings_ND.T).argmax(dim=1).cpu().numpy()
+            correct.extend(owner_N[best_B] == [each.entity for each in part])
+        accuracies.append(measure(np.array(correct), [each.seen for each in queries]))
     return accuracies
 
 

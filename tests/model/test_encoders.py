@@ -232,9 +232,9 @@ class TestOnnx:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"outputs": ("tokens", "image_embedding")}, "`patch_tokens`"),
-            ({"outputs": ("patch_tokens", "pooled")}, "`image_embedding`"),
-            ({"pooled_rank": 3}, "`image_embedding` [B, D]"),
+            ({"outputs": ("tokens", "image_embedding")}, "Invalid output name:patch_tokens"),
+            ({"outputs": ("patch_tokens", "pooled")}, "Invalid output name:image_embedding"),
+            ({"pooled_rank": 3}, "outputs `patch_tokens` [B, P, C] and `image_embedding` [B, D]: too many values"),
         ],
     )
     def test_wrong_outputs(

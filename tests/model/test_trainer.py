@@ -14,7 +14,7 @@ from model.adaptor import Adaptor, AdaptorConfig
 from model.data import load_entities
 from model.distributed import Group
 from model.encoders import open_image_encoder, open_text_encoder
-from model.features import EntityKeys, FeatureStore, TrainingPair
+from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.losses import INITIAL_LOGIT_SCALE, NO_DONOR, draw_donors
 from model.trainer import Trainer, TrainSettings, hide_tokens
 
@@ -52,9 +52,9 @@ def trainer(stored: tuple[FeatureStore, list[EntityKeys]], **changes: Any) -> Tr
 ROWS = [0, 3, 5, 5, 8, 11]
 
 
-def batch_of(entities: list[EntityKeys], rows: list[int] = ROWS) -> list[TrainingPair]:
+def batch_of(entities: list[EntityKeys], rows: list[int] = ROWS) -> list[KeyedPair]:
     """Pair each entity with another entity's image, so the batch is not trivial."""
-    return [TrainingPair(query=entities[(row + 1) % 11].images[0], entity=row) for row in rows]
+    return [KeyedPair(query=entities[(row + 1) % 11].images[0], entity=row) for row in rows]
 
 
 def test_the_loss_with_synthesis_equals_the_formula(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from core.jsonl import Rejected, RejectLog
 from model.adaptor import Adaptor, AdaptorConfig
 from model.data import ImageSource, Pair, load_entities
 from model.encoders import open_image_encoder, open_text_encoder
-from model.features import FeatureStore
-from model.validation import ValidationSet, measure, validate
+from model.features import FeatureStore, KeyedPair
+from model.validation import measure, validate
 
 
 def test_seen_unseen_and_their_harmonic_mean_by_hand() -> None:
@@ -50,17 +51,10 @@ def test_an_entity_is_found_by_its_best_image(dataset: Any, tiny_spec: str, text
         load_entities(dataset.catalog, None, RejectLog(tmp_path / "rejected.jsonl")), unexpected
     )
     adaptor = Adaptor(AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)).train()
-    image = ImageSource(path=Path("x"), line=1, record="")
-    asked = [
-        (Pair(data_id="", entity_id=str(row), data_split="train", image=image), key)
-        for row, entity in enumerate(entities)
-        for key in entity.images
-    ]
-    rows = {str(row): row for row in range(len(entities))}
-    queries = ValidationSet(asked, rows, store)
+    queries = [KeyedPair(query=key, entity=row) for row, entity in enumerate(entities) for key in entity.images]
     (accuracy,) = validate(adaptor, store, entities, [queries], torch.device("cpu"))
-    assert len(asked) == 22
+    assert len(queries) == 22
     assert accuracy.top1 == 1.0
     assert adaptor.training
-    wrong = ValidationSet(asked, {entity_id: (row + 1) % len(entities) for entity_id, row in rows.items()}, store)
+    wrong = [replace(each, entity=(each.entity + 1) % len(entities)) for each in queries]
     assert validate(adaptor, store, entities, [wrong], torch.device("cpu"))[0].top1 == 0.0
