@@ -30,16 +30,12 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--max-per-entity", type=_COUNT, help="Most pairs per entity, drawn at random.  [default: no limit]")
 @click.option("--catalog-pairs", is_flag=True, help="Add pairs from the catalog: entity images as query images.")
 @click.option("--epochs", type=_COUNT, default=20, help="Passes over the pairs.")
-@click.option(
-    "--batch-size", type=click.IntRange(2), default=256, help="Pairs, and so negatives, per batch and process."
-)
+@click.option("--batch-size", type=click.IntRange(2), default=256, help="Pairs in a batch, per process.")
 @click.option("--accumulate", type=_COUNT, default=1, help="Batches per optimiser step.")
 @click.option("--lr", type=click.FloatRange(0, 1, min_open=True), default=5e-4, help="Peak learning rate of AdamW.")
 @click.option("--weight-decay", type=click.FloatRange(0), default=0.05, help="Weight decay of AdamW.")
 @click.option("--warmup", type=_SHARE, default=0.05, help="Share of all steps in which the learning rate rises.")
-@click.option(
-    "--modality-dropout", type=_HALF, default=0.1, help="Probability of hiding an image, and of hiding a text."
-)
+@click.option("--modality-dropout", type=_HALF, default=0.1, help="Probability of hiding an image, or a text.")
 @click.option("--text-mask", type=_SHARE, default=0.0, help="Probability of hiding a text token.")
 @click.option(
     "--hard-negatives", type=click.Choice(["none", "clusters", "synthesis", "both"]), default="none",
