@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -98,21 +97,10 @@ def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog
 
 
 class HoldoutIndex(EntityIndex):
-    """An index that finds only the rows in `searched`."""
+    """An index that finds only some rows, unless a search has a selection."""
 
-    searched: Selection
-
-    def search(
-        self,
-        query_embeddings_BD: npt.NDArray[np.float32],
-        top_k: int,
-        parameters: Mapping[str, Any] | None = None,
-        selection: Selection | None = None,
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        searched = self.searched
-        if selection is not None:
-            searched = Selection(selection.types, selection.allowed_E & searched.allowed_E)
-        return super().search(query_embeddings_BD, top_k, parameters, searched)
+    def restrict(self, searched_E: npt.NDArray[np.bool_]) -> None:
+        self._all = self._allowed_by(Selection((), searched_E))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +114,7 @@ class HoldoutBundle(Bundle):
         with self.store() as store:
             allowed_E = np.ones(len(store), bool)
         allowed_E[list(self.held_out)] = False
-        index.searched = Selection((), allowed_E)
+        index.restrict(allowed_E)
         return index
 
 

@@ -37,7 +37,7 @@ class AdaptorConfig:
     layers: int = 2
     heads: int = 8
     ffn_ratio: float = 4.0
-    norm: str = "pre"
+    norm: str = "pre"  # or post
     self_attention: bool = False
     dropout: float = 0.0
     residual: bool = True  # add the mean patch token to the output; the output layer starts at zero
@@ -45,16 +45,8 @@ class AdaptorConfig:
     centre: bool = False  # subtract the mean query embedding from queries and entities
 
     def __post_init__(self) -> None:
-        sizes = ("patch_dim", "text_dim", "embedding_dim", "width", "layers", "heads", "ffn_ratio", "null_patch_tokens")
-        for name in sizes:
-            if getattr(self, name) <= 0:
-                raise UserError(f"adaptor: {name} must be above 0, not {getattr(self, name)}")
         if self.width % self.heads:
             raise UserError(f"adaptor: width {self.width} must be a multiple of heads {self.heads}; change one of them")
-        if self.norm not in ("pre", "post"):
-            raise UserError(f"adaptor: norm must be pre or post, not {self.norm!r}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"adaptor: dropout must be at least 0 and below 1, not {self.dropout}")
         if self.residual and self.patch_dim != self.embedding_dim:
             raise UserError(
                 f"adaptor: the residual cannot add patch tokens of width {self.patch_dim} to an embedding of width "

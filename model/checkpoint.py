@@ -203,10 +203,10 @@ def _load_adaptor(path: Path, values: dict[str, Any]) -> Adaptor:
     try:
         adaptor = Adaptor(AdaptorConfig.from_dict(values["adaptor"]))
         adaptor.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
-    except (UserError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
+    except (UserError, SafetensorError, TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{path}: {error}; {_RESTORE}") from error
     except RuntimeError as error:  # torch's, with one line per wrong name or shape
-        reason = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
         raise CheckpointError(f"{file} does not have the shapes in {_JSON}: {reason}") from error
     return adaptor
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from catalog import EntityRecord
@@ -162,18 +161,23 @@ class FeatureStore:
 
     def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
         """Return the adaptor's input for rows of (image key, text key), None for a missing one."""
-        images, texts = self._images, self._texts
-        no_image = np.zeros((self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
-        no_text = np.zeros((0, self.text_encoder.dim), np.float16)
-        tokens_BPC = np.stack([no_image if image is None else images.tokens(image) for image, _ in rows])
-        texts_B = [torch.from_numpy(no_text if text is None else texts.tokens(text)) for _, text in rows]
-        text_tokens_BTL = nn.utils.rnn.pad_sequence(texts_B, batch_first=True)
-        lengths_B1 = torch.tensor([[len(text_TL)] for text_TL in texts_B])
+        size = len(rows)
+        tokens = np.zeros((size, self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
+        texts = [self._texts.tokens(text) if text is not None else None for _, text in rows]
+        longest = max((len(text) for text in texts if text is not None), default=0)
+        text_tokens = np.zeros((size, longest, self.text_encoder.dim), np.float16)
+        text_mask = np.zeros((size, longest), np.bool_)
+        for row, ((image, _), text) in enumerate(zip(rows, texts, strict=True)):
+            if image is not None:
+                tokens[row] = self._images.tokens(image)
+            if text is not None:
+                text_tokens[row, : len(text)] = text
+                text_mask[row, : len(text)] = True
         return EntityBatch(
-            patch_tokens_BPC=torch.from_numpy(tokens_BPC).to(device).float(),
+            patch_tokens_BPC=torch.from_numpy(tokens).to(device).float(),
             image_mask_B=torch.tensor([image is not None for image, _ in rows], dtype=torch.bool, device=device),
-            text_tokens_BTL=text_tokens_BTL.to(device).float(),
-            text_mask_BT=(torch.arange(text_tokens_BTL.shape[1]) < lengths_B1).to(device),
+            text_tokens_BTL=torch.from_numpy(text_tokens).to(device).float(),
+            text_mask_BT=torch.from_numpy(text_mask).to(device),
         )
 
 
