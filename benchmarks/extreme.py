@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from PIL import Image, features
 
+from imaging import readable_types
+
 _SIDE = 8000  # 64 million pixels, the default limit
 _BYTES = 20 * 10**6  # of a body, just below the default limit
 
@@ -31,6 +33,7 @@ class Case:
 
 def cases(share: float = 1.0) -> Iterator[Case]:
     """Yield every case. With `share`, about that part of the bytes and of the pixels."""
+    readable_types()  # registers HEIC with Pillow where its library is installed
     side, size = int(_SIDE * share**0.5), int(_BYTES * share)
     for name, body, copies in (
         ("webp_canvas", webp(side), 8),
