@@ -21,7 +21,7 @@ ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
 .DELETE_ON_ERROR:
-.PHONY: help demo setup system node test check quick lint format bench load tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
+.PHONY: help demo setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -77,6 +77,12 @@ demo-bundle: symbols  ## train the demo's adaptor and write demo/checkpoint and 
 
 ablation: symbols  ## train small adaptors with each part of the method and without; writes docs/ablation.md's table
 	$(BIN)/python -m demo.ablation $(ARGS)
+
+images:  ## build the container images with docker or podman, and run each that this machine can run
+	@deploy/images.sh build run
+
+check-images:  ## the same, then docker compose: the default profile, and two replicas ended under load; before every release
+	@deploy/images.sh
 
 demo-live: $(ALL)  ## serve the demo bundle with live edits (needs WIKICLIP_ADMIN_TOKEN)
 	$(BIN)/python -m demo.bundle --live

@@ -1,4 +1,4 @@
-"""The Dockerfile and the compose file, as far as they can be judged without an engine."""
+"""The Dockerfile, the compose file and the workflows, checked without an engine; `make check-images` runs them."""
 
 from __future__ import annotations
 
@@ -57,15 +57,27 @@ def of(stage: str, name: str) -> list[str]:
     return [each.rest for each in INSTRUCTIONS if (each.stage, each.name) == (stage, name)]
 
 
+def lineage(target: str) -> list[str]:
+    """Return the stages that a stage is built from, the first one first, and the stage itself."""
+    base = of(target, "FROM")[0].partition(" AS ")[0]
+    return [*(lineage(base) if of(base, "FROM") else []), target]
+
+
+def effective(target: str, name: str) -> str:
+    """Return the last instruction of a name among a stage and those that it is built from."""
+    return [rest for stage in lineage(target) for rest in of(stage, name)][-1]
+
+
 def compose() -> dict[str, Any]:
     loaded = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
     assert isinstance(loaded, dict)
     return loaded
 
 
-def environment_of(stage: str) -> dict[str, str]:
-    """Return what ENV sets in a stage, references to other variables unresolved."""
-    return dict(pair.split("=", 1) for line in of(stage, "ENV") for pair in shlex.split(line))
+def environment_of(target: str) -> dict[str, str]:
+    """Return what ENV sets in an image, references to other variables unresolved."""
+    lines = [line for stage in lineage(target) for line in of(stage, "ENV")]
+    return dict(pair.split("=", 1) for line in lines for pair in shlex.split(line))
 
 
 def settings_in(environment: dict[str, str]) -> dict[str, str]:
@@ -137,12 +149,12 @@ def test_serving_lock_pins_what_serving_needs_as_it_was_tested() -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_image_runs_as_nobody_in_particular(target: str) -> None:
-    assert of(target, "USER") == ["10001"]
+    assert effective(target, "USER") == "10001"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_health_is_readiness(target: str) -> None:
-    (health,) = of(target, "HEALTHCHECK")
+    health = effective(target, "HEALTHCHECK")
     python, flag, probe = json.loads(health.partition("CMD ")[2])
     assert (python, flag) == ("python", "-c")
     compile(probe, "healthcheck", "exec")
@@ -155,15 +167,14 @@ def test_image_command_is_one_the_console_knows(target: str, monkeypatch: pytest
     for key, value in environment.items():
         if key.startswith(ENV_PREFIX):
             monkeypatch.setenv(key, value)
-    (entrypoint,), (rest,) = of(target, "ENTRYPOINT"), of(target, "CMD")
-    assert json.loads(entrypoint) == ["wikiclip"]
-    words: list[str] = json.loads(rest)
+    assert json.loads(effective(target, "ENTRYPOINT")) == ["wikiclip"]
+    words: list[str] = json.loads(effective(target, "CMD"))
     name, arguments = words[0], words[1:]
     command = load(name)
     command.make_context(name, arguments)  # raises click.UsageError on anything it does not take
     assert set(settings_in(environment)) <= set(Settings.model_fields)
     load_settings()  # raises UserError on a value that does not fit
-    assert of(target, "EXPOSE") == [environment["WIKICLIP_PORT"]]
+    assert effective(target, "EXPOSE") == environment["WIKICLIP_PORT"]
 
 
 PROFILES = {
@@ -189,11 +200,15 @@ def environment_in(service: dict[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in service.get("environment", {}).items()}
 
 
-def test_compose_follows_the_specification() -> None:
-    """The schema of the Compose Specification itself, which check-jsonschema brings."""
-    schema = resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / "compose-spec.json"
+def schema_validator(name: str) -> Any:
+    """Return a validator for one of the schemas that check-jsonschema brings."""
+    schema = resources.files("check_jsonschema") / "builtin_schemas" / "vendor" / f"{name}.json"
     content = json.loads(schema.read_text(encoding="utf-8"))
-    validator = jsonschema.validators.validator_for(content)(content)
+    return jsonschema.validators.validator_for(content)(content)
+
+
+def test_compose_follows_the_specification() -> None:
+    validator = schema_validator("compose-spec")
     document = compose()
     assert [error.message for error in validator.iter_errors(document)] == []
     document["services"]["proxy"]["port"] = ["8080:8080"]
@@ -346,3 +361,76 @@ def test_shown_manifests_exist() -> None:
     applied = [words[words.index("-f") + 1] for words in shown("kubectl") if "-f" in words]
     assert applied
     assert [path for path in applied if not (ROOT / path).exists()] == []
+
+
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in (ROOT / ".github" / "workflows").iterdir()
+}
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflow_follows_its_schema(name: str) -> None:
+    workflow = WORKFLOWS[name]
+    # YAML 1.1 reads the key `on` as true.
+    document = {"on" if key is True else key: value for key, value in workflow.items()}
+    validator = schema_validator("github-workflows")
+    assert [error.message for error in validator.iter_errors(document)] == []
+    assert list(validator.iter_errors({**document, "jobs": {}}))
+
+
+def test_workflows_run_what_there_is() -> None:
+    runs = [
+        step["run"]
+        for flow in WORKFLOWS.values()
+        for job in flow["jobs"].values()
+        for step in job.get("steps", ())
+        if "run" in step
+    ]
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    made = {words[1] for words in map(str.split, runs) if words[0] == "make"}
+    assert made == {"check-images"}
+    assert made <= targets
+    scripts = [word for run in runs for word in run.split() if word.startswith(".ci/")]
+    assert scripts
+    assert [script for script in scripts if not os.access(ROOT / script, os.X_OK)] == []
+
+
+def test_release_publishes_the_images_of_the_service() -> None:
+    jobs = WORKFLOWS["release"]["jobs"]
+    assert set(jobs["images"]["strategy"]["matrix"]["target"]) == set(TARGETS)
+    assert jobs["pypi"]["permissions"] == {"id-token": "write"}
+
+
+def run_images_script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "deploy" / "images.sh", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_images_script_explains_its_steps() -> None:
+    shown = run_images_script("--help")
+    assert shown.returncode == 0
+    assert "usage: deploy/images.sh [build] [run] [compose]" in shown.stdout
+
+
+def test_images_script_refuses_an_unknown_step() -> None:
+    done = run_images_script("biuld")
+    assert done.returncode == 2
+    assert "'biuld' is not one of build, run and compose" in done.stderr
+
+
+def test_images_script_says_that_there_is_no_engine() -> None:
+    done = run_images_script("build", ENGINE="no-such-engine")
+    assert done.returncode == 1
+    assert "neither docker nor podman works here" in done.stderr
+
+
+def test_images_script_builds_every_image_that_is_run() -> None:
+    script = (ROOT / "deploy" / "images.sh").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^TARGETS=\((.*)\)$", script, flags=re.MULTILINE)
+    built = {service["build"]["target"] for service in compose()["services"].values() if "build" in service}
+    assert set(targets.split()) == built

@@ -37,7 +37,7 @@ KILLED_AFTER = 80  # answers of a worker; the one that comes back is killed afte
 def nginx_configuration(folder: Path, listen: int, replicas: list[int]) -> Path:
     """compose's own template, filled in as nginx's image does, within the least that makes it a configuration."""
     services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
-    (mounted,) = services["proxy"]["volumes"]
+    mounted, _ = services["proxy"]["volumes"]
     template = (ROOT / mounted.partition(":")[0]).read_text(encoding="utf-8")
     filled = {
         "LISTEN": f"127.0.0.1:{listen}",
