@@ -14,7 +14,7 @@ usage: deploy/images.sh [build] [run] [compose]      all three by default
 
 Where no registry can be reached, debootstrap (as root) makes stand-ins for the public images, and the output says so.
 Logs are in build/images/. Settings in the environment: ENGINE (docker or podman; default: the one that works), BUILD_OPTIONS and
-RUN_OPTIONS for the engine, PORT (18000), PROXY_PORT (18080), IMAGES to recognise under load (600), and for the stand-ins
+RUN_OPTIONS for the engine, PORT (18000), PROXY_PORT (18080), IMAGES to recognise under load (1000), and for the stand-ins
 DEBIAN_MIRROR (http://deb.debian.org/debian) and PYTHON (python3.11, of which they need 3.11.3 or later).
 END
 }
@@ -25,9 +25,8 @@ BASE=$(sed -nE 's/^FROM (.*) AS base$/\1/p' Dockerfile)
 MEMORY=$(sed -nE 's/.*limits: \{memory: ([0-9]+[GM])i\}.*/\1/p' deploy/kubernetes/deployment.yaml)
 EXAMPLE=demo/example.jpg
 EXPECTED='"title":"Flag of Sweden"'
-export BUNDLE=$PWD/demo/bundle PORT=${PORT:-18000} PROXY_PORT=${PROXY_PORT:-18080} IMAGES=${IMAGES:-600}
-URL=http://127.0.0.1:$PORT
-podman_options=() compose=()
+export BUNDLE=$PWD/demo/bundle PORT=${PORT:-18000} PROXY_PORT=${PROXY_PORT:-18080} IMAGES=${IMAGES:-1000}
+URL=http://127.0.0.1:$PORT podman_options=() compose=()
 
 say() { printf '%s\n' "$*" >&2; }
 fail() { say "error: $*"; exit 1; }
@@ -51,8 +50,7 @@ choose_engine() {
   [[ "$name" != none ]] || fail "neither docker nor podman works here; start Docker's daemon, or install podman, for example" \
     "with 'apt-get install podman runc netavark aardvark-dns debootstrap curl'"
   ENGINE=$name
-  read -ra build_options <<< "${BUILD_OPTIONS:-}"
-  read -ra run_options <<< "${RUN_OPTIONS:-}"
+  read -ra build_options <<< "${BUILD_OPTIONS:-}"; read -ra run_options <<< "${RUN_OPTIONS:-}"
   [[ "$ENGINE" == podman ]] || return 0
   # So that it also works in a virtual machine without all rights: builds in a chroot, and limits that it may set.
   build_options+=(--format docker --isolation chroot --network host)
@@ -63,8 +61,7 @@ choose_engine() {
   # Builds use the package index and certificate of pip here, if there is a pip.
   { python3 -m pip config list 2> "$WORK/pip.log" || true; } | awk -F "'" 'BEGIN { print "[global]" }
     match($1, /\.(index-url|extra-index-url|trusted-host|proxy|cert)=$/) && $2 !~ /file:/ {
-      key = substr($1, RSTART + 1, RLENGTH - 2)
-      if (!seen[key]++) print key " = " $2
+      key = substr($1, RSTART + 1, RLENGTH - 2); if (!seen[key]++) print key " = " $2
     }' > "$WORK/pip.conf"
   build_options+=(--volume "$WORK/pip.conf:/etc/pip.conf:ro")
   certificate=$(sed -n 's/^cert = //p' "$WORK/pip.conf")
@@ -100,8 +97,7 @@ make_base() { # make_base IMAGE: a Debian with a Python
 
 make_package() { # make_package PACKAGES... IMAGE < INSTRUCTIONS: the base with packages of Debian
   local image=${*: -1} file=$WORK/Dockerfile.stand-in
-  printf 'FROM %s\nRUN apt-get update && apt-get install -y --no-install-recommends %s\n' "$BASE" "${*:1:$#-1}" > "$file"
-  cat >> "$file"
+  { printf 'FROM %s\nRUN apt-get update && apt-get install -y --no-install-recommends %s\n' "$BASE" "${*:1:$#-1}"; cat; } > "$file"
   quietly stand-in build_image -t "$image" -f "$file" "$WORK"
 }
 
@@ -174,7 +170,7 @@ run() {
 container_of() { engine ps -aq --filter name="^wikiclip-check[-_]$1[-_]1\$"; } # container_of SERVICE
 
 # Recognise images through the proxy, with the client's retries, and end a replica after a third of them:
-# under_load REPLICA COMPOSE-ARGUMENTS...
+# under_load REPLICA COMMAND..., a command of the engine
 under_load() {
   local replica=$1 answers=$WORK/answers.jsonl from client i before after by_replica; shift
   # A JPEG may have anything after its end. So each is an image that no cache has.
@@ -186,7 +182,7 @@ under_load() {
   a_third_answered() { (( $(wc -l < "$answers") >= IMAGES / 3 )) || ! kill -0 "$client"; }
   wait_for 120 a_third_answered
   before=$(wc -l < "$answers")
-  quietly compose "${compose[@]}" "$@" "$replica"
+  quietly end engine "$@" "$(container_of "$replica")"
   after=$(wc -l < "$answers")
   by_replica=$(engine logs --since "$from" "$(container_of "$replica")" 2>&1 | grep -c 'POST /recognize 200')
   wait "$client" || fail "the client failed; see $WORK/client.log"
@@ -222,12 +218,11 @@ END
   [[ "$(engine exec "$(container_of redis)" redis-cli dbsize)" -gt 0 ]] || fail "nothing was cached in Redis"
   say "compose, default profile: ready, and an answer cached in Redis, in $(seconds_since "$from") s"
   quietly compose "${compose[@]}" down
-  rm -rf "$WORK/load"
-  mkdir "$WORK/load"
+  rm -rf "$WORK/load" && mkdir "$WORK/load"
   quietly compose "${compose[@]}" up -d proxy
   wait_for 120 curl -fsS "http://127.0.0.1:$PROXY_PORT/readyz"
   for replica in replica-a replica-b; do wait_for 120 healthy "$(container_of "$replica")"; done
-  under_load replica-b kill --signal SIGKILL
+  under_load replica-b kill --signal KILL
   quietly compose "${compose[@]}" start replica-b
   quietly compose "${compose[@]}" restart proxy  # it looks up names only when it starts
   wait_for 120 healthy "$(container_of replica-b)"
@@ -252,6 +247,4 @@ mkdir -p "$WORK"
 choose_engine
 clean_up
 trap clean_up EXIT
-for step in "$@"; do
-  if [[ "$step" == compose ]]; then run_compose; else "$step"; fi
-done
+for step in "$@"; do if [[ "$step" == compose ]]; then run_compose; else "$step"; fi; done
