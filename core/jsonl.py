@@ -70,7 +70,3 @@ class RejectLog:
         row = {"line": rejected.line, "reason": rejected.reason, "record": rejected.record}
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # for lone surrogates
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def summary(self) -> str:
-        """Return one line for the end of a command, or an empty string if nothing was rejected."""
-        return f"{self.count} record(s) rejected, see {self.path}" if self.count else ""
