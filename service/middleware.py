@@ -9,6 +9,7 @@ import random
 import re
 import time
 from collections.abc import Iterable
+from http import HTTPStatus
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -17,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from core.errors import TooManyRequests
 from service.errors import problem_response, unexpected_response
 from service.recognizer import Recognizer
-from service.telemetry import Tracing
+from service.telemetry import PROBE_PATHS, Tracing
 
 RECOGNITION_PATHS = frozenset(("/recognize", "/recognize/batch"))
 
@@ -124,11 +125,12 @@ def common_headers(request_id: str) -> list[tuple[bytes, bytes]]:
 
 
 def _log_access(scope: Scope, request_id: str, status: int, elapsed_s: float) -> None:
-    if access_log.isEnabledFor(logging.INFO):
+    level = logging.DEBUG if scope["path"] in PROBE_PATHS and status < HTTPStatus.BAD_REQUEST else logging.INFO
+    if access_log.isEnabledFor(level):
         method, path, client = scope["method"], scope["path"], scope.get("client")
         fields = {"request_id": request_id, "method": method, "path": path, "status": status}
         fields |= {"elapsed_ms": round(1000 * elapsed_s, 2), "client": client[0] if client else None}
-        access_log.info("%s %s %d", method, path, status, extra=fields)
+        access_log.log(level, "%s %s %d", method, path, status, extra=fields)
 
 
 def _route(scope: Scope) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64, 128)
 
-_UNTRACED_PATHS = frozenset(("/livez", "/readyz", "/metrics"))  # polled every few seconds
+PROBE_PATHS = frozenset(("/livez", "/readyz", "/metrics"))  # polled every few seconds
 _EXPORT_TIMEOUT_S = 5.0  # also the longest that an unreachable collector delays shutdown
 
 _JSON = json.JSONEncoder(default=str)  # ASCII only
@@ -159,7 +159,7 @@ class Tracing:
         from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        if scope["path"] in _UNTRACED_PATHS:
+        if scope["path"] in PROBE_PATHS:
             yield lambda route, status: None
             return
         method = scope["method"]

@@ -123,6 +123,7 @@ def test_serve_until_sigterm(small_bundle, small_images):
             answer = client.post("/recognize?top_k=1", files={"image": small_images["Q140"]})
             assert answer.json()["predictions"][0]["entity_id"] == "Q140"
             request_id = answer.json()["request_id"]
+            assert client.get("/livez").status_code == 200  # probes that succeed are not logged
         process.send_signal(signal.SIGTERM)
         _, rest = process.communicate(timeout=TIMEOUT_S)
     finally:
