@@ -30,7 +30,7 @@ from model.encoders import open_image_encoder, open_text_encoder
 from model.encoders.base import widths
 from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.resume import fingerprint
-from model.train import train_adaptor
+from model.train import TrainingData, train_adaptor
 from model.trainer import TrainSettings
 from model.validation import validate
 
@@ -122,8 +122,8 @@ def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict
         # Every arm takes the same number of steps.
         epochs = max(1, round(settings.epochs * len(symbols.pairs) / len(pairs)))
         settings = replace(settings, epochs=epochs, hard_negatives=arm.hard_negatives)
-        result = train_adaptor(config, settings, store, entities, pairs, device=_CPU, log=None)
-        adaptor = result.adaptor
+        data = TrainingData(config=config, store=store, entities=entities, pairs=pairs)
+        adaptor = train_adaptor(data, settings, device=_CPU, log=None).adaptor
     else:
         adaptor = Adaptor(config).eval()  # its output is the residual, the mean patch token
     accuracies = validate(adaptor, store, entities, symbols.queries, _CPU)

@@ -28,6 +28,7 @@ from model.encoders import ImageEncoder, TextEncoder
 from model.feature_cache import FeatureCache, content_key
 
 MAX_PIXELS = 64_000_000
+_BATCH = 64  # images or texts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +60,10 @@ class EntityBatch(NamedTuple):
 class FeatureStore:
     """The image and text caches, and the encoders that fill them. `computed` counts the inputs that were encoded."""
 
-    def __init__(
-        self, root: Path, image_encoder: ImageEncoder, text_encoder: TextEncoder, *, batch_size: int = 64
-    ) -> None:
+    def __init__(self, root: Path, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.computed = 0
-        self._batch_size = batch_size
         self._images = FeatureCache(root, image_encoder.content_hash)
         self._texts = FeatureCache(root, text_encoder.content_hash)
 
@@ -78,8 +76,8 @@ class FeatureStore:
             ThreadPoolExecutor(os.cpu_count()) as pool,
             tqdm(total=len(sources), desc=description, unit="image", leave=False) as progress,
         ):
-            for start in range(0, len(sources), self._batch_size):
-                chunk = sources[start : start + self._batch_size]
+            for start in range(0, len(sources), _BATCH):
+                chunk = sources[start : start + _BATCH]
                 new: dict[bytes, npt.NDArray[np.uint8]] = {}
                 for source, (key, result) in zip(chunk, pool.map(self._read, chunk), strict=True):
                     keys.append(key)
@@ -113,8 +111,8 @@ class FeatureStore:
         new = {key: text for key, text in zip(keys, texts, strict=True) if key and key not in self._texts}
         missing = list(new.items())
         with tqdm(total=len(missing), desc=description, unit="text", leave=False) as progress:
-            for start in range(0, len(missing), self._batch_size):
-                chunk = missing[start : start + self._batch_size]
+            for start in range(0, len(missing), _BATCH):
+                chunk = missing[start : start + _BATCH]
                 features = self.text_encoder.encode([text for _, text in chunk])
                 lengths = features.mask_BT.sum(dim=1).tolist()
                 rows = features.text_tokens_BTC.cpu().numpy()

@@ -97,19 +97,17 @@ def _balanced_clusters(embeddings_ND: npt.NDArray[np.float32], clusters: int, se
 
     owner_N = np.full(count, -1, np.int64)
     room_K = np.full(clusters, count // clusters, np.int64)
-    larger = count % clusters  # number of clusters that take one more
+    room_K[: count % clusters] += 1
     while len(waiting := np.flatnonzero(owner_N < 0)):
-        open_clusters = np.flatnonzero((room_K > 0) | (larger > 0) & (room_K == 0))
+        open_clusters = np.flatnonzero(room_K)
         index = faiss.IndexFlatIP(dim)
         index.add(centroids_KD[open_clusters])
         cosines, found = index.search(embeddings_ND[waiting], min(_CANDIDATES, len(open_clusters)))
         for place in np.argsort(-cosines, axis=None, kind="stable"):
             row, cluster = waiting[place // found.shape[1]], open_clusters[found.flat[place]]
-            if owner_N[row] >= 0 or room_K[cluster] < 0 or (room_K[cluster] == 0 and larger == 0):
-                continue
-            larger -= int(room_K[cluster] == 0)
-            room_K[cluster] -= 1
-            owner_N[row] = cluster
+            if owner_N[row] < 0 and room_K[cluster]:
+                owner_N[row] = cluster
+                room_K[cluster] -= 1
     return owner_N
 
 

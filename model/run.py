@@ -20,9 +20,9 @@ from model.data import balance_pairs, known_pairs, load_entities, load_pairs
 from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.encoders.base import widths
-from model.features import EntityKeys, FeatureStore, KeyedPair, catalog_pairs
+from model.features import FeatureStore, catalog_pairs
 from model.resume import Snapshots, fingerprint
-from model.train import open_log, train_adaptor
+from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings
 from model.validation import half_cosine
 
@@ -68,18 +68,6 @@ class TrainRequest:
         return replace(self, settings=settings, limit=limit, out=_sibling(self.out, "smoke"), resume=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Inputs:
-    """The loaded inputs of training, the same in every process."""
-
-    config: AdaptorConfig
-    store: FeatureStore
-    entities: list[EntityKeys]
-    pairs: list[KeyedPair]
-    catalog_pairs: int
-    validation: list[KeyedPair]
-
-
 def run_training(request: TrainRequest) -> dict[str, Any] | None:
     """Train an adaptor and write its checkpoint, with `rejected.jsonl` and the log of the run next to it.
 
@@ -111,12 +99,8 @@ def run_training(request: TrainRequest) -> dict[str, Any] | None:
             paths = _sibling(out, "train.jsonl"), _sibling(out, "tensorboard")
             log = stack.enter_context(open_log(*paths, after_step=after_step))
         result = train_adaptor(
-            inputs.config,
+            inputs,
             request.settings,
-            inputs.store,
-            inputs.entities,
-            inputs.pairs,
-            validation=inputs.validation,
             device=device,
             log=log,
             group=group,
@@ -160,7 +144,7 @@ def run_training(request: TrainRequest) -> dict[str, Any] | None:
     }
 
 
-def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) -> _Inputs:
+def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) -> TrainingData:
     """Open the encoders, read the files and compute the features that are not cached."""
     trust = request.trust_remote_code
     tokens, layer = request.max_tokens, request.text_layer
@@ -195,7 +179,7 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
         raise CatalogError(
             f"no entity of {request.catalog} has two images, or an image and a text, to make a pair; give --pairs"
         )
-    return _Inputs(
+    return TrainingData(
         config=config,
         store=store,
         entities=entity_keys,
@@ -205,7 +189,7 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     )
 
 
-def _snapshots(request: TrainRequest, inputs: _Inputs, group: Group) -> Snapshots:
+def _snapshots(request: TrainRequest, inputs: TrainingData, group: Group) -> Snapshots:
     settings = {
         "settings": asdict(request.settings),
         "adaptor": inputs.config.to_dict(),

@@ -34,6 +34,18 @@ _STREAM = 0  # of random numbers; the steps use stream 1
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a run trains and validates on, the same in every process. Validation searches all `entities`."""
+
+    config: AdaptorConfig
+    store: FeatureStore
+    entities: Sequence[EntityKeys]
+    pairs: Sequence[KeyedPair]
+    catalog_pairs: int = 0  # of `pairs`
+    validation: Sequence[KeyedPair] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainResult:
     """The adaptor of the best epoch (without validation, of the last one) and the figures of the run."""
 
@@ -56,34 +68,32 @@ class _Progress:
 
 
 def train_adaptor(
-    config: AdaptorConfig,
+    data: TrainingData,
     settings: TrainSettings,
-    store: FeatureStore,
-    entities: Sequence[EntityKeys],
-    pairs: Sequence[KeyedPair],
     *,
-    validation: Sequence[KeyedPair] = (),
     device: torch.device,
     log: Callable[[Mapping[str, Any]], None] | None,
     group: Group | None = None,
     snapshots: Snapshots | None = None,
     resume_from: dict[str, Any] | None = None,
 ) -> TrainResult:
-    """Train on `pairs` with features from `store`. Figures go to `log` every few steps.
+    """Train an adaptor. Figures go to `log` every few steps.
 
     Two runs with the same seed on the same CPU give the same weights, even if one was interrupted and resumed with
     `resume_from`, the values of its snapshot. All processes of a `group` call this with the same arguments, and the
     first one validates and logs. Raises `UserError` if the loss is not finite or the pairs name fewer than two
     entities.
     """
+    store, pairs = data.store, data.pairs
     if len({pair.entity for pair in pairs}) < 2:
         raise UserError("the pairs name only one entity, which leaves no negatives; give pairs of two or more")
     group = group or Group()
     steps_an_epoch = math.ceil(math.ceil(len(pairs) / (settings.batch_size * group.size)) / settings.accumulate)
     steps = steps_an_epoch * settings.epochs
     trainer = Trainer(
-        config=config, settings=settings, store=store, entities=entities, steps=steps, device=device, group=group
-    )
+        config=data.config, settings=settings, store=store, entities=data.entities, steps=steps, device=device,
+        group=group,
+    )  # fmt: skip
     if trainer.adaptor.centre_D is not None:
         embeddings_ND = store.query_embeddings([pair.query for pair in pairs])
         trainer.adaptor.centre_D.copy_(torch.from_numpy(embeddings_ND.mean(axis=0)))
@@ -115,8 +125,8 @@ def train_adaptor(
             mean_loss = float(np.mean(progress.losses))
             pairs_per_s = pairs_done / (time.perf_counter() - started)
             accuracy = None
-            if group.first and validation:
-                accuracy = validate(trainer.adaptor, store, entities, [validation], device)[0]
+            if group.first and data.validation:
+                accuracy = validate(trainer.adaptor, store, data.entities, [data.validation], device)[0]
             validated = asdict(accuracy) if accuracy else {}
             if log:
                 row = {"epoch": epoch, "mean_loss": mean_loss, "pairs_per_s": pairs_per_s, **trainer.state()}

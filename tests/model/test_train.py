@@ -22,7 +22,7 @@ from model.cli import train
 from model.data import load_entities
 from model.encoders import open_image_encoder, open_text_encoder
 from model.features import EntityKeys, FeatureStore, KeyedPair
-from model.train import open_log, train_adaptor
+from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings, draw_modalities
 
 
@@ -164,7 +164,8 @@ def test_only_the_adaptor_changes(dataset: Any, tiny_spec: str, text_spec: str, 
     pairs = [KeyedPair(query=entity.images[0], entity=row) for row, entity in enumerate(entities) if entity.images]
     settings = TrainSettings(epochs=4, batch_size=6, modality_dropout=0.3, lr=0.01)
     cpu = torch.device("cpu")
-    result = train_adaptor(config, settings, store, entities, pairs, device=cpu, log=lambda row: None)
+    data = TrainingData(config=config, store=store, entities=entities, pairs=pairs)
+    result = train_adaptor(data, settings, device=cpu, log=lambda row: None)
     torch.manual_seed(settings.seed)
     start = type(result.adaptor)(config)
     unmoved = [
