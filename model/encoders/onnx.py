@@ -102,15 +102,13 @@ def _open_session(spec: str, path: Path, device: torch.device) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
-    if provider not in onnxruntime.get_available_providers():
-        raise EncoderSpecError(
-            f"{spec}: this onnxruntime has no {provider}; install onnxruntime-gpu, or use --device cpu"
-        )
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's errors have no public base class
         raise EncoderSpecError(f"{spec} cannot be opened: {str(error).splitlines()[0]}") from error
-    # When a provider fails to start, ONNX Runtime only logs it and runs on the CPU.
+    # Without the provider, or if it fails to start, ONNX Runtime only warns and runs on the CPU.
     if session.get_providers()[0] != provider:
-        raise EncoderSpecError(f"{spec}: {provider} did not start; check the CUDA libraries, or use --device cpu")
+        raise EncoderSpecError(
+            f"{spec}: {provider} did not start; install onnxruntime-gpu and the CUDA libraries, or use --device cpu"
+        )
     return session
