@@ -36,41 +36,10 @@ A message is one line: what is wrong (with the file or the field), then what to 
 the errors that clients raise as well.
 """
 
+# ruff: noqa: F403, F405
 from __future__ import annotations
 
-from wikiclip.errors import (
-    BadRequest,
-    Conflict,
-    DeadlineExceeded,
-    Forbidden,
-    NotFound,
-    SlowRequest,
-    TooLarge,
-    TooManyRequests,
-    Unauthorized,
-    Unavailable,
-    Unprocessable,
-    UnsupportedMediaType,
-    UserError,
-    WikiclipError,
-)
-
-__all__ = [  # re-exported
-    "BadRequest",
-    "Conflict",
-    "DeadlineExceeded",
-    "Forbidden",
-    "NotFound",
-    "SlowRequest",
-    "TooLarge",
-    "TooManyRequests",
-    "Unauthorized",
-    "Unavailable",
-    "Unprocessable",
-    "UnsupportedMediaType",
-    "UserError",
-    "WikiclipError",
-]
+from wikiclip.errors import *
 
 
 class UnknownEntity(NotFound):

@@ -167,23 +167,15 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """Yield the top row and the pixels of each strip of the image."""
     rows = max(1, _STRIP_PIXELS // image.width)
-    if rows >= image.height:
-        yield 0, image
-        return
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Return the RGB image that `convert` makes of the image, strip by strip."""
-    result: Image.Image | None = None
+    result = Image.new("RGB", image.size)
     for top, strip in _strips(image):
-        converted = convert(strip)
-        if converted.size == image.size:
-            return converted
-        result = result or Image.new("RGB", image.size)
-        result.paste(converted, (0, top))
-    assert result is not None, "an image has rows"
+        result.paste(convert(strip), (0, top))
     return result
 
 

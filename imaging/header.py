@@ -9,23 +9,12 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from core.errors import UndecodableImage
 from imaging.decode import check_size, readable_type
 
-# For each pixel, while it is decoded and converted to RGB, which Pillow stores in 4 bytes. Measured as the growth of a
-# decoder process; a test decodes every mode within these figures.
-_BYTES_PER_PIXEL = {
-    "image/jpeg": 8,
-    "image/png": 10,
-    "image/webp": 20,
-    "image/gif": 8,
-    "image/bmp": 8,
-    "image/tiff": 12,
-    "image/avif": 16,
-    "image/heic": 16,
-}
 _FIXED_BYTES = 12 * 2**20  # tables of the libraries, strips that are converted, the stack of a thread
 _UNKNOWN_PIXELS = 2**22  # assumed where the header does not say
 
@@ -53,26 +42,26 @@ _ISPE_WITHIN = 2**16  # bytes of an AVIF or HEIC file
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """The declared size of an image, 0 x 0 if unknown, and an estimate of the memory that decoding takes.
+    """The declared size of an image, 0 x 0 if unknown, and what decoding it takes.
 
     `ordinary` means that the estimate is certain and that decoding takes under a second.
     """
 
-    kind: str
-    width: int
-    height: int
-    memory_bytes: int
-    ordinary: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Found:
+    kind: str = ""
     width: int = 0
     height: int = 0
     decoded_pixels: int | None = None  # if not all of them
     tile: tuple[int, int] = (0, 0)
     extra_bytes: int = 0
     ordinary: bool = False
+
+    @property
+    def memory_bytes(self) -> int:
+        """Return an estimate of the memory that decoding takes."""
+        pixels = self.decoded_pixels
+        if pixels is None:
+            pixels = self.width * self.height or _UNKNOWN_PIXELS
+        return _FIXED_BYTES + _FORMATS[self.kind].bytes_per_pixel * pixels + self.extra_bytes
 
 
 def read_header(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Header:
@@ -83,22 +72,15 @@ def read_header(data: bytes, *, max_pixels: int, target_px: int | None = None) -
     """
     kind = readable_type(data)
     try:
-        found = _jpeg(data, target_px) if kind == "image/jpeg" else _READERS[kind](data)
+        header = _jpeg(data, target_px) if kind == "image/jpeg" else _FORMATS[kind].read(data)
     except (struct.error, IndexError):  # damaged: decoding will say so
-        found = _Found()
-    check_size(found.width, found.height, max_pixels)
-    check_size(*found.tile, max_pixels, "a tile")
-    pixels = (found.width * found.height or _UNKNOWN_PIXELS) if found.decoded_pixels is None else found.decoded_pixels
-    return Header(
-        kind=kind,
-        width=found.width,
-        height=found.height,
-        memory_bytes=_FIXED_BYTES + _BYTES_PER_PIXEL[kind] * pixels + found.extra_bytes,
-        ordinary=found.ordinary,
-    )
+        header = Header()
+    check_size(header.width, header.height, max_pixels)
+    check_size(*header.tile, max_pixels, "a tile")
+    return replace(header, kind=kind)
 
 
-def _jpeg(data: bytes, target_px: int | None) -> _Found:
+def _jpeg(data: bytes, target_px: int | None = None) -> Header:
     frames: list[tuple[int, bytes]] = []
     exif: list[bytes] = []
     tag_bytes, at = 0, 2
@@ -118,12 +100,12 @@ def _jpeg(data: bytes, target_px: int | None) -> _Found:
         elif marker == 0xE2 and body.startswith(b"MPF\0"):
             tag_bytes += _tag_bytes(body[4:])
         at += 2 + length
-    return _Found()
+    return Header()
 
 
 def _jpeg_frame(
     data: bytes, scan_at: int, marker: int, frame: bytes, *, components: int, target_px: int | None, tidy: bool
-) -> _Found:
+) -> Header:
     bits, height, width, count = struct.unpack_from(">BHHB", frame)
     sampling = [(code >> 4, code & 15) for code in frame[7 : 6 + 3 * count : 3]]
     pixels, scale = width * height, 1
@@ -132,10 +114,10 @@ def _jpeg_frame(
     scans, coefficients = 1, 0.0
     if marker not in _ORDINARY_FRAMES[:2] or components < count:  # all coefficients are in memory until the last scan
         scans = data.count(bytes((0xFF, _START_OF_SCAN)), scan_at)
-        most = max(h for h, _ in sampling) * max(v for _, v in sampling)
+        most = max((h for h, _ in sampling), default=1) * max((v for _, v in sampling), default=1)
         padded = (width + 31) * (height + 31)
         coefficients = padded * sum(h * v for h, v in sampling) / (most or 1)
-    return _Found(
+    return Header(
         width=width,
         height=height,
         decoded_pixels=math.ceil(width / scale) * math.ceil(height / scale),
@@ -144,7 +126,7 @@ def _jpeg_frame(
     )
 
 
-def _png(data: bytes) -> _Found:
+def _png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
     chunks = texts = tag_bytes = 0
     at, tidy = 8, True
@@ -161,10 +143,10 @@ def _png(data: bytes) -> _Found:
             tidy = False  # an animation
         tidy = tidy and chunks <= _MAX_CHUNKS and texts <= _MAX_TEXTS and tag_bytes <= _MAX_TAG_BYTES
         at = content + length + 4
-    return _Found(width=width, height=height, ordinary=tidy and width * height <= _MAX_PNG_PIXELS)
+    return Header(width=width, height=height, ordinary=tidy and width * height <= _MAX_PNG_PIXELS)
 
 
-def _webp(data: bytes) -> _Found:
+def _webp(data: bytes) -> Header:
     form = data[12:16]
     if form == b"VP8 ":
         width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
@@ -184,21 +166,21 @@ def _webp(data: bytes) -> _Found:
                 tidy = _tag_bytes(data[at + 8 : at + 8 + length]) <= _MAX_TAG_BYTES
             tidy = tidy and chunks <= _MAX_SEGMENTS
             at += 8 + length + length % 2
-    return _Found(width=width, height=height, ordinary=tidy and width * height <= _MAX_WEBP_PIXELS)
+    return Header(width=width, height=height, ordinary=tidy and width * height <= _MAX_WEBP_PIXELS)
 
 
-def _gif(data: bytes) -> _Found:
+def _gif(data: bytes) -> Header:
     width, height = struct.unpack_from("<HH", data, 6)
-    return _Found(width=width, height=height)
+    return Header(width=width, height=height)
 
 
-def _bmp(data: bytes) -> _Found:
+def _bmp(data: bytes) -> Header:
     old = struct.unpack_from("<I", data, 14) == (12,)
     width, height = struct.unpack_from("<HH" if old else "<ii", data, 18)
-    return _Found(width=abs(width), height=abs(height))
+    return Header(width=abs(width), height=abs(height))
 
 
-def _tiff(data: bytes) -> _Found:
+def _tiff(data: bytes) -> Header:
     order = _byte_order(data)
     tags = {_BITS: 1, _SAMPLES: 1, _ROWS_PER_STRIP: 2**32}
     values = 0
@@ -218,27 +200,38 @@ def _tiff(data: bytes) -> _Found:
     # libtiff decodes a whole strip or tile, which may be larger than the image.
     block_pixels = math.prod(tile) or size[0] * min(size[1], tags[_ROWS_PER_STRIP])
     block_bytes = block_pixels * tags[_SAMPLES] * max(1, tags[_BITS] // 8)
-    return _Found(width=size[0], height=size[1], tile=tile, extra_bytes=block_bytes + _TAG_VALUE_BYTES * values)
+    return Header(width=size[0], height=size[1], tile=tile, extra_bytes=block_bytes + _TAG_VALUE_BYTES * values)
 
 
-def _isobmff(data: bytes) -> _Found:
+def _isobmff(data: bytes) -> Header:
     """Read the largest image that the properties of an AVIF or HEIC file declare."""
     width = height = at = 0
     while (at := data.find(b"ispe", at, _ISPE_WITHIN)) >= 0:
         size = struct.unpack_from(">II", data, at + 8)
         width, height = max((width, height), size, key=math.prod)
         at += 4
-    return _Found(width=width, height=height)
+    return Header(width=width, height=height)
 
 
-_READERS: dict[str, Callable[[bytes], _Found]] = {
-    "image/png": _png,
-    "image/webp": _webp,
-    "image/gif": _gif,
-    "image/bmp": _bmp,
-    "image/tiff": _tiff,
-    "image/avif": _isobmff,
-    "image/heic": _isobmff,
+class _Format(NamedTuple):
+    """How a header is read, and the bytes for each pixel while it is decoded and converted to RGB.
+
+    Pillow stores RGB in 4 bytes. Measured as the growth of a decoder process; a test decodes every mode within them.
+    """
+
+    read: Callable[[bytes], Header]
+    bytes_per_pixel: int
+
+
+_FORMATS = {
+    "image/jpeg": _Format(_jpeg, 8),
+    "image/png": _Format(_png, 10),
+    "image/webp": _Format(_webp, 20),
+    "image/gif": _Format(_gif, 8),
+    "image/bmp": _Format(_bmp, 8),
+    "image/tiff": _Format(_tiff, 12),
+    "image/avif": _Format(_isobmff, 16),
+    "image/heic": _Format(_isobmff, 16),
 }
 
 

@@ -13,9 +13,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,15 +26,9 @@ from imaging.decode import readable_types
 _MAIN = "import sys; from imaging.process import main; main(int(sys.argv[1]))"
 _NICENESS = 5  # ordinary images are decoded first
 _GRACE_S = 5.0  # for the process to start, and to be ended by its own timer
+_IDLE_S = 10.0  # after which the process ends
+_FRESH_S = 5.0  # after which it gets no more tasks, because it may be about to end
 _SECRETS = "WIKICLIP_"  # prefix of settings, which the process does not need
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Task:
-    function: Callable[..., Any]
-    arguments: dict[str, Any]
-    memory_bytes: int
-    timeout_s: float
 
 
 class DecoderProcess:
@@ -43,6 +37,7 @@ class DecoderProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection[Any, Any] | None = None
+        self._idle_since = 0.0
 
     def run(
         self,
@@ -59,13 +54,11 @@ class DecoderProcess:
         Raises what it raises, `TooLarge` if it takes more than `memory_bytes`, `UndecodableImage` if it takes longer
         than `timeout_s` or, with the start of the process, than `patience_s`, or crashes.
         """
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._process.poll() is not None or time.monotonic() > self._idle_since + _FRESH_S:
             self._start()
         assert self._pipe is not None
         try:
-            self._pipe.send(
-                _Task(function=function, arguments=arguments, memory_bytes=memory_bytes, timeout_s=timeout_s)
-            )
+            self._pipe.send((function, arguments, memory_bytes, timeout_s))
             self._pipe.send_bytes(data)
             answered = self._pipe.poll(max(0.0, min(timeout_s + _GRACE_S, patience_s)))
             outcome = self._pipe.recv() if answered else UndecodableImage(_too_slow(timeout_s))
@@ -80,6 +73,7 @@ class DecoderProcess:
                 raise outcome
             return outcome
         finally:
+            self._idle_since = time.monotonic()
             del outcome  # an exception refers to this frame: a reference cycle
 
     def kill(self) -> None:
@@ -116,7 +110,7 @@ class DecoderProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libtiff writes a line for each damaged row
             )
-        self._pipe = ours
+        self._pipe, self._idle_since = ours, time.monotonic()
 
     def _death(self, memory_bytes: int, timeout_s: float) -> UserError:
         """Return why the process died."""
@@ -140,31 +134,33 @@ def _too_much(memory_bytes: int) -> str:
 
 
 def main(descriptor: int) -> None:
-    """Run tasks from the pipe until the other end is closed, as it is when the parent ends in any way."""
+    """Run tasks from the pipe until there are none for a while, or the parent ends in any way and so closes its end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     os.nice(_NICENESS)
     with suppress(OSError):  # where the kernel runs out of memory, this process is the one to kill
         Path("/proc/self/oom_score_adj").write_text("1000")
     readable_types()
     with Connection(descriptor) as pipe:
-        while True:
+        while pipe.poll(_IDLE_S):
             try:
                 task, data = pipe.recv(), pipe.recv_bytes()
             except EOFError:
                 return
-            pipe.send(_run(task, data))
+            pipe.send(_run(data, *task))
             del task, data  # while this waits for the next
 
 
-def _run(task: _Task, data: bytes) -> Any:
+def _run(
+    data: bytes, function: Callable[..., Any], arguments: dict[str, Any], memory_bytes: int, timeout_s: float
+) -> Any:
     # SIGALRM keeps its default action, which ends the process even in the middle of a library, and without the parent.
-    signal.setitimer(signal.ITIMER_REAL, task.timeout_s)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
     unlimited, hard = resource.getrlimit(resource.RLIMIT_AS)
     if (used := _address_space_bytes()) is not None:
-        limit = used + task.memory_bytes
+        limit = used + memory_bytes
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     try:
-        return task.function(data, **task.arguments)
+        return function(data, **arguments)
     except MemoryError:
         return MemoryError()
     except UserError as error:

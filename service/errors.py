@@ -121,22 +121,9 @@ def install(app: FastAPI) -> None:
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that may answer with these error statuses."""
-    descriptions = {
-        400: "Empty or malformed request",
-        401: "The key or token is missing or unknown",
-        403: "Not allowed: a URL that must not be fetched, or a change without an admin token",
-        404: "Not found",
-        408: "The request did not arrive in time",
-        409: "Another change is under way",
-        413: "Too many bytes or pixels",
-        415: "The declared type is not an image type that the service reads",
-        422: "Bytes that do not decode, or a bad parameter",
-        429: "Too many images at a time; see Retry-After",
-        503: "Not ready, or stopping",
-        504: "Past the deadline",
-    }
+    titles = {status: [kind.title for kind in _REQUEST_ERRORS if kind.status == status] for status in statuses}
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": descriptions[status], "content": content} for status in statuses}
+    return {status: {"description": ", or ".join(titles[status]), "content": content} for status in statuses}
 
 
 def _http_response(status: int, detail: str, request_id: str, headers: Mapping[str, str] | None = None) -> Response:

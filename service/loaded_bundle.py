@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def opening(bundle: Path | str) -> Iterator[None]:
 def _watch(manifest: Path, closing: threading.Event, gone: threading.Event) -> None:
     """Say whether the manifest is gone, until closing. In a thread, because a network's file system may hang."""
     while not closing.wait(_WATCH_INTERVAL_S):
-        if manifest.is_file():
+        if os.path.isfile(manifest):  # false also if the file system fails
             gone.clear()
         else:
             gone.set()

@@ -6,6 +6,7 @@ Shapes: H/W pixels, D embedding width.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from core.errors import Unavailable
+from core.pool import Pool
 from imaging import Decoder
 from service.loaded_bundle import BundleView
-from service.pools import Pool
 from service.ranking import Ranking
 from wikiclip.answers import Box, RecognizeOptions
 
@@ -55,8 +55,10 @@ class RecognitionPipeline:
         self._decoder = decoder
         self._lookup_pool = Pool(_LOOKUP_THREADS, "lookup")
 
-    async def run(self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView) -> PipelineResult:
-        """Recognise an image, or an embedding [D].
+    async def run(
+        self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView, deadline_s: float = math.inf
+    ) -> PipelineResult:
+        """Recognise an image, or an embedding [D]. The decoder refuses an image that would miss the deadline.
 
         Cancelling it drops stages that have not begun. Raises what a stage raises, for example `UndecodableImage`.
         """
@@ -68,7 +70,7 @@ class RecognitionPipeline:
             query: npt.NDArray[np.uint8] | Float32Array
             if isinstance(image, bytes):
                 query, region, stages["decode"] = await self._decoder.load_region(
-                    image, view.loaded.preprocessing, options.box
+                    image, view.loaded.preprocessing, options.box, deadline_s=deadline_s
                 )
             else:
                 query = image
@@ -101,22 +103,14 @@ class RecognitionPipeline:
     def close(self) -> None:
         """Finish the stages that are running or queued, then stop."""
         self._decoder.close()
-        self._lookup_pool.shutdown()
+        self._lookup_pool.close()
 
     async def _lookup(self, view: BundleView, work: Callable[[], T]) -> T:
         """Run `work` in the lookup pool. The bundle stays open until it ends, even if the caller is cancelled."""
+        pending = self._lookup_pool.submit(work)
         view.loaded.acquire()
-        return await _submit(self._lookup_pool, work, on_end=view.loaded.release)
-
-
-async def _submit(pool: Pool, work: Callable[[], T], on_end: Callable[[], None] = lambda: None) -> T:
-    try:
-        pending = pool.submit(work)
-    except RuntimeError:
-        on_end()
-        raise Unavailable("the service is stopping; retry later or elsewhere") from None
-    pending.add_done_callback(lambda _: on_end())
-    try:
-        return await asyncio.wrap_future(pending)
-    finally:
-        del pending, work  # an exception refers to this frame, and the future to the exception: a reference cycle
+        pending.add_done_callback(lambda _: view.loaded.release())
+        try:
+            return await asyncio.wrap_future(pending)
+        finally:
+            del pending, work  # an exception refers to this frame, and the future to the exception: a reference cycle

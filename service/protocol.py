@@ -8,9 +8,8 @@ that minor version.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import sys
-import termios
+import math
+import socket
 from typing import Any
 
 import httptools
@@ -57,7 +56,6 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **options)
         self._timeout_s = timeout_s
         self._timer: asyncio.TimerHandle | None = None
-        self._send_timer: asyncio.TimerHandle | None = None
         self._unparsed = memoryview(b"")
         self._in_head = True
         self._head_bytes = 0  # since the head began, or since the last content of the body
@@ -73,11 +71,13 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport)
+        # The kernel ends a connection whose client has received nothing for that long, although data waits for it.
+        client: socket.socket = transport.get_extra_info("socket")
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * self._timeout_s))
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
-        self._stop_send_timer()
         self._unset_keepalive_if_required()  # uvicorn does so only for connections that end without an error
         self._unparsed = memoryview(b"")
         if self._active is not None and not self._active.response_complete:  # uvicorn tells only the last request
@@ -174,55 +174,18 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.transport.is_closing():
-            self._watch_sending()
-        else:
+        if not self.transport.is_closing():
             self._parse()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_sending()
 
     def resume_writing(self) -> None:
         if not self.transport.is_closing():  # uvloop resumes when it discards what is unsent, and fails later writes
             super().resume_writing()
-            self._stop_send_timer()
-
-    def _watch_sending(self) -> None:
-        """Abort the connection once its client has received nothing for `timeout_s`."""
-        if self._send_timer is None:
-            self._send_timer = self.loop.call_later(self._timeout_s, self._check_sending, self._unsent_bytes())
-
-    def _check_sending(self, unsent_bytes_before: int) -> None:
-        self._send_timer = None
-        if self._unsent_bytes() < unsent_bytes_before:
-            self._watch_sending()
-        else:
-            self.transport.abort()
-
-    def _unsent_bytes(self) -> int:
-        """Count the bytes that wait, in this process and in the kernel, which takes more only when a third has left."""
-        in_kernel = fcntl.ioctl(self.transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        return int.from_bytes(in_kernel, sys.byteorder) + self.transport.get_write_buffer_size()
-
-    def _stop_send_timer(self) -> None:
-        if self._send_timer is not None:
-            self._send_timer.cancel()
-            self._send_timer = None
 
     # ---- ending ----
 
     @property
     def _ended(self) -> bool:
         return self._refused or self.transport.is_closing()
-
-    def timeout_keep_alive_handler(self) -> None:
-        self._close()
-
-    def shutdown(self) -> None:
-        super().shutdown()
-        if self.transport.is_closing():
-            self._watch_sending()
 
     def _start_timer(self) -> None:
         if self._timer is None and not self._ended:
@@ -238,20 +201,20 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self._in_head and self._head_bytes:
             self._refuse(SlowRequest(f"the request head did not arrive within {self._timeout_s:g} s; send faster"))
         else:
-            self._close()
+            self.transport.close()
 
     def _refuse(self, error: UserError) -> None:
         """Send an error response and close, or close without one if a response has begun or is due before it."""
         if self._ended:
             return
         if not self._idle and (self._in_head or self.pipeline or self.cycle.response_started):
-            self._close()
+            self.transport.close()
             return
         if not self._idle:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         elif not self._in_head:
-            self._close()  # the request has its response
+            self.transport.close()  # the request has its response
             return
         request_id = new_request_id()
         response = problem_response(error, request_id)
@@ -266,8 +229,4 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self.flow.held = False
         self.flow.resume_reading()
         self.transport.write_eof()
-        self._timer = self.loop.call_later(_LINGER_S, self._close)
-
-    def _close(self) -> None:
-        self.transport.close()
-        self._watch_sending()
+        self._timer = self.loop.call_later(_LINGER_S, self.transport.close)

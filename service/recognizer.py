@@ -73,10 +73,11 @@ class Recognizer:
     def __init__(self, bundle: Bundle, settings: Settings, encoder: Encoder | None = None) -> None:
         self.settings = settings
         self.metrics = Metrics()
+        self._deadline_s = settings.deadline_ms / 1000
         self.admission = Admission(
             settings.queue_limit,
             minimum=max(settings.batch_limit("cuda"), settings.max_batch_images),
-            deadline_s=settings.deadline_ms / 1000,
+            deadline_s=self._deadline_s,
             on_refusal=partial(self.metrics.count_images, "full"),
         )
         self._encoder = encoder
@@ -84,7 +85,6 @@ class Recognizer:
             max_pixels=settings.max_pixels,
             budget_bytes=settings.decode_budget_bytes or automatic_budget(),
             timeout_s=settings.decode_timeout_s,
-            deadline_s=settings.deadline_ms / 1000,
             threads=settings.decode_thread_count,
         )
         self._current = LoadedBundle(bundle, settings, self.metrics, self._decoder, encoder)
@@ -124,7 +124,7 @@ class Recognizer:
     def close(self) -> None:
         """Finish accepted work, within the deadline of a request, and close everything. Idempotent."""
         self._closing = True
-        if self._current.close(self.settings.deadline_ms / 1000):
+        if self._current.close(self._deadline_s):
             self._pipeline.close()
 
     async def aclose(self) -> None:
@@ -178,11 +178,11 @@ class Recognizer:
         finally:
             self._swapping = False
         if self._closing:
-            new.retire(self.settings.deadline_ms / 1000)
+            new.retire(self._deadline_s)
             raise Unavailable("the service is stopping; retry elsewhere")
         with self._current_lock:
             old, self._current = self._current, new
-        old.retire(self.settings.deadline_ms / 1000)
+        old.retire(self._deadline_s)
         self.metrics.bundle_swaps.labels("loaded").inc()
         self._publish_bundle()
         log.info("%s answers instead of %s", self.label, old.view().label)
@@ -196,7 +196,7 @@ class Recognizer:
         try:
             loaded.check()
         except BundleAltered:
-            loaded.close(self.settings.deadline_ms / 1000)
+            loaded.close(self._deadline_s)
             raise
         return loaded
 
@@ -249,10 +249,10 @@ class Recognizer:
 
     async def _recognize_in_time(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
         try:
-            async with asyncio.timeout(self.settings.deadline_ms / 1000):
+            async with asyncio.timeout(self._deadline_s):
                 if self.settings.cache == "on" and not options.explain:  # explanations are large and need the pixels
                     return await self._recognize_cached(image, options, view)
-                recognition, _ = await self._compute(image, options, view)
+                recognition, _ = await self._compute(image, options, view, self._deadline_s)
                 return recognition
         except TimeoutError:
             raise DeadlineExceeded(
@@ -275,7 +275,7 @@ class Recognizer:
         if embedding_D is None:
 
             async def encode() -> tuple[RecognizeOptions, Recognition, Float32Array]:
-                recognition, result = await self._compute(image, options, view)
+                recognition, result = await self._compute(image, options, view, self._deadline_s)
                 await self._cache.put(embedding_key, result.embedding_D.astype("<f4").tobytes())
                 await self._cache.put(answer_key, _write_answer(recognition))
                 return options, recognition, result.embedding_D
@@ -289,9 +289,9 @@ class Recognizer:
         return recognition
 
     async def _compute(
-        self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView
+        self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView, deadline_s: float = math.inf
     ) -> tuple[Recognition, PipelineResult]:
-        result = await self._pipeline.run(image, options, view)
+        result = await self._pipeline.run(image, options, view, deadline_s)
         record_stages(result.stages)
         recognition = Recognition(
             model=view.loaded.model,
@@ -312,7 +312,7 @@ class Recognizer:
         view.loaded.acquire()
         pending.add_done_callback(lambda _: view.loaded.release())
         try:
-            async with asyncio.timeout(self.settings.deadline_ms / 1000):
+            async with asyncio.timeout(self._deadline_s):
                 return await asyncio.wrap_future(pending)
         except TimeoutError:
             raise DeadlineExceeded(

@@ -28,8 +28,6 @@ ENV_PREFIX = "WIKICLIP_"
 MILVUS = "milvus:"
 _MAX_BATCH, _MAX_BATCH_PER_THREAD = 32, 8  # the second applies on a CPU
 
-_SECRET = frozenset(("admin_token", "api_keys", "index", "redis_url"))  # error messages never quote these values
-
 _URL_PREFIXES = {
     "index": (MILVUS,),
     "otlp_endpoint": ("http://", "https://"),
@@ -108,7 +106,9 @@ class Settings(BaseSettings):
     cache: Literal["on", "off"] = Field(default="on", description="Cache embeddings and answers by image.")
     cache_max_bytes: int = Field(default=64 * 1024**2, ge=1, description="Bytes of the in-process cache.")
     redis_url: str | None = Field(
-        default=None, description="Redis that processes share for the cache and rate limits: redis://host:port/db."
+        default=None,
+        repr=False,
+        description="Redis that processes share for the cache and rate limits: redis://host:port/db.",
     )
     redis_timeout_ms: int = Field(
         default=100, ge=1, description="Milliseconds to wait for Redis before a request continues without it."
@@ -237,5 +237,7 @@ def _one_line(problem: Any) -> str:
     message = str(problem["msg"]).removeprefix("Value error, ")
     if not name:
         return message
-    value = "" if name in _SECRET else f" is {problem['input']!r}"
+    field = Settings.model_fields.get(name)
+    secret = field is not None and not field.repr
+    value = "" if secret else f" is {problem['input']!r}"
     return f"setting {name} (WIKICLIP_{name.upper()}){value}: {message}"

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -218,4 +217,3 @@ def configure_logging(level: str) -> None:
     handler.setFormatter(JsonFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("wikiclip").setLevel(level.upper())
-    warnings.filterwarnings("ignore", module="PIL")  # it warns about oddities in clients' files

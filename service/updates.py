@@ -5,11 +5,11 @@ Shapes: P patches, C patch channels, T text tokens, L text channels, D embedding
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sqlite3
 import threading
 from concurrent.futures import Future
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable, UserError
+from core.pool import Pool
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
 from index.entity_encoder import (
@@ -34,7 +35,6 @@ from index.overlay import LiveChanges
 from index.store import StoredEntity, first_sentence
 from service.encoder import open_session
 from service.engine import Encoder
-from service.pools import Pool
 
 _THREADS = 1  # one thread leaves the cores to queries
 _MAX_TITLES = 200_000  # characters of the titles in all languages, which stay in memory
@@ -80,10 +80,10 @@ class EntityEmbedder:
     """Embeds one entity at a time, as an export does. Raises `UserError` if `tokenizers` is missing."""
 
     def __init__(self, bundle: Bundle, entity_encoder: EntityEncoder, image_encoder: Encoder) -> None:
-        if importlib.util.find_spec("tokenizers") is None:
-            raise UserError("the bundle's entity encoder needs the package tokenizers; install it with the extra live")
-        from tokenizers import Tokenizer
-
+        try:
+            from tokenizers import Tokenizer
+        except ImportError:
+            raise UserError("the bundle's entity encoder needs tokenizers; install it with the extra live") from None
         folder = bundle.path / ENTITY_ENCODER_FOLDER
         self._entity_encoder = entity_encoder
         self._image_encoder = image_encoder
@@ -129,14 +129,14 @@ class Editor:
         self._store_text = bool(bundle.manifest.export.get("store_text", False))
         entity_encoder = bundle.entity_encoder()
         self._embedder = None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, image_encoder)
-        self._executor = Pool(1, "edit")
+        self._pool = Pool(1, "edit")
         self._closing = threading.Event()
         self._sync_thread = threading.Thread(target=self._sync, name="live", daemon=True)
         self._sync_thread.start()
 
     def close(self) -> None:
         """Finish the changes that have begun and stop both threads."""
-        self._executor.shutdown()
+        self._pool.close()
         self._closing.set()
         self._sync_thread.join()
         self.live.close()
@@ -146,11 +146,11 @@ class Editor:
 
         The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
         """
-        return self._executor.submit(self._put, entity_id, record, image)
+        return self._pool.submit(partial(self._put, entity_id, record, image))
 
     def delete(self, entity_id: str) -> Future[None]:
         """Delete an entity. The future raises as `LiveChanges.delete` does."""
-        return self._executor.submit(self.live.delete, entity_id)
+        return self._pool.submit(partial(self.live.delete, entity_id))
 
     def _put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> tuple[StoredEntity, bool, int]:
         embedding_D = self._embedding(record, image)

@@ -22,7 +22,7 @@ from core.errors import TooLarge, TooManyRequests, Unavailable, UndecodableImage
 from core.runtime import usable_memory
 from imaging import Decoder, Preprocessing, load_pixels, readable_types
 from imaging.header import read_header
-from imaging.process import DecoderProcess
+from imaging.process import _MAIN, DecoderProcess
 
 TIMEOUT_S = 60  # long enough for a busy machine
 MAX_PIXELS = 64_000_000
@@ -130,6 +130,12 @@ def test_images_that_headers_do_not_describe_are_not_ordinary(data):
     assert not read_header(data, max_pixels=MAX_PIXELS).ordinary
 
 
+def test_a_frame_without_components_is_damaged():
+    data = b"\xff\xd8" + b"\xff\xc2\0\x08\x08\0\x10\0\x10\0" + b"\xff\xda\0\x08\1\1\0\0\x3f\0"
+    with decoder() as each, pytest.raises(UndecodableImage, match="truncated or damaged"):
+        each.load_pixels(data, PREPROCESSING)
+
+
 def test_a_reduced_jpeg_takes_less_and_a_progressive_one_more():
     photo = Image.fromarray(np.zeros((2000, 3000, 3), np.uint8))
 
@@ -195,17 +201,22 @@ def test_a_cancelled_image_stops_its_process():
 
 
 def test_an_image_that_waits_too_long_is_refused_while_ordinary_ones_are_decoded():
-    with decoder(timeout_s=6.0, deadline_s=8.4) as each, ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(each.load_pixels, SLOW, PREPROCESSING)
-        until(lambda: each._isolated.free_bytes < each._isolated.share_bytes)
-        with pytest.raises(TooManyRequests, match=r"no decoder was free for this image in 0\.3 s") as refusal:
-            each.load_pixels(OTHER, PREPROCESSING)
-        assert refusal.value.retry_after_s == 6
-        with pytest.raises(TooManyRequests):
-            asyncio.run(each.load_region(OTHER, PREPROCESSING))
-        assert each.load_pixels(ORDINARY, PREPROCESSING).shape == (32, 32, 3)
+    async def run(each: Decoder) -> None:
+        slow = asyncio.create_task(asyncio.to_thread(each.load_pixels, SLOW, PREPROCESSING))
+        await asyncio.to_thread(until, lambda: each._isolated.free_bytes < each._isolated.budget_bytes)
+        waiting = asyncio.create_task(each.load_region(OTHER, PREPROCESSING, deadline_s=8.4))
+        patient = asyncio.create_task(each.load_region(OTHER, PREPROCESSING))
+        assert (await each.load_region(ORDINARY, PREPROCESSING, deadline_s=8.4))[0].shape == (32, 32, 3)
+        assert not slow.done()
         with pytest.raises(UndecodableImage):
-            pending.result(TIMEOUT_S)
+            await slow
+        with pytest.raises(TooManyRequests, match=r"no decoder was free for this image in 0\.3 s") as refusal:
+            await waiting
+        assert refusal.value.retry_after_s == 6
+        assert (await patient)[0].shape == (32, 32, 3)
+
+    with decoder(timeout_s=6.0) as each:
+        asyncio.run(run(each))
 
 
 def test_images_share_the_budget_first_come_first_served(monkeypatch):
@@ -215,20 +226,36 @@ def test_images_share_the_budget_first_come_first_served(monkeypatch):
         sides.append(Image.open(io.BytesIO(data)).width)
         running.release()
         assert gate.wait(TIMEOUT_S)
-        return load_pixels(data, **arguments), (0, 0, 1, 1)
+        return load_pixels(data, **arguments)
 
-    monkeypatch.setattr("imaging.decoder.load_region", gated)
+    monkeypatch.setattr("imaging.decoder.load_pixels", gated)
     images = [encoded(Image.new("RGB", (side, side)), "PNG") for side in (1501, 1502, 8)]
     with decoder(budget_bytes=4 * 50 * 2**20, threads=3) as each, ThreadPoolExecutor(3) as pool:
-        pending = []
-        for number, data in enumerate(images, 1):
-            pending.append(pool.submit(each.load_pixels, data, PREPROCESSING))
-            until(lambda number=number: len(sides) + len(each._ordinary.queue) == number)
+        pending = [pool.submit(each.load_pixels, images[0], PREPROCESSING)]
+        until(lambda: sides == [1501])
+        pending.append(pool.submit(each.load_pixels, images[1], PREPROCESSING))
+        until(each._ordinary._turn.locked)
+        pending.append(pool.submit(each.load_pixels, images[2], PREPROCESSING))
+        until(lambda: len(each._ordinary._executor._threads) == 3)
         assert sides == [1501]  # the second does not fit beside it, and the third does not overtake the second
         gate.set()
         assert [each.result(TIMEOUT_S).shape for each in pending] == [(32, 32, 3)] * 3
         assert sides[1:] == [1502, 8]
-        until(lambda: each._ordinary.free_bytes == each._ordinary.share_bytes)
+        until(lambda: each._ordinary.free_bytes == each._ordinary.budget_bytes)
+
+
+def test_an_idle_process_ends_and_gets_no_task_while_it_may(monkeypatch):
+    monkeypatch.setattr("imaging.process._FRESH_S", 0)
+    with decoder() as each:
+        each.check(OTHER)
+        (first,) = processes()
+        each.check(OTHER)
+        assert not first.is_running()
+    monkeypatch.setattr("imaging.process._MAIN", f"import imaging.process as p; p._IDLE_S = 0.1; {_MAIN}")
+    with decoder() as each:
+        each.check(OTHER)
+        until(lambda: processes() == [])
+        each.check(OTHER)
 
 
 def test_a_closed_decoder_leaves_no_process_and_refuses():

@@ -5,14 +5,15 @@ from __future__ import annotations
 import threading
 import weakref
 from concurrent.futures import CancelledError, wait
+from functools import partial
 
 import numpy as np
 import pytest
 
 from core.errors import TooManyRequests, Unavailable
+from core.pool import Pool
 from index.store import Selection
 from service.engine import Engine
-from service.pools import Pool
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
 
@@ -188,15 +189,18 @@ def test_a_cancelled_job_leaves_the_queue_with_its_pixels(engine, encoder):
 
 def test_a_pool_keeps_nothing_of_cancelled_work():
     gate, pixels = threading.Event(), image(2)
-    with Pool(1, "test") as pool:
-        running = pool.submit(gate.wait, TIMEOUT_S)
-        abandoned = pool.submit(np.sum, pixels)
-        held = weakref.ref(pixels)
-        del pixels
-        assert abandoned.cancel()
-        assert held() is None
-        gate.set()
-        assert running.result(TIMEOUT_S)
+    pool = Pool(1, "test")
+    running = pool.submit(partial(gate.wait, TIMEOUT_S))
+    abandoned = pool.submit(partial(np.sum, pixels))
+    held = weakref.ref(pixels)
+    del pixels
+    assert abandoned.cancel()
+    assert held() is None
+    gate.set()
+    assert running.result(TIMEOUT_S)
+    pool.close()
+    with pytest.raises(Unavailable, match="stopping"):
+        pool.submit(gate.is_set)
 
 
 def test_closing_finishes_accepted_jobs_and_accepts_no_more(engine, encoder):

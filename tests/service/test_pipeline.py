@@ -100,7 +100,7 @@ def test_stages_follow_each_other(pipeline, giraffe):
 
 def test_records_in_memory_need_no_thread(pipeline, giraffe):
     first = asyncio.run(pipeline.run(giraffe))
-    pipeline.lookup_pool.shutdown()
+    pipeline.lookup_pool.close()
     assert asyncio.run(pipeline.run(giraffe)).ranking == first.ranking
     with pytest.raises(Unavailable):  # an explanation is read from files
         asyncio.run(pipeline.run(giraffe, explain=True))
@@ -148,7 +148,7 @@ def test_an_image_cancelled_before_it_is_decoded_is_never_decoded(pipeline, gira
         assert await asyncio.to_thread(decoding.wait, TIMEOUT_S)
         second = pipeline.start(giraffe)
         async with asyncio.timeout(TIMEOUT_S):
-            while len(pipeline.decoder._ordinary.queue) != 1:
+            while pipeline.decoder._ordinary._executor._work_queue.qsize() != 1:
                 await asyncio.sleep(0)
         await pipeline.cancelled(second)
         await pipeline.cancelled(first)

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
 import onnxruntime
 import pytest
 
-from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TooLarge, UndecodableImage, UserError
+from core.errors import (
+    BundleAltered,
+    BundleIncomplete,
+    BundleMissing,
+    TooLarge,
+    TooManyRequests,
+    UndecodableImage,
+    UserError,
+)
 from index.bundle import Bundle, list_files
 from index.calibration import OpenSetModel, background
+from service import loaded_bundle
 from service.recognizer import Recognizer
 from service.settings import Settings
 from tests.conftest import embed
@@ -47,6 +60,32 @@ def test_batched_equals_one_by_one(recognizer, small_images):
         assert [each.score for each in one.predictions] == pytest.approx(
             [each.score for each in other.predictions], abs=1e-5
         )
+
+
+def test_images_may_wait_for_a_decoder_as_long_as_it_takes(recognizer, small_images, monkeypatch):
+    monkeypatch.setattr("imaging.decoder._WAIT_SHARE", 0)  # of a deadline: nothing is begun in time
+    (answer,) = recognizer.recognize_many([small_images["Q140"]])
+    assert isinstance(answer, Recognition)
+    with pytest.raises(TooManyRequests):
+        asyncio.run(recognizer.recognize(small_images["Q140"], RecognizeOptions(explain=True)))
+
+
+def test_a_folder_whose_file_system_fails_has_disappeared(tmp_path, monkeypatch):
+    manifest, closing, gone = tmp_path / "manifest.json", threading.Event(), threading.Event()
+    stat = os.stat
+
+    def stale(path, **options):
+        if path == manifest:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", stale)
+    monkeypatch.setattr(loaded_bundle, "_WATCH_INTERVAL_S", 0.01)
+    watch = threading.Thread(target=loaded_bundle._watch, args=(manifest, closing, gone), daemon=True)
+    watch.start()
+    assert gone.wait(60)
+    closing.set()
+    watch.join()
 
 
 def test_a_filter_looks_as_far_as_it_must(recognizer, small_images):

@@ -26,14 +26,14 @@ LIMIT_S = DEADLINE_MS // 1000 + 1 + CLOSE_S
 
 # `wikiclip serve` whose decoding, encoding or loading of a second bundle never ends, or that waits before its start.
 SERVE = f"""
-import sys, threading, service.engine, service.pipeline, service.recognizer, service.server
+import sys, threading, imaging.decoder, service.engine, service.recognizer, service.server
 hanging = sys.argv[1]
 service.server._CLOSE_S = {CLOSE_S}
 def hang(*arguments, **options):
     print("hangs", flush=True)
     threading.Event().wait()
 if hanging == "decode":
-    service.pipeline.load_region = hang
+    imaging.decoder.load_region = hang
 if hanging == "encode":
     service.engine.Engine._encode = hang
 if hanging == "swap":

@@ -80,6 +80,11 @@ def test_keys_are_stored_as_digests(monkeypatch):
     assert digest[7:] not in repr(settings)
 
 
+def test_passwords_in_urls_are_not_shown():
+    settings = load_settings(redis_url="redis://:hunter2@localhost/0", index="milvus:http://root:hunter2@localhost:1")
+    assert "hunter2" not in repr(settings)
+
+
 def test_every_setting_is_a_flag_with_help_and_its_default():
     output = CliRunner().invoke(serve, ["--help"]).output
     words, letters = " ".join(output.split()), "".join(output.split())  # lines break at hyphens as well
