@@ -20,6 +20,9 @@ SERVING := $(VENV)/.serving
 ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
+# Tests run in as many processes as there are cores. More threads would wait for each other.
+test quick: export OMP_NUM_THREADS := 1
+
 .DELETE_ON_ERROR:
 .PHONY: help demo setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
 
