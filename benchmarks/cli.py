@@ -47,8 +47,8 @@ _INDEX = (
 class Benchmark:
     """A benchmark: its module, help text and own options, each an argument of its `measure`.
 
-    In `wikiclip bench all`, it gets `takes_s` seconds on two cores, or `smoke_s` in a smoke run, which leaves it out
-    without. `budgeted`: it takes `--minutes`. `short`: only its smoke run fits.
+    In `wikiclip bench all` it gets `takes_s` seconds on two cores and `arguments`. In a smoke run, it gets `smoke_s`
+    and `smoke_arguments`, or is left out without `smoke_s`.
     """
 
     module: str
@@ -56,9 +56,8 @@ class Benchmark:
     options: Sequence[click.Option] = ()
     takes_s: float = 90.0
     smoke_s: float | None = None
-    budgeted: bool = False
-    short: bool = False
-    smoke_options: Sequence[str] = ()
+    arguments: Sequence[str] = ()
+    smoke_arguments: Sequence[str] = ("--smoke",)
 
 
 BENCHMARKS = {  # in the order in which `wikiclip bench all` runs them
@@ -67,11 +66,12 @@ BENCHMARKS = {  # in the order in which `wikiclip bench all` runs them
     ),
     "claim": Benchmark(
         "benchmarks.claim", "Retrieval against generation on this machine: how many times faster.", _CLAIM,
-        takes_s=330, smoke_s=16, budgeted=True, smoke_options=("--size", "tiny"),
+        takes_s=330, smoke_s=16, smoke_arguments=("--smoke", "--size", "tiny"),
     ),
     "load": Benchmark("benchmarks.load", "Latency against offered load, and the knee.", takes_s=130),
     "peers": Benchmark(
-        "benchmarks.peers", "LitServe, mosec and BentoML with the same encoder and vectors.", takes_s=100, short=True
+        "benchmarks.peers", "LitServe, mosec and BentoML with the same encoder and vectors.", takes_s=100,
+        arguments=("--smoke",),
     ),
     "service": Benchmark(
         "benchmarks.service", "What HTTP adds to decode, encode and search.", takes_s=170, smoke_s=14
@@ -103,23 +103,7 @@ _COMMON = [
 ]  # fmt: skip
 
 
-class _Benchmarks(click.Group):
-    """A command for each benchmark. Its module is imported when it runs."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*BENCHMARKS, "all", "compare"]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "all":
-            help_text = "All that the time allows, as one JSON file and one HTML report."
-            return click.Command("all", params=[*_COMMON, _MINUTES], help=help_text, callback=_run_all)
-        if (benchmark := BENCHMARKS.get(cmd_name)) is None:
-            return super().get_command(ctx, cmd_name)
-        params: list[click.Parameter] = [*_COMMON, *benchmark.options]
-        return click.Command(cmd_name, params=params, help=benchmark.help, callback=partial(_run, cmd_name))
-
-
-@click.group(cls=_Benchmarks)
+@click.group()
 def bench() -> None:
     """Run one benchmark or all, or compare two runs."""
 
@@ -152,6 +136,20 @@ def _run_all(bundle: Path, smoke: bool, results: Path, as_json: bool, minutes: f
     outcome = run_all(BENCHMARKS, bundle, results, smoke=smoke, minutes=minutes)
     if as_json:
         click.echo(json.dumps(outcome))
+
+
+for _name, _benchmark in BENCHMARKS.items():
+    bench.add_command(
+        click.Command(
+            _name, params=[*_COMMON, *_benchmark.options], help=_benchmark.help, callback=partial(_run, _name)
+        )
+    )
+bench.add_command(
+    click.Command(
+        "all", params=[*_COMMON, _MINUTES], callback=_run_all,
+        help="All that the time allows, as one JSON file and one HTML report.",
+    )
+)  # fmt: skip
 
 
 def _without_samples(figures: Any) -> Any:

@@ -1,10 +1,10 @@
 """`wikiclip bench compare A B`: what changed between two runs beyond noise, from their raw samples.
 
 A metric is anything in the figures with `samples` and `better`. The size of a change comes from the better quarter of
-the samples, because other work on a machine makes samples worse and hardly ever better. Whether a change is real is a
-permutation test of the ranks of all samples, corrected for the number of tests (Bonferroni). Both are computed twice,
-from the samples as they are and relative to the reference timed next to each. The smaller change counts: neither a
-machine that is slower all day nor a disturbed reference is a regression.
+the samples, because other work on a machine makes samples worse and hardly ever better. It is computed twice, from the
+samples as they are and relative to the reference timed next to each. The smaller change counts: neither a machine that
+is slower all day nor a disturbed reference is a regression. A change is a regression or an improvement if its whole
+bootstrap interval is past the threshold.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from evaluation.metrics import RESAMPLINGS, percentile_interval
 
 THRESHOLD = 0.2
 MIN_SAMPLES = 5
-_SIGNIFICANT = 0.01
-_PERMUTATIONS = 20_000
 _QUARTER = 25  # percent: the better quarter
 
 Floats = npt.NDArray[np.float64]
@@ -41,7 +39,6 @@ class Change:
     after: float
     worse: float
     interval: tuple[float, float]
-    p: float
     verdict: str
 
 
@@ -72,7 +69,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, threshold: float =
     common = [name for name in one if name in other]
     if not common:
         raise UserError("the two runs have no metric with samples in common; compare runs of one benchmark")
-    changes = [_change(name, one[name], other[name], metrics=len(common), threshold=threshold) for name in common]
+    changes = [_change(name, one[name], other[name], threshold=threshold) for name in common]
     return sorted(changes, key=lambda change: -change.worse)
 
 
@@ -92,56 +89,42 @@ def metrics_of(figures: Any, path: str = "") -> Iterator[tuple[str, dict[str, An
         yield from metrics_of(below, f"{path}/{name}" if path else name)
 
 
-def _change(name: str, one: dict[str, Any], other: dict[str, Any], *, metrics: int, threshold: float) -> Change:
-    rng = np.random.default_rng(0)
+def _change(name: str, one: dict[str, Any], other: dict[str, Any], *, threshold: float) -> Change:
     sign = 1 if one["better"] == "lower" else -1
     raw = [sign * np.log(run["samples"]) for run in (one, other)]  # of costs, lower is better
-    tests = [raw]
+    shifts = [_shift(*raw)]
     if one.get("reference_ms") and other.get("reference_ms"):
-        tests.append([costs - np.log(run["reference_ms"]) for costs, run in zip(raw, (one, other), strict=True)])
-    # The smaller change of the two counts; the lower p, corrected for all tests of all metrics.
-    shifts = [float(_quiet(b) - _quiet(a)) for a, b in tests]
-    least = min(shifts, key=abs) if len(set(np.sign(shifts))) == 1 else 0.0
-    a, b = tests[shifts.index(least)] if least in shifts else raw
-    resampled_R = [_quiet(rng.choice(costs, (RESAMPLINGS, len(costs)))) for costs in (b, a)]
-    low, high = percentile_interval(np.exp(resampled_R[0] - resampled_R[1]))
-    worse = round(float(np.exp(least)), 3)
-    p = min(1.0, metrics * len(tests) * min(_permutation_p(a, b, rng) for a, b in tests))
+        relative = [costs - np.log(run["reference_ms"]) for costs, run in zip(raw, (one, other), strict=True)]
+        shifts.append(_shift(*relative))
+    least = min(shifts, key=lambda shift: abs(shift[0]))
+    low, worse, high = (round(float(np.exp(value)), 3) for value in (least[1], least[0], least[2]))
+    verdict = "within noise or the threshold"
+    if min(len(run["samples"]) for run in (one, other)) < MIN_SAMPLES:
+        verdict = f"fewer than {MIN_SAMPLES} samples: undecided"
+    elif all(low > np.log(1 + threshold) for _, low, _ in shifts):
+        verdict = "regression"
+    elif all(high < -np.log(1 + threshold) for _, _, high in shifts):
+        verdict = "improvement"
     return Change(
         name=name,
         unit=one.get("unit", ""),
         before=float(np.exp(sign * _quiet(raw[0]))),
         after=float(np.exp(sign * _quiet(raw[1]))),
         worse=worse,
-        interval=(round(low, 3), round(high, 3)),
-        p=p,
-        verdict=_verdict(p, worse, threshold, min(len(run["samples"]) for run in (one, other))),
+        interval=(low, high),
+        verdict=verdict,
     )
+
+
+def _shift(before: Floats, after: Floats) -> tuple[float, float, float]:
+    """Return by how much the better quarter moved, and the 95 % bootstrap interval of that."""
+    rng = np.random.default_rng(0)
+    after_R, before_R = (_quiet(rng.choice(costs, (RESAMPLINGS, len(costs)))) for costs in (after, before))
+    return float(_quiet(after) - _quiet(before)), *percentile_interval(after_R - before_R)
 
 
 def _quiet(costs: Floats) -> Floats:
     return np.asarray(np.percentile(costs, _QUARTER, axis=-1))
-
-
-def _permutation_p(one: Floats, other: Floats, rng: np.random.Generator) -> float:
-    """Return how often a random split of all samples differs by as much in its mean rank. Ties share a rank."""
-    _, ranks = np.unique(np.concatenate([one, other]), return_inverse=True)
-    shuffled = rng.permuted(np.broadcast_to(ranks, (_PERMUTATIONS, len(ranks))), axis=1)
-    drawn = np.abs(shuffled[:, : len(one)].mean(axis=1) - ranks.mean())
-    observed = abs(ranks[: len(one)].mean() - ranks.mean())
-    return float((1 + (drawn >= observed - 1e-9).sum()) / (1 + _PERMUTATIONS))
-
-
-def _verdict(p: float, worse: float, threshold: float, samples: int) -> str:
-    if samples < MIN_SAMPLES:
-        return f"fewer than {MIN_SAMPLES} samples: undecided"
-    if p > _SIGNIFICANT:
-        return "within noise"
-    if worse > 1 + threshold:
-        return "regression"
-    if worse < 1 / (1 + threshold):
-        return "improvement"
-    return "changed by less than the threshold"
 
 
 def as_text(changes: Sequence[Change], threshold: float = THRESHOLD) -> str:

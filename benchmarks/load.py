@@ -46,7 +46,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         half = knee["offered_per_s"] / 2
         kinds = ("Cold", "Hot", "Batch", "Hostile")
         mixed = run_locust(url, generator, *kinds, shape="steady", rate=half / 2, minutes=0.1 if smoke else 0.5)
-        spike = run_locust(url, generator, "Cold", shape="spike", rate=half, step_s=step_s, spike=8)
+        spike = run_locust(url, generator, "Cold", shape="spike", rate=half, step_s=step_s)
     return {
         "image": "JPEG 1280x960",
         "cores": {"generator": sorted(generator), "service": sorted(service)},

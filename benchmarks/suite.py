@@ -44,16 +44,16 @@ def run_all(
     left_out: dict[str, str] = {}
     took_s: dict[str, float] = {}
     for name, benchmark in benchmarks.items():
-        needed = benchmark.smoke_s if smoke else benchmark.takes_s
-        left = ends - time.monotonic()
-        if needed is None or left < (needed / 2 if benchmark.budgeted else needed):
+        has_minutes = any(option.name == "minutes" for option in benchmark.options)
+        needed, left = benchmark.smoke_s if smoke else benchmark.takes_s, ends - time.monotonic()
+        if needed is None or left < (needed / 2 if has_minutes else needed):
             left_out[name] = "not run within the time given"
             continue
         click.echo(f"{name}: {left:.0f} s left", err=True)
         started = time.monotonic()
         command = ["bench", name, "--json", "--bundle", str(bundle), "--results", str(results)]
-        command += [*benchmark.smoke_options, "--smoke"] if smoke else ["--smoke"] if benchmark.short else []
-        command += ["--minutes", f"{min(needed, left) / 60:.2f}"] if benchmark.budgeted else []
+        command += benchmark.smoke_arguments if smoke else benchmark.arguments
+        command += ["--minutes", f"{min(needed, left) / 60:.2f}"] if has_minutes else []
         try:
             figures[name] = _run(command, timeout_s=left + (_SMOKE_OVERTIME_S if smoke else 0))
         except UserError as error:
@@ -72,37 +72,24 @@ def run_all(
 
 def _run(arguments: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
     """Run a command in its own session and return its figures. Raise `UserError` with the reason if there are none."""
+    # A shell lets background processes ignore SIGINT. A process started from one with a handler does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "wikiclip", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_accept_interrupts,  # noqa: PLW1509 - the suite has no threads
-    )
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
         output, errors = process.communicate(timeout=max(timeout_s, 0.1))
     except subprocess.TimeoutExpired:
         raise UserError(f"stopped after {timeout_s:.0f} s, the time that was left") from None
     finally:
-        if process.poll() is None:
-            _interrupt(process)
+        for number in (signal.SIGINT, signal.SIGKILL):
+            if process.poll() is None:
+                os.killpg(process.pid, number)
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=_GRACE_S)
     if process.returncode:
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         raise UserError(lines[-1].removeprefix("error: "))
     figures: dict[str, Any] = json.loads(output.splitlines()[-1])["figures"]
     return figures
-
-
-def _accept_interrupts() -> None:
-    """Undo that a shell lets background processes ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _interrupt(process: subprocess.Popen[str]) -> None:
-    """End a process and its children, as by Ctrl-C, then by SIGKILL."""
-    for number in (signal.SIGINT, signal.SIGKILL):
-        os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=_GRACE_S)
-            return
