@@ -17,7 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,34 +40,26 @@ from benchmarks.generative.recognizer import (
 from benchmarks.measure import write_outcome
 from catalog import EntityRecord, read_catalog
 from core.errors import UserError
-from core.jsonl import Rejected
 from core.runtime import describe_run
 from demo.build import BUILD
-from evaluation.metrics import AnsweredQuery, as_table, rank_of, summarise
+from evaluation.metrics import AnsweredQuery, rank_of, summarise
 from imaging import load_pixels
-from model.data import ImageSource, Pair, read_pairs
-from model.encoders import ImageEncoder, open_text_encoder
+from model.data import Pair, read_pairs
+from model.encoders import ImageEncoder
 from model.encoders.tiny import load_tiny
-from model.features import MAX_PIXELS, FeatureStore
+from model.features import MAX_PIXELS
 
 IGNORED = -100  # the label of padding
 KINDS = ("clean", "photo")
+STEPS, LANGUAGE_STEPS = 6000, 1000
 _TOKENS = 2000  # of the vocabulary trained on the titles
 _QUESTION = ""  # the question is always the same, and a network trained from nothing does not need it
-_WARMUP_STEPS = 40
+_NAMES_PER_BATCH = 192
+_ENTITIES_PER_BATCH = 32  # with two images each
+_LEARNING_RATE, _WEIGHT_DECAY, _WARMUP_STEPS = 1.5e-3, 0.05, 40
 _LOGIT_SCALE = 20.0
+_SEED = 3
 _BATCH = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    language_steps: int = 1000
-    names_per_batch: int = 192
-    steps: int = 6000
-    entities_per_batch: int = 32  # with two images each
-    learning_rate: float = 1.5e-3
-    weight_decay: float = 0.05
-    seed: int = 3
 
 
 # ---- the network ----
@@ -157,56 +149,50 @@ class TinyLlava(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Symbols:
-    """The catalog's entities in order, its images, and the training images of the seen ones, as pooled patch tokens."""
+    """The catalog and the training images of its seen entities, as pooled patch tokens."""
 
-    entity_ids: list[str]
-    titles: list[str]
-    catalog_IPC: torch.Tensor
-    catalog_rows: torch.Tensor  # the entity row of each image
+    records: list[EntityRecord]
     training_IPC: torch.Tensor
     training_rows: dict[int, list[int]]  # the training images of each entity row
 
+    @property
+    def titles(self) -> list[str]:
+        return [record.title for record in self.records]
 
-def read_symbols(build: Path, store: FeatureStore) -> Symbols:
-    """Return Symbols, from cached features as far as possible. Raise `UserError` if it was not built."""
+
+def read_symbols(build: Path, encoder: ImageEncoder) -> Symbols:
+    """Return Symbols. Raise `UserError` if it was not built."""
     if not (build / "catalog.jsonl").exists():
         raise UserError(f"{build} has no Symbols; build it with `make symbols`")
     records = [item for item in read_catalog(build / "catalog.jsonl") if isinstance(item, EntityRecord)]
     row_of = {record.entity_id: row for row, record in enumerate(records)}
-    images = [(row_of[record.entity_id], Path(image)) for record in records for image in record.images]
     pairs = _queries(build / "pairs_train.jsonl")
     training_rows: dict[int, list[int]] = {}
     for number, pair in enumerate(pairs):
         training_rows.setdefault(row_of[pair.entity_id], []).append(number)
-    return Symbols(
-        entity_ids=[record.entity_id for record in records],
-        titles=[record.title for record in records],
-        catalog_IPC=_patch_tokens(store, [path for _, path in images]),
-        catalog_rows=torch.tensor([row for row, _ in images]),
-        training_IPC=_patch_tokens(store, [pair.image.path for pair in pairs]),
-        training_rows=training_rows,
-    )
+    images = patch_tokens(encoder, [pair.image.path for pair in pairs])
+    return Symbols(records=records, training_IPC=images, training_rows=training_rows)
 
 
 def _queries(path: Path) -> list[Pair]:
     return [item for item in read_pairs(path) if isinstance(item, Pair)]
 
 
-def _patch_tokens(store: FeatureStore, paths: Sequence[Path]) -> torch.Tensor:
+def patch_tokens(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
     """Return the pooled patch tokens of images."""
-
-    def fail(rejected: Rejected) -> None:
-        raise UserError(f"{rejected.reason}; build it again with `make symbols`")
-
-    keys = store.image_keys([ImageSource(path=path, line=0, record=path.name) for path in paths], fail, "images")
-    rows = [(key, None) for key in keys]
-    parts = (rows[start : start + _BATCH] for start in range(0, len(rows), _BATCH))
-    return torch.cat([pooled(store.batch(part, torch.device("cpu")).patch_tokens_BPC) for part in parts])
+    parts = []
+    for start in tqdm(range(0, len(paths), _BATCH), desc="encode images", unit="batch"):
+        images = [path.read_bytes() for path in paths[start : start + _BATCH]]
+        pixels = [load_pixels(image, encoder.preprocessing, max_pixels=MAX_PIXELS) for image in images]
+        parts.append(pooled(encoder.encode(np.stack(pixels)).patch_tokens_BPC))
+    return torch.cat(parts)
 
 
-def train(network: TinyLlava, symbols: Symbols, tokenizer: Any, prompt_1L: torch.Tensor, settings: Settings) -> None:
+def train(
+    network: TinyLlava, symbols: Symbols, tokenizer: Any, prompt_1L: torch.Tensor, *, steps: int, language_steps: int
+) -> None:
     """Train in place, in bf16: the names first, then images and names."""
-    rng = random.Random(settings.seed)
+    rng = random.Random(_SEED)
     trainable = [row for row, images in symbols.training_rows.items() if len(images) > 1]
     start, end = int(prompt_1L[0, -1]), token_id(tokenizer, END)
     names = [torch.tensor([*tokenizer.encode(title).ids, end]) for title in symbols.titles]
@@ -215,35 +201,33 @@ def train(network: TinyLlava, symbols: Symbols, tokenizer: Any, prompt_1L: torch
         return nn.utils.rnn.pad_sequence(list(drawn), batch_first=True, padding_value=IGNORED)
 
     def language() -> torch.Tensor:
-        drawn = rng.sample(names, min(settings.names_per_batch, len(names)))
+        drawn = rng.sample(names, min(_NAMES_PER_BATCH, len(names)))
         names_BT = F.pad(padded(drawn), (1, 0), value=IGNORED)
         tokens_BT = torch.where(names_BT == IGNORED, start, names_BT)
         loss: torch.Tensor = network.model(input_ids=tokens_BT, labels=names_BT, use_cache=False).loss
         return loss
 
     def both() -> torch.Tensor:
-        rows = rng.sample(trainable, min(settings.entities_per_batch, len(trainable)))
+        rows = rng.sample(trainable, min(_ENTITIES_PER_BATCH, len(trainable)))
         drawn = np.array([rng.sample(symbols.training_rows[row], 2) for row in rows])
         tokens_BPC = symbols.training_IPC[drawn.T.ravel()]
-        return sum(network.losses(tokens_BPC, prompt_1L, padded([names[row] for row in rows + rows])), torch.zeros(()))
+        named, contrast = network.losses(tokens_BPC, prompt_1L, padded([names[row] for row in rows + rows]))
+        return named + contrast
 
     network.train()
-    _optimise(network, language, settings.language_steps, settings, "names")
-    _optimise(network, both, settings.steps, settings, "images and names")
+    _optimise(network, language, language_steps, "names")
+    _optimise(network, both, steps, "images and names")
+    network.eval()
 
 
-def _optimise(
-    network: TinyLlava, loss_of_a_batch: Callable[[], torch.Tensor], steps: int, settings: Settings, description: str
-) -> None:
+def _optimise(network: TinyLlava, loss_of_a_batch: Callable[[], torch.Tensor], steps: int, description: str) -> None:
     """Run AdamW with warm-up and cosine decay."""
     from transformers import get_cosine_schedule_with_warmup
 
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
-    )
+    optimizer = torch.optim.AdamW(parameters, _LEARNING_RATE, weight_decay=_WEIGHT_DECAY, betas=(0.9, 0.98))
     schedule = get_cosine_schedule_with_warmup(optimizer, _WARMUP_STEPS, steps)
-    for _ in (bar := tqdm(range(steps), desc=description, unit="step")):
+    for _ in tqdm(range(steps), desc=description, unit="step"):
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of_a_batch()
         optimizer.zero_grad()
@@ -251,60 +235,35 @@ def _optimise(
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
 
 
 # ---- evaluation ----
 
 
-def _generated(generative: GenerativeRecognizer, queries: Sequence[Pair], *, faithful: bool) -> list[list[int]]:
-    """Return the row that is named for each query."""
-    found = []
-    for query in tqdm(queries, desc="faithful" if faithful else "optimised", unit="query"):
-        pixels_HW3 = load_pixels(query.image.path.read_bytes(), generative.preprocessing, max_pixels=MAX_PIXELS)
-        answer = generative.faithful(pixels_HW3) if faithful else generative.optimised(pixels_HW3[None])
-        found.append(answer.rows)
-    return found
-
-
-def _answered(
-    symbols: Symbols, labels: Sequence[str], queries: Sequence[Pair], found: Sequence[Sequence[int]]
-) -> list[AnsweredQuery]:
-    """Return the ranks of the right rows. An answer is right if it has the label of the query's entity."""
-    label_of = dict(zip(symbols.entity_ids, labels, strict=True))
-    return [
-        AnsweredQuery(
-            data_split=query.data_split,
-            seen=query.seen,
-            rank=rank_of(label_of[query.entity_id], [labels[row] for row in rows]),
-        )
-        for query, rows in zip(queries, found, strict=True)
-    ]
-
-
-def run(build: Path, settings: Settings) -> dict[str, Any]:
+def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
     """Train, and return accuracies by system and kind of query."""
     encoder = load_tiny()
-    store = FeatureStore(build / "features", encoder, open_text_encoder("minilm"))
-    symbols = read_symbols(build, store)
+    symbols = read_symbols(build, encoder)
     tokenizer = train_tokenizer(symbols.titles, tokens=_TOKENS)
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(_SEED)
     network = TinyLlava(
         encoder, encoder.module, scale=1 / float(symbols.training_IPC.std()), image_token=token_id(tokenizer, IMAGE),
         vocabulary=tokenizer.get_vocab_size(),
     )  # fmt: skip
     prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, _QUESTION)
     started = time.perf_counter()
-    train(network, symbols, tokenizer, prompt_1L, settings)
+    train(network, symbols, tokenizer, prompt_1L, steps=steps, language_steps=language_steps)
     minutes = round((time.perf_counter() - started) / 60, 1)
-    network.eval()
 
     @torch.inference_mode()
-    def embed(tokens_IPC: torch.Tensor) -> torch.Tensor:
+    def embed(paths: Sequence[Path]) -> torch.Tensor:
+        tokens_IPC = patch_tokens(encoder, paths)
         return torch.cat([network.retrieve(part, prompt_1L) for part in torch.split(tokens_IPC, _BATCH)])
 
-    sums_NR = torch.zeros(len(symbols.titles), encoder.embedding_dim)
-    entities_NR = F.normalize(sums_NR.index_add(0, symbols.catalog_rows, embed(symbols.catalog_IPC)), dim=1)
+    images = [(row, Path(image)) for row, record in enumerate(symbols.records) for image in record.images]
+    sums_NR = torch.zeros(len(symbols.records), encoder.embedding_dim)
+    sums_NR.index_add_(0, torch.tensor([row for row, _ in images]), embed([path for _, path in images]))
+    entities_NR = F.normalize(sums_NR, dim=1)
     generative = GenerativeRecognizer(
         network.model, network.head, tokenizer, symbols.titles, entities_NR,
         preprocessing=encoder.preprocessing, question=_QUESTION,
@@ -312,18 +271,26 @@ def run(build: Path, settings: Settings) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for kind in KINDS:
         queries = _queries(build / f"queries_test_{kind}.jsonl")
-        embeddings_BR = embed(_patch_tokens(store, [query.image.path for query in queries]))
-        retrieved_QK = (embeddings_BR @ entities_NR.T).topk(min(10, len(entities_NR)), dim=1).indices.tolist()
-        found = {
-            "generative, faithful": _generated(generative, queries, faithful=True),
-            "generative, optimised": _generated(generative, queries, faithful=False),
-            "generative, its retrieval alone": retrieved_QK,
-        }
-        for name, rows_QK in found.items():
-            # Naming another entity of the same title is right.
-            labels = symbols.entity_ids if rows_QK is retrieved_QK else symbols.titles
-            evaluation = summarise(_answered(symbols, labels, queries, rows_QK), rejected=0)
-            click.echo(f"{kind}, {name}\n{as_table(evaluation)}\n")
+        embeddings_BR = embed([query.image.path for query in queries])
+        found = {"generative, its retrieval alone": (embeddings_BR @ entities_NR.T).topk(1, dim=1).indices.tolist()}
+        for mode in ("faithful", "optimised"):
+            found[f"generative, {mode}"] = [
+                _generate(generative, query, mode) for query in tqdm(queries, desc=mode, unit="query")
+            ]
+        for name, rows_Q1 in found.items():
+            # Generation is also right if it names another entity of the same title.
+            key = "entity_id" if "retrieval" in name else "title"
+            labels = [getattr(record, key) for record in symbols.records]
+            label_of = dict(zip((record.entity_id for record in symbols.records), labels, strict=True))
+            answered = [
+                AnsweredQuery(
+                    data_split=query.data_split,
+                    seen=query.seen,
+                    rank=rank_of(label_of[query.entity_id], [labels[row] for row in rows]),
+                )
+                for query, rows in zip(queries, rows_Q1, strict=True)
+            ]
+            evaluation = summarise(answered, rejected=0)
             keys = ("queries", "seen", "unseen", "hm", "intervals")
             figures.setdefault(name, {})[kind] = {key: getattr(evaluation, key) for key in keys}
     return {
@@ -334,15 +301,22 @@ def run(build: Path, settings: Settings) -> dict[str, Any]:
     }
 
 
+def _generate(generative: GenerativeRecognizer, query: Pair, mode: str) -> list[int]:
+    """Return the row that is named."""
+    pixels_HW3 = load_pixels(query.image.path.read_bytes(), generative.preprocessing, max_pixels=MAX_PIXELS)
+    answer = generative.faithful(pixels_HW3) if mode == "faithful" else generative.optimised(pixels_HW3[None])
+    return answer.rows
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--build", type=click.Path(path_type=Path), default=BUILD, help="Where Symbols was built.")
-@click.option("--steps", default=Settings.steps, type=click.IntRange(min=1), help="Training steps.")
-@click.option("--language-steps", default=Settings.language_steps, help="Steps on titles alone, before the others.")
+@click.option("--steps", default=STEPS, type=click.IntRange(min=1), help="Training steps.")
+@click.option("--language-steps", default=LANGUAGE_STEPS, help="Steps on titles alone, before the others.")
 @click.option("--results", type=click.Path(path_type=Path), default=Path("benchmarks/results"))
 def main(build: Path, steps: int, language_steps: int, results: Path) -> None:
     """Train the generative baseline on Symbols and measure its accuracy, seen and unseen."""
-    settings = Settings(steps=steps, language_steps=language_steps)
-    outcome = {**describe_run(asdict(settings)), "figures": run(build, settings)}
+    settings = {"steps": steps, "language_steps": language_steps}
+    outcome = {**describe_run(settings), "figures": run(build, **settings)}
     write_outcome(results, "generative", outcome, "", {})
     click.echo(json.dumps(outcome))
 

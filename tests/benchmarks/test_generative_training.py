@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.generative.recognizer import IMAGE, prompt, train_tokenizer
-from benchmarks.generative.train import IGNORED, KINDS, Settings, TinyLlava, pooled, run
+from benchmarks.generative.train import IGNORED, KINDS, TinyLlava, pooled, run
 from core.errors import UserError
 from imaging import load_pixels
 from model.encoders.tiny import load_tiny
@@ -43,8 +43,7 @@ def symbols(tmp_path_factory: pytest.TempPathFactory, small_images: dict[str, by
 
 def test_training_learns_the_names_of_seen_entities(symbols: Path) -> None:
     torch.set_num_threads(1)
-    settings = Settings(language_steps=2, steps=60)
-    figures = run(symbols, settings)
+    figures = run(symbols, steps=60, language_steps=2)
     assert figures["training_images"] == 10
     accuracy = figures["accuracy"]
     for kind in KINDS:
@@ -56,7 +55,7 @@ def test_training_learns_the_names_of_seen_entities(symbols: Path) -> None:
 
 def test_missing_symbols_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="make symbols"):
-        run(tmp_path, Settings(steps=1))
+        run(tmp_path, steps=1, language_steps=1)
 
 
 def test_training_and_inference_use_the_same_network(small_images: dict[str, bytes]) -> None:
