@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 import time
@@ -34,11 +35,10 @@ from benchmarks.generator import (
     split_cores,
     summarise,
 )
-from benchmarks.measure import gpu_name
+from benchmarks.measure import percentiles_ms
 from benchmarks.synthetic import Float32Array, write_photographs, write_vit_bundle
 from core.cli import run
 from core.errors import UserError
-from core.files import atomic_write_bytes
 from core.runtime import describe_run, faiss
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
@@ -53,7 +53,7 @@ TOP_K = 5
 WARM_UP_S = 1.0
 GENERATOR_CORES = 4
 BATCHES = (1, 8, 32)  # the last is the service's default maximum
-QUERIES = 512
+QUERIES, REPEATS = 512, 50
 STAGES = ("decode", "queue", "encode", "search")
 FULL = 0.9  # a part that is busy for this share of the time limits the service
 
@@ -84,11 +84,10 @@ def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
 @main.command()
 @click.option("--folder", required=True, type=click.Path(path_type=Path), help="The bundle of `prepare`.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda")
-@click.option("--seconds", default=8.0, help="Length of each measurement.")
+@click.option("--seconds", default=8.0, help="Length of each measurement of the services.")
 @click.option("--services", default=1, type=click.IntRange(min=1), help="Services that share the GPU.")
 @click.option("--connections", default=192, help="Connections of all load generators together.")
-@click.option("--out", type=click.Path(path_type=Path), help="File that is also written after each phase.")
-def measure(folder: Path, device: str, seconds: float, services: int, connections: int, out: Path | None) -> None:
+def measure(folder: Path, device: str, seconds: float, services: int, connections: int) -> None:
     """Measure, and print JSON. The figures of each phase are also printed to stderr when it ends."""
     bundle = Bundle.open(folder)
     cores = split_cores(GENERATOR_CORES)
@@ -96,32 +95,35 @@ def measure(folder: Path, device: str, seconds: float, services: int, connection
         "device": device, "seconds": seconds, "services": services, "connections": connections, "bundle": bundle.name,
         "entities": bundle.manifest.counts.entities, "generator_cores": len(cores[0]), "service_cores": len(cores[1]),
     }  # fmt: skip
-    figures: Figures = {}
-    outcome = {**describe_run(settings), "gpu": gpu_name(), "figures": figures}
 
-    def alone(measure_part: Callable[[Path, str, float], Figures]) -> Figures:
+    def alone(measure_part: Callable[[Path, str], Figures]) -> Figures:
         """Call a function in a process of its own, which frees the GPU's memory at its end."""
-        return run_on_cores([(partial(measure_part, folder, device, seconds / 4), os.sched_getaffinity(0))])[0]
+        return run_on_cores([(partial(measure_part, folder, device), os.sched_getaffinity(0))])[0]
 
-    phases: dict[str, Callable[[], Figures]] = {
-        "encoder_alone": partial(alone, measure_encoder),
-        "search_alone": partial(alone, measure_search),
-        "services": lambda: measure_services(folder, device, services, connections, seconds),
-    }
-    for name, phase in phases.items():
+    figures: Figures = {}
+    for name, phase in (
+        ("encoder_alone", lambda: alone(measure_encoder)),
+        ("search_alone", lambda: alone(measure_search)),
+        ("services", lambda: measure_services(folder, device, services, connections, seconds)),
+        ("shares", lambda: shares(figures)),
+    ):
         figures[name] = phase()
-        if name == "services":
-            figures["shares"] = shares(figures)
         click.echo(json.dumps({name: figures[name]}), err=True)
-        if out is not None:
-            atomic_write_bytes(out, json.dumps(outcome, indent=1).encode())
-    click.echo(json.dumps(outcome))
+    click.echo(json.dumps({**describe_run(settings), "gpu": _gpu_name(), "figures": figures}))
+
+
+def _gpu_name() -> str | None:
+    """Return the names of this machine's GPUs, or None without nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return ", ".join(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines())
 
 
 # ---- encoder and search alone ----
 
 
-def measure_encoder(folder: Path, device: str, seconds: float) -> Figures:
+def measure_encoder(folder: Path, device: str) -> Figures:
     """Return images per second by batch size: of the encoder as the service runs it (`encode`), and of its session
     alone on pixels that are already floats (`session`)."""
     bundle = Bundle.open(folder)
@@ -130,63 +132,49 @@ def measure_encoder(folder: Path, device: str, seconds: float) -> Figures:
     settings = Settings.model_validate({"device": device, "max_batch": BATCHES[-1]})
     encoder = open_encoder(bundle, preprocessing, settings)
     session = open_session(bundle.image_encoder_path, settings.device, settings.thread_count)
-    shape_HW3 = (preprocessing.size_px, preprocessing.size_px, 3)
-    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (BATCHES[-1], *shape_HW3), dtype=np.uint8)
+    shape_BHW3 = (BATCHES[-1], preprocessing.size_px, preprocessing.size_px, 3)
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, shape_BHW3, dtype=np.uint8)
     floats_B3HW = normalise(pixels_BHW3, preprocessing)
-    steps: dict[str, Callable[[int], object]] = {
-        "encode_per_s": lambda count: encoder.encode(pixels_BHW3[:count]),
-        "session_per_s": lambda count: session.run([entry.outputs[1]], {entry.input: floats_B3HW[:count]}),
-    }
+
+    def per_s(call: Callable[[int], object], batch: int) -> float:
+        took_ms = percentiles_ms(lambda _: call(batch), repeats=REPEATS, warm_up=3)["p50_ms"]
+        return round(1000 * batch / took_ms, 1)
+
     batches = {
         str(batch): {
-            name: round(batch / float(np.mean(_time_calls(call, [batch], seconds))), 1) for name, call in steps.items()
+            "encode_per_s": per_s(lambda count: encoder.encode(pixels_BHW3[:count]), batch),
+            "session_per_s": per_s(
+                lambda count: session.run([entry.outputs[1]], {entry.input: floats_B3HW[:count]}), batch
+            ),
         }
         for batch in BATCHES
     }
     return {"device": encoder.device, "batches": batches}
 
 
-def measure_search(folder: Path, device: str, seconds: float) -> Figures:
+def measure_search(folder: Path, device: str) -> Figures:
     """Return milliseconds of searching for one query and for a batch: of the candidates on the GPU (`candidates`), and
     with the exact ranking and grouping by entity on the CPU (`search`)."""
     bundle = Bundle.open(folder)
     index = bundle.index(device)
     faiss.omp_set_num_threads(Settings().thread_count)
-    embeddings = bundle.embeddings()
-    positions_Q = np.random.default_rng(2).integers(0, len(index), QUERIES)
-    noise_QD = np.random.default_rng(3).standard_normal((QUERIES, bundle.manifest.embedding_dim), np.float32)
-    queries_QD = embeddings.at(positions_Q) + 0.02 * noise_QD  # as close as good queries
+    rng = np.random.default_rng(2)
+    near_QD = bundle.embeddings().at(rng.integers(0, len(index), QUERIES))
+    queries_QD = near_QD + 0.02 * rng.standard_normal(near_QD.shape, np.float32)  # as close as good queries
     fetched = min(int(10 * DEFAULT_K_FACTOR), index.candidates.limit)  # as many as for a small top_k
-    calls: dict[str, Callable[[Float32Array], object]] = {
-        "candidates_ms": lambda queries_BD: index.candidates.search(queries_BD, fetched, {}, None, 1.0),
-        "search_ms": lambda queries_BD: index.search(queries_BD, TOP_K),
-    }
-    by_batch: Figures = {}
-    for batch in (1, BATCHES[-1]):
-        batches = [queries_QD[start : start + batch] for start in range(0, QUERIES - batch, batch)]
-        took_ms = {name: 1000 * np.array(_time_calls(call, batches, seconds)) for name, call in calls.items()}
-        by_batch[str(batch)] = {
-            name: dict(zip(("p50", "p99"), np.percentile(each, (50, 99)).round(3).tolist(), strict=True))
-            for name, each in took_ms.items()
+
+    def took_ms(call: Callable[[Float32Array], object], batch: int) -> dict[str, float]:
+        batches = np.split(queries_QD, QUERIES // batch)
+        return percentiles_ms(lambda i: call(batches[i % len(batches)]), repeats=REPEATS, warm_up=3)
+
+    by_batch = {
+        str(batch): {
+            "candidates": took_ms(lambda each: index.candidates.search(each, fetched, {}, None, 1.0), batch),
+            "search": took_ms(lambda each: index.search(each, TOP_K), batch),
         }
-    rows_QK, _ = index.search(queries_QD[:64], TOP_K)
-    return {
-        "device": index.device,
-        "batches": by_batch,
-        "nearest_is_first": round(float((rows_QK[:, 0] == embeddings.rows_N[positions_Q[:64]]).mean()), 3),
+        for batch in (1, BATCHES[-1])
     }
-
-
-def _time_calls(call: Callable[[Any], object], inputs: Sequence[Any], seconds: float) -> list[float]:
-    """Return the durations of `call` for the inputs in turn, each at least once, after a few calls to warm up."""
-    for i in range(3):
-        call(inputs[i % len(inputs)])
-    took_s: list[float] = []
-    end = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end or len(took_s) < len(inputs):
-        call(inputs[len(took_s) % len(inputs)])
-        took_s.append(time.perf_counter() - started)
-    return took_s
+    return {"device": index.device, "batches": by_batch}
 
 
 # ---- services under load ----
@@ -273,7 +261,7 @@ def shares(figures: Figures) -> Figures:
     batch = BATCHES[-1]
     full = figures["services"]["full"]
     encoder, search = (figures[name]["batches"][str(batch)] for name in ("encoder_alone", "search_alone"))
-    gpu_s_per_image = 1 / encoder["session_per_s"] + search["candidates_ms"]["p50"] / 1000 / batch
+    gpu_s_per_image = 1 / encoder["session_per_s"] + search["candidates"]["p50_ms"] / 1000 / batch
     gpu_work_share = round(full["per_s"] * gpu_s_per_image, 3)
     parts = {
         "load generator": full["generator_busy"],

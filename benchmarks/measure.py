@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import time
 import timeit
 from collections.abc import Callable, Mapping, Sequence
@@ -147,16 +146,6 @@ def nested(metrics: dict[str, Metric]) -> dict[str, Any]:
             node = node.setdefault(part, {})
         node[last] = metric.figures()
     return tree
-
-
-def gpu_name() -> str | None:
-    """Return the names of this machine's GPUs, or None without nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return None
-    return ", ".join(done.stdout.splitlines())
 
 
 def write_outcome(folder: Path, name: str, outcome: dict[str, Any], title: str, parts: Parts) -> None:

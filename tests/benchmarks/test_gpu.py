@@ -46,7 +46,7 @@ def test_the_first_full_part_limits_the_service(changes: dict[str, float], expec
     found = shares(
         {
             "encoder_alone": {"batches": {"32": {"session_per_s": 500.0, "encode_per_s": 400.0}}},
-            "search_alone": {"batches": {"32": {"candidates_ms": {"p50": 16.0}}}},
+            "search_alone": {"batches": {"32": {"candidates": {"p50_ms": 16.0}}}},
             "services": {"full": full},
         }
     )
@@ -78,18 +78,17 @@ def test_busy_between_two_snapshots() -> None:
     assert found["engine_busy"] == 0.05  # two batches of 50 ms in two seconds
 
 
-def test_a_small_run_on_the_cpu(small_bundle: Path, tmp_path: Path) -> None:
+def test_a_small_run_on_the_cpu(small_bundle: Path) -> None:
     command = [
         sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cpu",
-        "--seconds", "1.5", "--services", "2", "--connections", "4", "--out", str(tmp_path / "out.json"),
+        "--seconds", "1.5", "--services", "2", "--connections", "4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
-    assert json.loads((tmp_path / "out.json").read_bytes()) == outcome
     figures = outcome["figures"]
     assert figures["encoder_alone"]["batches"]["32"]["session_per_s"] > 0
-    assert figures["search_alone"]["nearest_is_first"] > 0.5
+    assert figures["search_alone"]["batches"]["32"]["search"]["p99_ms"] > 0
     full = figures["services"]["full"]
     assert full["per_s"] > 0
     assert full["failures"] == {}
