@@ -9,7 +9,6 @@ Shapes: N embeddings, n of them in a shard, D embedding width, T topics, C clust
 
 from __future__ import annotations
 
-import io
 import random
 import shutil
 import sqlite3
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, features
 from tqdm import tqdm
 
+from benchmarks.extreme import chunk, encoded
 from core.errors import UserError
 from core.runtime import usable_cores
 from index.build import build_index
@@ -58,7 +58,7 @@ def photograph(seed: int, width: int = 640, height: int = 480) -> bytes:
         x, y, r = (int(rng.integers(low, high)) for low, high in ((0, width), (0, height), (10, 90)))
         draw.ellipse((x - r, y - r, x + r, y + r), fill=tuple(rng.integers(0, 256, 3).tolist()))
     grainy = np.asarray(coarse, np.int16) + rng.normal(0, 6, (height, width, 1)).astype(np.int16)
-    return _encode(grainy.clip(0, 255).astype(np.uint8), "JPEG", quality=85)
+    return encoded(Image.fromarray(grainy.clip(0, 255).astype(np.uint8)), "JPEG", quality=85)
 
 
 def write_photographs(folder: Path, count: int, width: int, height: int) -> list[str]:
@@ -72,12 +72,6 @@ def write_photographs(folder: Path, count: int, width: int, height: int) -> list
 def bust_cache(image: bytes, number: int) -> bytes:
     """Return bytes that no cache has seen but that decode to the same picture: decoders ignore what follows its end."""
     return image + number.to_bytes(8, "big")
-
-
-def _encode(pixels_HW3: npt.NDArray[np.uint8], image_format: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels_HW3).save(buffer, image_format, **options)
-    return buffer.getvalue()
 
 
 # ---- hostile request bodies ----
@@ -95,8 +89,8 @@ def hostile_bodies(count: int, seed: int = 0) -> Iterator[tuple[bytes, str]]:
     Two in five claim a random content type. The same seed gives the same bodies.
     """
     rng = random.Random(seed)
-    pixels_HW3 = np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8)
-    valid = {name: _encode(pixels_HW3, name) for name in _FORMATS}
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    valid = {name: encoded(image, name) for name in _FORMATS}
     bombs = (_png_bomb(30_000, 30_000), _png_bomb(2**31 - 1, 2**31 - 1), _png_bomb(1, 200_000_000))
     for _ in range(count):
         image_format = rng.choice(_FORMATS)
@@ -129,13 +123,9 @@ def _mutate(valid: bytes, rng: random.Random) -> bytes:
 
 def _png_bomb(width: int, height: int) -> bytes:
     """Return a one-bit PNG of a few hundred bytes that claims this size."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    packed = zlib.compress(b"\0" * 100_000, 9)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b"")
+    chunks = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(bytes(100_000), 9)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
 # ---- embeddings ----
