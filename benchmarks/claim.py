@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
@@ -40,7 +39,7 @@ from benchmarks.generative.recognizer import (
     token_id,
     train_tokenizer,
 )
-from benchmarks.measure import Metric, Probe, percentiles_ms, ratio_interval, sample
+from benchmarks.measure import Metric, Probe, ratio_interval, sample
 from benchmarks.synthetic import photograph
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
@@ -67,7 +66,6 @@ REPORT = Report(
         Bars(title="Time per stage", label="ms", values=("precisions/*/systems/*/stages_ms/*",)),
     ),
 )  # fmt: skip
-_BATCH = 8  # images per batch where throughput is measured
 _MOMENT_S = 0.4  # per round: several retrievals, and one generation, which takes about a hundred times as long
 _TOP_K = 5
 
@@ -83,26 +81,22 @@ def _index(entities: int, dim: int, device: Device) -> EntityIndex:
     return EntityIndex(placement(flat, embeddings, device).candidates, embeddings, {})
 
 
-def _load(images: Sequence[bytes], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
-    return np.stack([load_pixels(image, preprocessing, max_pixels=MAX_PIXELS) for image in images])
-
-
-def _retrieve(encoder: OnnxEncoder, index: EntityIndex, images: Sequence[bytes]) -> Answer:
+def _retrieve(encoder: OnnxEncoder, index: EntityIndex, image: bytes) -> Answer:
     clock = Clock(torch.device("cpu"))
-    pixels_BHW3 = _load(images, encoder.preprocessing)
+    pixels_HW3 = load_pixels(image, encoder.preprocessing, max_pixels=MAX_PIXELS)
     clock.lap("decode image")
-    embedding_BD = encoder.encode(pixels_BHW3)
+    embedding_1D = encoder.encode(pixels_HW3[None])
     clock.lap("encode")
-    rows_BK, _ = index.search(embedding_BD, _TOP_K)
+    rows_1K, _ = index.search(embedding_1D, _TOP_K)
     clock.lap("search")
-    return Answer(rows=rows_BK[:, 0].tolist(), tokens=[], stages_ms=clock.stages_ms)
+    return Answer(row=int(rows_1K[0, 0]), stages_ms=clock.stages_ms)
 
 
-def _generate(recognizer: GenerativeRecognizer, images: Sequence[bytes], mode: str) -> Answer:
+def _generate(recognizer: GenerativeRecognizer, image: bytes, mode: str) -> Answer:
     clock = Clock(torch.device("cpu"))
-    pixels_BHW3 = _load(images, recognizer.preprocessing)
+    pixels_HW3 = load_pixels(image, recognizer.preprocessing, max_pixels=MAX_PIXELS)
     clock.lap("decode image")
-    answer = recognizer.faithful(pixels_BHW3[0]) if mode == "faithful" else recognizer.optimised(pixels_BHW3)
+    answer = recognizer.faithful(pixels_HW3) if mode == "faithful" else recognizer.optimised(pixels_HW3)
     return replace(answer, stages_ms={**clock.stages_ms, **answer.stages_ms})
 
 
@@ -162,12 +156,9 @@ def measure(
             file = Path(folder) / f"{precision}.onnx"
             encoder_parameters = write_encoder(encoder, file, precision)
             retrieve = partial(_retrieve, open_encoder(file, shape, threads=threads, device=device), index)
-            # The rest of the time is for throughput and, after the first of two precisions, for the second.
-            share = 0.8 if precision == planned[-1] else 0.55
+            share = 0.9 if precision == planned[-1] else 0.6  # of the time left; int8 takes less than float32
             until = None if ends is None else time.monotonic() + share * (ends - time.monotonic())
-            precisions[precision] = _compare(
-                retrieve, generative, 3 if smoke else 12, throughput=not smoke, until=until
-            )
+            precisions[precision] = _compare(retrieve, generative, 3 if smoke else 12, until)
     first = precisions[planned[0]]
     return {
         "median_ms": {name: system["latency"]["median"] for name, system in first["systems"].items()},
@@ -191,16 +182,11 @@ def measure(
 
 
 def _compare(
-    retrieve: Callable[[Sequence[bytes]], Answer],
-    generative: GenerativeRecognizer,
-    repeats: int,
-    *,
-    throughput: bool,
-    until: float | None,
+    retrieve: Callable[[bytes], Answer], generative: GenerativeRecognizer, repeats: int, until: float | None
 ) -> dict[str, Any]:
     """Time all systems in turn, so that other work on the machine affects them alike."""
     images = [photograph(seed, 1280, 960) for seed in range(repeats)]
-    systems: dict[str, Callable[[Sequence[bytes]], Answer]] = {
+    systems: dict[str, Callable[[bytes], Answer]] = {
         "wikiclip": retrieve,
         "faithful": partial(_generate, generative, mode="faithful"),
         "optimised": partial(_generate, generative, mode="optimised"),
@@ -211,7 +197,7 @@ def _compare(
     def probe(name: str) -> Probe:
         def call(number: int) -> None:
             started = time.process_time()
-            answer = systems[name]([images[number % len(images)]])
+            answer = systems[name](images[number % len(images)])
             if number:  # the first call is the warm-up
                 cpu_s[name].samples.append(time.process_time() - started)
                 answers[name].append(answer)
@@ -229,13 +215,8 @@ def _compare(
             "cpu_seconds": cpu_s[name].figures(),
             "stages_ms": {stage: round(float(stage_ms), 2) for stage, stage_ms in stages.items()},
         }
-        if tokens := [count for each in given for count in each.tokens]:
+        if tokens := [each.tokens for each in given if each.tokens is not None]:
             figures[name]["tokens"] = round(float(np.mean(tokens)), 1)
-    if throughput:
-        batch = [photograph(seed, 1280, 960) for seed in range(_BATCH)]
-        for name, runs in (("wikiclip", 5), ("optimised", 1)):
-            times = percentiles_ms(lambda _, name=name: systems[name](batch), repeats=runs, warm_up=0)  # type: ignore[misc]
-            figures[name]["images_per_s"] = {f"batch {_BATCH}": round(1000 * _BATCH / times["p50_ms"], 3)}
     comparison: dict[str, Any] = {"images": len(latency["faithful"].samples), "systems": figures}
     for key, metrics in (("ratio", latency), ("cpu_seconds_ratio", cpu_s)):
         pairs = {mode: (metrics[mode].samples, metrics["wikiclip"].samples) for mode in ("faithful", "optimised")}

@@ -41,10 +41,6 @@ from benchmarks.synthetic import hostile_bodies, photograph
 from core.errors import UserError
 
 CLIENTS, IMAGES, TOP_K = 4, 12, 5
-BODIES, SMOKE_BODIES = 10_000, 300
-SWAPS, SMOKE_SWAPS = 20, 4
-KILLS, SMOKE_KILLS = 5, 2
-DISCONNECTING_S, SMOKE_DISCONNECTING_S = 20.0, 3.0
 DISCONNECTING_SHARE = 0.3
 REDIS_DOWN_S = 1.0
 REDIS_UP_S = 2.5  # longer than the service waits before it retries
@@ -69,7 +65,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """Return what the clients saw during each fault, and the totals of `wrong`, `failed` and `faults`."""
     if shutil.which("redis-server") is None:
         raise UserError("redis-server is not installed; run `apt-get install redis-server`")
-    kills = SMOKE_KILLS if smoke else KILLS
+    kills, swaps, bodies, disconnecting_s = (2, 4, 300, 3.0) if smoke else (5, 20, 10_000, 20.0)
     with tempfile.TemporaryDirectory() as folder, _Redis(folder) as redis:
         other_path = Path(folder) / "other"
         shutil.copytree(bundle_path, other_path)
@@ -85,7 +81,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
 
             def swap_bundles() -> dict[str, Any]:
                 before = _memory_bytes(process.pid)
-                for number in range(SMOKE_SWAPS if smoke else SWAPS):
+                for number in range(swaps):
                     path = bundle_path if number % 2 else other_path
                     headers = {"Authorization": f"Bearer {TOKEN}"}
                     body = {"path": str(path.resolve())}
@@ -108,10 +104,9 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                 "bundle swapped": load.during(swap_bundles),
                 "engine killed": load.during(kill_engine),
                 "clients leave": load.during(
-                    lambda: time.sleep(SMOKE_DISCONNECTING_S if smoke else DISCONNECTING_S),
-                    disconnecting_share=DISCONNECTING_SHARE,
+                    partial(time.sleep, disconnecting_s), disconnecting_share=DISCONNECTING_SHARE
                 ),
-                "hostile bodies": load.during(lambda: _send_hostile_bodies(url, SMOKE_BODIES if smoke else BODIES)),
+                "hostile bodies": load.during(partial(_send_hostile_bodies, url, bodies)),
             }
     extremes = _measure_extremes(bundle_path, smoke=smoke)
     every = [*parts.values(), *extremes["cases"].values()]
@@ -131,26 +126,12 @@ def _measure_extremes(bundle_path: Path, *, smoke: bool) -> dict[str, Any]:
         flags = ("--log-level", "warning", "--receive-timeout-ms", str(RECEIVE_MS))
         with service_process(bundle_path, *flags, prefix=prefix, stderr=log) as (process, url):
             load = _Load(url)
-            start, highest = _memory_bytes(process.pid), 0
-
-            def send_case(send: Callable[[], list[int]]) -> dict[str, Any]:
-                nonlocal highest
-                stop = threading.Event()
-                with ThreadPoolExecutor(2) as pool:
-                    silence = pool.submit(_longest_silence_s, url, stop)
-                    memory = pool.submit(_highest_memory_bytes, process.pid, stop)
-                    try:
-                        statuses = send()
-                    finally:
-                        stop.set()
-                    highest = max(highest, memory.result())
-                    counted = {str(status): count for status, count in sorted(Counter(statuses).items())}
-                    faults = sum(status >= HTTPStatus.INTERNAL_SERVER_ERROR for status in statuses)
-                    return {"statuses": counted, "faults": faults, "livez_ms": round(1000 * silence.result())}
-
+            start = highest = _memory_bytes(process.pid)
             for name, send in _extremes(url, SMOKE_SHARE if smoke else 1.0):
                 if not smoke or name in SMOKE_CASES:
-                    parts[name] = load.during(partial(send_case, send))
+                    watch = _Watch(url, process.pid)
+                    parts[name] = load.during(partial(watch.during, send))
+                    highest = max(highest, watch.highest_bytes)
             calm_by = time.monotonic() + CALM_S
             while _memory_bytes(process.pid) > start + CALM_BYTES and time.monotonic() < calm_by:
                 time.sleep(0.5)
@@ -197,22 +178,39 @@ def _memory_bytes(pid: int) -> int:
     return total
 
 
-def _highest_memory_bytes(pid: int, stop: threading.Event) -> int:
-    highest = 0
-    while not stop.wait(0.05):
-        highest = max(highest, _memory_bytes(pid))
-    return highest
+class _Watch:
+    """The longest time that `/livez` takes to answer on a connection of its own, and the highest memory."""
 
+    def __init__(self, url: str, pid: int) -> None:
+        self._url, self._pid = url, pid
+        self._stop = threading.Event()
+        self._longest_s, self.highest_bytes = 0.0, 0
 
-def _longest_silence_s(url: str, stop: threading.Event) -> float:
-    """Return the longest time that `/livez` took to answer, on connections of its own."""
-    longest_s = 0.0
-    while not stop.is_set():
-        started_at = time.monotonic()
-        httpx.get(f"{url}/livez", timeout=TIMEOUT_S).raise_for_status()
-        longest_s = max(longest_s, time.monotonic() - started_at)
-        stop.wait(0.05)
-    return longest_s
+    def during(self, send: Callable[[], list[int]]) -> dict[str, Any]:
+        """Send a case, and return its statuses, how many are faults, and the longest wait for `/livez`."""
+        with ThreadPoolExecutor(2) as pool:
+            watching = [pool.submit(each) for each in (self._ask, self._look)]
+            try:
+                statuses = send()
+            finally:
+                self._stop.set()
+            for each in watching:
+                each.result()
+        return {
+            "statuses": {str(status): count for status, count in sorted(Counter(statuses).items())},
+            "faults": sum(status >= HTTPStatus.INTERNAL_SERVER_ERROR for status in statuses),
+            "livez_ms": round(1000 * self._longest_s),
+        }
+
+    def _ask(self) -> None:
+        while not self._stop.wait(0.05):
+            started_at = time.monotonic()
+            httpx.get(f"{self._url}/livez", timeout=TIMEOUT_S).raise_for_status()
+            self._longest_s = max(self._longest_s, time.monotonic() - started_at)
+
+    def _look(self) -> None:
+        while not self._stop.wait(0.05):
+            self.highest_bytes = max(self.highest_bytes, _memory_bytes(self._pid))
 
 
 def _extremes(url: str, share: float) -> Iterator[tuple[str, Callable[[], list[int]]]]:

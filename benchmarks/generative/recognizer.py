@@ -5,7 +5,7 @@ names, then `generate` with two beams, which passes over image and prompt again.
 without changing what an answer means: it decodes from the first pass's keys and values with one beam, tokenises the
 names in advance, and stops as soon as one name is left in the tree.
 
-Shapes: B images, L prompt tokens, T decoded tokens, N entities, R retrieval width, V vocabulary.
+Shapes: L prompt tokens, T decoded tokens, N entities, R retrieval width, V vocabulary, C width of the states.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ BEAMS = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The entity row and, with generation, the number of decoded tokens of each image, and the time per stage."""
+    """The entity row, the time per stage and, with generation, the number of decoded tokens."""
 
-    rows: list[int]
-    tokens: list[int]
+    row: int
     stages_ms: dict[str, float]
+    tokens: int | None = None
 
 
 class GenerativeRecognizer:
@@ -77,81 +77,59 @@ class GenerativeRecognizer:
     def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
         """Answer one preprocessed image."""
         clock = Clock(self._embeddings_NR.device)
-        pixel_values = self._pixel_values(pixels_HW3[None])
-        features = self._model.get_image_features(pixel_values=pixel_values)
-        clock.lap("image tower")
-        outputs = self._model.model(input_ids=self.prompt_1L, mm_encoder_outputs={"image": features}, use_cache=False)
-        state_BC = outputs.last_hidden_state[:, -1]
-        clock.lap("prefill")
-        nearest = self._nearest(state_BC)[0]
-        clock.lap("retrieve")
+        nearest, _ = self._retrieve(pixels_HW3, clock, use_cache=False)
         tree = AllowedNames(
             (each.ids for each in self._tokenizer.encode_batch([self._names[i] for i in nearest])), self._end
         )
         clock.lap("tree")
         length = self.prompt_1L.shape[1]
-        prefilled_ms: list[float] = []
-
-        def allowed(_: int, tokens_T: torch.Tensor) -> list[int]:
-            if not prefilled_ms:  # the first call comes right after the pass over prompt and image
-                prefilled_ms.append(clock.since_lap_ms())
-            return tree.allowed(tokens_T[length:].tolist())
-
         (sequence_T,) = self._model.generate(
-            input_ids=self.prompt_1L, attention_mask=torch.ones_like(self.prompt_1L), pixel_values=pixel_values,
-            num_beams=BEAMS, do_sample=False, prefix_allowed_tokens_fn=allowed,
+            input_ids=self.prompt_1L, attention_mask=torch.ones_like(self.prompt_1L),
+            pixel_values=self._pixel_values(pixels_HW3), num_beams=BEAMS, do_sample=False,
+            prefix_allowed_tokens_fn=lambda _, tokens_T: tree.allowed(tokens_T[length:].tolist()),
             max_new_tokens=1 + max(len(self._tokens[row]) for row in nearest),
             eos_token_id=self._end, pad_token_id=self._end,
         )  # fmt: skip
+        clock.lap("prefill again and decode")
         decoded = sequence_T[length:].tolist()
-        clock.lap("decode")
-        decode_ms = clock.stages_ms.pop("decode")
-        stages_ms = {**clock.stages_ms, "prefill again": prefilled_ms[0], "decode": decode_ms - prefilled_ms[0]}
-        return Answer(rows=[nearest[tree.name(decoded)]], tokens=[decoded.index(self._end) + 1], stages_ms=stages_ms)
+        return Answer(row=nearest[tree.name(decoded)], tokens=decoded.index(self._end) + 1, stages_ms=clock.stages_ms)
 
     @torch.inference_mode()
-    def optimised(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Answer:
-        """Answer a batch of preprocessed images. All prompts are equally long, so there is no padding."""
+    def optimised(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
+        """Answer one preprocessed image."""
         clock = Clock(self._embeddings_NR.device)
-        features = self._model.get_image_features(pixel_values=self._pixel_values(pixels_BHW3))
-        clock.lap("image tower")
-        prompt_BL = self.prompt_1L.expand(len(pixels_BHW3), -1)
-        outputs = self._model.model(input_ids=prompt_BL, mm_encoder_outputs={"image": features}, use_cache=True)
-        state_BC = outputs.last_hidden_state[:, -1]
-        clock.lap("prefill")
-        nearest = self._nearest(state_BC)
-        clock.lap("retrieve")
-        trees = [AllowedNames((self._tokens[row].tolist() for row in rows), self._end) for rows in nearest]
+        nearest, outputs = self._retrieve(pixels_HW3, clock, use_cache=True)
+        tree = AllowedNames((self._tokens[row].tolist() for row in nearest), self._end)
         clock.lap("tree")
-        decoded: list[list[int]] = [[] for _ in trees]
-        found = [tree.completed([]) for tree in trees]
-        while True:
-            logits_BV = self._model.lm_head(state_BC)
-            for tree, tokens, logits_V, name in zip(trees, decoded, logits_BV, found, strict=True):
-                if name is None:
-                    choice = tree.allowed(tokens)
-                    tokens.append(choice[int(logits_V[choice].argmax())])
-            found = [tree.completed(tokens) for tree, tokens in zip(trees, decoded, strict=True)]
-            if None not in found:
-                break
-            last_B1 = torch.tensor([[tokens[-1]] if tokens else [self._end] for tokens in decoded])
-            outputs = self._model.model(
-                input_ids=last_B1.to(logits_BV.device), past_key_values=outputs.past_key_values, use_cache=True
-            )
-            state_BC = outputs.last_hidden_state[:, -1]
+        decoded: list[int] = []
+        while (found := tree.completed(decoded)) is None:
+            if decoded:
+                outputs = self._model.model(
+                    input_ids=self.prompt_1L.new_tensor([decoded[-1:]]), past_key_values=outputs.past_key_values,
+                    use_cache=True,
+                )  # fmt: skip
+            choice = tree.allowed(decoded)
+            logits_V = self._model.lm_head(outputs.last_hidden_state[:, -1])[0]
+            decoded.append(choice[int(logits_V[choice].argmax())])
         clock.lap("decode")
-        rows = [near[name] for near, name in zip(nearest, found, strict=True) if name is not None]
-        return Answer(rows=rows, tokens=[len(tokens) for tokens in decoded], stages_ms=clock.stages_ms)
+        return Answer(row=nearest[found], tokens=len(decoded), stages_ms=clock.stages_ms)
 
-    def _pixel_values(self, pixels_BHW3: npt.NDArray[np.uint8]) -> torch.Tensor:
+    def _retrieve(self, pixels_HW3: npt.NDArray[np.uint8], clock: Clock, *, use_cache: bool) -> tuple[list[int], Any]:
+        """Pass over image and prompt. Return the rows of the nearest names, best first, and the model's outputs."""
+        features = self._model.get_image_features(pixel_values=self._pixel_values(pixels_HW3))
+        clock.lap("image tower")
+        outputs = self._model.model(
+            input_ids=self.prompt_1L, mm_encoder_outputs={"image": features}, use_cache=use_cache
+        )
+        clock.lap("prefill")
+        query_1R = F.normalize(self._head(outputs.last_hidden_state[:, -1]), dim=1)
+        nearest = (query_1R @ self._embeddings_NR.T)[0].topk(self._names_in_tree).indices.tolist()
+        clock.lap("retrieve")
+        return nearest, outputs
+
+    def _pixel_values(self, pixels_HW3: npt.NDArray[np.uint8]) -> torch.Tensor:
         embeddings = self._embeddings_NR
-        return torch.from_numpy(normalise(pixels_BHW3, self.preprocessing)).to(embeddings.device, embeddings.dtype)
-
-    def _nearest(self, state_BC: torch.Tensor) -> list[list[int]]:
-        """Return the rows of the nearest names, best first."""
-        queries_BR = F.normalize(self._head(state_BC), dim=1)
-        rows: list[list[int]] = (queries_BR @ self._embeddings_NR.T).topk(self._names_in_tree, dim=1).indices.tolist()
-        return rows
+        return torch.from_numpy(normalise(pixels_HW3[None], self.preprocessing)).to(embeddings.device, embeddings.dtype)
 
 
 def prompt(tokenizer: Tokenizer, image_tokens: int, question: str = PROMPT) -> torch.Tensor:
@@ -184,13 +162,10 @@ class Clock:
         self._wait()
         self._lap_at = time.perf_counter()
 
-    def since_lap_ms(self) -> float:
-        self._wait()
-        return 1000 * (time.perf_counter() - self._lap_at)
-
     def lap(self, stage: str) -> None:
-        self.stages_ms[stage] = self.since_lap_ms()
-        self._lap_at = time.perf_counter()
+        self._wait()
+        started, self._lap_at = self._lap_at, time.perf_counter()
+        self.stages_ms[stage] = 1000 * (self._lap_at - started)
 
 
 def train_tokenizer(names: Iterable[str], tokens: int = TOKENS) -> Tokenizer:

@@ -304,8 +304,8 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
 def _generate(generative: GenerativeRecognizer, query: Pair, mode: str) -> list[int]:
     """Return the row that is named."""
     pixels_HW3 = load_pixels(query.image.path.read_bytes(), generative.preprocessing, max_pixels=MAX_PIXELS)
-    answer = generative.faithful(pixels_HW3) if mode == "faithful" else generative.optimised(pixels_HW3[None])
-    return answer.rows
+    answer = generative.faithful(pixels_HW3) if mode == "faithful" else generative.optimised(pixels_HW3)
+    return [answer.row]
 
 
 @click.command(context_settings={"show_default": True})

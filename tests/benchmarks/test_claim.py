@@ -33,7 +33,6 @@ def test_both_precisions_are_measured_and_reported(small_bundle: Path, monkeypat
             assert low <= times <= high, precision
             medians = [each["systems"][name]["latency"]["median"] for name in (mode, "wikiclip")]
             assert times == pytest.approx(medians[0] / medians[1], abs=0.06)
-        assert each["systems"]["wikiclip"]["images_per_s"]["batch 8"] > 0
     assert figures["knobs"]["names_in_tree"] == 30  # more than the bundle has titles
     # Latency and CPU-seconds of three systems in two precisions can be compared between runs.
     assert len(dict(metrics_of(figures))) == 12
