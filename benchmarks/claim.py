@@ -44,7 +44,7 @@ from benchmarks.synthetic import photograph
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
 from evaluation.pages import Bars, Report
-from imaging import Preprocessing, load_pixels
+from imaging import load_pixels
 from index.bundle import Bundle
 from index.embeddings import Embeddings
 from index.gpu import placement

@@ -1,4 +1,4 @@
-"""The service on a GPU at saturation, compared with the encoder alone in a loop, and what limits it.
+"""The service on a GPU at saturation, compared with the encoder alone in a loop.
 
 `python -m benchmarks.gpu prepare --folder F` writes a bundle of 6,063,945 synthetic entities with a ViT-L that computes
 in float16. It needs no GPU. `measure --folder F` measures the bundle on a GPU. Several services on one GPU
@@ -26,7 +26,6 @@ import click
 import numpy as np
 
 from benchmarks.generator import (
-    ANSWERED,
     Job,
     generate,
     run_on_cores,
@@ -55,7 +54,6 @@ GENERATOR_CORES = 4
 BATCHES = (1, 8, 32)  # the last is the service's default maximum
 QUERIES, REPEATS = 512, 50
 STAGES = ("decode", "queue", "encode", "search")
-FULL = 0.9  # a part that is busy for this share of the time limits the service
 
 Figures = dict[str, Any]
 Service = tuple[subprocess.Popen[bytes], str]  # with its base URL
@@ -63,7 +61,7 @@ Service = tuple[subprocess.Popen[bytes], str]  # with its base URL
 
 @click.group()
 def main() -> None:
-    """Measure the service on a GPU, and what limits it."""
+    """Measure the service on a GPU."""
 
 
 @main.command()
@@ -101,12 +99,13 @@ def measure(folder: Path, device: str, seconds: float, services: int, connection
         return run_on_cores([(partial(measure_part, folder, device), os.sched_getaffinity(0))])[0]
 
     figures: Figures = {}
-    for name, phase in (
-        ("encoder_alone", lambda: alone(measure_encoder)),
-        ("search_alone", lambda: alone(measure_search)),
-        ("services", lambda: measure_services(folder, device, services, connections, seconds)),
-        ("shares", lambda: shares(figures)),
-    ):
+    phases: dict[str, Callable[[], Figures]] = {
+        "encoder_alone": partial(alone, measure_encoder),
+        "search_alone": partial(alone, measure_search),
+        "services": partial(measure_services, folder, device, services, connections, seconds),
+        "shares": partial(shares, figures),
+    }
+    for name, phase in phases.items():
         figures[name] = phase()
         click.echo(json.dumps({name: figures[name]}), err=True)
     click.echo(json.dumps({**describe_run(settings), "gpu": _gpu_name(), "figures": figures}))
@@ -208,31 +207,25 @@ def run_load(services: Sequence[Service], images: list[str], *, connections: int
         )
         for number in range(generators)
     ]  # fmt: skip
-    usage: list[list[Mapping[str, float]]] = []
+    metrics: list[list[Mapping[str, float]]] = []
 
     def watch() -> None:
         for pause_s in (WARM_UP_S, seconds):
             time.sleep(pause_s)
-            usage.append([_usage(service) for service in services])
+            metrics.append([scrape_metrics(url) for _, url in services])
 
     runs = generate(jobs, watch)
     return {
         **summarise((each for run in runs for each in run.responses), warm_up_s=WARM_UP_S, seconds=seconds),
         "generator_busy": max(run.busy for run in runs),
-        **busy(*usage, cores=len(service_cores)),
+        **busy(*metrics, seconds=seconds, cores=len(service_cores)),
     }
 
 
-def _usage(service: Service) -> Mapping[str, float]:
-    """Return the metrics of a service, the time in seconds, and the CPU seconds of its main thread."""
-    process, url = service
-    fields = Path(f"/proc/{process.pid}/task/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    main_thread_s = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    return {**scrape_metrics(url), "at_s": time.monotonic(), "main_thread_s": main_thread_s}
-
-
-def busy(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]], *, cores: int) -> Figures:
-    """Return how busy the services, their main threads and their engines were, and their mean batch and stage times."""
+def busy(
+    before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, float]], *, seconds: float, cores: int
+) -> Figures:
+    """Return how busy the services' cores were, and their mean batch and stage times, from their metrics."""
 
     def total(name: str) -> float:
         return sum(new.get(name, 0.0) - old.get(name, 0.0) for old, new in zip(before, after, strict=True))
@@ -240,40 +233,23 @@ def busy(before: Sequence[Mapping[str, float]], after: Sequence[Mapping[str, flo
     def mean(name: str, labels: str = "") -> float:
         return total(f"{name}_sum{labels}") / max(total(f"{name}_count{labels}"), 1)
 
-    took_s = total("at_s")  # of all services
-    cpu_s = total("process_cpu_seconds_total")
-    stages_ms = {stage: 1000 * mean("wikiclip_stage_seconds", f'{{stage="{stage}"}}') for stage in STAGES}
-    # Each image is counted with the time of its whole batch, so this overestimates if batch sizes vary.
-    engine_s = total("wikiclip_batch_images_count") * (stages_ms["encode"] + stages_ms["search"]) / 1000
     return {
-        "cpu_ms_per_image": round(1000 * cpu_s / max(total(ANSWERED), 1), 3),
-        "cores_busy": round(cpu_s / (took_s / len(before)) / cores, 3),
-        "http_thread_busy": round(total("main_thread_s") / took_s, 3),
-        "engine_busy": round(min(engine_s / took_s, 1.0), 3),
+        "cores_busy": round(total("process_cpu_seconds_total") / seconds / cores, 3),
         "batch_images": round(mean("wikiclip_batch_images"), 2),
-        "stages_ms": {stage: round(value, 3) for stage, value in stages_ms.items()},
+        "stages_ms": {name: round(1000 * mean("wikiclip_stage_seconds", f'{{stage="{name}"}}'), 3) for name in STAGES},
     }
 
 
 def shares(figures: Figures) -> Figures:
-    """Return the throughput relative to the encoder alone (`of_encoder_loop`), the share of the time that encoder and
-    search alone would take on the GPU for it (`gpu_work_share`), and the first part that is full (`limited_by`)."""
+    """Return the throughput relative to the encoder alone (`of_encoder_loop`), and the share of the time that encoder
+    and search alone would take on the GPU for it (`gpu_work_share`): near 1, the GPU limits the services."""
     batch = BATCHES[-1]
     full = figures["services"]["full"]
     encoder, search = (figures[name]["batches"][str(batch)] for name in ("encoder_alone", "search_alone"))
     gpu_s_per_image = 1 / encoder["session_per_s"] + search["candidates"]["p50_ms"] / 1000 / batch
-    gpu_work_share = round(full["per_s"] * gpu_s_per_image, 3)
-    parts = {
-        "load generator": full["generator_busy"],
-        "GPU": gpu_work_share,
-        "cores of the services": full["cores_busy"],
-        "HTTP thread": full["http_thread_busy"],
-        "engine": full["engine_busy"],
-    }
     return {
         "of_encoder_loop": round(full["per_s"] / encoder["encode_per_s"], 3),
-        "gpu_work_share": gpu_work_share,
-        "limited_by": next((name for name, share in parts.items() if share >= FULL), None),
+        "gpu_work_share": round(full["per_s"] * gpu_s_per_image, 3),
     }
 
 
