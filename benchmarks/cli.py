@@ -35,11 +35,6 @@ _INDEX = (
         ["--peers-up-to"], type=click.IntRange(min=0),
         help="The largest size with flat search, HNSW and usearch.  [default: 20000]",
     ),
-    click.Option(
-        ["--work"], type=click.Path(path_type=Path, file_okay=False),
-        help="Work folder, 1.1 KB per embedding and more. It is emptied first and removed at the end.  "
-        "[default: build/bench-index]",
-    ),
 )  # fmt: skip
 
 

