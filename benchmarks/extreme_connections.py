@@ -1,11 +1,11 @@
-"""Extreme HTTP clients. Each function opens a connection and returns all that the service sent until it closed it."""
+"""Extreme HTTP clients. Each opens a connection and returns all that the service sent until it closed it."""
 
 from __future__ import annotations
 
 import re
 import select
 import socket
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import chain, repeat
 
@@ -35,50 +35,31 @@ def send(host: str, port: int, pieces: Iterable[bytes], *, pause_s: float = 0) -
     return bytes(received)
 
 
-def unread(host: str, port: int) -> bytes:
-    """Send 100 MB of requests and read no response before all are sent, or the connection is closed."""
-    return send(host, port, repeat(GET * 8000, 400))
-
-
-def pipelined(host: str, port: int) -> bytes:
-    return send(host, port, [GET * 999 + LAST_GET])
-
-
-def large_second_head(host: str, port: int) -> bytes:
-    return send(host, port, [GET + b"GET /livez HTTP/1.1\r\nX: " + b"x" * 200_000])
-
-
-def many_headers(host: str, port: int) -> bytes:
-    return send(host, port, [b"GET /livez HTTP/1.1\r\n" + b"a:b\r\n" * 10_000 + b"\r\n"])
-
-
-def slow_chunks(host: str, port: int) -> bytes:
-    return send(host, port, chain([CHUNKED], repeat(b"1\r\nx\r\n")), pause_s=0.05)
-
-
-def endless_chunk_extension(host: str, port: int) -> bytes:
-    return send(host, port, chain([CHUNKED + b"1;"], repeat(b"x" * 65536)))
-
-
-def endless_trailer(host: str, port: int) -> bytes:
-    return send(host, port, chain([CHUNKED + b"1\r\nx\r\n0\r\nX: "], repeat(b"x" * 65536)))
-
-
-def upgrade_with_body(host: str, port: int) -> bytes:
-    """Ask for HTTP/2 with a body that looks like a request, then send a request."""
-    upgrade = b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(GET)
-    return send(host, port, [POST % b"image/png" + upgrade + GET + LAST_GET])
-
-
-def multipart_parts(host: str, port: int) -> bytes:
-    part = b"--b\r\nContent-Disposition: form-data; name=x\r\n\r\n\r\n"
-    return post(host, port, b"multipart/form-data; boundary=b", part * 400_000 + b"--b--\r\n")
-
-
-def wide_json(host: str, port: int) -> bytes:
-    return post(host, port, b"application/json", b"[" + b"[]," * 6_900_000 + b"0]")
-
-
 def post(host: str, port: int, content_type: bytes, body: bytes) -> bytes:
-    head = POST % content_type + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
-    return send(host, port, [head, body])
+    return send(host, port, _posted(content_type, body))
+
+
+def _posted(content_type: bytes, body: bytes) -> list[bytes]:
+    return [POST % content_type + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body), body]
+
+
+_EMPTY_PART = b"--b\r\nContent-Disposition: form-data; name=x\r\n\r\n\r\n"
+_UPGRADE = b"Connection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: %d\r\n\r\n" % len(GET)
+CASES: dict[str, Callable[[], Iterable[bytes]]] = {  # what each sends
+    "unread": lambda: repeat(GET * 8000, 400),  # 100 MB, before any response is read
+    "pipelined": lambda: [GET * 999 + LAST_GET],
+    "large_second_head": lambda: [GET + b"GET /livez HTTP/1.1\r\nX: " + b"x" * 200_000],
+    "many_headers": lambda: [b"GET /livez HTTP/1.1\r\n" + b"a:b\r\n" * 10_000 + b"\r\n"],
+    "slow_chunks": lambda: chain([CHUNKED], repeat(b"1\r\nx\r\n")),
+    "endless_chunk_extension": lambda: chain([CHUNKED + b"1;"], repeat(b"x" * 65536)),
+    "endless_trailer": lambda: chain([CHUNKED + b"1\r\nx\r\n0\r\nX: "], repeat(b"x" * 65536)),
+    # The body looks like a request, and a request follows.
+    "upgrade_with_body": lambda: [POST % b"image/png" + _UPGRADE + GET + LAST_GET],
+    "multipart_parts": lambda: _posted(b"multipart/form-data; boundary=b", _EMPTY_PART * 400_000 + b"--b--\r\n"),
+    "wide_json": lambda: _posted(b"application/json", b"[" + b"[]," * 6_900_000 + b"0]"),
+}
+
+
+def connect(name: str, host: str, port: int) -> bytes:
+    """Send a case."""
+    return send(host, port, CASES[name](), pause_s=0.05 if name == "slow_chunks" else 0)

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -52,12 +52,6 @@ RECEIVE_MS = 3000
 SMOKE_SHARE = 0.02  # of the size of an extreme image
 CALM_S = 60.0  # by when the memory of extreme requests should be free again
 CALM_BYTES = 100 * 1024**2
-CONNECTIONS = (
-    extreme_connections.unread, extreme_connections.pipelined, extreme_connections.large_second_head,
-    extreme_connections.many_headers, extreme_connections.slow_chunks, extreme_connections.endless_chunk_extension,
-    extreme_connections.endless_trailer, extreme_connections.upgrade_with_body, extreme_connections.multipart_parts,
-    extreme_connections.wide_json,
-)  # fmt: skip
 SMOKE_CASES = ("webp_canvas", "jpeg_scans", "png_line", "tiff_fax", "avif_lie", "pipelined", "many_headers")
 
 
@@ -106,7 +100,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
                 "clients leave": load.during(
                     partial(time.sleep, disconnecting_s), disconnecting_share=DISCONNECTING_SHARE
                 ),
-                "hostile bodies": load.during(partial(_send_hostile_bodies, url, bodies)),
+                "hostile bodies": load.during(lambda: _send(url, hostile_bodies(bodies))),
             }
     extremes = _measure_extremes(bundle_path, smoke=smoke)
     every = [*parts.values(), *extremes["cases"].values()]
@@ -186,53 +180,65 @@ class _Watch:
         self._stop = threading.Event()
         self._longest_s, self.highest_bytes = 0.0, 0
 
-    def during(self, send: Callable[[], list[int]]) -> dict[str, Any]:
-        """Send a case, and return its statuses, how many are faults, and the longest wait for `/livez`."""
+    def during(self, send: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return the figures of a case, with the longest wait for `/livez`."""
         with ThreadPoolExecutor(2) as pool:
             watching = [pool.submit(each) for each in (self._ask, self._look)]
             try:
-                statuses = send()
+                figures = send()
             finally:
                 self._stop.set()
             for each in watching:
                 each.result()
-        return {
-            "statuses": {str(status): count for status, count in sorted(Counter(statuses).items())},
-            "faults": sum(status >= HTTPStatus.INTERNAL_SERVER_ERROR for status in statuses),
-            "livez_ms": round(1000 * self._longest_s),
-        }
+        return {**figures, "livez_ms": round(1000 * self._longest_s)}
 
     def _ask(self) -> None:
-        while not self._stop.wait(0.05):
+        while True:
             started_at = time.monotonic()
             httpx.get(f"{self._url}/livez", timeout=TIMEOUT_S).raise_for_status()
             self._longest_s = max(self._longest_s, time.monotonic() - started_at)
+            if self._stop.wait(0.05):
+                return
 
     def _look(self) -> None:
         while not self._stop.wait(0.05):
             self.highest_bytes = max(self.highest_bytes, _memory_bytes(self._pid))
 
 
-def _extremes(url: str, share: float) -> Iterator[tuple[str, Callable[[], list[int]]]]:
-    """Yield the name of each case, and what sends it and returns the statuses."""
+def _extremes(url: str, share: float) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    """Yield the name of each case, and what sends it and counts the responses."""
     target = httpx.URL(url)
 
-    def statuses(connect: Callable[[str, int], bytes]) -> list[int]:
-        return extreme_connections.statuses(connect(target.host, target.port or 80))
+    def connect(name: str) -> dict[str, Any]:
+        received = extreme_connections.connect(name, target.host, target.port or 80)
+        return _counted((status, "") for status in extreme_connections.statuses(received))
 
     for case in extreme.cases(share):
-        yield case.name, partial(_send_at_once, url, case)
-    for connect in CONNECTIONS:
-        yield connect.__name__, partial(statuses, connect)
+        bodies = [(body, case.content_type) for body in case.bodies]
+        yield case.name, partial(_send, url, bodies, clients=len(bodies))
+    for name in extreme_connections.CASES:
+        yield name, partial(connect, name)
 
 
-def _send_at_once(url: str, case: extreme.Case) -> list[int]:
-    def post(body: bytes) -> int:
-        headers = {"Content-Type": case.content_type}
-        return httpx.post(f"{url}/recognize", content=body, headers=headers, timeout=TIMEOUT_S).status_code
+def _send(url: str, bodies: Iterable[tuple[bytes, str]], clients: int = 1) -> dict[str, Any]:
+    """POST bodies with their content types, and count the responses."""
+    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client, ThreadPoolExecutor(clients) as pool:
 
-    with ThreadPoolExecutor(len(case.bodies)) as pool:
-        return list(pool.map(post, case.bodies))
+        def post(body: bytes, content_type: str) -> tuple[int, str]:
+            answer = client.post("/recognize", content=body, headers={"Content-Type": content_type})
+            return answer.status_code, answer.text
+
+        return _counted(pool.map(lambda each: post(*each), bodies))
+
+
+def _counted(responses: Iterable[tuple[int, str]]) -> dict[str, Any]:
+    """Return the statuses, and how many responses are server errors or leak internals."""
+    statuses: Counter[int] = Counter()
+    faults = 0
+    for status, text in responses:
+        statuses[status] += 1
+        faults += status >= HTTPStatus.INTERNAL_SERVER_ERROR or any(leak in text for leak in LEAKS)
+    return {"statuses": {str(status): count for status, count in sorted(statuses.items())}, "faults": faults}
 
 
 class _Load:
@@ -289,18 +295,6 @@ class _Load:
         headers = {"Content-Type": "image/jpeg"}
         answer = client.post("/recognize", params={"top_k": top_k}, content=image, headers=headers).raise_for_status()
         return [each["entity_id"] for each in answer.json()["predictions"]]
-
-
-def _send_hostile_bodies(url: str, count: int) -> dict[str, Any]:
-    """Return the statuses, and how many responses are server errors or leak internals."""
-    statuses: Counter[str] = Counter()
-    faults = 0
-    with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
-        for body, content_type in hostile_bodies(count):
-            answer = client.post("/recognize", content=body, headers={"Content-Type": content_type})
-            statuses[str(answer.status_code)] += 1
-            faults += answer.status_code >= 500 or any(leak in answer.text for leak in LEAKS)
-    return {"bodies": count, "statuses": dict(statuses), "faults": faults}
 
 
 class _Redis:
