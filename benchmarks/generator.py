@@ -176,17 +176,15 @@ def run_on_cores(
     """Call functions at the same time, each in a new process on its cores. Call `during` when all have started."""
     with ExitStack() as stack:
         spawn = multiprocessing.get_context("spawn")
-        pools = [stack.enter_context(ProcessPoolExecutor(1, spawn)) for _ in calls]
-        pinned = [pool.submit(_pin, list(cores)) for pool, (_, cores) in zip(pools, calls, strict=True)]
-        for each in pinned:
-            each.result()
+        pools = [
+            stack.enter_context(ProcessPoolExecutor(1, spawn, os.sched_setaffinity, (0, list(cores))))
+            for _, cores in calls
+        ]
+        for started in [pool.submit(os.getpid) for pool in pools]:
+            started.result()
         running = [pool.submit(call) for pool, (call, _) in zip(pools, calls, strict=True)]
         during()
         return [each.result() for each in running]
-
-
-def _pin(cores: Sequence[int]) -> None:
-    os.sched_setaffinity(0, cores)
 
 
 def closed_loop(job: Job, *, warm_up_s: float) -> dict[str, Any]:

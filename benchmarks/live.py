@@ -28,8 +28,6 @@ from index.bundle import Bundle
 from service.encoder import open_encoder
 from service.settings import Settings
 
-OPERATIONS, SMOKE_OPERATIONS = 10_000, 120
-OPERATIONS_PER_KILL, SMOKE_OPERATIONS_PER_KILL = 300, 70
 QUERIES, TOP_K = 12, 5
 TOLERANCE = 1e-4  # of a cosine
 SEEN_TIMEOUT_S = 30
@@ -47,7 +45,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         _Service(bundle_path, folder) as reader,
     ):
         run = _Run(Bundle.open(bundle_path), writer, reader)
-        run.run(*((SMOKE_OPERATIONS, SMOKE_OPERATIONS_PER_KILL) if smoke else (OPERATIONS, OPERATIONS_PER_KILL)))
+        operations, operations_per_kill = (120, 70) if smoke else (10_000, 300)
+        run.run(operations, operations_per_kill)
     return {**run.counts, "put": _summary(run.put_ms), "seen_by_another_process": _summary(run.seen_ms)}
 
 

@@ -68,7 +68,7 @@ class Step:
         requests = answered + self.refused + self.failed
         in_time = sum(took_ms <= IN_TIME_MS for took_ms in ordered_ms)
         counted_s = self.length_s * (1 - SETTLING_SHARE)
-        percentiles = {n: ordered_ms[math.ceil(n / 100 * answered) - 1] if ordered_ms else None for n in (50, 90, 99)}
+        percentiles = {n: ordered_ms[math.ceil(n / 100 * answered) - 1] if ordered_ms else None for n in (50, 99)}
         return {
             "planned_per_s": round(self.rate, 2),
             "offered_per_s": round(requests / counted_s, 2),

@@ -29,8 +29,6 @@ from benchmarks.synthetic import encoder_bundles, write_photographs
 
 TIMES = 10
 IMAGES = 16
-PEAK_S, OVERLOAD_S, AFTER_S = 10.0, 60.0, 10.0
-SMOKE_PEAK_S, SMOKE_OVERLOAD_S, SMOKE_AFTER_S = 3.0, 8.0, 5.0
 WARM_UP_S = 1.0
 DEADLINE_MS = 5000
 SETTLING_S = 1.0  # not counted: the service still estimates its own speed
@@ -55,9 +53,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
 
 def _overload(bundle: Path, images: list[str], *, smoke: bool) -> dict[str, Any]:
     generator, service = split_cores()
-    peak_s, overload_s, after_s = (
-        (SMOKE_PEAK_S, SMOKE_OVERLOAD_S, SMOKE_AFTER_S) if smoke else (PEAK_S, OVERLOAD_S, AFTER_S)
-    )
+    peak_s, overload_s, after_s = (3.0, 8.0, 5.0) if smoke else (10.0, 60.0, 10.0)
     flags = ("--device", "cpu", "--cache", "off", "--deadline-ms", str(DEADLINE_MS))
     with service_process(bundle, *flags, cores=service) as (_, url):
         target: dict[str, Any] = {"url": f"{url}/recognize?top_k=5", "images": images, "cores": [*generator]}

@@ -17,7 +17,6 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +67,9 @@ _BATCH = 256
 class _FrozenTower(nn.Module):
     """The encoder's pooled patch tokens, scaled, in place of LLaVA's image tower. Takes pixels or pooled tokens."""
 
-    scale: torch.Tensor
-
     def __init__(self, module: nn.Module, scale: float) -> None:
         super().__init__()
-        self.module = module
-        self.register_buffer("scale", torch.tensor(scale))
+        self.module, self.scale = module, scale
 
     def forward(self, pixel_values: torch.Tensor, **_: Any) -> Any:
         from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -147,34 +143,7 @@ class TinyLlava(nn.Module):
 # ---- training ----
 
 
-@dataclass(frozen=True, kw_only=True)
-class Symbols:
-    """The catalog and the training images of its seen entities, as pooled patch tokens."""
-
-    records: list[EntityRecord]
-    training_IPC: torch.Tensor
-    training_rows: dict[int, list[int]]  # the training images of each entity row
-
-    @property
-    def titles(self) -> list[str]:
-        return [record.title for record in self.records]
-
-
-def read_symbols(build: Path, encoder: ImageEncoder) -> Symbols:
-    """Return Symbols. Raise `UserError` if it was not built."""
-    if not (build / "catalog.jsonl").exists():
-        raise UserError(f"{build} has no Symbols; build it with `make symbols`")
-    records = [item for item in read_catalog(build / "catalog.jsonl") if isinstance(item, EntityRecord)]
-    row_of = {record.entity_id: row for row, record in enumerate(records)}
-    pairs = _queries(build / "pairs_train.jsonl")
-    training_rows: dict[int, list[int]] = {}
-    for number, pair in enumerate(pairs):
-        training_rows.setdefault(row_of[pair.entity_id], []).append(number)
-    images = patch_tokens(encoder, [pair.image.path for pair in pairs])
-    return Symbols(records=records, training_IPC=images, training_rows=training_rows)
-
-
-def _queries(path: Path) -> list[Pair]:
+def _pairs(path: Path) -> list[Pair]:
     return [item for item in read_pairs(path) if isinstance(item, Pair)]
 
 
@@ -189,13 +158,24 @@ def patch_tokens(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
 
 
 def train(
-    network: TinyLlava, symbols: Symbols, tokenizer: Any, prompt_1L: torch.Tensor, *, steps: int, language_steps: int
+    network: TinyLlava,
+    titles: Sequence[str],
+    images_IPC: torch.Tensor,
+    rows_I: Sequence[int],
+    tokenizer: Any,
+    prompt_1L: torch.Tensor,
+    *,
+    steps: int,
+    language_steps: int,
 ) -> None:
-    """Train in place, in bf16: the names first, then images and names."""
+    """Train in place, in bf16: the names first, then images and names. `rows_I` are the entity rows of the images."""
     rng = random.Random(_SEED)
-    trainable = [row for row, images in symbols.training_rows.items() if len(images) > 1]
+    images_of: dict[int, list[int]] = {}
+    for image, row in enumerate(rows_I):
+        images_of.setdefault(row, []).append(image)
+    trainable = [row for row, images in images_of.items() if len(images) > 1]
     start, end = int(prompt_1L[0, -1]), token_id(tokenizer, END)
-    names = [torch.tensor([*tokenizer.encode(title).ids, end]) for title in symbols.titles]
+    names = [torch.tensor([*tokenizer.encode(title).ids, end]) for title in titles]
 
     def padded(drawn: Sequence[torch.Tensor]) -> torch.Tensor:
         return nn.utils.rnn.pad_sequence(list(drawn), batch_first=True, padding_value=IGNORED)
@@ -209,8 +189,8 @@ def train(
 
     def both() -> torch.Tensor:
         rows = rng.sample(trainable, min(_ENTITIES_PER_BATCH, len(trainable)))
-        drawn = np.array([rng.sample(symbols.training_rows[row], 2) for row in rows])
-        tokens_BPC = symbols.training_IPC[drawn.T.ravel()]
+        drawn = np.array([rng.sample(images_of[row], 2) for row in rows])
+        tokens_BPC = images_IPC[drawn.T.ravel()]
         named, contrast = network.losses(tokens_BPC, prompt_1L, padded([names[row] for row in rows + rows]))
         return named + contrast
 
@@ -242,17 +222,26 @@ def _optimise(network: TinyLlava, loss_of_a_batch: Callable[[], torch.Tensor], s
 
 def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
     """Train, and return accuracies by system and kind of query."""
+    if not (build / "catalog.jsonl").exists():
+        raise UserError(f"{build} has no Symbols; build it with `make symbols`")
     encoder = load_tiny()
-    symbols = read_symbols(build, encoder)
-    tokenizer = train_tokenizer(symbols.titles, tokens=_TOKENS)
+    records = [item for item in read_catalog(build / "catalog.jsonl") if isinstance(item, EntityRecord)]
+    row_of = {record.entity_id: row for row, record in enumerate(records)}
+    titles = [record.title for record in records]
+    pairs = _pairs(build / "pairs_train.jsonl")
+    training_IPC = patch_tokens(encoder, [pair.image.path for pair in pairs])
+    tokenizer = train_tokenizer(titles, tokens=_TOKENS)
     torch.manual_seed(_SEED)
     network = TinyLlava(
-        encoder, encoder.module, scale=1 / float(symbols.training_IPC.std()), image_token=token_id(tokenizer, IMAGE),
+        encoder, encoder.module, scale=1 / float(training_IPC.std()), image_token=token_id(tokenizer, IMAGE),
         vocabulary=tokenizer.get_vocab_size(),
     )  # fmt: skip
     prompt_1L = prompt(tokenizer, network.model.config.image_seq_length, _QUESTION)
     started = time.perf_counter()
-    train(network, symbols, tokenizer, prompt_1L, steps=steps, language_steps=language_steps)
+    training_rows = [row_of[pair.entity_id] for pair in pairs]
+    train(
+        network, titles, training_IPC, training_rows, tokenizer, prompt_1L, steps=steps, language_steps=language_steps
+    )
     minutes = round((time.perf_counter() - started) / 60, 1)
 
     @torch.inference_mode()
@@ -260,17 +249,17 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
         tokens_IPC = patch_tokens(encoder, paths)
         return torch.cat([network.retrieve(part, prompt_1L) for part in torch.split(tokens_IPC, _BATCH)])
 
-    images = [(row, Path(image)) for row, record in enumerate(symbols.records) for image in record.images]
-    sums_NR = torch.zeros(len(symbols.records), encoder.embedding_dim)
+    images = [(row, Path(image)) for row, record in enumerate(records) for image in record.images]
+    sums_NR = torch.zeros(len(records), encoder.embedding_dim)
     sums_NR.index_add_(0, torch.tensor([row for row, _ in images]), embed([path for _, path in images]))
     entities_NR = F.normalize(sums_NR, dim=1)
     generative = GenerativeRecognizer(
-        network.model, network.head, tokenizer, symbols.titles, entities_NR,
+        network.model, network.head, tokenizer, titles, entities_NR,
         preprocessing=encoder.preprocessing, question=_QUESTION,
     )  # fmt: skip
     figures: dict[str, Any] = {}
     for kind in KINDS:
-        queries = _queries(build / f"queries_test_{kind}.jsonl")
+        queries = _pairs(build / f"queries_test_{kind}.jsonl")
         embeddings_BR = embed([query.image.path for query in queries])
         found = {"generative, its retrieval alone": (embeddings_BR @ entities_NR.T).topk(1, dim=1).indices.tolist()}
         for mode in ("faithful", "optimised"):
@@ -279,14 +268,12 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
             ]
         for name, rows_Q1 in found.items():
             # Generation is also right if it names another entity of the same title.
-            key = "entity_id" if "retrieval" in name else "title"
-            labels = [getattr(record, key) for record in symbols.records]
-            label_of = dict(zip((record.entity_id for record in symbols.records), labels, strict=True))
+            labels = [record.entity_id for record in records] if "retrieval" in name else titles
             answered = [
                 AnsweredQuery(
                     data_split=query.data_split,
                     seen=query.seen,
-                    rank=rank_of(label_of[query.entity_id], [labels[row] for row in rows]),
+                    rank=rank_of(labels[row_of[query.entity_id]], [labels[row] for row in rows]),
                 )
                 for query, rows in zip(queries, rows_Q1, strict=True)
             ]
@@ -297,7 +284,7 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
         "accuracy": figures,
         "parameters_trained": sum(p.numel() for p in network.parameters() if p.requires_grad),
         "training_minutes": minutes,
-        "training_images": len(symbols.training_IPC),
+        "training_images": len(training_IPC),
     }
 
 
