@@ -284,11 +284,9 @@ class _Load:
     @staticmethod
     def _disconnect_early(url: httpx.URL, image: bytes) -> None:
         """Send a complete request and close the connection before the answer."""
-        head = (
-            f"POST /recognize HTTP/1.1\r\nHost: a\r\nContent-Type: image/jpeg\r\nContent-Length: {len(image)}\r\n\r\n"
-        )
+        head = extreme_connections.POST % b"image/jpeg" + b"Content-Length: %d\r\n\r\n" % len(image)
         with socket.create_connection((url.host, url.port), TIMEOUT_S) as connection:
-            connection.sendall(head.encode() + image)
+            connection.sendall(head + image)
 
     @staticmethod
     def _recognize(client: httpx.Client, image: bytes, top_k: int) -> list[str]:

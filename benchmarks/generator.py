@@ -133,10 +133,6 @@ class Response(NamedTuple):
     retry_after: bool
     error: str
 
-    @property
-    def ended_s(self) -> float:
-        return self.at_s + self.took_ms / 1000
-
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
@@ -196,7 +192,7 @@ def closed_loop(job: Job, *, warm_up_s: float) -> dict[str, Any]:
 
 def summarise(responses: Iterable[Response], *, warm_up_s: float = 0.0, seconds: float = math.inf) -> dict[str, Any]:
     """Return responses per second, latency percentiles and failures of the `seconds` after the warm-up."""
-    counted = [each for each in responses if warm_up_s <= each.ended_s < warm_up_s + seconds]
+    counted = [each for each in responses if warm_up_s <= each.at_s + each.took_ms / 1000 < warm_up_s + seconds]
     took_ms = [each.took_ms for each in counted if each.status == HTTPStatus.OK]
     p50, p99 = np.percentile(took_ms, (50, 99)).round(2).tolist() if took_ms else (None, None)
     return {

@@ -41,7 +41,6 @@ from core.errors import UserError
 from core.runtime import describe_run, faiss
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
-from index.manifest import MANIFEST_FILE
 from index.search import DEFAULT_K_FACTOR
 from service.encoder import open_encoder, open_session
 from service.settings import Settings
@@ -70,12 +69,9 @@ def main() -> None:
 @click.option("--encoder", default="vit-l14", help="Encoder, of benchmarks/generative/models.py.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", help="For `measure`.")
 def prepare(folder: Path, entities: int, encoder: str, device: str) -> None:
-    """Write the bundle, unless it exists."""
-    if (folder / MANIFEST_FILE).exists():
-        click.echo(f"{folder} exists", err=True)
-        return
+    """Write the bundle."""
     if folder.exists():
-        raise UserError(f"{folder} exists and is incomplete; remove it")
+        raise UserError(f"{folder} exists; remove it, or give another folder")
     write_vit_bundle(folder, Bundle.open(BASE), encoder, entities, search_device=device)
 
 

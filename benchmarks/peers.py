@@ -31,9 +31,7 @@ from evaluation.pages import Bars, Report
 from index.bundle import Bundle
 
 IMAGES, CONNECTIONS = 16, 8
-ROUNDS, SECONDS, WARM_UP_S = 3, 4.0, 1.0
-SMOKE_ROUNDS, SMOKE_SECONDS = 1, 3.0
-STOP_TIMEOUT_S = 15
+WARM_UP_S, STOP_TIMEOUT_S = 1.0, 15
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENTS = ROOT / "build" / "peers"
@@ -53,7 +51,7 @@ REPORT = Report(
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """Return the median round of each server, and the ratios of this service to the best peers."""
     generator, cores = split_cores()
-    seconds = SMOKE_SECONDS if smoke else SECONDS
+    rounds, seconds = (1, 3.0) if smoke else (3, 4.0)
     runs: dict[str, list[dict[str, Any]]] = {}
     left_out: dict[str, str] = {}
 
@@ -71,7 +69,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         work = Path(folder)
         images = write_photographs(work, IMAGES, 1280, 960)
         shared_job = _write_shared_files(Bundle.open(bundle_path), work)
-        for _ in range(SMOKE_ROUNDS if smoke else ROUNDS):
+        for _ in range(rounds):
             with service_process(bundle_path, "--cache", "off", "--device", "cpu", cores=cores) as (_, url):
                 expected = run("wikiclip", f"{url}/recognize?top_k=5", None)
             for peer in VERSIONS:

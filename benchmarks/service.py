@@ -38,7 +38,6 @@ from service.settings import Settings
 IMAGES = 16
 TOP_K = 5
 MAX_PIXELS = 64_000_000
-ROUNDS, SMOKE_ROUNDS = 8, 1
 SECONDS, WARM_UP_S = 2.0, 0.5
 CONNECTIONS_PER_CORE = 8  # enough that the service always has a next image
 REPORT = Report(
@@ -63,8 +62,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         images = write_photographs(Path(folder), IMAGES, 1280, 960)
         bundles = encoder_bundles(bundle_path, Path(folder), smoke=smoke)
-        rounds = SMOKE_ROUNDS if smoke else ROUNDS
-        encoders = {name: _compare(bundle, images, rounds) for name, bundle in bundles.items()}
+        encoders = {name: _compare(bundle, images, 1 if smoke else 8) for name, bundle in bundles.items()}
     return {
         "encoders": encoders,
         "image": "JPEG 1280x960",

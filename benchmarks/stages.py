@@ -30,8 +30,6 @@ MAX_PIXELS = 64_000_000
 IMAGE_SIZES = ((640, 480), (1280, 960), (4000, 3000))
 BATCH = 8
 TOP_K = 10
-ROUNDS, SMOKE_ROUNDS = 12, 2
-MOMENT_S, SMOKE_MOMENT_S = 0.25, 0.05
 
 REPORT = Report(
     title="Stages",
@@ -41,7 +39,7 @@ REPORT = Report(
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     """Return milliseconds of each stage with all samples."""
-    rounds, moment_s = (SMOKE_ROUNDS, SMOKE_MOMENT_S) if smoke else (ROUNDS, MOMENT_S)
+    rounds, moment_s = (2, 0.05) if smoke else (12, 0.25)
     with ExitStack() as stack:
         probes = [*_in_process(Bundle.open(bundle_path)), *_over_http(bundle_path, stack)]
         faiss.omp_set_num_threads(1)

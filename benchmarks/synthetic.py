@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -131,35 +130,27 @@ def _png_bomb(width: int, height: int) -> bytes:
 # ---- embeddings ----
 
 
-@dataclass(frozen=True, kw_only=True)
 class Population:
     """The distribution that synthetic embeddings are drawn from."""
 
-    offset_D: Float32Array
-    clusters_CD: Float32Array  # each includes its topic
-    shares_C: npt.NDArray[np.float64]
-    directions_DD: Float32Array  # orthogonal; the length of each is the standard deviation along it
-
-    @classmethod
-    def of(cls, dim: int) -> Population:
+    def __init__(self, dim: int) -> None:
         rng = np.random.default_rng(0)
         topics_TD = _TOPIC * _unit_vectors(rng, _TOPICS, dim)
-        shares_C = np.arange(1, _CLUSTERS + 1) ** -_SIZE_POWER
+        sizes_C = np.arange(1, _CLUSTERS + 1) ** -_SIZE_POWER
+        self._shares_C = sizes_C / sizes_C.sum()
         spectrum_D = np.arange(1, dim + 1) ** -_SPECTRUM_POWER
         rotation_DD = np.linalg.qr(rng.normal(size=(dim, dim)))[0]
-        return cls(
-            offset_D=_OFFSET * _unit_vectors(rng, 1, dim)[0],
-            clusters_CD=topics_TD[rng.integers(_TOPICS, size=_CLUSTERS)]
-            + _CLUSTER * _unit_vectors(rng, _CLUSTERS, dim),
-            shares_C=shares_C / shares_C.sum(),
-            directions_DD=(_OWN * spectrum_D / np.linalg.norm(spectrum_D) * rotation_DD).T.astype(np.float32),
-        )
+        self._offset_D = _OFFSET * _unit_vectors(rng, 1, dim)[0]
+        clusters_CD = topics_TD[rng.integers(_TOPICS, size=_CLUSTERS)]  # each includes its topic
+        self._clusters_CD = clusters_CD + _CLUSTER * _unit_vectors(rng, _CLUSTERS, dim)
+        # Orthogonal; the length of each is the standard deviation along it.
+        self._directions_DD = (_OWN * spectrum_D / np.linalg.norm(spectrum_D) * rotation_DD).T.astype(np.float32)
 
     def draw(self, count: int, rng: np.random.Generator) -> Float32Array:
         """Return L2-normalised embeddings [n, D]."""
-        drawn_nD = rng.standard_normal((count, len(self.offset_D)), np.float32) @ self.directions_DD
-        drawn_nD += self.clusters_CD[rng.choice(len(self.shares_C), count, p=self.shares_C)]
-        drawn_nD += self.offset_D
+        drawn_nD = rng.standard_normal((count, len(self._offset_D)), np.float32) @ self._directions_DD
+        drawn_nD += self._clusters_CD[rng.choice(len(self._shares_C), count, p=self._shares_C)]
+        drawn_nD += self._offset_D
         drawn_nD /= np.linalg.norm(drawn_nD, axis=1, keepdims=True)
         return drawn_nD
 
@@ -176,7 +167,7 @@ def write_embeddings(folder: Path, count: int, dim: int) -> None:
     The first whole shards are the same for any `count`.
     """
     folder.mkdir(parents=True)
-    population = Population.of(dim)
+    population = Population(dim)
 
     def write(shard: int) -> None:
         rows_n = np.arange(shard * SHARD_SIZE, min((shard + 1) * SHARD_SIZE, count))

@@ -11,6 +11,7 @@ Shapes: L prompt tokens, T decoded tokens, N entities, R retrieval width, V voca
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,8 +71,15 @@ class GenerativeRecognizer:
         self._tokens = [np.array(each.ids, np.int32) for each in tokenizer.encode_batch(list(names))]
 
     def quantise(self) -> None:
-        """Switch to int8."""
-        self._model = quantise(self._model)
+        """Switch the linear layers to dynamic int8 (torch's own kernels)."""
+        with warnings.catch_warnings():
+            # Deprecated in favour of torchao, whose kernels need a compiler.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+            layers = {torch.nn.Linear: per_channel_dynamic_qconfig}
+            self._model = quantize_dynamic(self._model, layers)  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
@@ -136,21 +144,6 @@ def prompt(tokenizer: Tokenizer, image_tokens: int, question: str = PROMPT) -> t
     """Return token ids `[1, L]`: start, image positions, question, and the token whose state is the retrieval query."""
     image, start, retrieve = (token_id(tokenizer, token) for token in (IMAGE, START, RETRIEVE))
     return torch.tensor([[start, *[image] * image_tokens, *tokenizer.encode(question).ids, retrieve]])
-
-
-def quantise(module: torch.nn.Module) -> torch.nn.Module:
-    """Return the module with linear layers in dynamic int8 (torch's own kernels)."""
-    import warnings
-
-    with warnings.catch_warnings():
-        # Deprecated in favour of torchao, whose kernels need a compiler.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")
-        from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
-        layers = {torch.nn.Linear: per_channel_dynamic_qconfig}
-        quantised: torch.nn.Module = quantize_dynamic(module, layers)  # type: ignore[no-untyped-call]
-    return quantised
 
 
 class Clock:

@@ -249,9 +249,9 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
         tokens_IPC = patch_tokens(encoder, paths)
         return torch.cat([network.retrieve(part, prompt_1L) for part in torch.split(tokens_IPC, _BATCH)])
 
-    images = [(row, Path(image)) for row, record in enumerate(records) for image in record.images]
+    shown = [(row, Path(image)) for row, record in enumerate(records) for image in record.images]
     sums_NR = torch.zeros(len(records), encoder.embedding_dim)
-    sums_NR.index_add_(0, torch.tensor([row for row, _ in images]), embed([path for _, path in images]))
+    sums_NR.index_add_(0, torch.tensor([row for row, _ in shown]), embed([path for _, path in shown]))
     entities_NR = F.normalize(sums_NR, dim=1)
     generative = GenerativeRecognizer(
         network.model, network.head, tokenizer, titles, entities_NR,
@@ -261,21 +261,19 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
     for kind in KINDS:
         queries = _pairs(build / f"queries_test_{kind}.jsonl")
         embeddings_BR = embed([query.image.path for query in queries])
-        found = {"generative, its retrieval alone": (embeddings_BR @ entities_NR.T).topk(1, dim=1).indices.tolist()}
+        found = {"generative, its retrieval alone": (embeddings_BR @ entities_NR.T).argmax(dim=1).tolist()}
         for mode in ("faithful", "optimised"):
-            found[f"generative, {mode}"] = [
-                _generate(generative, query, mode) for query in tqdm(queries, desc=mode, unit="query")
-            ]
-        for name, rows_Q1 in found.items():
+            answer, preprocessing = getattr(generative, mode), encoder.preprocessing
+            images = (query.image.path.read_bytes() for query in queries)
+            pixels = (load_pixels(image, preprocessing, max_pixels=MAX_PIXELS) for image in images)
+            found[f"generative, {mode}"] = [answer(each).row for each in tqdm(pixels, mode, len(queries), unit="query")]
+        for name, rows in found.items():
             # Generation is also right if it names another entity of the same title.
             labels = [record.entity_id for record in records] if "retrieval" in name else titles
+            ranks = [rank_of(labels[row_of[q.entity_id]], [labels[row]]) for q, row in zip(queries, rows, strict=True)]
             answered = [
-                AnsweredQuery(
-                    data_split=query.data_split,
-                    seen=query.seen,
-                    rank=rank_of(labels[row_of[query.entity_id]], [labels[row] for row in rows]),
-                )
-                for query, rows in zip(queries, rows_Q1, strict=True)
+                AnsweredQuery(data_split=query.data_split, seen=query.seen, rank=rank)
+                for query, rank in zip(queries, ranks, strict=True)
             ]
             evaluation = summarise(answered, rejected=0)
             keys = ("queries", "seen", "unseen", "hm", "intervals")
@@ -286,13 +284,6 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
         "training_minutes": minutes,
         "training_images": len(training_IPC),
     }
-
-
-def _generate(generative: GenerativeRecognizer, query: Pair, mode: str) -> list[int]:
-    """Return the row that is named."""
-    pixels_HW3 = load_pixels(query.image.path.read_bytes(), generative.preprocessing, max_pixels=MAX_PIXELS)
-    answer = generative.faithful(pixels_HW3) if mode == "faithful" else generative.optimised(pixels_HW3)
-    return [answer.row]
 
 
 @click.command(context_settings={"show_default": True})

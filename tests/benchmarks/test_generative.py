@@ -15,7 +15,6 @@ from benchmarks.generative.recognizer import (
     AllowedNames,
     GenerativeRecognizer,
     prompt,
-    quantise,
     train_tokenizer,
 )
 from imaging import load_pixels
@@ -43,9 +42,10 @@ def recognizer(tokenizer, *, seed: int, names_in_tree: int = 300, quantised: boo
         SIZES["tiny"], image_token=tokenizer.token_to_id(IMAGE), vocabulary=tokenizer.get_vocab_size(), device="cpu"
     )
     embeddings = F.normalize(torch.randn(len(NAMES), SIZES["tiny"].retrieval_dim), dim=1)
+    generative = GenerativeRecognizer(model, head, tokenizer, NAMES, embeddings, names_in_tree=names_in_tree)
     if quantised:
-        model = quantise(model)
-    return GenerativeRecognizer(model, head, tokenizer, NAMES, embeddings, names_in_tree=names_in_tree)
+        generative.quantise()
+    return generative
 
 
 def pixels(generative: GenerativeRecognizer, images: dict[str, bytes], count: int) -> np.ndarray:
