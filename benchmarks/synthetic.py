@@ -148,7 +148,7 @@ class Population:
 
     def draw(self, count: int, rng: np.random.Generator) -> Float32Array:
         """Return L2-normalised embeddings [n, D]."""
-        drawn_nD = rng.standard_normal((count, len(self._offset_D)), np.float32) @ self._directions_DD
+        drawn_nD: Float32Array = rng.standard_normal((count, len(self._offset_D)), np.float32) @ self._directions_DD
         drawn_nD += self._clusters_CD[rng.choice(len(self._shares_C), count, p=self._shares_C)]
         drawn_nD += self._offset_D
         drawn_nD /= np.linalg.norm(drawn_nD, axis=1, keepdims=True)
