@@ -128,22 +128,24 @@ def _jpeg_frame(
 
 def _png(data: bytes) -> Header:
     width, height = struct.unpack_from(">II", data, 16)
-    chunks = texts = tag_bytes = 0
-    at, tidy = 8, True
-    while tidy and at + 8 <= len(data):
+    texts = tag_bytes = 0
+    at = 8
+    for _ in range(_MAX_CHUNKS):
+        if at + 8 > len(data):
+            tidy = texts <= _MAX_TEXTS and tag_bytes <= _MAX_TAG_BYTES
+            return Header(width=width, height=height, ordinary=tidy and width * height <= _MAX_PNG_PIXELS)
         length, name = struct.unpack_from(">I4s", data, at)
-        content = at + 8
-        chunks += 1
+        at += 8
         if name in (b"tEXt", b"zTXt", b"iTXt"):
             texts += 1
-            tidy = not data.startswith(b"Raw profile", content)  # it may be EXIF in hexadecimal
+            if data.startswith(b"Raw profile", at):
+                break  # it may be EXIF in hexadecimal
         elif name == b"eXIf":
-            tag_bytes += _tag_bytes(data[content : content + length])
+            tag_bytes += _tag_bytes(data[at : at + length])
         elif name == b"acTL":
-            tidy = False  # an animation
-        tidy = tidy and chunks <= _MAX_CHUNKS and texts <= _MAX_TEXTS and tag_bytes <= _MAX_TAG_BYTES
-        at = content + length + 4
-    return Header(width=width, height=height, ordinary=tidy and width * height <= _MAX_PNG_PIXELS)
+            break  # an animation
+        at += length + 4
+    return Header(width=width, height=height)
 
 
 def _webp(data: bytes) -> Header:

@@ -111,16 +111,15 @@ def load_region(
     data: bytes, preprocessing: Preprocessing, *, max_pixels: int, box: Box | None = None
 ) -> tuple[npt.NDArray[np.uint8], Box]:
     """Return what `load_pixels` returns, and the region of the upright image that the pixels show."""
-    if box is not None:
-        check_box(box)
     image = decode(data, max_pixels=max_pixels, target_px=needed_px(preprocessing, box))
     return to_pixels(image, preprocessing, box), covered_region(image, preprocessing, box)
 
 
 def needed_px(preprocessing: Preprocessing, box: Box | None) -> int:
-    """Return the side the whole image needs for `box` to fill the encoder's input."""
+    """Return the side the whole image needs for `box` to fill the encoder's input. Raises `BadParameter`."""
     if box is None:
         return preprocessing.size_px
+    check_box(box)
     return math.ceil(preprocessing.size_px / min(box[2], box[3]))
 
 

@@ -60,20 +60,21 @@ class DecoderProcess:
         try:
             self._pipe.send((function, arguments, memory_bytes, timeout_s))
             self._pipe.send_bytes(data)
-            answered = self._pipe.poll(max(0.0, min(timeout_s + _GRACE_S, patience_s)))
-            outcome = self._pipe.recv() if answered else UndecodableImage(_too_slow(timeout_s))
+            if not self._pipe.poll(max(0.0, min(timeout_s + _GRACE_S, patience_s))):
+                self.close()
+                raise UndecodableImage(_too_slow(timeout_s))
+            outcome = self._pipe.recv()
         except (EOFError, OSError):
             raise self._death(memory_bytes, timeout_s) from None
-        if isinstance(outcome, MemoryError) or not answered:
-            self.close()  # if it is alive, its heap may be fragmented
+        self._idle_since = time.monotonic()
         if isinstance(outcome, MemoryError):
+            self.close()  # its heap may be fragmented
             raise TooLarge(_too_much(memory_bytes))
         try:
             if isinstance(outcome, Exception):
                 raise outcome
             return outcome
         finally:
-            self._idle_since = time.monotonic()
             del outcome  # an exception refers to this frame: a reference cycle
 
     def kill(self) -> None:

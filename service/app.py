@@ -11,7 +11,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.openapi.utils import get_openapi
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
@@ -21,7 +20,7 @@ from service import errors, routes
 from service.auth import AdminToken, ApiKeys
 from service.cache import RedisLink
 from service.image_fetcher import ImageFetcher
-from service.limits import Rate, RateLimiter
+from service.limits import RateLimiter
 from service.middleware import RequestContext
 from service.recognizer import Recognizer
 from service.settings import Settings
@@ -49,7 +48,7 @@ def create_app(
     limiter = None
     if settings.rate_limit is not None:
         redis = None if settings.redis_url is None else RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
-        limiter = RateLimiter(Rate.parse(settings.rate_limit), redis)
+        limiter = RateLimiter(settings.rate_limit, redis)
     tracing = tracing or open_tracing(settings)
 
     @asynccontextmanager
@@ -71,6 +70,7 @@ def create_app(
     app = FastAPI(
         title="WikiCLIP Serve",
         summary="Which entity of Wikipedia is in this picture.",
+        description=errors.problem_table(),
         version=version("wikiclip-serve"),
         lifespan=lifespan,
         docs_url=None,
@@ -164,13 +164,7 @@ def _add_pages(app: FastAPI) -> None:
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
     if app.openapi_schema is None:
-        document = get_openapi(
-            title=app.title,
-            version=app.version,
-            summary=app.summary,
-            description=errors.problem_table(),
-            routes=app.routes,
-        )
+        document = FastAPI.openapi(app)
         components = document["components"]["schemas"]
         components["Problem"] = {**Problem.model_json_schema(), "x-types": errors.problem_types()}
         # FastAPI's own description of invalid parameters. The service answers with a problem instead.
@@ -186,5 +180,4 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
             "admin": {"type": "http", "scheme": "bearer", "description": "The admin token."},
         }
-        app.openapi_schema = document
-    return app.openapi_schema
+    return FastAPI.openapi(app)

@@ -23,6 +23,7 @@ _REQUEST_ERRORS: tuple[type[WikiclipError], ...] = (
     errors.BadRequest,
     errors.Unauthorized,
     errors.Forbidden,
+    errors.NotFound,
     errors.UnknownEntity,
     errors.SlowRequest,
     errors.Conflict,

@@ -46,14 +46,9 @@ def _split_commas(value: Any) -> Any:
 _SPLIT_COMMAS = BeforeValidator(_split_commas)
 
 
-def _check_rate(text: str) -> str:
-    Rate.parse(text)
-    return text
-
-
 _Key = Annotated[str, AfterValidator(digest_of)]
 _Host = Annotated[str, AfterValidator(host_pattern)]
-_Rate = Annotated[str, AfterValidator(_check_rate)]
+_Rate = Annotated[Rate, BeforeValidator(lambda value: Rate.parse(value) if isinstance(value, str) else value)]
 _Bundle = Annotated[Path | str, AfterValidator(lambda value: value if is_uri(value) else Path(value))]
 
 

@@ -82,12 +82,10 @@ def image_of(body: bytes, content_type: str) -> bytes | str:
     """
     media_type = _media_type(content_type)
     if media_type == "multipart/form-data":
-        images = images_of(body, content_type)
-        if len(images) != 1:
-            raise BadRequest(f"the form has {len(images)} parts named image; send one, or use /recognize/batch")
-        if isinstance(images[0], UserError):
-            raise images[0]
-        return images[0]
+        parts = _image_parts(body, content_type, 1)
+        if len(parts) != 1:
+            raise BadRequest(f"the form has {len(parts)} parts named image; send one, or use /recognize/batch")
+        return _image_in_part(parts[0])
     if media_type == "application/json":
         content = _json(body)
         return _image_in_json(content.get("image") if isinstance(content, dict) else None)
@@ -103,10 +101,13 @@ def images_of(body: bytes, content_type: str, max_images: int = 1) -> list[bytes
     """
     if _media_type(content_type) != "multipart/form-data":
         raise UnsupportedMediaType("send multipart/form-data with parts named image")
-    parts = [part for part in _parse_multipart(body, content_type, max_images) if part.name == b"image"]
-    if not parts:
-        raise BadRequest("the form has no part named image; add one")
-    return [_image_in_part(part) for part in parts]
+    images: list[bytes | UserError] = []
+    for part in _image_parts(body, content_type, max_images):
+        try:
+            images.append(_image_in_part(part))
+        except UserError as error:
+            images.append(error.with_traceback(None))  # a traceback would keep the image in memory
+    return images
 
 
 def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
@@ -123,13 +124,10 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
     parts = _parse_multipart(body, content_type, 2)
     records = [part for part in parts if part.name == b"record"]
-    images = [_image_in_part(part) for part in parts if part.name == b"image"]
+    images = [part for part in parts if part.name == b"image"]
     if len(records) != 1 or len(images) > 1:
         raise BadRequest("the form needs one part record, with the record as JSON, and at most one part image")
-    for image in images:
-        if isinstance(image, UserError):
-            raise image
-    return _json(records[0].data), next((image for image in images if isinstance(image, bytes)), None)
+    return _json(records[0].data), _image_in_part(images[0]) if images else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,14 +141,18 @@ def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def _image_in_part(part: _Part) -> bytes | UserError:
+def _image_parts(body: bytes, content_type: str, max_images: int) -> list[_Part]:
+    parts = [part for part in _parse_multipart(body, content_type, max_images) if part.name == b"image"]
+    if not parts:
+        raise BadRequest("the form has no part named image; add one")
+    return parts
+
+
+def _image_in_part(part: _Part) -> bytes:
     if not part.data:
-        return BadRequest("the part image is empty; send a file with content")
+        raise BadRequest("the part image is empty; send a file with content")
     if part.content_type is not None and part.content_type.lower() != _UNKNOWN_TYPE:
-        try:
-            _check_type(part.content_type)
-        except UnsupportedMediaType as error:
-            return error
+        _check_type(part.content_type)
     return part.data
 
 

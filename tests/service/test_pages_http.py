@@ -125,6 +125,9 @@ def test_pages_load_nothing_from_other_hosts(service, path):
 
 
 def test_the_api_description_lists_problem_types(service):
-    answered = service.post("/recognize", content=b"x", headers={"Content-Type": "image/png"}).json()["type"]
+    undecodable = service.post("/recognize", content=b"x", headers={"Content-Type": "image/png"})
+    no_thumbnail = service.get("/entities/nothing/thumbnail")
     document = service.get("/openapi.json").json()
-    assert answered in [each["type"] for each in document["components"]["schemas"]["Problem"]["x-types"]]
+    listed = [each["type"] for each in document["components"]["schemas"]["Problem"]["x-types"]]
+    assert undecodable.json()["type"] in listed
+    assert no_thumbnail.json()["type"] in listed

@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 
 from core.errors import (
+    BadParameter,
     BundleAltered,
     BundleIncomplete,
     BundleMissing,
@@ -68,6 +69,11 @@ def test_images_may_wait_for_a_decoder_as_long_as_it_takes(recognizer, small_ima
     assert isinstance(answer, Recognition)
     with pytest.raises(TooManyRequests):
         asyncio.run(recognizer.recognize(small_images["Q140"], RecognizeOptions(explain=True)))
+
+
+def test_a_box_without_width_is_refused(recognizer, small_images):
+    (answer,) = recognizer.recognize_many([small_images["Q140"]], RecognizeOptions(box=(0, 0, 0, 1)))
+    assert isinstance(answer, BadParameter)
 
 
 def test_a_folder_whose_file_system_fails_has_disappeared(tmp_path, monkeypatch):
