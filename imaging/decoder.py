@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ class _Job:
 
 
 class Decoder:
-    """Decodes images for any number of threads and event loops. Close it when done, or use `with`.
+    """Decodes images for any number of threads and event loops. Close it when done.
 
     An image that is not ordinary gets `timeout_s` to decode, a small one a quarter of that. Threads and processes start
     when they are needed.
@@ -80,12 +80,6 @@ class Decoder:
         self._isolated = Pool(processes, "decode-isolated", budget_bytes=budget_bytes - ordinary_bytes)
         self._processes = [DecoderProcess() for _ in range(processes)]  # those without a job
         self._kill_lock = threading.Lock()  # a process must not be killed once it has another job
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def stuck_s(self) -> float:

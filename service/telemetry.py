@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -43,43 +43,35 @@ class Metrics:
     def __init__(self) -> None:
         registry = self.registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        self.requests = Counter("wikiclip_requests", "Requests answered.", ["route", "status"], registry=registry)
-        self.request_seconds = Histogram(
-            "wikiclip_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS, registry=registry
+        counter, gauge = partial(Counter, registry=registry), partial(Gauge, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        self.requests = counter("wikiclip_requests", "Requests answered.", ["route", "status"])
+        self.request_seconds = histogram(
+            "wikiclip_request_seconds", "Time to answer a request.", ["route"], buckets=_SECONDS
         )
-        self.stage_seconds = Histogram(
+        self.stage_seconds = histogram(
             "wikiclip_stage_seconds",
             "Time an image spent in a stage: decode, queue, encode (its whole batch), search.",
             ["stage"],
             buckets=_SECONDS,
-            registry=registry,
         )
-        self.images = Counter(
+        self.images = counter(
             "wikiclip_images",
             "Images by outcome: answered, full (queue limit), rate (rate limit), deadline, abandoned (client "
             "disconnected), undecodable, too_large, refused (other client errors), failed (internal errors).",
             ["outcome"],
-            registry=registry,
         )
-        self.batch_images = Histogram(
-            "wikiclip_batch_images", "Images encoded together.", buckets=_IMAGES, registry=registry
+        self.batch_images = histogram("wikiclip_batch_images", "Images encoded together.", buckets=_IMAGES)
+        self.cache_lookups = counter(
+            "wikiclip_cache_lookups", "Lookups by result: answer, embedding or miss.", ["found"]
         )
-        self.cache_lookups = Counter(
-            "wikiclip_cache_lookups", "Lookups by result: answer, embedding or miss.", ["found"], registry=registry
-        )
-        self.engine_deaths = Counter(
-            "wikiclip_engine_deaths", "Times that the engine thread died and was replaced.", registry=registry
-        )
-        self.bundle_swaps = Counter(
-            "wikiclip_bundle_swaps", "Bundle swaps by outcome: loaded or refused.", ["outcome"], registry=registry
-        )
-        self.bundle = Gauge("wikiclip_bundle", "1 for the current bundle.", ["model", "bundle"], registry=registry)
-        self.redis_errors = Counter("wikiclip_redis_errors", "Failed Redis calls.", registry=registry)
-        self.in_flight_images = Gauge(
-            "wikiclip_in_flight_images", "Images accepted and not yet answered.", registry=registry
-        )
-        self.queue_images = Gauge("wikiclip_queue_images", "Images waiting for the engine.", registry=registry)
-        self.ready = Gauge("wikiclip_ready", "1 while the service can answer requests.", registry=registry)
+        self.engine_deaths = counter("wikiclip_engine_deaths", "Times that the engine thread died and was replaced.")
+        self.bundle_swaps = counter("wikiclip_bundle_swaps", "Bundle swaps by outcome: loaded or refused.", ["outcome"])
+        self.bundle = gauge("wikiclip_bundle", "1 for the current bundle.", ["model", "bundle"])
+        self.redis_errors = counter("wikiclip_redis_errors", "Failed Redis calls.")
+        self.in_flight_images = gauge("wikiclip_in_flight_images", "Images accepted and not yet answered.")
+        self.queue_images = gauge("wikiclip_queue_images", "Images waiting for the engine.")
+        self.ready = gauge("wikiclip_ready", "1 while the service can answer requests.")
 
         # Looking up a label's child takes longer than incrementing it. All labels have few values.
         self._images_of = cache(self.images.labels)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import numpy as np
 import psutil
@@ -43,6 +44,10 @@ SLOW = jpeg(1448, scans=100_000)  # a minute and more
 def decoder(**changes) -> Decoder:
     settings = {"max_pixels": MAX_PIXELS, "budget_bytes": 2**29, "timeout_s": TIMEOUT_S, "processes": 1}
     return Decoder(**{**settings, **changes})
+
+
+def closing_decoder(**changes) -> closing[Decoder]:
+    return closing(decoder(**changes))
 
 
 def all_processes() -> list[psutil.Process]:
@@ -88,7 +93,9 @@ EXTREME = {case.name: case.bodies[0] for case in cases(0.01)}
     ids=["fax", "tile", "canvas"],
 )
 def test_the_header_alone_refuses(data, error, words):
-    with decoder(budget_bytes=400 * 2**20, max_pixels=25_000_000 if data.startswith(b"RIFF") else 640_000) as strict:
+    with closing_decoder(
+        budget_bytes=400 * 2**20, max_pixels=25_000_000 if data.startswith(b"RIFF") else 640_000
+    ) as strict:
         with pytest.raises(error, match=words):
             strict.load_pixels(data, PREPROCESSING)
         assert processes() == []
@@ -96,12 +103,12 @@ def test_the_header_alone_refuses(data, error, words):
 
 def test_a_long_image_is_not_stretched_beyond_the_budget():
     squash = Preprocessing.from_dict({**PREPROCESSING.to_dict(), "resize": "squash", "crop": "none"})
-    with decoder(budget_bytes=2**28) as strict, pytest.raises(TooLarge, match="1 x 2000000 pixels"):
+    with closing_decoder(budget_bytes=2**28) as strict, pytest.raises(TooLarge, match="1 x 2000000 pixels"):
         strict.load_pixels(png(1, height=2_000_000), squash)
 
 
 def test_ordinary_images_start_no_process():
-    with decoder() as each:
+    with closing_decoder() as each:
         for data in (ORDINARY, encoded(SMALL, "PNG"), encoded(SMALL, "WEBP"), encoded(SMALL, "JPEG", progressive=True)):
             assert np.array_equal(
                 each.load_pixels(data, PREPROCESSING), load_pixels(data, PREPROCESSING, max_pixels=MAX_PIXELS)
@@ -132,7 +139,7 @@ def test_images_that_headers_do_not_describe_are_not_ordinary(data):
 
 def test_a_frame_without_components_is_damaged():
     data = b"\xff\xd8" + b"\xff\xc2\0\x08\x08\0\x10\0\x10\0" + b"\xff\xda\0\x08\1\1\0\0\x3f\0"
-    with decoder() as each, pytest.raises(UndecodableImage, match="truncated or damaged"):
+    with closing_decoder() as each, pytest.raises(UndecodableImage, match="truncated or damaged"):
         each.load_pixels(data, PREPROCESSING)
 
 
@@ -148,7 +155,7 @@ def test_a_reduced_jpeg_takes_less_and_a_progressive_one_more():
 
 
 def test_an_image_that_takes_too_long_is_stopped_and_the_next_one_decodes():
-    with decoder(timeout_s=2.0) as each:
+    with closing_decoder(timeout_s=2.0) as each:
         with pytest.raises(UndecodableImage, match=r"longer than 0\.55 s"):
             each.load_pixels(SLOW, PREPROCESSING)
         assert processes() == []
@@ -158,14 +165,14 @@ def test_an_image_that_takes_too_long_is_stopped_and_the_next_one_decodes():
 def test_an_image_that_takes_more_than_its_header_says_is_refused():
     big = bytearray(encoded(Image.new("P", (5000, 5000)), "GIF"))
     big[6:10] = b"\x40\0\x40\0"  # a canvas of 64 x 64 pixels, which Pillow enlarges to its first frame
-    with decoder() as each:
+    with closing_decoder() as each:
         with pytest.raises(TooLarge, match=r"more than the \d+ MiB that the header suggests"):
             each.load_pixels(bytes(big), PREPROCESSING)
         assert each.load_pixels(OTHER, PREPROCESSING).shape == (32, 32, 3)
 
 
 def test_a_process_that_the_kernel_kills_is_replaced():
-    with decoder() as each, ThreadPoolExecutor(1) as pool:
+    with closing_decoder() as each, ThreadPoolExecutor(1) as pool:
         pending = pool.submit(each.load_pixels, SLOW, PREPROCESSING)
         decoding().send_signal(signal.SIGKILL)
         with pytest.raises(TooLarge, match="more than"):
@@ -174,7 +181,7 @@ def test_a_process_that_the_kernel_kills_is_replaced():
 
 
 def test_a_process_that_crashes_is_replaced():
-    with decoder() as each, ThreadPoolExecutor(1) as pool:
+    with closing_decoder() as each, ThreadPoolExecutor(1) as pool:
         pending = pool.submit(each.load_pixels, SLOW, PREPROCESSING)
         decoding().send_signal(signal.SIGSEGV)
         with pytest.raises(UndecodableImage, match="crashed its decoder"):
@@ -194,7 +201,7 @@ def test_a_cancelled_image_stops_its_process():
         assert pixels_HW3.shape == (32, 32, 3)
         assert stage[0] < stage[1]
 
-    with decoder() as each:
+    with closing_decoder() as each:
         started_at = time.monotonic()
         asyncio.run(run(each))
         assert time.monotonic() - started_at < TIMEOUT_S
@@ -215,7 +222,7 @@ def test_an_image_that_waits_too_long_is_refused_while_ordinary_ones_are_decoded
         assert refusal.value.retry_after_s == 6
         assert (await patient)[0].shape == (32, 32, 3)
 
-    with decoder(timeout_s=6.0) as each:
+    with closing_decoder(timeout_s=6.0) as each:
         asyncio.run(run(each))
 
 
@@ -230,7 +237,7 @@ def test_images_share_the_budget_first_come_first_served(monkeypatch):
 
     monkeypatch.setattr("imaging.decoder.load_pixels", gated)
     images = [encoded(Image.new("RGB", (side, side)), "PNG") for side in (1501, 1502, 8)]
-    with decoder(budget_bytes=4 * 50 * 2**20, threads=3) as each, ThreadPoolExecutor(3) as pool:
+    with closing_decoder(budget_bytes=4 * 50 * 2**20, threads=3) as each, ThreadPoolExecutor(3) as pool:
         pending = [pool.submit(each.load_pixels, images[0], PREPROCESSING)]
         until(lambda: sides == [1501])
         pending.append(pool.submit(each.load_pixels, images[1], PREPROCESSING))
@@ -246,13 +253,13 @@ def test_images_share_the_budget_first_come_first_served(monkeypatch):
 
 def test_an_idle_process_ends_and_gets_no_task_while_it_may(monkeypatch):
     monkeypatch.setattr("imaging.process._FRESH_S", 0)
-    with decoder() as each:
+    with closing_decoder() as each:
         each.check(OTHER)
         (first,) = processes()
         each.check(OTHER)
         assert not first.is_running()
     monkeypatch.setattr("imaging.process._MAIN", f"import imaging.process as p; p._IDLE_S = 0.1; {_MAIN}")
-    with decoder() as each:
+    with closing_decoder() as each:
         each.check(OTHER)
         until(lambda: processes() == [])
         each.check(OTHER)
@@ -336,7 +343,7 @@ def test_every_mode_decodes_within_its_estimate(form):
 
 
 def test_a_gif_is_decoded_whatever_follows_its_first_frame():
-    with decoder() as each:
+    with closing_decoder() as each:
         assert each.load_pixels(gif(64, frames=1000), PREPROCESSING).shape == (32, 32, 3)
 
 

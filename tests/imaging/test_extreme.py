@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ CASES = {case.name: case for case in cases(SHARE)}
 
 @pytest.fixture(scope="module")
 def decoder():
-    with Decoder(max_pixels=MAX_PIXELS, budget_bytes=2**28, timeout_s=TIMEOUT_S, processes=1) as each:
+    with closing(Decoder(max_pixels=MAX_PIXELS, budget_bytes=2**28, timeout_s=TIMEOUT_S, processes=1)) as each:
         yield each
 
 
