@@ -27,22 +27,22 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Rejected]:
     `CatalogError` as `read_lines` does.
     """
     for raw, position in read_lines(path):
-        if raw.strip():
-            value = _object_or_reason(raw)
-            if isinstance(value, str):
-                yield Rejected(line=position.line, reason=value, record=_excerpt(raw))
-            else:
-                yield position.line, value
+        if len(raw) > MAX_LINE_BYTES:
+            yield Rejected(line=position.line, reason=LINE_TOO_LONG, record=_excerpt(raw))
+        elif raw.strip():
+            yield _parse(position.line, raw)
 
 
-def _object_or_reason(raw: bytes) -> dict[str, Any] | str:
-    if len(raw) > MAX_LINE_BYTES:
-        return LINE_TOO_LONG
+def _parse(line_number: int, raw: bytes) -> tuple[int, dict[str, Any]] | Rejected:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        return f"not JSON: {error}"
-    return value if isinstance(value, dict) else f"expected a JSON object, got {type(value).__name__}"
+        return Rejected(line=line_number, reason=f"not JSON: {error}", record=_excerpt(raw))
+    if not isinstance(value, dict):
+        return Rejected(
+            line=line_number, reason=f"expected a JSON object, got {type(value).__name__}", record=_excerpt(raw)
+        )
+    return line_number, value
 
 
 def excerpt(row: object) -> str:

@@ -13,6 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -111,6 +112,7 @@ class DecoderProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # libtiff writes a line for each damaged row
             )
+        threading.Thread(target=self._process.wait, name="decoder-process", daemon=True).start()  # leaves no zombie
         self._pipe, self._idle_since = ours, time.monotonic()
 
     def _death(self, memory_bytes: int, timeout_s: float) -> UserError:

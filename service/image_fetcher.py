@@ -141,16 +141,14 @@ class ImageFetcher:
                     raise FetchFailed(f"the URL's server answered {response.status}; check the URL")
                 if headers.get(b"content-encoding", b"identity").lower() != b"identity":
                     raise FetchFailed("the URL's server sent the image compressed; send the image itself")
-                chunks: list[bytes] = []
-                size_bytes = 0
+                image = bytearray()
                 async for chunk in response.aiter_stream():
-                    size_bytes += len(chunk)
-                    if size_bytes > self._max_bytes:
+                    image += chunk
+                    if len(image) > self._max_bytes:
                         reason = f"the image behind the URL is over {self._max_bytes} bytes; choose a smaller one"
                         raise TooLarge(reason)
-                    chunks.append(chunk)
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise FetchFailed("the URL's server could not be reached; check the URL") from error
-        if size_bytes == 0:
+        if not image:
             raise FetchFailed("the URL's server sent an empty response; check the URL")
-        return b"".join(chunks)
+        return bytes(image)

@@ -65,6 +65,7 @@ class Answer(BaseModel):
 
     model_config = ConfigDict(
         frozen=True,
+        allow_inf_nan=False,
         validate_by_name=True,
         validate_by_alias=True,
         serialize_by_alias=True,

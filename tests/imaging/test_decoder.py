@@ -261,7 +261,8 @@ def test_an_idle_process_ends_and_gets_no_task_while_it_may(monkeypatch):
     monkeypatch.setattr("imaging.process._MAIN", f"import imaging.process as p; p._IDLE_S = 0.1; {_MAIN}")
     with closing_decoder() as each:
         each.check(OTHER)
-        until(lambda: processes() == [])
+        (child,) = processes()
+        until(lambda: not psutil.pid_exists(child.pid))
         each.check(OTHER)
 
 
