@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import socket
+import sys
 from typing import Any
 
 import httptools
@@ -46,7 +47,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     - A head has at most `MAX_HEAD_BYTES` and `MAX_HEADERS`. `MAX_HEAD_BYTES` also limits what a body contains between
       two pieces of content: sizes and extensions of chunks, and trailers.
     - Pipelined requests wait unparsed until those before them have their responses, and no more are read.
-    - A client that receives nothing for `timeout_s`, although responses wait for it, is disconnected.
+    - A client that receives nothing for `timeout_s`, although responses wait for it, is disconnected (on Linux).
     - `Upgrade` is ignored, as RFC 9110 permits. httptools would take what follows the head for another protocol.
     """
 
@@ -71,9 +72,10 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.flow = _Flow(transport)
-        # The kernel ends a connection whose client has received nothing for that long, although data waits for it.
-        client: socket.socket = transport.get_extra_info("socket")
-        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * self._timeout_s))
+        if sys.platform == "linux":
+            # The kernel ends a connection whose client has received nothing for that long, although data waits for it.
+            client: socket.socket = transport.get_extra_info("socket")
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(1000 * self._timeout_s))
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
