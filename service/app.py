@@ -15,12 +15,13 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from core.errors import UserError
+from core.runtime import usable_memory
 from imaging import readable_types
 from service import errors, routes
 from service.auth import AdminToken, ApiKeys
 from service.cache import RedisLink
 from service.image_fetcher import ImageFetcher
-from service.limits import RateLimiter
+from service.limits import BodyBudget, RateLimiter
 from service.middleware import RequestContext
 from service.recognizer import Recognizer
 from service.settings import Settings
@@ -86,6 +87,9 @@ def create_app(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
     app.state.rate_limiter = limiter
+    app.state.body_budget = BodyBudget(
+        settings.body_budget_bytes or max(usable_memory() // 10, 4 * settings.max_body_bytes)
+    )
     errors.install(app)
     app.include_router(routes.router)
     app.include_router(routes.admin_router)

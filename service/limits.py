@@ -126,6 +126,26 @@ class Admission:
         return self._done_images / self._done_busy_s
 
 
+class BodyBudget:
+    """Bounds the bytes of request bodies that are in memory at the same time. For one event loop."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = self._free_bytes = limit_bytes
+
+    def take(self, size_bytes: int) -> None:
+        """Take bytes until `give_back`. Raises `TooManyRequests`."""
+        if size_bytes > self._free_bytes:
+            raise TooManyRequests(
+                f"other request bodies take {self._limit_bytes - self._free_bytes} of {self._limit_bytes} bytes; "
+                "retry in 1 s",
+                retry_after_s=1,
+            )
+        self._free_bytes -= size_bytes
+
+    def give_back(self, size_bytes: int) -> None:
+        self._free_bytes += size_bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rate:
     """At most `images` at once, refilled evenly over `period_s`."""

@@ -61,7 +61,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         request_id = request_id_of(scope["headers"])
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, body_bytes=0)
         if self._tracing is None:
             await self._respond(scope, receive, send, request_id)
             return
@@ -101,6 +101,7 @@ class RequestContext:
                 raise  # the response has begun: the server can only close the connection
             await unexpected_response(request_id)(scope, receive, send_with_headers)
         finally:
+            state.body_budget.give_back(scope["state"]["body_bytes"])
             elapsed_s = time.monotonic() - started_at
             state.metrics.observe_request(_route(scope), status, elapsed_s)
             _log_access(scope, request_id, status, elapsed_s)

@@ -181,7 +181,7 @@ class BundleRequest(BaseModel):
 @admin_router.post(
     "/admin/bundle",
     summary="Swap to another bundle without failing a request",
-    responses=problems(400, 401, 403, 408, 409, 413, 422, 503),
+    responses=problems(400, 401, 403, 408, 409, 413, 422, 429, 503),
     openapi_extra={**_ADMIN_ONLY, **uploads.request_body({"application/json": BundleRequest.model_json_schema()})},
 )
 async def change_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChange:
@@ -253,10 +253,13 @@ async def _fetched(request: Request, image: bytes | str) -> bytes:
 
 
 async def _read_body(request: Request, recognizer: Recognizer) -> bytes:
+    settings = recognizer.settings
     with timed("body"):
-        return await uploads.read_body(
-            request, recognizer.settings.max_body_bytes, recognizer.settings.receive_timeout_ms / 1000
-        )
+        try:
+            return await uploads.read_body(request, settings.max_body_bytes, settings.receive_timeout_ms / 1000)
+        except TooManyRequests:
+            recognizer.metrics.count_images("full")
+            raise
 
 
 async def _apply_rate_limit(request: Request, recognizer: Recognizer, images: int) -> None:

@@ -132,6 +132,12 @@ class Settings(BaseSettings):
         default=30_000, ge=1, description="Milliseconds for a request's head to arrive, and again for its body."
     )
     max_body_bytes: int = Field(default=20 * 1024**2, ge=1, description="Maximum bytes of a request body.")
+    body_budget_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Bytes that request bodies may take together; more get 429. 0 is 10 % of the memory that the "
+        "process may use, and at least four bodies of MAX_BODY_BYTES.",
+    )
     max_pixels: int = Field(default=64_000_000, ge=1, description="Maximum pixels of an image, width times height.")
     api_keys: Annotated[tuple[_Key, ...], NoDecode, _SPLIT_COMMAS] = Field(
         default=(),

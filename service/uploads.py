@@ -20,6 +20,7 @@ from starlette.requests import Request
 
 from core.errors import BadRequest, SlowRequest, TooLarge, UnsupportedMediaType, UserError
 from imaging import canonical_type, readable_types
+from service.limits import BodyBudget
 
 _DRAIN_BYTES = 8 * 1024**2  # read beyond the limit before the connection is closed
 _OTHER_PARTS = 16  # parts of a form besides those that the service reads
@@ -43,7 +44,8 @@ async def parse(reader: Callable[[bytes, str], T], body: bytes, content_type: st
 async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:
     """Read the body of a request.
 
-    Raises `TooLarge` over the limit, `SlowRequest` if it takes longer than `timeout_s`, `BadRequest` if it is empty.
+    Raises `TooLarge` over the limit, `SlowRequest` if it takes longer than `timeout_s`, `BadRequest` if it is empty,
+    `TooManyRequests` over the app's budget for all bodies. `RequestContext` gives the bytes back to that.
     A body over the limit is read up to `_DRAIN_BYTES` beyond it and discarded, because many clients do not read a
     response before they have sent their body. With `Expect: 100-continue` it is not read at all.
     """
@@ -52,6 +54,7 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
     too_large = declared.isdecimal() and int(declared) > max_body_bytes
     if too_large and request.headers.get("expect", "").lower() == "100-continue":
         raise error  # reading would send 100 Continue
+    budget: BodyBudget = request.app.state.body_budget
     chunks: list[bytes] = []
     size_bytes = 0
     try:
@@ -60,6 +63,8 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
                 size_bytes += len(chunk)
                 too_large = too_large or size_bytes > max_body_bytes
                 if not too_large:
+                    budget.take(len(chunk))
+                    request.state.body_bytes += len(chunk)
                     chunks.append(chunk)
                     continue
                 chunks.clear()

@@ -162,6 +162,24 @@ def test_a_full_queue_is_a_429_with_retry_after(serve, small_bundle, encoder, im
         assert ask(service, images[3]).status_code == 200
 
 
+def test_bodies_together_are_limited(serve, small_bundle, encoder, images):
+    large = images[0] + bytes(60_000)
+    with (
+        serve(small_bundle, encoder=encoder, cache="off", body_budget_bytes=100_000) as service,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first = pool.submit(ask, service, large)
+        assert encoder.entered.acquire(timeout=TIMEOUT_S)
+        refused = ask(service, large)  # the first body is in memory until its request is answered
+        assert refused.status_code == 429
+        assert "of 100000 bytes" in refused.json()["detail"]
+        assert refused.headers["retry-after"] == "1"
+        encoder.gate.set()
+        assert first.result(TIMEOUT_S).status_code == 200
+        for _ in range(3):
+            assert ask(service, large).status_code == 200
+
+
 @pytest.mark.parametrize("own_id", [{"X-Request-ID": "mine"}, {"X-Request-ID": "0" * 32}, {}])
 def test_a_refusal_is_a_complete_response(serve, small_bundle, encoder, images, caplog, own_id):
     caplog.set_level("INFO", "wikiclip.access")
