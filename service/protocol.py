@@ -91,7 +91,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._refused:
-            self._unparsed = memoryview(bytes(self._unparsed) + data)
+            self._unparsed = memoryview(bytes(self._unparsed) + data if self._unparsed else data)
             self._parse()
 
     def _parse(self) -> None:
