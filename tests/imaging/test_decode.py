@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import sys
 import zlib
@@ -11,32 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from benchmarks.extreme import chunk, encoded
 from core.errors import TooLarge, UndecodableImage
-from imaging import Preprocessing, canonical_type, decode, load_pixels, readable_types, sniff
+from imaging import canonical_type, decode, load_pixels, readable_types, sniff
+from tests.conftest import PREPROCESSING
 
 MAX_PIXELS = 1_000_000
-PREPROCESSING = Preprocessing(
-    size_px=32,
-    resize="shortest",
-    crop="center",
-    interpolation="bicubic",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
-
-
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def giant_png(width: int, height: int) -> bytes:
     """A black one-bit PNG of any size in a few kilobytes."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
     row = b"\0" * (1 + (width + 7) // 8)
     packer = zlib.compressobj(9)
     packed = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()

@@ -24,17 +24,10 @@ from core.runtime import usable_memory
 from imaging import Decoder, Preprocessing, load_pixels, readable_types
 from imaging.header import read_header
 from imaging.process import _MAIN, DecoderProcess
+from tests.conftest import PREPROCESSING
 
 TIMEOUT_S = 60  # long enough for a busy machine
 MAX_PIXELS = 64_000_000
-PREPROCESSING = Preprocessing(
-    size_px=32,
-    resize="shortest",
-    crop="center",
-    interpolation="bicubic",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
 SMALL = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 ORDINARY = encoded(SMALL, "JPEG")
 OTHER = encoded(SMALL, "GIF")  # decoded in a process
@@ -278,7 +271,7 @@ def test_a_closed_decoder_leaves_no_process_and_refuses():
 
 PARENT = """
 import sys, threading, time
-from imaging import Decoder
+from imaging import Decoder, Preprocessing, load_pixels, readable_types
 decoder = Decoder(max_pixels=10**8, budget_bytes=2**29, timeout_s=16.0, processes=1)
 thread = threading.Thread(target=decoder.check, args=(sys.stdin.buffer.read(),), daemon=True)
 thread.start()

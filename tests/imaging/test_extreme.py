@@ -11,20 +11,13 @@ from PIL import Image
 
 from benchmarks.extreme import Case, cases, encoded
 from core.errors import TooLarge, UndecodableImage
-from imaging import Decoder, Preprocessing, load_pixels
+from imaging import Decoder, load_pixels
+from tests.conftest import PREPROCESSING
 
 TIMEOUT_S = 2.0
 BUSY_S = 30.0  # on top, on a busy machine
 SHARE = 0.01
 MAX_PIXELS = int(64_000_000 * SHARE)
-PREPROCESSING = Preprocessing(
-    size_px=32,
-    resize="shortest",
-    crop="center",
-    interpolation="bicubic",
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
 OTHER = encoded(Image.linear_gradient("L"), "GIF")
 CASES = {case.name: case for case in cases(SHARE)}
 
