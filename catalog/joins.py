@@ -18,7 +18,7 @@ from typing import Any
 from catalog.cirrus import Page, PageImage
 from catalog.wikidata import Item
 from core.errors import UserError
-from core.jsonl import Rejected
+from core.jsonl import Rejected, excerpt
 from core.lines import START, Position
 
 _SCHEMA = """
@@ -118,8 +118,7 @@ class Joins:
 
     def reject(self, source: str, line: int, reason: str, record: bytes) -> None:
         """Record a bad record, with its first 500 characters."""
-        excerpt = record[:2000].decode("utf-8", "replace").strip()[:500]
-        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?)", (source, line, reason, excerpt))
+        self._db.execute("INSERT INTO rejected VALUES (?, ?, ?, ?)", (source, line, reason, excerpt(record)))
 
     def rejected(self) -> Iterator[tuple[str, Rejected]]:
         """Yield each bad record with its source."""

@@ -28,7 +28,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]] | Rejected]:
     """
     for raw, position in read_lines(path):
         if len(raw) > MAX_LINE_BYTES:
-            yield Rejected(line=position.line, reason=LINE_TOO_LONG, record=_excerpt(raw))
+            yield Rejected(line=position.line, reason=LINE_TOO_LONG, record=excerpt(raw))
         elif raw.strip():
             yield _parse(position.line, raw)
 
@@ -37,24 +37,22 @@ def _parse(line_number: int, raw: bytes) -> tuple[int, dict[str, Any]] | Rejecte
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        return Rejected(line=line_number, reason=f"not JSON: {error}", record=_excerpt(raw))
+        return Rejected(line=line_number, reason=f"not JSON: {error}", record=excerpt(raw))
     if not isinstance(value, dict):
         return Rejected(
-            line=line_number, reason=f"expected a JSON object, got {type(value).__name__}", record=_excerpt(raw)
+            line=line_number, reason=f"expected a JSON object, got {type(value).__name__}", record=excerpt(raw)
         )
     return line_number, value
 
 
-def excerpt(row: object) -> str:
-    """Return the beginning of a row as JSON, for `Rejected.record`."""
+def excerpt(record: object) -> str:
+    """Return the beginning of a record, for `Rejected.record`: of a line as it is, of a parsed one as JSON."""
+    if isinstance(record, bytes):
+        return record[:2000].decode("utf-8", "replace").strip()[:500]
     try:
-        return json.dumps(row, default=str)[:500]
+        return json.dumps(record, default=str)[:500]
     except RecursionError:
         return "(nested too deeply to be shown)"
-
-
-def _excerpt(raw: bytes) -> str:
-    return raw[:2000].decode("utf-8", "replace").strip()[:500]
 
 
 class RejectLog:

@@ -19,7 +19,7 @@ from catalog import EntityRecord, is_url, read_catalog
 from core.errors import TooLarge, UndecodableImage, UserError
 from core.files import atomic_write_bytes
 from evaluation.metrics import RECALL_AT, AnsweredQuery, Evaluation, confidences_of, format_interval, reliability
-from imaging import decode
+from imaging import make_thumbnail
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -329,13 +329,9 @@ def _thumbnail(path: Path | None) -> str | None:
     if path is None or not path.is_file():
         return None
     try:
-        image = decode(path.read_bytes(), max_pixels=_MAX_PIXELS, target_px=_IMAGE_PX)
+        return _data_uri(make_thumbnail(path.read_bytes(), _IMAGE_PX, max_pixels=_MAX_PIXELS))
     except (UndecodableImage, TooLarge):
         return None
-    image.thumbnail((_IMAGE_PX, _IMAGE_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=80)
-    return _data_uri(buffer.getvalue())
 
 
 def _data_uri(webp: bytes) -> str:
