@@ -15,7 +15,6 @@ from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from core.errors import UserError
-from core.runtime import usable_memory
 from imaging import readable_types
 from service import errors, routes
 from service.auth import AdminToken, ApiKeys
@@ -87,9 +86,7 @@ def create_app(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
     app.state.rate_limiter = limiter
-    app.state.body_budget = BodyBudget(
-        settings.body_budget_bytes or max(usable_memory() // 10, 4 * settings.max_body_bytes)
-    )
+    app.state.body_budget = BodyBudget(settings.body_limit_bytes)
     errors.install(app)
     app.include_router(routes.router)
     app.include_router(routes.admin_router)

@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from core.errors import UserError
 from core.files import is_uri
-from core.runtime import usable_cores
+from core.runtime import usable_cores, usable_memory
 from service.auth import digest_of
 from service.image_fetcher import host_pattern
 from service.limits import Rate
@@ -210,6 +210,11 @@ class Settings(BaseSettings):
     def decode_thread_count(self) -> int:
         # With one per core, batches reach the engine unevenly and the slowest requests wait for two of them.
         return self.decode_threads or 2 * usable_cores()
+
+    @property
+    def body_limit_bytes(self) -> int:
+        """Return how many bytes all request bodies may take together."""
+        return self.body_budget_bytes or max(usable_memory() // 10, 4 * self.max_body_bytes)
 
     @property
     def decode_timeout_s(self) -> float:

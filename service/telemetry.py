@@ -57,8 +57,9 @@ class Metrics:
         )
         self.images = counter(
             "wikiclip_images",
-            "Images by outcome: answered, full (queue limit), rate (rate limit), deadline, abandoned (client "
-            "disconnected), undecodable, too_large, refused (other client errors), failed (internal errors).",
+            "Images by outcome: answered, full (limit of the queue or of bodies), rate (rate limit), deadline, "
+            "abandoned (client disconnected), undecodable, too_large, refused (other client errors), failed (internal "
+            "errors).",
             ["outcome"],
         )
         self.batch_images = histogram("wikiclip_batch_images", "Images encoded together.", buckets=_IMAGES)
