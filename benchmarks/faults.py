@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import random
-import re
 import shutil
 import signal
 import socket
@@ -37,6 +36,7 @@ import httpx
 
 from benchmarks import extreme, extreme_connections
 from benchmarks.generator import ANSWERED, free_port, scrape_metrics, service_process, wait_for
+from benchmarks.measure import process_memory_bytes
 from benchmarks.synthetic import hostile_bodies, photograph
 from core.errors import UserError
 
@@ -167,8 +167,7 @@ def _memory_bytes(pid: int) -> int:
     children = Path(f"/proc/{pid}/task").glob("*/children")
     for each in [pid, *(int(child) for path in children for child in path.read_text().split())]:
         with suppress(OSError):  # it has ended
-            lines = Path(f"/proc/{each}/status").read_text()
-            total += 1024 * sum(int(kib) for kib in re.findall(r"^RssAnon:\s+(\d+) kB", lines, re.MULTILINE))
+            total += process_memory_bytes(each)["own"]
     return total
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import re
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from benchmarks import synthetic
-from benchmarks.measure import percentiles_ms
+from benchmarks.measure import percentiles_ms, process_memory_bytes
 from core.runtime import faiss, usable_cores
 from evaluation.pages import Lines, Report
 from index.autotune import K, Targets, exact_positions, held_out_queries
@@ -161,20 +161,13 @@ def probe(bundle_path: Path, queries_QD: Float32Array, truth_QK: Int64Array) -> 
         "ready_s": round(ready_s, 3),
         "recall_at_10": round(overlap(found_QK, truth_QK), 4),
         **_latency(index, queries_QD, repeats=1000),
-        "memory_mb": _memory_mb(),
+        "memory_mb": {kind: round(size / 1024**2, 1) for kind, size in process_memory_bytes(os.getpid()).items()},
     }
 
 
 def overlap(found_QK: npt.NDArray[Any], truth_QK: npt.NDArray[Any]) -> float:
     """Return the share of the true nearest that were found."""
     return float((truth_QK[:, :, None] == found_QK[:, None, :]).any(axis=2).mean())
-
-
-def _memory_mb() -> dict[str, float]:
-    """Return this process's own memory, and that of mapped files."""
-    status = Path("/proc/self/status").read_text()
-    found = dict(re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB", status, re.MULTILINE))
-    return {kind: round(int(found[name]) / 1024, 1) for kind, name in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
 # ---- peers ----

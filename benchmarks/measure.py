@@ -32,6 +32,13 @@ _MAX_CALLS_PER_ROUND = 200
 _REFERENCE_RUNS = 3
 
 
+def process_memory_bytes(pid: int) -> dict[str, int]:
+    """Return a process's `own` memory and that of `mapped` files. Raises `OSError` if it has ended."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    kib = dict(re.findall(r"^(RssAnon|RssFile):\s+(\d+) kB", status, re.MULTILINE))
+    return {kind: 1024 * int(kib.get(name, 0)) for kind, name in (("own", "RssAnon"), ("mapped", "RssFile"))}
+
+
 def median_interval(samples: Sequence[float]) -> Interval:
     """Return the 95 % bootstrap interval of the median."""
     return percentile_interval(_resampled_medians(samples))

@@ -8,7 +8,7 @@ Shapes: N drawings of the catalog, Q queries, D embedding width.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,21 +21,25 @@ from core.jsonl import Rejected
 from demo.build import CATALOG_ROLES, build_option, read_drawings
 from imaging import load_pixels
 from model.data import read_pairs
-from model.encoders import ImageEncoder, open_image_encoder
+from model.encoders import ImageEncoder, ImageFeatures, open_image_encoder
 from model.features import MAX_PIXELS
 from model.validation import Accuracy, measure
 
 _BATCH = 64
 
 
+def encode_files(encoder: ImageEncoder, paths: Sequence[Path], *, batch_size: int) -> Iterator[ImageFeatures]:
+    """Yield an encoder's output for each batch of image files."""
+    for start in tqdm(range(0, len(paths), batch_size), desc="images", unit="batch", leave=False):
+        batch = paths[start : start + batch_size]
+        pixels = [load_pixels(path.read_bytes(), encoder.preprocessing, max_pixels=MAX_PIXELS) for path in batch]
+        yield encoder.encode(np.stack(pixels))
+
+
 def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
     """Return the L2-normalised embeddings `[N, D]` of image files."""
-    embeddings = []
-    for start in tqdm(range(0, len(paths), _BATCH), desc="images", unit="batch", leave=False):
-        batch = paths[start : start + _BATCH]
-        pixels = [load_pixels(path.read_bytes(), encoder.preprocessing, max_pixels=MAX_PIXELS) for path in batch]
-        embeddings.append(encoder.encode(np.stack(pixels)).image_embedding_BD.cpu())
-    return torch.cat(embeddings)
+    batches = encode_files(encoder, paths, batch_size=_BATCH)
+    return torch.cat([features.image_embedding_BD.cpu() for features in batches])
 
 
 def evaluate_encoder(encoder: ImageEncoder, build: Path, part: str) -> dict[str, Accuracy]:

@@ -41,6 +41,7 @@ from catalog import EntityRecord, read_catalog
 from core.errors import UserError
 from core.runtime import describe_run
 from demo.build import BUILD
+from demo.reference import encode_files
 from evaluation.metrics import AnsweredQuery, rank_of, summarise
 from imaging import load_pixels
 from model.data import Pair, read_pairs
@@ -149,12 +150,8 @@ def _pairs(path: Path) -> list[Pair]:
 
 def patch_tokens(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
     """Return the pooled patch tokens of images."""
-    parts = []
-    for start in tqdm(range(0, len(paths), _BATCH), desc="encode images", unit="batch"):
-        images = [path.read_bytes() for path in paths[start : start + _BATCH]]
-        pixels = [load_pixels(image, encoder.preprocessing, max_pixels=MAX_PIXELS) for image in images]
-        parts.append(pooled(encoder.encode(np.stack(pixels)).patch_tokens_BPC))
-    return torch.cat(parts)
+    batches = encode_files(encoder, paths, batch_size=_BATCH)
+    return torch.cat([pooled(features.patch_tokens_BPC) for features in batches])
 
 
 def train(
