@@ -125,7 +125,7 @@ class DecoderProcess:
             return UndecodableImage(_too_slow(timeout_s))
         if status == -signal.SIGKILL:  # by the kernel, for want of memory
             return TooLarge(_too_much(memory_bytes))
-        return UndecodableImage("the image crashed its decoder; save it anew as a JPEG or PNG file")
+        return UndecodableImage("the image crashed its decoder; save it again as a JPEG or PNG file")
 
 
 def _too_slow(timeout_s: float) -> str:

@@ -119,7 +119,7 @@ def _exit_now(limit_s: float) -> None:
     message = "the shutdown did not end within %g s: the process exits at once. Its threads: %s"
     logging_thread = threading.Thread(target=log.error, args=[message, limit_s, names], daemon=True)
     logging_thread.start()
-    logging_thread.join(1)  # whoever reads the log may hang as well
+    logging_thread.join(1)  # the reader of the log may hang as well
     os._exit(1)
 
 

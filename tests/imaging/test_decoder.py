@@ -237,7 +237,7 @@ def test_images_share_the_budget_first_come_first_served(monkeypatch):
         until(each._ordinary._turn.locked)
         pending.append(pool.submit(each.load_pixels, images[2], PREPROCESSING))
         until(lambda: len(each._ordinary._executor._threads) == 3)
-        assert sides == [1501]  # the second does not fit beside it, and the third does not overtake the second
+        assert sides == [1501]  # the second does not fit at the same time, and the third does not overtake the second
         gate.set()
         assert [each.result(TIMEOUT_S).shape for each in pending] == [(32, 32, 3)] * 3
         assert sides[1:] == [1502, 8]
