@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from catalog.cirrus import LeftOut, file_url, parse_page, read_documents, read_page_images, site_of, wiki_of
+from catalog.dumps import check_kind
 from catalog.formats import read_catalog, write_catalog
 from catalog.joins import JoinedPage, Joins, open_joins
 from catalog.records import BadRecord, EntityRecord, to_native
@@ -89,6 +90,13 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
         if finished.pop("settings", None) != settings:
             raise UserError(f"--out {config.out} exists and was made with other settings; choose another name")
         return CatalogReport(**finished)
+    for option, paths in (
+        ("--content", content),
+        ("--page-props", config.page_props),
+        ("--wikidata", [config.wikidata]),
+    ):
+        for path in filter(None, paths):
+            check_kind(path, option)
     with report_disk_full(config.out), open_joins(work, settings) as joins:
         if config.base is not None:
             _read_base(joins, config.base)
