@@ -39,7 +39,6 @@ ANSWERED = 'wikiclip_images_total{outcome="answered"}'  # a metric
 TIMEOUT_S = 60.0
 _MAX_DELAY_S = 0.2  # of an arrival in an open loop
 _FAILURES = (OSError, EOFError, TimeoutError, ValueError, LookupError)  # of a request
-_BOUNDARY = "wikiclip-benchmark-boundary"
 
 Result = TypeVar("Result")
 
@@ -208,9 +207,8 @@ def encode_image(image: bytes, form_field: str | None) -> tuple[bytes, str]:
     """Return a request's body and content type."""
     if form_field is None:
         return image, "image/jpeg"
-    head = f'--{_BOUNDARY}\r\nContent-Disposition: form-data; name="{form_field}"; filename="i.jpg"\r\n'
-    body = head.encode() + b"Content-Type: image/jpeg\r\n\r\n" + image + f"\r\n--{_BOUNDARY}--\r\n".encode()
-    return body, f"multipart/form-data; boundary={_BOUNDARY}"
+    form = httpx.Request("POST", "http://server", files={form_field: ("i.jpg", image, "image/jpeg")})
+    return form.read(), form.headers["Content-Type"]
 
 
 class _Connection:

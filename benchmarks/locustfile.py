@@ -28,6 +28,7 @@ from geventhttpclient.client import HTTPClientPool
 from locust import FastHttpUser, LoadTestShape, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
+from urllib3 import encode_multipart_formdata
 
 HOT_IMAGES = 16  # few enough for a cache
 BATCH_IMAGES = 8
@@ -181,14 +182,8 @@ class Batch(Arrivals):
     kind, weight = "batch", 1
 
     def request(self) -> None:
-        boundary = f"--------{next(_numbers):x}"
-        parts = b"".join(
-            b'--%b\r\nContent-Disposition: form-data; name="image"; filename="i.jpg"\r\n' % boundary.encode()
-            + b"Content-Type: image/jpeg\r\n\r\n%b\r\n" % cold_image()
-            for _ in range(BATCH_IMAGES)
-        )
-        body = parts + b"--%b--\r\n" % boundary.encode()
-        self.post("/recognize/batch", body, f"multipart/form-data; boundary={boundary}")
+        images = [("image", ("i.jpg", cold_image(), "image/jpeg")) for _ in range(BATCH_IMAGES)]
+        self.post("/recognize/batch", *encode_multipart_formdata(images))
 
 
 class Hostile(Arrivals):

@@ -143,23 +143,14 @@ def _content_files(paths: Iterable[Path]) -> list[Path]:
 def _settings(config: CatalogConfig, content: list[Path]) -> dict[str, Any]:
     """Return everything that the catalog depends on. Dumps count by name and size, which is faster than hashing."""
 
-    def name_and_size(path: Path | None) -> list[Any] | None:
-        return None if path is None else [path.name, path.stat().st_size]
+    def stored(value: Any) -> Any:
+        if isinstance(value, Path):
+            return [value.name, value.stat().st_size]
+        return list(map(stored, value)) if isinstance(value, tuple) else value
 
-    return {
-        "content": [name_and_size(path) for path in content],
-        "page props": [name_and_size(path) for path in config.page_props],
-        "wikidata": name_and_size(config.wikidata),
-        "base": name_and_size(config.base),
-        "language": config.language,
-        "titles": list(config.titles),
-        "types": list(config.types),
-        "without types": list(config.without_types),
-        "min links": config.min_links,
-        "max text": config.max_text,
-        "image width": config.image_width_px,
-        "free images": config.free_images,
-    }
+    options = {**vars(config), "content": tuple(content)}
+    names = [name for name in options if name not in ("out", "resume", "progress")]
+    return {name.removesuffix("_px").replace("_", " "): stored(options[name]) for name in names}
 
 
 def _read_base(joins: Joins, path: Path) -> None:

@@ -17,7 +17,6 @@ from starlette.staticfiles import StaticFiles
 from core.errors import UserError
 from imaging import readable_types
 from service import errors, routes
-from service.auth import AdminToken, ApiKeys
 from service.cache import RedisLink
 from service.image_fetcher import ImageFetcher
 from service.limits import BodyBudget, RateLimiter
@@ -80,8 +79,8 @@ def create_app(
     # Without a recogniser, these are replaced at startup. A server that skips ASGI's startup gets 503 for every image.
     app.state.recognizer = recognizer
     app.state.metrics = Metrics() if recognizer is None else recognizer.metrics
-    app.state.api_keys = ApiKeys(settings.api_keys)
-    app.state.admin_token = AdminToken(settings.admin_token)
+    app.state.api_keys = settings.api_keys
+    app.state.admin_token = settings.admin_token
     app.state.fetcher = fetcher or ImageFetcher(
         settings.url_allowlist, max_bytes=settings.max_body_bytes, timeout_s=settings.url_timeout_ms / 1000
     )
