@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.generator import service_process, split_cores
 from core.errors import UserError
+from core.extras import missing_extra
 from evaluation.pages import Lines, Report
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
@@ -58,7 +59,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
 
 
 def run_locust(url: str, cores: set[int], *kinds: str, **options: object) -> list[dict[str, Any]]:
-    """Run Locust to the end and return the figures of each step. Raise `UserError` if it is missing or fails."""
+    """Run Locust to the end and return the figures of each step. Raise `MissingExtra`, or `UserError` if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         steps = Path(folder) / "steps.json"
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
@@ -70,7 +71,7 @@ def run_locust(url: str, cores: set[int], *kinds: str, **options: object) -> lis
         os.sched_setaffinity(process.pid, cores)
         output, _ = process.communicate()
         if "No module named locust" in output:
-            raise UserError("locust is not installed; run `pip install 'wikiclip-serve[load]'`")
+            raise missing_extra("this benchmark", "locust")
         if process.returncode or not steps.exists():
             raise UserError(f"locust ended with exit code {process.returncode}: {output.strip()[-500:]}")
         figures: list[dict[str, Any]] = json.loads(steps.read_bytes())

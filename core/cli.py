@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from core.errors import WikiclipError
+from core.extras import needed_by
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 
@@ -20,7 +21,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
     call the command `name`.
     """
     try:
-        command.main(arguments, name, standalone_mode=False, **CONTEXT)
+        with needed_by(f"'{name or command.name}'"):
+            command.main(arguments, name, standalone_mode=False, **CONTEXT)
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

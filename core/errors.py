@@ -30,7 +30,8 @@
         ├── LiveDirError              503           LIVE_DIR is unusable or belongs to another bundle
         ├── CatalogError                            a catalog, pairs or queries file cannot be read
         ├── CheckpointError                         the checkpoint is missing, damaged or of another shape
-        └── EncoderSpecError                        the encoder spec names nothing usable
+        ├── EncoderSpecError                        the encoder spec names nothing usable
+        └── MissingExtra              503           a package of an extra is not installed; also an ImportError
 
 A message is one line: what is wrong (with the file or the field), then what to do about it. `wikiclip.errors` defines
 the errors that clients raise as well.
@@ -112,3 +113,8 @@ class CheckpointError(UserError):
 
 class EncoderSpecError(UserError):
     title = "Encoder cannot be loaded"
+
+
+class MissingExtra(UserError, ImportError):
+    status = 503
+    title = "Package missing"

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catalog import EntityRecord, is_url, read_catalog
-from core.errors import TooLarge, UndecodableImage, UserError
+from core.errors import TooLarge, UndecodableImage
+from core.extras import missing_extra
 from core.files import atomic_write_bytes
 from evaluation.metrics import RECALL_AT, AnsweredQuery, Evaluation, confidences_of, format_interval, reliability
 from imaging import make_thumbnail
@@ -40,11 +41,10 @@ _VARIABLES = {
 
 
 def require_libraries() -> None:
-    """Raise `UserError` if Jinja2 or matplotlib is missing."""
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        install = "pip install 'wikiclip-serve[report]'"
-        raise UserError(f"reports need {' and '.join(missing)}; install the extra `report`: {install}")
+    """Raise `MissingExtra` if Jinja2 or matplotlib is missing."""
+    for name in ("jinja2", "matplotlib"):
+        if find_spec(name) is None:
+            raise missing_extra("a report", name)
 
 
 def render(template: str, **values: Any) -> str:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from core.errors import UserError
+from core.extras import needed_by
 from export.config import ExportConfig, load_checkpoint
 from export.local import Embedder, chunk_size
 from export.prepare import Chunk, decode_pool, prepare_chunks
@@ -39,7 +40,7 @@ def embed_shards_on_ray(
 ) -> Generator[EmbeddedShard]:
     """Embed the shards of these numbers, in any order, on the cluster at RAY_ADDRESS or on this machine.
 
-    Raises `UserError` if Ray is not installed.
+    Raises `MissingExtra` if Ray is not installed.
     """
     ray, data = _import_ray()
     if not numbers:
@@ -168,11 +169,9 @@ def _read_blocks(config: ExportConfig, numbers: frozenset[int]) -> Iterable[Any]
 
 def _import_ray() -> tuple[Any, Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics
-    try:
+    with needed_by("--engine ray"):
         import ray
         import ray.data
-    except ImportError:
-        raise UserError("--engine ray needs Ray; install it with `pip install 'wikiclip-serve[ray]'`") from None
     return ray, ray.data
 
 

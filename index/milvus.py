@@ -22,16 +22,15 @@ import numpy as np
 from tqdm import tqdm
 
 from core.errors import BadParameter, Unavailable, UserError
+from core.extras import needed_by
 from index.bundle import Bundle
 from index.embeddings import Float32Array
 from index.manifest import content_fingerprint
 from index.store import ENTITY_JSON, StoredEntity
 
-try:
+with needed_by("Milvus"):
     from pymilvus import DataType, MilvusClient
     from pymilvus.exceptions import MilvusException
-except ImportError as error:
-    raise UserError(f"Milvus needs the extra `milvus` ({error}); pip install 'wikiclip-serve[milvus]'") from error
 
 MAX_RESULTS = 16_384  # Milvus's limit for a search or query
 FIRST_PUT_ROW = 2**62  # rows below it are rows of the bundle, rows from it on were put while serving

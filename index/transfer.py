@@ -21,6 +21,7 @@ from typing import Self
 from tqdm import tqdm
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError, UserError
+from core.extras import missing_extra
 from core.files import atomic_write, is_uri, locked, report_disk_full, sha256_file, sync
 from index.bundle import Bundle, check_names
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder
@@ -43,7 +44,7 @@ _MANIFESTS = (ENTITY_ENCODER_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE) 
 class Remote:
     """The files below a URI, through fsspec. A file appears only when it is complete.
 
-    Every method raises `TransferError` for whatever goes wrong.
+    Every method raises `TransferError` for whatever goes wrong, `MissingExtra` if the URI needs a package.
     """
 
     def __init__(self, uri: str) -> None:
@@ -61,7 +62,7 @@ class Remote:
             # A new instance, because a cached one may have old listings.
             self._filesystem, root = url_to_fs(uri, skip_instance_cache=True)
         except ImportError as error:
-            raise TransferError(f"{uri} needs a package ({error}); pip install 'wikiclip-serve[s3]'") from error
+            raise missing_extra(uri, "s3fs") from error
         except Exception as error:  # each fsspec driver has its own exceptions
             raise TransferError(f"{uri} cannot be used ({error}); give a folder, file://... or s3://...") from error
         self.uri = uri.rstrip("/")

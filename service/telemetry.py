@@ -19,7 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from core.errors import UserError
+from core.extras import needed_by
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -177,13 +177,11 @@ class Tracing:
 
 
 def open_tracing(settings: Settings) -> Tracing | None:
-    """Return the tracing that `settings` ask for, None if it is off. Raises `UserError` if the extra is missing."""
+    """Return the tracing that `settings` ask for, None if it is off. Raises `MissingExtra`."""
     if settings.otlp_endpoint is None:
         return None
-    try:
+    with needed_by("otlp_endpoint"):
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    except ImportError as error:
-        raise UserError("otlp_endpoint needs the extra otel; pip install 'wikiclip-serve[otel]'") from error
     endpoint = settings.otlp_endpoint.rstrip("/") + "/v1/traces"
     return Tracing(OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S))
 

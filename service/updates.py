@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable, UserError
+from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable
+from core.extras import needed_by
 from core.pool import Pool
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
@@ -77,13 +78,11 @@ class EntityRequest(BaseModel):
 
 
 class EntityEmbedder:
-    """Embeds one entity at a time, as an export does. Raises `UserError` if `tokenizers` is missing."""
+    """Embeds one entity at a time, as an export does. Raises `MissingExtra` if `tokenizers` is missing."""
 
     def __init__(self, bundle: Bundle, entity_encoder: EntityEncoder, image_encoder: Encoder) -> None:
-        try:
+        with needed_by("the bundle's entity encoder"):
             from tokenizers import Tokenizer
-        except ImportError:
-            raise UserError("the bundle's entity encoder needs tokenizers; install it with the extra live") from None
         folder = bundle.path / ENTITY_ENCODER_FOLDER
         self._entity_encoder = entity_encoder
         self._image_encoder = image_encoder
@@ -116,7 +115,7 @@ class EntityEmbedder:
 class Editor:
     """Makes live changes to one bundle and follows those of other processes, in two threads.
 
-    Raises `BundleError` if the bundle's entity encoder is incomplete, `UserError` as `EntityEmbedder` does.
+    Raises `BundleError` if the bundle's entity encoder is incomplete, `MissingExtra` as `EntityEmbedder` does.
     """
 
     def __init__(self, bundle: Bundle, live: LiveChanges, image_encoder: Encoder, decoder: Decoder) -> None:

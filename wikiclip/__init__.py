@@ -55,7 +55,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name in _APPLICATION:
-        return getattr(importlib.import_module(_APPLICATION[name]), name)
+        from core.extras import needed_by
+
+        with needed_by(f"wikiclip.{name}"):
+            return getattr(importlib.import_module(_APPLICATION[name]), name)
     if name in __all__:
         for module in map(importlib.import_module, _LIGHT):
             if hasattr(module, name):

@@ -117,5 +117,5 @@ def test_a_page_of_figures_has_every_part() -> None:
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "find_spec", lambda name: None if name == "matplotlib" else object())
-    with pytest.raises(UserError, match=r"need matplotlib.*wikiclip-serve\[report\]"):
+    with pytest.raises(UserError, match=r"needs matplotlib.*wikiclip-serve\[report\]"):
         pages.require_libraries()
