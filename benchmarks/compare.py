@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.measure import BEFORE
+from core.arrays import Float64Array
 from core.errors import UserError
 from evaluation.metrics import RESAMPLINGS, percentile_interval
 
 THRESHOLD = 0.2
 MIN_SAMPLES = 5
 _QUARTER = 25  # percent: the better quarter
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,14 +114,14 @@ def _change(name: str, one: dict[str, Any], other: dict[str, Any], *, threshold:
     )
 
 
-def _shift(before: Floats, after: Floats) -> tuple[float, float, float]:
+def _shift(before: Float64Array, after: Float64Array) -> tuple[float, float, float]:
     """Return by how much the better quarter moved, and the 95 % bootstrap interval of that."""
     rng = np.random.default_rng(0)
     after_R, before_R = (_quiet(rng.choice(costs, (RESAMPLINGS, len(costs)))) for costs in (after, before))
     return float(_quiet(after) - _quiet(before)), *percentile_interval(after_R - before_R)
 
 
-def _quiet(costs: Floats) -> Floats:
+def _quiet(costs: Float64Array) -> Float64Array:
     return np.asarray(np.percentile(costs, _QUARTER, axis=-1))
 
 

@@ -35,7 +35,8 @@ from benchmarks.generator import (
     summarise,
 )
 from benchmarks.measure import percentiles_ms
-from benchmarks.synthetic import Float32Array, write_photographs, write_vit_bundle
+from benchmarks.synthetic import write_photographs, write_vit_bundle
+from core.arrays import Float32Array
 from core.cli import run
 from core.errors import UserError
 from core.runtime import describe_run, faiss

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks import synthetic
 from benchmarks.measure import percentiles_ms, process_memory_bytes
+from core.arrays import Float32Array, Int64Array
 from core.runtime import faiss, usable_cores
 from evaluation.pages import Lines, Report
 from index.autotune import K, Targets, exact_positions, held_out_queries
@@ -59,8 +60,6 @@ REPORT = Report(
     ),
 )  # fmt: skip
 
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 Search = Callable[[Float32Array, int], Int64Array]  # of queries, with an effort, for positions [Q, K]
 BuildPeer = Callable[[Embeddings], Search]
 

@@ -19,10 +19,10 @@ from typing import Self
 
 import httpx
 import numpy as np
-import numpy.typing as npt
 
 from benchmarks.generator import service_process
 from benchmarks.synthetic import photograph
+from core.arrays import Float64Array
 from imaging import Preprocessing, load_pixels
 from index.bundle import Bundle
 from service.encoder import open_encoder
@@ -33,8 +33,6 @@ TOLERANCE = 1e-4  # of a cosine
 SEEN_TIMEOUT_S = 30
 KILL_WITHIN_S = 0.02  # of the start of a change, which takes about as long
 TOKEN = "benchmark"
-
-Floats = npt.NDArray[np.float64]
 
 
 def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
@@ -50,7 +48,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     return {**run.counts, "put": _summary(run.put_ms), "seen_by_another_process": _summary(run.seen_ms)}
 
 
-class Model(dict[str, tuple[str, Floats]]):
+class Model(dict[str, tuple[str, Float64Array]]):
     """The expected state of the catalog: title and embeddings [N, D] by entity id."""
 
     @classmethod
@@ -64,7 +62,7 @@ class Model(dict[str, tuple[str, Floats]]):
     def title(self, entity_id: str) -> str | None:
         return self[entity_id][0] if entity_id in self else None
 
-    def best_scores(self, query_D: Floats) -> list[float]:
+    def best_scores(self, query_D: Float64Array) -> list[float]:
         """Return the scores of the best entities, the highest first."""
         return nlargest(TOP_K, (float((vectors_ND @ query_D).max()) for _, vectors_ND in self.values()))
 
@@ -99,7 +97,7 @@ class _Service:
         answer = self.client.get(f"/entities/{entity_id}")
         return None if answer.status_code == httpx.codes.NOT_FOUND else str(answer.raise_for_status().json()["title"])
 
-    def agrees(self, model: Model, image: bytes, query_D: Floats) -> bool:
+    def agrees(self, model: Model, image: bytes, query_D: Float64Array) -> bool:
         """Return whether the predictions for an image are those of the model."""
         headers = {"Content-Type": "image/jpeg"}
         answer = self.client.post("/recognize", params={"top_k": TOP_K}, content=image, headers=headers)
@@ -149,7 +147,7 @@ class _Run:
         agrees = service.agrees(self._model, self._images[query], self._queries_QD[query])
         self.counts["differences"] += not agrees
 
-    def _change(self, entity_id: str, title: str | None, embedding_D: Floats, *, kill: bool) -> None:
+    def _change(self, entity_id: str, title: str | None, embedding_D: Float64Array, *, kill: bool) -> None:
         """PUT an entity, or DELETE it if `title` is None. With `kill`, the writer dies about then."""
         before = self._model.title(entity_id)
         killer = Timer(self._rng.uniform(0, KILL_WITHIN_S), self._writer.kill)
@@ -198,15 +196,15 @@ def _summary(took_ms: list[float]) -> dict[str, float]:
     return {"p50_ms": p50, "p99_ms": p99, "max_ms": most}
 
 
-def _nearby(query_D: Floats, rng: np.random.Generator) -> Floats:
+def _nearby(query_D: Float64Array, rng: np.random.Generator) -> Float64Array:
     """Return an embedding near a query, rounded to float16 as the service stores it."""
     near_D = query_D + rng.normal(0, 0.5 / np.sqrt(len(query_D)), len(query_D))
     stored_D = (near_D / np.linalg.norm(near_D)).astype(np.float16).astype(np.float64)
-    unit_D: Floats = stored_D / np.linalg.norm(stored_D)
+    unit_D: Float64Array = stored_D / np.linalg.norm(stored_D)
     return unit_D
 
 
-def _embed(bundle: Bundle, images: list[bytes]) -> Floats:
+def _embed(bundle: Bundle, images: list[bytes]) -> Float64Array:
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
     encoder = open_encoder(bundle, preprocessing, Settings(threads=1))
     pixels = [load_pixels(image, preprocessing, max_pixels=10**6) for image in images]

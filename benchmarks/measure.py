@@ -18,9 +18,9 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
+from core.arrays import Float64Array
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from evaluation.metrics import RESAMPLINGS, Interval, percentile_interval
@@ -50,7 +50,7 @@ def ratio_interval(numerators: Sequence[float], denominators: Sequence[float]) -
     return [round(bound, 2) for bound in percentile_interval(above_R / below_R)]
 
 
-def _resampled_medians(samples: Sequence[float]) -> npt.NDArray[np.float64]:
+def _resampled_medians(samples: Sequence[float]) -> Float64Array:
     drawn = np.random.default_rng(0).choice(samples, (RESAMPLINGS, len(samples)))
     return np.asarray(np.median(drawn, axis=1))
 

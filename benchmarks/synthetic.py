@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, features
 from tqdm import tqdm
 
 from benchmarks.extreme import chunk, encoded
+from core.arrays import Float32Array
 from core.errors import UserError
 from core.runtime import usable_cores
 from index.build import build_index
@@ -33,8 +33,6 @@ from index.bundle import Bundle, list_files
 from index.embeddings import EmbeddingShards, vectors_file, write_shard
 from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, STORE_FILE, Counts, ImageEncoderEntry
 from index.store import INDEXES, SCHEMA
-
-Float32Array = npt.NDArray[np.float32]
 
 SHARD_SIZE = 4000  # about what an export writes
 TINY_FACTORY = "PQ1x8"  # one byte per embedding

@@ -25,11 +25,11 @@ from pathlib import Path
 
 import click
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from core.arrays import Pixels
 from core.files import atomic_write, atomic_write_bytes
 from demo.entities import Symbol, build_symbols
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
@@ -251,7 +251,7 @@ def _record(symbol: Symbol, drawn: list[Drawing], build: Path) -> dict[str, obje
     }
 
 
-def is_blank(rgba: npt.NDArray[np.uint8], *, on_white: bool = False) -> bool:
+def is_blank(rgba: Pixels, *, on_white: bool = False) -> bool:
     """Whether nothing is visible, as when the renderer lacks a feature of the SVG.
 
     `on_white` also treats a white mark as blank.
@@ -262,7 +262,7 @@ def is_blank(rgba: npt.NDArray[np.uint8], *, on_white: bool = False) -> bool:
     return bool(visible.mean() < 0.005)
 
 
-def main_colours(rgba: npt.NDArray[np.uint8], *, most: int = 3, least_share: float = 0.1) -> list[str]:
+def main_colours(rgba: Pixels, *, most: int = 3, least_share: float = 0.1) -> list[str]:
     """Return the names of the colours that cover most of the visible pixels, the largest first."""
     visible = rgba[rgba[..., 3] > 128][:, :3].astype(np.float32)
     if not len(visible):

@@ -20,13 +20,14 @@ from tqdm import tqdm
 
 from catalog import is_url
 from catalog.images import ImageReader, UnusableImage
+from core.arrays import Float32Array, Float64Array
 from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
 from export.decode import image_decoder
 from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
 from imaging import Preprocessing
-from index.calibration import CANDIDATES, Calibration, Float32Array, Float64Array, background
+from index.calibration import CANDIDATES, Calibration, background
 from index.search import EntityIndex
 from index.store import EntityStore
 from model.checkpoint import Checkpoint

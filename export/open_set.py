@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from index.calibration import Float32Array, Float64Array, OpenSetModel
+from core.arrays import Float32Array, Float64Array
+from index.calibration import OpenSetModel
 
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 from PIL import AvifImagePlugin, Image, JpegImagePlugin, features
 
+from core.arrays import Float32Array
 from core.errors import TooLarge, UndecodableImage
 
 try:
@@ -197,8 +197,8 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
     return _in_strips(image, convert)
 
 
-def _values(grey: Image.Image) -> npt.NDArray[np.float32]:
-    values: npt.NDArray[np.float32] = np.nan_to_num(np.asarray(grey).astype(np.float32))
+def _values(grey: Image.Image) -> Float32Array:
+    values: Float32Array = np.nan_to_num(np.asarray(grey).astype(np.float32))
     return values
 
 

@@ -16,9 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from core.arrays import Pixels
 from core.errors import TooLarge, TooManyRequests
 from core.pool import Pool
 from core.runtime import usable_cores, usable_memory
@@ -36,7 +34,6 @@ _SMALL_SHARE = 0.25  # of the time for an image of `max_pixels`: what one withou
 _CHECK_PX = 224
 
 T = TypeVar("T")
-Pixels = npt.NDArray[np.uint8]
 Stage = tuple[float, float]  # start and end, by `time.monotonic`
 
 

@@ -12,9 +12,9 @@ from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from core.arrays import Float32Array, Float64Array, Pixels
 from core.errors import BadParameter, EncoderSpecError
 from imaging.decode import decode
 
@@ -97,9 +97,7 @@ def check_box(box: Box) -> None:
         )
 
 
-def load_pixels(
-    data: bytes, preprocessing: Preprocessing, *, max_pixels: int, box: Box | None = None
-) -> npt.NDArray[np.uint8]:
+def load_pixels(data: bytes, preprocessing: Preprocessing, *, max_pixels: int, box: Box | None = None) -> Pixels:
     """Decode image bytes, or the region `box` of the image, to uint8 `[H, W, 3]`.
 
     Raises `BadParameter` for a box outside the image, `TooLarge`, `UndecodableImage`.
@@ -109,7 +107,7 @@ def load_pixels(
 
 def load_region(
     data: bytes, preprocessing: Preprocessing, *, max_pixels: int, box: Box | None = None
-) -> tuple[npt.NDArray[np.uint8], Box]:
+) -> tuple[Pixels, Box]:
     """Return what `load_pixels` returns, and the region of the upright image that the pixels show."""
     image = decode(data, max_pixels=max_pixels, target_px=needed_px(preprocessing, box))
     return to_pixels(image, preprocessing, box), covered_region(image, preprocessing, box)
@@ -129,7 +127,7 @@ def resize_bytes(preprocessing: Preprocessing, width: int, height: int) -> int:
     return 4 * preprocessing.size_px * rows
 
 
-def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> npt.NDArray[np.uint8]:
+def to_pixels(image: Image.Image, preprocessing: Preprocessing, box: Box | None = None) -> Pixels:
     """Resize and crop an RGB image, or its region `box`, to uint8 `[H, W, 3]`. Raises `BadParameter`."""
     size_px = preprocessing.size_px
     left, top, width, height = _covered_px(image.width, image.height, preprocessing, box)
@@ -165,7 +163,7 @@ def _covered_px(
     return left, top, width, height
 
 
-def normalise(pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+def normalise(pixels_BHW3: Pixels, preprocessing: Preprocessing) -> Float32Array:
     """Subtract the mean and divide by the standard deviation: uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`."""
     batch, height, width, _ = pixels_BHW3.shape
     normalised = np.empty((batch, 3, height, width), np.float32)
@@ -178,9 +176,9 @@ def normalise(pixels_BHW3: npt.NDArray[np.uint8], preprocessing: Preprocessing) 
 
 
 @lru_cache(maxsize=16)
-def _tables(preprocessing: Preprocessing) -> npt.NDArray[np.float32]:
+def _tables(preprocessing: Preprocessing) -> Float32Array:
     """Return float32 `[3, 256]`: the normalised value of each byte. A lookup is 3 times as fast as arithmetic."""
     values = np.arange(256, dtype=np.float64) / 255
     mean, std = np.array(preprocessing.mean)[:, None], np.array(preprocessing.std)[:, None]
-    tables: npt.NDArray[np.float64] = (values - mean) / std
+    tables: Float64Array = (values - mean) / std
     return tables.astype(np.float32)

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
+from core.arrays import Float32Array, Float64Array, Int64Array
 from core.errors import UserError
 from core.runtime import faiss
-from index.embeddings import Embeddings, Float32Array, Int64Array
+from index.embeddings import Embeddings
 from index.faiss_index import SEED, CpuCandidates, factory_index, fill, one_thread, train
 from index.search import EntityIndex
 
@@ -237,7 +237,7 @@ def _point(
     return next(point for point in points if point.recall >= highest.recall - highest.standard_error)
 
 
-def _ranks(positions_F: Int64Array, truth_K: Int64Array) -> npt.NDArray[np.float64]:
+def _ranks(positions_F: Int64Array, truth_K: Int64Array) -> Float64Array:
     """Return the rank, from 0, of each true position among those found, or infinity."""
     equal_KF = positions_F == truth_K[:, None]
     return np.where(equal_KF.any(axis=1), equal_KF.argmax(axis=1), np.inf)

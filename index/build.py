@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from core.arrays import Float32Array
 from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from core.runtime import faiss
 from index.autotune import QUERIES, Targets, cheapest, choose, curve, exact_positions, held_out_queries
-from index.embeddings import EmbeddingShards, Float32Array
+from index.embeddings import EmbeddingShards
 from index.faiss_index import SEED, factory_index, fill, train, untuned_parameters, visible_gpus
 from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
 from index.search import EntityIndex

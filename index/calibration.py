@@ -22,16 +22,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from core.arrays import Float32Array, Float64Array
 from core.errors import BundleAltered
 from core.files import atomic_write
 
 CANDIDATES = 10  # scores that the softmax and the background are taken over
 _SCALARS = ("offset", "best", "background", "width")
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

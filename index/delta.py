@@ -11,7 +11,7 @@ from typing import Self
 
 import numpy as np
 
-from index.embeddings import BoolArray, Float32Array, Int64Array
+from core.arrays import BoolArray, Float32Array, Int64Array
 from index.store import StoredEntity
 
 

@@ -12,13 +12,10 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from core.arrays import Float16Array, Float32Array, Int64Array
 from core.errors import BundleAltered, BundleIncomplete
 from core.files import atomic_write
 
-Float16Array = npt.NDArray[np.float16]
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 

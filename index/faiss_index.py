@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from core.arrays import BoolArray, Float32Array, Int64Array
 from core.errors import UserError
 from core.runtime import faiss
-from index.embeddings import BoolArray, Embeddings, Float32Array, Int64Array
+from index.embeddings import Embeddings
 
 Parameters = Mapping[str, Any]  # of a search: `nprobe`, `efSearch`, `k_factor`
 

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from core.arrays import BoolArray, Float32Array, Int64Array
 from core.errors import UserError
 from core.runtime import faiss, usable_cores
-from index.embeddings import BoolArray, Embeddings, Float32Array, Int64Array
+from index.embeddings import Embeddings
 from index.faiss_index import Candidates, CpuCandidates, Parameters, faiss_reason, list_efforts, visible_gpus
 
 SCRATCH_BYTES = 2 * 1024**3  # per GPU, for faiss's intermediate results

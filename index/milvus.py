@@ -21,10 +21,10 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from tqdm import tqdm
 
+from core.arrays import Float32Array
 from core.errors import BadParameter, Unavailable, UserError
 from core.extras import needed_by
 from index.bundle import Bundle
-from index.embeddings import Float32Array
 from index.manifest import content_fingerprint
 from index.store import ENTITY_JSON, StoredEntity
 

@@ -14,9 +14,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from core.arrays import BoolArray, Float32Array, Int64Array
 from core.errors import BundleAltered
 from core.runtime import faiss
-from index.embeddings import BoolArray, Embeddings, EmbeddingShards, Float32Array, Int64Array, normalised
+from index.embeddings import Embeddings, EmbeddingShards, normalised
 from index.faiss_index import Candidates, faiss_reason
 from index.gpu import placement
 from index.store import Selection

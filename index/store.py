@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import Field, TypeAdapter
 
+from core.arrays import BoolArray
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
 from core.files import atomic_write
 
@@ -68,7 +68,7 @@ class Selection:
     """A filter on entity rows: `allowed_E` bool [E]. Searches that share a selection object can be batched."""
 
     types: tuple[str, ...]
-    allowed_E: npt.NDArray[np.bool_]
+    allowed_E: BoolArray
 
 
 @dataclass(frozen=True, kw_only=True)

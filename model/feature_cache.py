@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from core.arrays import Float16Array, Float32Array
 from core.errors import UserError
 from core.files import atomic_write_bytes
 
@@ -44,7 +44,7 @@ def content_key(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def to_float16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
+def to_float16(values: Float32Array) -> Float16Array:
     """Convert to half precision. Values beyond its range become its largest, not infinity."""
     return np.clip(values, -_FLOAT16_MAX, _FLOAT16_MAX).astype(np.float16)
 
@@ -58,7 +58,7 @@ class FeatureCache:
     def __init__(self, root: Path, content_hash: str) -> None:
         self.folder = root / content_hash[:32]
         self._where: dict[bytes, tuple[Any, int, slice]] = {}  # segment, row, tokens
-        self._pending: list[tuple[bytes, npt.NDArray[np.float16], npt.NDArray[np.float32]]] = []
+        self._pending: list[tuple[bytes, Float16Array, Float32Array]] = []
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -72,8 +72,8 @@ class FeatureCache:
     def add(
         self,
         keys: Sequence[bytes],
-        tokens: Iterable[npt.NDArray[np.float32]],
-        embeddings_ND: npt.NDArray[np.float32] | None = None,
+        tokens: Iterable[Float32Array],
+        embeddings_ND: Float32Array | None = None,
     ) -> None:
         """Add the tokens `[T, C]` of each key and, of images, the embeddings. `flush` writes the last of them."""
         if embeddings_ND is None:
@@ -103,16 +103,16 @@ class FeatureCache:
         self._open(file)
         self._pending = []
 
-    def tokens(self, key: bytes) -> npt.NDArray[np.float16]:
+    def tokens(self, key: bytes) -> Float16Array:
         """Return the tokens `[T, C]` of an image or a text."""
         segment, _, tokens = self._where[key]
-        result: npt.NDArray[np.float16] = segment.get_slice("tokens")[tokens]
+        result: Float16Array = segment.get_slice("tokens")[tokens]
         return result
 
-    def embedding(self, key: bytes) -> npt.NDArray[np.float32]:
+    def embedding(self, key: bytes) -> Float32Array:
         """Return the embedding `[D]` of an image."""
         segment, row, _ = self._where[key]
-        result: npt.NDArray[np.float32] = segment.get_slice("embeddings")[row]
+        result: Float32Array = segment.get_slice("embeddings")[row]
         return result
 
     def _open(self, file: Path) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
 from catalog import EntityRecord
+from core.arrays import Float32Array, Pixels
 from core.errors import CatalogError, TooLarge, UndecodableImage
 from core.jsonl import Rejected, RejectLog, excerpt
 from imaging import load_pixels
@@ -78,7 +78,7 @@ class FeatureStore:
         ):
             for start in range(0, len(sources), _BATCH):
                 chunk = sources[start : start + _BATCH]
-                new: dict[bytes, npt.NDArray[np.uint8]] = {}
+                new: dict[bytes, Pixels] = {}
                 for source, (key, result) in zip(chunk, pool.map(self._read, chunk), strict=True):
                     keys.append(key)
                     if isinstance(result, str):
@@ -94,7 +94,7 @@ class FeatureStore:
         self._images.flush()
         return keys
 
-    def _read(self, source: ImageSource) -> tuple[bytes | None, npt.NDArray[np.uint8] | str | None]:
+    def _read(self, source: ImageSource) -> tuple[bytes | None, Pixels | str | None]:
         """Return the image's key, and its pixels unless it is cached; or None and why it cannot be read."""
         try:
             data = source.path.read_bytes()
@@ -153,7 +153,7 @@ class FeatureStore:
             raise CatalogError(f"none of the {description} can be read; see {rejects.path}")
         return readable
 
-    def query_embeddings(self, keys: Sequence[bytes]) -> npt.NDArray[np.float32]:
+    def query_embeddings(self, keys: Sequence[bytes]) -> Float32Array:
         """Return the image embeddings of query images: float32 `[B, D]`, L2-normalised."""
         return np.stack([self._images.embedding(key) for key in keys])
 

@@ -14,14 +14,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from core.arrays import Float32Array, Int64Array
 from core.runtime import faiss
 
-Ints = npt.NDArray[np.int64]
 NO_DONOR = -1
 MAX_LOGIT_SCALE = 100.0
 INITIAL_LOGIT_SCALE = 1 / 0.07
@@ -60,8 +59,8 @@ def info_nce(cosines_BB: torch.Tensor, entity_B: torch.Tensor, logit_scale: torc
 
 
 def cluster_batches(
-    query_embeddings_ND: npt.NDArray[np.float32], *, cluster_size: int, batch_size: int, seed: tuple[int, ...]
-) -> list[Ints]:
+    query_embeddings_ND: Float32Array, *, cluster_size: int, batch_size: int, seed: tuple[int, ...]
+) -> list[Int64Array]:
     """Return an epoch's batches: rows of pairs, every row once, each batch made of whole clusters of similar queries.
 
     Visual clustering in the paper. Cluster sizes differ by one pair at most and never exceed `cluster_size`, so there
@@ -79,7 +78,7 @@ def cluster_batches(
     ]
 
 
-def _balanced_clusters(embeddings_ND: npt.NDArray[np.float32], clusters: int, seed: int) -> Ints:
+def _balanced_clusters(embeddings_ND: Float32Array, clusters: int, seed: int) -> Int64Array:
     """Return the cluster of each row, with sizes that differ by one at most. Assigns the nearest pairs first."""
     count, dim = embeddings_ND.shape
     kmeans = faiss.Kmeans(
@@ -111,7 +110,7 @@ def _balanced_clusters(embeddings_ND: npt.NDArray[np.float32], clusters: int, se
     return owner_N
 
 
-def draw_donors(entity_B: Ints, text_B: Ints, draws: int, rng: np.random.Generator) -> Ints:
+def draw_donors(entity_B: Int64Array, text_B: Int64Array, draws: int, rng: np.random.Generator) -> Int64Array:
     """Return, for each pair, the rows `[B, S]` whose texts replace its own in synthetic negatives (`N_sync` draws).
 
     `text_B` numbers the texts: equal texts have equal numbers, and -1 is no text. A row's donors are of other entities,

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
+from core.arrays import Float32Array, Int64Array
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from model.adaptor import Adaptor, AdaptorConfig
 from model.distributed import Group
 from model.features import EntityKeys, FeatureStore, KeyedPair
-from model.losses import Ints, cluster_batches
+from model.losses import cluster_batches
 from model.resume import Snapshots
 from model.trainer import Trainer, TrainSettings
 from model.validation import Accuracy, validate
@@ -156,8 +156,8 @@ def train_adaptor(
 
 
 def _epoch_batches(
-    settings: TrainSettings, epoch: int, pairs: int, queries_ND: npt.NDArray[np.float32] | None, group: Group
-) -> list[Ints]:
+    settings: TrainSettings, epoch: int, pairs: int, queries_ND: Float32Array | None, group: Group
+) -> list[Int64Array]:
     """Return the rows of pairs in each batch of an epoch, over all processes. They depend only on seed and epoch."""
     batch_size = settings.batch_size * group.size
     seed = (settings.seed, _STREAM, epoch)

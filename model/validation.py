@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from statistics import harmonic_mean
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from core.arrays import BoolArray
 from model.adaptor import Adaptor
 from model.features import EntityKeys, FeatureStore, KeyedPair
 
@@ -34,7 +34,7 @@ class Accuracy:
         return self.top1 if self.hm is None else self.hm
 
 
-def measure(correct_Q: npt.NDArray[np.bool_], seen_Q: Sequence[bool | None]) -> Accuracy:
+def measure(correct_Q: BoolArray, seen_Q: Sequence[bool | None]) -> Accuracy:
     """Return the accuracy of at least one query, by split."""
     parts = [correct_Q[[split is seen for split in seen_Q]] for seen in (True, False)]
     seen, unseen = (float(part.mean()) if len(part) else None for part in parts)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from core.arrays import Float32Array, Int64Array, Pixels
 from core.errors import TooManyRequests, Unavailable
 from index.overlay import EntityView
 from index.store import Selection
@@ -26,7 +27,6 @@ _IDLE_WAKE_S = 1.0
 _MAX_DEATHS_IN_A_ROW = 3
 _MAX_SHARED_TOP_K = 128  # a job that wants more results is searched alone, because it would slow the others down
 
-Float32Array = npt.NDArray[np.float32]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 log = logging.getLogger("wikiclip.engine")
@@ -35,9 +35,9 @@ log = logging.getLogger("wikiclip.engine")
 class Encoder(Protocol):
     device: str
 
-    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
+    def encode(self, pixels_BHW3: Pixels) -> Float32Array: ...
 
-    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> Float32Array: ...
+    def patch_tokens(self, pixels_BHW3: Pixels) -> Float32Array: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Found:
     """
 
     embedding_D: Float32Array
-    rows: npt.NDArray[np.int64]
+    rows: Int64Array
     scores: Float32Array
     stages: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     unfiltered_scores: Float32Array | None = None
@@ -59,7 +59,7 @@ class Found:
 
 @dataclass(kw_only=True, eq=False)
 class _Job:
-    pixels_HW3: npt.NDArray[np.uint8] | None  # None for a query that is an embedding
+    pixels_HW3: Pixels | None  # None for a query that is an embedding
     embedding_D: Float32Array | None  # None for an image until it is encoded
     top_k: int
     selection: Selection | None
@@ -294,7 +294,7 @@ class Engine:
                 job.patch_tokens_PC = patch_tokens_PC
 
 
-def _search(group: Sequence[_Job], selection: Selection | None) -> tuple[npt.NDArray[np.int64], Float32Array]:
+def _search(group: Sequence[_Job], selection: Selection | None) -> tuple[Int64Array, Float32Array]:
     queries_BD = _stack([job.embedding_D for job in group])
     return group[0].index.search(queries_BD, max(job.top_k for job in group), selection=selection)
 

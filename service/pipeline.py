@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
+from core.arrays import Float32Array, Pixels
 from core.pool import Pool
 from imaging import Decoder
 from service.loaded_bundle import BundleView
@@ -23,7 +21,6 @@ from wikiclip.answers import Box, RecognizeOptions
 
 _LOOKUP_THREADS = 2
 
-Float32Array = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 
@@ -67,7 +64,7 @@ class RecognitionPipeline:
             selection = await self._lookup(view, lambda: ranker.selection(options)) if options.types else None
             region: Box | None = None
             stages: dict[str, tuple[float, float]] = {}
-            query: npt.NDArray[np.uint8] | Float32Array
+            query: Pixels | Float32Array
             if isinstance(image, bytes):
                 query, region, stages["decode"] = await self._decoder.load_region(
                     image, view.loaded.preprocessing, options.box, deadline_s=deadline_s

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
+from core.arrays import Float32Array
 from index.calibration import CANDIDATES, Calibration, background
 from index.overlay import EntityView
 from index.store import Selection, StoredEntity
@@ -20,8 +20,6 @@ from service.engine import Found
 from wikiclip.answers import AttendedWord, Box, Explanation, Prediction, RecognizeOptions
 
 MAX_CACHED_SELECTIONS = 32  # one byte per entity each
-
-Float32Array = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import ValidationError
 
+from core.arrays import Float32Array
 from core.errors import (
     BundleAltered,
     BundleRefused,
@@ -46,7 +46,6 @@ from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from wikiclip.answers import Recognition, RecognizeOptions
 
-Float32Array = npt.NDArray[np.float32]
 Edit = TypeVar("Edit")
 
 _MAX_REASON = 1000  # characters of a manifest's errors

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from benchmarks.generative.models import clip_preprocessing
+from core.arrays import Pixels
 from imaging import Preprocessing, normalise
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class GenerativeRecognizer:
             self._model = quantize_dynamic(self._model, layers)  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
-    def faithful(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
+    def faithful(self, pixels_HW3: Pixels) -> Answer:
         """Answer one preprocessed image."""
         clock = Clock(self._embeddings_NR.device)
         nearest, _ = self._retrieve(pixels_HW3, clock, use_cache=False)
@@ -103,7 +103,7 @@ class GenerativeRecognizer:
         return Answer(row=nearest[tree.name(decoded)], tokens=decoded.index(self._end) + 1, stages_ms=clock.stages_ms)
 
     @torch.inference_mode()
-    def optimised(self, pixels_HW3: npt.NDArray[np.uint8]) -> Answer:
+    def optimised(self, pixels_HW3: Pixels) -> Answer:
         """Answer one preprocessed image."""
         clock = Clock(self._embeddings_NR.device)
         nearest, outputs = self._retrieve(pixels_HW3, clock, use_cache=True)
@@ -122,7 +122,7 @@ class GenerativeRecognizer:
         clock.lap("decode")
         return Answer(row=nearest[found], tokens=len(decoded), stages_ms=clock.stages_ms)
 
-    def _retrieve(self, pixels_HW3: npt.NDArray[np.uint8], clock: Clock, *, use_cache: bool) -> tuple[list[int], Any]:
+    def _retrieve(self, pixels_HW3: Pixels, clock: Clock, *, use_cache: bool) -> tuple[list[int], Any]:
         """Pass over image and prompt. Return the rows of the nearest names, best first, and the model's outputs."""
         features = self._model.get_image_features(pixel_values=self._pixel_values(pixels_HW3))
         clock.lap("image tower")
@@ -135,7 +135,7 @@ class GenerativeRecognizer:
         clock.lap("retrieve")
         return nearest, outputs
 
-    def _pixel_values(self, pixels_HW3: npt.NDArray[np.uint8]) -> torch.Tensor:
+    def _pixel_values(self, pixels_HW3: Pixels) -> torch.Tensor:
         embeddings = self._embeddings_NR
         return torch.from_numpy(normalise(pixels_HW3[None], self.preprocessing)).to(embeddings.device, embeddings.dtype)
 
