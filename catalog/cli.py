@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,22 @@ def _items(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
     return tuple(int(word[1:]) for word in words)
 
 
+def _set_aside(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    matches = {value: re.fullmatch(r"([\w-]+)=([1-9]\d*)", value) for value in values}
+    if bad := [value for value, match in matches.items() if match is None]:
+        raise click.BadParameter(f"{bad[0]!r} is not NAME=N, such as test=1")
+    return {match[1]: int(match[2]) for match in matches.values() if match is not None}
+
+
 @click.command(context_settings={"show_default": True})
+@click.option("--folder", type=_PATH, help="Folder of pictures, in a folder for each entity.  [default: none]")
+@click.option("--table", type=_PATH, help="With --folder: CSV file that describes the pictures.  [default: none]")
 @click.option(
-    "--content", type=_PATH, required=True, multiple=True, help="CirrusSearch dump: file or folder. Repeatable."
-)
+    "--set-aside", metavar="NAME=N", multiple=True, callback=_set_aside,
+    help="With --folder: write the last N pictures of each entity to NAME.jsonl, as labelled queries, and not to the "
+    "catalog. Repeatable.  [default: none]",
+)  # fmt: skip
+@click.option("--content", type=_PATH, multiple=True, help="CirrusSearch dump: file or folder. Repeatable.")
 @click.option(
     "--page-props", type=_PATH, multiple=True, help="The wiki's page_props.sql.gz. Repeatable.  [default: none]"
 )
@@ -56,11 +69,53 @@ def _items(_: click.Context, __: click.Parameter, value: str | None) -> tuple[in
 )  # fmt: skip
 @click.option("--free-images", is_flag=True, help="Only page images with a free licence.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-def catalog(as_json: bool, **options: Any) -> None:
-    """Build a catalog from Wikimedia's public dumps, or bring an earlier one up to date.
+@click.pass_context
+def catalog(
+    context: click.Context,
+    /,
+    folder: Path | None,
+    table: Path | None,
+    set_aside: Mapping[str, int],
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Build a catalog from a folder of pictures (--folder) or from Wikimedia's public dumps (--content).
 
-    --resume finishes an interrupted build, with the same result as an uninterrupted one.
+    In a folder of pictures, each folder is an entity of its name, and text.txt or text.md in it is its text. The
+    columns of a table are image (a path in the folder), title, text, types, entity_id, description, url and symbol.
+
+    From dumps, --base brings an earlier catalog up to date, and --resume finishes an interrupted build with the same
+    result as an uninterrupted one.
     """
+    if (folder is None) == (not options["content"]):
+        raise click.UsageError("give one of --folder and --content")
+    if folder is not None:
+        _only(context, {"folder", "table", "set_aside", "out", "as_json"}, "--content")
+        _catalog_of_folder(folder, table, set_aside, options["out"], as_json)
+    else:
+        _only(context, {*options, "as_json"}, "--folder")
+        _catalog_of_dumps(as_json, options)
+
+
+def _only(context: click.Context, names: set[str], other: str) -> None:
+    """Raise `UsageError` if an option is given that is none of `names`."""
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name not in names and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            raise click.UsageError(f"{parameter.opts[0]} goes with {other}; leave it out")
+
+
+def _catalog_of_folder(
+    folder: Path, table: Path | None, set_aside: Mapping[str, int], out: Path, as_json: bool
+) -> None:
+    from catalog.folder import FolderConfig, build_folder_catalog, report, report_lines
+
+    config = FolderConfig(folder=folder, table=table, out=out, set_aside=set_aside, progress=True)
+    found = build_folder_catalog(config)
+    click.echo(json.dumps(report(found, config)) if as_json else "\n".join(report_lines(found, config)))
+
+
+def _catalog_of_dumps(as_json: bool, options: dict[str, Any]) -> None:
     from catalog.build import CatalogConfig, build_catalog
 
     options["image_width_px"] = int(options["image_width_px"])

@@ -152,11 +152,16 @@ def write_catalog(path: Path, records: Iterable[EntityRecord]) -> None:
 
     The file appears complete at the end.
     """
+    write_rows(path, map(to_native, records))
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """Write rows of the project's own format as `write_catalog` does. Parquet has only the columns of a record."""
     with atomic_write(path) as temporary:
         if path.suffix == ".parquet":
-            _write_parquet(temporary, records)
+            _write_parquet(temporary, rows)
             return
-        lines = (json.dumps(to_native(record), ensure_ascii=False).encode() + b"\n" for record in records)
+        lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
         with temporary.open("wb") as file:
             if path.suffix == ".gz":
                 with gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0) as compressed:
@@ -165,7 +170,7 @@ def write_catalog(path: Path, records: Iterable[EntityRecord]) -> None:
                 file.writelines(lines)
 
 
-def _write_parquet(path: Path, records: Iterable[EntityRecord]) -> None:
+def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
@@ -173,7 +178,7 @@ def _write_parquet(path: Path, records: Iterable[EntityRecord]) -> None:
     other_types = {"images": pyarrow.list_(text), "types": pyarrow.list_(text), "titles": pyarrow.map_(text, text)}
     columns = ("entity_id", "title", "text", "images", "url", "types", "titles", "symbol", "description")
     schema = pyarrow.schema({name: other_types.get(name, text) for name in columns})
-    rows = ({**row, "titles": list(row["titles"].items())} for row in map(to_native, records))
+    rows = ({**row, "titles": list(row.get("titles", {}).items())} for row in rows)
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         while batch := list(islice(rows, _PARQUET_BATCH_ROWS)):
             writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import click
 
 COMMANDS = {
-    "catalog": ("catalog.cli:catalog", "Build a catalog from Wikimedia's dumps, or update one."),
+    "catalog": ("catalog.cli:catalog", "Build a catalog from a folder of pictures or from Wikimedia's dumps."),
     "fetch-images": ("fetch.cli:fetch_images", "Download a catalog's images into tar shards, politely."),
     "train": ("model.cli:train", "Train the adaptor on pairs of query image and entity."),
     "export": ("export.cli:export", "Write a servable bundle from a catalog and a checkpoint."),
