@@ -166,8 +166,8 @@ def _check_picture(path: Path, decoder: Decoder) -> str:
         is_archive = path.suffix.lower() in _ARCHIVES
         raise UnusableImage("archive: unpack it into a folder" if is_archive else "not a picture")
     if kind not in readable_types():
-        hint = "install the extra `heic`, or convert it to JPEG" if kind == "image/heic" else "convert it to JPEG"
-        raise UnusableImage(f"{kind} that cannot be read here: {hint}")
+        install = "pip install 'wikiclip-serve[heic]', or " if kind == "image/heic" else ""
+        raise UnusableImage(f"{kind} that cannot be read here: {install}convert it to JPEG")
     data = ImageReader().read(str(path))
     try:
         decoder.check(data)

@@ -24,8 +24,8 @@ def first_answers(printed: str) -> list[str]:
 
 def test_the_catalog_is_as_large_as_the_page_says(tutorial: PageRun) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "tutorial.md").read_text(encoding="utf-8")
-    (said,) = re.findall(r"says `(mine/catalog.jsonl: [^`]+)`", page)
-    assert said in tutorial.after("python examples/catalog_from_folder.py").splitlines()
+    (said,) = re.findall(r"says `(catalog mine/catalog.jsonl: [^`]+)`", page)
+    assert said in tutorial.after("wikiclip catalog").splitlines()
 
 
 def test_pictures_of_ones_own_are_recognised(tutorial: PageRun) -> None:
