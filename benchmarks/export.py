@@ -24,8 +24,9 @@ from tqdm import tqdm
 from benchmarks.generative.models import ENCODERS
 from benchmarks.synthetic import write_photographs
 from evaluation.pages import Bars, Report
-from export.config import ExportConfig, load_checkpoint
+from export.config import ExportConfig
 from export.local import ADAPTOR_STAGE, IMAGE_STAGE, TEXT_STAGE, Embedder, chunk_size, embed_shards
+from export.model import load_model
 from export.prepare import Chunk, decode_pool, prepare_chunks
 from export.shards import StageTimes, read_shards
 from export.staging import StagingDir, write_shards
@@ -128,7 +129,8 @@ def measure(bundle_path: Path, *, smoke: bool, device: str = "cpu") -> dict[str,
 
 
 def _throughput(config: ExportConfig, root: Path, rounds: int) -> dict[str, Any]:
-    checkpoint = load_checkpoint(config, config.device)
+    checkpoint = load_model(config, resolve_device(config.device))
+    assert isinstance(checkpoint, Checkpoint)
     counted = [*read_shards(config)][_WARM_UP_SHARDS:]
     with decode_pool(config, checkpoint.image_encoder.preprocessing) as pool:
         size = chunk_size(checkpoint, config.batch_size)
@@ -166,7 +168,7 @@ def _export_seconds(config: ExportConfig, checkpoint: Checkpoint, out: Path) -> 
     staging.begin({})
     started = 0.0
     shards = embed_shards(replace(config, out=out), checkpoint, read_shards(config), times)
-    for number, _ in enumerate(write_shards(config, checkpoint, staging, shards, times), start=1):
+    for number, _ in enumerate(write_shards(config, checkpoint.text_encoder, staging, shards, times), start=1):
         if number == _WARM_UP_SHARDS:
             started = time.perf_counter()
     return time.perf_counter() - started

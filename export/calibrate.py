@@ -25,12 +25,12 @@ from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
 from export.decode import image_decoder
+from export.model import ExportModel
 from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
 from imaging import Preprocessing
 from index.calibration import CANDIDATES, Calibration, background
 from index.search import EntityIndex
 from index.store import EntityStore
-from model.checkpoint import Checkpoint
 
 _MIN_RIGHT = _MIN_WRONG = 5
 _RIDGE = 1e-4  # keeps the optimum finite if scores separate right from wrong; too small to matter otherwise
@@ -45,7 +45,7 @@ class SearchedQueries:
 
 
 def calibrate(
-    queries: Path, config: ExportConfig, checkpoint: Checkpoint, index: EntityIndex, store: EntityStore
+    queries: Path, config: ExportConfig, model: ExportModel, index: EntityIndex, store: EntityStore
 ) -> tuple[Calibration, list[Rejected]]:
     """Search for the queries and for images without an entity, and fit a calibration to their scores and embeddings.
 
@@ -54,7 +54,7 @@ def calibrate(
     """
     rejected: list[Rejected] = []
     entity_ids: list[str] = []
-    preprocessing = checkpoint.image_encoder.preprocessing
+    preprocessing = model.image_encoder.preprocessing
 
     def images() -> Iterator[npt.NDArray[np.uint8]]:
         for entity_id, pixels_HW3 in read_queries(queries, preprocessing, rejected):
@@ -62,14 +62,14 @@ def calibrate(
             yield pixels_HW3
 
     shown = tqdm(images(), desc="validation", unit="query", disable=not config.progress)
-    rows_NF, scores_NF, embeddings_ND = _search(iter(shown), config, checkpoint, index)
+    rows_NF, scores_NF, embeddings_ND = _search(iter(shown), config, model, index)
     own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)  # -1: not in the store
     right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
     without_NK = _without(scores_NF, right_NF)
     calibration = fit_calibration(scores_NF[:, :CANDIDATES], right_NF[:, :CANDIDATES], own_N >= 0, without_NK)
     count = min(max(len(own_N) // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
     outliers = outlier_images(count, preprocessing.size_px)
-    _, outlier_scores_NF, outlier_embeddings_ND = _search(outliers, config, checkpoint, index)
+    _, outlier_scores_NF, outlier_embeddings_ND = _search(outliers, config, model, index)
     calibration = add_open_set_model(
         calibration,
         SearchedQueries(scores_NK=scores_NF[:, :CANDIDATES], embeddings_ND=embeddings_ND),
@@ -174,14 +174,14 @@ def add_open_set_model(
 
 
 def _search(
-    images: Iterator[npt.NDArray[np.uint8]], config: ExportConfig, checkpoint: Checkpoint, index: EntityIndex
+    images: Iterator[npt.NDArray[np.uint8]], config: ExportConfig, model: ExportModel, index: EntityIndex
 ) -> tuple[IntArray, Float64Array, Float32Array]:
     """Return the best rows and scores `[N, F]`, one more than a calibration uses, and the query embeddings `[N, D]`."""
     rows = [np.zeros((0, CANDIDATES + 1), np.int64)]
     scores = [np.zeros((0, CANDIDATES + 1))]
-    embeddings = [np.zeros((0, checkpoint.image_encoder.embedding_dim), np.float32)]
+    embeddings = [np.zeros((0, model.image_encoder.embedding_dim), np.float32)]
     while batch := list(islice(images, config.batch_size)):
-        queries_BD = checkpoint.embed_queries(np.stack(batch))
+        queries_BD = model.embed_queries(np.stack(batch))
         rows_BF, scores_BF = index.search(queries_BD, CANDIDATES + 1)
         rows.append(rows_BF)
         scores.append(np.where(rows_BF < 0, np.nan, scores_BF.astype(np.float64)))

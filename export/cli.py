@@ -16,7 +16,11 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--catalog", type=_PATH, required=True, help="Entity records: JSONL(.gz), Parquet, OVEN's or E-VQA's file."
 )
-@click.option("--checkpoint", type=_PATH, required=True, help="Folder written by `wikiclip train`.")
+@click.option(
+    "--checkpoint",
+    type=_PATH,
+    help="Folder written by `wikiclip train`.  [default: none; entities get the embeddings of their images]",
+)
 @click.option("--out", type=_PATH, required=True, help="New or empty folder for the bundle.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted export, or begin one.")
 @click.option("--limit", type=_COUNT, help="Export only the first entities of the catalog.  [default: all]")
@@ -42,7 +46,9 @@ _COUNT = click.IntRange(min=1)
 @click.option("--store-text", is_flag=True, help="Store the entities' texts in the bundle.")
 @click.option("--images", type=_PATH, help="Folder of `wikiclip fetch-images`, for images by URL.  [default: none]")
 @click.option("--image-root", type=_PATH, help="Folder that contains OVEN's wikipedia_images_full.  [default: none]")
-@click.option("--image-encoder", metavar="SPEC", help="The checkpoint's image encoder.  [default: as recorded in it]")
+@click.option(
+    "--image-encoder", metavar="SPEC", help="Image encoder, required without --checkpoint.  [default: the checkpoint's]"
+)
 @click.option("--text-encoder", metavar="SPEC", help="The checkpoint's text encoder.  [default: as recorded in it]")
 @click.option(
     "--device",
@@ -62,7 +68,7 @@ _COUNT = click.IntRange(min=1)
 @click.option("--dry-run", is_flag=True, help="Write nothing. Estimate size and time from a timed sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
 def export(as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Write a servable bundle with an exact index from a catalog and a checkpoint.
+    """Write a servable bundle with an exact index from a catalog and a checkpoint, or an image encoder alone.
 
     --resume finishes an interrupted export, with the same result as an uninterrupted one.
     """
@@ -92,6 +98,16 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         f"{counts.without_image} without an image, {counts.without_text} without text; "
         f"{summary.shards} shards, {summary.resumed_shards} from an earlier run; {summary.elapsed_s:.1f} s"
     )
+    if not summary.trained and counts.without_image:
+        click.echo(f"{counts.without_image} entities have no image: their records are stored, but never recognised")
+    if summary.added_entity_encoder:
+        click.echo("entity encoder added: the service can embed entities that are put")
+    elif options["live"]:
+        click.echo(
+            "nothing added for --live: the entity encoder was there"
+            if summary.trained
+            else "nothing added for --live: without a checkpoint, the image encoder embeds entities that are put"
+        )
     if summary.int8 is not None:
         click.echo(f"int8: {int8_line(summary.int8.model_dump())}")
     if summary.float16 is not None:

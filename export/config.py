@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from catalog.images import ImageReader
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
-from export.onnx import torch_module
-from model.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +17,8 @@ class ExportConfig:
     """The options of `wikiclip export`."""
 
     catalog: Path
-    checkpoint: Path
     out: Path
+    checkpoint: Path | None = None  # None: the image encoder alone
     resume: bool = False
     limit: int | None = None  # None: the whole catalog
     shard_size: int = 4096
@@ -47,25 +43,12 @@ class ExportConfig:
     progress: bool = False
 
 
-def load_checkpoint(config: ExportConfig, device: torch.device | str) -> Checkpoint:
-    """Load the checkpoint with the configured encoders.
-
-    Raises what `Checkpoint.load` raises, and `EncoderSpecError` if `--float16` does not apply to the image encoder.
-    """
-    checkpoint = Checkpoint.load(
-        config.checkpoint,
-        image_encoder_spec=config.image_encoder,
-        text_encoder_spec=config.text_encoder,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
-    if config.float16:
-        torch_module(checkpoint.image_encoder)
-    return checkpoint
-
-
 def check_inputs(config: ExportConfig) -> None:
     """Check that the input files exist, before the models are loaded. Raises `CatalogError`, `UserError`."""
+    if config.checkpoint is None and config.image_encoder is None:
+        raise UserError("give --checkpoint, or --image-encoder to export without training")
+    if config.checkpoint is None and config.text_encoder is not None:
+        raise UserError("--text-encoder needs --checkpoint: without training, texts are not embedded; leave it out")
     if not config.catalog.is_file():
         raise CatalogError(f"{config.catalog} does not exist; check --catalog")
     ImageReader(config.images)
@@ -82,11 +65,17 @@ def check_image_root(config: ExportConfig) -> None:
         raise CatalogError(f"the image root {config.image_root} does not exist; mount it, or check --image-root")
 
 
-def content_settings(config: ExportConfig, checkpoint: Checkpoint, device: str) -> dict[str, Any]:
-    """Return everything that the bundle's content depends on, as hashes and values without paths."""
+def content_settings(
+    config: ExportConfig, *, checkpoint_sha256: str | None, image_encoder_hash: str, device: str
+) -> dict[str, Any]:
+    """Return everything that the bundle's content depends on, as hashes and values without paths.
+
+    A checkpoint's hash covers its encoders.
+    """
     return {
         "catalog_sha256": sha256_file(config.catalog),
-        "checkpoint_sha256": checkpoint.sha256,
+        "checkpoint_sha256": checkpoint_sha256,
+        **({"image_encoder_hash": image_encoder_hash} if checkpoint_sha256 is None else {}),
         "limit": config.limit,
         "shard_size": config.shard_size,
         "batch_size": config.batch_size,
@@ -107,19 +96,5 @@ def refuse_differences(
     earlier, current = ({"int8": False, "float16": False, **settings} for settings in (earlier, current))
     differing = [key for key in current if key not in ignored and earlier.get(key) != current[key]]
     if differing:
-        names = ", ".join(key.removesuffix("_sha256").replace("_", " ") for key in differing)
+        names = ", ".join(key.removesuffix("_sha256").removesuffix("_hash").replace("_", " ") for key in differing)
         raise UserError(f"{out} was made with another {names}; resume with the same, or choose another --out")
-
-
-def describe_model(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the manifest's `model`: the encoders and the adaptor."""
-    described = checkpoint.describe()
-    return {
-        "image_encoder": described["image_encoder"]["spec"],
-        "text_encoder": described["text_encoder"]["spec"],
-        "image_encoder_hash": checkpoint.image_encoder.content_hash,
-        "text_encoder_hash": checkpoint.text_encoder.content_hash,
-        "adaptor": described["adaptor"],
-        "checkpoint_sha256": checkpoint.sha256,
-        "logit_scale": checkpoint.logit_scale,
-    }

@@ -16,16 +16,16 @@ from tqdm import tqdm
 from catalog import EntityRecord
 from core.errors import CatalogError
 from core.jsonl import Rejected
-from export.config import ExportConfig, check_inputs, load_checkpoint
+from export.config import ExportConfig, check_inputs
 from export.decode import HASH_BYTES
 from export.local import WAITING, embed_shards
+from export.model import ExportModel, load_model
 from export.onnx import stored_bytes
 from export.reuse import open_base
 from export.shards import Reservoir, Shard, StageTimes, read_records
 from export.staging import STAGING_FOLDER, WRITING, StagingDir, write_shards
 from index.manifest import STORE_FILE
 from index.store import write_store
-from model.checkpoint import Checkpoint
 from model.encoders import resolve_device
 
 _SAMPLE_ENTITIES = 2048
@@ -66,7 +66,7 @@ def estimate_export(config: ExportConfig) -> ExportEstimate:
     """
     check_inputs(config)
     device = resolve_device(config.device)
-    checkpoint = load_checkpoint(config, device)
+    model = load_model(config, device)
     sample: Reservoir[EntityRecord] = Reservoir(_SAMPLE_ENTITIES)
     rejected = with_image = 0
     for item in tqdm(read_records(config), desc="reading", unit="record", disable=not config.progress):
@@ -77,10 +77,10 @@ def estimate_export(config: ExportConfig) -> ExportEstimate:
             with_image += bool(item.images)
     if not sample.seen:
         raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
-    measured = _measure(config, checkpoint, sample.items)
+    measured = _measure(config, model, sample.items)
     entities, shards = sample.seen, -(-sample.seen // config.shard_size)
     embeddings = round(entities * measured.embeddings_per_entity)
-    encoder, dim = checkpoint.image_encoder, checkpoint.image_encoder.embedding_dim
+    encoder, dim = model.image_encoder, model.image_encoder.embedding_dim
     disk_bytes = {
         "embeddings": embeddings * (2 * dim + 8) + entities * HASH_BYTES + 3 * shards * _NPY_HEADER_BYTES,
         "index": embeddings * 4 * dim,
@@ -119,7 +119,7 @@ class _Measured:
     work_bytes_per_entity: float
 
 
-def _measure(config: ExportConfig, checkpoint: Checkpoint, records: list[EntityRecord]) -> _Measured:
+def _measure(config: ExportConfig, model: ExportModel, records: list[EntityRecord]) -> _Measured:
     """Export the records as small shards. The first shards warm up processes and memory, and are not counted."""
     times = StageTimes()
     size = config.batch_size
@@ -131,15 +131,15 @@ def _measure(config: ExportConfig, checkpoint: Checkpoint, records: list[EntityR
     measured = all_entities = embeddings = 0
     with (
         TemporaryDirectory(prefix="plan.") as name,
-        open_base(config, checkpoint) as base,
+        open_base(config, model) as base,
         tqdm(desc="sample", unit="entity", total=len(records), disable=not config.progress) as bar,
     ):
         folder = Path(name)
         staging = StagingDir(folder)
         staging.begin({})
         started = time.monotonic()
-        embedded_shards = embed_shards(config, checkpoint, shards, times, base=base)
-        with closing(write_shards(config, checkpoint, staging, embedded_shards, times)) as written:
+        embedded_shards = embed_shards(config, model, shards, times, base=base)
+        with closing(write_shards(config, model.text_encoder, staging, embedded_shards, times)) as written:
             for number, embedded in enumerate(written, start=1):
                 count = len(embedded.records.entities)
                 bar.update(count)

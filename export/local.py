@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 
 from export.config import ExportConfig
-from export.prepare import Chunk, decode_pool, prepare_chunks
+from export.model import ExportModel, ImageModel
+from export.prepare import Chunk, NoTokenizer, decode_pool, prepare_chunks
 from export.reuse import BaseEntities
 from export.shards import EmbeddedChunk, EmbeddedShard, Shard, StageTimes, join_chunks, prefetch
 from model.adaptor import embed_with_attention
@@ -29,7 +30,7 @@ _MAX_CHUNK_BATCHES = 32  # larger chunks are not faster
 
 def embed_shards(
     config: ExportConfig,
-    checkpoint: Checkpoint,
+    model: ExportModel,
     shards: Iterable[Shard],
     times: StageTimes,
     *,
@@ -40,10 +41,11 @@ def embed_shards(
 
     Unchanged entities of `base` are copied. `on_row` is called with the last entity row of each embedded chunk.
     """
-    embedder = Embedder(checkpoint, batch_size=config.batch_size, record_attention=config.store_text, times=times)
-    with decode_pool(config, checkpoint.image_encoder.preprocessing) as pool:
-        size = chunk_size(checkpoint, config.batch_size)
-        prepared = prepare_chunks(config, pool, checkpoint.text_encoder, shards, chunk_size=size, base=base)
+    embedder = open_embedder(config, model, times)
+    tokenizer = model.text_encoder or NoTokenizer()
+    with decode_pool(config, model.image_encoder.preprocessing) as pool:
+        size = chunk_size(model, config.batch_size)
+        prepared = prepare_chunks(config, pool, tokenizer, shards, chunk_size=size, base=base)
         embedded: list[EmbeddedChunk] = []
         with closing(prefetch(prepared, _CHUNKS_AHEAD)) as chunks:
             while (chunk := times.next(WAITING, chunks)) is not None:
@@ -55,16 +57,45 @@ def embed_shards(
                     embedded = []
 
 
-def chunk_size(checkpoint: Checkpoint, batch_size: int) -> int:
+def chunk_size(model: ExportModel, batch_size: int) -> int:
     """Return the samples per chunk, a multiple of `batch_size`: enough to sort texts by length, limited by memory."""
-    image, text = checkpoint.image_encoder, checkpoint.text_encoder
-    bytes_per_sample = 4 * (image.patches * image.patch_dim + text.max_tokens * text.dim)
+    image, text = model.image_encoder, model.text_encoder
+    bytes_per_sample = 4 * (image.patches * image.patch_dim + (text.max_tokens * text.dim if text else 0))
     batches = _CHUNK_BYTES // (bytes_per_sample * batch_size)
     return batch_size * max(1, min(_MAX_CHUNK_BATCHES, batches))
 
 
+def open_embedder(
+    config: ExportConfig, model: ExportModel, times: StageTimes | None = None
+) -> Embedder | ImageEmbedder:
+    """Return what embeds chunks with the model."""
+    if isinstance(model, ImageModel):
+        return ImageEmbedder(model, batch_size=config.batch_size, times=times)
+    return Embedder(model, batch_size=config.batch_size, record_attention=config.store_text, times=times)
+
+
+class ImageEmbedder:
+    """Embeds the images of chunks, and drops samples without one."""
+
+    def __init__(self, model: ImageModel, *, batch_size: int, times: StageTimes | None = None) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._times = times or StageTimes()
+
+    def embed(self, chunk: Chunk) -> EmbeddedChunk:
+        """Return the embeddings of a chunk's images, in order."""
+        samples = zip(chunk.rows, chunk.pixels, strict=True)
+        images = [(row, pixels) for row, pixels in samples if pixels is not None]
+        batches = [np.empty((0, self._model.image_encoder.embedding_dim), np.float32)]
+        with self._times.measure(IMAGE_STAGE):
+            for start in range(0, len(images), self._batch_size):
+                batch = images[start : start + self._batch_size]
+                batches.append(self._model.embed_queries(np.stack([pixels for _, pixels in batch])))
+        return EmbeddedChunk(rows=[row for row, _ in images], embeddings_BD=np.concatenate(batches), ends=chunk.ends)
+
+
 class Embedder:
-    """Embeds chunks. The result depends only on the chunk and on `batch_size`."""
+    """Embeds chunks with a checkpoint. The result depends only on the chunk and on `batch_size`."""
 
     def __init__(
         self,
@@ -78,7 +109,7 @@ class Embedder:
         self._batch_size = batch_size
         self._record_attention = record_attention
         self._times = times or StageTimes()
-        self._device = next(checkpoint.adaptor.parameters()).device
+        self._device = checkpoint.device
 
     @torch.no_grad()
     def embed(self, chunk: Chunk) -> EmbeddedChunk:

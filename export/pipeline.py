@@ -26,12 +26,11 @@ from export.config import (
     ExportConfig,
     check_inputs,
     content_settings,
-    describe_model,
-    load_checkpoint,
     refuse_differences,
 )
 from export.entity_encoder import export_entity_encoder
 from export.local import embed_shards
+from export.model import ExportModel, ImageModel, describe_model, load_model
 from export.onnx import INPUT, OUTPUTS, export_image_encoder
 from export.precision import add_float16, add_int8
 from export.reuse import open_base
@@ -59,7 +58,6 @@ from index.manifest import (
 )
 from index.search import EntityIndex
 from index.store import EntityStore, write_store
-from model.checkpoint import Checkpoint
 from model.encoders import resolve_device
 
 SAMPLED_ENTITIES = 512  # with images, to calibrate and judge the int8 encoder
@@ -79,6 +77,8 @@ class ExportSummary:
     calibrated: bool
     int8: Int8Entry | None
     float16: Float16Entry | None
+    trained: bool  # false without a checkpoint: entities without an image have no embedding
+    added_entity_encoder: bool  # by this run
     rejects: str
     elapsed_s: float
     copied_entities: int = 0  # from the base
@@ -107,8 +107,13 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
     check_inputs(config)
     check_output(config.out, resume=config.resume)
     device = resolve_device(config.device)
-    checkpoint = load_checkpoint(config, device)
-    settings = content_settings(config, checkpoint, device.type)
+    model = load_model(config, device)
+    settings = content_settings(
+        config,
+        checkpoint_sha256=model.sha256,
+        image_encoder_hash=model.image_encoder.content_hash,
+        device=device.type,
+    )
     staging, times, embedded = StagingDir(config.out), StageTimes(), _Embedded()
     already_complete = (config.out / MANIFEST_FILE).exists()
     if already_complete:
@@ -118,12 +123,12 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
             _begin_or_resume(config, staging, settings)
             if not staging.is_ready_to_publish:
                 with report_disk_full(config.out, again=_RESUME):
-                    float16 = _write_encoders(config, checkpoint, staging, times)
-                    embedded = _embed_catalog(config, checkpoint, staging, times)
+                    float16 = _write_encoders(config, model, staging, times)
+                    embedded = _embed_catalog(config, model, staging, times)
                     with times.measure("store, index, manifest"):
-                        _assemble(config, checkpoint, staging, settings, started, embedded.sample.items, float16)
+                        _assemble(config, model, staging, settings, started, embedded.sample.items, float16)
             staging.publish()
-    _add_entity_encoder(config, checkpoint)
+    added_entity_encoder = _add_entity_encoder(config, model)
     bundle, rejects = Bundle.open(config.out), _rejects_path(config.out)
     return ExportSummary(
         bundle=str(config.out),
@@ -135,6 +140,8 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
         calibrated=bundle.calibration is not None,
         int8=bundle.manifest.image_encoder.int8,
         float16=bundle.manifest.image_encoder.float16,
+        trained=config.checkpoint is not None,
+        added_entity_encoder=added_entity_encoder,
         rejects=str(rejects) if rejects.exists() else "",
         elapsed_s=round(time.perf_counter() - started, 3),
         copied_entities=embedded.copied_entities,
@@ -171,10 +178,10 @@ def _begin_or_resume(config: ExportConfig, staging: StagingDir, settings: Mappin
 
 
 def _write_encoders(
-    config: ExportConfig, checkpoint: Checkpoint, staging: StagingDir, times: StageTimes
+    config: ExportConfig, model: ExportModel, staging: StagingDir, times: StageTimes
 ) -> Float16Entry | None:
     """Write the ONNX files of the image encoder before the shards, so that a failure is noticed early."""
-    encoder, centre_D = checkpoint.image_encoder, checkpoint.adaptor.centre_D
+    encoder, centre_D = model.image_encoder, model.centre
     if staging.parity() is None:
         with times.measure("ONNX files"), _progress(config, "image encoder"):
             parity = export_image_encoder(encoder, staging.bundle, half=config.half, centre_D=centre_D)
@@ -186,13 +193,13 @@ def _write_encoders(
         return add_float16(encoder, staging.bundle, centre_D)
 
 
-def _embed_catalog(config: ExportConfig, checkpoint: Checkpoint, staging: StagingDir, times: StageTimes) -> _Embedded:
+def _embed_catalog(config: ExportConfig, model: ExportModel, staging: StagingDir, times: StageTimes) -> _Embedded:
     """Embed and write every shard that is not finished yet. Raises `CatalogError` if the catalog has no entity."""
     result = _Embedded()
     finished_entities = 0
     total = config.limit or (count_hint(config.catalog) if config.progress else None)
     bar = tqdm(desc="entities", unit="entity", total=total, disable=not config.progress)
-    with bar, open_base(config, checkpoint) as base:
+    with bar, open_base(config, model) as base:
         result.base_fits = config.base is None or base is not None
 
         def unfinished() -> Iterator[Shard]:
@@ -214,24 +221,28 @@ def _embed_catalog(config: ExportConfig, checkpoint: Checkpoint, staging: Stagin
             from export.ray import embed_shards_on_ray
 
             numbers = [shard.number for shard in unfinished()]
-            shards = embed_shards_on_ray(config, checkpoint, numbers, copy_from_base=base is not None)
+            shards = embed_shards_on_ray(config, model, numbers, copy_from_base=base is not None)
         else:
-            shards = embed_shards(
-                config, checkpoint, unfinished(), times, base=base, on_row=lambda row: advance(row + 1)
-            )
-        for embedded in write_shards(config, checkpoint, staging, shards, times):
+            shards = embed_shards(config, model, unfinished(), times, base=base, on_row=lambda row: advance(row + 1))
+        for embedded in write_shards(config, model.text_encoder, staging, shards, times):
             result.copied_entities += len(embedded.records.copied)
             finished_entities += len(embedded.records.entities)
             advance(finished_entities)
     if finished_entities == 0:
         staging.remove()
         raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
+    if len(EmbeddingShards(staging.embeddings, model.image_encoder.embedding_dim)) == 0:  # only without a checkpoint
+        rejects = _rejects_path(config.out)
+        _count_and_log(staging, RejectLog(rejects), 0)
+        staging.remove()
+        why = f"{rejects} has the reasons" if rejects.exists() else "no record names an image"
+        raise CatalogError(f"{config.catalog}: no entity has a usable image, and nothing else is embedded; {why}")
     return result
 
 
 def _assemble(
     config: ExportConfig,
-    checkpoint: Checkpoint,
+    model: ExportModel,
     staging: StagingDir,
     settings: Mapping[str, Any],
     started: float,
@@ -242,7 +253,7 @@ def _assemble(
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     parity = staging.parity()
     assert parity is not None, "the image encoder is written before the shards"
-    bundle, encoder = staging.bundle, checkpoint.image_encoder
+    bundle, encoder = staging.bundle, model.image_encoder
     hidden = not config.progress
     write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden))
     embeddings = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
@@ -257,17 +268,17 @@ def _assemble(
         index = EntityIndex.read(bundle / INDEX_FILE, embeddings, index_manifest.parameters)
         with EntityStore(bundle / STORE_FILE) as store:
             if config.validation is not None:
-                calibration, unusable = calibrate(config.validation, config, checkpoint, index, store)
+                calibration, unusable = calibrate(config.validation, config, model, index, store)
                 if calibration.open_set_model is not None:
                     calibration.open_set_model.write(bundle / OPEN_SET_FILE)
                 for rejected in unusable:
                     log.add(rejected)
             if config.int8:
-                int8 = add_int8(config, checkpoint, bundle, sample, index, store)
+                int8 = add_int8(config, model, bundle, sample, index, store)
     Manifest(
         schema_version=SCHEMA_VERSION,
         name=config.name or config.out.resolve().name,
-        model=describe_model(checkpoint),
+        model=describe_model(model),
         preprocessing=encoder.preprocessing.to_dict(),
         embedding_dim=encoder.embedding_dim,
         patches=encoder.patches,
@@ -303,11 +314,16 @@ def _count_and_log(staging: StagingDir, log: RejectLog, embeddings: int) -> Coun
     return Counts(**counts)
 
 
-def _add_entity_encoder(config: ExportConfig, checkpoint: Checkpoint) -> None:
-    """Add the entity encoder, which is not part of the bundle's identity, to a finished bundle."""
-    if config.live and EntityEncoder.open(config.out, checkpoint.sha256) is None:
-        with report_disk_full(config.out, again=_RESUME), _progress(config, "entity encoder"):
-            export_entity_encoder(checkpoint, config.out)
+def _add_entity_encoder(config: ExportConfig, model: ExportModel) -> bool:
+    """Add the entity encoder, which is not part of the bundle's identity, to a finished bundle. Return whether it did.
+
+    Without a checkpoint, the image encoder embeds entities, and there is nothing to add.
+    """
+    if not config.live or isinstance(model, ImageModel) or EntityEncoder.open(config.out, model.sha256) is not None:
+        return False
+    with report_disk_full(config.out, again=_RESUME), _progress(config, "entity encoder"):
+        export_entity_encoder(model, config.out)
+    return True
 
 
 @contextmanager

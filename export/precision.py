@@ -30,6 +30,7 @@ from core.runtime import onnxruntime
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
 from export.decode import Pixels, image_decoder
+from export.model import ExportModel
 from export.onnx import (
     INPUT,
     MIN_COSINE,
@@ -48,7 +49,6 @@ from imaging import Preprocessing, normalise
 from index.manifest import FLOAT16_ENCODER_FILE, IMAGE_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
 from index.search import EntityIndex
 from index.store import EntityStore
-from model.checkpoint import Checkpoint
 from model.encoders import ImageEncoder
 
 MIN_MEAN_COSINE = 0.9  # an int8 encoder below it is refused
@@ -113,7 +113,7 @@ def add_float16(encoder: ImageEncoder, bundle: Path, centre_D: torch.Tensor | No
 
 def add_int8(
     config: ExportConfig,
-    checkpoint: Checkpoint,
+    model: ExportModel,
     bundle: Path,
     sample: Sequence[EntityImages],
     index: EntityIndex,
@@ -124,7 +124,7 @@ def add_int8(
     Every other image of the sample calibrates the ranges. Raises `UserError` if the sample has no usable image,
     `EncoderSpecError` if the int8 encoder is too inaccurate.
     """
-    preprocessing = checkpoint.image_encoder.preprocessing
+    preprocessing = model.image_encoder.preprocessing
     images = list(catalog_images(ImageReader(config.images), preprocessing, sample))
     if not images:
         raise UserError("--int8 needs catalog images, and none is usable; continue with --resume, without --int8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from catalog import EntityRecord
 from catalog.images import ImageReader
@@ -43,6 +43,13 @@ class _Sample:
 
 class Tokenizer(Protocol):
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]: ...
+
+
+class NoTokenizer:
+    """Returns texts unchanged: where no text encoder is loaded, they are tokenised later or not at all."""
+
+    def tokenize(self, texts: Sequence[str]) -> Any:
+        return list(texts)
 
 
 def prepare_chunks(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import defaultdict
-from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,20 +23,20 @@ import torch
 
 from core.errors import UserError
 from core.extras import needed_by
-from export.config import ExportConfig, load_checkpoint
-from export.local import Embedder, chunk_size
-from export.prepare import Chunk, decode_pool, prepare_chunks
+from export.config import ExportConfig
+from export.local import chunk_size, open_embedder
+from export.model import ExportModel, load_model
+from export.prepare import Chunk, NoTokenizer, decode_pool, prepare_chunks
 from export.reuse import BaseEntities
 from export.shards import EmbeddedChunk, EmbeddedShard, join_chunks, read_shards
 from imaging import Preprocessing
-from model.checkpoint import Checkpoint
 
 Batch = dict[str, npt.NDArray[Any]]
 _SHARD, _PLACE, _DATA = "shard", "place", "data"
 
 
 def embed_shards_on_ray(
-    config: ExportConfig, checkpoint: Checkpoint, numbers: Collection[int], *, copy_from_base: bool
+    config: ExportConfig, model: ExportModel, numbers: Collection[int], *, copy_from_base: bool
 ) -> Generator[EmbeddedShard]:
     """Embed the shards of these numbers, in any order, on the cluster at RAY_ADDRESS or on this machine.
 
@@ -51,7 +51,7 @@ def embed_shards_on_ray(
     try:
         resources = ray.cluster_resources()
         cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        device = next(checkpoint.adaptor.parameters()).device.type
+        device = model.device.type
         embedders = max(1, gpus if device == "cuda" else cpus // 2)
         data.DataContext.get_current().enable_progress_bars = False
         prepared = data.read_datasource(_catalog_source(data, config, numbers), ray_remote_args={"num_cpus": 0})
@@ -60,8 +60,8 @@ def embed_shards_on_ray(
             batch_size=1,
             fn_constructor_args=(
                 replace(config, base=config.base if copy_from_base else None, progress=False),
-                checkpoint.image_encoder.preprocessing,
-                chunk_size(checkpoint, config.batch_size),
+                model.image_encoder.preprocessing,
+                chunk_size(model, config.batch_size),
             ),
             concurrency=(1, max(1, cpus - embedders)),
             num_cpus=1,
@@ -104,7 +104,7 @@ class _Prepare:
     def __init__(self, config: ExportConfig, preprocessing: Preprocessing, size: int) -> None:
         pool = decode_pool(replace(config, workers=1), preprocessing)
         base = None if config.base is None else BaseEntities(config.base)
-        self._chunks = partial(prepare_chunks, config, pool, _NoTokenizer(), chunk_size=size, base=base)
+        self._chunks = partial(prepare_chunks, config, pool, NoTokenizer(), chunk_size=size, base=base)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         shard = pickle.loads(batch[_DATA][0])
@@ -112,26 +112,21 @@ class _Prepare:
             yield _batch(shard.number, place, chunk)
 
 
-class _NoTokenizer:
-    """Returns texts unchanged, so that workers without the text encoder can prepare chunks. `_Embed` tokenises."""
-
-    def tokenize(self, texts: Sequence[str]) -> Any:
-        return list(texts)
-
-
 class _Embed:
     """Worker that embeds chunks."""
 
     def __init__(self, config: ExportConfig, threads: int) -> None:
         torch.set_num_threads(threads)  # the thread count affects rounding
-        checkpoint = load_checkpoint(config, config.device)
-        self._text_encoder = checkpoint.text_encoder
-        self._embedder = Embedder(checkpoint, batch_size=config.batch_size, record_attention=config.store_text)
+        model = load_model(config, torch.device(config.device))
+        self._text_encoder = model.text_encoder
+        self._embedder = open_embedder(config, model)
 
     def __call__(self, batch: Batch) -> Batch:
         chunk: Chunk = pickle.loads(batch[_DATA][0])
-        texts: Any = chunk.tokens
-        embedded = self._embedder.embed(replace(chunk, tokens=self._text_encoder.tokenize(texts)))
+        if self._text_encoder is not None:
+            texts: Any = chunk.tokens
+            chunk = replace(chunk, tokens=self._text_encoder.tokenize(texts))
+        embedded = self._embedder.embed(chunk)
         return _batch(int(batch[_SHARD][0]), int(batch[_PLACE][0]), embedded)
 
 

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from core.errors import UserError
 from core.files import atomic_write
-from export.config import ExportConfig, describe_model
+from export.config import ExportConfig
 from export.decode import HASH_BYTES
+from export.model import ExportModel, describe_model
 from index.bundle import Bundle
 from index.manifest import EMBEDDINGS_FOLDER
-from model.checkpoint import Checkpoint
 
 _MODEL_KEYS = ("image_encoder_hash", "text_encoder_hash", "checkpoint_sha256")
 
@@ -70,7 +70,7 @@ class BaseEntities:
 
 
 @contextmanager
-def open_base(config: ExportConfig, checkpoint: Checkpoint) -> Iterator[BaseEntities | None]:
+def open_base(config: ExportConfig, model: ExportModel) -> Iterator[BaseEntities | None]:
     """Open the bundle of `--base`. Yields None without one, or if nothing can be copied from it.
 
     Models and thumbnails must be the same. With `--store-text`, the base must have texts too, because their attended
@@ -80,9 +80,9 @@ def open_base(config: ExportConfig, checkpoint: Checkpoint) -> Iterator[BaseEnti
         yield None
         return
     with closing(BaseEntities(config.base)) as base:
-        model, settings = describe_model(checkpoint), base.manifest.export
+        described, settings = describe_model(model), base.manifest.export
         fits = (
-            all(base.manifest.model.get(key) == model[key] for key in _MODEL_KEYS)
+            all(base.manifest.model.get(key) == described[key] for key in _MODEL_KEYS)
             and settings.get("thumbnail_px") == config.thumbnail_px
             and (not config.store_text or settings.get("store_text"))
         )

@@ -35,7 +35,6 @@ from export.shards import EmbeddedShard, StageTimes
 from index.embeddings import write_shard
 from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE
 from index.store import StoredEntity
-from model.checkpoint import Checkpoint
 from model.encoders import TextEncoder
 
 STAGING_FOLDER = ".partial"
@@ -161,7 +160,7 @@ def check_output(out: Path, *, resume: bool) -> None:
 
 def write_shards(
     config: ExportConfig,
-    checkpoint: Checkpoint,
+    text_encoder: TextEncoder | None,
     staging: StagingDir,
     shards: Generator[EmbeddedShard],
     times: StageTimes,
@@ -174,12 +173,12 @@ def write_shards(
             check_image_root(config)  # otherwise a shard whose images all seem missing would count as finished
             with times.measure(WRITING):
                 previous.result()
-            previous = thread.submit(_write, staging, checkpoint.text_encoder, embedded)
+            previous = thread.submit(_write, staging, text_encoder, embedded)
             yield embedded
         previous.result()
 
 
-def _write(staging: StagingDir, text_encoder: TextEncoder, embedded: EmbeddedShard) -> None:
+def _write(staging: StagingDir, text_encoder: TextEncoder | None, embedded: EmbeddedShard) -> None:
     records = embedded.records
     number, copied = records.shard.number, records.copied
     rows_n = np.array([*embedded.rows, *(row for row, copied_kD in copied for _ in copied_kD)], np.int64)
@@ -194,10 +193,11 @@ def _write(staging: StagingDir, text_encoder: TextEncoder, embedded: EmbeddedSha
     )
 
 
-def _with_words(entity: StoredEntity, embedded: EmbeddedShard, text_encoder: TextEncoder) -> StoredEntity:
+def _with_words(entity: StoredEntity, embedded: EmbeddedShard, text_encoder: TextEncoder | None) -> StoredEntity:
     """Add the most attended words of the entity's text, by the mean attention over its images."""
     if entity.row not in embedded.attention:
         return entity
+    assert text_encoder is not None, "only a checkpoint gives attention"
     assert entity.text is not None, "attention is recorded only with --store-text"
     (spans_T,) = text_encoder.token_spans([entity.text])
     mean_T = np.mean(embedded.attention[entity.row], axis=0).tolist()

@@ -151,6 +151,11 @@ class Manifest(Record):
     created_at: str  # ISO 8601, UTC
     elapsed_s: float
 
+    @property
+    def images_only(self) -> bool:
+        """Whether entities have the embeddings of their images, and their texts were not embedded."""
+        return "text_encoder" in self.model and self.model["text_encoder"] is None
+
     @classmethod
     def parse(cls, content: bytes, source: str) -> Self:
         """Read a manifest. Raise `BundleSchemaMismatch`, or `BundleAltered` if it is malformed."""

@@ -25,6 +25,7 @@ def describe(path: Path, verify: Verify) -> dict[str, Any]:
         "calibration": None if bundle.calibration is None else bundle.calibration.to_dict(),
         "image_encoder": {"int8": None, "float16": None, **manifest.image_encoder.model_dump()},
         "index": bundle.index_manifest.model_dump(),
+        "images_only": manifest.images_only,
         "entity_side": None if entity_encoder is None else entity_encoder.model_dump(),
         "bytes": bundle.index_manifest.bytes + sum(entry.bytes for entry in manifest.files.values()),
         "unlisted_files": bundle.unlisted_files(),
@@ -41,15 +42,14 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         f"{counts['without_text']} without text",
         "left out": f"{counts['rejected']} catalog record(s), {counts['images_failed']} image(s)",
         "embeddings": f"{counts['embeddings']} of width {report['embedding_dim']}, float16",
-        "encoders": f"image {report['model'].get('image_encoder')}, text {report['model'].get('text_encoder')}",
+        "encoders": f"image {report['model'].get('image_encoder')}, "
+        f"text {'none' if report['images_only'] else report['model'].get('text_encoder')}",
         "images": f"{report['preprocessing'].get('size_px')} px, {report['patches']} patches",
         "ONNX parity": parity_line(encoder["parity"]),
         "int8": int8_line(encoder["int8"]) if encoder["int8"] else None,
         "float16": parity_line(encoder["float16"]) if encoder["float16"] else None,
         "index": f"{index['factory']}, {index['bytes'] / 1e6:.1f} MB ({index['why']})",
-        "live": "no entity encoder: entities are put with their embedding"
-        if report["entity_side"] is None
-        else f"entity encoder: adaptor and {report['entity_side']['text_encoder']}",
+        "live": _live_line(report),
         "confidence": _calibration_line(report["calibration"]),
         "checked": "every byte hashed"
         if report["verified"] == "full"
@@ -57,6 +57,14 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         "other files": ", ".join(report["unlisted_files"]) or None,
     }
     return [f"{label:<12} {text}" for label, text in lines.items() if text is not None]
+
+
+def _live_line(report: Mapping[str, Any]) -> str:
+    if report["images_only"]:
+        return "entities are put with an image or their embedding"
+    if report["entity_side"] is None:
+        return "no entity encoder: entities are put with their embedding"
+    return f"entity encoder: adaptor and {report['entity_side']['text_encoder']}"
 
 
 def _calibration_line(calibration: Mapping[str, Any] | None) -> str:

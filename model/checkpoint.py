@@ -50,6 +50,15 @@ class Checkpoint:
         """1 / temperature of the trained softmax."""
         return float(self.values["logit_scale"])
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.adaptor.parameters()).device
+
+    @property
+    def centre(self) -> torch.Tensor | None:
+        """What is subtracted from image embeddings [D], or None."""
+        return self.adaptor.centre_D
+
     @torch.no_grad()
     def embed_queries(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the L2-normalised query embeddings `[B, D]` of images, `h` in the paper."""
@@ -122,7 +131,7 @@ def save_checkpoint(
     dtype = torch.float16 if half else torch.float32
     state = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in adaptor.state_dict().items()}
     image = {
-        **_identity(image_encoder),
+        **encoder_identity(image_encoder),
         "preprocessing": image_encoder.preprocessing.to_dict(),
         "patches": image_encoder.patches,
         "patch_dim": image_encoder.patch_dim,
@@ -146,7 +155,7 @@ def save_checkpoint(
             "adaptor": adaptor.config.to_dict(),
             "image_encoder": image,
             "text_encoder": {
-                **_identity(text_encoder),
+                **encoder_identity(text_encoder),
                 "dim": text_encoder.dim,
                 "max_tokens": text_encoder.max_tokens,
                 "layer": text_encoder.layer,
@@ -229,7 +238,7 @@ def _check_same(path: Path, kind: str, encoder: dict[str, Any], content_hash: st
         )
 
 
-def _identity(encoder: ImageEncoder | TextEncoder) -> dict[str, Any]:
+def encoder_identity(encoder: ImageEncoder | TextEncoder) -> dict[str, Any]:
     """Return what identifies an encoder, without the folders of this machine."""
     kind, _, name = encoder.spec.partition(":")
     local = kind != "tiny" and bool(name) and Path(name).exists()

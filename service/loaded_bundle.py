@@ -212,7 +212,8 @@ class LoadedBundle:
     def _open_editor(self, live: LiveChanges, settings: Settings, decoder: Decoder) -> Editor:
         try:
             encoder = self.encoder
-            if self.precision != "float" and (self.bundle.path / ENTITY_ENCODER_FOLDER).is_dir():
+            embeds = self.bundle.manifest.images_only or (self.bundle.path / ENTITY_ENCODER_FOLDER).is_dir()
+            if self.precision != "float" and embeds:
                 # The export embedded all other entities in float, so int8 and float16 are for queries only.
                 float_settings = settings.model_copy(update={"precision": "float"})
                 encoder = open_encoder(self.bundle, self.preprocessing, float_settings)

@@ -112,6 +112,19 @@ class EntityEmbedder:
         return text_tokens_1TL, np.ones(ids_1T.shape, np.bool_)
 
 
+class ImageEmbedder:
+    """Embeds an entity by its image alone, as an export without a checkpoint does."""
+
+    def __init__(self, image_encoder: Encoder) -> None:
+        self._image_encoder = image_encoder
+
+    def embed(self, pixels_HW3: npt.NDArray[np.uint8] | None, text: str) -> Float32Array:
+        """Return the embedding [D]. Raises `NoEntitySide` without an image."""
+        if pixels_HW3 is None:
+            raise NoEntitySide("this bundle does not embed texts; send an image or an embedding")
+        return np.asarray(self._image_encoder.encode(pixels_HW3[None])[0], np.float32)
+
+
 class Editor:
     """Makes live changes to one bundle and follows those of other processes, in two threads.
 
@@ -127,7 +140,11 @@ class Editor:
         self._thumbnail_px = int(bundle.manifest.export.get("thumbnail_px", 0))
         self._store_text = bool(bundle.manifest.export.get("store_text", False))
         entity_encoder = bundle.entity_encoder()
-        self._embedder = None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, image_encoder)
+        self._embedder: EntityEmbedder | ImageEmbedder | None = None
+        if bundle.manifest.images_only:
+            self._embedder = ImageEmbedder(image_encoder)
+        elif entity_encoder is not None:
+            self._embedder = EntityEmbedder(bundle, entity_encoder, image_encoder)
         self._pool = Pool(1, "edit")
         self._closing = threading.Event()
         self._sync_thread = threading.Thread(target=self._sync, name="live", daemon=True)
