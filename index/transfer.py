@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Self
 
@@ -38,6 +40,7 @@ from index.manifest import (
 MARKER_FILE = ".transfer"
 _SCHEMES = ("file", "s3", "s3a")
 CHUNK_BYTES = 16 * 1024**2  # one request to an object store
+FILES_AT_ONCE = 16  # of those up to a chunk. Larger ones go one by one: s3fs may hold 500 MB of each in memory
 _MANIFESTS = (ENTITY_ENCODER_MANIFEST_FILE, INDEX_MANIFEST_FILE, MANIFEST_FILE)  # in the order that they are written
 
 
@@ -60,7 +63,8 @@ class Remote:
 
         try:
             # A new instance, because a cached one may have old listings.
-            self._filesystem, root = url_to_fs(uri, skip_instance_cache=True)
+            options = {"config_kwargs": {"max_pool_connections": FILES_AT_ONCE}} if scheme.startswith("s3") else {}
+            self._filesystem, root = url_to_fs(uri, skip_instance_cache=True, **options)
         except ImportError as error:
             raise missing_extra(uri, "s3fs") from error
         except Exception as error:  # each fsspec driver has its own exceptions
@@ -90,7 +94,7 @@ class Remote:
 
     def put(self, name: str, source: Path) -> None:
         """Copy a local file."""
-        with self._as_transfer_error(), self._target(name) as path:
+        with self._as_transfer_error(name), self._target(name) as path:
             self._filesystem.put_file(str(source), path)
 
     def chunks(self, name: str, start: int, end: int) -> Iterator[bytes]:
@@ -218,18 +222,25 @@ def push(bundle_path: Path, uri: str, *, verify: bool = False, progress: bool = 
     Bundle.open(bundle_path, verify="full").entity_encoder()
     release = Release.read(Remote(str(bundle_path)))
     remote = Remote(uri)
-    sent: list[FileEntry] = []
     with _unfinished(release, remote) as present:
-        for name, entry in _files(release, "push", progress):
-            if present.get(name) != entry.bytes:
-                remote.put(name, bundle_path / name)
-                sent.append(entry)
-        for name, entry in _files(release, "verify", progress) if verify else ():
+
+        def send(name: str, entry: FileEntry) -> bool:
+            if present.get(name) == entry.bytes:
+                return False
+            remote.put(name, bundle_path / name)
+            return True
+
+        def check(name: str, entry: FileEntry) -> bool:
             digest = hashlib.sha256()
             for chunk in remote.chunks(name, 0, entry.bytes):
                 digest.update(chunk)
             if digest.hexdigest() != entry.sha256:
                 raise BundleAltered(f"{uri}/{name} is altered: remove it there, and push again")
+            return True
+
+        sent = _for_each_file(release, send, "push", progress)
+        if verify:
+            _for_each_file(release, check, "verify", progress)
     return Transferred.of(release, sent)
 
 
@@ -269,13 +280,16 @@ def local_bundle(source: str | Path, cache: Path | None) -> Path:
 
 def _pull(remote: Remote, release: Release, folder: Path, *, hash_complete: bool, progress: bool) -> Transferred:
     """Fetch what is missing. Files of a complete bundle are hashed only if asked for: opening it checks them too."""
-    received: list[FileEntry] = []
     with report_disk_full(folder), _unfinished(release, Remote(str(folder))) as present:
         trusted = MANIFEST_FILE in present and not hash_complete
-        for name, entry in _files(release, "pull", progress):
-            if present.get(name) != entry.bytes or not (trusted or sha256_file(folder / name) == entry.sha256):
-                _receive(remote, name, entry, folder / name)
-                received.append(entry)
+
+        def receive(name: str, entry: FileEntry) -> bool:
+            if present.get(name) == entry.bytes and (trusted or sha256_file(folder / name) == entry.sha256):
+                return False
+            _receive(remote, name, entry, folder / name)
+            return True
+
+        received = _for_each_file(release, receive, "pull", progress)
     return Transferred.of(release, received)
 
 
@@ -325,10 +339,32 @@ def _unfinished(release: Release, target: Remote) -> Iterator[Mapping[str, int]]
     target.remove(MARKER_FILE)
 
 
-def _files(release: Release, action: str, progress: bool) -> Iterator[tuple[str, FileEntry]]:
-    """Yield the files. A progress bar moves when the next one is asked for."""
+def _for_each_file(
+    release: Release, transfer: Callable[[str, FileEntry], bool], action: str, progress: bool
+) -> list[FileEntry]:
+    """Call `transfer` for every file, many small ones at a time. Return the files for which it returns True.
+
+    After an error, no transfer is running. After Ctrl-C, they run until the process ends: its threads are daemons.
+    """
+    moved: list[FileEntry] = []
+    large = [file for file in release.files.items() if file[1].bytes > CHUNK_BYTES]
+    small = [file for file in release.files.items() if file[1].bytes <= CHUNK_BYTES]
     description = f"{action} {release.label}"
-    with tqdm(total=release.total_bytes, desc=description, unit="B", unit_scale=True, disable=not progress) as bar:
-        for name, entry in release.files.items():
-            yield name, entry
-            bar.update(entry.bytes)
+    with (
+        tqdm(total=release.total_bytes, desc=description, unit="B", unit_scale=True, disable=not progress) as bar,
+        ThreadPool(FILES_AT_ONCE) as pool,
+    ):
+
+        def run(file: tuple[str, FileEntry]) -> tuple[FileEntry, bool]:
+            return file[1], transfer(*file)
+
+        try:
+            for entry, is_moved in chain(pool.imap_unordered(run, small), map(run, large)):
+                bar.update(entry.bytes)
+                if is_moved:
+                    moved.append(entry)
+        except Exception:
+            pool.terminate()
+            pool.join()
+            raise
+    return moved

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import fsspec
@@ -120,6 +122,7 @@ from pathlib import Path
 from index import transfer
 from index.transfer import Remote
 
+transfer.FILES_AT_ONCE = 1
 begun = []
 put, chunks = Remote.put, Remote.chunks
 
@@ -250,6 +253,68 @@ def test_a_target_with_other_content_is_left_unchanged(small_bundle, place, tmp_
 def push_and_pull(bundle: Path, uri: str, folder: Path) -> None:
     push(bundle, uri)
     pull(uri, folder)
+
+
+@pytest.mark.parametrize("method", ["put", "chunks"])
+def test_several_files_are_transferred_at_a_time(small_bundle, tmp_path, monkeypatch, method):
+    together, begun = threading.Barrier(6), itertools.count()
+    transfer_one = getattr(Remote, method)
+
+    def wait_for_others(self, *arguments):
+        if next(begun) < together.parties:
+            together.wait(TIMEOUT_S)
+        return transfer_one(self, *arguments)
+
+    monkeypatch.setattr(Remote, method, wait_for_others)
+    push_and_pull(small_bundle, str(tmp_path / "store"), tmp_path / "pulled")
+    assert not together.broken
+    assert content(tmp_path / "pulled") == content(small_bundle)
+
+
+def test_no_transfer_is_running_after_an_error(small_bundle, tmp_path, monkeypatch):
+    failed, begun, ended = threading.Event(), [], []
+
+    def put(self, name, source):
+        begun.append(name)
+        if name == "entities.sqlite":
+            failed.set()
+            raise TransferError(f"{name} cannot be used")
+        failed.wait(TIMEOUT_S)
+        threading.Event().wait(0.05)  # still under way when the error is raised
+        ended.append(name)
+
+    monkeypatch.setattr(Remote, "put", put)
+    with pytest.raises(TransferError, match=r"entities\.sqlite"):
+        push(small_bundle, str(tmp_path / "store"))
+    assert sorted(begun) == sorted([*ended, "entities.sqlite"])
+
+
+# Pushes to a store that never answers, and reports when it is asked.
+STUCK = """
+import sys, threading
+from core.cli import run
+from index import cli
+from index.transfer import Remote
+
+def put(self, name, source):
+    print("begun", flush=True)
+    threading.Event().wait()
+
+Remote.put = put
+run(cli.bundle, sys.argv[1:])
+"""
+
+
+def test_ctrl_c_ends_a_transfer_at_once(small_bundle, tmp_path):
+    command = [sys.executable, "-c", STUCK, "push", str(small_bundle), str(tmp_path / "store")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 130
+    assert log.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in log
 
 
 def test_an_incomplete_bundle_is_not_pushed(small_bundle, tmp_path):
