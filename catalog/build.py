@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from catalog.cirrus import LeftOut, file_url, parse_page, read_documents, read_page_images, site_of, wiki_of
 from catalog.dumps import check_kind
-from catalog.formats import read_catalog, write_catalog
+from catalog.formats import check_catalog_name, read_catalog, write_catalog
 from catalog.joins import JoinedPage, Joins, open_joins
 from catalog.records import BadRecord, EntityRecord, to_native
 from catalog.wikidata import SUBCLASS_CLAIM, number_of, parse_item
@@ -31,6 +31,7 @@ from core.lines import START, OnBytes, Position, read_lines
 COMMONS = "https://commons.wikimedia.org"
 NO_ENTITIES = (4167410, 13406463, 4167836, 11266439)  # disambiguation pages, lists, categories, templates
 _COMMIT_EVERY = 2_000
+_FROM_BASE = ("images", "image_credits", "types", "titles", "symbol", "description")
 _CONTENT_FILES = ("*.json", "*.json.gz", "*.json.bz2")
 
 Item = TypeVar("Item")
@@ -113,14 +114,11 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
 
 
 def _check(config: CatalogConfig, work: Path) -> None:
-    if not config.out.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
-        raise UserError(f"--out {config.out} must end in .jsonl, .jsonl.gz or .parquet")
+    check_catalog_name(config.out)
     if not config.resume and work.exists():
         raise UserError(f"--out {config.out} is unfinished; finish it with --resume, or remove {work}")
     if not config.resume and config.out.exists():
         raise UserError(f"--out {config.out} exists; choose another name (--base makes a new catalog of an old one)")
-    if not config.out.resolve().parent.is_dir():
-        raise UserError(f"the folder of --out {config.out} does not exist; make it")
     if (config.types or config.without_types != NO_ENTITIES) and config.wikidata is None:
         raise UserError("--types and --without-types need --wikidata")
     for path in (*config.content, *config.page_props, config.wikidata, config.base):
@@ -161,7 +159,7 @@ def _read_base(joins: Joins, path: Path) -> None:
     for item in read_catalog(path):
         if isinstance(item, EntityRecord):
             row = to_native(item)
-            stored = {name: row[name] for name in ("images", "types", "titles", "symbol", "description")}
+            stored = {name: row.get(name) for name in _FROM_BASE}
             joins.add_base(item.entity_id, _digest(row), stored)
     joins.set_progress("base", START, done=True)
 
@@ -310,6 +308,9 @@ def _record(joined: JoinedPage, config: CatalogConfig) -> EntityRecord:
     record = replace(record, symbol=base["symbol"])
     if not config.page_props:
         record = replace(record, images=tuple(base["images"]))
+    if base["image_credits"]:
+        credits = dict(zip(base["images"], base["image_credits"], strict=True))
+        record = replace(record, image_credits=tuple(credits.get(image) for image in record.images))
     if config.wikidata is None:
         record = replace(record, types=tuple(base["types"]), titles=base["titles"], description=base["description"])
     return record

@@ -13,8 +13,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from catalog.records import BadRecord, EntityRecord, from_encyclopedic_vqa, from_native, from_oven, to_native
-from core.errors import CatalogError
+from catalog.records import (
+    CREDIT_FIELDS,
+    BadRecord,
+    EntityRecord,
+    from_encyclopedic_vqa,
+    from_native,
+    from_oven,
+    to_native,
+)
+from core.errors import CatalogError, UserError
 from core.files import atomic_write
 from core.jsonl import Rejected, excerpt, read_jsonl
 
@@ -147,6 +155,14 @@ def _url_keyed_entries(path: Path) -> Iterator[tuple[str, Any]]:
         yield from ijson.kvitems(ijson.parse(limited(ijson.basic_parse(file, use_float=True))), "")
 
 
+def check_catalog_name(path: Path) -> None:
+    """Raise `UserError` if a path cannot be that of a new catalog."""
+    if not path.name.endswith((".jsonl", ".jsonl.gz", ".parquet")):
+        raise UserError(f"--out {path} must end in .jsonl, .jsonl.gz or .parquet")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"the folder of --out {path} does not exist; make it")
+
+
 def write_catalog(path: Path, records: Iterable[EntityRecord]) -> None:
     """Write records in the format of the file's name. The same records give the same bytes.
 
@@ -175,9 +191,14 @@ def _write_parquet(path: Path, rows: Iterator[dict[str, Any]]) -> None:
     import pyarrow.parquet
 
     text = pyarrow.string()
-    other_types = {"images": pyarrow.list_(text), "types": pyarrow.list_(text), "titles": pyarrow.map_(text, text)}
+    other_types = {
+        "images": pyarrow.list_(text),
+        "types": pyarrow.list_(text),
+        "titles": pyarrow.map_(text, text),
+        "image_credits": pyarrow.list_(pyarrow.struct(dict.fromkeys(CREDIT_FIELDS, text))),
+    }
     columns = ("entity_id", "title", "text", "images", "url", "types", "titles", "symbol", "description")
-    schema = pyarrow.schema({name: other_types.get(name, text) for name in columns})
+    schema = pyarrow.schema({name: other_types.get(name, text) for name in (*columns, "image_credits")})
     rows = ({**row, "titles": list(row.get("titles", {}).items())} for row in rows)
     with pyarrow.parquet.ParquetWriter(path, schema, compression="zstd") as writer:
         while batch := list(islice(rows, _PARQUET_BATCH_ROWS)):

@@ -13,6 +13,9 @@ import orjson
 
 from core.lines import LINE_TOO_LONG, MAX_LINE_BYTES
 
+CREDIT_FIELDS = ("author", "licence", "licence_url", "source")
+ImageCredit = Mapping[str, str]  # some of `CREDIT_FIELDS`
+
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -21,7 +24,8 @@ class EntityRecord:
     """An entity of the knowledge base. `images` are local paths or URLs.
 
     `text` is the input of the text encoder. `symbol` is a character that depicts the entity. `description` is one line
-    to display. `line` is the record's line in the catalog, from 1.
+    to display. `image_credits` has an entry per image, or none at all. `line` is the record's line in the catalog, from
+    1.
     """
 
     entity_id: str
@@ -33,6 +37,7 @@ class EntityRecord:
     titles: Mapping[str, str] = field(default_factory=dict)
     symbol: str | None = None
     description: str | None = None
+    image_credits: tuple[ImageCredit | None, ...] = ()
     line: int = 0
 
 
@@ -60,23 +65,27 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 def from_native(row: Mapping[str, Any], folder: Path) -> EntityRecord:
     """Convert a row of the project's own format. Image paths are relative to `folder`. Raises `BadRecord`."""
+    images = _strings(row, "images")
     return EntityRecord(
         entity_id=_required(row, "entity_id"),
         title=_required(row, "title"),
         text=optional_string(row, "text") or "",
-        images=tuple(image if is_url(image) else os.path.join(folder, image) for image in _strings(row, "images")),
+        images=tuple(image if is_url(image) else os.path.join(folder, image) for image in images),
         url=optional_string(row, "url"),
         types=_strings(row, "types"),
         titles=_titles(row),
         symbol=optional_string(row, "symbol"),
         description=optional_string(row, "description"),
+        image_credits=_image_credits(row, len(images)),
     )
 
 
 def to_native(record: EntityRecord) -> dict[str, Any]:
-    """Convert a record to a row of the project's own format."""
+    """Convert a record to a row of the project's own format. Without a credit there is no field for them."""
     row = {**vars(record), "images": list(record.images), "types": list(record.types), "titles": dict(record.titles)}
-    del row["line"]
+    del row["line"], row["image_credits"]
+    if any(record.image_credits):
+        row["image_credits"] = list(record.image_credits)
     return row
 
 
@@ -153,6 +162,19 @@ def _titles(row: Mapping[str, Any]) -> dict[str, str]:
         raise BadRecord("`titles` must be an object of language to string")
     # A Parquet struct has every language of the column, with null for the missing ones.
     return {language: _encodable("titles", title) for language, title in value.items() if title is not None}
+
+
+def _image_credits(row: Mapping[str, Any], images: int) -> tuple[ImageCredit | None, ...]:
+    value = row.get("image_credits")
+    if not value:
+        return ()
+    if not isinstance(value, list) or len(value) != images or not all(isinstance(each, dict | None) for each in value):
+        raise BadRecord("`image_credits` must be a list with an object or null for each of `images`")
+    credits: list[ImageCredit | None] = []
+    for each in value:
+        strings = {name: string for name in CREDIT_FIELDS if (string := optional_string(each or {}, name))}
+        credits.append(strings or None)
+    return tuple(credits) if any(credits) else ()
 
 
 def _encodable(key: str, value: str) -> str:

@@ -97,6 +97,8 @@ def _samples(config: ExportConfig, pool: DecodePool, base: BaseEntities | None, 
             reason = f"image {image}: {why}; the entity is kept without it"
             out.images_failed.append(Rejected(line=record.line, reason=reason, record=record.entity_id))
         out.content_hashes.append(decoded.content_hash)
+        failed = {image for image, _ in decoded.failures}
+        credits = dict(zip(record.images, record.image_credits, strict=False))
         entity = StoredEntity(
             row=row,
             entity_id=record.entity_id,
@@ -109,6 +111,9 @@ def _samples(config: ExportConfig, pool: DecodePool, base: BaseEntities | None, 
             image_count=len(decoded.pixels),
             has_text=bool(record.text.strip()),
             text=record.text if config.store_text else None,
+            image_credits=tuple(credits.get(image) for image in record.images if image not in failed)
+            if credits
+            else (),
         )
         if decoded.unchanged:
             copied = known[record.entity_id]

@@ -1,1 +1,1 @@
-"""Download the images of a catalog into tar shards, within rate limits per host."""
+"""Download the images of a catalog into tar shards, and ask for their credits, within rate limits per host."""

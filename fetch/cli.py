@@ -1,9 +1,9 @@
-"""Command `fetch-images`."""
+"""Commands `fetch-images` and `credits`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +73,30 @@ def fetch_images(
     )
     if report.rejects:
         click.echo(f"see {report.rejects}")
+
+
+@click.command(name="credits", context_settings={"show_default": True})
+@click.option("--catalog", type=_PATH, required=True, help="Entity records with Wikimedia's images.")
+@click.option("--out", type=_PATH, required=True, help="The catalog with credits: .jsonl, .jsonl.gz or .parquet.")
+@click.option("--contact", required=True, help="Your e-mail address or web page, sent to every server.")
+@click.option("--rate", type=click.FloatRange(min=0, min_open=True), default=1.0, help="Requests per second.")
+@click.option("--allow-private", is_flag=True, help="Allow addresses of this machine and of private networks.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+def add_credits(rate: float, as_json: bool, **options: Any) -> None:
+    """Add authors and licences of Wikimedia's images to a catalog, asking for 50 files per request.
+
+    Credits that are already in the catalog are kept. After an interruption, run the same command again to continue.
+    """
+    from fetch.credits import DEFAULT_LIMITS, CreditsConfig
+    from fetch.credits import add_credits as run
+
+    report = run(CreditsConfig(limits=replace(DEFAULT_LIMITS, requests_per_s=rate), progress=True, **options))
+    if as_json:
+        click.echo(json.dumps(asdict(report)))
+        return
+    click.echo(
+        f"{report.catalog}: {report.credited} of {report.images} images have an author or a licence; "
+        f"{report.requests} requests, {report.elapsed_s:.1f} s"
+    )
+    if report.rejected:
+        click.echo(f"{report.rejected} record(s) rejected, see {options['out'].with_name('rejected.jsonl')}")

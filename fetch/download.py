@@ -1,4 +1,4 @@
-"""Download images by URL: redirects, retries, limits of size and time, and a rate limit per host."""
+"""Download files by URL: redirects, retries, limits of size and time, and a rate limit per host."""
 
 from __future__ import annotations
 
@@ -15,9 +15,8 @@ from email.utils import parsedate_to_datetime
 import httpcore
 import httpx
 
-from core.errors import FetchFailed, Forbidden, TooLarge, UndecodableImage
+from core.errors import FetchFailed, Forbidden, TooLarge
 from core.network import PublicNetwork
-from imaging import Decoder, sniff
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
@@ -79,7 +78,7 @@ class Pace:
 
 
 class NotFetched(Exception):
-    """An image that cannot be downloaded. The message says why."""
+    """A file that cannot be downloaded. The message says why."""
 
 
 class _Transient(Exception):
@@ -91,16 +90,15 @@ class _Transient(Exception):
 
 
 class Downloader:
-    """Downloads images over persistent connections. Belongs to one event loop; close it with `aclose`."""
+    """Downloads files over persistent connections. Belongs to one event loop; close it with `aclose`."""
 
-    def __init__(self, user_agent: str, limits: FetchLimits, decoder: Decoder, *, allow_private: bool) -> None:
+    def __init__(self, user_agent: str, limits: FetchLimits, *, accept: str, allow_private: bool) -> None:
         self._headers = [
             (b"User-Agent", user_agent.encode("ascii")),
-            (b"Accept", b"image/*"),
-            (b"Accept-Encoding", b"identity"),  # so that the size limit counts the image's own bytes
+            (b"Accept", accept.encode("ascii")),
+            (b"Accept-Encoding", b"identity"),  # so that the size limit counts the file's own bytes
         ]
         self._pace = Pace(limits)
-        self._decoder = decoder
         self._limits = limits
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpcore.default_ssl_context(),
@@ -111,14 +109,13 @@ class Downloader:
     async def aclose(self) -> None:
         await self._pool.aclose()
 
-    async def get(self, url: str) -> tuple[bytes, str]:
-        """Return the bytes of an image that decodes, and its media type by content. Raises `NotFetched`."""
+    async def get(self, url: str) -> bytes:
+        """Return the bytes of a file. Raises `NotFetched`."""
         target = _target(url)
         for attempt in range(self._limits.retries + 1):
             try:
                 async with asyncio.timeout(self._limits.timeout_s) as timeout:
-                    data = await self._follow(target, timeout)
-                return data, await asyncio.to_thread(self._checked, data)
+                    return await self._follow(target, timeout)
             except (_Transient, TimeoutError) as error:
                 if attempt == self._limits.retries:
                     reason = str(error) or f"took over {self._limits.timeout_s:g} s"
@@ -181,16 +178,6 @@ class Downloader:
             return NotFetched(f"the server answered {status} and asks to wait {wait_s:.0f} s; try again later")
         self._pace.pause(host, wait_s)
         return _Transient(f"the server answered {status}", wait_s)
-
-    def _checked(self, data: bytes) -> str:
-        """Return the media type of bytes that decode. Raises `NotFetched`."""
-        try:
-            self._decoder.check(data)
-        except (UndecodableImage, TooLarge) as error:
-            raise NotFetched(error.detail.partition(";")[0]) from error
-        kind = sniff(data)
-        assert kind is not None, "decode checks the type"
-        return kind
 
 
 def _target(url: str, base: httpx.URL | None = None) -> httpx.URL:

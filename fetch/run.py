@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from catalog import EntityRecord, is_url, read_catalog
 from catalog.images import TarShards
-from core.errors import CatalogError, UserError
+from core.errors import CatalogError, TooLarge, UndecodableImage, UserError
 from core.files import report_disk_full
 from core.jsonl import Rejected, RejectLog
 from core.runtime import usable_cores
 from fetch.download import WORKERS, Downloader, FetchLimits, NotFetched
-from imaging import Decoder, automatic_budget
+from imaging import Decoder, automatic_budget, sniff
 
 _DECODE_TIMEOUT_S = 30.0
 _CONTACT = re.compile(r"(https?://[!-'*-~]+|[!-'*-?A-~]+@[!-'*-~]+\.[!-'*-~]+)")
@@ -102,7 +102,7 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
         timeout_s=_DECODE_TIMEOUT_S,
         threads=usable_cores(),
     )
-    downloader = Downloader(agent, config.limits, decoder, allow_private=config.allow_private)
+    downloader = Downloader(agent, config.limits, accept="image/*", allow_private=config.allow_private)
     images = _images(config, log)
     in_progress: set[str] = set()
 
@@ -113,7 +113,8 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
                 continue
             in_progress.add(url)
             try:
-                data, kind = await downloader.get(url)
+                data = await downloader.get(url)
+                kind = await asyncio.to_thread(_check_image, decoder, data)
                 shards.add(url, data, kind, {"entity_id": record.entity_id})
                 counts["fetched"] += 1
                 counts["fetched_bytes"] += len(data)
@@ -134,6 +135,17 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
     finally:
         await downloader.aclose()
         decoder.close()
+
+
+def _check_image(decoder: Decoder, data: bytes) -> str:
+    """Return the media type of bytes that decode. Raises `NotFetched`."""
+    try:
+        decoder.check(data)
+    except (UndecodableImage, TooLarge) as error:
+        raise NotFetched(error.detail.partition(";")[0]) from error
+    kind = sniff(data)
+    assert kind is not None, "decode checks the type"
+    return kind
 
 
 def _images(config: FetchConfig, log: RejectLog) -> Iterator[tuple[str, EntityRecord]]:

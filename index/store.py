@@ -41,6 +41,8 @@ CREATE VIRTUAL TABLE title_search USING fts5(
     title, other_titles, content='', tokenize='unicode61 remove_diacritics 2', prefix='2 3'
 );
 """
+# Only in stores with credits, so that others keep their bytes.
+CREDIT_TABLE = "CREATE TABLE IF NOT EXISTS credit (row INTEGER PRIMARY KEY, credits TEXT NOT NULL)"
 INDEXES = """
 CREATE UNIQUE INDEX entity_by_id ON entity (entity_id);
 CREATE INDEX entity_by_title ON entity (title COLLATE NOCASE);
@@ -50,6 +52,7 @@ _COLUMNS = (
     "entity.row, entity_id, entity.title, titles, description, url, types, symbol, image_count, has_text, text, "
     "EXISTS (SELECT 1 FROM thumbnail WHERE thumbnail.row = entity.row) AS has_thumbnail"
 )
+_CREDITS = ", (SELECT credits FROM credit WHERE credit.row = entity.row) AS image_credits"
 _MAX_DESCRIPTION = 200  # characters
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
 _MAX_RANKED = 10_000  # title matches
@@ -75,6 +78,8 @@ class Selection:
 class StoredEntity:
     """An entity record of a bundle. `titles` are by language. `text` is None unless the bundle stores texts.
 
+    `image_credits` has an entry per image, or none at all.
+
     `attended_words` are the words of the text with the most attention in the adaptor: (start, end, weight). They are
     stored with the record but read separately, by `EntityStore.attended_words`. `has_thumbnail` is set on reading.
     """
@@ -90,6 +95,7 @@ class StoredEntity:
     image_count: int
     has_text: bool
     text: str | None = None
+    image_credits: tuple[Mapping[str, str] | None, ...] = ()
     attended_words: Annotated[AttendedWords, Field(alias="heard")] = ()
     has_thumbnail: bool = False
 
@@ -130,6 +136,10 @@ def insert_entity(connection: sqlite3.Connection, entity: StoredEntity, thumbnai
     )
     if entity.attended_words:
         connection.execute("INSERT INTO heard VALUES (?, ?)", (entity.row, json.dumps(entity.attended_words)))
+    if any(entity.image_credits):
+        connection.execute(CREDIT_TABLE)
+        credits = json.dumps(entity.image_credits, ensure_ascii=False)
+        connection.execute("INSERT INTO credit VALUES (?, ?)", (entity.row, credits))
     if thumbnail is not None:
         connection.execute("INSERT INTO thumbnail VALUES (?, ?)", (entity.row, thumbnail))
 
@@ -146,15 +156,18 @@ def remove_entity(connection: sqlite3.Connection, entity: StoredEntity) -> None:
 
 
 def select_entities(
-    connection: sqlite3.Connection, clause: str, parameters: Sequence[object] = ()
+    connection: sqlite3.Connection, clause: str, parameters: Sequence[object] = (), *, with_credits: bool = False
 ) -> list[StoredEntity]:
     """Return the entities that match an SQL clause after `FROM entity`. The row factory must be `sqlite3.Row`."""
-    found = connection.execute(f"SELECT {_COLUMNS} FROM entity {clause}", parameters)
+    found = connection.execute(f"SELECT {_COLUMNS}{_CREDITS * with_credits} FROM entity {clause}", parameters)
     return [_entity(**dict(values)) for values in found]
 
 
-def _entity(*, titles: str, types: str, has_text: int, has_thumbnail: int, **columns: Any) -> StoredEntity:
+def _entity(
+    *, titles: str, types: str, has_text: int, has_thumbnail: int, image_credits: str | None = None, **columns: Any
+) -> StoredEntity:
     return StoredEntity(
+        image_credits=tuple(json.loads(image_credits or "[]")),
         titles=json.loads(titles),
         types=tuple(json.loads(types)),
         has_text=bool(has_text),
@@ -189,8 +202,8 @@ class EntityStore:
             # Rows count from 0 without gaps.
             (self._count,) = self._execute("SELECT coalesce(max(row) + 1, 0) FROM entity").fetchone()
             self._execute("SELECT row FROM thumbnail LIMIT 1").fetchone()
-            tables = self._execute("SELECT name FROM sqlite_master WHERE name = 'heard'")
-            self._has_attended_words = tables.fetchone() is not None
+            tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            self._has_attended_words, self._has_credits = "heard" in tables, "credit" in tables
             self._max_statement_s = _MAX_STATEMENT_S
         except sqlite3.DatabaseError as error:
             self.close()
@@ -324,7 +337,7 @@ class EntityStore:
         return () if found is None else tuple((start, end, weight) for start, end, weight in json.loads(found[0]))
 
     def _select(self, clause: str, parameters: Sequence[object]) -> list[StoredEntity]:
-        return select_entities(self._connection(), clause, parameters)
+        return select_entities(self._connection(), clause, parameters, with_credits=self._has_credits)
 
     def _execute(self, statement: str, parameters: Sequence[object] = ()) -> sqlite3.Cursor:
         return self._connection().execute(statement, parameters)

@@ -28,6 +28,7 @@ PATCH_PX = 8
 PATCH_DIM = 16
 EMBEDDING_DIM = 16
 SHARD_SIZE = 5
+GIRAFFE_CREDITS = ({"author": "Ann", "licence": "CC BY 4.0", "source": "https://example.org/giraffe"},)
 CREATED_AT = "2026-01-01T00:00:00+00:00"
 
 
@@ -154,6 +155,7 @@ def stored_entity(row: int, entity: FixtureEntity) -> StoredEntity:
         symbol=entity.symbol,
         image_count=entity.images,
         has_text=True,
+        image_credits=GIRAFFE_CREDITS if entity.title == "Giraffe" else (),
     )
 
 

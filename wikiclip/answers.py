@@ -147,6 +147,15 @@ class BatchRecognition(Answer):
     results: tuple[Recognition | Problem, ...] = Field(description="In the order of the parts.")
 
 
+class ImageCredit(Answer):
+    """Who made an image, and the licence under which it may be shown."""
+
+    author: str | None = None
+    licence: str | None = None
+    licence_url: str | None = None
+    source: str | None = Field(default=None, description="The page that describes the image.")
+
+
 class Entity(Answer):
     entity_id: str
     title: str
@@ -159,6 +168,10 @@ class Entity(Answer):
     has_text: bool
     text: str | None = Field(description="Null unless the bundle was exported with texts.")
     has_thumbnail: bool
+    image_credits: tuple[ImageCredit | None, ...] = Field(
+        default=(),
+        description="One per image, null if unknown, the thumbnail's first. Empty if none of them is known.",
+    )
 
 
 class Entities(Answer):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "catalog": ("catalog.cli:catalog", "Build a catalog from a folder of pictures or from Wikimedia's dumps."),
     "fetch-images": ("fetch.cli:fetch_images", "Download a catalog's images into tar shards, politely."),
+    "credits": ("fetch.cli:add_credits", "Add authors and licences of Wikimedia's images to a catalog."),
     "train": ("model.cli:train", "Train the adaptor on pairs of query image and entity."),
     "export": ("export.cli:export", "Write a servable bundle from a catalog and a checkpoint."),
     "index": ("index.cli:index", "Rebuild the search index of a bundle."),

@@ -328,6 +328,16 @@ def test_a_later_dump_updates_an_earlier_catalog(dumps: CatalogConfig, tmp_path:
     assert records["Q15083"] == earlier["Q15083"]
     assert records["Q1490"].text == "Tokyo opens.\nRewritten."
     assert records["Q1490"].images == earlier["Q1490"].images
+    # Images that stay keep their credits.
+    lines = [json.loads(line) for line in gzip.decompress((tmp_path / "earlier.jsonl.gz").read_bytes()).splitlines()]
+    lines[0]["image_credits"] = [None, {"author": "Ann", "licence": "CC0", "unknown": 1}]
+    (tmp_path / "credited.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for changes in ({"page_props": ()}, {}):
+        name = f"keeps{len(changes)}.parquet"
+        _, kept = build(dumps, tmp_path / name, base=tmp_path / "credited.jsonl", **changes)
+        assert kept["Q15083"].images == earlier["Q15083"].images
+        assert kept["Q15083"].image_credits == (None, {"author": "Ann", "licence": "CC0"})
+        assert kept["Q1490"].image_credits == ()
     # With all dumps, nothing is copied from the base.
     report, records = build(dumps, tmp_path / "all.jsonl", base=tmp_path / "later.jsonl")
     assert list(records) == ["Q15083", "Q1490", "Q35517"]

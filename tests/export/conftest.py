@@ -114,6 +114,7 @@ def write_catalog(folder: Path) -> CatalogFiles:
         lines.append(json.dumps(row))
     broken = json.loads(lines[1])
     broken["images"] = ["images/broken.png", "images/none.png", "https://example.org/1.png", *broken["images"]]
+    broken["image_credits"] = [{"author": "Bea"}, None, None, {"author": "Ann", "licence": "CC BY 4.0"}]
     (folder / "images/broken.png").write_bytes(png(1)[:60])
     lines[1] = json.dumps(broken)
     images_failed += 3

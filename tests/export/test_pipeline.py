@@ -117,6 +117,8 @@ def test_the_store_has_the_records(done: Done) -> None:
         assert several.types == ("thing",)
         assert several.text is None
         assert one.image_count == 1
+        assert one.image_credits == ({"author": "Ann", "licence": "CC BY 4.0"},)  # those of unusable images are dropped
+        assert several.image_credits == ()
         assert store.get("Q5").has_text is False
         assert store.get("Q5").description is None
         assert store.get("Q3").image_count == 0

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
@@ -136,6 +137,32 @@ class Handler(BaseHTTPRequestHandler):
     def answer_half(self, _: int) -> None:
         self.send(200, self.image()[:200])
 
+    def answer_w(self, _: int) -> None:
+        """Answer as MediaWiki's API does about `server.files`, one per request, the others in continuations."""
+        query = dict(parse_qsl(urlsplit(self.path).query))
+        titles = query["titles"].split("|")
+        if "maxlag" not in query or not self.server.requests.total() % 3:
+            return self.send(200, b'{"error": {"code": "maxlag"}}')
+        if any(title in self.server.broken_files for title in titles):
+            return self.send(404, b"gone")
+        names = {title: title.replace("File:g", "File:G") for title in titles}
+        moved = {name: self.server.moved_files.get(name, name) for name in names.values()}
+        known = [name for name in moved.values() if name in self.server.files]
+        place = int(query.get("iistart", "0"))
+        pages: list[dict[str, Any]] = [{"title": name, "missing": True} for name in moved.values() if name not in known]
+        for number, name in enumerate(known):
+            pages.append({"title": name, **({"imageinfo": [self.server.files[name]]} if number == place else {})})
+        answer: dict[str, Any] = {
+            "query": {
+                "normalized": [{"from": a, "to": b, "fromencoded": False} for a, b in names.items() if a != b],
+                "redirects": [{"from": a, "to": b} for a, b in moved.items() if a != b],
+                "pages": pages,
+            }
+        }
+        if place + 1 < len(known):
+            answer["continue"] = {"iistart": str(place + 1), "continue": "||"}
+        return self.send(200, json.dumps(answer).encode())
+
     def answer_huge(self, _: int) -> None:
         self.send_response(200)
         self.send_header("Connection", "close")
@@ -156,6 +183,9 @@ class Server(ThreadingHTTPServer):
         self.agents: set[str] = set()
         self.requests: Counter[str] = Counter()
         self.active = self.most_active = 0
+        self.files: dict[str, dict[str, Any]] = {}  # by title: what the API says of them
+        self.moved_files: dict[str, str] = {}
+        self.broken_files: set[str] = set()
 
     def handle_error(self, *_: Any) -> None:
         pass  # some tests make the client disconnect

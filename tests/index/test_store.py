@@ -66,6 +66,16 @@ def test_entities_survive_the_store(tmp_path: Path) -> None:
         assert store.by_rows([1, 0, 1]) == [second, pictured, second]
         assert store.thumbnail("Q35517") == b"webp bytes"
         assert store.thumbnail("Q1") is None
+    credited = replace(second, image_credits=({"author": "Ann", "source": "https://example.org/é"}, None))
+    write_store(tmp_path / "credited.sqlite", [(first, b"webp bytes"), (credited, None)])
+    with EntityStore(tmp_path / "credited.sqlite") as store:
+        assert store.by_rows([0, 1]) == [pictured, credited]
+        assert store.search_titles("plain") == [credited]
+    tables = {}
+    for name in ("s", "credited"):
+        with closing(sqlite3.connect(tmp_path / f"{name}.sqlite")) as db:
+            tables[name] = {table for (table,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    assert tables["credited"] - tables["s"] == {"credit"}  # stores without credits are as they were
 
 
 def test_unknown_ids_and_rows(store: EntityStore) -> None:

@@ -22,6 +22,9 @@ def test_an_entity_record(service):
     assert record["types"] == ["animal"]
     assert record["has_thumbnail"] is False
     assert "row" not in record
+    credit = {"author": "Ann", "licence": "CC BY 4.0", "licence_url": None, "source": "https://example.org/giraffe"}
+    assert record["image_credits"] == [credit]
+    assert service.get("/entities/Q140").json()["image_credits"] == []
 
 
 def test_ids_may_contain_reserved_characters(service):
