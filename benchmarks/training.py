@@ -39,7 +39,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         root = Path(folder)
         store = FeatureStore(root / "cache", open_image_encoder("tiny"), open_text_encoder("minilm"))
         paths = write_photographs(root, 2 * count, 640, 480)
-        sources = [ImageSource(path=Path(path), line=0, record="") for path in paths[count:]]
+        sources = [ImageSource(image=str(path), line=0, record="") for path in paths[count:]]
         records = [
             EntityRecord(entity_id=f"Q{number}", title="", text=" ".join(random.choice(WORDS, 60)), images=(path,))
             for number, path in enumerate(paths[:count])

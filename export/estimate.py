@@ -16,13 +16,14 @@ from tqdm import tqdm
 from catalog import EntityRecord
 from core.errors import CatalogError
 from core.jsonl import Rejected
+from core.reservoir import Reservoir
 from export.config import ExportConfig, check_inputs
 from export.decode import HASH_BYTES
 from export.local import WAITING, embed_shards
 from export.model import ExportModel, load_model
 from export.onnx import stored_bytes
 from export.reuse import open_base
-from export.shards import Reservoir, Shard, StageTimes, read_records
+from export.shards import Shard, StageTimes, read_records
 from export.staging import STAGING_FOLDER, WRITING, StagingDir, write_shards
 from index.manifest import STORE_FILE
 from index.store import write_store

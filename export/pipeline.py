@@ -21,6 +21,7 @@ from catalog.formats import count_hint
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.jsonl import RejectLog
+from core.reservoir import Reservoir
 from export.calibrate import calibrate
 from export.config import (
     ExportConfig,
@@ -34,7 +35,7 @@ from export.model import ExportModel, ImageModel, describe_model, load_model
 from export.onnx import INPUT, OUTPUTS, export_image_encoder
 from export.precision import add_float16, add_int8
 from export.reuse import open_base
-from export.shards import EntityImages, Reservoir, Shard, StageTimes, read_shards
+from export.shards import EntityImages, Shard, StageTimes, read_shards
 from export.staging import StagingDir, check_output, is_unfinished, write_shards
 from index.build import build_index
 from index.bundle import Bundle, list_files

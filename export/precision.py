@@ -26,6 +26,7 @@ from tqdm import tqdm
 from catalog.images import ImageReader, UnusableImage
 from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
 from core.files import atomic_write, sync
+from core.reservoir import Reservoir
 from core.runtime import onnxruntime
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
@@ -44,7 +45,7 @@ from export.onnx import (
     quiet,
     torch_module,
 )
-from export.shards import EntityImages, Reservoir
+from export.shards import EntityImages
 from imaging import Preprocessing, normalise
 from index.manifest import FLOAT16_ENCODER_FILE, IMAGE_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
 from index.search import EntityIndex

@@ -1,18 +1,17 @@
-"""Shards of the catalog, before and after embedding, and what every engine uses: sampling, prefetching, stage times.
+"""Shards of the catalog, before and after embedding, and what every engine uses: prefetching, stage times.
 
 Shapes: B samples of a chunk, n embeddings of a shard, k embeddings of one entity, T text tokens, D embedding width.
 """
 
 from __future__ import annotations
 
-import random
 import time
 from collections import defaultdict, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -111,28 +110,6 @@ def read_records(config: ExportConfig) -> Iterator[EntityRecord | Rejected]:
     while (config.limit is None or taken < config.limit) and (item := next(items, None)) is not None:
         yield item
         taken += isinstance(item, EntityRecord)
-
-
-class Reservoir(Generic[Item]):
-    """A uniform sample of at most `size` items of a stream (Vitter's algorithm R), the same one each time."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._random = random.Random(0)
-        self._sample: list[tuple[int, Item]] = []
-        self.seen = 0
-
-    def add(self, item: Item) -> None:
-        self.seen += 1
-        if len(self._sample) < self._size:
-            self._sample.append((self.seen, item))
-        elif (place := self._random.randrange(self.seen)) < self._size:
-            self._sample[place] = (self.seen, item)
-
-    @property
-    def items(self) -> list[Item]:
-        """Return the sample in stream order."""
-        return [item for _, item in sorted(self._sample, key=lambda entry: entry[0])]
 
 
 def prefetch(items: Generator[Item], depth: int) -> Generator[Item]:

@@ -6,14 +6,15 @@ import csv
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Container, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from catalog import EntityRecord, is_url, read_catalog
+from catalog import EntityRecord, read_catalog
 from core.errors import CatalogError
 from core.jsonl import Rejected, RejectLog, excerpt, read_jsonl
+from core.reservoir import Reservoir
 
 OVEN_TABLE = "ovenid2impath.csv"
 _STREAM = 2  # of random numbers; streams 0 and 1 are those of `model.train` and `model.trainer`
@@ -21,11 +22,15 @@ _STREAM = 2  # of random numbers; streams 0 and 1 are those of `model.train` and
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource:
-    """An image file and the record that names it."""
+    """An image, a path or a URL, and the record that names it."""
 
-    path: Path
+    image: str
     line: int  # 1-based
     record: str
+
+    @property
+    def path(self) -> Path:
+        return Path(self.image)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +114,7 @@ def read_pairs(
         if not missing_ok and not os.path.isfile(file):  # unlike is_file, without an error for a long name
             yield Rejected(line=line, reason=f"image {image} does not exist in {folder}", record=record)
             continue
-        source = ImageSource(path=file, line=line, record=record)
+        source = ImageSource(image=str(file), line=line, record=record)
         yield Pair(data_id=data_id, entity_id=entity_id, data_split=data_split, image=source)
 
 
@@ -163,23 +168,41 @@ def load_entities(
 ) -> list[EntityRecord]:
     """Return the entities of a catalog in its order, or those in `only`, and log bad records.
 
-    An image named by URL is rejected without its entity. Raises `CatalogError` if the catalog cannot be read or has no
-    usable entity.
+    Raises `CatalogError` if the catalog cannot be read or has no usable entity.
     """
     entities = []
     for item in read_catalog(path, image_root):
         if isinstance(item, Rejected):
             rejects.add(item)
         elif only is None or item.entity_id in only:
-            for image in filter(is_url, item.images):
-                record = excerpt({"entity_id": item.entity_id, "image": image})
-                rejects.add(Rejected(line=item.line, reason="images are not fetched from URLs here", record=record))
-            entities.append(replace(item, images=tuple(image for image in item.images if not is_url(image))))
+            entities.append(item)
     if not entities:
         what = "no usable entity" if only is None else "none of the entities in the pairs"
         rejected = f" ({rejects.count} rejected, see {rejects.path})" if rejects.count else ""
         raise CatalogError(f"{path} has {what}{rejected}; check that it is the right catalog")
     return entities
+
+
+def draw_entities(
+    path: Path, image_root: Path | None, rejects: RejectLog, *, count: int, always: Collection[str]
+) -> tuple[list[EntityRecord], int]:
+    """Return the entities in `always` and `count` others with an image, drawn at random, in the catalog's order.
+
+    Also return how many there were to draw from. Only the drawn ones are kept in memory. Raises what `load_entities`
+    does.
+    """
+    named: list[EntityRecord] = []
+    drawn: Reservoir[EntityRecord] = Reservoir(count)
+    for item in read_catalog(path, image_root):
+        if isinstance(item, Rejected):
+            rejects.add(item)
+        elif item.entity_id in always:
+            named.append(item)
+        elif item.images:
+            drawn.add(item)
+    if not named and not drawn.seen:
+        raise CatalogError(f"{path} has no entity with an image; check that it is the right catalog")
+    return sorted([*named, *drawn.items], key=lambda entity: entity.line), drawn.seen
 
 
 def known_pairs(pairs: list[Pair], entity_ids: Container[str], catalog: Path, rejects: RejectLog) -> list[Pair]:

@@ -66,6 +66,11 @@ class FeatureCache:
         for file in sorted(self.folder.glob("[!.]*.safetensors")):
             self._open(file)
 
+    @property
+    def size_bytes(self) -> int:
+        """The size of all segments on disk."""
+        return sum(file.stat().st_size for file in self.folder.glob("[!.]*.safetensors"))
+
     def __contains__(self, key: bytes) -> bool:
         return key in self._where
 

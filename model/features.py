@@ -6,6 +6,8 @@ Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D 
 from __future__ import annotations
 
 import os
+import random
+import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 from catalog import EntityRecord
+from catalog.images import ImageReader, UnusableImage
 from core.arrays import Float32Array, Pixels
-from core.errors import CatalogError, TooLarge, UndecodableImage
+from core.errors import CatalogError, TooLarge, UndecodableImage, UserError
 from core.jsonl import Rejected, RejectLog, excerpt
 from imaging import load_pixels
 from model.data import ImageSource, Pair
@@ -29,6 +32,7 @@ from model.feature_cache import FeatureCache, content_key
 
 MAX_PIXELS = 64_000_000
 _BATCH = 64  # images or texts
+_SAMPLED_TEXTS = 256  # whose tokens are counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +62,42 @@ class EntityBatch(NamedTuple):
 
 
 class FeatureStore:
-    """The image and text caches, and the encoders that fill them. `computed` counts the inputs that were encoded."""
+    """The image and text caches, and the encoders that fill them. `computed` counts the inputs that were encoded.
 
-    def __init__(self, root: Path, image_encoder: ImageEncoder, text_encoder: TextEncoder) -> None:
+    `images` is the folder of `wikiclip fetch-images`, for images by URL.
+    """
+
+    def __init__(
+        self, root: Path, image_encoder: ImageEncoder, text_encoder: TextEncoder, images: Path | None = None
+    ) -> None:
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
         self.computed = 0
+        self._root = root
+        self._reader = ImageReader(images)
         self._images = FeatureCache(root, image_encoder.content_hash)
         self._texts = FeatureCache(root, text_encoder.content_hash)
+
+    def expected_bytes(self, images: int, texts: Sequence[str]) -> int:
+        """Return about how much the features of so many images and of the texts take, if all differ.
+
+        Raises `UserError` if that is more than there is room for, less what is already cached.
+        """
+        encoder = self.image_encoder
+        drawn = random.Random(0).sample(texts, min(len(texts), _SAMPLED_TEXTS))
+        tokens = sum(map(len, self.text_encoder.tokenize([text for text in drawn if text.strip()])))
+        text_bytes = len(texts) / max(len(drawn), 1) * tokens * 2 * self.text_encoder.dim
+        image_bytes = images * (2 * encoder.patches * encoder.patch_dim + 4 * encoder.embedding_dim)
+        expected = round(image_bytes + text_bytes)
+        room = shutil.disk_usage(self._root).free + self._images.size_bytes + self._texts.size_bytes
+        if expected > room:
+            wanted, there = (tqdm.format_sizeof(each, "B") for each in (expected, room))
+            raise UserError(
+                f"the features of {images} images and {len(texts)} texts take about {wanted}, and "
+                f"{self._root} has room for {there}; limit them with --max-entities or --max-per-entity, or "
+                "name another --cache-dir"
+            )
+        return expected
 
     def image_keys(
         self, sources: Sequence[ImageSource], reject: Callable[[Rejected], None], description: str
@@ -97,12 +129,12 @@ class FeatureStore:
     def _read(self, source: ImageSource) -> tuple[bytes | None, Pixels | str | None]:
         """Return the image's key, and its pixels unless it is cached; or None and why it cannot be read."""
         try:
-            data = source.path.read_bytes()
+            data = self._reader.read(source.image)
             key = content_key(data)
             if key in self._images:
                 return key, None
             return key, load_pixels(data, self.image_encoder.preprocessing, max_pixels=MAX_PIXELS)
-        except (OSError, UndecodableImage, TooLarge) as error:
+        except (UnusableImage, UndecodableImage, TooLarge) as error:
             return None, f"image {source.path.name}: {error}"
 
     def text_keys(self, texts: Sequence[str], description: str) -> list[bytes | None]:
@@ -125,7 +157,7 @@ class FeatureStore:
     def entity_keys(self, entities: Sequence[EntityRecord], reject: Callable[[Rejected], None]) -> list[EntityKeys]:
         """Encode the entities' images and texts that are not cached. Return their keys in the same order."""
         sources = [
-            ImageSource(path=Path(image), line=each.line, record=excerpt({"entity_id": each.entity_id, "image": image}))
+            ImageSource(image=image, line=each.line, record=excerpt({"entity_id": each.entity_id, "image": image}))
             for each in entities
             for image in each.images
         ]

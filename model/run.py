@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,12 +13,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from core.errors import CatalogError, CheckpointError, UserError
 from core.jsonl import RejectLog
 from model.adaptor import AdaptorConfig
 from model.checkpoint import save_checkpoint
-from model.data import balance_pairs, known_pairs, load_entities, load_pairs
+from model.data import balance_pairs, draw_entities, known_pairs, load_entities, load_pairs
 from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.encoders.base import widths
@@ -44,6 +47,8 @@ class TrainRequest:
     cache_dir: Path
     image_root: Path | None = None
     ovenid2impath: Path | None = None
+    images: Path | None = None  # folder of tar shards, for images by URL
+    max_entities: int | None = None  # to draw from the catalog, besides those of the pairs; None: all of it
     max_per_entity: int | None = None
     catalog_pairs: bool = False
     resume: bool = False
@@ -65,7 +70,8 @@ class TrainRequest:
         batch_size = min(self.settings.batch_size, _SMOKE_BATCH)
         settings = replace(self.settings, epochs=1, batch_size=batch_size, cluster_size=None, hard_negatives_from=1)
         limit = _SMOKE_STEPS * settings.accumulate * batch_size
-        return replace(self, settings=settings, limit=limit, out=_sibling(self.out, "smoke"), resume=False)
+        out = _sibling(self.out, "smoke")
+        return replace(self, settings=settings, limit=limit, max_entities=limit, out=out, resume=False)
 
 
 def run_training(request: TrainRequest) -> dict[str, Any] | None:
@@ -88,7 +94,7 @@ def run_training(request: TrainRequest) -> dict[str, Any] | None:
             folder = Path(stack.enter_context(TemporaryDirectory()))
             group.wait()  # for features
         rejects = RejectLog(folder / "rejected.jsonl")
-        inputs = _prepare(request, device, rejects)
+        inputs = _prepare(request, device, rejects, announce=_announce if group.first else lambda line: None)
         if group.first:
             group.wait()
         snapshots = _snapshots(request, inputs, group)
@@ -121,7 +127,11 @@ def run_training(request: TrainRequest) -> dict[str, Any] | None:
         "loss": result.loss,
         "validation": asdict(result.accuracy) if result.accuracy else None,
     }
-    limits = {"max_per_entity": request.max_per_entity, "processes": group.size}
+    limits = {
+        "max_per_entity": request.max_per_entity,
+        "max_entities": request.max_entities,
+        "processes": group.size,
+    }
     save_checkpoint(
         out,
         adaptor=result.adaptor,
@@ -144,7 +154,13 @@ def run_training(request: TrainRequest) -> dict[str, Any] | None:
     }
 
 
-def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) -> TrainingData:
+def _announce(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)
+
+
+def _prepare(
+    request: TrainRequest, device: torch.device, rejects: RejectLog, announce: Callable[[str], None]
+) -> TrainingData:
     """Open the encoders, read the files and compute the features that are not cached."""
     trust = request.trust_remote_code
     tokens, layer = request.max_tokens, request.text_layer
@@ -152,7 +168,7 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     text_encoder = open_text_encoder(
         request.text_encoder, device=device, max_tokens=tokens, layer=layer, trust_remote_code=trust
     )
-    store = FeatureStore(request.cache_dir, image_encoder, text_encoder)
+    store = FeatureStore(request.cache_dir, image_encoder, text_encoder, request.images)
     config = AdaptorConfig(**widths(image_encoder, text_encoder), **request.adaptor)
     root, limit = request.image_root, request.limit
     pairs, queries = (
@@ -161,16 +177,23 @@ def _prepare(request: TrainRequest, device: torch.device, rejects: RejectLog) ->
     )
     # Validation searches the whole catalog. Training needs only the entities of its pairs.
     whole = not pairs or (limit is None and (queries or request.catalog_pairs))
-    only = None if whole else {pair.entity_id for pair in (*pairs, *queries)}
-    entities = load_entities(request.catalog, root, rejects, only=only)
-    if not pairs and limit is not None:
-        in_queries = {query.entity_id for query in queries}
-        entities = [entity for row, entity in enumerate(entities) if row < limit or entity.entity_id in in_queries]
+    of_pairs = {pair.entity_id for pair in (*pairs, *queries)}
+    if whole and request.max_entities is not None:
+        entities, candidates = draw_entities(
+            request.catalog, root, rejects, count=request.max_entities, always=of_pairs
+        )
+        drawn = min(request.max_entities, candidates)
+        announce(f"drew {drawn} of {candidates} entities with an image; {len(entities) - drawn} more are in the pairs")
+    else:
+        entities = load_entities(request.catalog, root, rejects, only=None if whole else of_pairs)
     rows = {entity.entity_id: row for row, entity in enumerate(entities)}
     pairs, queries = (known_pairs(each, rows, request.catalog, rejects) for each in (pairs, queries))
     if request.max_per_entity is not None:
         pairs = balance_pairs(pairs, request.max_per_entity, request.settings.seed)
 
+    images = len(pairs) + len(queries) + sum(len(entity.images) for entity in entities)
+    expected = store.expected_bytes(images, [entity.text for entity in entities])
+    announce(f"features take up to {tqdm.format_sizeof(expected, 'B')} in {request.cache_dir}")
     entity_keys = store.entity_keys(entities, rejects.add)
     training = store.pair_keys(pairs, rows, rejects, "query images")
     paired = Counter(pair.entity for pair in training)

@@ -12,11 +12,11 @@ import onnx
 import pytest
 
 from core.errors import EncoderSpecError, UserError
+from core.reservoir import Reservoir
 from export import onnx as onnx_step
 from export import pipeline, precision
 from export.config import ExportConfig
 from export.pipeline import export_bundle
-from export.shards import Reservoir
 from imaging import load_pixels
 from index.bundle import Bundle
 from index.calibration import Calibration

@@ -11,7 +11,7 @@ import pytest
 
 from core.errors import CatalogError
 from core.jsonl import RejectLog
-from model.data import OVEN_TABLE, ImageSource, Pair, balance_pairs, load_entities, load_pairs
+from model.data import OVEN_TABLE, ImageSource, Pair, balance_pairs, draw_entities, load_entities, load_pairs
 from model.features import EntityKeys, KeyedPair, catalog_pairs
 
 
@@ -42,11 +42,11 @@ def test_an_entity_stays_without_its_bad_images(tmp_path: Path) -> None:
     )
     rejects = RejectLog(tmp_path / "rejected.jsonl")
     first, second = load_entities(catalog, None, rejects)
-    assert first.images == (str(tmp_path / "a.png"), str(tmp_path / "gone.png"))  # missing when they are read
+    paths = (str(tmp_path / "a.png"), str(tmp_path / "gone.png"), "https://example.org/x.png")
+    assert first.images == paths  # the last two are missing when they are read
     assert (second.entity_id, second.images, second.text) == ("Q2", (), "")
     reasons = [json.loads(line)["reason"] for line in rejects.path.read_text().splitlines()]
-    assert len(reasons) == rejects.count == 2
-    assert any("URL" in reason for reason in reasons)
+    assert len(reasons) == rejects.count == 1
 
 
 def test_a_strange_pair_is_one_reject(tmp_path: Path) -> None:
@@ -67,6 +67,20 @@ def test_only_selected_entities(tmp_path: Path) -> None:
     assert [entity.entity_id for entity in load_entities(catalog, None, rejects, only={"Q3", "Q1"})] == ["Q1", "Q3"]
     with pytest.raises(CatalogError, match="none of the entities"):
         load_entities(catalog, None, rejects, only={"Q9"})
+
+
+def test_entities_with_an_image_are_drawn_besides_those_of_the_pairs(tmp_path: Path) -> None:
+    rows = ({"entity_id": f"Q{n}", "title": "T", "images": ["a.png"] * (n % 2)} for n in range(40))
+    catalog = write(tmp_path / "c.jsonl", *rows)
+    rejects = RejectLog(tmp_path / "rejected.jsonl")
+    entities, candidates = draw_entities(catalog, None, rejects, count=5, always={"Q2", "Q3"})
+    assert candidates == 19
+    numbers = [int(entity.entity_id[1:]) for entity in entities]
+    assert numbers == sorted(numbers)
+    assert len(numbers) == 7
+    assert {2, 3} < set(numbers)
+    assert sum(number % 2 == 0 for number in numbers) == 1  # only the one that is named
+    assert (entities, candidates) == draw_entities(catalog, None, rejects, count=5, always={"Q2", "Q3"})
 
 
 def row(number: int, split: str = "val_seen") -> dict[str, object]:
@@ -135,7 +149,7 @@ def test_invalid_tables(released: Path) -> None:
 
 
 def labelled(*entity_ids: str) -> list[Pair]:
-    image = ImageSource(path=Path("x"), line=1, record="")
+    image = ImageSource(image="x", line=1, record="")
     return [
         Pair(data_id=str(number), entity_id=entity_id, data_split="train", image=image)
         for number, entity_id in enumerate(entity_ids)

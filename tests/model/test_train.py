@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
+from catalog.images import TarShards
 from core.errors import CatalogError, EncoderSpecError, UserError
 from core.jsonl import Rejected, RejectLog
 from model.adaptor import AdaptorConfig
@@ -219,6 +221,37 @@ def test_training_on_catalog_pairs_alone(dataset: Any, tiny_spec: str, text_spec
     assert smoke["entities"] == 6
     with pytest.raises(UserError, match="give --pairs, or --catalog-pairs"):
         CliRunner().invoke(train, given, catch_exceptions=False)
+
+
+def test_a_part_of_a_catalog_with_fetched_images(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.loads(line) for line in dataset.catalog.read_text().splitlines()]
+    with TarShards(tmp_path / "images", shard_bytes=10_000) as shards:
+        for row in rows:
+            for name in row["images"]:
+                shards.add(f"https://example.org/{name}", (dataset.folder / name).read_bytes(), "image/png", {})
+            row["images"] = [f"https://example.org/{name}" for name in row["images"]]
+        rows[0]["images"].append("https://example.org/never-fetched.png")
+    catalog = tmp_path / "by-url.jsonl"
+    catalog.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--catalog", str(catalog), "--catalog-pairs", "--images", str(tmp_path / "images"), "--json"]
+    whole = report(run(dataset, tiny_spec, text_spec, tmp_path / "a", *more))
+    assert (whole["pairs"], whole["catalog_pairs"], whole["rejected"]) == (8 + 22, 22, 1)
+    pairs = tmp_path / "one-pair.jsonl"
+    one = json.loads(dataset.pairs.read_text().splitlines()[0])
+    pairs.write_text(json.dumps({**one, "image": str(dataset.folder / one["image"])}))
+    more += ["--pairs", str(pairs), "--max-entities", "4"]
+    part = run(dataset, tiny_spec, text_spec, tmp_path / "b", *more)
+    figures = report(part)
+    assert (figures["entities"], figures["catalog_pairs"], figures["features_computed"]) == (5, 10, 0)
+    assert "drew 4 of 10 entities with an image; 1 more are in the pairs" in part.stderr
+    assert re.search(r"features take up to [\d.]+kB in", part.stderr)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=100))
+    with pytest.raises(
+        UserError, match=r"the features of 12 images and 5 texts take about .*kB, and .* limit them with --max-ent"
+    ):
+        raise run(dataset, tiny_spec, text_spec, tmp_path / "c", *more, "--cache-dir", str(tmp_path / "new")).exception  # type: ignore[misc]
 
 
 def test_a_catalog_without_pairs_is_an_error(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:

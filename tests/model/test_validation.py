@@ -36,7 +36,7 @@ def test_one_split_alone_has_no_harmonic_mean() -> None:
     ("split", "seen"), [("val_seen", True), ("val_unseen", False), ("test_unseen", False), ("train", None)]
 )
 def test_the_end_of_a_splits_name_says_seen_or_unseen(split: str, seen: bool | None) -> None:
-    image = ImageSource(path=Path("x"), line=1, record="")
+    image = ImageSource(image="x", line=1, record="")
     assert Pair(data_id="1", entity_id="Q1", data_split=split, image=image).seen is seen
 
 
