@@ -31,7 +31,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
         sys.exit(2)
     except WikiclipError as error:
         click.echo(f"error: {error.detail}", err=True)
-        sys.exit(error.exit_code)
+        sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         sys.exit(130)

@@ -1,40 +1,28 @@
-"""Every error that a user can cause, as one tree.
+"""The errors of commands, bundles and the service, next to those of `wikiclip.errors`, which clients raise as well.
 
-    WikiclipError                     500  exit 1
-    └── UserError                     400  exit 2   what is wrong, and what to do
-        ├── BadRequest                400           empty or malformed request
-        ├── Unauthorized              401
-        ├── Forbidden                 403
-        ├── NotFound                  404
-        │   └── UnknownEntity         404
-        ├── SlowRequest               408           the request did not arrive in time
-        ├── Conflict                  409           another change is under way
-        ├── TooLarge                  413           too many bytes or pixels
-        ├── UnsupportedMediaType      415           the declared type is not an image type that we read
-        ├── HeadTooLarge              431           the head of the request is too large
-        ├── Unprocessable             422
-        │   ├── UndecodableImage      422           the bytes do not decode
-        │   ├── BadParameter          422
-        │   ├── BundleRefused         422           the new bundle cannot be served; the old one stays
-        │   ├── NoEntitySide          422           the bundle has no entity encoder
-        │   └── FetchFailed           422           the image at the URL cannot be downloaded
-        ├── TooManyRequests           429           has `retry_after_s`
-        ├── Unavailable               503           not ready or draining
-        ├── DeadlineExceeded          504
-        ├── BundleError               503           the bundle cannot be served
-        │   ├── BundleMissing
-        │   ├── BundleIncomplete
-        │   ├── BundleAltered
-        │   └── BundleSchemaMismatch
-        ├── TransferError             503           the place of a bundle has other content or does not answer
-        ├── LiveDirError              503           LIVE_DIR is unusable or belongs to another bundle
-        ├── CatalogError                            a catalog, pairs or queries file cannot be read
-        ├── CheckpointError                         the checkpoint is missing, damaged or of another shape
-        ├── EncoderSpecError                        the encoder spec names nothing usable
-        └── MissingExtra              503           a package of an extra is not installed; also an ImportError
+    UserError                         400   of wikiclip.errors, as are all others of the first column
+    ├── BundleError                   503   the bundle cannot be served
+    │   ├── BundleMissing
+    │   ├── BundleIncomplete
+    │   ├── BundleAltered
+    │   └── BundleSchemaMismatch
+    ├── TransferError                 503   the place of a bundle has other content or does not answer
+    ├── LiveDirError                  503   LIVE_DIR is unusable or belongs to another bundle
+    ├── CatalogError                        a catalog, pairs or queries file cannot be read
+    ├── CheckpointError                     the checkpoint is missing, damaged or of another shape
+    ├── EncoderSpecError                    the encoder spec names nothing usable
+    └── MissingExtra                  503   a package of an extra is not installed; also an ImportError
+    NotFound
+    └── UnknownEntity                 404
+    Unprocessable
+    ├── UndecodableImage              422   the bytes do not decode
+    ├── BadParameter                  422
+    ├── BundleRefused                 422   the new bundle cannot be served; the old one stays
+    ├── NoEntitySide                  422   the bundle has no entity encoder
+    └── FetchFailed                   422   the image at the URL cannot be downloaded
 
-A message is one line: what is wrong (with the file or the field), then what to do about it. `wikiclip.errors` defines
-the errors that clients raise as well.
+A message is one line: what is wrong (with the file or the field), then what to do about it. A command that ends in one
+of these errors prints that line and exits with 2.
 """
 
 # ruff: noqa: F403, F405
@@ -45,11 +33,6 @@ from wikiclip.errors import *
 
 class UnknownEntity(NotFound):
     title = "Unknown entity"
-
-
-class HeadTooLarge(UserError):
-    status = 431
-    title = "Request head too large"
 
 
 class UndecodableImage(Unprocessable):

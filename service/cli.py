@@ -15,7 +15,7 @@ import click
 import orjson
 from tqdm import tqdm
 
-from core.errors import BadRequest, UserError
+from core.errors import BadRequest, UserError, WikiclipError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -160,7 +160,7 @@ def find_images(paths: Sequence[str]) -> list[Path]:
 
 def _recognize_with_bundle(
     images: Sequence[Path], bundle: str, options: RecognizeOptions, *, device: str
-) -> Iterator[tuple[Path, Recognition | UserError]]:
+) -> Iterator[tuple[Path, Recognition | WikiclipError]]:
     from service.recognizer import Recognizer
     from service.settings import load_settings
 
@@ -176,18 +176,18 @@ def _recognize_with_bundle(
 
 def _recognize_with_service(
     images: Sequence[Path], url: str, options: RecognizeOptions, api_key: str | None
-) -> Iterator[tuple[Path, Recognition | UserError]]:
+) -> Iterator[tuple[Path, Recognition | WikiclipError]]:
     from wikiclip.client import Client
 
     with Client(url, api_key=api_key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
 
-        def request(path: Path) -> tuple[Path, Recognition | UserError]:
+        def request(path: Path) -> tuple[Path, Recognition | WikiclipError]:
             content = _read(path)
             if isinstance(content, UserError):
                 return path, content
             try:
                 return path, client.recognize(content, options)
-            except UserError as error:
+            except WikiclipError as error:
                 return path, error
 
         for start in range(0, len(images), _CHUNK_IMAGES):
@@ -226,8 +226,8 @@ class _Printer:
             where = f", answers in {self._out.name}" if self._out else ""
             click.echo(f"{self.recognized} recognised, {self.failed} failed{where}", err=True)
 
-    def print(self, path: Path, outcome: Recognition | UserError) -> None:
-        if isinstance(outcome, UserError):
+    def print(self, path: Path, outcome: Recognition | WikiclipError) -> None:
+        if isinstance(outcome, WikiclipError):
             self.failed += 1
             error = {"title": outcome.title, "status": outcome.status, "detail": outcome.detail}
             row: dict[str, Any] = {"image": str(path), "error": error}

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.errors import BundleAltered, UserError
+from core.errors import BundleAltered, WikiclipError
 from core.runtime import faiss
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
@@ -39,10 +39,10 @@ log = logging.getLogger("wikiclip.bundle")
 
 @contextmanager
 def opening(bundle: Path | str) -> Iterator[None]:
-    """Raise `BundleAltered` for whatever the content of a bundle makes its readers raise, except `UserError`."""
+    """Raise `BundleAltered` for whatever the content of a bundle makes its readers raise, except `WikiclipError`."""
     try:
         yield
-    except UserError:
+    except WikiclipError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
@@ -218,7 +218,7 @@ class LoadedBundle:
                 float_settings = settings.model_copy(update={"precision": "float"})
                 encoder = open_encoder(self.bundle, self.preprocessing, float_settings)
             return Editor(self.bundle, live, encoder, decoder)
-        except UserError:
+        except WikiclipError:
             live.close()
             raise
 

@@ -31,7 +31,7 @@ from core.errors import (
     TooManyRequests,
     Unavailable,
     UndecodableImage,
-    UserError,
+    WikiclipError,
 )
 from core.runtime import returnable_memory
 from imaging import Decoder, automatic_budget
@@ -169,7 +169,7 @@ class Recognizer:
         self._swapping = True
         try:
             new = await asyncio.to_thread(self._load, bundle)
-        except UserError as error:
+        except WikiclipError as error:
             self.metrics.bundle_swaps.labels("refused").inc()
             log.warning("%s is refused, %s stays: %s", bundle, self.label, error)
             reason = " ".join(str(error).split())[:_MAX_REASON]
@@ -205,21 +205,21 @@ class Recognizer:
 
     def recognize_many(
         self, images: Sequence[bytes], options: RecognizeOptions | None = None
-    ) -> list[Recognition | UserError]:
+    ) -> list[Recognition | WikiclipError]:
         """Recognise images in batches. Returns one outcome per image, in order: a bad image does not affect others."""
         options = options or RecognizeOptions()
-        outcomes: list[Recognition | UserError] = []
+        outcomes: list[Recognition | WikiclipError] = []
         # In a thread of its own, because the calling thread of a notebook already runs an event loop.
         with self.acquire() as view, ThreadPoolExecutor(1) as executor:
 
-            async def outcome(image: bytes) -> Recognition | UserError:
+            async def outcome(image: bytes) -> Recognition | WikiclipError:
                 try:
                     recognition, _ = await self._compute(image, options, view)
-                except UserError as error:
+                except WikiclipError as error:
                     return error.with_traceback(None)  # a traceback would keep the image in memory
                 return _with_total(recognition, sum(recognition.timings_ms.values()))
 
-            async def chunk_outcomes(chunk: Sequence[bytes]) -> list[Recognition | UserError]:
+            async def chunk_outcomes(chunk: Sequence[bytes]) -> list[Recognition | WikiclipError]:
                 return await asyncio.gather(*map(outcome, chunk))
 
             size = min(2 * self.settings.batch_limit(view.loaded.encoder.device), self.settings.queue_limit)
@@ -240,7 +240,7 @@ class Recognizer:
         try:
             recognition = await self._recognize_in_time(image, options, view)
         except (asyncio.CancelledError, Exception) as error:
-            other = "refused" if isinstance(error, UserError) else "failed"
+            other = "refused" if isinstance(error, WikiclipError) else "failed"
             self.metrics.count_images(_OUTCOMES.get(type(error), other))
             raise
         self.metrics.observe_image("answered", recognition.timings_ms)

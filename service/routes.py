@@ -23,13 +23,14 @@ from service.limits import RateLimiter, client_name
 from service.loaded_bundle import BundleView
 from service.recognizer import Recognizer
 from service.telemetry import timed
-from service.updates import Editor, EntityRequest
+from service.updates import Editor
 from wikiclip.answers import (
     BatchRecognition,
     BundleChange,
     EditedEntity,
     Entities,
     Entity,
+    EntityRequest,
     Problem,
     Recognition,
     RecognizeOptions,

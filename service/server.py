@@ -17,7 +17,7 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
-from core.errors import UserError
+from core.errors import UserError, WikiclipError
 from core.runtime import returnable_memory
 from service.app import create_app
 from service.protocol import GuardedHttpProtocol
@@ -98,7 +98,7 @@ class _Server(uvicorn.Server):
     async def _reload(self) -> None:
         try:
             await self._recognizer.swap(self._bundle)
-        except UserError as error:
+        except WikiclipError as error:
             log.error("SIGHUP: the bundle was not reloaded: %s", error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

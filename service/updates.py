@@ -10,11 +10,9 @@ import sqlite3
 import threading
 from concurrent.futures import Future
 from functools import partial
-from typing import Annotated
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable
 from core.extras import needed_by
@@ -36,45 +34,13 @@ from index.overlay import LiveChanges
 from index.store import StoredEntity, first_sentence
 from service.encoder import open_session
 from service.engine import Encoder
+from wikiclip.answers import EntityRequest
 
 _THREADS = 1  # one thread leaves the cores to queries
-_MAX_TITLES = 200_000  # characters of the titles in all languages, which stay in memory
 
 Float32Array = npt.NDArray[np.float32]
 
 log = logging.getLogger("wikiclip.updates")
-
-
-_Title = Annotated[str, Field(max_length=2000)]
-_Type = Annotated[str, Field(max_length=500)]
-_Language = Annotated[str, Field(max_length=35)]
-
-
-class EntityRequest(BaseModel):
-    """An entity to add or replace, without its image."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    title: _Title = Field(min_length=1, pattern=r"\S")
-    text: str = Field(default="", max_length=1_000_000, description="The entity's text. It goes into the embedding.")
-    types: list[_Type] = Field(default=[], max_length=100)
-    url: str | None = Field(default=None, max_length=4096)
-    titles: dict[_Language, _Title] = Field(default={}, max_length=1000, description="By language.")
-    description: str | None = Field(
-        default=None, max_length=5000, description="One line to show; default: the text's first sentence."
-    )
-    symbol: str | None = Field(default=None, max_length=64, description="A character that shows the entity.")
-    embedding: list[float] | None = Field(
-        default=None, max_length=65_536, description="Instead of image and text. It is normalised."
-    )
-
-    @field_validator("titles")
-    @classmethod
-    def _check_total(cls, titles: dict[str, str]) -> dict[str, str]:
-        total = sum(map(len, titles.values()))
-        if total > _MAX_TITLES:
-            raise ValueError(f"should have at most {_MAX_TITLES} characters in all, not {total}")
-        return titles
 
 
 class EntityEmbedder:

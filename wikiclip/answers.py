@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
 MAX_TOP_K = 100
+_MAX_TITLES = 200_000  # characters of the titles in all languages, which stay in memory
 
 Fraction = Annotated[float, Field(allow_inf_nan=False)]
 Box = tuple[Fraction, Fraction, Fraction, Fraction]  # x, y, width, height as fractions of the upright image
@@ -60,6 +61,38 @@ class RecognizeOptions(BaseModel):
     )
 
 
+_Title = Annotated[str, Field(max_length=2000)]
+_Type = Annotated[str, Field(max_length=500)]
+_Language = Annotated[str, Field(max_length=35)]
+
+
+class EntityRequest(BaseModel):
+    """An entity to add or replace, without its image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    title: _Title = Field(min_length=1, pattern=r"\S")
+    text: str = Field(default="", max_length=1_000_000, description="The entity's text. It goes into the embedding.")
+    types: list[_Type] = Field(default=[], max_length=100)
+    url: str | None = Field(default=None, max_length=4096)
+    titles: dict[_Language, _Title] = Field(default={}, max_length=1000, description="By language.")
+    description: str | None = Field(
+        default=None, max_length=5000, description="One line to show; default: the text's first sentence."
+    )
+    symbol: str | None = Field(default=None, max_length=64, description="A character that shows the entity.")
+    embedding: list[float] | None = Field(
+        default=None, max_length=65_536, description="Instead of image and text. It is normalised."
+    )
+
+    @field_validator("titles")
+    @classmethod
+    def _check_total(cls, titles: dict[str, str]) -> dict[str, str]:
+        total = sum(map(len, titles.values()))
+        if total > _MAX_TITLES:
+            raise ValueError(f"should have at most {_MAX_TITLES} characters in all, not {total}")
+        return titles
+
+
 class Answer(BaseModel):
     """Base of what the service answers. A field may have another name in JSON than in Python."""
 
@@ -71,6 +104,12 @@ class Answer(BaseModel):
         serialize_by_alias=True,
         json_schema_serialization_defaults_required=True,
     )
+
+
+class Reply(Answer):
+    """Base of the whole answer to a request. The service sends the id as the header `X-Request-ID`."""
+
+    request_id: str = Field(default="", exclude=True, description="Id of the HTTP request; empty without HTTP.")
 
 
 class AttendedWord(Answer):
@@ -107,7 +146,7 @@ class Prediction(Answer):
     explanation: Explanation | None = Field(default=None, description="Null unless `explain` asks for it.")
 
 
-class Recognition(Answer):
+class Recognition(Reply):
     """Predictions for one image, best first."""
 
     request_id: str = Field(default="", description="Id of the HTTP request; empty without HTTP.")
@@ -140,7 +179,7 @@ class Problem(Answer):
     request_id: str
 
 
-class BatchRecognition(Answer):
+class BatchRecognition(Reply):
     request_id: str
     model: str
     bundle: str
@@ -156,7 +195,7 @@ class ImageCredit(Answer):
     source: str | None = Field(default=None, description="The page that describes the image.")
 
 
-class Entity(Answer):
+class Entity(Reply):
     entity_id: str
     title: str
     titles: dict[str, str] = Field(description="By language.")
@@ -174,19 +213,19 @@ class Entity(Answer):
     )
 
 
-class Entities(Answer):
+class Entities(Reply):
     entities: tuple[Entity, ...]
 
 
-class Liveness(Answer):
+class Liveness(Reply):
     status: Literal["alive"] = "alive"
 
 
-class Readiness(Answer):
+class Readiness(Reply):
     status: Literal["ready"] = "ready"
 
 
-class Info(Answer):
+class Info(Reply):
     """What is served, and its limits."""
 
     version: str
@@ -205,7 +244,7 @@ class Info(Answer):
     limits: dict[str, int]
 
 
-class BundleChange(Answer):
+class BundleChange(Reply):
     bundle: str = Field(description="name@fingerprint of the bundle that answers from now on.")
     previous: str
     model: str

@@ -1,6 +1,25 @@
 """Errors that a request can end in. `except wikiclip.TooManyRequests` catches it from a client and from a recogniser.
 
-`UserError` is the base of those whose message says what is wrong and what to do. `core.errors` shows the whole tree.
+    WikiclipError                     500   base of all errors raised on purpose
+    ├── UserError                     400   the request or the command is wrong; the message says what to change
+    │   ├── BadRequest                400   empty or malformed
+    │   ├── Unauthorized              401
+    │   ├── Forbidden                 403
+    │   ├── NotFound                  404
+    │   ├── SlowRequest               408   the request did not arrive in time
+    │   ├── TooLarge                  413   too many bytes or pixels
+    │   ├── UnsupportedMediaType      415   the declared type is not an image type that the service reads
+    │   ├── Unprocessable             422   the bytes do not decode, or a bad parameter
+    │   ├── TooManyRequests           429   queue full or rate exceeded; has `retry_after_s`
+    │   └── HeadTooLarge              431   the head of the request is too large
+    ├── Conflict                      409   another change is under way
+    └── ServiceError                  500   the request is right, but the service cannot answer it
+        ├── InternalError             500   a fault of the service; quote the `request_id` to its operator
+        ├── BadGateway                502   a proxy does not reach the service
+        ├── Unavailable               503   not ready, draining, or not reachable at all
+        └── DeadlineExceeded          504
+
+`core.errors` has the errors of commands and of bundles, which clients do not raise.
 """
 
 from __future__ import annotations
@@ -10,8 +29,9 @@ class WikiclipError(Exception):
     """Base of all errors raised on purpose. `status` is the HTTP status, `title` the RFC 9457 title."""
 
     status: int = 500
-    exit_code: int = 1
     title: str = "Internal error"
+    request_id: str = ""
+    """Id of the request that a service answered with this error; empty without HTTP."""
 
     @property
     def detail(self) -> str:
@@ -20,7 +40,6 @@ class WikiclipError(Exception):
 
 class UserError(WikiclipError):
     status = 400
-    exit_code = 2
     title = "Bad request"
 
 
@@ -48,11 +67,6 @@ class SlowRequest(UserError):
     title = "Request too slow"
 
 
-class Conflict(UserError):
-    status = 409
-    title = "Conflict"
-
-
 class TooLarge(UserError):
     status = 413
     title = "Image too large"
@@ -77,11 +91,34 @@ class TooManyRequests(UserError):
         self.retry_after_s = retry_after_s
 
 
-class Unavailable(UserError):
+class HeadTooLarge(UserError):
+    status = 431
+    title = "Request head too large"
+
+
+class Conflict(WikiclipError):
+    status = 409
+    title = "Conflict"
+
+
+class ServiceError(WikiclipError):
+    pass
+
+
+class InternalError(ServiceError):
+    pass
+
+
+class BadGateway(ServiceError):
+    status = 502
+    title = "Bad gateway"
+
+
+class Unavailable(ServiceError):
     status = 503
     title = "Not ready"
 
 
-class DeadlineExceeded(UserError):
+class DeadlineExceeded(ServiceError):
     status = 504
     title = "Deadline exceeded"

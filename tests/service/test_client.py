@@ -12,9 +12,92 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import wikiclip
 from core.errors import TooManyRequests, Unavailable, Unprocessable, UserError
-from wikiclip.answers import RecognizeOptions
+from wikiclip.answers import EntityRequest, Problem, Recognition, RecognizeOptions
 from wikiclip.client import AsyncClient, Client
+
+both = pytest.mark.parametrize("way", ["blocking", "async"])
+
+
+@contextmanager
+def connected(url: str, way: str, **given):
+    """Yields what returns the answer of an operation of a client of either kind."""
+    if way == "blocking":
+        with Client(url, **given) as client:
+            yield lambda operation: operation(client)
+    else:
+        client = AsyncClient(url, **given)
+        with asyncio.Runner() as runner:
+            try:
+                yield lambda operation: runner.run(operation(client))
+            finally:
+                runner.run(client.close())
+
+
+def ask(url: str, way: str, operation, **given):
+    with connected(url, way, **given) as call:
+        return call(operation)
+
+
+@both
+def test_every_operation(serve, small_bundle, small_images, tmp_path, way):
+    giraffe, lion = tmp_path / "giraffe.png", small_images["Q140"]
+    giraffe.write_bytes(small_images["Q15083"])
+    okapi = EntityRequest(title="Okapi", types=["animal"], embedding=[1.0] * 16)
+    settings = {"live_dir": tmp_path / "live", "api_keys": ("key",), "admin_token": "token"}
+    with (
+        serve(small_bundle, **settings) as service,
+        connected(str(service.base_url), way, api_key="key", admin_token="token") as call,
+    ):
+        with giraffe.open("rb") as file:
+            for image in (giraffe, str(giraffe), file):
+                answer = call(lambda client, image=image: client.recognize(image))
+                assert answer.predictions[0].entity_id == "Q15083"
+                assert answer.request_id
+        found = call(lambda client: client.recognize_batch([lion, b"no image", giraffe], RecognizeOptions(top_k=1)))
+        assert [type(each) for each in found.results] == [Recognition, Problem, Recognition]
+        assert [each.request_id for each in found.results] == [found.request_id] * 3
+
+        added = call(lambda client: client.put_entity("new/okapi?", okapi))
+        assert added.bundle.endswith("+1")
+        stored = call(lambda client: client.get_entity("new/okapi?"))
+        assert (stored.title, stored.types) == ("Okapi", ("animal",))
+        assert stored.request_id not in ("", added.request_id)
+        assert [each.title for each in call(lambda client: client.search_entities("oka")).entities] == ["Okapi"]
+        assert call(lambda client: client.delete_entity("new/okapi?")) is None
+        with pytest.raises(wikiclip.NotFound) as gone:
+            call(lambda client: client.get_entity("new/okapi?"))
+        assert len(gone.value.request_id) == 32
+        pictured = EntityRequest(title="Okapi", text="A giraffid.")
+        with pytest.raises(Unprocessable, match="no entity encoder"):  # the form was read
+            call(lambda client: client.put_entity("okapi", pictured, giraffe))
+        for by_url in (
+            lambda client: client.recognize("https://a.org/b.png"),
+            lambda client: client.put_entity("okapi", pictured, "https://a.org/b.png"),
+        ):
+            with pytest.raises(wikiclip.Forbidden, match="URL"):
+                call(by_url)
+
+        assert call(lambda client: client.get_thumbnail("Q13191")).startswith(b"RIFF")
+        change = call(lambda client: client.swap_bundle(str(small_bundle)))
+        assert change.bundle.startswith("small@")
+        assert call(lambda client: client.info()).limits["max_batch_images"] == 32
+        assert call(lambda client: client.live()).status == "alive"
+        assert call(lambda client: client.ready()).status == "ready"
+        with pytest.raises(wikiclip.Unauthorized):
+            ask(str(service.base_url), way, lambda client: client.recognize(lion))
+
+
+def test_images_that_cannot_be_sent(tmp_path):
+    (tmp_path / "page.html").write_text("text")
+    with Client("http://127.0.0.1:9") as client, (tmp_path / "page.html").open() as file:
+        with pytest.raises(UserError, match="'rb'"):
+            client.recognize(file)
+        with pytest.raises(UserError, match="by itself"):
+            client.recognize_batch(["https://a.org/b.png"])
+        with pytest.raises(FileNotFoundError):
+            client.recognize("missing.png")
 
 
 def test_an_answer_as_the_recogniser_gives_it(service, small_images):
@@ -91,19 +174,7 @@ ANSWER = {
 
 
 def recognize(url: str, image: bytes, way: str, **given):
-    """Ask with either client."""
-    if way == "blocking":
-        with Client(url, **given) as client:
-            return client.recognize(image)
-
-    async def ask():
-        async with AsyncClient(url, **given) as client:
-            return await client.recognize(image)
-
-    return asyncio.run(ask())
-
-
-both = pytest.mark.parametrize("way", ["blocking", "async"])
+    return ask(url, way, lambda client: client.recognize(image), **given)
 
 
 @both
@@ -122,6 +193,48 @@ def test_retries_end(way):
         with pytest.raises(TooManyRequests, match="full"):
             recognize(url, b"x", way, retries=2)
         assert len(asked_at) == 3
+
+
+@both
+def test_a_proxy_and_a_deadline_are_asked_again_but_a_swap_that_may_have_begun_is_not(way):
+    refusals = [(502, {}, None), (504, {}, {"detail": "late"})]
+    with scripted(*refusals, (200, {}, ANSWER)) as (url, asked_at):
+        assert recognize(url, b"x", way).bundle == "b@1"
+        assert len(asked_at) == 3
+    with scripted((503, {}, {"detail": "not ready"}), *refusals) as (url, asked_at):
+        with pytest.raises(wikiclip.BadGateway):
+            ask(url, way, lambda client: client.swap_bundle("new"))
+        assert len(asked_at) == 2
+
+
+def test_each_status_has_its_error_and_the_services_own_are_no_user_errors():
+    kinds = {
+        400: wikiclip.BadRequest,
+        401: wikiclip.Unauthorized,
+        403: wikiclip.Forbidden,
+        404: wikiclip.NotFound,
+        405: UserError,
+        408: wikiclip.SlowRequest,
+        409: wikiclip.Conflict,
+        413: wikiclip.TooLarge,
+        415: wikiclip.UnsupportedMediaType,
+        422: wikiclip.Unprocessable,
+        429: wikiclip.TooManyRequests,
+        431: wikiclip.HeadTooLarge,
+        500: wikiclip.InternalError,
+        502: wikiclip.BadGateway,
+        503: wikiclip.Unavailable,
+        504: wikiclip.DeadlineExceeded,
+        507: wikiclip.ServiceError,
+    }
+    answers = [(status, {"X-Request-ID": f"id{status}"}, {"detail": f"why {status}"}) for status in kinds]
+    with scripted(*answers) as (url, _), Client(url, retries=0) as client:
+        for status, kind in kinds.items():
+            with pytest.raises(wikiclip.WikiclipError, match=f"why {status}") as error:
+                client.recognize(b"x")
+            assert type(error.value) is kind
+            assert (error.value.status, error.value.request_id) == (status, f"id{status}")
+            assert isinstance(error.value, UserError) == (status < 500 and status != 409)
 
 
 @both

@@ -1,0 +1,227 @@
+"""The operations of the HTTP API: what each sends, and how its answer is read. Both clients have them as methods."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar, overload
+from urllib.parse import quote
+
+import httpx
+
+from wikiclip.answers import (
+    BatchRecognition,
+    BundleChange,
+    EditedEntity,
+    Entities,
+    Entity,
+    EntityRequest,
+    Info,
+    Liveness,
+    Readiness,
+    Recognition,
+    RecognizeOptions,
+    Reply,
+)
+from wikiclip.errors import UserError
+
+if TYPE_CHECKING:
+    from wikiclip.client import AsyncClient, Client
+
+P = ParamSpec("P")
+T = TypeVar("T")
+AnyReply = TypeVar("AnyReply", bound=Reply)
+
+Image: TypeAlias = bytes | str | os.PathLike[str] | IO[bytes]
+"""The bytes of an image file, its path, a file open for reading, or a URL (`https://...`) that the service fetches."""
+
+REQUEST_ID_HEADER = "x-request-id"
+
+
+class Retries(NamedTuple):
+    """After which statuses and failures a request is sent again."""
+
+    statuses: frozenset[int]
+    failures: tuple[type[Exception], ...]
+
+
+_IDEMPOTENT = Retries(frozenset((429, 502, 503, 504)), (httpx.NetworkError, httpx.RemoteProtocolError))
+_NOT_BEGUN = Retries(frozenset((429, 503)), (httpx.ConnectError,))  # the service has refused it, or not received it
+_ONCE = Retries(frozenset(), ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request(Generic[T]):
+    """A request, as arguments of httpx, and what to do with its answer."""
+
+    method: str
+    url: str
+    read: Callable[[httpx.Response], T]
+    content: dict[str, Any] = field(default_factory=dict)
+    admin: bool = False
+    retries: Retries = _IDEMPOTENT
+
+
+class _Operation(Generic[P, T]):
+    """A method that builds a request. On `Client` it returns the answer, on `AsyncClient` a coroutine."""
+
+    def __init__(self, build: Callable[Concatenate[Any, P], Request[T]]) -> None:
+        self._build = build
+
+    @overload
+    def __get__(self, client: None, kind: type) -> Callable[Concatenate[Any, P], Request[T]]: ...
+    @overload
+    def __get__(self, client: Client, kind: type) -> Callable[P, T]: ...
+    @overload
+    def __get__(self, client: AsyncClient, kind: type) -> Callable[P, Coroutine[Any, Any, T]]: ...
+    def __get__(self, client: Any, kind: type) -> Any:
+        if client is None:
+            return self._build  # for help() and documentation tools
+
+        @functools.wraps(self._build)
+        def send(*args: P.args, **kwargs: P.kwargs) -> Any:
+            return client._send(self._build(client, *args, **kwargs))
+
+        return send
+
+
+class Operations:
+    """The methods of both clients. All raise the `WikiclipError` of the answer's status, and `Unavailable` without one.
+
+    Files are read when the method is called.
+    """
+
+    @_Operation
+    def recognize(self, image: Image, options: RecognizeOptions | None = None) -> Request[Recognition]:
+        """Recognise one image."""
+        return Request(
+            method="POST",
+            url="/recognize",
+            read=_reader(Recognition),
+            content={"params": _query(options), **_image_body(image)},
+        )
+
+    @_Operation
+    def recognize_batch(
+        self, images: Iterable[Image], options: RecognizeOptions | None = None
+    ) -> Request[BatchRecognition]:
+        """Recognise several images. `results` has a `Recognition` or a `Problem` for each, in order.
+
+        A service takes at most `info().limits["max_batch_images"]` images, and no URLs.
+        """
+        return Request(
+            method="POST",
+            url="/recognize/batch",
+            read=_reader(BatchRecognition),
+            content={"params": _query(options), "files": [_image_part(image) for image in images]},
+        )
+
+    @_Operation
+    def get_entity(self, entity_id: str) -> Request[Entity]:
+        """Return the record of an entity. Raises `NotFound`."""
+        return Request(method="GET", url=_entity_url(entity_id), read=_reader(Entity))
+
+    @_Operation
+    def search_entities(self, query: str, *, limit: int = 20) -> Request[Entities]:
+        """Search entities by words of their titles. The last word may be incomplete."""
+        params = {"query": query, "limit": limit}
+        return Request(method="GET", url="/entities", read=_reader(Entities), content={"params": params})
+
+    @_Operation
+    def get_thumbnail(self, entity_id: str) -> Request[bytes]:
+        """Return the thumbnail of an entity, a WebP file. Raises `NotFound` if it has none."""
+        return Request(method="GET", url=f"{_entity_url(entity_id)}/thumbnail", read=lambda response: response.content)
+
+    @_Operation
+    def put_entity(self, entity_id: str, entity: EntityRequest, image: Image | None = None) -> Request[EditedEntity]:
+        """Add or replace an entity while serving. Needs the admin token."""
+        record = entity.model_dump_json(exclude_defaults=True)
+        content: dict[str, Any] = {"content": record, "headers": {"Content-Type": "application/json"}}
+        if image is not None and _is_url(image):
+            content = {"json": {**entity.model_dump(exclude_defaults=True), "image": {"url": image}}}
+        elif image is not None:
+            content = {"files": [("record", (None, record, "application/json")), _image_part(image)]}
+        return Request(
+            method="PUT", url=_entity_url(entity_id), read=_reader(EditedEntity), content=content, admin=True
+        )
+
+    @_Operation
+    def delete_entity(self, entity_id: str) -> Request[None]:
+        """Delete an entity while serving. Needs the admin token.
+
+        Raises `NotFound` if there is none, which may be because an attempt whose answer was lost has deleted it.
+        """
+        return Request(method="DELETE", url=_entity_url(entity_id), read=lambda _: None, admin=True)
+
+    @_Operation
+    def swap_bundle(self, path: str, *, timeout_s: float = 600.0) -> Request[BundleChange]:
+        """Let the service answer from another bundle, a folder on its machine or a URI. Needs the admin token.
+
+        Loading may take `timeout_s` seconds. A swap that may have begun is not sent again.
+        """
+        return Request(
+            method="POST",
+            url="/admin/bundle",
+            read=_reader(BundleChange),
+            content={"json": {"path": path}, "timeout": timeout_s},
+            admin=True,
+            retries=_NOT_BEGUN,
+        )
+
+    @_Operation
+    def info(self) -> Request[Info]:
+        """Return what is served, and its limits."""
+        return Request(method="GET", url="/info", read=_reader(Info))
+
+    @_Operation
+    def live(self) -> Request[Liveness]:
+        """Check once that the process answers."""
+        return Request(method="GET", url="/livez", read=_reader(Liveness), retries=_ONCE)
+
+    @_Operation
+    def ready(self) -> Request[Readiness]:
+        """Check once that images can be recognised now. Raises `Unavailable` with the reason if not."""
+        return Request(method="GET", url="/readyz", read=_reader(Readiness), retries=_ONCE)
+
+
+def _reader(kind: type[AnyReply]) -> Callable[[httpx.Response], AnyReply]:
+    def read(response: httpx.Response) -> AnyReply:
+        reply = kind.model_validate_json(response.content)
+        return reply.model_copy(update={"request_id": response.headers.get(REQUEST_ID_HEADER, reply.request_id)})
+
+    return read
+
+
+def _query(options: RecognizeOptions | None) -> dict[str, Any]:
+    params: dict[str, Any] = {} if options is None else options.model_dump(exclude_defaults=True)
+    if "box" in params:
+        params["box"] = ",".join(str(side) for side in params["box"])
+    return params
+
+
+def _entity_url(entity_id: str) -> str:
+    return f"/entities/{quote(entity_id, safe='')}"
+
+
+def _is_url(image: Image) -> bool:
+    return isinstance(image, str) and image.startswith(("http://", "https://"))
+
+
+def _image_body(image: Image) -> dict[str, Any]:
+    return {"json": {"image": {"url": image}}} if _is_url(image) else {"files": [_image_part(image)]}
+
+
+def _image_part(image: Image) -> tuple[str, tuple[str, bytes, str]]:
+    """Return an image as a part of a form. Its bytes are in memory, so that it can be sent again."""
+    if _is_url(image):
+        raise UserError(f"{image!r} is a URL; a batch takes files only, so recognise it by itself")
+    if isinstance(image, str | os.PathLike):
+        data = Path(image).read_bytes()
+    else:
+        data = image if isinstance(image, bytes) else image.read()
+    if not isinstance(data, bytes):
+        raise UserError("the image's file is open as text; open it with mode 'rb'")
+    return "image", ("image", data, "application/octet-stream")
