@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.staticfiles import StaticFiles
 
 from core.errors import UserError
@@ -71,6 +71,9 @@ def create_app(
         summary="Which entity of Wikipedia is in this picture.",
         description=errors.problem_table(),
         version=version("wikiclip-serve"),
+        servers=[{"url": "/", "description": "This service"}],
+        responses=errors.problems(500),
+        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
@@ -87,7 +90,8 @@ def create_app(
     app.state.rate_limiter = limiter
     app.state.body_budget = BodyBudget(settings.body_limit_bytes)
     errors.install(app)
-    app.include_router(routes.router)
+    app.include_router(routes.recognition_router)
+    app.include_router(routes.entity_router)
     app.include_router(routes.admin_router)
     _add_operations(app)
     _add_pages(app)
@@ -106,16 +110,21 @@ def create_app(
 
 
 def _add_operations(app: FastAPI) -> None:
-    @app.get("/livez", summary="Check that the process answers")
-    async def livez() -> Liveness:
+    @app.get("/livez", summary="Check that the process answers", tags=["operations"])
+    async def get_liveness() -> Liveness:
         return Liveness()
 
-    @app.get("/readyz", summary="Check that images can be recognised now", responses=errors.problems(503))
-    async def readyz(recognizer: routes.ReadyRecognizer) -> Readiness:
+    @app.get(
+        "/readyz",
+        summary="Check that images can be recognised now",
+        responses=errors.problems(503),
+        tags=["operations"],
+    )
+    async def get_readiness(recognizer: routes.ReadyRecognizer) -> Readiness:
         return Readiness()
 
-    @app.get("/metrics", summary="Metrics for Prometheus", response_class=Response)
-    async def scrape_metrics() -> Response:
+    @app.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse, tags=["operations"])
+    async def get_metrics() -> Response:
         recognizer: Recognizer | None = app.state.recognizer
         metrics: Metrics = app.state.metrics
         if recognizer is not None:
@@ -124,8 +133,10 @@ def _add_operations(app: FastAPI) -> None:
         metrics.ready.set(recognizer is not None and recognizer.unready_reason is None)
         return Response(metrics.exposition(), headers={"Content-Type": metrics.content_type})
 
-    @app.get("/info", summary="Describe what is served, and its limits", responses=errors.problems(503))
-    async def info(recognizer: routes.AnyRecognizer) -> Info:
+    @app.get(
+        "/info", summary="Describe what is served, and its limits", responses=errors.problems(503), tags=["operations"]
+    )
+    async def get_info(recognizer: routes.AnyRecognizer) -> Info:
         with recognizer.acquire() as view:
             loaded = view.loaded
         return Info(

@@ -123,6 +123,7 @@ def install(app: FastAPI) -> None:
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that may answer with these error statuses."""
     titles = {status: [kind.title for kind in _REQUEST_ERRORS if kind.status == status] for status in statuses}
+    titles |= {500: [HTTPStatus(500).phrase]}
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": ", or ".join(titles[status]), "content": content} for status in statuses}
 

@@ -42,8 +42,9 @@ _ADMIN_ONLY: dict[str, Any] = {"security": [{"admin": []}]}
 
 T = TypeVar("T")
 
-router = APIRouter(dependencies=[Depends(require_key)])
-admin_router = APIRouter(dependencies=[Depends(require_admin)])
+recognition_router = APIRouter(dependencies=[Depends(require_key)], tags=["recognition"])
+entity_router = APIRouter(dependencies=[Depends(require_key)], tags=["entities"])
+admin_router = APIRouter(dependencies=[Depends(require_admin)], tags=["administration"])
 
 
 async def any_recognizer(request: Request) -> Recognizer:
@@ -75,7 +76,7 @@ ReadyRecognizer = Annotated[Recognizer, Depends(ready_recognizer)]
 Options = Annotated[RecognizeOptions, Depends(checked_options)]
 
 
-@router.post(
+@recognition_router.post(
     "/recognize",
     summary="Name the entities in an image",
     responses=problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
@@ -96,7 +97,7 @@ async def recognize(request: Request, response: Response, options: Options, reco
     return recognition.model_copy(update={"request_id": request.state.request_id})
 
 
-@router.post(
+@recognition_router.post(
     "/recognize/batch",
     summary="Name the entities in several images. Results are in order, and a bad image does not affect the others",
     responses=problems(400, 401, 408, 413, 415, 422, 429, 503),
@@ -134,7 +135,7 @@ async def recognize_batch(request: Request, options: Options, recognizer: ReadyR
         )
 
 
-@router.get("/entities", summary="Search entities by title", responses=problems(401, 422, 503))
+@entity_router.get("/entities", summary="Search entities by title", responses=problems(401, 422, 503))
 def search_entities(
     recognizer: ReadyRecognizer,
     query: Annotated[
@@ -147,12 +148,12 @@ def search_entities(
     return Entities(entities=tuple(Entity.model_validate(entity, from_attributes=True) for entity in found))
 
 
-@router.get(
+@entity_router.get(
     # Before the route of the record, because an id may contain slashes.
     "/entities/{entity_id:path}/thumbnail",
     summary="Get the thumbnail of an entity",
     response_class=Response,
-    responses={200: {"content": {"image/webp": {}}}, **problems(401, 404, 503)},
+    responses={200: {"content": {"image/webp": {"schema": uploads.BINARY}}}, **problems(401, 404, 503)},
 )
 def get_thumbnail(entity_id: str, recognizer: ReadyRecognizer) -> Response:
     with recognizer.acquire() as view:
@@ -165,7 +166,9 @@ def get_thumbnail(entity_id: str, recognizer: ReadyRecognizer) -> Response:
     return Response(thumbnail, media_type="image/webp", headers=headers)
 
 
-@router.get("/entities/{entity_id:path}", summary="Get the record of an entity", responses=problems(401, 404, 503))
+@entity_router.get(
+    "/entities/{entity_id:path}", summary="Get the record of an entity", responses=problems(401, 404, 503)
+)
 def get_entity(entity_id: str, recognizer: ReadyRecognizer) -> Entity:
     with recognizer.acquire() as view:
         return Entity.model_validate(view.entities.get(entity_id), from_attributes=True)
@@ -185,7 +188,7 @@ class BundleRequest(BaseModel):
     responses=problems(400, 401, 403, 408, 409, 413, 422, 429, 503),
     openapi_extra={**_ADMIN_ONLY, **uploads.request_body({"application/json": BundleRequest.model_json_schema()})},
 )
-async def change_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChange:
+async def swap_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChange:
     # FastAPI would read a body of any size, and before the dependency checks the token.
     body = await uploads.read_body(request, _MAX_BUNDLE_REQUEST_BYTES, recognizer.settings.receive_timeout_ms / 1000)
     try:

@@ -242,7 +242,7 @@ def _parse_multipart(body: bytes, content_type: str, max_read: int) -> list[_Par
 
 # How /openapi.json describes these bodies. FastAPI does not know them, because the routes read them here.
 
-_FILE: dict[str, Any] = {"type": "string", "format": "binary"}
+BINARY: dict[str, Any] = {"type": "string", "format": "binary"}
 _IMAGE_IN_JSON: dict[str, Any] = {
     "oneOf": [
         {"type": "object", "required": [kind], "properties": {kind: {"type": "string"}}} for kind in ("base64", "url")
@@ -258,15 +258,15 @@ def request_body(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def image_body() -> dict[str, Any]:
     """Describe the three forms that `image_of` reads."""
-    form = {"type": "object", "required": ["image"], "properties": {"image": _FILE}}
+    form = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
     in_json = {"type": "object", "required": ["image"], "properties": {"image": _IMAGE_IN_JSON}}
-    raw = dict.fromkeys(readable_types(), _FILE)
+    raw = dict.fromkeys(readable_types(), BINARY)
     return request_body({"multipart/form-data": form, "application/json": in_json, **raw})
 
 
 def images_body() -> dict[str, Any]:
     """Describe the form that `images_of` reads."""
-    images = {"type": "array", "items": _FILE}
+    images = {"type": "array", "items": BINARY}
     form = {"type": "object", "required": ["image"], "properties": {"image": images}}
     return request_body({"multipart/form-data": form})
 
@@ -275,5 +275,5 @@ def record_body(model: type[BaseModel]) -> dict[str, Any]:
     """Describe the two forms that `record_of` reads, for a record of this model."""
     record = model.model_json_schema()
     in_json = {**record, "properties": {**record["properties"], "image": _IMAGE_IN_JSON}}
-    form = {"type": "object", "required": ["record"], "properties": {"record": record, "image": _FILE}}
+    form = {"type": "object", "required": ["record"], "properties": {"record": record, "image": BINARY}}
     return request_body({"application/json": in_json, "multipart/form-data": form})
