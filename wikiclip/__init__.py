@@ -39,6 +39,7 @@ __all__ = [
     "Explanation",
     "Forbidden",
     "HeadTooLarge",
+    "ImageCredit",
     "Info",
     "InternalError",
     "Liveness",
