@@ -75,14 +75,21 @@ def build_folder_catalog(config: FolderConfig) -> FolderCatalog:
     return found
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` if there is no such folder, or nothing in it."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; name the folder of the pictures")
+    if not any(folder.iterdir()):
+        raise UserError(f"{folder} is empty; put the pictures of each thing into a folder named after it")
+
+
 def read_folder(config: FolderConfig, ours: Iterable[Path] = ()) -> FolderCatalog:
     """Read a folder of pictures, and write what is not used to `rejected.jsonl` next to the output.
 
-    `ours` are further files that this program wrote. Raises `UserError` if the folder is missing, `CatalogError` if it
-    has no usable picture or the table cannot be read.
+    `ours` are further files that this program wrote. Raises what `check_folder` raises, `CatalogError` if there is no
+    usable picture or the table cannot be read.
     """
-    if not config.folder.is_dir():
-        raise UserError(f"{config.folder} is not a folder; name the folder of the pictures")
+    check_folder(config.folder)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     log = RejectLog(rejects_path(config.out))
     ours = [*ours, config.out, log.path, *_queries_paths(config).values()]

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from export.config import ExportConfig
+    from export.pipeline import ExportSummary
 
 _PATH = click.Path(path_type=Path)
 _COUNT = click.IntRange(min=1)
@@ -77,7 +82,6 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     from export.config import ExportConfig
     from export.pipeline import export_bundle
     from index.manifest import Record
-    from index.report import int8_line, parity_line
 
     config = ExportConfig(**options, progress=True)
     if dry_run:
@@ -90,34 +94,39 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(asdict(summary), default=Record.model_dump))
         return
+    click.echo("\n".join(summary_lines(summary, config)))
+
+
+def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]:
+    """Yield what an export made or found as lines of text."""
+    from index.report import int8_line, parity_line
+
     counts = summary.counts
     if summary.already_complete:
-        click.echo(f"{summary.bundle} is already complete")
-    click.echo(
+        yield f"{summary.bundle} is already complete"
+    yield (
         f"bundle {summary.bundle} ({summary.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings, "
         f"{counts.without_image} without an image, {counts.without_text} without text; "
         f"{summary.shards} shards, {summary.resumed_shards} from an earlier run; {summary.elapsed_s:.1f} s"
     )
     if not summary.trained and counts.without_image:
-        click.echo(f"{counts.without_image} entities have no image: their records are stored, but never recognised")
+        yield f"{counts.without_image} entities have no image: their records are stored, but never recognised"
     if summary.added_entity_encoder:
-        click.echo("entity encoder added: the service can embed entities that are put")
-    elif options["live"]:
-        click.echo(
+        yield "entity encoder added: the service can embed entities that are put"
+    elif config.live:
+        yield (
             "nothing added for --live: the entity encoder was there"
             if summary.trained
             else "nothing added for --live: without a checkpoint, the image encoder embeds entities that are put"
         )
     if summary.int8 is not None:
-        click.echo(f"int8: {int8_line(summary.int8.model_dump())}")
+        yield f"int8: {int8_line(summary.int8.model_dump())}"
     if summary.float16 is not None:
-        click.echo(f"float16: {parity_line(summary.float16.model_dump())}")
-    if options["base"] is not None:
+        yield f"float16: {parity_line(summary.float16.model_dump())}"
+    if config.base is not None:
         why = "" if summary.base_fits else " (its models or thumbnails differ, or it has no texts)"
-        click.echo(f"{summary.copied_entities} entities copied from {options['base']}{why}")
+        yield f"{summary.copied_entities} entities copied from {config.base}{why}"
     if summary.stages_s:
-        click.echo("seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stages_s.items()))
-    if summary.rejects:
-        click.echo(
-            f"{counts.rejected} record(s) rejected, {counts.images_failed} image(s) not used, see {summary.rejects}"
-        )
+        yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stages_s.items())
+    if summary.rejects and (counts.rejected or counts.images_failed or not config.rejected):
+        yield f"{counts.rejected} record(s) rejected, {counts.images_failed} image(s) not used, see {summary.rejects}"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from catalog.images import ImageReader
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
+from core.jsonl import Rejected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class ExportConfig:
     workers: int | None = None  # decoding processes; None: one per core
     engine: Literal["local", "ray"] = "local"
     progress: bool = False
+    rejected: tuple[Rejected, ...] = ()  # by whatever built the catalog, to be written to the reject log first
 
 
 def check_inputs(config: ExportConfig) -> None:

@@ -234,7 +234,7 @@ def _embed_catalog(config: ExportConfig, model: ExportModel, staging: StagingDir
         raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
     if len(EmbeddingShards(staging.embeddings, model.image_encoder.embedding_dim)) == 0:  # only without a checkpoint
         rejects = _rejects_path(config.out)
-        _count_and_log(staging, RejectLog(rejects), 0)
+        _count_and_log(staging, _reject_log(config), 0)
         staging.remove()
         why = f"{rejects} has the reasons" if rejects.exists() else "no record names an image"
         raise CatalogError(f"{config.catalog}: no entity has a usable image, and nothing else is embedded; {why}")
@@ -259,7 +259,7 @@ def _assemble(
     write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden))
     embeddings = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
     index_manifest = build_index(bundle, embeddings, device="cpu", created_at=created_at, progress=config.progress)
-    log = RejectLog(_rejects_path(config.out))
+    log = _reject_log(config)
     counts = _count_and_log(staging, log, len(embeddings))
     calibration: Calibration | None = None
     int8: Int8Entry | None = None
@@ -332,6 +332,13 @@ def _progress(config: ExportConfig, step: str) -> Iterator[None]:
     with tqdm(desc=step, unit="step", total=1, disable=not config.progress) as bar:
         yield
         bar.update()
+
+
+def _reject_log(config: ExportConfig) -> RejectLog:
+    log = RejectLog(_rejects_path(config.out))
+    for rejected in config.rejected:
+        log.add(rejected)
+    return log
 
 
 def _rejects_path(out: Path) -> Path:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import click
 
 COMMANDS = {
+    "up": ("wikiclip.up:up", "Go from a folder of pictures to a service, in one command."),
     "catalog": ("catalog.cli:catalog", "Build a catalog from a folder of pictures or from Wikimedia's dumps."),
     "fetch-images": ("fetch.cli:fetch_images", "Download a catalog's images into tar shards, politely."),
     "credits": ("fetch.cli:add_credits", "Add authors and licences of Wikimedia's images to a catalog."),

@@ -225,7 +225,7 @@ def with_table(*rows: str, encoding: str = "utf-8") -> Callable[[Path], list[str
     ("prepare", "reason"),
     [
         (no_folder, "is not a folder"),
-        (empty_folder, "no picture that can be used: 1 x empty folder"),
+        (empty_folder, "is empty"),
         (only_bad_files, "no picture that can be used: 7 x broken picture (Bear/0.png, ...)"),
         (with_table("image,title"), "no picture that can be used: 7 x not in the table"),
         (with_table("picture,title", "Fox/0.png,Fox"), "has no column image; its first line reads 'picture,title'"),

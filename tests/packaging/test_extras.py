@@ -62,6 +62,7 @@ def test_every_command_and_the_library_name_the_extra(small_bundle: Path, tmp_pa
     (tmp_path / "giraffe.png").write_bytes(b"image")
     bundle, catalog, out = str(small_bundle), str(tmp_path / "catalog.parquet"), str(tmp_path / "out")
     expected: dict[str, tuple[str, list[str]]] = {
+        "up": ("export", [str(tmp_path), "--image-encoder", "tiny", "--out", out, "--no-serve"]),
         "catalog": ("export", ["--content", str(tmp_path / "cirrus.json"), "--out", f"{out}.parquet"]),
         "fetch-images": ("export", ["--catalog", catalog, "--out", out, "--contact", "me@example.org"]),
         "train": (

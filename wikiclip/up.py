@@ -1,0 +1,87 @@
+"""Command `up`: from a folder of pictures to a service, without training. It runs catalog, export and serve."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import click
+
+_PATH = click.Path(path_type=Path)
+_THUMBNAIL_PX = 256
+
+
+@click.command(context_settings={"show_default": True})
+@click.argument("folder", type=_PATH)
+@click.option("--table", type=_PATH, help="CSV file that describes the pictures.  [default: names of folders]")
+@click.option("--image-encoder", metavar="SPEC", default="photo", help="The image encoder.")
+@click.option(
+    "--out", type=_PATH, help="Folder for the bundle.  [default: FOLDER's name and `-bundle`, in the current folder]"
+)
+@click.option("--port", type=click.IntRange(0, 65535), help="TCP port of the service.  [default: as for `serve`: 8000]")
+@click.option("--no-serve", is_flag=True, help="Write the bundle, and do not serve it.")
+def up(
+    folder: Path, table: Path | None, image_encoder: str, out: Path | None, port: int | None, no_serve: bool
+) -> None:
+    """Go from a folder of pictures to a service with a page, in one command and without training.
+
+    In FOLDER, each folder is an entity of its name, and text.txt or text.md in it is its text. Or a table describes the
+    pictures (`wikiclip catalog --help` names its columns). What cannot be used is listed in rejected.jsonl next to the
+    bundle, as is the catalog (BUNDLE.catalog.jsonl). Run the same command again to continue or to serve the bundle.
+    """
+    out = out or Path(f"{folder.resolve().name}-bundle")
+    address = None if no_serve else _free_address(out, port)
+
+    from catalog.folder import FolderConfig, check_folder, jsonl, read_folder, report_lines
+    from core.errors import UserError
+    from core.files import atomic_write_bytes
+
+    check_folder(folder)
+
+    from export.cli import summary_lines
+    from export.config import ExportConfig
+    from export.pipeline import export_bundle
+    from model.encoders import open_image_encoder
+
+    open_image_encoder(image_encoder)  # fails before the long work
+    shown = sys.stderr.isatty()
+    catalog = FolderConfig(folder=folder, table=table, out=out.with_name(f"{out.name}.catalog.jsonl"), progress=shown)
+    found = read_folder(catalog, ours=[out])
+    rows = jsonl(found.rows)
+    if out.is_dir() and any(out.iterdir()) and catalog.out.exists() and catalog.out.read_bytes() != rows:
+        raise UserError(
+            f"{out} was made from other pictures or texts than {folder} has now; choose another --out, or remove {out}"
+        )
+    atomic_write_bytes(catalog.out, rows)
+    click.echo("\n".join(report_lines(found, catalog)))
+    config = ExportConfig(
+        catalog=catalog.out,
+        out=out,
+        image_encoder=image_encoder,
+        rejected=tuple(found.rejected),
+        thumbnail_px=_THUMBNAIL_PX,
+        store_text=True,
+        resume=True,
+        progress=shown,
+    )
+    click.echo("\n".join(summary_lines(export_bundle(config), config)))
+    if address is None:
+        return
+    host, port = address
+    click.echo(f"page: http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops the service)")
+    sys.stdout.flush()
+    # A new program in this process: the service needs no torch. With -P, folders here do not shadow packages.
+    serve = ["serve", "--bundle", str(out), "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "wikiclip", *serve])
+
+
+def _free_address(bundle: Path, port: int | None) -> tuple[str, int]:
+    """Return the host and port that the service will have. Raises `UserError` if the port is taken."""
+    from service.server import bind
+    from service.settings import load_settings
+
+    settings = load_settings(bundle=bundle, **({} if port is None else {"port": port}))
+    with bind(settings.host, settings.port) as listener:
+        host, free_port = listener.getsockname()[:2]
+    return host, free_port
