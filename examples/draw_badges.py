@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -58,7 +57,16 @@ BADGES = (
 Colour = tuple[int, int, int]
 
 
-def outline(draw: ImageDraw.ImageDraw, shape: str, fill: Colour, edge: Colour) -> None:
+def badge(shape: str, emblem: str, ground: str, colour: str) -> Image.Image:
+    """Draw one badge, RGBA."""
+    image = Image.new("RGBA", (SIZE_PX, SIZE_PX), (0, 0, 0, 0))
+    draw = ImageDraw.Draw(image)
+    draw_outline(draw, shape, COLOURS[ground], COLOURS[colour])
+    draw_emblem(draw, emblem, COLOURS[colour])
+    return image
+
+
+def draw_outline(draw: ImageDraw.ImageDraw, shape: str, fill: Colour, edge: Colour) -> None:
     """Draw the outline of the badge, 216 pixels across."""
     low, high, middle = 20, SIZE_PX - 20, SIZE_PX / 2
     if shape == "disc":
@@ -72,63 +80,34 @@ def outline(draw: ImageDraw.ImageDraw, shape: str, fill: Colour, edge: Colour) -
     draw.polygon(corners[shape], fill=fill, outline=edge, width=8)
 
 
-def star(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    points: list[tuple[float, float]] = []
-    for corner in range(10):
-        radius, angle = (62 if corner % 2 == 0 else 26), math.pi * corner / 5
-        points.append((128 + radius * math.sin(angle), 124 - radius * math.cos(angle)))
-    draw.polygon(points, fill=colour)
-
-
-def waves(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    for height in (95, 125, 155):
-        draw.line([(x, height + 9 * math.sin(x / 11)) for x in range(72, 186)], fill=colour, width=11)
-
-
-def tree(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    for top in (60, 88, 116):
-        draw.polygon([(128, top), (128 - 46, top + 46), (128 + 46, top + 46)], fill=colour)
-    draw.rectangle((120, 160, 136, 190), fill=colour)
-
-
-def cross(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    draw.rectangle((112, 66, 144, 184), fill=colour)
-    draw.rectangle((70, 105, 186, 137), fill=colour)
-
-
-def checks(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    for row in range(4):
-        for column in range(row % 2, 4, 2):
-            draw.rectangle((76 + 26 * column, 70 + 26 * row, 101 + 26 * column, 95 + 26 * row), fill=colour)
-
-
-def rings(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    for radius in (58, 36, 14):
-        draw.ellipse((128 - radius, 124 - radius, 128 + radius, 124 + radius), outline=colour, width=10)
-
-
-def bars(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    for left in (76, 112, 148):
-        draw.rectangle((left, 76, left + 20, 180), fill=colour)
-
-
-def moon(draw: ImageDraw.ImageDraw, colour: Colour) -> None:
-    draw.pieslice((70, 66, 186, 182), 60, 300, fill=colour)
-
-
-EMBLEMS: dict[str, Callable[[ImageDraw.ImageDraw, Colour], None]] = {
-    "star": star, "waves": waves, "tree": tree, "cross": cross,
-    "checks": checks, "rings": rings, "bars": bars, "moon": moon,
-}  # fmt: skip
-
-
-def badge(shape: str, emblem: str, ground: str, colour: str) -> Image.Image:
-    """Draw one badge, RGBA."""
-    image = Image.new("RGBA", (SIZE_PX, SIZE_PX), (0, 0, 0, 0))
-    draw = ImageDraw.Draw(image)
-    outline(draw, shape, COLOURS[ground], COLOURS[colour])
-    EMBLEMS[emblem](draw, COLOURS[colour])
-    return image
+def draw_emblem(draw: ImageDraw.ImageDraw, emblem: str, colour: Colour) -> None:
+    """Draw what is on the badge."""
+    match emblem:
+        case "star":
+            corners = [((62, 26)[corner % 2], math.pi * corner / 5) for corner in range(10)]
+            draw.polygon([(128 + r * math.sin(angle), 124 - r * math.cos(angle)) for r, angle in corners], fill=colour)
+        case "waves":
+            for y in (95, 125, 155):
+                draw.line([(x, y + 9 * math.sin(x / 11)) for x in range(72, 186)], fill=colour, width=11)
+        case "tree":
+            for top in (60, 88, 116):
+                draw.polygon([(128, top), (128 - 46, top + 46), (128 + 46, top + 46)], fill=colour)
+            draw.rectangle((120, 160, 136, 190), fill=colour)
+        case "cross":
+            draw.rectangle((112, 66, 144, 184), fill=colour)
+            draw.rectangle((70, 105, 186, 137), fill=colour)
+        case "checks":
+            for row in range(4):
+                for column in range(row % 2, 4, 2):
+                    draw.rectangle((76 + 26 * column, 70 + 26 * row, 101 + 26 * column, 95 + 26 * row), fill=colour)
+        case "rings":
+            for radius in (58, 36, 14):
+                draw.ellipse((128 - radius, 124 - radius, 128 + radius, 124 + radius), outline=colour, width=10)
+        case "bars":
+            for left in (76, 112, 148):
+                draw.rectangle((left, 76, left + 20, 180), fill=colour)
+        case "moon":
+            draw.pieslice((70, 66, 186, 182), 60, 300, fill=colour)
 
 
 def picture(drawn: Image.Image, rng: np.random.Generator) -> Image.Image:
