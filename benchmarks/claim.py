@@ -6,8 +6,6 @@ service's own code (ONNX Runtime and faiss). Generation is AutoVER's inference w
 threads and matching precisions: float32 with float32 and int8 with int8 on a CPU, float16 with bfloat16 on a GPU.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Callable, Sequence

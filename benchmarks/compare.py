@@ -7,8 +7,6 @@ is slower all day nor a disturbed reference is a regression. A change is a regre
 bootstrap interval is past the threshold.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 `cases()` generates them. `share` below 1 makes them smaller, for tests. No image can harm by being looked at.
 """
 
-from __future__ import annotations
-
 import io
 import random
 import struct

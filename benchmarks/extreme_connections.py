@@ -1,7 +1,5 @@
 """Extreme HTTP clients. Each opens a connection and returns all that the service sent until it closed it."""
 
-from __future__ import annotations
-
 import re
 import select
 import socket

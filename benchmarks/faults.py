@@ -12,8 +12,6 @@ Then a second service, limited to 1 GiB of memory, is sent images and connection
 `python -m benchmarks.faults serve ...` is `wikiclip serve` with an engine that can be killed by SIGUSR1.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -5,8 +5,6 @@ times (Poisson), however long responses take. Users' own load tests are written 
 cannot offer ten times the capacity of a service from one core, and costs more than the latencies compared here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import math

@@ -7,8 +7,6 @@ in float16. It needs no GPU. `measure --folder F` measures the bundle on a GPU. 
 Shapes: B batch, Q queries, D embedding width.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -7,8 +7,6 @@ largest. All files are written to a temporary folder (`TMPDIR`), 1.1 KB per embe
 Shapes: Q queries, n embeddings of a shard, D embedding width, K = 10 results.
 """
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -7,8 +7,6 @@ whose response was lost may be there. `differences` counts answers that are not 
 Shapes: N embeddings of the bundle, Q queries, D embedding width.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from contextlib import ExitStack
@@ -52,7 +50,7 @@ class Model(dict[str, tuple[str, Float64Array]]):
     """The expected state of the catalog: title and embeddings [N, D] by entity id."""
 
     @classmethod
-    def of(cls, bundle: Bundle) -> Model:
+    def of(cls, bundle: Bundle) -> Self:
         embeddings = bundle.embeddings()
         vectors_ND = np.concatenate(list(embeddings)).astype(np.float64)
         with bundle.store() as store:

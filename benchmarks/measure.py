@@ -5,8 +5,6 @@ next to it a fixed reference whose time tells how fast the machine is at that mo
 affects all of them alike, and `wikiclip bench compare` can tell it from a change in the code.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import time

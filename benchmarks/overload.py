@@ -4,8 +4,6 @@ A closed loop finds the capacity first. During the overload, accepted requests s
 all others should get 429 with `Retry-After`, and memory should not grow. Two seconds later, nothing should be refused.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from collections.abc import Sequence

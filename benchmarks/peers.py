@@ -6,8 +6,6 @@ with ours (`our decoder`). Peers return ids and scores; the service does all its
 below `build/peers/`, which a run without `--smoke` installs from the registry.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

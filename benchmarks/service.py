@@ -6,8 +6,6 @@ in memory changes more than what is measured here. The generator polls, so its o
 Its event loop adds about 0.06 ms, which counts as the service's.
 """
 
-from __future__ import annotations
-
 import tempfile
 import time
 from functools import partial

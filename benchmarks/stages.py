@@ -4,8 +4,6 @@ Every round times every stage (`benchmarks.measure.sample`), so other work on th
 run on one thread, except for the service.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack

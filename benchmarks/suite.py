@@ -4,8 +4,6 @@ The most important ones come first. Each runs if the time allows. One that does 
 in the report with its reason; the others run as usual.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

@@ -7,8 +7,6 @@ directions and little along many (a power law). Their order is random, so the fi
 Shapes: N embeddings, n of them in a shard, D embedding width, T topics, C clusters.
 """
 
-from __future__ import annotations
-
 import random
 import shutil
 import sqlite3

@@ -4,8 +4,6 @@ The cache is filled from synthetic photographs and texts with the built-in image
 text occurs once, so an epoch without a cache would take the time of filling it in addition to that of the steps.
 """
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory

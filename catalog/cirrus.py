@@ -9,8 +9,6 @@ stores each article's best image there as `page_image_free`, and as `page_image`
 https://www.mediawiki.org/wiki/Manual:Page_props_table
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

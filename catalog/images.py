@@ -8,8 +8,6 @@ A folder of shards follows WebDataset's conventions: `KEY.jpg`, and `KEY.json` w
 A shard is renamed into place before its images are listed, so an unlisted shard is overwritten by the next run.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io
@@ -22,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from catalog.records import is_url
 from core.errors import CatalogError
@@ -118,7 +116,7 @@ class TarShards:
         self._pending: dict[str, tuple[bytes, dict[str, Any]]] = {}
         self._pending_bytes = 0
 
-    def __enter__(self) -> TarShards:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """Entity records, and their conversion from and to the rows of each catalog format."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 https://doc.wikimedia.org/Wikibase/master/php/docs_topics_json.html. Empty objects are written as empty lists.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Atomic file writes, hashing, and a clear error for a full disk."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -1,7 +1,5 @@
 """Read JSON Lines, and log the records that had to be skipped."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Lines of large compressed files. Reading can resume after any line without decompressing from the start."""
 
-from __future__ import annotations
-
 import bz2
 import zlib
 from collections.abc import Callable, Iterator

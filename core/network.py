@@ -1,7 +1,5 @@
 """An httpcore network backend that connects only to the public internet, for fetching URLs given by others."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import socket

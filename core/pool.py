@@ -1,7 +1,5 @@
 """Thread pools that reserve memory for work, and that know how long they have been stuck."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

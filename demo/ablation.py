@@ -5,8 +5,6 @@ over the whole catalog. Finished runs are lines of `runs.jsonl` and are not repe
 and, as a table, into `docs/ablation.md`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace

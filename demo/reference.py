@@ -5,8 +5,6 @@ It finds the nearest drawing in the catalog for each query. `demo.train_tiny` va
 Shapes: N drawings of the catalog, Q queries, D embedding width.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict

@@ -3,8 +3,6 @@
 None of their content is committed. `fetch` downloads them with npm.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import subprocess

@@ -4,8 +4,6 @@ Shapes: n drawings, B images, E entities of a batch, N training entities, L thos
 channels, D embedding width.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

@@ -12,8 +12,6 @@ Shapes: E entities and I things of icons in a batch (two images each), N trainin
 icons, C text channels, D embedding width.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

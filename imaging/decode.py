@@ -1,7 +1,5 @@
 """Decode untrusted bytes to an upright RGB image within a size limit, and make thumbnails."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ images are decoded in threads, at full speed. All others are decoded in processe
 memory or time. Each kind has its share of the budget and its queue, so neither delays the other.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import threading

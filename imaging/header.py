@@ -4,8 +4,6 @@ A header may lie. Where memory and time do not follow from it (`ordinary` is Fal
 in a process of its own that cannot exceed the estimate.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Shapes: B batch, H = W = size_px.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass

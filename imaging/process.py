@@ -4,8 +4,6 @@ A thread cannot be stopped while a library decodes, and libraries exceed what a 
 module. The parent starts the process with `subprocess`: `multiprocessing` would import the caller's main module again.
 """
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os

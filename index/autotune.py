@@ -3,8 +3,6 @@
 Shapes: N embeddings, S of them in a sample, Q queries, K = 10 results, D embedding width.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -13,8 +13,6 @@ Whether the catalog has the entity at all is a second question. `OpenSetModel` a
 Shapes: D embedding width, L landmarks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields

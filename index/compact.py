@@ -5,8 +5,6 @@ Services of the old bundle keep running. Changes made after the compaction began
 Shapes: n embeddings of a shard, M entities put, H hidden rows of the base, D embedding width.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -9,8 +9,6 @@ entity_side/
 Like the index, it is not part of the fingerprint: `wikiclip export --live` can add it to a finished bundle.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Self

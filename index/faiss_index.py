@@ -3,8 +3,6 @@
 Shapes: S vectors to train on, L lists, Q queries, F candidates, N embeddings, D embedding width.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping

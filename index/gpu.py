@@ -7,8 +7,6 @@ cover them.
 Shapes: Q queries, F candidates, N embeddings, n those of a block, D embedding width.
 """
 
-from __future__ import annotations
-
 import ctypes
 import math
 from collections import deque

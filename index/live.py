@@ -9,8 +9,6 @@ Table `base` lists the bundles that the changes apply to. Each bundle already co
 can share the folder. Rows that only the old bundle needs are deleted at the next compaction.
 """
 
-from __future__ import annotations
-
 import os
 import sqlite3
 import threading

@@ -6,8 +6,6 @@ cached except records that a search has just returned, so every host sees the sa
 Shapes: B queries, K entities asked for, I images of an entity, D embedding width.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import math

@@ -1,7 +1,5 @@
 """What `wikiclip inspect` reports about a bundle."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

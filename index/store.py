@@ -1,7 +1,5 @@
 """The entity store: one SQLite file of entity records, with a full-text index of the titles."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

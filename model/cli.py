@@ -1,7 +1,5 @@
 """The command `wikiclip train`."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The files that training reads: pairs of query image and entity, OVEN's own annotations, and catalog entities."""
 
-from __future__ import annotations
-
 import csv
 import os
 from collections import Counter, defaultdict

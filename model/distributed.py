@@ -6,8 +6,6 @@ query has the whole batch as negatives. Gradients are summed, which equals one p
 Shapes: B pairs of a batch over all processes, D embedding.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

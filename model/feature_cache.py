@@ -12,8 +12,6 @@ different names.
 Shapes: N rows, T tokens or patches of a row, C channels, D embedding.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import secrets

@@ -3,8 +3,6 @@
 Shapes: B batch, P patches, C patch channels, T text tokens, L text channels, D embedding.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

@@ -8,8 +8,6 @@ Shapes: N pairs of an epoch, D embedding, K clusters, B pairs of a batch, S draw
 query i against the entity of every pair.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

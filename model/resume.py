@@ -1,7 +1,5 @@
 """Snapshots of a training run on disk, from which an interrupted run resumes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

@@ -3,8 +3,6 @@
 Shapes: N pairs, D embedding.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import time

@@ -6,8 +6,6 @@ one.
 Shapes: B pairs of a batch over all processes, b those of this process, T text tokens, D embedding, S donors.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

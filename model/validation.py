@@ -3,8 +3,6 @@
 Shapes: N entity embeddings, Q queries, D embedding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import harmonic_mean

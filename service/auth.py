@@ -1,7 +1,5 @@
 """API keys and the admin token. Both are stored as SHA-256 digests and compared in constant time."""
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import re

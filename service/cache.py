@@ -3,8 +3,6 @@
 Each process has an LRU cache of bounded size. With Redis, processes share a second one.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import logging

@@ -3,8 +3,6 @@
 Shapes: B batch, H/W pixels, P patches, C patch channels, D embedding width, K results.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

@@ -4,8 +4,6 @@ Every URL, redirects included, goes through the same checks: scheme, port and ho
 addresses must be public, and the connection uses one of them. A second look-up cannot lead elsewhere.
 """
 
-from __future__ import annotations
-
 import asyncio
 import re
 import ssl

@@ -2,8 +2,6 @@
 refusals while the service is full.
 """
 
-from __future__ import annotations
-
 import logging
 import random
 import re

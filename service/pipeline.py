@@ -3,8 +3,6 @@
 Shapes: H/W pixels, D embedding width.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import time

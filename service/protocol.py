@@ -5,8 +5,6 @@ This is the only module that depends on uvicorn's private classes. It is written
 that minor version.
 """
 
-from __future__ import annotations
-
 import asyncio
 import math
 import socket

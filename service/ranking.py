@@ -3,8 +3,6 @@
 Shapes: P patches, D embedding width (also the width of patches that can be compared with entities), I images.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

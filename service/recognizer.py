@@ -3,8 +3,6 @@
 Shapes: D embedding width.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import logging

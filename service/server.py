@@ -1,7 +1,5 @@
 """Run the app under uvicorn."""
 
-from __future__ import annotations
-
 import asyncio
 import gc
 import logging

@@ -1,7 +1,5 @@
 """The settings of a service. Each is an environment variable `WIKICLIP_*` and a flag of `wikiclip serve`."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self

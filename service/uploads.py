@@ -1,7 +1,5 @@
 """Request bodies: read within limits, and the images in them. Bodies stay in memory and are never written to disk."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii

@@ -10,8 +10,6 @@ Shapes: B images, P patches, C patch channels, L prompt tokens, T tokens of a na
 width.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random
