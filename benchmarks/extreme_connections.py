@@ -33,11 +33,8 @@ def send(host: str, port: int, pieces: Iterable[bytes], *, pause_s: float = 0) -
     return bytes(received)
 
 
-def post(host: str, port: int, content_type: bytes, body: bytes) -> bytes:
-    return send(host, port, _posted(content_type, body))
-
-
-def _posted(content_type: bytes, body: bytes) -> list[bytes]:
+def posted(content_type: bytes, body: bytes) -> list[bytes]:
+    """Return a request to recognise `body`, in pieces to send."""
     return [POST % content_type + b"Connection: close\r\nContent-Length: %d\r\n\r\n" % len(body), body]
 
 
@@ -53,8 +50,8 @@ CASES: dict[str, Callable[[], Iterable[bytes]]] = {  # what each sends
     "endless_trailer": lambda: chain([CHUNKED + b"1\r\nx\r\n0\r\nX: "], repeat(b"x" * 65536)),
     # The body looks like a request, and a request follows.
     "upgrade_with_body": lambda: [POST % b"image/png" + _UPGRADE + GET + LAST_GET],
-    "multipart_parts": lambda: _posted(b"multipart/form-data; boundary=b", _EMPTY_PART * 400_000 + b"--b--\r\n"),
-    "wide_json": lambda: _posted(b"application/json", b"[" + b"[]," * 6_900_000 + b"0]"),
+    "multipart_parts": lambda: posted(b"multipart/form-data; boundary=b", _EMPTY_PART * 400_000 + b"--b--\r\n"),
+    "wide_json": lambda: posted(b"application/json", b"[" + b"[]," * 6_900_000 + b"0]"),
 }
 
 

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from core.jsonl import Rejected
 from demo.build import CATALOG_ROLES, build_option, read_drawings
 from imaging import load_pixels
-from model.data import read_pairs
+from model.data import Pair, read_pairs
 from model.encoders import ImageEncoder, ImageFeatures, open_image_encoder
 from model.features import MAX_PIXELS
 from model.validation import Accuracy, measure
@@ -34,6 +33,11 @@ def encode_files(encoder: ImageEncoder, paths: Sequence[Path], *, batch_size: in
         yield encoder.encode(np.stack(pixels))
 
 
+def labelled_pairs(path: Path) -> list[Pair]:
+    """Return the pairs of a file of Symbols, all of which are valid."""
+    return [item for item in read_pairs(path) if isinstance(item, Pair)]
+
+
 def embed(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
     """Return the L2-normalised embeddings `[N, D]` of image files."""
     batches = encode_files(encoder, paths, batch_size=_BATCH)
@@ -47,7 +51,7 @@ def evaluate_encoder(encoder: ImageEncoder, build: Path, part: str) -> dict[str,
     catalog_ND = embed(encoder, [build / drawing.image for drawing in catalog])
     accuracies = {}
     for view in ("clean", "photo"):
-        pairs = [item for item in read_pairs(build / f"queries_{part}_{view}.jsonl") if not isinstance(item, Rejected)]
+        pairs = labelled_pairs(build / f"queries_{part}_{view}.jsonl")
         nearest_Q = (embed(encoder, [pair.image.path for pair in pairs]) @ catalog_ND.T).argmax(dim=1).numpy()
         correct_Q = owner_N[nearest_Q] == [pair.entity_id for pair in pairs]
         accuracies[view] = measure(correct_Q, [pair.seen for pair in pairs])

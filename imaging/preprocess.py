@@ -60,14 +60,8 @@ class Preprocessing:
                 'preprocessing with resize "shortest" and crop "none" gives images of different shapes; '
                 'use crop "center" or resize "squash"'
             )
-        return cls(
-            size_px=size_px,
-            resize=values["resize"],
-            crop=values["crop"],
-            interpolation=values["interpolation"],
-            mean=_three_numbers("mean", values["mean"]),
-            std=_three_numbers("std", values["std"], positive=True),
-        )
+        mean, std = _three_numbers("mean", values["mean"]), _three_numbers("std", values["std"], positive=True)
+        return cls(**{**values, "mean": mean, "std": std})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, which `from_dict` reads."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -74,24 +74,18 @@ class Metrics:
         self.queue_images = gauge("wikiclip_queue_images", "Images waiting for the engine.")
         self.ready = gauge("wikiclip_ready", "1 while the service can answer requests.")
 
-        # Looking up a label's child takes longer than incrementing it. All labels have few values.
-        self._images_of = cache(self.images.labels)
-        self._stage_seconds_of = cache(self.stage_seconds.labels)
-        self._requests_of = cache(self.requests.labels)
-        self._request_seconds_of = cache(self.request_seconds.labels)
-
     def count_images(self, outcome: str, images: int = 1) -> None:
-        self._images_of(outcome).inc(images)
+        self.images.labels(outcome).inc(images)
 
     def observe_image(self, outcome: str, timings_ms: Mapping[str, float]) -> None:
         """Count an image by outcome and observe the time of each of its stages."""
         self.count_images(outcome)
         for stage, value_ms in timings_ms.items():
-            self._stage_seconds_of(stage).observe(value_ms / 1000)
+            self.stage_seconds.labels(stage).observe(value_ms / 1000)
 
     def observe_request(self, route: str, status: int, elapsed_s: float) -> None:
-        self._requests_of(route, str(status)).inc()
-        self._request_seconds_of(route).observe(elapsed_s)
+        self.requests.labels(route, str(status)).inc()
+        self.request_seconds.labels(route).observe(elapsed_s)
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)

@@ -39,10 +39,9 @@ from catalog import EntityRecord, read_catalog
 from core.errors import UserError
 from core.runtime import describe_run
 from demo.build import BUILD
-from demo.reference import encode_files
+from demo.reference import encode_files, labelled_pairs
 from evaluation.metrics import AnsweredQuery, rank_of, summarise
 from imaging import load_pixels
-from model.data import Pair, read_pairs
 from model.encoders import ImageEncoder
 from model.encoders.tiny import load_tiny
 from model.features import MAX_PIXELS
@@ -142,10 +141,6 @@ class TinyLlava(nn.Module):
 # ---- training ----
 
 
-def _pairs(path: Path) -> list[Pair]:
-    return [item for item in read_pairs(path) if isinstance(item, Pair)]
-
-
 def patch_tokens(encoder: ImageEncoder, paths: Sequence[Path]) -> torch.Tensor:
     """Return the pooled patch tokens of images."""
     batches = encode_files(encoder, paths, batch_size=_BATCH)
@@ -223,7 +218,7 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
     records = [item for item in read_catalog(build / "catalog.jsonl") if isinstance(item, EntityRecord)]
     row_of = {record.entity_id: row for row, record in enumerate(records)}
     titles = [record.title for record in records]
-    pairs = _pairs(build / "pairs_train.jsonl")
+    pairs = labelled_pairs(build / "pairs_train.jsonl")
     training_IPC = patch_tokens(encoder, [pair.image.path for pair in pairs])
     tokenizer = train_tokenizer(titles, tokens=_TOKENS)
     torch.manual_seed(_SEED)
@@ -254,7 +249,7 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
     )  # fmt: skip
     figures: dict[str, Any] = {}
     for kind in KINDS:
-        queries = _pairs(build / f"queries_test_{kind}.jsonl")
+        queries = labelled_pairs(build / f"queries_test_{kind}.jsonl")
         embeddings_BR = embed([query.image.path for query in queries])
         found = {"generative, its retrieval alone": (embeddings_BR @ entities_NR.T).argmax(dim=1).tolist()}
         for mode in ("faithful", "optimised"):

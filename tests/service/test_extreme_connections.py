@@ -90,7 +90,7 @@ def test_a_client_that_reads_no_response_is_disconnected(service, livez_silence)
     ids=["deep", "base64 in lines", "escaped"],
 )
 def test_large_json_does_not_stop_others(service, livez_silence, body, status, reason):
-    received = extreme.post(service.base_url.host, service.base_url.port, b"application/json", body)
+    received = extreme.send(service.base_url.host, service.base_url.port, extreme.posted(b"application/json", body))
     assert extreme.statuses(received) == [status]
     assert reason in received
     assert livez_silence[0] < LONGEST_SILENCE_S
