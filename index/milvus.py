@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,7 +25,7 @@ from core.errors import BadParameter, Unavailable, UserError
 from core.extras import needed_by
 from index.bundle import Bundle
 from index.manifest import content_fingerprint
-from index.store import ENTITY_JSON, StoredEntity
+from index.store import ENTITY_JSON, StoredEntity, words
 
 with needed_by("Milvus"):
     from pymilvus import DataType, MilvusClient
@@ -69,12 +68,6 @@ def counters_name(bundle: Bundle) -> str:
 def hash63(text: str) -> int:
     """Return 63 bits of a text's SHA-256. Among six million texts, two collide with a probability of 2e-6."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") >> 1
-
-
-def words(text: str) -> list[str]:
-    """Return the words of a title or query without case and accents."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
-    return re.findall(r"\w+", plain)
 
 
 @contextmanager

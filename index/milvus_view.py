@@ -23,7 +23,16 @@ from index import milvus
 from index.bundle import Bundle
 from index.embeddings import normalised
 from index.milvus import FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
-from index.store import ENTITY_JSON, AttendedWords, EntityStore, Selection, StoredEntity, distinct, unknown_entity
+from index.store import (
+    ENTITY_JSON,
+    AttendedWords,
+    EntityStore,
+    Selection,
+    StoredEntity,
+    distinct,
+    unknown_entity,
+    words,
+)
 
 _LOAD_TIMEOUT_S = 60.0
 _STRONG_FOR_S = 10.0  # after a change. `Bounded` consistency is faster and at most 5 s behind
@@ -248,19 +257,26 @@ class MilvusView:
         found = self._entities.query(f"pk == {row}", ["thumbnail"])
         return base64.b64decode(found[0]["thumbnail"]) if found and found[0]["thumbnail"] else None
 
+    def sample(self, count: int) -> list[StoredEntity]:
+        return self._present(self._store.sample(count))
+
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
         """Search the bundle as `EntityStore.search_titles` does, then entities put while serving by word prefixes."""
-        base = {milvus.hash63(each.entity_id): each for each in self._store.search_titles(query, 2 * limit)}
-        visible: list[StoredEntity] = []
-        if base:
-            condition = f"key in {json.dumps(sorted(base))} and pk < {FIRST_PUT_ROW}"
-            present = {int(each["key"]) for each in self._entities.query(condition, ["key"])}
-            visible = [entity for key, entity in base.items() if key in present]
+        visible = self._present(self._store.search_titles(query, 2 * limit))
         put: list[StoredEntity] = []
-        if query_words := milvus.words(query):
+        if query_words := words(query):
             rows = self._entities.query(milvus.prefixes_filter(query_words), ["record"])
             put = sorted((ENTITY_JSON.validate_json(each["record"]) for each in rows), key=lambda each: len(each.title))
         return distinct([*visible, *put], limit)
+
+    def _present(self, entities: Sequence[StoredEntity]) -> list[StoredEntity]:
+        """Return those of the bundle's entities that were neither deleted nor replaced."""
+        by_key = {milvus.hash63(each.entity_id): each for each in entities}
+        if not by_key:
+            return []
+        condition = f"key in {json.dumps(sorted(by_key))} and pk < {FIRST_PUT_ROW}"
+        present = {int(each["key"]) for each in self._entities.query(condition, ["key"])}
+        return [entity for key, entity in by_key.items() if key in present]
 
     def _rank(self, hits: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
         """Return each row once, with its best score, best first. Equal scores are in row order."""

@@ -59,6 +59,7 @@ class EntityView(Protocol):
     def attended_words(self, row: int) -> AttendedWords: ...
     def get(self, entity_id: str) -> StoredEntity: ...
     def thumbnail(self, entity_id: str) -> bytes | None: ...
+    def sample(self, count: int) -> list[StoredEntity]: ...
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]: ...
 
 
@@ -190,6 +191,11 @@ class OverlayView:
         if row < self._base_count or self._live is None:
             return self._store.thumbnail(entity_id)
         return self._live.thumbnail(row)
+
+    def sample(self, count: int) -> list[StoredEntity]:
+        """Return up to `count` entities of the bundle, spread evenly over it, without those deleted or replaced."""
+        hidden = () if self.delta is None else set(self.delta.hidden_H.tolist())
+        return [entity for entity in self._store.sample(count) if entity.row not in hidden]
 
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
         """Search as `EntityStore.search_titles` does. Equally good matches alternate between base and delta."""

@@ -6,6 +6,7 @@ import re
 import sqlite3
 import threading
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -259,6 +260,10 @@ class EntityStore:
         listed = json.dumps([_storable(entity_id) for entity_id in entity_ids])
         return {entity.entity_id: entity for entity in self._select(f"WHERE entity_id {_LISTED}", (listed,))}
 
+    def sample(self, count: int) -> list[StoredEntity]:
+        """Return up to `count` entities, spread evenly over the rows."""
+        return self.by_rows(np.linspace(0, len(self) - 1, min(count, len(self)), dtype=np.int64).tolist())
+
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
         """Return up to `limit` entities: titles equal to the query first, then prefix matches, then word matches.
 
@@ -367,6 +372,28 @@ def distinct(entities: Iterable[StoredEntity], limit: int) -> list[StoredEntity]
         if len(found) == limit:
             break
     return list(found.values())
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a title or query without case and accents."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+    return re.findall(r"\w+", plain)
+
+
+def matched_language(entity: StoredEntity, query: str) -> str | None:
+    """Return the language of a title that has the query's words, None if the default title has them or no title does.
+
+    As in `EntityStore.search_titles`, the last word may be unfinished.
+    """
+    *complete, last = words(query) or [""]
+
+    def matches(title: str) -> bool:
+        title_words = words(title)
+        return set(complete) <= set(title_words) and any(word.startswith(last) for word in title_words)
+
+    if matches(entity.title):
+        return None
+    return next((language for language, title in entity.titles.items() if matches(title)), None)
 
 
 def unknown_entity(entity_id: str) -> UnknownEntity:

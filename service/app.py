@@ -150,6 +150,7 @@ def _add_operations(app: FastAPI) -> None:
             search_device=loaded.search_device[0],
             search_device_why=loaded.search_device[1],
             calibrated=loaded.bundle.calibration is not None,
+            heat_maps=loaded.encoder.heat_maps,
             image_types=tuple(readable_types()),
             limits={
                 name: getattr(recognizer.settings, name)

@@ -55,12 +55,14 @@ class OnnxEncoder:
         self._session = open_session(path, device, threads)
         self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
         inputs = {node.name for node in self._session.get_inputs()}
-        outputs = {node.name for node in self._session.get_outputs()}
-        if input_name not in inputs or not {patches_name, embedding_name} <= outputs:
+        outputs = {node.name: node.shape for node in self._session.get_outputs()}
+        if input_name not in inputs or not {patches_name, embedding_name} <= outputs.keys():
             raise BundleAltered(
                 f"{path} lacks the input {input_name!r} or an output, {patches_name!r} or {embedding_name!r}; "
                 "export it again"
             )
+        patch_dim = outputs[patches_name][-1]
+        self.heat_maps = patch_dim == embedding_dim or not isinstance(patch_dim, int)
         # The first pass allocates memory and is slow. No request should wait for it.
         blank_BHW3 = np.zeros((max_batch, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
         if self.device == "cuda":

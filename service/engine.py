@@ -32,6 +32,7 @@ log = logging.getLogger("wikiclip.engine")
 
 class Encoder(Protocol):
     device: str
+    heat_maps: bool  # whether patch tokens can be compared with entities
 
     def encode(self, pixels_BHW3: Pixels) -> Float32Array: ...
 

@@ -24,9 +24,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _random = random.Random()  # ids must be unique, not secret: no system call for each
 _CLIENT_CLOSED_REQUEST = 499  # nginx's status for the log; no client receives it
 
-# blob: and data: are images that the user picked and what the page draws on a canvas.
+# blob: and data: are images that the user picked or dropped, and what the page draws on a canvas.
 _CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self' data:; "
     "font-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _SECURITY_HEADERS = (

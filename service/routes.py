@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from core.errors import BadParameter, BadRequest, Forbidden, NotFound, TooManyRequests, Unavailable, WikiclipError
 from imaging import check_box
+from index.store import matched_language
 from service import uploads
 from service.auth import require_admin, require_key
 from service.errors import problem_of, problems
@@ -31,6 +32,7 @@ from wikiclip.answers import (
     Entities,
     Entity,
     EntityRequest,
+    FoundEntity,
     Problem,
     Recognition,
     RecognizeOptions,
@@ -145,7 +147,25 @@ def search_entities(
 ) -> Entities:
     with recognizer.acquire() as view:
         found = view.entities.search_titles(query, limit)
-    return Entities(entities=tuple(Entity.model_validate(entity, from_attributes=True) for entity in found))
+    entities = (FoundEntity.model_validate(entity, from_attributes=True) for entity in found)
+    return Entities(
+        entities=tuple(
+            each.model_copy(update={"matched_language": matched_language(entity, query)})
+            for each, entity in zip(entities, found, strict=True)
+        )
+    )
+
+
+@entity_router.get(
+    "/examples", summary="Get entities spread evenly over the catalog", responses=problems(401, 422, 503)
+)
+def sample_entities(
+    recognizer: ReadyRecognizer,
+    limit: Annotated[int, Query(ge=1, le=100, description="Maximum number of entities.")] = 20,
+) -> Entities:
+    with recognizer.acquire() as view:
+        found = view.entities.sample(limit)
+    return Entities(entities=tuple(FoundEntity.model_validate(entity, from_attributes=True) for entity in found))
 
 
 @entity_router.get(

@@ -213,8 +213,14 @@ class Entity(Reply):
     )
 
 
+class FoundEntity(Entity):
+    matched_language: str | None = Field(
+        default=None, description="Language of the title that matched the query; null if the default title did."
+    )
+
+
 class Entities(Reply):
-    entities: tuple[Entity, ...]
+    entities: tuple[FoundEntity, ...]
 
 
 class Liveness(Reply):
@@ -240,6 +246,7 @@ class Info(Reply):
     search_device: str
     search_device_why: str = Field(description="Why the search runs there.")
     calibrated: bool
+    heat_maps: bool = Field(default=False, description="Whether explanations have heat maps.")
     image_types: tuple[str, ...]
     limits: dict[str, int]
 

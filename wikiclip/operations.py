@@ -131,6 +131,11 @@ class Operations:
         return Request(method="GET", url="/entities", read=_reader(Entities), content={"params": params})
 
     @_Operation
+    def sample_entities(self, *, limit: int = 20) -> Request[Entities]:
+        """Return entities spread evenly over the catalog."""
+        return Request(method="GET", url="/examples", read=_reader(Entities), content={"params": {"limit": limit}})
+
+    @_Operation
     def get_thumbnail(self, entity_id: str) -> Request[bytes]:
         """Return the thumbnail of an entity, a WebP file. Raises `NotFound` if it has none."""
         return Request(method="GET", url=f"{_entity_url(entity_id)}/thumbnail", read=lambda response: response.content)

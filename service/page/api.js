@@ -2,13 +2,20 @@
 
 /** An error to show to the user: the service's problem+json, or a failed connection. */
 export class Problem extends Error {
-  constructor({ title, detail, status = 0, requestId = null, retryAfterS = null }) {
+  constructor({ title, detail, type = "", status = 0, requestId = null, retryAfterS = null }) {
     super(detail);
     this.title = title;
+    this.type = type;
     this.status = status;
     this.requestId = requestId;
     this.retryAfterS = retryAfterS;
   }
+}
+
+/** Return a problem's detail as a sentence. */
+function sentence(line) {
+  const upper = line.charAt(0).toLocaleUpperCase() + line.slice(1);
+  return /[.!?]$/.test(upper) ? upper : `${upper}.`;
 }
 
 async function problemOf(response) {
@@ -17,7 +24,8 @@ async function problemOf(response) {
   const retryAfter = response.headers.get("retry-after");
   return new Problem({
     title: body.title ?? `The service answered ${response.status}`,
-    detail: body.detail ?? "The response gives no reason.",
+    detail: sentence(body.detail ?? "The response gives no reason."),
+    type: body.type,
     status: response.status,
     requestId: body.request_id ?? response.headers.get("x-request-id"),
     retryAfterS: retryAfter === null ? null : Number(retryAfter),
@@ -81,11 +89,22 @@ export async function searchEntities(query, { limit, signal }) {
   return entities;
 }
 
+/** GET /examples: records of entities spread evenly over the catalog. */
+export async function sampleEntities(limit) {
+  const { entities } = await requestJson(`/examples?limit=${limit}`);
+  return entities;
+}
+
+const thumbnailPath = (entityId) => `/entities/${encodeURIComponent(entityId)}/thumbnail`;
+
+/** Return the thumbnail of an entity as a blob. */
+export async function thumbnail(entityId) {
+  const response = await fetch(thumbnailPath(entityId), withKey({}));
+  if (!response.ok) throw await problemOf(response);
+  return response.blob();
+}
+
 /** Return a URL for an image element. With an API key the image is fetched here, because an element cannot send one. */
 export async function thumbnailUrl(entityId) {
-  const path = `/entities/${encodeURIComponent(entityId)}/thumbnail`;
-  if (!sessionStorage.getItem(KEY_NAME)) return path;
-  const response = await fetch(path, withKey({}));
-  if (!response.ok) throw await problemOf(response);
-  return URL.createObjectURL(await response.blob());
+  return sessionStorage.getItem(KEY_NAME) ? URL.createObjectURL(await thumbnail(entityId)) : thumbnailPath(entityId);
 }

@@ -5,11 +5,30 @@ import { element, entityTile, entityTitle, entityTypes } from "./entity.js";
 
 const LIMIT = 12;
 const DEBOUNCE_MS = 180;
+const LANGUAGES = new Intl.DisplayNames(["en"], { type: "language" });
+
+/** Return a note that the query matched the title in another language. */
+function foundAs(title, language) {
+  const note = element("p", "found-as", "Found as ");
+  const quoted = element("q", "", title);
+  quoted.lang = language;
+  note.append(quoted, ` (${languageName(language)})`);
+  return note;
+}
+
+function languageName(code) {
+  try {
+    return LANGUAGES.of(code);
+  } catch {
+    return code; // a catalog's own code
+  }
+}
 
 function entityItem(entity, onType) {
   const item = element("li", "entity");
   const text = element("div", "text");
   text.append(entityTitle(entity), entityTypes(entity, onType));
+  if (entity.matched_language) text.append(foundAs(entity.titles[entity.matched_language], entity.matched_language));
   if (entity.description) text.append(element("p", "description", entity.description));
   item.append(entityTile(entity), text);
   return item;

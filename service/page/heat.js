@@ -2,29 +2,32 @@
 
 import { contentOf } from "./region.js";
 
-const MIN_OPACITY = 0.05;
-const MAX_OPACITY = 0.62; // the image stays visible
+const MAX_OPACITY = 0.7; // the image stays visible
+const CLEAR_RANGE = 0.1; // a map whose cosines differ by less says little, and is fainter
 
 export class HeatMap {
   #stage;
   #image;
   #canvas;
+  #legend;
   #explanation = null;
 
-  constructor({ stage, image, canvas }) {
+  constructor({ stage, image, canvas, legend }) {
     this.#stage = stage;
     this.#image = image;
     this.#canvas = canvas;
+    this.#legend = legend;
     new ResizeObserver(() => this.#place()).observe(stage);
   }
 
   hide() {
     this.#explanation = null;
-    this.#canvas.hidden = true;
+    this.#canvas.hidden = this.#legend.hidden = true;
   }
 
-  /** Draw the heat map of an explanation. Hide the canvas if there is none. */
-  show(explanation) {
+  /** Draw the heat map of a prediction. Hide it if there is none. Patches below the average are transparent. */
+  show(prediction) {
+    const explanation = prediction?.explanation;
     if (!explanation?.heat_map) {
       this.hide();
       return;
@@ -34,17 +37,20 @@ export class HeatMap {
     this.#canvas.height = rows.length;
     this.#canvas.width = rows[0].length;
     const values = rows.flat();
+    const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
     const low = Math.min(...values);
-    const range = Math.max(...values) - low || 1;
+    const high = Math.max(...values);
+    const opacity = MAX_OPACITY * Math.min(1, (high - low) / CLEAR_RANGE);
     const context = this.#canvas.getContext("2d");
     const pixels = context.createImageData(this.#canvas.width, this.#canvas.height);
     values.forEach((value, index) => {
-      const share = (value - low) / range;
-      const alpha = MIN_OPACITY + share * (MAX_OPACITY - MIN_OPACITY);
-      pixels.data.set([255, 40 + 150 * (1 - share), 20, 255 * alpha], 4 * index);
+      const share = Math.max(0, (value - mean) / (high - mean || 1));
+      pixels.data.set([255, 40 + 150 * (1 - share), 20, 255 * opacity * share], 4 * index);
     });
     context.putImageData(pixels, 0, 0);
-    this.#canvas.hidden = false;
+    this.#canvas.hidden = this.#legend.hidden = false;
+    this.#legend.querySelector("b").textContent = prediction.title;
+    this.#legend.title = `Cosine of each part of the image with ${prediction.title}: ${low.toFixed(2)} to ${high.toFixed(2)}`;
     this.#place();
   }
 

@@ -5,12 +5,16 @@ import { startCatalogSearch } from "./catalog.js";
 import { Board } from "./draw.js";
 import { showExamples } from "./examples.js";
 import { HeatMap } from "./heat.js";
+import { takeDropsAndPastes } from "./intake.js";
 import { Region } from "./region.js";
 import { showAnswer, showProblem, showWaiting } from "./results.js";
 
 const $ = (id) => document.getElementById(id);
+const READABLE = "Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.";
+const FORM_BYTES = 1024; // what the form adds to the file
 const DEBOUNCE_MS = 350; // several key presses or strokes make one request
 
+let info = null; // what the service says about itself
 let photo = null; // the last file, paste or example
 let drawing = null; // the current drawing
 let image = null; // the query image: the photo or the drawing, by mode
@@ -20,8 +24,12 @@ const knownTypes = new Set();
 
 async function recognizeImage() {
   clearTimeout(debounce);
-  if (!image) return;
   pending?.abort();
+  if (!image) return;
+  if (info && image.size > info.limits.max_body_bytes - FORM_BYTES) {
+    showRefusal(new Problem({ title: "The file is too large", detail: `${imageName()} has ${megabytes(image.size)}. The service takes up to ${megabytes(info.limits.max_body_bytes)}. Choose a smaller file.` }));
+    return;
+  }
   const controller = new AbortController();
   pending = controller;
   const topK = Number($("top-k").value);
@@ -31,18 +39,35 @@ async function recognizeImage() {
     const { answer, roundTripMs } = await recognize(image, {
       topK, types, box: region.box, explain: image === photo && $("explain").checked, signal: controller.signal,
     });
-    showAnswer(answer, roundTripMs, { onType: filterByType, onExplain: (explanation) => heat.show(explanation) });
+    showAnswer(answer, roundTripMs, { onType: filterByType, onExplain: (prediction) => heat.show(prediction) });
     learnTypes(answer.predictions);
   } catch (error) {
     if (error.name === "AbortError") return; // superseded by a newer request
     if (!(error instanceof Problem)) throw error;
-    if (error.status === 415) {
-      error.message = `${image.name ?? "The file"} is not an image. Choose a JPEG, PNG, WebP, GIF, BMP, TIFF or AVIF file.`;
-    }
-    heat.hide();
-    showProblem(error, recognizeImage);
+    explainRefusal(error);
+    showRefusal(error);
   }
 }
+
+/** Say in the user's words why the service refused the file. Other problems stay as they are. */
+function explainRefusal(problem) {
+  const [title, reason] =
+    problem.status === 415 ? ["Not an image that can be read", `is not an image. ${READABLE}`]
+    : problem.type.endsWith("#problem-undecodable-image") ? ["The image cannot be read", `is damaged or not an image. ${READABLE}`]
+    : problem.status === 413 ? ["The image is too large", "has too many bytes or pixels. Choose a smaller one."]
+    : [];
+  if (!title) return;
+  problem.title = title;
+  problem.message = `${imageName()} ${reason}`;
+}
+
+function showRefusal(problem) {
+  heat.hide();
+  showProblem(problem, recognizeImage);
+}
+
+const imageName = () => image?.name ?? "This file";
+const megabytes = (bytes) => `${Number((bytes / 2 ** 20).toPrecision(2))} MB`;
 
 function recognizeSoon() {
   clearTimeout(debounce);
@@ -71,18 +96,20 @@ const region = new Region({
   image: $("preview"),
   mark: $("region"),
   onChange: (box) => {
+    if (box === null) $("mark-region").focus(); // the region, or its button, had the focus and is hidden now
     $("clear-region").hidden = box === null;
     recognizeSoon();
   },
 });
 
-const heat = new HeatMap({ stage: $("stage"), image: $("preview"), canvas: $("heat") });
+const heat = new HeatMap({ stage: $("stage"), image: $("preview"), canvas: $("heat"), legend: $("heat-legend") });
 
 const board = new Board($("board"), {
   palette: $("palette"),
   shapes: $("shapes"),
   size: $("brush-size"),
   onChange: async (isEmpty) => {
+    if (isEmpty && document.activeElement.closest("#tools-draw")) $("board").focus(); // disabled buttons lose the focus
     $("undo").disabled = $("clear").disabled = isEmpty;
     $("board-hint").hidden = !isEmpty;
     drawing = image = isEmpty ? null : await board.blob();
@@ -102,7 +129,9 @@ function setMode(mode) {
   $("tools-draw").hidden = !isDrawing;
   $("board").hidden = !isDrawing;
   $("board-hint").hidden = !isDrawing || !board.isEmpty;
+  const chooses = document.activeElement === $("choose-first");
   $("stage-empty").hidden = $("stage").dataset.mode !== "empty";
+  if (chooses) $("choose").focus({ preventScroll: true });
   $("preview").hidden = $("stage").dataset.mode !== "image";
   $("preview-blind").hidden = true;
   if (isDrawing) region.reset();
@@ -135,7 +164,7 @@ $("preview").addEventListener("error", () => {
   $("preview-blind").hidden = false;
 });
 
-// ---- file, camera, drop and paste ----
+// ---- file, camera, drop, paste and example ----
 
 for (const [button, input] of [["choose", "file"], ["choose-first", "file"], ["camera", "photo"]]) {
   $(button).addEventListener("click", () => $(input).click());
@@ -148,29 +177,7 @@ for (const input of [$("file"), $("photo")]) {
   });
 }
 
-let dragDepth = 0; // dragenter and dragleave also fire for every child element
-const carriesFiles = (event) => event.dataTransfer?.types.includes("Files");
-document.addEventListener("dragenter", (event) => {
-  if (carriesFiles(event)) { dragDepth += 1; document.body.classList.add("dropping"); }
-});
-document.addEventListener("dragleave", (event) => {
-  if (carriesFiles(event) && (dragDepth -= 1) <= 0) { dragDepth = 0; document.body.classList.remove("dropping"); }
-});
-document.addEventListener("dragover", (event) => { if (carriesFiles(event)) event.preventDefault(); });
-document.addEventListener("drop", (event) => {
-  dragDepth = 0;
-  document.body.classList.remove("dropping");
-  const [file] = event.dataTransfer.files;
-  if (!file) return;
-  event.preventDefault();
-  takeImage(file, file.name);
-});
-document.addEventListener("paste", (event) => {
-  const [file] = event.clipboardData.files;
-  if (!file) return; // pasted text
-  event.preventDefault();
-  takeImage(file, "pasted image");
-});
+takeDropsAndPastes(takeImage, showRefusal);
 
 $("mode-image").addEventListener("click", () => setMode("image"));
 $("mode-draw").addEventListener("click", () => { setMode("draw"); $("board").focus({ preventScroll: true }); });
@@ -185,13 +192,16 @@ for (const id of ["top-k", "explain", "types"]) $(id).addEventListener("change",
 async function showInfo() {
   const chip = $("bundle");
   try {
-    const { bundle, entities, model, device } = await serviceInfo();
+    info = await serviceInfo();
+    const { bundle, entities, model, device } = info;
     const [name] = bundle.split("@");
     chip.dataset.state = "ready";
     chip.title = bundle;
     $("bundle-name").textContent = name;
     $("bundle-count").textContent = `${entities.toLocaleString("en")} entities`;
     $("model-name").textContent = `${model} on ${device}`;
+    $("modes").hidden = model !== "tiny"; // other encoders are for photographs
+    $("explain-label").hidden = !info.heat_maps;
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     chip.dataset.state = "unready";
@@ -199,8 +209,8 @@ async function showInfo() {
   }
 }
 
-showExamples($("examples"), takeImage);
 startCatalogSearch({
   input: $("catalog-query"), list: $("catalog-list"), note: $("catalog-note"), onType: filterByType, onFound: learnTypes,
 });
 showInfo();
+showExamples($("examples-section"), $("examples"), takeImage);

@@ -1,10 +1,21 @@
-// The region of the query image to recognise, drawn with the pointer or moved and resized with the keyboard.
+// The region of the query image to recognise: drawn with the pointer, moved and resized with pointer or keyboard.
 
 const MIN_SIDE = 0.04; // in fractions of the image; a smaller drag counts as a click
 const KEY_STEP = 0.02;
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
+const OPPOSITE = { nw: "se", ne: "sw", sw: "ne", se: "nw" };
+
 const clamp = (value, low, high) => Math.max(low, Math.min(high, value));
+
+const cornerOf = ({ x, y, w, h }, corner) => ({ x: corner.includes("w") ? x : x + w, y: corner.includes("n") ? y : y + h });
+
+const boxBetween = (a, b) => ({ x: Math.min(a.x, b.x), y: Math.min(a.y, b.y), w: Math.abs(a.x - b.x), h: Math.abs(a.y - b.y) });
+
+/** Return a coordinate moved by `step`, at least `MIN_SIDE` from the opposite side and inside the image. */
+function moved(at, opposite, step) {
+  return at < opposite ? clamp(at + step, 0, opposite - MIN_SIDE) : clamp(at + step, opposite + MIN_SIDE, 1);
+}
 
 /** Return the rectangle, in CSS pixels, that an image fitted into the stage covers. */
 export function contentOf(stage, image) {
@@ -86,11 +97,12 @@ export class Region {
 
   #down(event) {
     const ready = this.#stage.dataset.mode === "image" && this.#image.naturalWidth > 0;
-    // A touch drag scrolls the page, unless the user chose to mark a region.
-    if (!ready || !event.isPrimary || event.button !== 0 || (event.pointerType === "touch" && !this.#marking)) return;
+    const { corner } = event.target.dataset;
+    // A touch drag scrolls the page, unless the user chose to mark a region or touches a handle.
+    if (!ready || !event.isPrimary || event.button !== 0 || (event.pointerType === "touch" && !this.#marking && !corner)) return;
     const at = this.#fraction(event);
     const inside = this.#box && event.target === this.#mark;
-    this.#drag = { from: at, before: this.#box, moving: inside ? { ...this.#box } : null };
+    this.#drag = { from: corner ? cornerOf(this.#box, OPPOSITE[corner]) : at, before: this.#box, moving: inside ? { ...this.#box } : null };
     this.#stage.setPointerCapture(event.pointerId);
   }
 
@@ -100,7 +112,7 @@ export class Region {
     const at = this.#fraction(event);
     this.#box = moving
       ? { ...moving, x: clamp(moving.x + at.x - from.x, 0, 1 - moving.w), y: clamp(moving.y + at.y - from.y, 0, 1 - moving.h) }
-      : { x: Math.min(from.x, at.x), y: Math.min(from.y, at.y), w: Math.abs(at.x - from.x), h: Math.abs(at.y - from.y) };
+      : boxBetween(from, at);
     this.#show();
   }
 
@@ -135,7 +147,12 @@ export class Region {
     event.preventDefault();
     const { x, y, w, h } = this.#box;
     const [dx, dy] = [direction[0] * KEY_STEP, direction[1] * KEY_STEP];
-    this.#box = event.shiftKey
+    const { corner } = event.target.dataset;
+    if (corner) {
+      const fixed = cornerOf(this.#box, OPPOSITE[corner]);
+      const at = cornerOf(this.#box, corner);
+      this.#box = boxBetween(fixed, { x: moved(at.x, fixed.x, dx), y: moved(at.y, fixed.y, dy) });
+    } else this.#box = event.shiftKey
       ? { x, y, w: clamp(w + dx, MIN_SIDE, 1 - x), h: clamp(h + dy, MIN_SIDE, 1 - y) }
       : { x: clamp(x + dx, 0, 1 - w), y: clamp(y + dy, 0, 1 - h), w, h };
     this.#show();

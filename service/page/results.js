@@ -16,12 +16,6 @@ function percent(confidence) {
   return rounded > 99 ? "> 99 %" : rounded < 1 ? "< 1 %" : `${rounded} %`;
 }
 
-/** Return a problem's detail as a sentence. */
-function sentence(line) {
-  const upper = line.charAt(0).toLocaleUpperCase() + line.slice(1);
-  return /[.!?]$/.test(upper) ? upper : `${upper}.`;
-}
-
 /** Show the score, and the confidence unless the service abstained. */
 function scoreBar(prediction, abstained) {
   const row = element("div", "score");
@@ -43,17 +37,18 @@ function scoreBar(prediction, abstained) {
 /** Show the heat map of a prediction. */
 function explain(item, prediction, onExplain) {
   for (const other of $("predictions").children) other.classList.toggle("explained", other === item);
-  onExplain(prediction.explanation);
+  onExplain(prediction);
 }
 
 function predictionItem(prediction, abstained, onType, onExplain) {
   const item = element("li", "prediction");
-  item.dataset.entityId = prediction.entity_id;
+  item.dataset.entityId = item.dataset.key = prediction.entity_id;
   const rank = element("span", "rank", String(prediction.rank));
   rank.setAttribute("aria-hidden", "true");
   const text = element("div", "text");
   const heading = element("div", "heading");
   heading.append(entityTitle(prediction), entityTypes(prediction, onType));
+  for (const control of heading.querySelectorAll("a, button")) control.dataset.key = `${prediction.entity_id} ${control.textContent}`;
   text.append(heading);
   if (prediction.description) text.append(element("p", "description", prediction.description));
   const words = prediction.explanation?.words;
@@ -95,10 +90,25 @@ function settle(state) {
   $("predictions").removeAttribute("aria-hidden");
 }
 
-/** Show an answer. `onExplain(explanation)` is called to draw a heat map, with null to remove it. */
-export function showAnswer(answer, roundTripMs, { onType, onExplain }) {
+/** Call `render`, which replaces elements. If the focused one goes, the same control of the new ones gets the focus. */
+function keepFocus(render) {
+  const focused = document.activeElement;
+  const inResults = $("answers").contains(focused);
+  render();
+  if (!inResults || focused.isConnected) return;
+  const same = [...document.querySelectorAll("#predictions [data-key]")].find(({ dataset }) => dataset.key === focused.dataset.key);
+  (same ?? $("answers")).focus({ preventScroll: true });
+}
+
+/** Show an answer. `onExplain(prediction)` is called to draw its heat map, with null to remove it. */
+export function showAnswer(answer, roundTripMs, options) {
+  keepFocus(() => renderAnswer(answer, roundTripMs, options));
+}
+
+function renderAnswer(answer, roundTripMs, { onType, onExplain }) {
   settle("answered");
   $("problem").hidden = true;
+  $("problem").replaceChildren();
   $("abstained").hidden = !answer.abstained;
   const list = $("predictions");
   const item = (prediction) => predictionItem(prediction, answer.abstained, onType, onExplain);
@@ -144,6 +154,10 @@ function keyForm(onKey) {
 
 /** Show a problem. If a retry can help, a button calls `onRetry`. */
 export function showProblem(problem, onRetry) {
+  keepFocus(() => renderProblem(problem, onRetry));
+}
+
+function renderProblem(problem, onRetry) {
   settle("refused");
   $("abstained").hidden = true;
   $("predictions").replaceChildren();
@@ -152,7 +166,7 @@ export function showProblem(problem, onRetry) {
   $("status").textContent = "";
   showEmpty("No results", "Try another image or other options.");
   const box = $("problem");
-  box.replaceChildren(element("strong", "", problem.title), element("p", "", sentence(problem.message)));
+  box.replaceChildren(element("strong", "", problem.title), element("p", "", problem.message));
   if (problem.status === 401) box.append(keyForm(onRetry));
   const actions = element("p", "problem-foot");
   const canRetry = problem.status === 0 || problem.status === 429 || problem.status >= 500;

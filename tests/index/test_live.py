@@ -107,6 +107,7 @@ def test_an_entity_that_is_put_is_found_by_vector_id_and_title(edited: Opened) -
     assert [found.title for found in view.search_titles("lion", 2)] == ["Lion", "Lion statue"]
     assert [found.title for found in view.search_titles("waldgir")] == ["Okapi"]
     assert view.search_titles("giraffe") == []  # its title in the bundle
+    assert [each.row for each in view.sample(4)] == [3, 7, 11]  # without the row that was replaced
 
 
 def test_deleted_entities_are_not_found_and_others_fill_their_places(edited: Opened) -> None:

@@ -140,6 +140,7 @@ def test_records_titles_and_unknown_entities(entities: MilvusEntities) -> None:
     assert [each.entity_id for each in view.search_titles("thing 17")][:1] == ["Q17"]
     assert view.search_titles("  ") == []
     assert view.search_titles('"; drop') == []
+    assert [each.row for each in view.sample(2)] == [0, ENTITIES - 1]
     assert (view.entity_count, view.version) == (ENTITIES, "")
     for ask in (view.get, view.thumbnail):
         with pytest.raises(UnknownEntity):

@@ -78,16 +78,46 @@ async function stroke(page, from, to) {
   await page.mouse.up();
 }
 
+/** Drop what a browser hands over when an image is dragged from a page: no file, but HTML with its address. */
+async function drag(page, address) {
+  await page.evaluate((address) => {
+    const transfer = new DataTransfer();
+    transfer.setData("text/uri-list", "https://elsewhere.example/page-that-the-image-links-to");
+    transfer.setData("text/html", `<a href="https://elsewhere.example/"><img src="${address}"></a>`);
+    document.getElementById("stage").dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true }));
+  }, address);
+}
+
+const focused = (page) => page.evaluate(() => {
+  const { id, textContent } = document.activeElement;
+  return id || textContent;
+});
+
 const pixel = (page, x, y) => page.evaluate(([x, y]) => {
   const board = document.getElementById("board");
   return [...board.getContext("2d").getImageData(x * board.width, y * board.height, 1, 1).data];
 }, [x, y]);
 
+// What scenarios change in the answer of /info.
+const INFO = {
+  drawn: { model: "tiny", heat_maps: false },
+  drawn_by_keyboard: { model: "tiny" },
+  narrow: { model: "tiny" },
+  schemes: { model: "tiny" },
+  too_large: { limits: { max_body_bytes: 2048 } },
+};
+
 const SCENARIOS = {
   async first_look(page) {
     return {
       bundle: await page.textContent("#bundle"),
-      examples: await page.locator("#examples button").count(),
+      examples: await page.locator("#examples button").evaluateAll((buttons) => buttons.map((button) => button.title)),
+      drawing: await page.isVisible("#mode-draw"),
+      heat_map: await page.isVisible("#explain"),
+      hint_gap: await page.evaluate(() => {
+        const hint = document.getElementById("image-hint").getBoundingClientRect();
+        return document.getElementById("examples-section").getBoundingClientRect().top - hint.bottom;
+      }),
       unnamed: await page.evaluate(() => [...document.querySelectorAll("button, input, select, a, [tabindex='0']")]
         .filter((control) => !(control.getAttribute("aria-label") || control.labels?.length || control.textContent.trim()))
         .map((control) => control.outerHTML)),
@@ -110,6 +140,7 @@ const SCENARIOS = {
         hidden: canvas.hidden,
         grid: [canvas.width, canvas.height],
         alphas: [...canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data].filter((_, i) => i % 4 === 3),
+        legend: document.getElementById("heat-legend").innerText.replaceAll("\n", " "),
         share: [heat.width / image.width, heat.height / image.height],
         marked: [...document.querySelectorAll("#predictions > li")].findIndex((item) => item.classList.contains("explained")),
       };
@@ -140,7 +171,7 @@ const SCENARIOS = {
   },
 
   async example(page) {
-    await asking(page, () => page.click('[aria-label="Example: A red disc on white"]'));
+    await asking(page, () => page.click('[aria-label="Example: Orange"]'));
     return { shown: await shown(page) };
   },
 
@@ -152,6 +183,7 @@ const SCENARIOS = {
   },
 
   async drawn(page) {
+    const heat_map = await page.isVisible("#explain-label");
     await page.click("#mode-draw");
     await page.click('[aria-label="red"]');
     const painted = await asking(page, () => stroke(page, [0.2, 0.5], [0.8, 0.5]));
@@ -165,7 +197,7 @@ const SCENARIOS = {
     const undone = await pixel(page, 0.5, 0.5);
     await page.click("#clear");
     const cleared = await pixel(page, 0.5, 0.5);
-    return { status: painted.status, predictions, middle, covered, undone, cleared, can_undo: await page.isEnabled("#undo") };
+    return { status: painted.status, predictions, middle, covered, undone, cleared, can_undo: await page.isEnabled("#undo"), heat_map, focused: await focused(page) };
   },
 
   async drawn_by_keyboard(page) {
@@ -189,8 +221,19 @@ const SCENARIOS = {
     await page.focus("#region");
     const nudged = await asking(page, () => page.keyboard.press("ArrowDown"));
     const whole = await asking(page, () => page.keyboard.press("Escape"));
+    const back = await focused(page);
     const marked = await asking(page, () => page.click("#mark-region"));
-    return { dragged: dragged.parameters, nudged: nudged.parameters, whole: whole.parameters, marked: marked.parameters };
+    await page.focus('[data-corner="nw"]');
+    const widened = await asking(page, () => page.keyboard.press("ArrowLeft"));
+    const corner = await page.locator('[data-corner="se"]').boundingBox();
+    const resized = await asking(page, async () => {
+      await page.mouse.move(corner.x + corner.width / 2, corner.y + corner.height / 2);
+      await page.mouse.down();
+      await page.mouse.move(stage.x + stage.width * 0.5, stage.y + stage.height * 0.5, { steps: 4 });
+      await page.mouse.up();
+    });
+    const boxes = Object.entries({ dragged, nudged, whole, marked, widened, resized }).map(([name, { parameters }]) => [name, parameters]);
+    return { ...Object.fromEntries(boxes), back };
   },
 
   async narrowed(page) {
@@ -199,9 +242,10 @@ const SCENARIOS = {
     const three = (await shown(page)).predictions;
     await asking(page, () => page.locator("#predictions .chip", { hasText: "fruit" }).first().click());
     const fruit = (await shown(page)).predictions;
+    const kept = await focused(page);
     await page.fill("#types", "no such type");
     await asking(page, () => page.keyboard.press("Enter"));
-    return { three, fruit, none: await shown(page) };
+    return { three, fruit, kept, none: await shown(page) };
   },
 
   async searched(page) {
@@ -213,9 +257,10 @@ const SCENARIOS = {
       return {
         titles: await page.locator("#catalog-list .title").evaluateAll((titles) => titles.map((title) => title.firstChild.textContent)),
         note: await page.textContent("#catalog-note"),
+        found_as: await page.locator("#catalog-list .found-as").allTextContents(),
       };
     };
-    return { lion: await search("lion"), nothing: await search("qqqq") };
+    return { lion: await search("lion"), girafe: await search("girafe"), nothing: await search("qqqq") };
   },
 
   async undecodable(page) {
@@ -230,14 +275,34 @@ const SCENARIOS = {
     return { refused, seen: await shown(page) };
   },
 
+  async too_large(page) {
+    await hand(page, "drop", "large.png");
+    await page.locator("#problem").waitFor();
+    return await shown(page);
+  },
+
+  async dragged_from_a_page(page) {
+    await drag(page, "https://elsewhere.example/giraffe.png");
+    await page.locator("#problem").waitFor();
+    const elsewhere = await shown(page);
+    const bytes = await readFile(file("giraffe.png"));
+    await asking(page, () => drag(page, `data:image/png;base64,${bytes.toString("base64")}`));
+    return { elsewhere, embedded: await shown(page) };
+  },
+
   async narrow(page) {
     await page.setViewportSize({ width: 360, height: 740 });
     const overflow = () => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
     const empty = await overflow();
     await pick(page, "giraffe.png");
     const answered = await overflow();
+    await asking(page, () => page.check("#explain"));
+    const centres = await page.evaluate(() => ["heat", "preview"].map((id) => {
+      const { x, y, width, height } = document.getElementById(id).getBoundingClientRect();
+      return [x + width / 2, y + height / 2];
+    }));
     await page.click("#mode-draw");
-    return { empty, answered, drawing: await overflow() };
+    return { overflows: [empty, answered, await overflow()], centres };
   },
 
   async steady(page) {
@@ -273,11 +338,12 @@ const SCENARIOS = {
     await page.emulateMedia({ colorScheme: "light" });
     const light = await paper();
     await page.emulateMedia({ colorScheme: "dark" });
-    return { light, dark: await paper() };
+    const tabs = await page.evaluate(() => ["mode-image", "modes"].map((id) => getComputedStyle(document.getElementById(id)).backgroundColor));
+    return { light, dark: await paper(), tabs };
   },
 };
 
-async function play(browser, act) {
+async function play(browser, name, act) {
   const context = await browser.newContext({ viewport: { width: 1280, height: 900 } });
   const page = await context.newPage();
   page.setDefaultTimeout(TIMEOUT_MS);
@@ -290,10 +356,17 @@ async function play(browser, act) {
     const url = new URL(request.url());
     if (!["blob:", "data:"].includes(url.protocol) && url.origin !== new URL(base).origin) seen.elsewhere.push(request.url());
   });
+  if (INFO[name]) {
+    await page.route("**/info", async (route) => {
+      const response = await route.fetch();
+      await route.fulfill({ response, json: { ...await response.json(), ...INFO[name] } });
+    });
+  }
   try {
     const response = await page.goto(base);
     seen.headers = response.headers();
     await page.locator('#bundle[data-state="ready"]').waitFor();
+    await page.locator("#examples:not([aria-busy])").waitFor();
     seen.result = await act(page);
   } catch (error) {
     seen.failure = String(error.stack ?? error);
@@ -307,7 +380,7 @@ const browser = await chromium.launch({ executablePath, headless: true, args: FL
 const report = {};
 try {
   for (const [name, act] of Object.entries(SCENARIOS)) {
-    if (only.length === 0 || only.includes(name)) report[name] = await play(browser, act);
+    if (only.length === 0 || only.includes(name)) report[name] = await play(browser, name, act);
   }
 } finally {
   await browser.close();

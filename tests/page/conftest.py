@@ -89,6 +89,7 @@ def browsed(
     (folder / "broken.jpg").write_bytes(
         b"\xff\xd8\xff\xe0\x00\x10JFIF\x00\x01\x01\x00\x00\x01\x00\x01\x00\x00" + bytes(64)
     )
+    (folder / "large.png").write_bytes(small_images["Q15083"] + bytes(4096))
     (folder / "note.txt").write_text("no image at all\n", encoding="utf-8")
     done = subprocess.run(
         [node, HERE / "browse.mjs", service_url, chromium, folder],

@@ -49,6 +49,7 @@ class GatedEncoder:
     """Embeds every image alike, and only while its gate is open; it is shut at first."""
 
     device = "cpu"
+    heat_maps = True
 
     def __init__(self) -> None:
         self.gate = threading.Event()

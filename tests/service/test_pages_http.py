@@ -40,7 +40,17 @@ def test_title_search(service):
     assert [entity["entity_id"] for entity in found] == ["Q140"]
     both = service.get("/entities", params={"query": "lion"}).json()["entities"]
     assert {entity["entity_id"] for entity in both} == {"Q140", "Q_no_image"}
+    assert {entity["matched_language"] for entity in both} == {None}, "the default titles match"
+    (giraffe,) = service.get("/entities", params={"query": "Girafe"}).json()["entities"]
+    assert (giraffe["title"], giraffe["matched_language"]) == ("Giraffe", "fr")
     assert service.get("/entities", params={"query": "no such thing"}).json() == {"entities": []}
+
+
+def test_examples_are_spread_over_the_catalog(service):
+    everything = service.get("/examples", params={"limit": 100}).json()["entities"]
+    assert len(everything) == 12
+    some = service.get("/examples", params={"limit": 3}).json()["entities"]
+    assert [each["entity_id"] for each in some] == [everything[row]["entity_id"] for row in (0, 5, 11)]
 
 
 def test_probes(service):
