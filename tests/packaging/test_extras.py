@@ -65,6 +65,7 @@ def test_every_command_and_the_library_name_the_extra(small_bundle: Path, tmp_pa
         "up": ("export", [str(tmp_path), "--image-encoder", "tiny", "--out", out, "--no-serve"]),
         "catalog": ("export", ["--content", str(tmp_path / "cirrus.json"), "--out", f"{out}.parquet"]),
         "fetch-images": ("export", ["--catalog", catalog, "--out", out, "--contact", "me@example.org"]),
+        "credits": ("export", ["--catalog", catalog, "--out", f"{out}.jsonl", "--contact", "me@example.org"]),
         "train": (
             "export",
             ["--catalog", catalog, "--pairs", "p", "--image-encoder", "tiny", "--text-encoder", "minilm", "--out", out],
