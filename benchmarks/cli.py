@@ -1,5 +1,6 @@
 """The command `wikiclip bench`."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -99,13 +100,15 @@ _COMMON = [
 @click.group()
 def bench() -> None:
     """Run one benchmark or all, or compare two runs."""
+    # As an exception, so that the processes which a benchmark has started are stopped.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
 
 
 def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, **options: Any) -> None:
     import importlib
     import json
 
-    from benchmarks.measure import write_outcome
+    from benchmarks.measure import MACHINE, write_outcome
     from core.runtime import describe_run
 
     module = importlib.import_module(BENCHMARKS[name].module)
@@ -114,9 +117,12 @@ def _run(name: str, /, bundle: Path, smoke: bool, results: Path, as_json: bool, 
     figures = module.measure(bundle, smoke=smoke, **options)
     outcome = {**run, "figures": figures}
     report = getattr(module, "REPORT", None)
-    write_outcome(results, name, outcome, name.capitalize(), {name: (report, figures)} if report else {})
+    parts = {"machine": (MACHINE, run), name: (report, figures)} if report else {}
+    write_outcome(results, name, outcome, name.capitalize(), parts)
     if as_json:
         click.echo(json.dumps(outcome))
+    elif hasattr(module, "as_table"):
+        click.echo(module.as_table(figures))
     else:
         click.echo("\n".join(f"{key}: {json.dumps(value)}" for key, value in _without_samples(figures).items()))
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,7 +28,7 @@ from benchmarks import synthetic
 from benchmarks.measure import percentiles_ms, process_memory_bytes
 from core.arrays import Float32Array, Int64Array
 from core.runtime import faiss, usable_cores
-from evaluation.pages import Lines, Report
+from evaluation.pages import Bars, Lines, Report
 from index.autotune import K, Targets, exact_positions, held_out_queries
 from index.build import build_index
 from index.bundle import Bundle
@@ -42,8 +43,9 @@ _LINKS = 32  # of an element in HNSW and usearch
 _EFFORTS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 REPORT = Report(
     title="The index at any size",
-    text="The chosen index and its peers over synthetic embeddings.",
+    text="The bundle's own index, then the chosen index and its peers over synthetic embeddings.",
     plots=(
+        Bars(title="The bundle's own index", label="ms of one query, one thread", values=("single/*",)),
         Lines(
             title="Latency of the chosen index by size", points=("made_up/sizes/*",), x="vectors",
             y=("single/p50_ms", "single/p99_ms"), x_label="embeddings", y_label="ms of one query, one thread",
@@ -87,6 +89,28 @@ def measure(
         **_latency(index, queries_QD, repeats=200 if smoke else 2000),
         "made_up": measure_sizes(bundle, vectors, dim, peers_up_to, repeats=50 if smoke else 200),
     }
+
+
+def as_table(figures: Mapping[str, Any]) -> str:
+    """Return the figures as text, one index per line. Of a peer, the fastest point with the wanted recall counts."""
+    rows = [("embeddings", "index", "recall@10", "p50 ms", "p99 ms", "queries/s")]
+
+    def add(embeddings: int, name: str, latency: Mapping[str, float], recall: object = "", per_s: object = "") -> None:
+        rows.append((f"{embeddings:,}", name, str(recall), str(latency["p50_ms"]), str(latency["p99_ms"]), str(per_s)))
+
+    own, synthetic_sizes = figures, figures["made_up"]["sizes"]
+    add(own["embeddings"], f"the bundle's {own['factory']}", own["single"], per_s=own["batch_64_queries_per_s"])
+    for size in synthetic_sizes:
+        found = size["recall_at_10"], size["batch_64_queries_per_s"]
+        add(size["vectors"], f"chosen {size['factory']}", size["single"], *found)
+        for peer, measured in size["peers"].items():
+            reached = [point for point in measured["points"] if point["recall_at_10"] >= TARGETS.recall]
+            if reached:
+                best = min(reached, key=itemgetter("p50_ms"))
+                add(size["vectors"], peer, best, best["recall_at_10"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "one thread; queries/s in batches of 64; synthetic embeddings but for the bundle's"])
 
 
 def _latency(index: Any, queries_QD: Float32Array, *, repeats: int) -> dict[str, Any]:

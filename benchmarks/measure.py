@@ -25,6 +25,7 @@ from evaluation.metrics import RESAMPLINGS, Interval, percentile_interval
 from evaluation.pages import Report, figures_page, require_libraries
 
 BEFORE = ".before.json"  # suffix of the previous run's file
+MACHINE = Report(title="Hardware and commit")  # of a page, for what `describe_run` returns
 Parts = Mapping[str, tuple[Report, Any]]  # by name, what to show of which figures
 _MAX_CALLS_PER_ROUND = 200
 _REFERENCE_RUNS = 3

@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from benchmarks.cli import Benchmark
-from benchmarks.measure import write_outcome
+from benchmarks.measure import MACHINE, write_outcome
 from core.errors import UserError
 from core.runtime import describe_run
 from evaluation.pages import Report
@@ -59,7 +59,7 @@ def run_all(
         took_s[name] = round(time.monotonic() - started, 1)
     run["settings"] |= {"took_s": took_s, "left_out": left_out}
     run["minutes"] = round((time.monotonic() - began) / 60, 1)
-    parts = {"machine": (Report(title="Hardware and commit"), run)}
+    parts = {"machine": (MACHINE, run)}
     for name, each in figures.items():
         module = importlib.import_module(benchmarks[name].module)
         parts[name] = getattr(module, "REPORT", Report(title=name.capitalize())), each
@@ -81,11 +81,15 @@ def _run(arguments: Sequence[str], *, timeout_s: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         raise UserError(f"stopped after {timeout_s:.0f} s, the time that was left") from None
     finally:
-        for number in (signal.SIGINT, signal.SIGKILL):
+        try:
             if process.poll() is None:
-                os.killpg(process.pid, number)
+                os.killpg(process.pid, signal.SIGINT)
                 with suppress(subprocess.TimeoutExpired):
                     process.communicate(timeout=_GRACE_S)
+        finally:  # also after a second Ctrl-C
+            with suppress(ProcessLookupError):  # all of its processes have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     if process.returncode:
         lines = errors.strip().splitlines() or [f"exit code {process.returncode}"]
         raise UserError(lines[-1].removeprefix("error: "))

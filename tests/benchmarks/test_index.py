@@ -39,3 +39,7 @@ def test_every_size_is_measured_reported_and_removed(
     text = figures_page("Index", {"index": (index.REPORT, {"made_up": found})})
     assert text.count("<svg") == 2
     assert "4500" in text
+    own = {"factory": "Flat", "embeddings": 14, "single": {"p50_ms": 0.5, "p99_ms": 1.5}, "batch_64_queries_per_s": 9.0}
+    table = index.as_table({**own, "made_up": found}).splitlines()
+    assert table[1].split() == ["14", "the", "bundle's", "Flat", "0.5", "1.5", "9.0"]
+    assert [line.split()[0] for line in table[2:-1]] == ["4,000"] * 4 + ["4,500"]

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.cli import BENCHMARKS, Benchmark
+from benchmarks.generator import wait_for
 from benchmarks.measure import results_folder
 from benchmarks.suite import run_all
 from core.runtime import describe_run
@@ -62,3 +66,23 @@ def test_a_benchmark_past_its_time_is_interrupted(small_bundle: Path, tmp_path: 
     outcome = run_all(some("service"), small_bundle, tmp_path, smoke=True, minutes=MINUTES)
     assert outcome["figures"] == {}
     assert "stopped after" in outcome["settings"]["left_out"]["service"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_all_benchmarks_stops_their_processes(
+    small_bundle: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    command = [sys.executable, "-m", "wikiclip", "bench", "all", "--smoke", "--bundle", str(small_bundle)]
+    with subprocess.Popen([*command, "--results", str(tmp_path)], stderr=subprocess.DEVNULL) as process:
+        main = psutil.Process(process.pid)
+
+        def has_service() -> bool:
+            return any("serve" in each.cmdline() for each in main.children(recursive=True))
+
+        wait_for(has_service, "no benchmark started a service")
+        started = main.children(recursive=True)
+        assert len(started) >= 2
+        process.send_signal(number)
+        assert process.wait(120) == code
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert alive == []
