@@ -113,7 +113,8 @@ async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: Re
                 continue
             in_progress.add(url)
             try:
-                data = await downloader.get(url)
+                # MediaWiki redirects the first to the second, which would cost another request of the wiki's rate.
+                data = await downloader.get(url.replace("/wiki/Special:FilePath/", "/wiki/Special:Redirect/file/", 1))
                 kind = await asyncio.to_thread(_check_image, decoder, data)
                 shards.add(url, data, kind, {"entity_id": record.entity_id})
                 counts["fetched"] += 1

@@ -163,6 +163,9 @@ class Handler(BaseHTTPRequestHandler):
             answer["continue"] = {"iistart": str(place + 1), "continue": "||"}
         return self.send(200, json.dumps(answer).encode())
 
+    def answer_wiki(self, _: int) -> None:
+        self.send(302, b"", {"Location": "/good/redirected"})
+
     def answer_huge(self, _: int) -> None:
         self.send_response(200)
         self.send_header("Connection", "close")

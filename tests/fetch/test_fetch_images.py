@@ -84,7 +84,7 @@ def test_images_are_stored_as_webdataset_shards(config: FetchConfig, server: Ser
 def test_transient_failures_are_retried_and_permanent_ones_reported(
     config: FetchConfig, server: Server, catalog_of: CatalogOf
 ) -> None:
-    transient = ["flaky/1", "cut/1", "reset/1", "moved/1", "good/1"]
+    transient = ["flaky/1", "cut/1", "reset/1", "moved/1", "good/1", "wiki/Special:FilePath/A.jpg?width=500"]
     permanent = ["down/1", "gone/1", "loop/1", "away/1", "text/1", "half/1", "fax/1", "huge/1", "closed/1"]
     catalog_of([*transient, *permanent])
     report = fetch_images(config)
@@ -102,6 +102,7 @@ def test_transient_failures_are_retried_and_permanent_ones_reported(
         "the server answered 503 and asks to wait 86400 s; try again later",
     ]
     assert server.requests["/flaky/1"] == server.requests["/down/1"] == 3
+    assert server.requests["/wiki/Special:Redirect/file/A.jpg?width=500"] == 1
     assert server.requests["/gone/1"] == server.requests["/text/1"] == 1
     assert server.requests["/loop/1"] == 6
     with pytest.raises(UnusableImage, match="was not fetched: the server answered 404"):
@@ -109,7 +110,7 @@ def test_transient_failures_are_retried_and_permanent_ones_reported(
     # A second run fetches nothing. Failures are retried on request.
     server.requests.clear()
     report = fetch_images(config)
-    assert (report.fetched, report.failed, report.known) == (0, 0, 14)
+    assert (report.fetched, report.failed, report.known) == (0, 0, 15)
     assert report.rejects
     assert not server.requests
     report = fetch_images(replace(config, retry_failed=True))
