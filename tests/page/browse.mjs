@@ -292,6 +292,7 @@ const SCENARIOS = {
 
   async narrow(page) {
     await page.setViewportSize({ width: 360, height: 740 });
+    await page.emulateMedia({ reducedMotion: "reduce" }); // no smooth scrolling while a click is aimed
     const overflow = () => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
     const empty = await overflow();
     await pick(page, "giraffe.png");
