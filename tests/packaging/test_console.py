@@ -59,3 +59,13 @@ def test_bad_usage_is_one_line_and_exit_2(arguments: list[str]) -> None:
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ")
+
+
+def test_python_m_runs_commands_in_the_folder_of_an_application(small_bundle: Path, tmp_path: Path) -> None:
+    for package in ("core", "index", "service"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+    command = [sys.executable, "-m", "wikiclip", "inspect", str(small_bundle)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("bundle ")
