@@ -38,6 +38,7 @@ __all__ = [
     "EntityRequest",
     "Explanation",
     "Forbidden",
+    "FoundEntity",
     "HeadTooLarge",
     "ImageCredit",
     "Info",
