@@ -19,6 +19,7 @@ async function imageAt(address) {
   throw new Problem({
     title: "This image cannot be read",
     detail: `The browser does not let this page read images of ${url?.host || "other pages"}. Copy the image and paste it here, or save it and choose the file.`,
+    status: 403,
   });
 }
 

@@ -27,7 +27,11 @@ async function recognizeImage() {
   pending?.abort();
   if (!image) return;
   if (info && image.size > info.limits.max_body_bytes - FORM_BYTES) {
-    showRefusal(new Problem({ title: "The file is too large", detail: `${imageName()} has ${megabytes(image.size)}. The service takes up to ${megabytes(info.limits.max_body_bytes)}. Choose a smaller file.` }));
+    showRefusal(new Problem({
+      title: "The file is too large",
+      detail: `${imageName()} has ${megabytes(image.size)}. The service takes up to ${megabytes(info.limits.max_body_bytes)}. Choose a smaller file.`,
+      status: 413,
+    }));
     return;
   }
   const controller = new AbortController();
@@ -62,6 +66,7 @@ function explainRefusal(problem) {
 }
 
 function showRefusal(problem) {
+  pending?.abort(); // its answer is for an earlier image
   heat.hide();
   showProblem(problem, recognizeImage);
 }

@@ -201,7 +201,9 @@ def test_a_refusal_is_explained(browsed: dict[str, dict[str, Any]], name: str, s
 
 
 def test_a_file_that_is_too_large_is_not_sent(browsed: dict[str, dict[str, Any]]) -> None:
-    assert re.search(r"large\.png has [\d.]+ MB\. The service takes up to", see(browsed, "too_large")["problem"])
+    problem = see(browsed, "too_large")["problem"]
+    assert re.search(r"large\.png has [\d.]+ MB\. The service takes up to", problem)
+    assert "Try again" not in problem
 
 
 def test_an_image_dragged_from_a_page_is_recognized_or_the_page_says_why_not(
@@ -209,6 +211,7 @@ def test_an_image_dragged_from_a_page_is_recognized_or_the_page_says_why_not(
 ) -> None:
     seen = see(browsed, "dragged_from_a_page")
     assert "does not let this page read images of elsewhere.example. Copy the image" in seen["elsewhere"]["problem"]
+    assert "Try again" not in seen["elsewhere"]["problem"]
     assert titles(seen["embedded"]["predictions"])[0] == "Giraffe"
     assert seen["embedded"]["problem"] is None
 
