@@ -110,7 +110,7 @@ class HoldoutBundle(Bundle):
     held_out: frozenset[int] = field(default=frozenset())
 
     def index(self, device: str = "cpu") -> HoldoutIndex:
-        index = HoldoutIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
+        index = HoldoutIndex.read(self.path / INDEX_FILE, self.searched(), self.index_manifest.parameters, device)
         with self.store() as store:
             allowed_E = np.ones(len(store), bool)
         allowed_E[list(self.held_out)] = False

@@ -18,7 +18,7 @@ from core.errors import UserError
 from core.files import atomic_write, sha256_file
 from core.runtime import faiss
 from index.autotune import QUERIES, Targets, cheapest, choose, curve, exact_positions, held_out_queries
-from index.embeddings import EmbeddingShards
+from index.embeddings import Embeddings
 from index.faiss_index import SEED, factory_index, fill, train, untuned_parameters, visible_gpus
 from index.manifest import INDEX_FILE, INDEX_MANIFEST_FILE, IndexManifest
 from index.search import EntityIndex
@@ -28,7 +28,7 @@ _FLAT_HEADER_BYTES = 45  # bytes 8 to 16 are the number of vectors, the last 8 t
 
 def build_index(
     bundle: Path,
-    embeddings: EmbeddingShards,
+    embeddings: Embeddings,
     *,
     factory: str = "Flat",
     targets: Targets | None = None,
@@ -36,7 +36,7 @@ def build_index(
     created_at: str | None = None,
     progress: bool = False,
 ) -> IndexManifest:
-    """Build an index of all embeddings. It replaces the bundle's existing one.
+    """Build an index of all embeddings, pooled as the bundle says. It replaces the bundle's existing one.
 
     `factory` is a faiss factory string, or `auto` for the first candidate that meets the targets. With `targets`, the
     search parameters are tuned at full size, otherwise they favour recall. `device` (`auto`, `cpu`, `cuda`) is where
@@ -89,7 +89,7 @@ def build_index(
     return manifest
 
 
-def _write_flat(path: Path, index: Any, embeddings: EmbeddingShards, batches: Iterable[Float32Array]) -> None:
+def _write_flat(path: Path, index: Any, embeddings: Embeddings, batches: Iterable[Float32Array]) -> None:
     """Write the file of an exact index without holding all vectors in memory, as faiss would.
 
     The layout is that of `IndexFlatIP` in faiss/impl/index_write.cpp: a header, then float32 [N, D].
@@ -114,7 +114,7 @@ def _reserve(index: Any, count: int) -> None:
 
 
 def _tune(
-    path: Path, embeddings: EmbeddingShards, targets: Targets, untuned: Mapping[str, Any]
+    path: Path, embeddings: Embeddings, targets: Targets, untuned: Mapping[str, Any]
 ) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Return the fastest parameters that reach the recall at full size, and the measurements."""
     positions_Q = np.random.default_rng(SEED).integers(len(embeddings), size=QUERIES)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing
 from index.calibration import Calibration, OpenSetModel
-from index.embeddings import EmbeddingShards
+from index.embeddings import Embeddings, EmbeddingShards, pooled
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
 from index.manifest import (
     EMBEDDINGS_FOLDER,
@@ -86,11 +86,16 @@ class Bundle:
         return EntityStore(self.path / STORE_FILE)
 
     def embeddings(self) -> EmbeddingShards:
+        """Open the embeddings of all images."""
         return open_embeddings(self.path, self.manifest)
+
+    def searched(self) -> Embeddings:
+        """Open what is searched: the embeddings of all images, or their mean per entity."""
+        return pooled(self.embeddings(), self.manifest.pooling)
 
     def index(self, device: str = "cpu") -> EntityIndex:
         """Open the index on `device` (`auto`, `cpu`, `cuda`). Raise as `EntityIndex.read` does."""
-        return EntityIndex.read(self.path / INDEX_FILE, self.embeddings(), self.index_manifest.parameters, device)
+        return EntityIndex.read(self.path / INDEX_FILE, self.searched(), self.index_manifest.parameters, device)
 
     def entity_encoder(self) -> EntityEncoder | None:
         """Check every byte of the entity encoder and return its manifest, or None if the bundle has none."""

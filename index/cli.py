@@ -94,8 +94,10 @@ def index(
         from index.autotune import Targets
         from index.build import build_index
         from index.bundle import open_embeddings, open_manifest
+        from index.embeddings import pooled
 
-        embeddings = open_embeddings(bundle, open_manifest(bundle))  # Bundle.open would refuse a broken index
+        manifest = open_manifest(bundle)  # Bundle.open would refuse a broken index
+        embeddings = pooled(open_embeddings(bundle, manifest), manifest.pooling)
         targets = Targets(budget_ms=budget_ms, recall=recall, memory_gb=memory_gb)
         built = build_index(bundle, embeddings, factory=factory, targets=targets, device=device, progress=True)
         _print(

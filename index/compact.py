@@ -22,7 +22,7 @@ from core.files import sync
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.delta import Delta
-from index.embeddings import EmbeddingShards, write_shard
+from index.embeddings import EmbeddingShards, pooled, write_shard
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import (
@@ -90,7 +90,8 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
             shutil.copyfile(bundle.path / name, folder / name)
     embeddings = EmbeddingShards(folder / EMBEDDINGS_FOLDER, bundle.manifest.embedding_dim)
     old_index = bundle.index_manifest
-    index = build_index(folder, embeddings, factory=old_index.factory, device="cpu", progress=progress)
+    searched = pooled(embeddings, bundle.manifest.pooling)
+    index = build_index(folder, searched, factory=old_index.factory, device="cpu", progress=progress)
     index = index.model_copy(update={"parameters": old_index.parameters, "why": old_index.why})
     index.write(folder / INDEX_MANIFEST_FILE)
     compacted = {"from": bundle.fingerprint, "generation": delta.revision}

@@ -1,13 +1,13 @@
 """Entity embeddings on disk: float16 shards `embeddings/00000.npy` [n, D], and `embeddings/00000.rows.npy` int64 [n].
 
-Shapes: N embeddings of the bundle, n of a shard, K of a selection, D embedding width.
+Shapes: N embeddings of the bundle, n of a shard, K of a selection, I of some entities, E entities, D embedding width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from core.errors import BundleAltered, BundleIncomplete
 from core.files import atomic_write
 
 Scalar = TypeVar("Scalar", bound=np.generic)
+Pooling = Literal["nearest", "mean"]  # an entity is found by its nearest image, or by the mean of its images
 
 
 def vectors_file(shard: int) -> str:
@@ -45,7 +46,7 @@ class Embeddings:
         self.dim = dim
         self._vectors = [np.asarray(vectors_nD) for vectors_nD in vectors]  # slicing an ndarray beats slicing a memmap
         self.rows_N = np.concatenate(rows) if rows else np.empty(0, np.int64)
-        self._starts = np.cumsum([0] + [len(vectors_nD) for vectors_nD in self._vectors])
+        self.starts = np.cumsum([0] + [len(vectors_nD) for vectors_nD in self._vectors])  # of the parts, and the end
 
     def __len__(self) -> int:
         return len(self.rows_N)
@@ -70,14 +71,71 @@ class Embeddings:
         """Return the stored vectors [K, D] at those positions: normalised except for rounding."""
         if not len(positions_K):
             return np.empty((0, self.dim), np.float16)
-        parts_K = np.searchsorted(self._starts, positions_K, side="right") - 1
-        offsets_K = positions_K - self._starts[parts_K]
+        parts_K = np.searchsorted(self.starts, positions_K, side="right") - 1
+        offsets_K = positions_K - self.starts[parts_K]
         if (parts_K == parts_K[0]).all():
             vectors_KD: Float16Array = self._vectors[parts_K[0]][offsets_K]
             return vectors_KD
         # A few candidates in thousands of shards: one view per row is faster than one selection per shard.
         rows = [self._vectors[part][offset] for part, offset in zip(parts_K.tolist(), offsets_K.tolist(), strict=True)]
         return np.concatenate(rows).reshape(-1, self.dim)
+
+    def images_of(self, row: int) -> Float32Array:
+        """Return the normalised embeddings [I, D] of an entity's images. Thread-safe."""
+        return self.at(np.arange(*np.searchsorted(self.rows_N, [row, row + 1])))
+
+
+class PooledEmbeddings(Embeddings):
+    """One embedding per entity: the normalised mean of those of its images. Nothing more is stored.
+
+    Values are those of a bundle that stores the means, in float16. An entity belongs to the part with its first image.
+    """
+
+    def __init__(self, images: Embeddings) -> None:
+        self.dim = images.dim
+        self._images = images
+        self.rows_N, first_E = np.unique(images.rows_N, return_index=True)
+        self._first_E = np.append(first_E, len(images))  # of each entity, and the end
+        self.starts = np.searchsorted(first_E, images.starts)
+
+    @property
+    def parts(self) -> int:
+        return self._images.parts
+
+    def part(self, number: int) -> Float32Array:
+        return normalised(_means(*self.images_in(number)))
+
+    def images_in(self, number: int) -> tuple[Float32Array, Int64Array]:
+        """Return the normalised embeddings [n, D] of the images of a part's entities, and where each entity begins."""
+        first, end = self.starts[number : number + 2]
+        if first == end:
+            return np.empty((0, self.dim), np.float32), np.empty(0, np.int64)
+        start, next_start = self._images.starts[number : number + 2]
+        own_nD = self._images.part(number)[self._first_E[first] - start :]
+        rest_nD = self._images.at(np.arange(next_start, self._first_E[end]))  # of the last entity, in the next part
+        return np.concatenate([own_nD, rest_nD]), self._first_E[first:end] - self._first_E[first]
+
+    def stored(self, positions_K: Int64Array) -> Float16Array:
+        starts_K = self._first_E[positions_K]
+        counts_K = self._first_E[positions_K + 1] - starts_K
+        ends_K = np.cumsum(counts_K)
+        images_I = np.arange(counts_K.sum()) + np.repeat(starts_K + counts_K - ends_K, counts_K)
+        return _means(self._images.at(images_I), ends_K - counts_K)
+
+    def images_of(self, row: int) -> Float32Array:
+        return self._images.images_of(row)
+
+
+def pooled(images: Embeddings, pooling: Pooling) -> Embeddings:
+    """Return what is searched: the embeddings of images, or their means."""
+    return PooledEmbeddings(images) if pooling == "mean" else images
+
+
+def _means(images_nD: Float32Array, starts_K: Int64Array) -> Float16Array:
+    """Return the normalised means [K, D] of consecutive groups that begin at `starts_K`."""
+    if not len(starts_K):
+        return np.empty((0, images_nD.shape[1]), np.float16)
+    return normalised(np.add.reduceat(images_nD, starts_K, axis=0)).astype(np.float16)
 
 
 class EmbeddingShards(Embeddings):

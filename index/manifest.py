@@ -17,8 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from core.errors import BundleAltered, BundleIncomplete, BundleSchemaMismatch
 from core.files import atomic_write_bytes, sha256_file
+from index.embeddings import Pooling
 
-SCHEMA_VERSION = 1  # written: nothing yet needs a newer reader
+SCHEMA_VERSION = 1  # written unless the bundle needs a newer reader
+POOLED_SCHEMA_VERSION = 2  # of bundles with the pooling "mean"
 READABLE_SCHEMA_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index/entity.faiss"
@@ -146,6 +148,7 @@ class Manifest(Record):
     counts: Counts
     calibration: Mapping[str, Any] | None  # as in `index.calibration.Calibration.to_dict`
     image_encoder: ImageEncoderEntry
+    pooling: Pooling = Field(default="nearest", exclude_if=lambda pooling: pooling == "nearest")
     export: Mapping[str, Any]  # the settings that the content depends on
     files: Mapping[str, FileEntry]
     created_at: str  # ISO 8601, UTC

@@ -24,6 +24,7 @@ from core.arrays import Float32Array
 from core.errors import BadParameter, Unavailable, UserError
 from core.extras import needed_by
 from index.bundle import Bundle
+from index.embeddings import Embeddings
 from index.manifest import content_fingerprint
 from index.store import ENTITY_JSON, StoredEntity, words
 
@@ -90,27 +91,34 @@ def is_loaded(client: MilvusClient, bundle: Bundle) -> bool:
 
 
 def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, progress: bool = False) -> int:
-    """Load a bundle's embeddings into its collection and return their number. Replace an interrupted load.
+    """Load what a bundle searches into its collection and return the number of embeddings. Replace an interrupted load.
 
     `factory` is `Flat`, `HNSW32`, `IVF1024,Flat`, or `auto` for HNSW32. Raise `UserError` for any other, and if the
-    collection is loaded already, because it may have changes.
+    collection is loaded already, because it may have changes, or if
+    an entity has no embedding.
     """
     index = _index(factory)
     name, counters = collection_name(bundle), counters_name(bundle)
     if is_loaded(client, bundle):
         raise UserError(f"collection {name} holds this bundle already; serve it, or drop it in Milvus to load it again")
+    embeddings = bundle.searched()
+    if without := bundle.manifest.counts.entities - len(np.unique(embeddings.rows_N)):
+        raise UserError(
+            f"{without} entities have no image and so no embedding, and Milvus holds no entity without one; leave them "
+            "out of the catalog, or serve the bundle's own index"
+        )
     with milvus_errors():
         for each in (counters, name):
             if client.has_collection(each):
                 client.drop_collection(each)
         client.create_collection(name, schema=_schema(client, bundle.manifest.embedding_dim))
-        _insert_all(client, name, bundle, progress)
+        _insert_all(client, name, bundle, embeddings, progress)
         client.flush(name)
         _index_and_load(client, name, "embedding", index, inverted=("key", "row"))
         client.create_collection(counters, schema=_counters_schema(client))
         _index_and_load(client, counters, _DUMMY, ("FLAT", {}))
         write_counter(client, counters, _LOADED, changes=0, added=0)
-    return bundle.manifest.counts.embeddings
+    return len(embeddings)
 
 
 def write_counter(client: MilvusClient, counters: str, writer: str, *, changes: int, added: int) -> None:
@@ -149,8 +157,7 @@ def types_filter(types: Sequence[str]) -> str:
     return f"array_contains_any(types, [{', '.join(str(hash63(kind)) for kind in types)}])"
 
 
-def _insert_all(client: MilvusClient, name: str, bundle: Bundle, progress: bool) -> None:
-    embeddings = bundle.embeddings()
+def _insert_all(client: MilvusClient, name: str, bundle: Bundle, embeddings: Embeddings, progress: bool) -> None:
     step = max(1, _INSERT_BYTES // (4 * embeddings.dim))
     with bundle.store() as store:
         for start in tqdm(range(0, len(embeddings), step), desc="load", unit="batch", disable=not progress):

@@ -67,7 +67,9 @@ class MilvusEntities:
         self.store = store
         counts = bundle.manifest.counts
         self.base_count = counts.entities
-        self.images_each = max(1.0, counts.embeddings / max(1, counts.entities))
+        # With pooling, Milvus has one embedding per entity. Those of its images are in the bundle.
+        self.images = bundle.embeddings() if bundle.manifest.pooling == "mean" else None
+        self.images_each = 1.0 if self.images else max(1.0, counts.embeddings / max(1, counts.entities))
         self._records: dict[int, StoredEntity] = {}
         self._writer, self._changes, self._added = uuid.uuid4().hex, 0, 0
         with milvus_errors():
@@ -240,6 +242,8 @@ class MilvusView:
         return None
 
     def images_of(self, row: int) -> Float32Array:
+        if self._entities.images is not None and row < FIRST_PUT_ROW:
+            return self._entities.images.images_of(row)
         found = self._entities.query(f"row == {int(row)}", ["embedding"])
         return normalised(np.array([each["embedding"] for each in found], np.float32))
 

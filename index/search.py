@@ -1,4 +1,4 @@
-"""Search for the best entities of each query. An entity has the score of its best image.
+"""Search for the best entities of each query. An entity has the score of its best image, or of the mean of its images.
 
 Shapes: B queries, K entities asked for, F candidates fetched, A allowed embeddings, N embeddings, E entities, I images
 of an entity, D embedding width.
@@ -17,7 +17,7 @@ import numpy as np
 from core.arrays import BoolArray, Float32Array, Int64Array
 from core.errors import BundleAltered
 from core.runtime import faiss
-from index.embeddings import Embeddings, EmbeddingShards, normalised
+from index.embeddings import Embeddings, normalised
 from index.faiss_index import Candidates, faiss_reason
 from index.gpu import placement
 from index.store import Selection
@@ -64,7 +64,7 @@ class EntityIndex:
         self._allowed: WeakKeyDictionary[Selection, _Allowed] = WeakKeyDictionary()
 
     @classmethod
-    def read(cls, path: Path, embeddings: EmbeddingShards, parameters: Mapping[str, Any], device: str = "cpu") -> Self:
+    def read(cls, path: Path, embeddings: Embeddings, parameters: Mapping[str, Any], device: str = "cpu") -> Self:
         """Memory-map an index file, or load it on GPUs if `device` (`auto`, `cpu`, `cuda`) says so.
 
         Raise `BundleAltered` if the file is not an index of these embeddings, `UserError` if `cuda` is not possible.
@@ -115,7 +115,7 @@ class EntityIndex:
 
     def images_of(self, row: int) -> Float32Array:
         """Return the embeddings [I, D] of an entity's images. Thread-safe."""
-        return self._embeddings.at(self._all_images(np.array([row])))
+        return self._embeddings.images_of(row)
 
     def _search_candidates(
         self, queries_BD: Float32Array, count: int, allowed: _Allowed, settings: Mapping[str, Any]
