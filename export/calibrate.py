@@ -6,13 +6,12 @@ H = W = size_px. Scores fall along K. NaN pads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -24,7 +23,7 @@ from core.arrays import Float32Array, Float64Array
 from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
-from export.decode import image_decoder
+from export.decode import Pixels, image_decoder
 from export.model import ExportModel
 from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
 from imaging import Preprocessing
@@ -35,7 +34,10 @@ from index.store import EntityStore
 _MIN_RIGHT = _MIN_WRONG = 5
 _RIDGE = 1e-4  # keeps the optimum finite if scores separate right from wrong; too small to matter otherwise
 _QUERIES_PER_OUTLIER, _MIN_OUTLIERS, _MAX_OUTLIERS = 10, 64, 512
-_NEXT_STEP = "give more validation queries or leave --validation out"
+
+
+class NotFitted(UserError):
+    """Queries from which no calibration can be fitted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,42 +46,89 @@ class SearchedQueries:
     embeddings_ND: Float32Array
 
 
-def calibrate(
-    queries: Path, config: ExportConfig, model: ExportModel, index: EntityIndex, store: EntityStore
-) -> tuple[Calibration, list[Rejected]]:
-    """Search for the queries and for images without an entity, and fit a calibration to their scores and embeddings.
+@dataclass(frozen=True, kw_only=True)
+class LabelledSearch:
+    """What a search found for queries, and the entity that each shows.
 
-    Queries for entities outside the store count as unknown, with no right answer. Also return the queries that could
-    not be used. Raise `CatalogError` if the file cannot be read, `UserError` if nothing can be fitted.
+    `own_N` holds entity rows, or -1 for entities outside the catalog. `group_N` numbers the entities. Each row of
+    `rows_NF` has one entity more than a calibration uses.
     """
+
+    own_N: IntArray
+    group_N: IntArray
+    rows_NF: IntArray
+    scores_NF: Float64Array
+    embeddings_ND: Float32Array
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Embedded validation queries, and those that could not be used."""
+
+    entity_ids: Sequence[str]
+    embeddings_ND: Float32Array
+    rejected: Sequence[Rejected]
+
+    def rows(self, store: EntityStore) -> IntArray:
+        """Return the entity's row of each query, or -1."""
+        return np.array([row_of(entity_id, store) for entity_id in self.entity_ids], np.int64)
+
+
+def embed_validation(queries: Path, config: ExportConfig, model: ExportModel) -> Validation:
+    """Read and embed validation queries. Raise `CatalogError` if the file cannot be read."""
     rejected: list[Rejected] = []
     entity_ids: list[str] = []
-    preprocessing = model.image_encoder.preprocessing
 
-    def images() -> Iterator[npt.NDArray[np.uint8]]:
-        for entity_id, pixels_HW3 in read_queries(queries, preprocessing, rejected):
+    def images() -> Iterator[Pixels]:
+        for entity_id, pixels_HW3 in read_queries(queries, model.image_encoder.preprocessing, rejected):
             entity_ids.append(entity_id)
             yield pixels_HW3
 
     shown = tqdm(images(), desc="validation", unit="query", disable=not config.progress)
-    rows_NF, scores_NF, embeddings_ND = _search(iter(shown), config, model, index)
-    own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)  # -1: not in the store
-    right_NF = (rows_NF == own_N[:, None]) & (rows_NF >= 0)
-    without_NK = _without(scores_NF, right_NF)
-    calibration = fit_calibration(scores_NF[:, :CANDIDATES], right_NF[:, :CANDIDATES], own_N >= 0, without_NK)
-    count = min(max(len(own_N) // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
-    outliers = outlier_images(count, preprocessing.size_px)
-    _, outlier_scores_NF, outlier_embeddings_ND = _search(outliers, config, model, index)
-    calibration = add_open_set_model(
+    embeddings_ND = embed_images(shown, config, model)
+    return Validation(entity_ids=entity_ids, embeddings_ND=embeddings_ND, rejected=rejected)
+
+
+def calibrate_on(
+    validation: Validation, config: ExportConfig, model: ExportModel, index: EntityIndex, store: EntityStore
+) -> Calibration:
+    """Search for validation queries and fit a calibration to them. Raise `UserError` if nothing can be fitted.
+
+    Queries for entities outside the store count as unknown, with no right answer.
+    """
+    rows_NF, scores_NF = search_embeddings(validation.embeddings_ND, config, index)
+    found = LabelledSearch(
+        own_N=validation.rows(store),
+        group_N=np.unique(validation.entity_ids, return_inverse=True)[1],
+        rows_NF=rows_NF,
+        scores_NF=scores_NF,
+        embeddings_ND=validation.embeddings_ND,
+    )
+    try:
+        return calibrate(found, config, model, index)
+    except NotFitted as error:
+        raise UserError(f"{error}; give more validation queries, or leave --validation out") from error
+
+
+def calibrate(found: LabelledSearch, config: ExportConfig, model: ExportModel, index: EntityIndex) -> Calibration:
+    """Fit a calibration to searched queries and to images without an entity. Raise `NotFitted`."""
+    right_NF = (found.rows_NF == found.own_N[:, None]) & (found.rows_NF >= 0)
+    without_NK = _without(found.scores_NF, right_NF)
+    in_catalog_N = found.own_N >= 0
+    scores_NK = found.scores_NF[:, :CANDIDATES]
+    calibration = fit_calibration(scores_NK, right_NF[:, :CANDIDATES], in_catalog_N, without_NK)
+    count = min(max(len(in_catalog_N) // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
+    outliers_ND = embed_images(outlier_images(count, model.image_encoder.preprocessing.size_px), config, model)
+    _, outlier_scores_NF = search_embeddings(outliers_ND, config, index)
+    return add_open_set_model(
         calibration,
-        SearchedQueries(scores_NK=scores_NF[:, :CANDIDATES], embeddings_ND=embeddings_ND),
-        own_N >= 0,
+        SearchedQueries(scores_NK=scores_NK, embeddings_ND=found.embeddings_ND),
+        in_catalog_N,
         without_NK,
-        group_N=np.unique(entity_ids, return_inverse=True)[1],
-        outliers=SearchedQueries(scores_NK=outlier_scores_NF[:, :CANDIDATES], embeddings_ND=outlier_embeddings_ND),
+        group_N=found.group_N,
+        outliers=SearchedQueries(scores_NK=outlier_scores_NF[:, :CANDIDATES], embeddings_ND=outliers_ND),
         progress=config.progress,
     )
-    return calibration, rejected
 
 
 def fit_calibration(
@@ -92,13 +141,12 @@ def fit_calibration(
     In a small catalog hardly a query is answered wrong. Then the softmax is fitted to the left-out ones too, which
     makes confidences cautious, and they count as `unknown`.
 
-    Raise `UserError` if too few are right, or if right ones do not score higher.
+    Raise `NotFitted` if too few are right, or if right ones do not score higher.
     """
     right, wrong = int(right_NK[:, :1].sum()), int((~right_NK[:, :1]).sum())
     if right < _MIN_RIGHT:
-        raise UserError(
-            f"calibration needs at least {_MIN_RIGHT} right predictions, the {len(scores_NK)} validation queries "
-            f"gave {right}; {_NEXT_STEP}"
+        raise NotFitted(
+            f"calibration needs at least {_MIN_RIGHT} right predictions, the {len(scores_NK)} queries gave {right}"
         )
     unknown = int((~in_catalog_N).sum())
     left_out_NK = without_NK[in_catalog_N]
@@ -111,9 +159,9 @@ def fit_calibration(
     else:
         slope, none_offset, none_slope = _fit_softmax(scores_NK, right_NK)
     if slope <= 1e-3:
-        raise UserError(
-            f"on the {len(scores_NK)} validation queries right predictions score no higher than wrong ones, so scores "
-            f"carry no information; check the queries' entity ids, or {_NEXT_STEP}"
+        raise NotFitted(
+            f"on the {len(scores_NK)} queries right predictions score no higher than wrong ones, so scores carry no "
+            "information"
         )
     fitted = Calibration(
         slope=slope,
@@ -173,20 +221,26 @@ def add_open_set_model(
     return replace(calibration, open_set_model=model, abstain_below=threshold)
 
 
-def _search(
-    images: Iterator[npt.NDArray[np.uint8]], config: ExportConfig, model: ExportModel, index: EntityIndex
-) -> tuple[IntArray, Float64Array, Float32Array]:
-    """Return the best rows and scores `[N, F]`, one more than a calibration uses, and the query embeddings `[N, D]`."""
-    rows = [np.zeros((0, CANDIDATES + 1), np.int64)]
-    scores = [np.zeros((0, CANDIDATES + 1))]
+def embed_images(images: Iterable[Pixels], config: ExportConfig, model: ExportModel) -> Float32Array:
+    """Return the query embeddings [N, D] of images."""
     embeddings = [np.zeros((0, model.image_encoder.embedding_dim), np.float32)]
-    while batch := list(islice(images, config.batch_size)):
-        queries_BD = model.embed_queries(np.stack(batch))
-        rows_BF, scores_BF = index.search(queries_BD, CANDIDATES + 1)
+    remaining = iter(images)
+    while batch := list(islice(remaining, config.batch_size)):
+        embeddings.append(model.embed_queries(np.stack(batch)))
+    return np.concatenate(embeddings)
+
+
+def search_embeddings(
+    embeddings_ND: Float32Array, config: ExportConfig, index: EntityIndex, count: int = CANDIDATES + 1
+) -> tuple[IntArray, Float64Array]:
+    """Return the best `count` rows and scores [N, F] of queries, padded with row -1 and NaN."""
+    rows = [np.zeros((0, count), np.int64)]
+    scores = [np.zeros((0, count))]
+    for start in range(0, len(embeddings_ND), config.batch_size):
+        rows_BF, scores_BF = index.search(embeddings_ND[start : start + config.batch_size], count)
         rows.append(rows_BF)
         scores.append(np.where(rows_BF < 0, np.nan, scores_BF.astype(np.float64)))
-        embeddings.append(queries_BD)
-    return np.concatenate(rows), np.concatenate(scores), np.concatenate(embeddings)
+    return np.concatenate(rows), np.concatenate(scores)
 
 
 def _without(scores_NF: Float64Array, right_NF: BoolArray) -> Float64Array:
@@ -239,9 +293,7 @@ def row_of(entity_id: str, store: EntityStore) -> int:
         return -1
 
 
-def read_queries(
-    path: Path, preprocessing: Preprocessing, rejected: list[Rejected]
-) -> Iterator[tuple[str, npt.NDArray[np.uint8]]]:
+def read_queries(path: Path, preprocessing: Preprocessing, rejected: list[Rejected]) -> Iterator[tuple[str, Pixels]]:
     """Yield the right entity and the pixels [H, W, 3] of each query. Add those that cannot be used to `rejected`."""
     for item in read_jsonl(path):
         if isinstance(item, Rejected):

@@ -99,7 +99,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
 
 def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]:
     """Yield what an export made or found as lines of text."""
-    from index.report import int8_line, parity_line
+    from index.report import int8_line, parity_line, self_check_lines
 
     counts = summary.counts
     if summary.already_complete:
@@ -111,6 +111,10 @@ def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]
     )
     if not summary.trained and counts.without_image:
         yield f"{counts.without_image} entities have no image: their records are stored, but never recognised"
+    if summary.pooling == "mean":
+        yield "entities are found by the mean of their images"
+    if summary.self_check is not None:
+        yield from self_check_lines(summary.self_check)
     if summary.added_entity_encoder:
         yield "entity encoder added: the service can embed entities that are put"
     elif config.live:

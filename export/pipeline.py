@@ -22,7 +22,7 @@ from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.jsonl import RejectLog
 from core.reservoir import Reservoir
-from export.calibrate import calibrate
+from export.calibrate import calibrate_on, embed_validation
 from export.config import (
     ExportConfig,
     check_inputs,
@@ -30,9 +30,11 @@ from export.config import (
     refuse_differences,
 )
 from export.entity_encoder import export_entity_encoder
+from export.leave_one_out import check_catalog, own_queries, search_own
 from export.local import embed_shards
 from export.model import ExportModel, ImageModel, describe_model, load_model
 from export.onnx import INPUT, OUTPUTS, export_image_encoder
+from export.pooling import choose_pooling, pooling_folds
 from export.precision import add_float16, add_int8
 from export.reuse import open_base
 from export.shards import EntityImages, Shard, StageTimes, read_shards
@@ -40,7 +42,7 @@ from export.staging import StagingDir, check_output, is_unfinished, write_shards
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.calibration import Calibration
-from index.embeddings import EmbeddingShards
+from index.embeddings import EmbeddingShards, Pooling, pooled
 from index.entity_encoder import EntityEncoder
 from index.manifest import (
     FLOAT16_ENCODER_FILE,
@@ -49,6 +51,7 @@ from index.manifest import (
     INT8_ENCODER_FILE,
     MANIFEST_FILE,
     OPEN_SET_FILE,
+    POOLED_SCHEMA_VERSION,
     SCHEMA_VERSION,
     STORE_FILE,
     Counts,
@@ -56,6 +59,7 @@ from index.manifest import (
     ImageEncoderEntry,
     Int8Entry,
     Manifest,
+    SelfCheck,
 )
 from index.search import EntityIndex
 from index.store import EntityStore, write_store
@@ -76,6 +80,8 @@ class ExportSummary:
     resumed_shards: int
     already_complete: bool
     calibrated: bool
+    pooling: Pooling
+    self_check: SelfCheck | None  # without checkpoint and validation queries
     int8: Int8Entry | None
     float16: Float16Entry | None
     trained: bool  # false without a checkpoint: entities without an image have no embedding
@@ -139,6 +145,8 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
         resumed_shards=embedded.resumed_shards,
         already_complete=already_complete,
         calibrated=bundle.calibration is not None,
+        pooling=bundle.manifest.pooling,
+        self_check=bundle.manifest.self_check,
         int8=bundle.manifest.image_encoder.int8,
         float16=bundle.manifest.image_encoder.float16,
         trained=config.checkpoint is not None,
@@ -256,28 +264,37 @@ def _assemble(
     assert parity is not None, "the image encoder is written before the shards"
     bundle, encoder = staging.bundle, model.image_encoder
     hidden = not config.progress
+    for file in (INT8_ENCODER_FILE, OPEN_SET_FILE):
+        staging.discard(file)
     write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden))
-    embeddings = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
-    index_manifest = build_index(bundle, embeddings, device="cpu", created_at=created_at, progress=config.progress)
+    images = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
     log = _reject_log(config)
-    counts = _count_and_log(staging, log, len(embeddings))
+    counts = _count_and_log(staging, log, len(images))
     calibration: Calibration | None = None
+    self_check: SelfCheck | None = None
     int8: Int8Entry | None = None
-    staging.discard(INT8_ENCODER_FILE)
-    staging.discard(OPEN_SET_FILE)
-    if config.validation is not None or config.int8:
-        index = EntityIndex.read(bundle / INDEX_FILE, embeddings, index_manifest.parameters)
-        with EntityStore(bundle / STORE_FILE) as store:
-            if config.validation is not None:
-                calibration, unusable = calibrate(config.validation, config, model, index, store)
-                if calibration.open_set_model is not None:
-                    calibration.open_set_model.write(bundle / OPEN_SET_FILE)
-                for rejected in unusable:
-                    log.add(rejected)
-            if config.int8:
-                int8 = add_int8(config, model, bundle, sample, index, store)
+    with EntityStore(bundle / STORE_FILE) as store:
+        validation = None if config.validation is None else embed_validation(config.validation, config, model)
+        folds = pooling_folds(config, model, images, sample, validation, store)
+        default: Pooling = "nearest" if config.checkpoint else "mean"
+        pooling = choose_pooling(images, folds, default=default, progress=config.progress)
+        searched = pooled(images, pooling)
+        index_manifest = build_index(bundle, searched, device="cpu", created_at=created_at, progress=config.progress)
+        index = EntityIndex.read(bundle / INDEX_FILE, searched, index_manifest.parameters)
+        if validation is not None:
+            calibration = calibrate_on(validation, config, model, index, store)
+            for rejected in validation.rejected:
+                log.add(rejected)
+        elif isinstance(model, ImageModel):
+            queries = own_queries(config, model, images, sample)
+            found = search_own(queries, config, index, images, pooling)
+            self_check, calibration = check_catalog(queries, found, config, model, index, store)
+        if calibration is not None and calibration.open_set_model is not None:
+            calibration.open_set_model.write(bundle / OPEN_SET_FILE)
+        if config.int8:
+            int8 = add_int8(config, model, bundle, sample, index, store)
     Manifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=SCHEMA_VERSION if pooling == "nearest" else POOLED_SCHEMA_VERSION,
         name=config.name or config.out.resolve().name,
         model=describe_model(model),
         preprocessing=encoder.preprocessing.to_dict(),
@@ -293,6 +310,8 @@ def _assemble(
             int8=int8,
             float16=float16,
         ),
+        pooling=pooling,
+        self_check=self_check,
         export=settings,
         files=list_files(bundle),
         created_at=created_at,

@@ -103,7 +103,7 @@ class PooledEmbeddings(Embeddings):
         return self._images.parts
 
     def part(self, number: int) -> Float32Array:
-        return normalised(_means(*self.images_in(number)))
+        return normalised(means(*self.images_in(number)))
 
     def images_in(self, number: int) -> tuple[Float32Array, Int64Array]:
         """Return the normalised embeddings [n, D] of the images of a part's entities, and where each entity begins."""
@@ -120,7 +120,7 @@ class PooledEmbeddings(Embeddings):
         counts_K = self._first_E[positions_K + 1] - starts_K
         ends_K = np.cumsum(counts_K)
         images_I = np.arange(counts_K.sum()) + np.repeat(starts_K + counts_K - ends_K, counts_K)
-        return _means(self._images.at(images_I), ends_K - counts_K)
+        return means(self._images.at(images_I), ends_K - counts_K)
 
     def images_of(self, row: int) -> Float32Array:
         return self._images.images_of(row)
@@ -131,7 +131,7 @@ def pooled(images: Embeddings, pooling: Pooling) -> Embeddings:
     return PooledEmbeddings(images) if pooling == "mean" else images
 
 
-def _means(images_nD: Float32Array, starts_K: Int64Array) -> Float16Array:
+def means(images_nD: Float32Array, starts_K: Int64Array) -> Float16Array:
     """Return the normalised means [K, D] of consecutive groups that begin at `starts_K`."""
     if not len(starts_K):
         return np.empty((0, images_nD.shape[1]), np.float16)

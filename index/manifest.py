@@ -136,6 +136,40 @@ class ImageEncoderEntry(Record):
         return {"float": self.file, **{name: entry.file for name, entry in others.items() if entry is not None}}
 
 
+class Share(Record):
+    """How many of some queries were answered right. `low` and `high` are the 95 % interval in percent (Wilson)."""
+
+    right: int
+    queries: int
+    low: float
+    high: float
+
+
+class ConfusedPair(Record):
+    """Two entities that are easily mistaken for each other. `errors` counts queries of one that found the other.
+
+    `similarity` is the mean score of the other one.
+    """
+
+    entity_ids: tuple[str, str]
+    titles: tuple[str, str]
+    errors: int
+    similarity: float
+
+
+class SelfCheck(Record):
+    """How well a catalog tells its own entities apart, measured by an export without checkpoint and validation queries.
+
+    `left_out` are images of entities with several, each searched without itself. `views` are changed copies of the only
+    image of an entity, which are easier. `no_confidence` says why there is no calibration. It is empty if there is one.
+    """
+
+    left_out: Share
+    views: Share
+    confused: tuple[ConfusedPair, ...]
+    no_confidence: str
+
+
 class Manifest(Record):
     """`manifest.json`. `files` lists every file of the bundle except the manifest and those in `index/`."""
 
@@ -149,6 +183,7 @@ class Manifest(Record):
     calibration: Mapping[str, Any] | None  # as in `index.calibration.Calibration.to_dict`
     image_encoder: ImageEncoderEntry
     pooling: Pooling = Field(default="nearest", exclude_if=lambda pooling: pooling == "nearest")
+    self_check: SelfCheck | None = Field(default=None, exclude_if=lambda check: check is None)
     export: Mapping[str, Any]  # the settings that the content depends on
     files: Mapping[str, FileEntry]
     created_at: str  # ISO 8601, UTC

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from index.bundle import Bundle, Verify
+from index.manifest import SelfCheck
 
 
 def describe(path: Path, verify: Verify) -> dict[str, Any]:
@@ -24,6 +25,7 @@ def describe(path: Path, verify: Verify) -> dict[str, Any]:
         "image_encoder": {"int8": None, "float16": None, **manifest.image_encoder.model_dump()},
         "index": bundle.index_manifest.model_dump(),
         "images_only": manifest.images_only,
+        "pooling": manifest.pooling,
         "entity_side": None if entity_encoder is None else entity_encoder.model_dump(),
         "bytes": bundle.index_manifest.bytes + sum(entry.bytes for entry in manifest.files.values()),
         "unlisted_files": bundle.unlisted_files(),
@@ -42,6 +44,7 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         "embeddings": f"{counts['embeddings']} of width {report['embedding_dim']}, float16",
         "encoders": f"image {report['model'].get('image_encoder')}, "
         f"text {'none' if report['images_only'] else report['model'].get('text_encoder')}",
+        "pooling": "entities are found by the mean of their images" if report["pooling"] == "mean" else None,
         "images": f"{report['preprocessing'].get('size_px')} px, {report['patches']} patches",
         "ONNX parity": parity_line(encoder["parity"]),
         "int8": int8_line(encoder["int8"]) if encoder["int8"] else None,
@@ -55,6 +58,28 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         "other files": ", ".join(report["unlisted_files"]) or None,
     }
     return [f"{label:<12} {text}" for label, text in lines.items() if text is not None]
+
+
+def self_check_lines(check: SelfCheck) -> list[str]:
+    """Describe how well a catalog tells its own entities apart."""
+    kinds = {
+        f"{check.left_out.queries} images, each searched without itself": check.left_out,
+        f"{check.views.queries} changed views of entities with one image (easier than other images)": check.views,
+    }
+    lines = [
+        f"found {100 * share.right / share.queries:.1f} % of {what} (95 % interval {share.low:.1f} to {share.high:.1f})"
+        for what, share in kinds.items()
+        if share.queries
+    ]
+    if check.confused:
+        lines.append("most easily confused:")
+    lines += [
+        f"  {pair.titles[0]} and {pair.titles[1]}: {pair.errors} error(s), similarity {pair.similarity:.2f}"
+        for pair in check.confused
+    ]
+    if check.no_confidence:
+        lines.append(f"no confidence in answers: {check.no_confidence}; give --validation to fit it")
+    return lines
 
 
 def _live_line(report: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,10 +18,17 @@ from PIL import Image, ImageDraw
 from core.runtime import onnxruntime
 from imaging import Preprocessing, load_pixels, normalise
 from index.build import build_index
-from index.bundle import list_files
+from index.bundle import list_files, open_embeddings
 from index.calibration import Calibration
-from index.embeddings import EmbeddingShards, write_shard
-from index.manifest import SCHEMA_VERSION, Counts, ImageEncoderEntry, Manifest
+from index.embeddings import EmbeddingShards, pooled, write_shard
+from index.manifest import (
+    MANIFEST_FILE,
+    POOLED_SCHEMA_VERSION,
+    SCHEMA_VERSION,
+    Counts,
+    ImageEncoderEntry,
+    Manifest,
+)
 from index.store import StoredEntity, write_store
 
 SIZE_PX = 32
@@ -89,6 +97,23 @@ def small_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bundle = tmp_path_factory.mktemp("bundles") / "small"
     write_small_bundle(bundle)
     return bundle
+
+
+@pytest.fixture(scope="session")
+def pooled_bundle(tmp_path_factory: pytest.TempPathFactory, small_bundle: Path) -> Path:
+    """`small_bundle` with the pooling "mean"."""
+    bundle = tmp_path_factory.mktemp("bundles") / "pooled"
+    shutil.copytree(small_bundle, bundle)
+    pool_by_mean(bundle)
+    return bundle
+
+
+def pool_by_mean(bundle: Path) -> None:
+    """Change a bundle's pooling to "mean"."""
+    changed = {"schema_version": POOLED_SCHEMA_VERSION, "pooling": "mean"}
+    manifest = Manifest.read(bundle / MANIFEST_FILE).model_copy(update=changed)
+    manifest.write(bundle / MANIFEST_FILE)
+    build_index(bundle, pooled(open_embeddings(bundle, manifest), "mean"), created_at=CREATED_AT)
 
 
 def write_small_bundle(bundle: Path, *, prefix: str = "", encoder_seed: int = 11) -> None:

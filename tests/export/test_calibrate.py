@@ -176,9 +176,9 @@ def test_a_catalog_of_one_entity_has_no_open_set_model() -> None:
 @pytest.mark.parametrize(
     ("correct", "reason"),
     [
-        (np.zeros(50, bool), "the 50 validation queries gave 0"),
-        (np.arange(6) > 2, "the 6 validation queries gave 3"),
-        (np.zeros(0, bool), "the 0 validation queries gave 0"),
+        (np.zeros(50, bool), "the 50 queries gave 0"),
+        (np.arange(6) > 2, "the 6 queries gave 3"),
+        (np.zeros(0, bool), "the 0 queries gave 0"),
     ],
 )
 def test_too_few_right_answers_cannot_be_fitted(correct: Any, reason: str) -> None:

@@ -22,6 +22,7 @@ from service.recognizer import Recognizer
 from service.settings import Settings
 from service.updates import EntityRequest
 from tests.export.conftest import CatalogFiles
+from wikiclip.answers import Recognition
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,26 @@ def test_embeddings_are_those_of_the_images(
     assert (counts.entities, counts.without_image) == (catalog.entities, catalog.without_image)
     assert bundle.manifest.model["text_encoder"] is None
     assert "text none" in "\n".join(describe_lines(describe(config.out, "quick")))
+
+
+def test_the_catalog_checks_itself(config: ExportConfig, catalog: CatalogFiles, tmp_path: Path) -> None:
+    bundle = Bundle.open(config.out)
+    check = bundle.manifest.self_check
+    assert check is not None
+    several = 2 * 6  # entities with two images
+    assert check.left_out.queries == several
+    assert check.views.queries == 2 * (len(catalog.images) - 6)
+    assert check.left_out.low <= 100 * check.left_out.right / several <= check.left_out.high
+    assert len(check.confused) == 5
+    assert bundle.calibration is not None or "right predictions" in check.no_confidence
+    few = export_bundle(dataclasses.replace(config, out=tmp_path / "few", limit=6))
+    assert few.self_check is not None
+    assert "and 30 are needed" in few.self_check.no_confidence
+    assert not few.calibrated
+    with Recognizer.open(tmp_path / "few", Settings(threads=1)) as recognizer:
+        (answer,) = recognizer.recognize_many([catalog.images["Q0"].read_bytes()])
+    assert isinstance(answer, Recognition)
+    assert (answer.predictions[0].entity_id, answer.abstained) == ("Q0", None)
 
 
 def test_an_interrupted_export_resumes_to_the_same_bytes(

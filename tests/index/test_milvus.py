@@ -26,7 +26,7 @@ from index.manifest import MANIFEST_FILE, Counts, Manifest
 from index.milvus import connect, load_bundle
 from index.milvus_view import MilvusEntities, MilvusView
 from index.store import StoredEntity, write_store
-from tests.conftest import write_small_bundle
+from tests.conftest import pool_by_mean, write_small_bundle
 
 Vector = npt.NDArray[np.float32]
 DIM = 16
@@ -131,6 +131,28 @@ def test_scores_are_cosines_of_the_best_image(entities: MilvusEntities, bundle: 
     np.testing.assert_allclose(
         np.sort(view.images_of(3), axis=0), np.sort(bundle.index().images_of(3), axis=0), atol=1e-6
     )
+
+
+def test_a_pooled_bundle_has_the_results_of_faiss(uri: str, bundle: Bundle, tmp_path: Path) -> None:
+    shutil.copytree(bundle.path, tmp_path / "pooled")
+    pool_by_mean(tmp_path / "pooled")
+    pooled, client = Bundle.open(tmp_path / "pooled"), connect(uri)
+    assert load_bundle(client, pooled, "Flat") == ENTITIES < pooled.manifest.counts.embeddings
+    counts = pooled.manifest.counts.model_copy(update={"entities": ENTITIES + 1})
+    lacking = replace(pooled, manifest=pooled.manifest.model_copy(update={"counts": counts, "name": "lacking"}))
+    with pytest.raises(UserError, match="1 entities have no image"):
+        load_bundle(client, lacking)
+    client.close()
+    queries_BD = vectors(20, seed=52)
+    with pooled.store() as store:
+        entities = MilvusEntities(uri, pooled, store)
+        view = MilvusView(entities)
+        for found, expected in zip(view.search(queries_BD, 10), pooled.index().search(queries_BD, 10), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_array_equal(view.images_of(3), bundle.index().images_of(3))
+        entities.put(entity("Q3"), vectors(1, seed=53)[0], None)
+        assert len(MilvusView(entities).images_of(view.get("Q3").row)) == 1
+        entities.close()
 
 
 def test_records_titles_and_unknown_entities(entities: MilvusEntities) -> None:

@@ -13,16 +13,23 @@ import pytest
 from core.errors import BundleAltered, UserError
 from index import search
 from index.build import build_index
-from index.embeddings import EmbeddingShards, write_shard
+from index.embeddings import EmbeddingShards, Pooling, pooled, write_shard
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
 from index.store import Selection
 
 DIM = 24
+ATOL: dict[Pooling, float] = {"nearest": 1e-5, "mean": 5e-4}  # means are rounded to float16
 
 
 def make(
-    folder: Path, rows_N: list[int], *, factory: str = "Flat", seed: int = 0, shard_size: int = 97
+    folder: Path,
+    rows_N: list[int],
+    *,
+    factory: str = "Flat",
+    seed: int = 0,
+    shard_size: int = 97,
+    pooling: Pooling = "nearest",
 ) -> tuple[EntityIndex, EmbeddingShards]:
     rng = np.random.default_rng(seed)
     vectors_ND = rng.normal(size=(len(rows_N), DIM)).astype(np.float32)
@@ -32,8 +39,9 @@ def make(
         part = slice(start, start + shard_size)
         write_shard(folder / "embeddings", shard, np.array(rows_N[part], np.int64), vectors_ND[part])
     embeddings = EmbeddingShards(folder / "embeddings", DIM)
-    manifest = build_index(folder, embeddings, factory=factory)
-    return EntityIndex.read(folder / INDEX_FILE, embeddings, manifest.parameters), embeddings
+    searched = pooled(embeddings, pooling)
+    manifest = build_index(folder, searched, factory=factory)
+    return EntityIndex.read(folder / INDEX_FILE, searched, manifest.parameters), embeddings
 
 
 def queries(count: int, seed: int = 1) -> npt.NDArray[np.float32]:
@@ -41,15 +49,27 @@ def queries(count: int, seed: int = 1) -> npt.NDArray[np.float32]:
 
 
 def slow_search(
-    embeddings: EmbeddingShards, query_D: npt.NDArray[Any], top_k: int, selection: Selection | None = None
+    embeddings: EmbeddingShards,
+    query_D: npt.NDArray[Any],
+    top_k: int,
+    selection: Selection | None = None,
+    pooling: Pooling = "nearest",
 ) -> list[tuple[int, float]]:
     best: dict[int, float] = {}
-    for row, vector_D in zip(embeddings.rows_N.tolist(), np.concatenate(list(embeddings)), strict=True):
+    all_ND = np.concatenate(list(embeddings))
+    for row, image_D in zip(embeddings.rows_N.tolist(), all_ND, strict=True):
         if selection is not None and not selection.allowed_E[row]:
             continue
+        vector_D = mean_of(all_ND[embeddings.rows_N == row]) if pooling == "mean" else image_D
         cosine = float(vector_D @ query_D / np.linalg.norm(vector_D) / np.linalg.norm(query_D))
         best[row] = max(cosine, best.get(row, -2.0))
     return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+
+
+def mean_of(images_ID: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the mean as a bundle would store it."""
+    mean_D = images_ID.mean(axis=0)
+    return (mean_D / np.linalg.norm(mean_D)).astype(np.float16).astype(np.float32)
 
 
 CATALOGS = {
@@ -60,22 +80,23 @@ CATALOGS = {
 }
 
 
+@pytest.mark.parametrize("pooling", ["nearest", "mean"])
 @pytest.mark.parametrize("top_k", [1, 5, 100])
 @pytest.mark.parametrize("rows_N", CATALOGS.values(), ids=CATALOGS.keys())
-def test_exact_search_equals_a_slow_loop(tmp_path: Path, rows_N: list[int], top_k: int) -> None:
-    index, embeddings = make(tmp_path, rows_N)
+def test_exact_search_equals_a_slow_loop(tmp_path: Path, rows_N: list[int], top_k: int, pooling: Pooling) -> None:
+    index, embeddings = make(tmp_path, rows_N, pooling=pooling)
     queries_BD = queries(7)
     rows_BK, scores_BK = index.search(queries_BD, top_k)
     assert rows_BK.shape == scores_BK.shape == (7, top_k)
     for query_D, rows_K, scores_K in zip(queries_BD, rows_BK, scores_BK, strict=True):
-        expected = slow_search(embeddings, query_D, top_k)
+        expected = slow_search(embeddings, query_D, top_k, pooling=pooling)
         found = rows_K[rows_K >= 0]
         assert found.tolist() == [row for row, _ in expected]
-        np.testing.assert_allclose(scores_K[: len(found)], [score for _, score in expected], atol=1e-5)
+        np.testing.assert_allclose(scores_K[: len(found)], [score for _, score in expected], atol=ATOL[pooling])
         assert np.all(rows_K[len(found) :] == -1)
 
 
-@pytest.mark.parametrize("images_each", [1, 2])
+@pytest.mark.parametrize(("images_each", "pooling"), [(1, "nearest"), (2, "nearest"), (2, "mean")])
 @pytest.mark.parametrize(
     "factory",
     [
@@ -90,16 +111,17 @@ def test_exact_search_equals_a_slow_loop(tmp_path: Path, rows_N: list[int], top_
     ],
 )
 def test_any_factory_gives_true_cosines_and_mostly_the_right_entities(
-    tmp_path: Path, factory: str, images_each: int
+    tmp_path: Path, factory: str, images_each: int, pooling: Pooling
 ) -> None:
-    index, embeddings = make(tmp_path, [row for row in range(600) for _ in range(images_each)], factory=factory)
+    rows_N = [row for row in range(600) for _ in range(images_each)]
+    index, embeddings = make(tmp_path, rows_N, factory=factory, pooling=pooling)
     queries_BD = queries(20)
     rows_BK, scores_BK = index.search(queries_BD, 10)
     overlap = 0
     for query_D, rows_K, scores_K in zip(queries_BD, rows_BK, scores_BK, strict=True):
-        truth = dict(slow_search(embeddings, query_D, 1000))
+        truth = dict(slow_search(embeddings, query_D, 1000, pooling=pooling))
         assert len(set(rows_K.tolist())) == 10
-        np.testing.assert_allclose(scores_K, [truth[row] for row in rows_K.tolist()], atol=1e-5)
+        np.testing.assert_allclose(scores_K, [truth[row] for row in rows_K.tolist()], atol=ATOL[pooling])
         assert np.all(np.diff(scores_K) <= 0)
         overlap += len(set(rows_K.tolist()) & set(list(truth)[:10]))
     assert overlap >= 0.5 * 200
@@ -157,6 +179,22 @@ def test_one_search_suffices_for_entities_with_many_images(tmp_path: Path) -> No
     index.candidates.search = counted  # type: ignore[method-assign]
     index.search(queries(1), 10)
     assert asked[0] >= 50
+
+
+@pytest.mark.parametrize("shard_size", [3, 50, 1000])
+def test_means_are_those_of_stored_images_whatever_the_shards(tmp_path: Path, shard_size: int) -> None:
+    """Entities cross shards, fill several, or have gaps between them."""
+    rows_N = [0] * 7 + [2, 2, 3] + [5] * 4 + [row for row in range(6, 40) for _ in range(row % 3)]
+    _, images = make(tmp_path, rows_N, shard_size=shard_size)
+    means = pooled(images, "mean")
+    all_ND = np.concatenate(list(images))
+    expected = [mean_of(all_ND[images.rows_N == row]) for row in means.rows_N]
+    assert means.rows_N.tolist() == sorted(set(rows_N))
+    np.testing.assert_allclose(np.concatenate(list(means)), expected, atol=5e-4)
+    order = np.random.default_rng(0).permutation(len(means))
+    np.testing.assert_array_equal(means.at(order), np.concatenate(list(means))[order])
+    np.testing.assert_array_equal(means.images_of(5), all_ND[10:14])
+    assert means.images_of(1).shape == (0, DIM)
 
 
 def test_a_selection_applies_to_one_call_only(tmp_path: Path) -> None:

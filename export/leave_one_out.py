@@ -1,0 +1,181 @@
+"""Search for a catalog's own images, each with itself left out, to fit confidence without labelled queries.
+
+The entity of a query is scored by its other images. An entity with a single image is queried with changed views of it,
+which are easier to recognise than other photographs are. Only for exports without a checkpoint: there, queries and
+entities have the same embeddings.
+
+Shapes: N queries, V of them views, F = K + 1 results, I other images of an entity, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from catalog.images import ImageReader
+from core.arrays import BoolArray, Float32Array, Float64Array, Int64Array, Pixels
+from core.statistics import wilson_interval
+from export.calibrate import LabelledSearch, NotFitted, calibrate, embed_images, search_embeddings
+from export.config import ExportConfig
+from export.model import ImageModel
+from export.pooling import image_numbers
+from export.precision import catalog_images
+from export.shards import EntityImages
+from export.views import changed_view
+from index.calibration import CANDIDATES, Calibration
+from index.embeddings import Embeddings, Pooling
+from index.manifest import ConfusedPair, SelfCheck, Share
+from index.search import EntityIndex
+from index.store import EntityStore
+
+_MAX_IMAGES = 4096  # searched with themselves left out
+_MAX_VIEWED = 256  # entities with a single image
+_VIEWS = 2  # of each of them
+_MIN_QUERIES = 30
+_PAIRS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnQueries:
+    """Queries made from the catalog's images. `position_N` is that of the image left out, or -1 for a view."""
+
+    own_N: Int64Array
+    position_N: Int64Array
+    embeddings_ND: Float32Array
+
+
+def own_queries(
+    config: ExportConfig, model: ImageModel, images: Embeddings, sample: Sequence[EntityImages]
+) -> OwnQueries:
+    """Return stored images of entities with several, and embed views of the sampled entities with a single one."""
+    _, count_N = image_numbers(images.rows_N)
+    several_N = np.flatnonzero(count_N > 1)
+    if len(several_N) > _MAX_IMAGES:
+        several_N = np.sort(np.random.default_rng(0).choice(several_N, _MAX_IMAGES, replace=False))
+    single = set(images.rows_N[count_N == 1].tolist())
+    viewed = [entity for entity in sample if entity[0] in single][:_MAX_VIEWED]
+    rows: list[int] = []
+
+    def views() -> Iterator[Pixels]:
+        for row, pixels_HW3 in catalog_images(ImageReader(config.images), model.image_encoder.preprocessing, viewed):
+            for number in range(_VIEWS):
+                rows.append(row)
+                yield changed_view(pixels_HW3, (row, number))
+
+    shown = tqdm(views(), desc="views", unit="image", total=_VIEWS * len(viewed), disable=not config.progress)
+    embeddings_VD = embed_images(shown, config, model)
+    return OwnQueries(
+        own_N=np.concatenate([images.rows_N[several_N], np.array(rows, np.int64)]),
+        position_N=np.concatenate([several_N, np.full(len(rows), -1)]),
+        embeddings_ND=np.concatenate([images.at(several_N), embeddings_VD]),
+    )
+
+
+def search_own(
+    queries: OwnQueries, config: ExportConfig, index: EntityIndex, images: Embeddings, pooling: Pooling
+) -> LabelledSearch:
+    """Search for queries, with the score of their own entity replaced by that of its other images."""
+    rows_NF, scores_NF = search_embeddings(queries.embeddings_ND, config, index, CANDIDATES + 2)
+    left_out_N = queries.position_N >= 0
+    hidden_NF = left_out_N[:, None] & (rows_NF == queries.own_N[:, None])
+    scores_NF[hidden_NF] = np.nan
+    own_scores_N = np.full(len(left_out_N), np.nan)
+    for query in np.flatnonzero(left_out_N):
+        position, own = queries.position_N[query], int(queries.own_N[query])
+        first, end = np.searchsorted(images.rows_N, [own, own + 1])
+        others_ID = images.at(np.delete(np.arange(first, end), position - first))
+        own_scores_N[query] = score_of_others(queries.embeddings_ND[query], others_ID, pooling)
+    scores_NF = np.concatenate([scores_NF, own_scores_N[:, None]], axis=1)
+    rows_NF = np.concatenate([rows_NF, queries.own_N[:, None]], axis=1)
+    order_NF = np.argsort(-scores_NF, axis=1, kind="stable")[:, : CANDIDATES + 1]  # NaN is last
+    scores_NF = np.take_along_axis(scores_NF, order_NF, axis=1)
+    rows_NF = np.where(np.isnan(scores_NF), -1, np.take_along_axis(rows_NF, order_NF, axis=1))
+    return LabelledSearch(
+        own_N=queries.own_N,
+        group_N=queries.own_N,
+        rows_NF=rows_NF,
+        scores_NF=scores_NF,
+        embeddings_ND=queries.embeddings_ND,
+    )
+
+
+def score_of_others(query_D: Float32Array, others_ID: Float32Array, pooling: Pooling) -> float:
+    """Return the score of an entity by its other images.
+
+    A mean of fewer images scores lower, so that of n - 1 is corrected: as if the missing image were as similar to the
+    query and to the others as these are to the query.
+    """
+    scores_I = others_ID.astype(np.float64) @ query_D
+    if pooling == "nearest":
+        return float(scores_I.max())
+    count, mean = len(scores_I), float(scores_I.mean())
+    length = float(np.linalg.norm(others_ID.sum(axis=0, dtype=np.float64)))
+    return float((count + 1) * mean / max(np.sqrt(length**2 + 1 + 2 * count * mean), 1e-12))
+
+
+def check_catalog(
+    queries: OwnQueries, found: LabelledSearch, config: ExportConfig, model: ImageModel, index: EntityIndex,
+    store: EntityStore,
+) -> tuple[SelfCheck, Calibration | None]:  # fmt: skip
+    """Return how well the catalog tells its entities apart, and a calibration if one can be fitted."""
+    right_N = found.rows_NF[:, 0] == found.own_N
+    calibration, reason = None, ""
+    if index.entity_count < 2:
+        reason = "the catalog has a single entity with an image"
+    elif len(right_N) < _MIN_QUERIES:
+        reason = f"the catalog's images give {len(right_N)} queries, and {_MIN_QUERIES} are needed"
+    else:
+        try:
+            calibration = calibrate(found, config, model, index)
+        except NotFitted as error:
+            reason = str(error)
+    left_out_N = queries.position_N >= 0
+    check = SelfCheck(
+        left_out=_share(right_N[left_out_N]),
+        views=_share(right_N[~left_out_N]),
+        confused=tuple(_describe(*each, store) for each in confused_pairs(found.own_N, found.rows_NF, found.scores_NF)),
+        no_confidence=reason,
+    )
+    return check, calibration
+
+
+def _share(right_N: BoolArray) -> Share:
+    right, queries = int(right_N.sum()), len(right_N)
+    low, high = (round(100 * bound, 2) for bound in wilson_interval(right, queries))
+    return Share(right=right, queries=queries, low=low, high=high)
+
+
+def _describe(pair: tuple[int, int], errors: int, similarity: float, store: EntityStore) -> ConfusedPair:
+    one, other = store.by_rows(pair)
+    return ConfusedPair(
+        entity_ids=(one.entity_id, other.entity_id),
+        titles=(one.title, other.title),
+        errors=errors,
+        similarity=similarity,
+    )
+
+
+def confused_pairs(
+    own_N: Int64Array, rows_NF: Int64Array, scores_NF: Float64Array
+) -> list[tuple[tuple[int, int], int, float]]:
+    """Return the pairs of entity rows with the most errors between them, their errors and their similarity.
+
+    Of pairs with equally many errors, the most similar ones are first. A query counts for its own entity and the best
+    other one. The similarity is the mean score of that one.
+    """
+    errors: dict[tuple[int, int], int] = defaultdict(int)
+    scores: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for own, rows_F, scores_F in zip(own_N.tolist(), rows_NF, scores_NF, strict=True):
+        others_F = np.flatnonzero((rows_F != own) & (rows_F >= 0))
+        if len(others_F):
+            other = int(rows_F[others_F[0]])
+            pair = (min(own, other), max(own, other))
+            errors[pair] += int(others_F[0] == 0)
+            scores[pair].append(float(scores_F[others_F[0]]))
+    similarity = {pair: round(float(np.mean(of_pair)), 4) for pair, of_pair in scores.items()}
+    worst = sorted(scores, key=lambda pair: (-errors[pair], -similarity[pair], pair))[:_PAIRS]
+    return [(pair, errors[pair], similarity[pair]) for pair in worst]
