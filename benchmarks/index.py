@@ -74,7 +74,7 @@ def measure(
 ) -> dict[str, object]:
     """Measure the bundle's own index, then `vectors` synthetic embeddings of width `dim`."""
     bundle = Bundle.open(bundle_path)
-    index, embeddings = bundle.index(), bundle.embeddings()
+    index, embeddings = bundle.index(), bundle.searched()
     own_dim = bundle.manifest.embedding_dim
     rng = np.random.default_rng(0)
     # Queries are close to embeddings; random directions would be far from all of them.

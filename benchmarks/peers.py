@@ -132,7 +132,7 @@ def environment_python(peer: str, *, install: bool) -> Path:
 
 def _write_shared_files(bundle: Bundle, work: Path) -> dict[str, Any]:
     """Write the vectors and their entity ids, and return the part of the job that all peers share."""
-    embeddings = bundle.embeddings()
+    embeddings = bundle.searched()
     np.save(work / "vectors.npy", np.concatenate(list(embeddings)))
     with bundle.store() as store:
         ids = [entity.entity_id for entity in store.by_rows(embeddings.rows_N.tolist())]

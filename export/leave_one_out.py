@@ -1,7 +1,7 @@
 """Search for a catalog's own images, each with itself left out, to fit confidence without labelled queries.
 
-The entity of a query is scored by its other images. An entity with a single image is queried with changed views of it,
-which are easier to recognise than other photographs are. Only for exports without a checkpoint: there, queries and
+The entity of a query is scored by its other images. An entity with a single image is queried with changed views of it:
+close-ups, which only resemble other photographs. Only for exports without a checkpoint: there, queries and
 entities have the same embeddings.
 
 Shapes: N queries, V of them views, F = K + 1 results, I other images of an entity, D embedding width.
@@ -22,7 +22,7 @@ from core.statistics import wilson_interval
 from export.calibrate import LabelledSearch, NotFitted, calibrate, embed_images, search_embeddings
 from export.config import ExportConfig
 from export.model import ImageModel
-from export.pooling import image_numbers
+from export.pooling import image_count, image_numbers
 from export.precision import catalog_images
 from export.shards import EntityImages
 from export.views import changed_view
@@ -56,8 +56,7 @@ def own_queries(
     several_N = np.flatnonzero(count_N > 1)
     if len(several_N) > _MAX_IMAGES:
         several_N = np.sort(np.random.default_rng(0).choice(several_N, _MAX_IMAGES, replace=False))
-    single = set(images.rows_N[count_N == 1].tolist())
-    viewed = [entity for entity in sample if entity[0] in single][:_MAX_VIEWED]
+    viewed = [entity for entity in sample if image_count(images.rows_N, entity[0]) == 1][:_MAX_VIEWED]
     rows: list[int] = []
 
     def views() -> Iterator[Pixels]:

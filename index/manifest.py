@@ -160,8 +160,8 @@ class ConfusedPair(Record):
 class SelfCheck(Record):
     """How well a catalog tells its own entities apart, measured by an export without checkpoint and validation queries.
 
-    `left_out` are images of entities with several, each searched without itself. `views` are changed copies of the only
-    image of an entity, which are easier. `no_confidence` says why there is no calibration. It is empty if there is one.
+    `left_out` are images of entities with several, each searched without itself. `views` are close-ups made from
+    the only image of an entity. `no_confidence` says why there is no calibration. It is empty if there is one.
     """
 
     left_out: Share

@@ -64,7 +64,7 @@ def self_check_lines(check: SelfCheck) -> list[str]:
     """Describe how well a catalog tells its own entities apart."""
     kinds = {
         f"{check.left_out.queries} images, each searched without itself": check.left_out,
-        f"{check.views.queries} changed views of entities with one image (easier than other images)": check.views,
+        f"{check.views.queries} close-ups of entities with a single image": check.views,
     }
     lines = [
         f"found {100 * share.right / share.queries:.1f} % of {what} (95 % interval {share.low:.1f} to {share.high:.1f})"
