@@ -36,15 +36,13 @@ def up(
     from catalog.folder import FolderConfig, check_folder, jsonl, read_folder, report_lines
     from core.errors import UserError
     from core.files import atomic_write_bytes
+    from index.manifest import MANIFEST_FILE
 
     check_folder(folder)
+    if not (out / MANIFEST_FILE).exists():
+        from model.encoders import open_image_encoder
 
-    from export.cli import summary_lines
-    from export.config import ExportConfig
-    from export.pipeline import export_bundle
-    from model.encoders import open_image_encoder
-
-    open_image_encoder(image_encoder)  # fails before the long work
+        open_image_encoder(image_encoder)  # fails before the long work
     shown = sys.stderr.isatty()
     catalog = FolderConfig(folder=folder, table=table, out=out.with_name(f"{out.name}.catalog.jsonl"), progress=shown)
     found = read_folder(catalog, ours=[out])
@@ -55,17 +53,24 @@ def up(
         )
     atomic_write_bytes(catalog.out, rows)
     click.echo("\n".join(report_lines(found, catalog)))
-    config = ExportConfig(
-        catalog=catalog.out,
-        out=out,
-        image_encoder=image_encoder,
-        rejected=tuple(found.rejected),
-        thumbnail_px=_THUMBNAIL_PX,
-        store_text=True,
-        resume=True,
-        progress=shown,
-    )
-    click.echo("\n".join(summary_lines(export_bundle(config), config)))
+    lines = _finished_lines(out, catalog.out, image_encoder)
+    if lines is None:
+        from export.cli import summary_lines
+        from export.config import ExportConfig
+        from export.pipeline import export_bundle
+
+        config = ExportConfig(
+            catalog=catalog.out,
+            out=out,
+            image_encoder=image_encoder,
+            rejected=tuple(found.rejected),
+            thumbnail_px=_THUMBNAIL_PX,
+            store_text=True,
+            resume=True,
+            progress=shown,
+        )
+        lines = list(summary_lines(export_bundle(config), config))
+    click.echo("\n".join(lines))
     if address is None:
         return
     host, port = address
@@ -74,6 +79,29 @@ def up(
     # A new program in this process: the service needs no torch. With -P, folders here do not shadow packages.
     serve = ["serve", "--bundle", str(out), "--port", str(port)]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "wikiclip", *serve])
+
+
+def _finished_lines(out: Path, catalog: Path, image_encoder: str) -> list[str] | None:
+    """Describe the bundle if it was made from this catalog and encoder. Otherwise, return None. No torch is loaded.
+
+    A bundle does not record the folder of an encoder file, so export has to compare such an encoder itself.
+    """
+    from core.files import sha256_file
+    from index.bundle import Bundle
+    from index.manifest import MANIFEST_FILE
+    from index.report import self_check_lines
+
+    if not (out / MANIFEST_FILE).exists():
+        return None
+    bundle = Bundle.open(out)
+    manifest = bundle.manifest
+    if (manifest.export.get("catalog_sha256"), manifest.model.get("image_encoder")) != (
+        sha256_file(catalog),
+        image_encoder,
+    ):
+        return None
+    check = manifest.self_check
+    return [f"bundle {out} ({bundle.fingerprint}) is complete", *(self_check_lines(check) if check else ())]
 
 
 def _free_address(bundle: Path, port: int | None) -> tuple[str, int]:

@@ -39,8 +39,8 @@ class PageRun:
 
 @pytest.fixture(scope="session")
 def run_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., PageRun]]:
-    """Runs the ```sh blocks of a page. A block that is `wikiclip serve ...` stays up until all pages have been run; it
-    gets a free port, and later blocks ask there instead of at port 8000."""
+    """Runs the ```sh blocks of a page. A block that is `wikiclip serve ...` or `wikiclip up ...` stays up until all
+    pages have been run. It gets a free port, and later blocks ask there instead of at port 8000."""
     with ExitStack() as services:
 
         def run(page: str, **environment: str) -> PageRun:
@@ -59,7 +59,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
             address = SHOWN_ADDRESS
             for block in RUN_BLOCK.findall((ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")):
                 done.blocks.append(block)
-                if re.match(r"(\w+=\S+ )*wikiclip serve ", block):
+                if re.match(r"(\w+=\S+ )*wikiclip (serve|up) ", block):
                     address = services.enter_context(served(block, folder, {**env, "WIKICLIP_PORT": "0"}))
                     done.printed.append("")
                     continue
@@ -78,7 +78,7 @@ def run_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[...,
 @contextmanager
 def served(block: str, folder: Path, env: dict[str, str]) -> Iterator[str]:
     """The address of the service that a block starts, once it is ready."""
-    command = ["bash", "-euc", re.sub(r"(?=wikiclip serve )", "exec ", block, count=1)]
+    command = ["bash", "-euc", re.sub(r"(?=wikiclip (serve|up) )", "exec ", block, count=1)]
     with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         log: list[str] = []

@@ -30,13 +30,13 @@ def test_the_catalog_is_as_large_as_the_page_says(tutorial: PageRun) -> None:
 
 def test_pictures_of_ones_own_are_recognised(tutorial: PageRun) -> None:
     asked = tutorial.after("wikiclip recognize")
-    assert first_answers(asked)[:2] == ["Harbour Rowers", "Harbour Rowers"]
+    assert first_answers(asked)[0] == "Harbour Rowers"
     assert first_answers(asked)[-1] == "Flag of Sweden"
     assert re.search(r"^ +1 +0\.\d+ +100 %  ", asked, flags=re.MULTILINE)
     assert re.search(r"demo/example\.jpg   \(probably not in the catalog\)\n +1 +0\.\d+ +[A-Z]", asked)
-    (everything,) = re.findall(r"^all +(\d+) +([\d.]+)", tutorial.after("wikiclip evaluate"), flags=re.MULTILINE)
-    assert everything[0] == "20"
-    assert float(everything[1]) >= 90
+    evaluated = re.findall(r"^all +(\d+) +([\d.]+)", tutorial.after("wikiclip evaluate"), flags=re.MULTILINE)
+    assert [queries for queries, _ in evaluated] == ["20", "20"]  # without training, and with it
+    assert min(float(share) for _, share in evaluated) >= 90
 
 
 def test_the_service_answers_as_the_page_shows(tutorial: PageRun) -> None:
@@ -47,4 +47,4 @@ def test_the_service_answers_as_the_page_shows(tutorial: PageRun) -> None:
 
 def test_what_it_leaves_is_what_it_says(tutorial: PageRun) -> None:
     assert "<html" in (tutorial.folder / "mine" / "report.html").read_text(encoding="utf-8")
-    assert {path.name for path in tutorial.folder.iterdir()} >= {"pictures", "mine"}
+    assert {path.name for path in tutorial.folder.iterdir()} >= {"pictures", "pictures-bundle", "mine"}
