@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     import faiss as faiss  # noqa: PLC0414 - re-exported
     import onnxruntime as onnxruntime  # noqa: PLC0414 - re-exported
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # parameters of glibc's mallopt, from malloc.h
+# Parameters of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_NEVER = 2**31 - 1  # bytes, the largest value that mallopt takes
 _DEFAULT_THRESHOLD, _MAX_MMAP_THRESHOLD = 128 * 1024, 32 * 1024**2  # bytes, glibc's own values
 _SERVING_TRIM_THRESHOLD = 16 * 1024**2  # with less, the heap of a large request body is returned and faulted in again
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -86,6 +88,18 @@ def returnable_memory() -> Iterator[None]:
     finally:
         mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
         mallopt(_M_TRIM_THRESHOLD, _SERVING_TRIM_THRESHOLD)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep freed blocks of any size for later ones. For programs that run torch on a CPU and then end.
+
+    By default, glibc returns each large block to the system, and every batch of an encoder faults its memory in again.
+    Other C libraries are left alone.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, _NEVER)
 
 
 def usable_cores() -> int:

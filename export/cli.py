@@ -79,6 +79,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     """
     from dataclasses import asdict
 
+    from core.runtime import keep_freed_memory
     from export.config import ExportConfig
     from export.pipeline import export_bundle
     from index.manifest import Record
@@ -90,6 +91,7 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
         estimate = estimate_export(config)
         click.echo(json.dumps(asdict(estimate)) if as_json else "\n".join(estimate_lines(estimate, config)))
         return
+    keep_freed_memory()
     summary = export_bundle(config)
     if as_json:
         click.echo(json.dumps(asdict(summary), default=Record.model_dump))

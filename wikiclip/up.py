@@ -55,10 +55,12 @@ def up(
     click.echo("\n".join(report_lines(found, catalog)))
     lines = _finished_lines(out, catalog.out, image_encoder)
     if lines is None:
+        from core.runtime import keep_freed_memory
         from export.cli import summary_lines
         from export.config import ExportConfig
         from export.pipeline import export_bundle
 
+        keep_freed_memory()
         config = ExportConfig(
             catalog=catalog.out,
             out=out,
