@@ -66,7 +66,6 @@ def test_every_operation(serve, small_bundle, small_images, tmp_path, way):
         assert stored.request_id not in ("", added.request_id)
         assert [each.title for each in call(lambda client: client.search_entities("oka")).entities] == ["Okapi"]
         assert len(call(lambda client: client.sample_entities(limit=2)).entities) == 2
-        assert len(call(lambda client: client.sample_entities(limit=3)).entities) == 3
         assert call(lambda client: client.delete_entity("new/okapi?")) is None
         with pytest.raises(wikiclip.NotFound) as gone:
             call(lambda client: client.get_entity("new/okapi?"))
