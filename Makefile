@@ -24,7 +24,7 @@ PINNED  := pyproject.toml requirements.lock
 test quick: export OMP_NUM_THREADS := 1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
+.PHONY: help demo demo-photos setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,15 @@ help:  ## list the targets
 demo: $(SERVING)  ## install the serving packages, then serve the demo bundle (PORT=8000, HOST=127.0.0.1)
 	@echo "serving the demo on http://$(HOST):$(PORT)"
 	@exec $(BIN)/wikiclip serve --bundle demo/bundle --host $(HOST) --port $(PORT) $(ARGS)
+
+demo-photos: $(ALL)  ## recognise real photographs: build a bundle from Debian's packages, then serve it (PHOTOS=FOLDER: of your own)
+ifdef PHOTOS
+	@WIKICLIP_HOST=$(HOST) $(BIN)/wikiclip up "$(PHOTOS)" --out "build/$$(basename "$(PHOTOS)")-bundle" --port $(PORT) $(ARGS)
+else
+	@$(BIN)/python -m demo.photos
+	@echo "serving the photo demo on http://$(HOST):$(PORT)"
+	@exec $(BIN)/wikiclip serve --bundle build/photos/bundle --host $(HOST) --port $(PORT) $(ARGS)
+endif
 
 setup: $(ALL)  ## create .venv with everything: serving, export, training, demo and test extras
 	@if command -v npm > /dev/null; then $(MAKE) --no-print-directory node; \

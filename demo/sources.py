@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,6 +72,29 @@ def fetch_package(package: str, version: str, folder: Path) -> None:
     archive.unlink()
 
 
+def fetch_debian_package(package: str, folder: Path) -> Path:
+    """Download and unpack a Debian package into `folder/PACKAGE`, unless it is there, without installing it.
+
+    apt checks it against the signed index of the machine's Debian or Ubuntu. Raises `UserError`.
+    """
+    target = folder / package
+    if target.is_dir():
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
+        for command in (["apt-get", "download", "-q", package], ["dpkg-deb", "-x", "*.deb", "content"]):
+            arguments = [str(next(Path(partial).glob(each))) if "*" in each else each for each in command]
+            try:
+                subprocess.run(arguments, cwd=partial, capture_output=True, text=True, check=True)
+            except FileNotFoundError:
+                raise UserError(f"{command[0]} is not installed, so {package} of Debian cannot be fetched") from None
+            except subprocess.CalledProcessError as error:
+                reason = error.stderr.strip().splitlines()[-1:]
+                raise UserError(f"{command[0]} could not fetch {package}: {' '.join(reason)}") from error
+        (Path(partial) / "content").rename(target)
+    return target
+
+
 @dataclass(frozen=True)
 class IconSet:
     """One artist's drawings, in an Iconify JSON file."""
@@ -122,35 +146,52 @@ def render(svg: str) -> Image.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class Sense:
+    """A sense of a noun. `offset` is its place in `data.noun`: in WordNet 3.0, the number of ImageNet's ids."""
+
+    offset: int
     gloss: str
     hypernym: str | None
 
 
 class WordNet:
-    """Nouns with the gloss and hypernym of their first sense (file formats: wndb(5) of WordNet 3.1)."""
+    """Nouns with the glosses and hypernyms of their senses (file formats: wndb(5) of WordNet 3.0 and 3.1)."""
 
     def __init__(self, folder: Path) -> None:
         self._data = (folder / "data.noun").read_bytes()
-        self._first_sense: dict[str, int] = {}
+        self._senses: dict[str, list[int]] = {}
         with (folder / "index.noun").open(encoding="ascii") as file:
             for line in file:
                 if not line.startswith(" "):
                     fields = line.split()
-                    senses = int(fields[2])
-                    self._first_sense[fields[0]] = int(fields[-senses])
+                    self._senses[fields[0]] = [int(offset) for offset in fields[-int(fields[2]) :]]
 
-    def noun(self, phrase: str) -> Sense | None:
-        """Return the most frequent sense of a lower-case noun phrase, or None if WordNet lacks it."""
-        offset = self._first_sense.get(phrase.replace(" ", "_"))
-        if offset is None:
-            return None
-        facts, _, gloss = self._line(offset).partition("|")
-        fields = facts.split()
-        words = int(fields[3], 16)
-        pointers = fields[5 + 2 * words :]
-        parents = [int(pointers[i + 1]) for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i")]
-        hypernym = self._line(parents[0]).split()[4].replace("_", " ") if parents else None
-        return Sense(gloss=gloss.split('; "')[0].strip(), hypernym=hypernym)
+    def noun(self, phrase: str, kind: str | None = None) -> Sense | None:
+        """Return the most frequent sense of a lower-case noun phrase, or None if WordNet lacks it.
+
+        `kind` is the lexicographer file that the sense must be in, such as `05` for animals (lexnames(5)).
+        """
+        for offset in self._senses.get(phrase.replace(" ", "_"), ()):
+            facts, _, gloss = self._line(offset).partition("|")
+            if kind in (None, facts.split()[1]):
+                parents = self._hypernyms(offset)
+                hypernym = self._line(parents[0]).split()[4].replace("_", " ") if parents else None
+                return Sense(offset=offset, gloss=gloss.split('; "')[0].strip(), hypernym=hypernym)
+        return None
+
+    def ancestors(self, offset: int) -> set[int]:
+        """Return the offsets of all hypernyms of a sense, of their hypernyms, and so on."""
+        found: set[int] = set()
+        waiting = [offset]
+        while waiting:
+            new = [each for each in self._hypernyms(waiting.pop()) if each not in found]
+            found.update(new)
+            waiting.extend(new)
+        return found
+
+    def _hypernyms(self, offset: int) -> list[int]:
+        fields = self._line(offset).partition("|")[0].split()
+        pointers = fields[5 + 2 * int(fields[3], 16) :]
+        return [int(pointers[i + 1]) for i in range(0, len(pointers) - 3, 4) if pointers[i] in ("@", "@i")]
 
     def _line(self, offset: int) -> str:
         return self._data[offset : self._data.index(b"\n", offset)].decode("ascii")

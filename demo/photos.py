@@ -1,0 +1,160 @@
+"""Builds the photo demo under `build/photos/`: `python -m demo.photos`, or `make demo-photos`.
+
+- `packages/`: Debian's `tuxpaint-stamps-default` (pictures and sentences) and `wordnet-base`, unpacked
+- `catalog.jsonl`: the entities
+- `bundle/`: the bundle, with the image encoder `photo` and without training
+
+A second run leaves a complete bundle as it is. With `--queries`, natural photographs of the same things become queries
+for `wikiclip evaluate`. They are recognised by ImageNet's ids in their paths, such as `n02129165_0.jpg` or
+`n02129165/7.JPEG`: the id is the offset of a noun in WordNet 3.0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from catalog.formats import read_catalog, write_catalog
+from catalog.records import EntityRecord
+from core.cli import run
+from core.errors import UserError
+from core.files import atomic_write_bytes
+from core.jsonl import Rejected
+from demo.sources import WordNet, fetch_debian_package
+from demo.stamps import build_entities, find_sense, read_stamps
+from index.manifest import MANIFEST_FILE
+
+BUILD = Path("build/photos")
+_STAMPS, _WORDNET = "tuxpaint-stamps-default", "wordnet-base"
+_THUMBNAIL_PX = 256
+_IMAGENET_ID = re.compile(r"(?<!\w)n(\d{8})(?!\d)")
+
+# Things whose title, or its last words, means something else to WordNet.
+_OFFSETS = {
+    "bradley": 4389033,  # tank
+    "cep": 13054560,  # bolete
+    "colorful-rooster": 1514668,
+    "f-22-raptor": 4552348,  # warplane
+    "fireman": 7846,  # person
+    "green-pepper": 7720875,
+    "hammer": 3481172,
+    "paratrooper": 7846,
+    "peacock": 1806143,
+    "red-headed-cep": 13054560,
+    "ww2-german-gun": 4389033,
+    "yellow-pepper": 7720875,
+}
+
+
+@click.command()
+@click.option(
+    "--queries", "pictures", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="FOLDER",
+    help="Write build/photos/queries.jsonl for the photographs in this folder, with ImageNet's ids in their paths.",
+)  # fmt: skip
+def main(pictures: Path | None) -> None:
+    """Build the bundle of the photo demo. With --queries, also write queries to evaluate it with."""
+    bundle, catalog = BUILD / "bundle", BUILD / "catalog.jsonl"
+    if not (bundle / MANIFEST_FILE).exists():
+        build_catalog(catalog)
+        _export(catalog, bundle)
+    if pictures is not None:
+        records = [item for item in read_catalog(catalog) if not isinstance(item, Rejected)]
+        rows = list(find_queries(pictures, find_offsets(records, _wordnet()), _wordnet()))
+        write_queries(rows, BUILD / "queries.jsonl")
+
+
+def build_catalog(path: Path) -> None:
+    """Fetch the packages and write the catalog. Raises `UserError`."""
+    click.echo(f"fetching {_STAMPS} (161 MB) and {_WORDNET} from Debian, without installing them")
+    try:
+        stamps = fetch_debian_package(_STAMPS, BUILD / "packages") / "usr/share/tuxpaint/stamps"
+        fetch_debian_package(_WORDNET, BUILD / "packages")
+    except UserError as error:
+        raise UserError(f"{error.detail}; give a folder of your own pictures: make demo-photos PHOTOS=FOLDER") from None
+    records = build_entities(read_stamps(stamps), _wordnet())
+    write_catalog(path, (_with_paths_from(record, path.parent) for record in records))
+    click.echo(f"{path}: {len(records)} things with {sum(len(record.images) for record in records)} photographs")
+
+
+def _wordnet() -> WordNet:
+    return WordNet(BUILD / "packages" / _WORDNET / "usr/share/wordnet")
+
+
+def _with_paths_from(record: EntityRecord, folder: Path) -> EntityRecord:
+    return replace(record, images=tuple(os.path.relpath(image, folder) for image in record.images))
+
+
+def _export(catalog: Path, bundle: Path) -> None:
+    from export.config import ExportConfig
+    from export.pipeline import export_bundle
+
+    export_bundle(
+        ExportConfig(
+            catalog=catalog,
+            image_encoder="photo",
+            out=bundle,
+            resume=True,
+            thumbnail_px=_THUMBNAIL_PX,
+            store_text=True,
+            name="photos",
+            progress=True,
+        )
+    )
+
+
+def find_offsets(records: Iterable[EntityRecord], wordnet: WordNet) -> dict[str, tuple[int, bool]]:
+    """Map entity ids to the offset of WordNet's sense, and whether it is of the whole title: "Brown hen" is a hen."""
+    offsets = {}
+    for record in records:
+        words = record.title.split()
+        for start in range(len(words)):
+            sense = find_sense(" ".join(words[start:]), record.types[-1], wordnet)
+            if offset := _OFFSETS.get(record.entity_id, sense and sense.offset):
+                offsets[record.entity_id] = offset, start == 0
+                break
+    return offsets
+
+
+def find_queries(pictures: Path, offsets: Mapping[str, tuple[int, bool]], wordnet: WordNet) -> Iterator[dict[str, str]]:
+    """Yield a query for each photograph of a thing in the catalog, and of a thing unlike any in it.
+
+    If several entities have a sense, the one with the whole title counts. Photographs of narrower or broader things,
+    such as a poodle or a bird, are left out.
+    """
+    by_offset: dict[int, list[tuple[bool, str]]] = {}
+    for entity_id, (offset, whole) in offsets.items():
+        by_offset.setdefault(offset, []).append((whole, entity_id))
+    broader = set().union(*map(wordnet.ancestors, by_offset))
+    for path in sorted(pictures.rglob("*")):
+        found = _IMAGENET_ID.search(path.relative_to(pictures).as_posix())
+        if found is None or not path.is_file():
+            continue
+        offset = int(found[1])
+        same = sorted(by_offset.get(offset, []), reverse=True)
+        if same and (len(same) == 1 or same[0][0] > same[1][0]):
+            entity_id = same[0][1]
+        elif same or offset in broader or not by_offset.keys().isdisjoint(wordnet.ancestors(offset)):
+            continue
+        else:
+            entity_id = f"n{found[1]}"
+        yield {"data_id": path.stem, "image": str(path), "entity_id": entity_id, "data_split": "unseen"}
+
+
+def write_queries(rows: list[dict[str, str]], path: Path) -> None:
+    """Write queries with paths relative to their file, and say how to evaluate them."""
+    if not rows:
+        raise UserError("no picture has an ImageNet id in its path, such as n02129165_0.jpg; choose another folder")
+    lines = (json.dumps({**row, "image": os.path.relpath(row["image"], path.parent)}) + "\n" for row in rows)
+    atomic_write_bytes(path, "".join(lines).encode())
+    click.echo(f"{path}: {len(rows)} queries; evaluate them with:")
+    click.echo(f"wikiclip evaluate --bundle {BUILD / 'bundle'} --queries {path} --out {BUILD / 'predictions.jsonl'}")
+
+
+if __name__ == "__main__":
+    run(main)
