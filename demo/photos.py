@@ -2,6 +2,7 @@
 
 - `packages/`: Debian's `tuxpaint-stamps-default` (pictures and sentences) and `wordnet-base`, unpacked
 - `catalog.jsonl`: the entities
+- `made_up/`, `queries_made_up.jsonl`: the cut-out pictures on other backgrounds, to fit confidence on
 - `bundle/`: the bundle, with the image encoder `photo` and without training
 
 A second run leaves a complete bundle as it is. With `--queries`, natural photographs of the same things become queries
@@ -14,11 +15,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import click
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from catalog.formats import read_catalog, write_catalog
 from catalog.records import EntityRecord
@@ -32,7 +35,8 @@ from index.manifest import MANIFEST_FILE
 
 BUILD = Path("build/photos")
 _STAMPS, _WORDNET = "tuxpaint-stamps-default", "wordnet-base"
-_THUMBNAIL_PX = 256
+_THUMBNAIL_PX, _PHOTO_PX = 256, 260
+_BATCH, _JPEG_QUALITY = 32, 85
 _IMAGENET_ID = re.compile(r"(?<!\w)n(\d{8})(?!\d)")
 
 # Things whose title, or its last words, means something else to WordNet.
@@ -62,10 +66,11 @@ def main(pictures: Path | None) -> None:
     bundle, catalog = BUILD / "bundle", BUILD / "catalog.jsonl"
     if not (bundle / MANIFEST_FILE).exists():
         build_catalog(catalog)
+        photograph(_read(catalog), BUILD)
         _export(catalog, bundle)
     if pictures is not None:
-        records = [item for item in read_catalog(catalog) if not isinstance(item, Rejected)]
-        rows = list(find_queries(pictures, find_offsets(records, _wordnet()), _wordnet()))
+        wordnet = _wordnet()
+        rows = list(find_queries(pictures, find_offsets(_read(catalog), wordnet), wordnet))
         write_queries(rows, BUILD / "queries.jsonl")
 
 
@@ -80,6 +85,42 @@ def build_catalog(path: Path) -> None:
     records = build_entities(read_stamps(stamps), _wordnet())
     write_catalog(path, (_with_paths_from(record, path.parent) for record in records))
     click.echo(f"{path}: {len(records)} things with {sum(len(record.images) for record in records)} photographs")
+
+
+def photograph(records: Sequence[EntityRecord], build: Path) -> None:
+    """Write each entity's first picture as a photograph on a made-up background, and the queries that name them.
+
+    On white, where they are cut out, they would be much easier to recognise than natural photographs, and confidence
+    far too high.
+    """
+    import torch
+
+    from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
+
+    (build / "made_up").mkdir(exist_ok=True)
+    rows = []
+    for start in tqdm(range(0, len(records), _BATCH), desc="photographs", unit="batch"):
+        batch = records[start : start + _BATCH]
+        cut_outs = premultiply(torch.stack([to_tensor(_fit_square(Path(record.images[0]))) for record in batch]))
+        photographer = Photographer(start)
+        strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
+        for record, photo in zip(batch, photographer.photograph(cut_outs, _PHOTO_PX, strength), strict=True):
+            image = f"made_up/{record.entity_id}.jpg"
+            (build / image).write_bytes(to_jpeg(photo, _JPEG_QUALITY))
+            rows.append({"image": image, "entity_id": record.entity_id})
+    atomic_write_bytes(build / "queries_made_up.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _fit_square(path: Path) -> Image.Image:
+    """Return a cut-out picture in the middle of a transparent square."""
+    with Image.open(path) as image:
+        cut_out = image.convert("RGBA")
+    cut_out = cut_out.crop(cut_out.getchannel("A").getbbox())
+    return ImageOps.pad(cut_out, (_PHOTO_PX, _PHOTO_PX), color=(0, 0, 0, 0))
+
+
+def _read(catalog: Path) -> list[EntityRecord]:
+    return [item for item in read_catalog(catalog) if not isinstance(item, Rejected)]
 
 
 def _wordnet() -> WordNet:
@@ -98,8 +139,10 @@ def _export(catalog: Path, bundle: Path) -> None:
         ExportConfig(
             catalog=catalog,
             image_encoder="photo",
+            validation=BUILD / "queries_made_up.jsonl",
             out=bundle,
             resume=True,
+            shard_size=_BATCH,
             thumbnail_px=_THUMBNAIL_PX,
             store_text=True,
             name="photos",
