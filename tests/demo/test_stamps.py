@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from catalog.records import EntityRecord
-from demo.photos import find_offsets, find_queries
+from demo.photos import find_offsets, find_queries, photograph
 from demo.sources import WordNet
 from demo.stamps import build_entities, read_stamps
 
@@ -87,6 +88,17 @@ def test_catalog_of_stamps(stamps: Path, wordnet: WordNet) -> None:
     assert (by_id["cherry-stella"].title, by_id["cherry-stella"].titles) == ("Cherry Stella", {})
     assert by_id["saw"].types == ("art tools", "household")
     assert (by_id["saw"].description, by_id["saw"].titles) == ("Hand tool having a toothed blade", {})
+
+
+def test_made_up_photographs(tmp_path: Path) -> None:
+    image = np.zeros((60, 30, 4), np.uint8)
+    image[20:50, 10:20] = (255, 0, 0, 255)
+    Image.fromarray(image).save(tmp_path / "red.png")
+    photograph([EntityRecord(entity_id="red", title="Red", images=(str(tmp_path / "red.png"),))], tmp_path)
+    row = json.loads((tmp_path / "queries_made_up.jsonl").read_text())
+    assert row == {"image": "made_up/red.jpg", "entity_id": "red"}
+    with Image.open(tmp_path / row["image"]) as photo:
+        assert np.asarray(photo).std(axis=(0, 1)).min() > 5, "the background is not plain white"
 
 
 def test_queries_by_imagenet_ids(tmp_path: Path, wordnet: WordNet) -> None:
