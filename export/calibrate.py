@@ -51,7 +51,7 @@ class LabelledSearch:
     """What a search found for queries, and the entity that each shows.
 
     `own_N` holds entity rows, or -1 for entities outside the catalog. `group_N` numbers the entities. Each row of
-    `rows_NF` has one entity more than a calibration uses.
+    `rows_NF` has one entity more than a calibration uses. `made_up` queries are changed copies of the catalog's images.
     """
 
     own_N: IntArray
@@ -59,6 +59,7 @@ class LabelledSearch:
     rows_NF: IntArray
     scores_NF: Float64Array
     embeddings_ND: Float32Array
+    made_up: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,7 @@ def calibrate_on(
         rows_NF=rows_NF,
         scores_NF=scores_NF,
         embeddings_ND=validation.embeddings_ND,
+        made_up=config.validation_made_up,
     )
     try:
         return calibrate(found, config, model, index)
@@ -127,6 +129,7 @@ def calibrate(found: LabelledSearch, config: ExportConfig, model: ExportModel, i
         without_NK,
         group_N=found.group_N,
         outliers=SearchedQueries(scores_NK=outlier_scores_NF[:, :CANDIDATES], embeddings_ND=outliers_ND),
+        made_up=found.made_up,
         progress=config.progress,
     )
 
@@ -188,6 +191,7 @@ def add_open_set_model(
     group_N: IntArray,
     outliers: SearchedQueries,
     *,
+    made_up: bool = False,
     progress: bool = False,
 ) -> Calibration:
     """Fit an `OpenSetModel` to the same queries and to outliers, and the threshold to the model's probabilities.
@@ -214,6 +218,7 @@ def add_open_set_model(
             group_N=np.concatenate([group_N, group_N[left_out_N], group_N.max() + 1 + np.arange(outlier_count)]),
             weight_N=weight_M,
         ),
+        made_up=made_up,
         progress=progress,
     )
     used_N = np.flatnonzero(~np.isnan(probability_M[:query_count]))

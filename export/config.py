@@ -25,6 +25,7 @@ class ExportConfig:
     shard_size: int = 4096
     batch_size: int = 32
     validation: Path | None = None
+    validation_made_up: bool = False  # its queries are changed copies of the catalog's images
     name: str | None = None  # None: the name of the output folder
     thumbnail_px: int = 0  # 0: no thumbnails
     store_text: bool = False
@@ -88,6 +89,7 @@ def content_settings(
         **({"float16": True} if config.float16 else {}),  # absent when false, to keep older fingerprints
         "device": device,
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
+        **({"validation_made_up": True} if config.validation_made_up else {}),
     }
 
 

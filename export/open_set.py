@@ -57,8 +57,13 @@ class Examples:
         return Examples(**{name: values[chosen_N] for name, values in vars(self).items()})
 
 
-def fit_open_set_model(examples: Examples, *, progress: bool = False) -> tuple[OpenSetModel, Float64Array]:
+def fit_open_set_model(
+    examples: Examples, *, made_up: bool = False, progress: bool = False
+) -> tuple[OpenSetModel, Float64Array]:
     """Fit the model. Cross-validation over the groups chooses the penalty of the embedding's weights.
+
+    If the queries are `made_up`, the penalty is the largest: all are made in one way, so cross-validation would trust
+    their embeddings too much for other photographs.
 
     Also return each example's probability `[N]` under a fit without its group, to choose a threshold by. Of more than
     24,000 examples a random subset is used. The others have NaN.
@@ -73,7 +78,7 @@ def fit_open_set_model(examples: Examples, *, progress: bool = False) -> tuple[O
     fold_N = rng.permutation(len(groups))[group_N] % _FOLDS
     enough = len(in_catalog_N) >= _MIN_EXAMPLES and len(groups) >= _FOLDS
     best_loss, ridge, held_out_N = math.inf, math.inf, np.zeros(0)
-    candidates = _EMBEDDING_RIDGES if enough else _EMBEDDING_RIDGES[-1:]
+    candidates = _EMBEDDING_RIDGES if enough and not made_up else _EMBEDDING_RIDGES[-1:]
     for candidate in tqdm(candidates, desc="open set", unit="fit", disable=not progress):
         logit_N = np.empty(len(fold_N))
         for fold in range(_FOLDS):

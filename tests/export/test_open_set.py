@@ -64,6 +64,16 @@ def test_from_few_examples_or_noise_embeddings_learn_little() -> None:
         assert np.std(probabilities) < 0.07
 
 
+def test_embeddings_of_made_up_queries_count_less() -> None:
+    examples = _with_hard_ones(400, seed=3)
+    embeddings_ND = _on_sphere(np.random.default_rng(4), 200)
+    spread = []
+    for made_up in (False, True):
+        model, _ = fit_open_set_model(examples, made_up=made_up)
+        spread.append(np.std([model.probability(0.675, 0.3, embedding_D) for embedding_D in embeddings_ND]))
+    assert spread[1] < 0.7 * spread[0]
+
+
 def test_examples_of_a_group_are_held_out_together() -> None:
     """Only memorising each group's embedding helps here, which must not generalise to other groups."""
     rng = np.random.default_rng(4)
