@@ -5,7 +5,7 @@
 - `made_up/`, `queries_made_up.jsonl`: the cut-out pictures on other backgrounds, to fit confidence on
 - `bundle/`: the bundle, with the image encoder `photo` and without training
 
-A second run leaves a complete bundle as it is. With `--queries`, natural photographs of the same things become queries
+A second run makes what is missing. With `--queries`, natural photographs of the same things become queries
 for `wikiclip evaluate`. They are recognised by ImageNet's ids in their paths, such as `n02129165_0.jpg` or
 `n02129165/7.JPEG`: the id is the offset of a noun in WordNet 3.0.
 """
@@ -63,11 +63,13 @@ _OFFSETS = {
 )  # fmt: skip
 def main(pictures: Path | None) -> None:
     """Build the bundle of the photo demo. With --queries, also write queries to evaluate it with."""
-    bundle, catalog = BUILD / "bundle", BUILD / "catalog.jsonl"
-    if not (bundle / MANIFEST_FILE).exists():
+    bundle, catalog, made_up = BUILD / "bundle", BUILD / "catalog.jsonl", BUILD / "queries_made_up.jsonl"
+    if not catalog.exists():
         build_catalog(catalog)
-        photograph(_read(catalog), BUILD)
-        _export(catalog, bundle)
+    if not made_up.exists():
+        photograph(_read(catalog), made_up)
+    if not (bundle / MANIFEST_FILE).exists():
+        _export(catalog, made_up, bundle)
     if pictures is not None:
         wordnet = _wordnet()
         rows = list(find_queries(pictures, find_offsets(_read(catalog), wordnet), wordnet))
@@ -87,7 +89,7 @@ def build_catalog(path: Path) -> None:
     click.echo(f"{path}: {len(records)} things with {sum(len(record.images) for record in records)} photographs")
 
 
-def photograph(records: Sequence[EntityRecord], build: Path) -> None:
+def photograph(records: Sequence[EntityRecord], queries: Path) -> None:
     """Write each entity's first picture as a photograph on a made-up background, and the queries that name them.
 
     On white, where they are cut out, they would be much easier to recognise than natural photographs, and confidence
@@ -97,7 +99,7 @@ def photograph(records: Sequence[EntityRecord], build: Path) -> None:
 
     from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 
-    (build / "made_up").mkdir(exist_ok=True)
+    (queries.parent / "made_up").mkdir(exist_ok=True)
     rows = []
     for start in tqdm(range(0, len(records), _BATCH), desc="photographs", unit="batch"):
         batch = records[start : start + _BATCH]
@@ -106,9 +108,9 @@ def photograph(records: Sequence[EntityRecord], build: Path) -> None:
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
         for record, photo in zip(batch, photographer.photograph(cut_outs, _PHOTO_PX, strength), strict=True):
             image = f"made_up/{record.entity_id}.jpg"
-            (build / image).write_bytes(to_jpeg(photo, _JPEG_QUALITY))
+            (queries.parent / image).write_bytes(to_jpeg(photo, _JPEG_QUALITY))
             rows.append({"image": image, "entity_id": record.entity_id})
-    atomic_write_bytes(build / "queries_made_up.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    atomic_write_bytes(queries, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _fit_square(path: Path) -> Image.Image:
@@ -131,7 +133,7 @@ def _with_paths_from(record: EntityRecord, folder: Path) -> EntityRecord:
     return replace(record, images=tuple(os.path.relpath(image, folder) for image in record.images))
 
 
-def _export(catalog: Path, bundle: Path) -> None:
+def _export(catalog: Path, made_up: Path, bundle: Path) -> None:
     from export.config import ExportConfig
     from export.pipeline import export_bundle
 
@@ -139,7 +141,8 @@ def _export(catalog: Path, bundle: Path) -> None:
         ExportConfig(
             catalog=catalog,
             image_encoder="photo",
-            validation=BUILD / "queries_made_up.jsonl",
+            validation=made_up,
+            validation_made_up=True,
             out=bundle,
             resume=True,
             shard_size=_BATCH,

@@ -94,8 +94,10 @@ def test_made_up_photographs(tmp_path: Path) -> None:
     image = np.zeros((60, 30, 4), np.uint8)
     image[20:50, 10:20] = (255, 0, 0, 255)
     Image.fromarray(image).save(tmp_path / "red.png")
-    photograph([EntityRecord(entity_id="red", title="Red", images=(str(tmp_path / "red.png"),))], tmp_path)
-    row = json.loads((tmp_path / "queries_made_up.jsonl").read_text())
+    photograph(
+        [EntityRecord(entity_id="red", title="Red", images=(str(tmp_path / "red.png"),))], tmp_path / "queries.jsonl"
+    )
+    row = json.loads((tmp_path / "queries.jsonl").read_text())
     assert row == {"image": "made_up/red.jpg", "entity_id": "red"}
     with Image.open(tmp_path / row["image"]) as photo:
         assert np.asarray(photo).std(axis=(0, 1)).min() > 5, "the background is not plain white"
