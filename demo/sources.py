@@ -90,7 +90,9 @@ def fetch_debian_package(package: str, folder: Path) -> Path:
                 raise UserError(f"{command[0]} is not installed, so {package} of Debian cannot be fetched") from None
             except subprocess.CalledProcessError as error:
                 reason = error.stderr.strip().splitlines()[-1:]
-                raise UserError(f"{command[0]} could not fetch {package}: {' '.join(reason)}") from error
+                raise UserError(
+                    f"{command[0]} could not fetch {package}: {' '.join(reason)} (`apt-get update` may help)"
+                ) from error
         (Path(partial) / "content").rename(target)
     return target
 
