@@ -72,6 +72,7 @@ def answer_queries(
                             entity=entity,
                             best=predictions[0] if predictions else None,
                             in_catalog_probability=answer.in_catalog_probability if answer else None,
+                            abstained=answer.abstained if answer else None,
                         )
                     )
     return answered, rejects.count

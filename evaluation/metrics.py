@@ -1,4 +1,7 @@
-"""Accuracy, calibration and detection of unknown entities, with bootstrap intervals.
+"""Accuracy, calibration and detection of unknown entities, with 95 % intervals.
+
+Intervals of shares are Wilson's score intervals, which are right for all of 60 queries, too. The others are from
+resampling.
 
 Denominators count the references: a query without an answer counts as wrong.
 
@@ -7,7 +10,8 @@ Shapes: N queries, R resamplings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 RECALL_AT = (1, 5, 10)
 RESAMPLINGS = 2000
 CALIBRATION_BINS = 15
+_Z_95 = 1.959964  # quantile of the normal distribution
 
 Interval = tuple[float, float]
 Floats = npt.NDArray[np.float64]
@@ -31,8 +36,8 @@ Floats = npt.NDArray[np.float64]
 class AnsweredQuery:
     """One query and its result. `rank` is 1-based and None if the entity is not among the first ten predictions.
 
-    `in_catalog` is False for a query whose entity cannot be found. `best` and `in_catalog_probability` are None if the
-    image cannot be read.
+    `in_catalog` is False for a query whose entity cannot be found. `best`, `in_catalog_probability` and `abstained` are
+    None if the image cannot be read.
     """
 
     data_split: str
@@ -43,6 +48,7 @@ class AnsweredQuery:
     entity: StoredEntity | None = None
     best: Prediction | None = None
     in_catalog_probability: float | None = None
+    abstained: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,8 @@ class Evaluation:
     `unknown` queries, whose entity cannot be found, count only in `oven`, `auroc` and `auroc_right`. `oven` is the
     result of OVEN's own evaluator, which counts them as wrong. `ece` is the expected calibration error of the best
     prediction. `auroc` ranks queries in the catalog above unknown ones; `auroc_right` takes only those answered right.
+    `abstained` has the share of answers that abstain ("queries", "percent", "interval") of queries in the catalog
+    (`all`), of those answered right (`right`) and of unknown ones (`unknown`). It is empty without calibration.
     """
 
     queries: int
@@ -66,6 +74,7 @@ class Evaluation:
     ece: float | None = None
     auroc: float | None = None
     auroc_right: float | None = None
+    abstained: dict[str, dict[str, float | Interval]] = field(default_factory=dict)
 
 
 def rank_of(entity_id: str, predicted: Sequence[str]) -> int | None:
@@ -84,8 +93,12 @@ def harmonic_mean(seen: float, unseen: float) -> float:
 
 
 def share_interval(hits: int, queries: int) -> Interval:
-    """Return the 95 % interval of a percentage of queries."""
-    return percentile_interval(_shares(np.random.default_rng(0), hits, queries))
+    """Return the 95 % interval of a percentage of queries, Wilson's score interval."""
+    share, z_squared = hits / queries, _Z_95**2
+    centre = share + z_squared / (2 * queries)
+    half = math.sqrt(z_squared * (share * (1 - share) + z_squared / (4 * queries)) / queries)
+    low, high = ((centre + side * half) / (1 + z_squared / queries) for side in (-1, 1))
+    return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
 def harmonic_mean_interval(seen: tuple[int, int], unseen: tuple[int, int]) -> Interval:
@@ -96,8 +109,8 @@ def harmonic_mean_interval(seen: tuple[int, int], unseen: tuple[int, int]) -> In
 
 
 def _shares(rng: np.random.Generator, hits: int, queries: int) -> Floats:
-    # Resampling queries that are each right or wrong is a binomial draw.
-    return 100 * rng.binomial(queries, hits / queries, RESAMPLINGS) / queries
+    # From the posterior of Jeffreys' prior: resampling the queries would never vary from 0 or 100 %.
+    return 100 * rng.beta(hits + 0.5, queries - hits + 0.5, RESAMPLINGS)
 
 
 def percentile_interval(values_R: Floats) -> Interval:
@@ -176,6 +189,7 @@ def summarise(answered: Sequence[AnsweredQuery], *, rejected: int) -> Evaluation
         ece=round(calibration_error(reliability(confidences, correct)), 4) if confidences else None,
         auroc=round(auroc(positive, negative), 4) if positive and negative else None,
         auroc_right=round(auroc(right, negative), 4) if right and negative else None,
+        abstained=_abstained({"all": found, "right": [a for a in found if a.rank == 1], "unknown": unknown}),
     )
 
 
@@ -183,6 +197,20 @@ def confidences_of(answered: Iterable[AnsweredQuery]) -> tuple[list[float], list
     """Return the confidences of the best predictions, and whether each was right."""
     pairs = [(a.best.confidence, a.rank == 1) for a in answered if a.best and a.best.confidence is not None]
     return [confidence for confidence, _ in pairs], [right for _, right in pairs]
+
+
+def _abstained(parts: Mapping[str, Sequence[AnsweredQuery]]) -> dict[str, dict[str, float | Interval]]:
+    """Return the share of abstentions in each part that has answers of a calibrated bundle."""
+    flags = {name: [a.abstained for a in queries if a.abstained is not None] for name, queries in parts.items()}
+    return {
+        name: {
+            "queries": len(each),
+            "percent": round(100 * sum(each) / len(each), 2),
+            "interval": _rounded(share_interval(sum(each), len(each))),
+        }
+        for name, each in flags.items()
+        if each
+    }
 
 
 def _probabilities(answered: Iterable[AnsweredQuery]) -> list[float]:
@@ -225,19 +253,28 @@ def _rounded(interval: Interval, digits: int = 2) -> Interval:
 
 
 def as_table(evaluation: Evaluation) -> str:
-    """Return the figures as text, one split per line."""
-    lines = [f"{'split':<24} {'queries':>8} " + " ".join(f"{f'R@{k}':>6}" for k in RECALL_AT) + "   R@1, 95 % interval"]
-    for split, row in evaluation.recall.items():
-        recalls = " ".join(f"{row[f'recall_at_{k}']:>6.1f}" for k in RECALL_AT)
-        lines.append(f"{split:<24} {row['queries']:>8} {recalls}   {format_interval(row.get('interval_at_1'))}")
-    top_1 = [
-        f"{name} {value:.1f} ({format_interval(evaluation.intervals[name.lower()])})"
-        for name, value in (("seen", evaluation.seen), ("unseen", evaluation.unseen), ("HM", evaluation.hm))
-        if value is not None
+    """Return the figures as text, one split per line and one line for splits of the same queries."""
+    rows = distinct_splits(evaluation.recall)
+    width = max(24, *map(len, rows))
+    lines = [
+        f"{'split':<{width}} {'queries':>8} " + " ".join(f"{f'R@{k}':>6}" for k in RECALL_AT) + "   R@1, 95 % interval"
     ]
-    lines.append(f"top-1: {', '.join(top_1)}")
+    for name, row in rows.items():
+        recalls = " ".join(f"{row[f'recall_at_{k}']:>6.1f}" for k in RECALL_AT)
+        lines.append(f"{name:<{width}} {row['queries']:>8} {recalls}   {format_interval(row.get('interval_at_1'))}")
+    if evaluation.hm is not None:
+        parts = (("seen", evaluation.seen), ("unseen", evaluation.unseen), ("HM", evaluation.hm))
+        shown = [f"{name} {value:.1f} ({format_interval(evaluation.intervals[name.lower()])})" for name, value in parts]
+        lines.append(f"top-1: {', '.join(shown)}")
     if evaluation.ece is not None:
         lines.append(f"confidence: expected calibration error {evaluation.ece:.3f}")
+    if evaluation.abstained:
+        of = {"all": "of all answers", "right": "of right ones", "unknown": "for unknown entities"}
+        shares = [
+            f"{row['percent']:.1f} % {of[name]} ({format_interval(row['interval'])})"
+            for name, row in evaluation.abstained.items()
+        ]
+        lines.append(f"abstained: {', '.join(shares)}")
     if evaluation.unknown:
         lines.append(f"{evaluation.unknown} queries for entities that cannot be found, counted separately")
     if evaluation.auroc is not None:
@@ -246,6 +283,21 @@ def as_table(evaluation: Evaluation) -> str:
     if evaluation.auroc_right is not None:
         lines.append(f"AUROC of correct answers against unknown {evaluation.auroc_right:.3f}")
     return "\n".join(lines)
+
+
+def distinct_splits(recall: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return one row for splits of the same queries, under all of their names: a part may be as large as its whole."""
+    groups: list[list[str]] = []
+    for name, row in recall.items():
+        for group in groups:
+            part = group[0]
+            kind = "unseen" if part.endswith("unseen") else "seen"
+            if row["queries"] == recall[part]["queries"] and (name == "all" or (name == kind and part.endswith(kind))):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return {", ".join(group): recall[group[0]] for group in groups}
 
 
 def format_interval(interval: object, digits: int = 1) -> str:

@@ -19,7 +19,15 @@ from catalog import EntityRecord, is_url, read_catalog
 from core.errors import TooLarge, UndecodableImage
 from core.extras import missing_extra
 from core.files import atomic_write_bytes
-from evaluation.metrics import RECALL_AT, AnsweredQuery, Evaluation, confidences_of, format_interval, reliability
+from evaluation.metrics import (
+    RECALL_AT,
+    AnsweredQuery,
+    Evaluation,
+    confidences_of,
+    distinct_splits,
+    format_interval,
+    reliability,
+)
 from imaging import make_thumbnail
 
 if TYPE_CHECKING:
@@ -282,6 +290,7 @@ def write_report(
         "report.html",
         title=f"Accuracy of {recognizer.label}",
         evaluation=evaluation,
+        splits=distinct_splits(evaluation.recall),
         searched=searched,
         held_out=held_out,
         split_plot=_SPLITS.svg(evaluation.recall),

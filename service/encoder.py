@@ -22,12 +22,13 @@ from service.settings import Device, Settings
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FASTEST_PRECISION = {"cpu": "int8", "cuda": "float16"}
+_ROUNDING = 1e-3  # of the length of a normalised embedding, in float16 too
 
 log = logging.getLogger("wikiclip.encoder")
 
 
 class OnnxEncoder:
-    """Turns pixels into query embeddings.
+    """Turns pixels into query embeddings. `patches_name` is None for an encoder without patch tokens.
 
     On a GPU it runs a batch of `max_batch` once, so that all memory is allocated at the start.
 
@@ -40,7 +41,7 @@ class OnnxEncoder:
         preprocessing: Preprocessing,
         *,
         input_name: str,
-        patches_name: str,
+        patches_name: str | None,
         embedding_name: str,
         embedding_dim: int,
         device: Device,
@@ -56,13 +57,14 @@ class OnnxEncoder:
         self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
         inputs = {node.name for node in self._session.get_inputs()}
         outputs = {node.name: node.shape for node in self._session.get_outputs()}
-        if input_name not in inputs or not {patches_name, embedding_name} <= outputs.keys():
+        expected = [name for name in (patches_name, embedding_name) if name is not None]
+        if input_name not in inputs or not outputs.keys() >= set(expected):
             raise BundleAltered(
-                f"{path} lacks the input {input_name!r} or an output, {patches_name!r} or {embedding_name!r}; "
+                f"{path} lacks the input {input_name!r} or an output, {' or '.join(map(repr, expected))}; "
                 "export it again"
             )
-        patch_dim = outputs[patches_name][-1]
-        self.heat_maps = patch_dim == embedding_dim or not isinstance(patch_dim, int)
+        patch_dim = None if patches_name is None else outputs[patches_name][-1]
+        self.heat_maps = patches_name is not None and (patch_dim == embedding_dim or not isinstance(patch_dim, int))
         # The first pass allocates memory and is slow. No request should wait for it.
         blank_BHW3 = np.zeros((max_batch, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
         if self.device == "cuda":
@@ -74,11 +76,16 @@ class OnnxEncoder:
             )
 
     def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Return the embeddings [B, D]."""
-        return self._run(self._embedding_name, pixels_BHW3)
+        """Return the L2-normalised embeddings [B, D]. An `onnx:` encoder in a bundle need not normalise them."""
+        embeddings_BD = self._run(self._embedding_name, pixels_BHW3)
+        lengths_B1 = np.linalg.norm(embeddings_BD, axis=1, keepdims=True)
+        # Not those that are normalised up to rounding: their last digits, and so the answers, would change.
+        lengths_B1[(np.abs(lengths_B1 - 1) < _ROUNDING) | (lengths_B1 == 0)] = 1
+        return embeddings_BD / lengths_B1
 
     def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the patch tokens [B, P, C]. Thread-safe."""
+        assert self._patches_name is not None
         return self._run(self._patches_name, pixels_BHW3)
 
     def _run(self, output_name: str, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evaluation.metrics import AnsweredQuery, harmonic_mean, rank_of, recall_at_k, summarise
+from evaluation.metrics import AnsweredQuery, as_table, harmonic_mean, rank_of, recall_at_k, summarise
 
 
 def test_rank_counts_from_one_and_is_none_for_a_miss() -> None:
@@ -51,6 +51,27 @@ def test_without_unseen_queries_there_is_no_harmonic_mean() -> None:
     assert result.seen == 100.0
     assert result.unseen is None
     assert result.hm is None
+
+
+def test_abstentions_and_splits_of_the_same_queries() -> None:
+    ranks, abstained = [1, 1, 1, 2, None], [True, False, False, True, None]  # the last image cannot be read
+    answered = [
+        AnsweredQuery(data_split="a_unseen", seen=False, rank=rank, abstained=flag)
+        for rank, flag in zip(ranks, abstained, strict=True)
+    ]
+    unknown = AnsweredQuery(data_split="a_unseen", seen=False, rank=None, in_catalog=False, abstained=True)
+    result = summarise([*answered, unknown], rejected=1)
+    assert {name: row["percent"] for name, row in result.abstained.items()} == {
+        "all": 50.0, "right": 33.33, "unknown": 100.0
+    }  # fmt: skip
+    assert result.abstained["unknown"]["interval"] == (20.65, 100.0)
+    _, row, *others = as_table(result).splitlines()
+    assert row.split()[:4] == ["a_unseen,", "unseen,", "all", "5"]
+    assert others[0].startswith("abstained: 50.0 % of all answers (15.0 to 85.0), 33.3 % of right ones (")
+    mixed = summarise([*answered, AnsweredQuery(data_split="a_seen", seen=True, rank=1)], rejected=0)
+    assert [line.split("  ")[0] for line in as_table(mixed).splitlines()[1:4]] == [
+        "a_seen, seen", "a_unseen, unseen", "all"
+    ]  # fmt: skip
 
 
 def test_unknown_queries_count_apart_and_as_wrong_for_ovens_evaluator() -> None:

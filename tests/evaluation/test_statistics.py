@@ -15,18 +15,18 @@ from evaluation.metrics import (
 )
 
 
-def test_an_interval_is_that_of_resampling_the_queries() -> None:
-    hits = np.arange(80) < 30
-    rng = np.random.default_rng(1)
-    means = [100 * rng.choice(hits, 80).mean() for _ in range(4000)]
-    assert share_interval(30, 80) == pytest.approx(np.percentile(means, (2.5, 97.5)), abs=1.3)
-    assert share_interval(30, 80) == share_interval(30, 80)
+def test_the_bounds_are_the_shares_that_are_just_compatible() -> None:
+    """Wilson's definition: the observed share is 1.96 standard errors from either bound."""
+    bounds = np.array(share_interval(30, 80)) / 100
+    np.testing.assert_allclose(30 / 80 - bounds, 1.96 * np.sqrt(bounds * (1 - bounds) / 80) * [1, -1], rtol=1e-4)
 
 
-def test_the_interval_of_a_certain_share_is_a_point() -> None:
-    assert share_interval(0, 10) == (0.0, 0.0)
-    assert harmonic_mean_interval((10, 10), (5, 5)) == (100.0, 100.0)
-    assert harmonic_mean_interval((0, 10), (0, 5)) == (0.0, 0.0)
+def test_the_interval_of_a_certain_share_is_not_a_point() -> None:
+    """Wilson's bounds for all of n queries: n / (n + z squared) and 1."""
+    assert share_interval(60, 60) == pytest.approx((100 * 60 / (60 + 1.96**2), 100.0), abs=0.01)
+    assert share_interval(0, 60) == pytest.approx((0.0, 100 * 1.96**2 / (60 + 1.96**2)), abs=0.01)
+    low, high = harmonic_mean_interval((60, 60), (50, 50))
+    assert 93 < low < 98 < high <= 100
 
 
 def test_auroc_is_the_share_of_pairs_in_order() -> None:

@@ -1,18 +1,43 @@
-"""The encoder on CUDA where it is there, and what is said where it is not."""
+"""The length of embeddings; the encoder on CUDA if there is any, and the messages if there is not."""
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from core.errors import UserError
-from index.bundle import Bundle
+from imaging import normalise
+from index.bundle import Bundle, list_files
 from service.encoder import load_cuda_libraries, open_encoder
 from service.settings import Settings
-from tests.conftest import PREPROCESSING, SIZE_PX
+from tests.conftest import PREPROCESSING, SIZE_PX, random_encoder
 
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def test_embeddings_of_any_length_are_normalised_and_others_unchanged(small_bundle, tmp_path):
+    """Confidence depends on it: an `onnx:` encoder is copied into the bundle as it is."""
+    bundle = Bundle.open(small_bundle)
+    pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (3, SIZE_PX, SIZE_PX, 3), dtype=np.uint8)
+    expected_BD = open_encoder(bundle, PREPROCESSING, Settings(device="cpu", threads=1)).encode(pixels_BHW3)
+    session = onnxruntime.InferenceSession(bundle.image_encoder_path)
+    (raw_BD,) = session.run(["image_embedding"], {"pixel_values": normalise(pixels_BHW3, PREPROCESSING)})
+    assert np.array_equal(raw_BD, expected_BD)
+    model = random_encoder()
+    model.graph.node[-1].output[0] = "unit"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(28), "length"))
+    model.graph.node.append(onnx.helper.make_node("Mul", ["unit", "length"], ["image_embedding"]))
+    shutil.copytree(small_bundle, tmp_path / "long")
+    (tmp_path / "long" / "image_encoder.onnx").write_bytes(model.SerializeToString(deterministic=True))
+    manifest = bundle.manifest.model_copy(update={"files": list_files(tmp_path / "long")})
+    manifest.write(tmp_path / "long" / "manifest.json")
+    long = Bundle.open(tmp_path / "long")
+    found_BD = open_encoder(long, PREPROCESSING, Settings(device="cpu", threads=1)).encode(pixels_BHW3)
+    np.testing.assert_allclose(found_BD, expected_BD, atol=1e-6)
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="this onnxruntime has CUDA")
