@@ -69,10 +69,11 @@ _COUNT = click.IntRange(min=1)
     default="local",
     help="ray: on all machines of the Ray cluster at RAY_ADDRESS (extra `ray`).",
 )
+@click.option("--revision", help="Branch, tag or commit of the one hf: encoder given; or write hf:ID@REVISION.")
 @click.option("--trust-remote-code", is_flag=True, help="Allow `hf:` encoders to run code from their repositories.")
 @click.option("--dry-run", is_flag=True, help="Write nothing. Estimate size and time from a timed sample.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
-def export(as_json: bool, dry_run: bool, **options: Any) -> None:
+def export(as_json: bool, dry_run: bool, revision: str | None, **options: Any) -> None:
     """Write a servable bundle with an exact index from a catalog and a checkpoint, or an image encoder alone.
 
     --resume finishes an interrupted export, with the same result as an uninterrupted one.
@@ -83,7 +84,10 @@ def export(as_json: bool, dry_run: bool, **options: Any) -> None:
     from export.config import ExportConfig
     from export.pipeline import export_bundle
     from index.manifest import Record
+    from model.encoders import with_revision
 
+    specs = ("image_encoder", "text_encoder")
+    options |= zip(specs, with_revision(revision, *map(options.get, specs)), strict=True)
     config = ExportConfig(**options, progress=True)
     if dry_run:
         from export.estimate import estimate_export, estimate_lines

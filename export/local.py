@@ -61,7 +61,7 @@ def chunk_size(model: ExportModel, batch_size: int) -> int:
     """Return the samples per chunk, a multiple of `batch_size`: enough to sort texts by length, limited by memory."""
     image, text = model.image_encoder, model.text_encoder
     bytes_per_sample = 4 * (image.patches * image.patch_dim + (text.max_tokens * text.dim if text else 0))
-    batches = _CHUNK_BYTES // (bytes_per_sample * batch_size)
+    batches = _CHUNK_BYTES // max(1, bytes_per_sample * batch_size)
     return batch_size * max(1, min(_MAX_CHUNK_BATCHES, batches))
 
 

@@ -9,12 +9,11 @@ import copy
 import io
 import logging
 import math
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from core.runtime import onnxruntime
 from imaging import normalise
 from index.manifest import IMAGE_ENCODER_FILE
 from model.encoders import ImageEncoder, ImageFeatures
-from model.encoders.onnx import external_data
+from model.encoders.onnx import copy_onnx, external_data
 
 INPUT = "pixel_values"
 OUTPUTS = ("patch_tokens", "image_embedding")
@@ -40,7 +39,7 @@ _HALVED_FROM_VALUES = 1024  # smaller tensors are biases and norms
 _BATCHES = (1, 2, 5)
 EXTERNAL_FROM_BYTES = 1_500_000_000  # larger weights get a file of their own, because protobuf is limited to 2 GB
 
-# Pixel values [B, 3, H, W] to patch tokens [B, P, C] and image embeddings [B, D].
+# Pixel values [B, 3, H, W] to image embeddings [B, D] and, if there are any, patch tokens [B, P, C].
 Run = Callable[[npt.NDArray[np.float32]], Sequence[npt.NDArray[np.float32]]]
 
 
@@ -75,7 +74,7 @@ def export_image_encoder(
     path = folder / IMAGE_ENCODER_FILE
     source: Path | None = getattr(encoder, "onnx_path", None)
     if source is not None:
-        _copy(source, path)
+        copy_onnx(source, path)
     else:
         copied = copy.deepcopy(torch_module(encoder)).to("cpu", torch.float32)  # the encoder itself is still in use
         export_normalised(Normalised(copied), encoder.preprocessing.size_px, path)
@@ -92,6 +91,12 @@ def export_image_encoder(
     return parity
 
 
+def output_names(encoder: ImageEncoder) -> tuple[str | None, str]:
+    """Return the names of the outputs: patch tokens (None if the encoder has none) and image embedding."""
+    patches, embedding = OUTPUTS
+    return (patches if encoder.patches else None), embedding
+
+
 def torch_module(encoder: ImageEncoder) -> nn.Module:
     """Return the torch module of an encoder. Raises `EncoderSpecError` if it is an ONNX file."""
     module: nn.Module | None = getattr(encoder, "module", None)
@@ -106,9 +111,10 @@ def torch_module(encoder: ImageEncoder) -> nn.Module:
 def measure_parity(encoder: ImageEncoder, path: Path, centre_D: torch.Tensor | None = None) -> Parity:
     """Compare an ONNX file with its encoder on synthetic images, in batches of 1, 2 and 5."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [name for name in reversed(output_names(encoder)) if name is not None]
 
     def run(pixels_B3HW: npt.NDArray[np.float32]) -> Sequence[npt.NDArray[np.float32]]:
-        outputs: Sequence[npt.NDArray[np.float32]] = session.run(list(OUTPUTS), {INPUT: pixels_B3HW})
+        outputs: Sequence[npt.NDArray[np.float32]] = session.run(names, {INPUT: pixels_B3HW})
         return outputs
 
     return compare(encoder, run, centre_D)
@@ -120,13 +126,14 @@ def compare(encoder: ImageEncoder, run: Run, centre_D: torch.Tensor | None = Non
     for batch in _BATCHES:
         pixels_BHW3 = _sample_pixels(batch, encoder.preprocessing.size_px)
         expected: ImageFeatures = encoder.encode(pixels_BHW3)
-        patch_tokens_BPC, embedding_BD = map(torch.from_numpy, run(normalise(pixels_BHW3, encoder.preprocessing)))
+        embedding_BD, *tokens = map(torch.from_numpy, run(normalise(pixels_BHW3, encoder.preprocessing)))
         embedding_BD = F.normalize(embedding_BD.double(), dim=1)
         expected_BD = expected.image_embedding_BD.cpu()
         if centre_D is not None:
             expected_BD = F.normalize(expected_BD - centre_D.cpu(), dim=1)
         min_cosine = float((embedding_BD * F.normalize(expected_BD.double(), dim=1)).sum(1).min())
-        for found, exact in ((patch_tokens_BPC, expected.patch_tokens_BPC.cpu()), (embedding_BD, expected_BD)):
+        compared = [(embedding_BD, expected_BD), *((found, expected.patch_tokens_BPC.cpu()) for found in tokens)]
+        for found, exact in compared:
             max_abs_diff = float((found.double() - exact.double()).abs().max())
             parity = parity.with_worst_of(Parity(max_abs_diff=max_abs_diff, min_cosine=min_cosine))
     return Parity(max_abs_diff=float(f"{parity.max_abs_diff:.2g}"), min_cosine=round(parity.min_cosine, 6))
@@ -267,21 +274,6 @@ def quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(logging.NOTSET)
-
-
-def _copy(source: Path, path: Path) -> None:
-    copies: dict[Path, Path] = {}
-    for data in external_data(source):
-        name = PurePath(data).relative_to(source.parent)
-        if ".." in name.parts:
-            raise EncoderSpecError(
-                f"onnx:{source} has external data outside its folder ({name}); save it in the same folder"
-            )
-        copies[data] = path.parent / name
-    for original, target in {**copies, source: path}.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(target) as temporary:
-            shutil.copyfile(original, temporary)
 
 
 def _sample_pixels(batch: int, size_px: int) -> npt.NDArray[np.uint8]:

@@ -33,7 +33,7 @@ from export.entity_encoder import export_entity_encoder
 from export.leave_one_out import check_catalog, own_queries, search_own
 from export.local import embed_shards
 from export.model import ExportModel, ImageModel, describe_model, load_model
-from export.onnx import INPUT, OUTPUTS, export_image_encoder
+from export.onnx import INPUT, export_image_encoder, output_names
 from export.pooling import choose_pooling, pooling_folds
 from export.precision import add_float16, add_int8
 from export.reuse import open_base
@@ -51,8 +51,6 @@ from index.manifest import (
     INT8_ENCODER_FILE,
     MANIFEST_FILE,
     OPEN_SET_FILE,
-    POOLED_SCHEMA_VERSION,
-    SCHEMA_VERSION,
     STORE_FILE,
     Counts,
     Float16Entry,
@@ -60,6 +58,7 @@ from index.manifest import (
     Int8Entry,
     Manifest,
     SelfCheck,
+    schema_version,
 )
 from index.search import EntityIndex
 from index.store import EntityStore, write_store
@@ -293,23 +292,25 @@ def _assemble(
             calibration.open_set_model.write(bundle / OPEN_SET_FILE)
         if config.int8:
             int8 = add_int8(config, model, bundle, sample, index, store)
+    entry = ImageEncoderEntry(
+        file=IMAGE_ENCODER_FILE,
+        input=INPUT,
+        outputs=output_names(encoder),
+        parity=asdict(parity),
+        int8=int8,
+        float16=float16,
+    )
+    preprocessing = encoder.preprocessing.to_dict()
     Manifest(
-        schema_version=SCHEMA_VERSION if pooling == "nearest" else POOLED_SCHEMA_VERSION,
+        schema_version=schema_version(entry, preprocessing, pooling),
         name=config.name or config.out.resolve().name,
         model=describe_model(model),
-        preprocessing=encoder.preprocessing.to_dict(),
+        preprocessing=preprocessing,
         embedding_dim=encoder.embedding_dim,
         patches=encoder.patches,
         counts=counts,
         calibration=None if calibration is None else calibration.to_dict(),
-        image_encoder=ImageEncoderEntry(
-            file=IMAGE_ENCODER_FILE,
-            input=INPUT,
-            outputs=OUTPUTS,
-            parity=asdict(parity),
-            int8=int8,
-            float16=float16,
-        ),
+        image_encoder=entry,
         pooling=pooling,
         self_check=self_check,
         export=settings,

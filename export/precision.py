@@ -96,7 +96,7 @@ def add_float16(encoder: ImageEncoder, bundle: Path, centre_D: torch.Tensor | No
         patch_tokens_BPC, embedding_BD = module(torch.from_numpy(pixels_B3HW))
         if centre_D is not None:
             embedding_BD = embedding_BD - centre_D.cpu()
-        return patch_tokens_BPC.numpy(), embedding_BD.numpy()
+        return embedding_BD.numpy(), patch_tokens_BPC.numpy()
 
     parity = compare(encoder, run, centre_D)
     if parity.holds(MIN_COSINE):

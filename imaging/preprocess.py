@@ -31,8 +31,8 @@ _SMALLEST_BOX_SIDE = 0.001
 class Preprocessing:
     """The preprocessing of an encoder. It is stored with the weights, so there are no defaults.
 
-    `resize="shortest"` scales the shorter side to `size_px` and needs `crop="center"`. `"squash"` scales both sides to
-    `size_px`. `mean` and `std` refer to RGB values from 0 to 1.
+    `resize="shortest"` scales the shorter side to `resize_px`, or `size_px` if that is None, and needs `crop="center"`.
+    `"squash"` scales both sides to `size_px`. `mean` and `std` refer to RGB values from 0 to 1.
     """
 
     size_px: int
@@ -41,13 +41,14 @@ class Preprocessing:
     interpolation: Interpolation
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resize_px: int | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """Read the JSON form. Raises `EncoderSpecError` that names the wrong field."""
-        fields = set(cls.__dataclass_fields__)
-        if values.keys() != fields:
-            wrong = ", ".join(sorted(fields ^ values.keys()))
+        fields = cls.__dataclass_fields__.keys() - {"resize_px"}
+        if values.keys() - {"resize_px"} != fields:
+            wrong = ", ".join(sorted(fields ^ (values.keys() - {"resize_px"})))
             raise EncoderSpecError(f"preprocessing has missing or unknown fields: {wrong}; give {sorted(fields)}")
         size_px = values["size_px"]
         if not isinstance(size_px, int) or isinstance(size_px, bool) or not 1 <= size_px <= 4096:
@@ -60,12 +61,22 @@ class Preprocessing:
                 'preprocessing with resize "shortest" and crop "none" gives images of different shapes; '
                 'use crop "center" or resize "squash"'
             )
+        resize_px = values.get("resize_px")
+        if resize_px is not None and (
+            values["resize"] != "shortest" or type(resize_px) is not int or not size_px <= resize_px <= 4096
+        ):
+            raise EncoderSpecError(
+                f'preprocessing.resize_px is {resize_px!r}; give pixels from size_px to 4096, with resize "shortest"'
+            )
         mean, std = _three_numbers("mean", values["mean"]), _three_numbers("std", values["std"], positive=True)
         return cls(**{**values, "mean": mean, "std": std})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, which `from_dict` reads."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        if self.resize_px is None:  # hashes of earlier versions lack it
+            del values["resize_px"]
+        return values
 
 
 def _three_numbers(field: str, value: Any, *, positive: bool = False) -> tuple[float, float, float]:
@@ -107,10 +118,11 @@ def load_region(
 
 def needed_px(preprocessing: Preprocessing, box: Box | None) -> int:
     """Return the side the whole image needs for `box` to fill the encoder's input. Raises `BadParameter`."""
+    resize_px = preprocessing.resize_px or preprocessing.size_px
     if box is None:
-        return preprocessing.size_px
+        return resize_px
     check_box(box)
-    return math.ceil(preprocessing.size_px / min(box[2], box[3]))
+    return math.ceil(resize_px / min(box[2], box[3]))
 
 
 def resize_bytes(preprocessing: Preprocessing, width: int, height: int) -> int:
@@ -148,7 +160,8 @@ def _covered_px(
         # Resize and crop in one pass, so that a strip of 1 x 60,000 pixels is never scaled up to its full length. The
         # crop is rounded to whole pixels of the resized image, as in the reference preprocessors.
         shorter = min(width, height)
-        resized_width, resized_height = (max(size_px, int(size_px * side / shorter)) for side in (width, height))
+        resize_px = preprocessing.resize_px or size_px
+        resized_width, resized_height = (max(resize_px, int(resize_px * side / shorter)) for side in (width, height))
         left += (resized_width - size_px) // 2 * width / resized_width
         top += (resized_height - size_px) // 2 * height / resized_height
         width, height = size_px * width / resized_width, size_px * height / resized_height

@@ -1,4 +1,4 @@
-"""Commands `index`, `inspect` and `bundle`."""
+"""Commands `index` and `bundle`."""
 
 from __future__ import annotations
 
@@ -130,18 +130,6 @@ def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
         "serve it with the same live folder",
         as_json=as_json,
     )
-
-
-@click.command()
-@click.argument("bundle", type=_BUNDLE)
-@click.option("--verify", is_flag=True, help="Hash every byte of every file, not only of small ones.")
-@click.option("--json", "as_json", is_flag=True, help="Print the description as one JSON object.")
-def inspect(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Describe a bundle and check that it is complete and unaltered. Exit with 2 if it is not."""
-    from index.report import describe, describe_lines
-
-    report = describe(bundle, verify="full" if verify else "quick")
-    _print(report, "\n".join(describe_lines(report)), as_json=as_json)
 
 
 @click.group(no_args_is_help=False)

@@ -19,8 +19,7 @@ from core.errors import BundleAltered, BundleIncomplete, BundleSchemaMismatch
 from core.files import atomic_write_bytes, sha256_file
 from index.embeddings import Pooling
 
-SCHEMA_VERSION = 1  # written unless the bundle needs a newer reader
-POOLED_SCHEMA_VERSION = 2  # of bundles with the pooling "mean"
+SCHEMA_VERSION = 1  # written, unless a bundle needs a newer reader: see `schema_version`
 READABLE_SCHEMA_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index/entity.faiss"
@@ -124,7 +123,7 @@ class ImageEncoderEntry(Record):
 
     file: str
     input: str
-    outputs: tuple[str, str]  # patch tokens, image embedding
+    outputs: tuple[str | None, str]  # patch tokens (None: the encoder has none), image embedding
     parity: Mapping[str, float]
     int8: Int8Entry | None = Field(default=None, exclude_if=lambda entry: entry is None)
     float16: Float16Entry | None = Field(default=None, exclude_if=lambda entry: entry is None)
@@ -227,6 +226,12 @@ class IndexManifest(Record):
     @property
     def file(self) -> FileEntry:
         return FileEntry(bytes=self.bytes, sha256=self.sha256)
+
+
+def schema_version(entry: ImageEncoderEntry, preprocessing: Mapping[str, Any], pooling: Pooling) -> int:
+    """Return the version to write. Readers of version 1 need patch tokens, and know no `resize_px` and no mean."""
+    newer = entry.outputs[0] is None or "resize_px" in preprocessing or pooling == "mean"
+    return 2 if newer else SCHEMA_VERSION
 
 
 def fingerprint(manifest: Manifest, index_manifest: IndexManifest) -> str:

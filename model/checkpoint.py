@@ -3,6 +3,7 @@
 checkpoint.json               sizes, encoders by spec and content hash, training settings, versions, SHA-256 of the rest
 adaptor.safetensors
 image_encoder.safetensors     only with a tiny encoder, whose weights are nowhere else
+image_encoder/                only with an `onnx:` encoder: a copy of its files
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from core.errors import CheckpointError, UserError
-from core.files import atomic_write, sha256_file
+from core.files import atomic_write, atomic_write_bytes, sha256_file
 from model.adaptor import Adaptor, AdaptorConfig
 from model.encoders import ImageEncoder, TextEncoder, open_image_encoder, open_text_encoder
 from model.encoders.base import widths
+from model.encoders.onnx import copy_onnx
 
 FORMAT_VERSION = 1
 _JSON = "checkpoint.json"
 _ADAPTOR = "adaptor.safetensors"
 _IMAGE_ENCODER = "image_encoder.safetensors"
+_ONNX_FOLDER = "image_encoder"
 _RESTORE = "train again, or restore the file"
 _VERSIONS_OF = ("torch", "transformers", "tokenizers", "numpy", "safetensors")
 
@@ -90,6 +93,8 @@ class Checkpoint:
         image, text = values["image_encoder"], values["text_encoder"]
         if image["spec"] == "tiny" and image_encoder_spec is None:
             image_encoder_spec = f"tiny:{_check_file(path, _IMAGE_ENCODER, values)}"
+        elif "file" in image and image_encoder_spec is None:
+            image_encoder_spec = f"onnx:{path / image['file']}"
         image_spec = image_encoder_spec or _recorded_spec(path, "image", image)
         image_encoder = open_image_encoder(image_spec, device=device, trust_remote_code=trust_remote_code)
         _check_same(path, "image", image, image_encoder.content_hash)
@@ -137,6 +142,12 @@ def save_checkpoint(
         "patch_dim": image_encoder.patch_dim,
         "embedding_dim": image_encoder.embedding_dim,
     }
+    source: Path | None = getattr(image_encoder, "onnx_path", None)
+    if source is not None:
+        copy = path / _ONNX_FOLDER / source.name
+        copy_onnx(source, copy)
+        atomic_write_bytes(copy.with_suffix(".json"), json.dumps(image["preprocessing"]).encode())
+        image["file"] = copy.relative_to(path).as_posix()
     files = {}
     with ExitStack() as stack:
         json_file = stack.enter_context(atomic_write(path / _JSON))  # entered first, so moved into place last

@@ -66,9 +66,10 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--device", default="auto", help="auto, cpu or cuda.")
 @click.option("--cache-dir", type=PATH, help="Folder of cached features.  [default: in the user's cache folder]")
 @click.option("--smoke", is_flag=True, help="Try the same run on a few small batches; writes OUT.smoke.")
+@click.option("--revision", help="Branch, tag or commit of the one hf: encoder given; or write hf:ID@REVISION.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with an hf: model.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
-def train(as_json: bool, smoke: bool, cache_dir: Path | None, **options: Any) -> None:
+def train(as_json: bool, smoke: bool, cache_dir: Path | None, revision: str | None, **options: Any) -> None:
     """Train the adaptor on pairs of query image and entity.
 
     Both encoders are frozen. Their features are computed once and cached. Bad records go to rejected.jsonl and the
@@ -76,10 +77,13 @@ def train(as_json: bool, smoke: bool, cache_dir: Path | None, **options: Any) ->
     torchrun --nproc-per-node N -m wikiclip train ...
     """
     from model.adaptor import AdaptorConfig
+    from model.encoders import with_revision
     from model.feature_cache import default_cache_root
     from model.run import TrainRequest, run_training
     from model.trainer import TrainSettings
 
+    specs = ("image_encoder", "text_encoder")
+    options |= zip(specs, with_revision(revision, *map(options.get, specs)), strict=True)
     settings = {field.name: options.pop(field.name) for field in fields(TrainSettings)}
     adaptor = {field.name: options.pop(field.name) for field in fields(AdaptorConfig) if field.name in options}
     request = TrainRequest(

@@ -81,7 +81,8 @@ class OnnxEncoder:
         lengths_B1 = np.linalg.norm(embeddings_BD, axis=1, keepdims=True)
         # Not those that are normalised up to rounding: their last digits, and so the answers, would change.
         lengths_B1[(np.abs(lengths_B1 - 1) < _ROUNDING) | (lengths_B1 == 0)] = 1
-        return embeddings_BD / lengths_B1
+        embeddings_BD /= lengths_B1
+        return embeddings_BD
 
     def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Return the patch tokens [B, P, C]. Thread-safe."""

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from core.arrays import Float32Array
 from core.errors import (
+    BadParameter,
     BundleAltered,
     BundleRefused,
     Conflict,
@@ -288,6 +289,8 @@ class Recognizer:
     async def _compute(
         self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView, deadline_s: float = math.inf
     ) -> tuple[Recognition, PipelineResult]:
+        if options.explain and view.loaded.bundle.manifest.image_encoder.outputs[0] is None:
+            raise BadParameter("this bundle's image encoder has no patch tokens to explain with; leave out explain")
         result = await self._pipeline.run(image, options, view, deadline_s)
         record_stages(result.stages)
         recognition = Recognition(

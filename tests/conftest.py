@@ -23,7 +23,6 @@ from index.calibration import Calibration
 from index.embeddings import EmbeddingShards, pooled, write_shard
 from index.manifest import (
     MANIFEST_FILE,
-    POOLED_SCHEMA_VERSION,
     SCHEMA_VERSION,
     Counts,
     ImageEncoderEntry,
@@ -110,7 +109,7 @@ def pooled_bundle(tmp_path_factory: pytest.TempPathFactory, small_bundle: Path) 
 
 def pool_by_mean(bundle: Path) -> None:
     """Change a bundle's pooling to "mean"."""
-    changed = {"schema_version": POOLED_SCHEMA_VERSION, "pooling": "mean"}
+    changed = {"schema_version": 2, "pooling": "mean"}
     manifest = Manifest.read(bundle / MANIFEST_FILE).model_copy(update=changed)
     manifest.write(bundle / MANIFEST_FILE)
     build_index(bundle, pooled(open_embeddings(bundle, manifest), "mean"), created_at=CREATED_AT)

@@ -22,7 +22,7 @@ COMMANDS = {
     "serve": ("service.cli:serve", "Serve a bundle over HTTP."),
     "recognize": ("service.cli:recognize", "Name the entities in images, without or through a service."),
     "evaluate": ("evaluation.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
-    "inspect": ("index.cli:inspect", "Report what a bundle contains and whether it is complete."),
+    "inspect": ("wikiclip.inspect:inspect", "Check and describe a bundle, or an ONNX file as an image encoder."),
     "bundle": ("index.cli:bundle", "Copy a bundle to or from a folder or an S3-compatible store."),
     "bench": ("benchmarks.cli:bench", "Run one benchmark."),
 }

@@ -17,13 +17,14 @@ __all__ = [
     "open_image_encoder",
     "open_text_encoder",
     "resolve_device",
+    "with_revision",
 ]
 
 
 def open_image_encoder(
     spec: str, *, device: torch.device | str = "cpu", trust_remote_code: bool = False
 ) -> ImageEncoder:
-    """Open the image encoder of a spec: `photo`, `tiny`, `tiny:PATH`, `onnx:PATH` or `hf:ID_OR_PATH`.
+    """Open the image encoder of a spec: `photo`, `tiny`, `tiny:PATH`, `onnx:PATH`, `hf:ID_OR_PATH` or `hf:ID@REVISION`.
 
     Raises `EncoderSpecError`.
     """
@@ -73,6 +74,17 @@ def open_text_encoder(
             name, device=device, max_tokens=max_tokens, layer=layer, trust_remote_code=trust_remote_code
         )
     raise EncoderSpecError(f"text encoder {spec!r} is unknown; use minilm or hf:ID_OR_PATH")
+
+
+def with_revision(revision: str | None, *specs: str | None) -> list[str | None]:
+    """Add a revision to the one `hf:` spec among these. Raises `UserError` if there is none, or more than one."""
+    if revision is None:
+        return list(specs)
+    found = [spec for spec in specs if spec is not None and spec.startswith("hf:")]
+    if len(found) != 1:
+        names = "needs an hf: encoder" if not found else f"could mean {' or '.join(found)}"
+        raise UserError(f"--revision {revision} {names}; write hf:ID@{revision} where you name the encoder")
+    return [f"{spec}@{revision}" if spec == found[0] else spec for spec in specs]
 
 
 def resolve_device(name: str) -> torch.device:

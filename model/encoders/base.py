@@ -16,12 +16,13 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from core.errors import EncoderSpecError
 from imaging.preprocess import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFeatures:
-    patch_tokens_BPC: torch.Tensor
+    patch_tokens_BPC: torch.Tensor  # empty for an encoder without patch tokens
     image_embedding_BD: torch.Tensor  # L2-normalised
 
 
@@ -35,7 +36,7 @@ class ImageEncoder(Protocol):
     """A frozen image tower. Caches and checkpoints are keyed by `content_hash`, a hash of what it computes.
 
     The exporter needs one of two more attributes: `module`, a torch module with `forward(pixel_values) ->
-    (patch_tokens, image_embedding)`, or `onnx_path`.
+    (patch_tokens, image_embedding)`, or `onnx_path`. Without patch tokens, `patches` and `patch_dim` are 0.
     """
 
     spec: str
@@ -90,6 +91,14 @@ def content_config(saved_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def widths(image_encoder: ImageEncoder, text_encoder: TextEncoder) -> dict[str, Any]:
-    """Return the fields of `AdaptorConfig` that the encoders determine."""
+    """Return the fields of `AdaptorConfig` that the encoders determine.
+
+    Raises `EncoderSpecError` if the image encoder has no patch tokens.
+    """
     image = image_encoder
+    if not image.patches:
+        raise EncoderSpecError(
+            f"{image.spec} has no patch tokens, which the adaptor needs; use another image encoder, or export without "
+            "--checkpoint"
+        )
     return {"patch_dim": image.patch_dim, "embedding_dim": image.embedding_dim, "text_dim": text_encoder.dim}

@@ -1,9 +1,11 @@
-"""`hf:ID_OR_PATH`: image towers and text encoders of transformers, from the Hub or a folder.
+"""`hf:ID_OR_PATH`: image towers and text encoders of transformers, from the Hub or a folder. `hf:ID@REVISION` reads a
+branch, tag or commit of the Hub.
 
 Patch tokens must share the space of the pooled embedding, since the two are compared. CLIP's pass the tower's final
 norm and projection one by one, as its class token does. SigLIP pools by attention: each token passes the pooling head
 alone, where attention reduces to the value projection. SigLIP 2's NaFlex runs on one square grid of as many patches as
-its processor allows.
+its processor allows. Other vision models pool by their class token, or by the mean of a feature map: each token passes
+what follows alone.
 
 Shapes: B batch, P patches, C hidden width, D embedding width.
 """
@@ -15,7 +17,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +89,39 @@ class NaflexTower(nn.Module):
         return _pooled_alone(model.head, hidden_BPC), F.normalize(model.head(hidden_BPC), dim=1)
 
 
+class PooledTower(nn.Module):
+    """DINOv2, ViT, ConvNeXt, ResNet and other vision models with a pooled output."""
+
+    def __init__(self, model: nn.Module, size_px: int) -> None:
+        super().__init__()
+        self.model: Any = model
+        patch_px = getattr(self.model.config, "patch_size", None)
+        self.grid = size_px // patch_px if isinstance(patch_px, int) else 0
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
+        outputs = self.model(pixel_values=pixel_values.to(next(self.model.parameters()).dtype))
+        pooled = getattr(outputs, "pooler_output", None)
+        if pooled is None:
+            raise ValueError("it has no pooled output; export it to ONNX with one and use onnx:PATH")
+        return self._patch_tokens(outputs.last_hidden_state), F.normalize(pooled.flatten(1), dim=1)
+
+    def _patch_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.ndim == 4:  # a feature map [B, C, H, W]
+            tokens_BPC = hidden.flatten(2).transpose(1, 2)
+            norm: nn.Module = getattr(self.model, "layernorm", nn.Identity())  # ConvNeXt's, after the mean
+            normed_BPC: torch.Tensor = norm(tokens_BPC)
+            return normed_BPC
+        extra = max(hidden.shape[1] - self.grid**2, 0) if self.grid else 0  # class token and registers come first
+        tokens_BPC = hidden[:, extra:]
+        pooler: Any = getattr(self.model, "pooler", None)
+        if not isinstance(getattr(pooler, "dense", None), nn.Linear):
+            return tokens_BPC
+        patches, width = tokens_BPC.shape[1:]
+        alone: torch.Tensor = pooler(tokens_BPC.reshape(-1, 1, width))
+        return alone.reshape(-1, patches, alone.shape[1])
+
+
 def _pooled_alone(head: Any, hidden_BPC: torch.Tensor) -> torch.Tensor:
     """Pass each token through SigLIP's pooling head alone: `[B, P, D]`."""
     width = hidden_BPC.shape[2]
@@ -100,11 +135,15 @@ def _pooled_alone(head: Any, hidden_BPC: torch.Tensor) -> torch.Tensor:
 
 
 def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code: bool = False) -> TorchImageEncoder:
-    """Load the image tower of a CLIP-family model. Raises `EncoderSpecError` if it or its preprocessing is missing."""
+    """Load the image tower of a CLIP-family model, or a vision model with a pooled output.
+
+    Raises `EncoderSpecError` if it or its preprocessing is missing.
+    """
     spec = f"hf:{name}"
-    model = _load_model(spec, name, trust_remote_code)
-    tower, preprocessing = _tower(spec, name, model), _load_preprocessing(spec, name)
-    return TorchImageEncoder(tower, preprocessing, saved_config=_saved_config(name), spec=spec, device=device)
+    source = _source(name)
+    model = _load_model(spec, source, trust_remote_code)
+    tower, preprocessing = _tower(spec, source, model), _load_preprocessing(spec, source)
+    return TorchImageEncoder(tower, preprocessing, saved_config=_saved_config(source), spec=spec, device=device)
 
 
 def load_huggingface_text(
@@ -114,18 +153,36 @@ def load_huggingface_text(
     from transformers import AutoTokenizer
 
     spec = f"hf:{name}"
-    model = _load_model(spec, name, trust_remote_code, auto=True)
+    source = _source(name)
+    model = _load_model(spec, source, trust_remote_code, auto=True)
     with _loading(spec, "tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=trust_remote_code
+        )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise EncoderSpecError(f"{spec} has no fast tokenizer; save one as tokenizer.json in its folder")
     return TokenStateEncoder(
-        model, backend, saved_config=_saved_config(name), spec=spec, device=device, max_tokens=max_tokens, layer=layer
+        model, backend, saved_config=_saved_config(source), spec=spec, device=device, max_tokens=max_tokens, layer=layer
     )
 
 
-def _load_model(spec: str, name: str, trust_remote_code: bool, *, auto: bool = False) -> nn.Module:
+class _Source(NamedTuple):
+    name: str  # an id of the Hub, or a folder
+    revision: str  # transformers ignores it for a folder
+
+
+def _source(name: str) -> _Source:
+    """Split `ID@REVISION`. Raises `EncoderSpecError` for a revision of a folder."""
+    before, _, revision = name.rpartition("@")
+    if not before or Path(name).exists():  # the name of a folder may have an @
+        return _Source(name, "main")
+    if Path(before).exists():
+        raise EncoderSpecError(f"hf:{name}: {before} is a folder and has no revisions; leave out @{revision}")
+    return _Source(before, revision)
+
+
+def _load_model(spec: str, source: _Source, trust_remote_code: bool, *, auto: bool = False) -> nn.Module:
     """Load a model in its stored precision: the class in its config or, with `auto`, the network without its head."""
     import transformers
     from transformers.utils import logging
@@ -133,16 +190,18 @@ def _load_model(spec: str, name: str, trust_remote_code: bool, *, auto: bool = F
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # missing weights are reported below
     with _loading(spec, "config"):
-        config: Any = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config: Any = transformers.AutoConfig.from_pretrained(
+            source.name, revision=source.revision, trust_remote_code=trust_remote_code
+        )
     architecture = (config.architectures or [""])[0]
     has_code = bool(getattr(config, "auto_map", None))
     if has_code and not trust_remote_code and not hasattr(transformers, architecture):
         raise EncoderSpecError(spec + _NEEDS_CODE)
     remote = trust_remote_code and has_code
     kind = transformers.AutoModel if auto or remote else getattr(transformers, architecture, transformers.AutoModel)
-    options = {"trust_remote_code": True} if remote else {}
+    options = {"revision": source.revision, **({"trust_remote_code": True} if remote else {})}
     with _loading(spec, "weights"):
-        model, info = kind.from_pretrained(name, dtype="auto", output_loading_info=True, **options)
+        model, info = kind.from_pretrained(source.name, dtype="auto", output_loading_info=True, **options)
     missing = set(info["missing_keys"])
     if missing and auto and all(key.startswith("pooler.") for key in missing):
         # Checkpoints with a language-model head have no pooler. A random one would change the content hash each time.
@@ -166,8 +225,8 @@ def _loading(spec: str, what: str) -> Iterator[None]:
         raise EncoderSpecError(f"{spec}: cannot load its {what}; check the name or the folder: {reason}") from error
 
 
-def _tower(spec: str, name: str, model: nn.Module) -> nn.Module:
-    """Return the image tower of a loaded model, without its text tower."""
+def _tower(spec: str, source: _Source, model: nn.Module) -> nn.Module:
+    """Return the image tower of a loaded model, without its text tower or classifier."""
     vision_model = getattr(model, "vision_model", model)
     projection = getattr(model, "visual_projection", None)
     if isinstance(projection, nn.Module) and hasattr(vision_model, "post_layernorm"):
@@ -177,20 +236,23 @@ def _tower(spec: str, name: str, model: nn.Module) -> nn.Module:
         patch_embedding = getattr(getattr(vision_model, "embeddings", None), "patch_embedding", None)
         if isinstance(patch_embedding, nn.Conv2d):
             return SiglipTower(vision_model)
-        return NaflexTower(vision_model, _load_preprocessing(spec, name).size_px)
+        return NaflexTower(vision_model, _load_preprocessing(spec, source).size_px)
+    base: Any = getattr(model, "base_model", model)  # without a classifier
+    if getattr(base, "main_input_name", None) == "pixel_values" and not hasattr(vision_model, "post_layernorm"):
+        return PooledTower(base, _load_preprocessing(spec, source).size_px)
     raise EncoderSpecError(
-        f"{spec} ({type(model).__name__}) is not an image tower of the CLIP or SigLIP family with its projection; name "
-        "one that is, or export yours to ONNX and use onnx:PATH"
+        f"{spec} ({type(model).__name__}) is neither an image tower of the CLIP or SigLIP family with its projection, "
+        "nor a vision model with a pooled output; name one that is, or export yours to ONNX and use onnx:PATH"
     )
 
 
-def _load_preprocessing(spec: str, name: str) -> Preprocessing:
+def _load_preprocessing(spec: str, source: _Source) -> Preprocessing:
     """Return the preprocessing of the model's image processor. Raises `EncoderSpecError`."""
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-    config = _saved_config(name)
-    values = _read_json(name, IMAGE_PROCESSOR_NAME) or _read_json(name, PROCESSOR_NAME).get("image_processor")
+    config = _saved_config(source)
+    values = _read_json(source, IMAGE_PROCESSOR_NAME) or _read_json(source, PROCESSOR_NAME).get("image_processor")
     if not values and any("EvaCLIP" in architecture for architecture in config.get("architectures", [])):
         # EVA-CLIP's repositories use CLIP's image processor without including it.
         size_px = config["vision_config"]["image_size"]
@@ -201,23 +263,27 @@ def _load_preprocessing(spec: str, name: str) -> Preprocessing:
     return preprocessing_from_processor(spec, values)
 
 
-def _saved_config(name: str) -> dict[str, Any]:
+def _saved_config(source: _Source) -> dict[str, Any]:
     from transformers.utils import CONFIG_NAME
 
-    return _read_json(name, CONFIG_NAME)
+    return _read_json(source, CONFIG_NAME)
 
 
-def _read_json(name: str, file: str) -> dict[str, Any]:
+def _read_json(source: _Source, file: str) -> dict[str, Any]:
     """Return a JSON file of a model, empty if it has none."""
     from transformers.utils import cached_file
 
     path = cached_file(
-        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        source.name,
+        file,
+        revision=source.revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
     )
     try:
         values: dict[str, Any] = json.loads(Path(path).read_bytes()) if path else {}
     except ValueError as error:
-        raise EncoderSpecError(f"hf:{name}: {file} is not JSON: {error}") from error
+        raise EncoderSpecError(f"hf:{source.name}: {file} is not JSON: {error}") from error
     return values
 
 
@@ -233,11 +299,17 @@ def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preproces
     if isinstance(crop, int):
         crop = {"height": crop, "width": crop}
     square = size.get("height") if size.get("height") == size.get("width") else None
-    size_px = size.get("shortest_edge") or square
+    resize_px = size.get("shortest_edge") or square
     cropped = bool(values.get("do_center_crop"))
+    if "crop_pct" in values and resize_px is not None:  # ConvNeXt: crops the centre below 384 px, else squashes
+        crop, cropped = {"height": resize_px, "width": resize_px}, resize_px < 384
+        size = {"shortest_edge": int(resize_px / values["crop_pct"])} if cropped else {"height": resize_px}
+        resize_px = size.get("shortest_edge", resize_px)
+    size_px = crop.get("height") if cropped and "shortest_edge" in size else resize_px
     requirements = {
-        "a square `size` or a shortest edge": size_px is not None,
-        "`crop_size` equal to `size`": not cropped or crop.get("height") == crop.get("width") == size_px,
+        "a square `size` or a shortest edge": resize_px is not None,
+        "a square `crop_size`": not cropped or crop.get("height") == crop.get("width") == size_px is not None,
+        "`crop_size` up to `size`": not cropped or (size_px or 0) <= (resize_px or 0),
         "a centre crop after resizing by the shortest edge": cropped or "shortest_edge" not in size,
         "resample 2 (bilinear) or 3 (bicubic)": values.get("resample") in _INTERPOLATIONS,
         "do_resize": values.get("do_resize", True),
@@ -258,5 +330,6 @@ def preprocessing_from_processor(spec: str, values: dict[str, Any]) -> Preproces
             "interpolation": _INTERPOLATIONS[values["resample"]],
             "mean": values["image_mean"],
             "std": values["image_std"],
+            **({} if size_px == resize_px else {"resize_px": resize_px}),
         }
     )

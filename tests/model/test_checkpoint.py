@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, EncoderSpecError
 from core.files import sha256_file
 from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import Checkpoint, save_checkpoint
@@ -83,18 +84,38 @@ def test_saving_can_replace_the_checkpoint_of_its_own_encoder(tmp_path: Path, ti
 def test_no_file_names_a_folder_of_this_machine(tmp_path: Path, tiny_spec: str, onnx_spec: str, text_spec: str) -> None:
     for name, spec in {"t": tiny_spec, "o": onnx_spec}.items():
         save(tmp_path / name, spec, text_spec)
-        for file in (tmp_path / name).iterdir():
+        for file in (path for path in (tmp_path / name).rglob("*") if path.is_file()):
             assert str(tmp_path.parent).encode() not in file.read_bytes()
 
 
-def test_encoders_from_files_must_be_named(tmp_path: Path, onnx_spec: str, text_spec: str) -> None:
-    save(tmp_path / "c", onnx_spec, text_spec)
-    with pytest.raises(CheckpointError, match=r"--image-encoder onnx:PATH"):
-        Checkpoint.load(tmp_path / "c", text_encoder_spec=text_spec)
+def test_an_onnx_encoder_is_saved_with_it_and_local_models_must_be_named(
+    tmp_path: Path, text_spec: str, save_onnx: Callable[..., Path]
+) -> None:
+    path = save_onnx(tmp_path)
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="weights.bin", size_threshold=1000)
+    spec = f"onnx:{path}"
+    save(tmp_path / "c", spec, text_spec)
+    content_hash = open_image_encoder(spec).content_hash
+    for file in (path, path.with_suffix(".json"), tmp_path / "weights.bin"):
+        file.unlink()
+    moved = (tmp_path / "c").rename(tmp_path / "moved")
+    loaded = Checkpoint.load(moved, text_encoder_spec=text_spec)
+    assert loaded.image_encoder.content_hash == content_hash
+    assert loaded.describe()["image_encoder"]["spec"] == "onnx:small.onnx"
     with pytest.raises(CheckpointError, match=r"--text-encoder hf:PATH"):
-        Checkpoint.load(tmp_path / "c", image_encoder_spec=onnx_spec)
-    loaded = Checkpoint.load(tmp_path / "c", image_encoder_spec=onnx_spec, text_encoder_spec=text_spec)
-    assert loaded.image_encoder.patch_dim == 24
+        Checkpoint.load(moved)
+    save(moved, loaded.image_encoder.spec, text_spec)  # over itself
+    data = moved / "image_encoder" / "weights.bin"
+    data.write_bytes(data.read_bytes()[:-4] + b"\0\0\x80\x3f")
+    with pytest.raises(CheckpointError, match="another image encoder"):
+        Checkpoint.load(moved, text_encoder_spec=text_spec)
+
+
+def test_an_encoder_without_patch_tokens_is_refused(
+    tmp_path: Path, text_spec: str, save_onnx: Callable[..., Path]
+) -> None:
+    with pytest.raises(EncoderSpecError, match="no patch tokens, which the adaptor needs"):
+        save(tmp_path / "c", f"onnx:{save_onnx(tmp_path, patch_tokens=False)}", text_spec)
 
 
 def test_another_encoder_is_rejected(

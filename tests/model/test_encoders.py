@@ -27,6 +27,13 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     LlamaConfig,
     LlamaForCausalLM,
     SiglipConfig,
@@ -36,12 +43,14 @@ from transformers import (
     SiglipVisionModel,
     T5Config,
     T5Model,
+    ViTConfig,
+    ViTModel,
 )
 
 from core.errors import EncoderSpecError, UserError
 from export.onnx import export_image_encoder
 from imaging import normalise
-from model.encoders import open_image_encoder, open_text_encoder
+from model.encoders import open_image_encoder, open_text_encoder, with_revision
 
 VISION = {
     "hidden_size": 32,
@@ -153,7 +162,8 @@ def test_the_hash_depends_on_weights_and_preprocessing_only(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"crop_size": {"height": 28, "width": 28}}, "crop_size"),
+        ({"crop_size": {"height": 36, "width": 36}}, "crop_size"),
+        ({"crop_size": {"height": 28, "width": 32}}, "crop_size"),
         ({"resample": 0}, "resample"),
         ({"do_center_crop": False}, "centre crop"),
         ({"do_normalize": False}, "do_normalize"),
@@ -170,6 +180,96 @@ def test_unsupported_image_processors_are_rejected(tmp_path: Path, change: dict[
         processor.write_text(json.dumps({**json.loads(processor.read_text()), **change}))
     with pytest.raises(EncoderSpecError, match=message):
         open_image_encoder(f"hf:{tmp_path}")
+
+
+VISION_MODELS: dict[str, Any] = {
+    "dinov2": (Dinov2Model, Dinov2Config, {}, 1),
+    "registers": (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, {"num_register_tokens": 3}, 4),
+    "classifier": (Dinov2ForImageClassification, Dinov2Config, {}, 1),
+    "vit": (ViTModel, ViTConfig, {"image_size": 28}, 1),
+}
+
+
+def save_vision(folder: Path, family: str) -> Any:
+    model_class, config_class, options, _ = VISION_MODELS[family]
+    torch.manual_seed(0)
+    # DINOv2's positions are of another size than its images, as in the published models.
+    config = config_class(**{**VISION, "image_size": 42, "patch_size": 7, "initializer_range": 0.2, **options})
+    model = model_class(config).eval()
+    model.save_pretrained(folder)
+    values = {"size": {"shortest_edge": 32}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True}
+    values |= {"resample": 3, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return model.base_model
+
+
+@pytest.mark.parametrize("family", VISION_MODELS)
+def test_vision_models_with_a_pooled_output(tmp_path: Path, family: str) -> None:
+    model = save_vision(tmp_path, family)
+    encoder = open_image_encoder(f"hf:{tmp_path}")
+    assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (16, 32, 32)
+    preprocessing = encoder.preprocessing
+    assert (preprocessing.size_px, preprocessing.resize_px, preprocessing.crop) == (28, 32, "center")
+    features = encoder.encode(pixels(size_px=28))
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(normalise(pixels(size_px=28), preprocessing)))
+    first_patch = VISION_MODELS[family][3]
+    torch.testing.assert_close(features.image_embedding_BD, F.normalize(outputs.pooler_output, dim=1))
+    expected_BC = outputs.last_hidden_state[:, first_patch + 5]
+    if family == "vit":  # as its class token
+        with torch.no_grad():
+            expected_BC = model.pooler(outputs.last_hidden_state[:, first_patch + 5 :])
+    torch.testing.assert_close(features.patch_tokens_BPC[:, 5], expected_BC)
+    if family == "dinov2":
+        assert export_image_encoder(encoder, tmp_path).min_cosine > 0.99999
+
+
+def test_a_feature_map_becomes_patch_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ConvNextConfig(hidden_sizes=[8, 8, 8, 12], depths=[1, 1, 1, 1], initializer_range=0.2)
+    model = ConvNextModel(config).eval()
+    model.save_pretrained(tmp_path)
+    values = {"size": {"shortest_edge": 64}, "crop_pct": 0.875, "resample": 3}
+    values |= {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(values))
+    encoder = open_image_encoder(f"hf:{tmp_path}")
+    assert (encoder.preprocessing.size_px, encoder.preprocessing.resize_px) == (64, 73)
+    assert (encoder.patches, encoder.patch_dim, encoder.embedding_dim) == (4, 12, 12)
+    features = encoder.encode(pixels(size_px=64))
+    with torch.no_grad():
+        outputs = model(torch.from_numpy(normalise(pixels(size_px=64), encoder.preprocessing)))
+        corner_BC = model.layernorm(outputs.last_hidden_state[:, :, 0, 1])
+    torch.testing.assert_close(features.image_embedding_BD, F.normalize(outputs.pooler_output, dim=1))
+    torch.testing.assert_close(features.patch_tokens_BPC[:, 1], corner_BC)
+
+
+def test_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a cache as the Hub's client keeps it, without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    model = tmp_path / "models--some--tower"
+    hashes = {}
+    for revision, commit in {"main": "a" * 40, "older": "b" * 40}.items():
+        snapshot = model / "snapshots" / commit
+        saved = save_clip(snapshot, whole=False)
+        if revision == "older":
+            with torch.no_grad():
+                saved.visual_projection.weight[0, 0] += 1
+            saved.save_pretrained(snapshot)
+        hashes[revision] = open_image_encoder(f"hf:{snapshot}").content_hash
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / revision).write_text(commit)
+    assert hashes["main"] != hashes["older"]
+    for name, revision in {"": "main", "@older": "older", f"@{'b' * 40}": "older"}.items():
+        encoder = open_image_encoder(f"hf:some/tower{name}")
+        assert (encoder.content_hash, encoder.spec) == (hashes[revision], f"hf:some/tower{name}")
+    with pytest.raises(EncoderSpecError, match="cannot load its config"):
+        open_image_encoder("hf:some/tower@newer")
+    with pytest.raises(EncoderSpecError, match="is a folder and has no revisions"):
+        open_image_encoder(f"hf:{snapshot}@older")
+    assert with_revision("older", "hf:some/tower", "minilm") == ["hf:some/tower@older", "minilm"]
+    with pytest.raises(UserError, match="could mean hf:a or hf:b"):
+        with_revision("older", "hf:a", "hf:b")
 
 
 def test_other_models_are_rejected_as_image_towers(tmp_path: Path, text_spec: str) -> None:
@@ -246,12 +346,13 @@ class TestOnnx:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"outputs": ("tokens", "image_embedding")}, "Invalid output name:patch_tokens"),
-            ({"outputs": ("patch_tokens", "pooled")}, "Invalid output name:image_embedding"),
-            ({"pooled_rank": 3}, "outputs `patch_tokens` [B, P, C] and `image_embedding` [B, D]: too many values"),
+            ({"outputs": ("patch_tokens", "pooled")}, "its outputs are patch_tokens, pooled; name the embedding"),
+            ({"pooled_rank": 3}, "image_embedding has 3 dimensions; it must be [B, D]"),
+            ({"batch": 1}, "its batch size is fixed at 1"),
+            ({"offset": float("nan")}, "image_embedding of a random image is not finite"),
         ],
     )
-    def test_wrong_outputs(
+    def test_broken_contracts(
         self, tmp_path: Path, save_onnx: Callable[..., Path], change: dict[str, Any], message: str
     ) -> None:
         with pytest.raises(EncoderSpecError, match=re.escape(message)):

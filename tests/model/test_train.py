@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,13 +18,15 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from catalog.images import TarShards
+from core.arrays import Pixels
 from core.errors import CatalogError, EncoderSpecError, UserError
 from core.jsonl import Rejected, RejectLog
 from model.adaptor import AdaptorConfig
 from model.checkpoint import Checkpoint
 from model.cli import train
 from model.data import load_entities
-from model.encoders import open_image_encoder, open_text_encoder
+from model.encoders import ImageFeatures, open_image_encoder, open_text_encoder
+from model.encoders.onnx import OnnxImageEncoder
 from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings, draw_modalities
@@ -105,12 +109,24 @@ def test_a_file_without_usable_pairs_is_an_error(dataset: Any, tiny_spec: str, t
 
 
 def test_divergence_keeps_the_earlier_checkpoint(
-    dataset: Any, tiny_spec: str, text_spec: str, nan_onnx_spec: str, tmp_path: Path
+    dataset: Any,
+    tiny_spec: str,
+    text_spec: str,
+    save_onnx: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "f"
     report(run(dataset, tiny_spec, text_spec, out, "--json"))
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    result = run(dataset, nan_onnx_spec, text_spec, out)
+    encode = OnnxImageEncoder.encode
+
+    def diverge(self: OnnxImageEncoder, pixels_BHW3: Pixels) -> ImageFeatures:
+        features = encode(self, pixels_BHW3)
+        return replace(features, image_embedding_BD=features.image_embedding_BD * float("nan"))
+
+    monkeypatch.setattr(OnnxImageEncoder, "encode", diverge)
+    result = run(dataset, f"onnx:{save_onnx(tmp_path, offset=0.25)}", text_spec, out)
     assert isinstance(result.exception, UserError)
     assert "diverged" in str(result.exception)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
