@@ -63,8 +63,8 @@ class OnnxEncoder:
                 f"{path} lacks the input {input_name!r} or an output, {' or '.join(map(repr, expected))}; "
                 "export it again"
             )
-        patch_dim = None if patches_name is None else outputs[patches_name][-1]
-        self.heat_maps = patches_name is not None and (patch_dim == embedding_dim or not isinstance(patch_dim, int))
+        patch_dim = 0 if patches_name is None else outputs[patches_name][-1]
+        self.heat_maps = patch_dim == embedding_dim or not isinstance(patch_dim, int)
         # The first pass allocates memory and is slow. No request should wait for it.
         blank_BHW3 = np.zeros((max_batch, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
         if self.device == "cuda":
