@@ -16,11 +16,11 @@ from imaging.preprocess import Preprocessing
 from model.encoders.torch_module import TorchImageEncoder
 
 _NETWORK = "efficientnet-lite2"
-# The network takes (x - 127) / 128 of bytes, at 260 px.
+# The network takes (x - 127) / 128 of bytes, at 260 px. Cropping was chosen by measurement (docs/encoders.md).
 _PREPROCESSING = Preprocessing(
     size_px=260,
-    resize="squash",
-    crop="none",
+    resize="shortest",
+    crop="center",
     interpolation="bicubic",
     mean=(127 / 255, 127 / 255, 127 / 255),
     std=(128 / 255, 128 / 255, 128 / 255),
