@@ -5,6 +5,7 @@ None of their content is committed. `fetch` downloads them with npm.
 
 import io
 import json
+import os
 import subprocess
 import tarfile
 import tempfile
@@ -82,19 +83,21 @@ def fetch_debian_package(package: str, folder: Path) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
-        for command in (["apt-get", "download", "-q", package], ["dpkg-deb", "-x", "*.deb", "content"]):
-            arguments = [str(next(Path(partial).glob(each))) if "*" in each else each for each in command]
-            try:
-                subprocess.run(arguments, cwd=partial, capture_output=True, text=True, check=True)
-            except FileNotFoundError:
-                raise UserError(f"{command[0]} is not installed, so {package} of Debian cannot be fetched") from None
-            except subprocess.CalledProcessError as error:
-                reason = error.stderr.strip().splitlines()[-1:]
-                raise UserError(
-                    f"{command[0]} could not fetch {package}: {' '.join(reason)} (`apt-get update` may help)"
-                ) from error
+        _run(["apt-get", "download", "-q", package], partial)
+        _run(["dpkg-deb", "-x", *os.listdir(partial), "content"], partial)
         (Path(partial) / "content").rename(target)
     return target
+
+
+def _run(command: list[str], folder: str) -> None:
+    """Run a tool of Debian in a folder. Raises `UserError`."""
+    try:
+        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise UserError(f"{command[0]} is not installed, so packages of Debian cannot be fetched") from None
+    except subprocess.CalledProcessError as error:
+        reason = " ".join(error.stderr.strip().splitlines()[-1:])
+        raise UserError(f"{' '.join(command)} failed: {reason} (`apt-get update` may help)") from error
 
 
 @dataclass(frozen=True)

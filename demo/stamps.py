@@ -23,7 +23,7 @@ from demo.sources import Sense, WordNet
 _EXCLUDED = re.compile(
     r"(^|/)(cartoon|flags|easter|hanukkah|newyears)/|^symbols/(?!money/)|_symbols/|/Santa\.png$|/sedan_police\.png$"
 )
-_MIRRORED = re.compile(r"_(mirror|flip|mirror_flip)\.png$")
+_MIRRORED = re.compile(r"_(mirror|flip)\.png$")
 _MIN_PIXELS, _MAX_FLAT = 150, 0.4
 
 # What kinds of things a folder has, as lexicographer files of WordNet: "saw" in `household` is the tool.
@@ -40,6 +40,7 @@ _TYPES = {
     "auto": "cars",
     "flight": "aircraft",
     "masstransit": "mass transit",
+    "naturalforces": "natural forces",
     "roadsigns": "road signs",
 }
 
@@ -100,7 +101,7 @@ def build_entities(stamps: Iterable[Stamp], wordnet: WordNet) -> list[EntityReco
         by_title.setdefault(find_title(stamp), []).append(stamp)
     records = []
     for title, same in by_title.items():
-        folders = same[0].name.split("/")[:-1]
+        folders = same[0].name.removeprefix("symbols/").split("/")[:-1]
         sense = find_sense(title, folders[0], wordnet)
         gloss = _capitalised(sense.gloss) if sense else None
         record = EntityRecord(
