@@ -19,6 +19,8 @@ from core.files import atomic_write
 Scalar = TypeVar("Scalar", bound=np.generic)
 Pooling = Literal["nearest", "mean"]  # an entity is found by its nearest image, or by the mean of its images
 
+_ENTITIES_AT_ONCE = 4096
+
 
 def vectors_file(shard: int) -> str:
     return f"{shard:05d}.npy"
@@ -116,6 +118,12 @@ class PooledEmbeddings(Embeddings):
         return np.concatenate([own_nD, rest_nD]), self._first_E[first:end] - self._first_E[first]
 
     def stored(self, positions_K: Int64Array) -> Float16Array:
+        blocks = [np.empty((0, self.dim), np.float16)]
+        for start in range(0, len(positions_K), _ENTITIES_AT_ONCE):  # their images are many more vectors
+            blocks.append(self._means_of(positions_K[start : start + _ENTITIES_AT_ONCE]))
+        return np.concatenate(blocks)
+
+    def _means_of(self, positions_K: Int64Array) -> Float16Array:
         starts_K = self._first_E[positions_K]
         counts_K = self._first_E[positions_K + 1] - starts_K
         ends_K = np.cumsum(counts_K)

@@ -110,7 +110,7 @@ class OverlayView:
         self._select = select or store.select
         self._base_count = len(store)
         self.delta: Delta | None = None if live is None else live.delta
-        self.entity_count = index.entity_count
+        self.entity_count = self._base_count  # some may have no embedding
         self.version = ""
         if live is not None and self.delta is not None:
             self.entity_count += len(self.delta.rows_M) - len(self.delta.hidden_H)

@@ -131,6 +131,10 @@ def test_an_entity_is_put_by_its_image(config: ExportConfig, catalog: CatalogFil
         with recognizer.acquire() as held:
             exported, put = (held.entities.images_of(held.entities.get(each).row) for each in ("Q4", "new"))
             assert len(held.entities.images_of(held.entities.get("Q3").row)) == 0
+            assert held.entities.entity_count == catalog.entities + 1
+            editor.delete("Q3").result()  # it has no image
+        with recognizer.acquire() as held:
+            assert held.entities.entity_count == catalog.entities
     np.testing.assert_allclose(put[0], exported[0], atol=2e-3)
 
 

@@ -182,8 +182,11 @@ def test_one_search_suffices_for_entities_with_many_images(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("shard_size", [3, 50, 1000])
-def test_means_are_those_of_stored_images_whatever_the_shards(tmp_path: Path, shard_size: int) -> None:
+def test_means_are_those_of_stored_images_whatever_the_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_size: int
+) -> None:
     """Entities cross shards, fill several, or have gaps between them."""
+    monkeypatch.setattr("index.embeddings._ENTITIES_AT_ONCE", 10)
     rows_N = [0] * 7 + [2, 2, 3] + [5] * 4 + [row for row in range(6, 40) for _ in range(row % 3)]
     _, images = make(tmp_path, rows_N, shard_size=shard_size)
     means = pooled(images, "mean")
