@@ -1,7 +1,7 @@
 """Builds the photo demo under `build/photos/`: `python -m demo.photos`, or `make demo-photos`.
 
 - `packages/`: Debian's `tuxpaint-stamps-default` (pictures and sentences) and `wordnet-base`, unpacked
-- `catalog.jsonl`: the entities
+- `pictures/`, `catalog.jsonl`: the pictures as squares, since the encoder sees the centre only, and the entities
 - `made_up/`, `queries_made_up.jsonl`: the cut-out pictures on other backgrounds, to fit confidence on
 - `bundle/`: the bundle, with the image encoder `photo` and without training
 
@@ -35,7 +35,7 @@ from index.manifest import MANIFEST_FILE
 
 BUILD = Path("build/photos")
 _STAMPS, _WORDNET = "tuxpaint-stamps-default", "wordnet-base"
-_THUMBNAIL_PX, _PHOTO_PX = 256, 260
+_PICTURE_PX, _THUMBNAIL_PX, _PHOTO_PX = 320, 256, 260
 _BATCH, _JPEG_QUALITY = 32, 85
 _IMAGENET_ID = re.compile(r"(?<!\w)n(\d{8})(?!\d)")
 
@@ -85,7 +85,8 @@ def build_catalog(path: Path) -> None:
     except UserError as error:
         raise UserError(f"{error.detail}; give a folder of your own pictures: make demo-photos PHOTOS=FOLDER") from None
     records = build_entities(read_stamps(stamps), _wordnet())
-    write_catalog(path, (_with_paths_from(record, path.parent) for record in records))
+    shown = tqdm(records, desc="pictures", unit="thing")
+    write_catalog(path, (_with_squares(record, path.parent / "pictures") for record in shown))
     click.echo(f"{path}: {len(records)} things with {sum(len(record.images) for record in records)} photographs")
 
 
@@ -103,7 +104,9 @@ def photograph(records: Sequence[EntityRecord], queries: Path) -> None:
     rows = []
     for start in tqdm(range(0, len(records), _BATCH), desc="photographs", unit="batch"):
         batch = records[start : start + _BATCH]
-        cut_outs = premultiply(torch.stack([to_tensor(_fit_square(Path(record.images[0]))) for record in batch]))
+        cut_outs = premultiply(
+            torch.stack([to_tensor(_fit_square(Path(record.images[0]), _PHOTO_PX)) for record in batch])
+        )
         photographer = Photographer(start)
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
         for record, photo in zip(batch, photographer.photograph(cut_outs, _PHOTO_PX, strength), strict=True):
@@ -113,12 +116,12 @@ def photograph(records: Sequence[EntityRecord], queries: Path) -> None:
     atomic_write_bytes(queries, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _fit_square(path: Path) -> Image.Image:
+def _fit_square(path: Path, size_px: int) -> Image.Image:
     """Return a cut-out picture in the middle of a transparent square."""
     with Image.open(path) as image:
         cut_out = image.convert("RGBA")
     cut_out = cut_out.crop(cut_out.getchannel("A").getbbox())
-    return ImageOps.pad(cut_out, (_PHOTO_PX, _PHOTO_PX), color=(0, 0, 0, 0))
+    return ImageOps.pad(cut_out, (size_px, size_px), color=(0, 0, 0, 0))
 
 
 def _read(catalog: Path) -> list[EntityRecord]:
@@ -129,8 +132,15 @@ def _wordnet() -> WordNet:
     return WordNet(BUILD / "packages" / _WORDNET / "usr/share/wordnet")
 
 
-def _with_paths_from(record: EntityRecord, folder: Path) -> EntityRecord:
-    return replace(record, images=tuple(os.path.relpath(image, folder) for image in record.images))
+def _with_squares(record: EntityRecord, folder: Path) -> EntityRecord:
+    """Return the record with copies of its pictures in `folder`, by paths relative to the catalog next to it."""
+    folder.mkdir(exist_ok=True)
+    images = []
+    for number, image in enumerate(record.images):
+        square = folder / f"{record.entity_id}_{number}.png"
+        _fit_square(Path(image), _PICTURE_PX).save(square, compress_level=1)
+        images.append(f"{folder.name}/{square.name}")
+    return replace(record, images=tuple(images))
 
 
 def _export(catalog: Path, made_up: Path, bundle: Path) -> None:
