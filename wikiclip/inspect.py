@@ -32,11 +32,9 @@ def inspect(path: Path, verify: bool, as_json: bool) -> None:
 
 
 def _describe_onnx(path: Path) -> dict[str, Any]:
-    import torch
-
     from model.encoders.onnx import check_onnx
 
-    check = check_onnx(path, torch.device("cpu"))
+    check = check_onnx(path)
     return {
         "problems": check.problems,
         "preprocessing": check.preprocessing.to_dict() if check.preprocessing else None,

@@ -27,6 +27,7 @@ from model.encoders.base import ImageFeatures
 
 _INPUT = "pixel_values"
 _PATCHES, _EMBEDDING = "patch_tokens", "image_embedding"
+_CPU = torch.device("cpu")
 _FLOATS = ("tensor(float)", "tensor(float16)")
 
 
@@ -74,7 +75,7 @@ class OnnxImageEncoder:
         )
 
 
-def check_onnx(path: Path, device: torch.device) -> OnnxCheck:
+def check_onnx(path: Path, device: torch.device = _CPU) -> OnnxCheck:
     """Check a file against the contract: names, types, shapes, and a trial on two images.
 
     Raises `EncoderSpecError` if ONNX Runtime lacks the device.
