@@ -94,8 +94,7 @@ def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, 
     """Load what a bundle searches into its collection and return the number of embeddings. Replace an interrupted load.
 
     `factory` is `Flat`, `HNSW32`, `IVF1024,Flat`, or `auto` for HNSW32. Raise `UserError` for any other, and if the
-    collection is loaded already, because it may have changes, or if
-    an entity has no embedding.
+    collection is loaded already, because it may have changes, or if an entity has no embedding.
     """
     index = _index(factory)
     name, counters = collection_name(bundle), counters_name(bundle)
