@@ -104,7 +104,7 @@ def test_it_is_judged_on_validation_queries(
     calibration = Calibration(
         slope=20.0, none_offset=10.0, none_slope=0.0, abstain_below=0.5, queries=1, correct=1, unknown=0
     )
-    monkeypatch.setattr("export.pipeline.calibrate", lambda *_, **__: (calibration, []))
+    monkeypatch.setattr("export.pipeline.calibrate_on", lambda *_: calibration)
     summary = export_bundle(dataclasses.replace(config, out=tmp_path / "b", validation=validation))
     assert summary.int8 is not None
     assert summary.int8.judged_on == "validation queries"
