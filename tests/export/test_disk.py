@@ -43,6 +43,7 @@ def test_an_export_resumes_after_space_was_freed(catalog: CatalogFiles, checkpoi
     rows = [json.loads(line) for line in catalog.path.read_text().splitlines() if line.startswith('{"entity_id": "Q')]
     for row in rows:
         row["images"] = []
+        row.pop("image_credits", None)  # they must have the length of the images
     next(row for row in rows if row["entity_id"] == "Q8")["text"] = (
         "long " * 2_000_000
     )  # 10 MB, written because of --store-text

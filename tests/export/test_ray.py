@@ -147,5 +147,5 @@ def test_a_workers_error_is_one_line(cluster: None, config: ExportConfig, tmp_pa
 
 def test_ray_is_not_installed(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match="--engine ray needs Ray; install it"):
+    with pytest.raises(UserError, match="--engine ray needs ray: pip install"):
         export_bundle(dataclasses.replace(config, out=tmp_path / "out", engine="ray"))

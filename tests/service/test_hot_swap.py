@@ -111,6 +111,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_mix_no_answers(serve, bundl
 def test_a_request_in_flight_finishes_with_its_first_bundle(serve, bundles, small_images):
     class GatedEncoder:
         device = "cpu"
+        heat_maps = True
 
         def __init__(self) -> None:
             self.gate = threading.Event()

@@ -329,6 +329,7 @@ class DyingEncoder:
     """Kills the engine thread while `dies` is true."""
 
     device = "cpu"
+    heat_maps = True
     dies = True
 
     def encode(self, pixels_BHW3):
