@@ -144,9 +144,11 @@ def _with_squares(record: EntityRecord, folder: Path) -> EntityRecord:
 
 
 def _export(catalog: Path, made_up: Path, bundle: Path) -> None:
+    from core.runtime import keep_freed_memory
     from export.config import ExportConfig
     from export.pipeline import export_bundle
 
+    keep_freed_memory()
     export_bundle(
         ExportConfig(
             catalog=catalog,

@@ -17,7 +17,7 @@ from export.decode import DecodePool, ImageJob, Pixels, default_workers, hash_te
 from export.reuse import BaseEntities, BaseEntity
 from export.shards import Shard, ShardRecords
 from imaging import Preprocessing
-from index.store import StoredEntity, first_sentence
+from index.store import StoredEntity, describe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def _samples(config: ExportConfig, pool: DecodePool, base: BaseEntities | None, 
             entity_id=record.entity_id,
             title=record.title,
             titles=record.titles,
-            description=record.description or first_sentence(record.text),
+            description=record.description or describe(record.title, record.text),
             url=record.url,
             types=record.types,
             symbol=record.symbol,

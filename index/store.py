@@ -400,10 +400,10 @@ def unknown_entity(entity_id: str) -> UnknownEntity:
     return UnknownEntity(f"no entity {entity_id!r} in this bundle; search by title to find its id")
 
 
-def first_sentence(text: str) -> str | None:
-    """Return the first sentence of a text, cut at 200 characters, or None if the text is blank."""
+def describe(title: str, text: str) -> str | None:
+    """Return the first sentence of a text, cut at 200 characters, or None if the text is blank or only the title."""
     stripped = text.strip()
-    if not stripped:
+    if stripped in ("", title):
         return None
     sentence = _SENTENCE_END.split(stripped, maxsplit=1)[0].strip()
     if len(sentence) <= _MAX_DESCRIPTION:

@@ -31,7 +31,7 @@ from index.entity_encoder import (
     EntityEncoder,
 )
 from index.overlay import LiveChanges
-from index.store import StoredEntity, first_sentence
+from index.store import StoredEntity, describe
 from service.encoder import open_session
 from service.engine import Encoder
 from wikiclip.answers import EntityRequest
@@ -144,7 +144,7 @@ class Editor:
             entity_id=entity_id,
             title=record.title,
             titles=record.titles,
-            description=record.description or first_sentence(record.text),
+            description=record.description or describe(record.title, record.text),
             url=record.url,
             types=tuple(record.types),
             symbol=record.symbol,

@@ -114,6 +114,7 @@ def test_a_second_run_serves_what_the_first_one_made(made: Path, small_images: d
             image = made.parent / "pictures" / "thing 3" / "1.png"
             answer = client.post("/recognize", files={"image": image.read_bytes()}).json()
             assert answer["predictions"][0]["title"] == "thing 3"
+            assert answer["predictions"][0]["description"] is None  # the title is the text
             assert client.get("/entities/thing-3/thumbnail").headers["content-type"] == "image/webp"
             assert "<html" in client.get("/").text
         assert interrupt(process) == 130
