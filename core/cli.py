@@ -22,9 +22,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
     """
     try:
         with needed_by(f"'{name or command.name}'"):
-            command.main(arguments, name, standalone_mode=False, **CONTEXT)
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
+            # Without standalone mode, click returns the code of an `Exit`, and otherwise what the command returns: None.
+            code = command.main(arguments, name, standalone_mode=False, **CONTEXT)
     except click.ClickException as error:
         where = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""
         click.echo(f"error: {error.format_message()}{where}", err=True)
@@ -35,3 +34,5 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
         sys.exit(130)
+    if code:
+        sys.exit(code)

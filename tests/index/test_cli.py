@@ -72,6 +72,14 @@ def test_inspect_describes_a_bundle(small_bundle: Path) -> None:
     assert "12, 1 without an image" in done.stdout
 
 
+def test_inspect_names_what_an_encoder_lacks(tmp_path: Path) -> None:
+    (tmp_path / "encoder.onnx").write_bytes(b"junk")
+    done = wikiclip("inspect", tmp_path / "encoder.onnx")
+    assert done.returncode == 2
+    assert "its preprocessing encoder.json is missing" in done.stdout
+    assert "encoder.onnx is not an ONNX file" in done.stdout
+
+
 def test_inspect_as_json(small_bundle: Path) -> None:
     report = json.loads(wikiclip("inspect", small_bundle, "--verify", "--json").stdout)
     assert report["counts"]["entities"] == report["stored_entities"] == 12
