@@ -22,7 +22,7 @@ def run(command: click.Command, arguments: Sequence[str] | None = None, *, name:
     """
     try:
         with needed_by(f"'{name or command.name}'"):
-            # Without standalone mode, click returns the code of an `Exit`, and otherwise what the command returns: None.
+            # Without standalone mode, click returns the code of an `Exit`, and None at a command's end.
             code = command.main(arguments, name, standalone_mode=False, **CONTEXT)
     except click.ClickException as error:
         where = f" (see `{error.ctx.command_path} --help`)" if isinstance(error, click.UsageError) and error.ctx else ""

@@ -14,7 +14,6 @@ import io
 import json
 import re
 import shlex
-import sys
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
@@ -216,4 +215,4 @@ def main(folder: Path, articles: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    run(main)

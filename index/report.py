@@ -78,7 +78,7 @@ def self_check_lines(check: SelfCheck) -> list[str]:
         for pair in check.confused
     ]
     if check.no_confidence:
-        lines.append(f"no confidence in answers: {check.no_confidence}; add pictures, or give `wikiclip export` a --validation")
+        lines.append(f"no confidence in answers: {check.no_confidence}; add images, or export with --validation")
     return lines
 
 

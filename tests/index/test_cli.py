@@ -76,7 +76,7 @@ def test_inspect_names_what_an_encoder_lacks(tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"junk")
     done = wikiclip("inspect", tmp_path / "encoder.onnx")
     assert done.returncode == 2
-    assert "its preprocessing encoder.json is missing" in done.stdout
+    assert "encoder.json is missing" in done.stdout
     assert "encoder.onnx is not an ONNX file" in done.stdout
 
 
