@@ -10,7 +10,6 @@ Shapes: N queries, R resamplings.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from core.statistics import wilson_interval
+
 if TYPE_CHECKING:
     from index.store import StoredEntity
     from wikiclip.answers import Prediction
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 RECALL_AT = (1, 5, 10)
 RESAMPLINGS = 2000
 CALIBRATION_BINS = 15
-_Z_95 = 1.959964  # quantile of the normal distribution
 
 Interval = tuple[float, float]
 Floats = npt.NDArray[np.float64]
@@ -94,11 +94,8 @@ def harmonic_mean(seen: float, unseen: float) -> float:
 
 def share_interval(hits: int, queries: int) -> Interval:
     """Return the 95 % interval of a percentage of queries, Wilson's score interval."""
-    share, z_squared = hits / queries, _Z_95**2
-    centre = share + z_squared / (2 * queries)
-    half = math.sqrt(z_squared * (share * (1 - share) + z_squared / (4 * queries)) / queries)
-    low, high = ((centre + side * half) / (1 + z_squared / queries) for side in (-1, 1))
-    return 100 * max(low, 0.0), 100 * min(high, 1.0)
+    low, high = wilson_interval(hits, queries)
+    return 100 * low, 100 * high
 
 
 def harmonic_mean_interval(seen: tuple[int, int], unseen: tuple[int, int]) -> Interval:
