@@ -22,7 +22,7 @@ from core.statistics import wilson_interval
 from export.calibrate import LabelledSearch, NotFitted, calibrate, embed_images, search_embeddings
 from export.config import ExportConfig
 from export.model import ImageModel
-from export.pooling import image_count, image_numbers
+from export.pooling import image_numbers
 from export.precision import catalog_images
 from export.shards import EntityImages
 from export.views import changed_view
@@ -56,7 +56,7 @@ def own_queries(
     several_N = np.flatnonzero(count_N > 1)
     if len(several_N) > _MAX_IMAGES:
         several_N = np.sort(np.random.default_rng(0).choice(several_N, _MAX_IMAGES, replace=False))
-    viewed = [entity for entity in sample if image_count(images.rows_N, entity[0]) == 1][:_MAX_VIEWED]
+    viewed = [entity for entity in sample if len(images.positions_of(entity[0])) == 1][:_MAX_VIEWED]
     rows: list[int] = []
 
     def views() -> Iterator[Pixels]:
@@ -85,8 +85,8 @@ def search_own(
     own_scores_N = np.full(len(left_out_N), np.nan)
     for query in np.flatnonzero(left_out_N):
         position, own = queries.position_N[query], int(queries.own_N[query])
-        first, end = np.searchsorted(images.rows_N, [own, own + 1])
-        others_ID = images.at(np.delete(np.arange(first, end), position - first))
+        positions_I = images.positions_of(own)
+        others_ID = images.at(positions_I[positions_I != position])
         own_scores_N[query] = score_of_others(queries.embeddings_ND[query], others_ID, pooling)
     scores_NF = np.concatenate([scores_NF, own_scores_N[:, None]], axis=1)
     rows_NF = np.concatenate([rows_NF, queries.own_N[:, None]], axis=1)

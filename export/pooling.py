@@ -57,7 +57,7 @@ def pooling_folds(
     elif isinstance(model, ImageModel):
         yield from stored_folds(images)
     else:
-        sampled = [entity for entity in sample if image_count(images.rows_N, entity[0]) >= _MIN_IMAGES]
+        sampled = [entity for entity in sample if len(images.positions_of(entity[0])) >= _MIN_IMAGES]
         first = list(catalog_images(ImageReader(config.images), model.image_encoder.preprocessing, sampled))
         queries_QD = embed_images((pixels_HW3 for _, pixels_HW3 in first), config, model)
         yield Fold(queries_QD=queries_QD, own_Q=np.array([row for row, _ in first], np.int64), left_out=0)
@@ -79,12 +79,6 @@ def image_numbers(rows_N: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Return the number of each image among those of its entity, from 0, and how many there are, both [N]."""
     _, first_E, entity_N, count_E = np.unique(rows_N, return_index=True, return_inverse=True, return_counts=True)
     return np.arange(len(rows_N)) - first_E[entity_N], count_E[entity_N]
-
-
-def image_count(rows_N: Int64Array, row: int) -> int:
-    """Return how many embeddings the entity at a row has."""
-    first, end = np.searchsorted(rows_N, [row, row + 1])
-    return int(end - first)
 
 
 def choose_pooling(images: Embeddings, folds: Iterable[Fold], *, default: Pooling, progress: bool = False) -> Pooling:

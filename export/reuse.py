@@ -58,11 +58,10 @@ class BaseEntities:
         thumbnails = self._store.thumbnails([entity.row for entity in stored.values()])
         found = {}
         for entity_id, entity in stored.items():
-            positions = np.searchsorted(self._embeddings.rows_N, [entity.row, entity.row + 1])
             found[entity_id] = BaseEntity(
                 content_hash=self._hashes[entity.row].tobytes(),
                 image_count=entity.image_count,
-                embeddings_kD=self._embeddings.stored(np.arange(*positions)),
+                embeddings_kD=self._embeddings.stored(self._embeddings.positions_of(entity.row)),
                 thumbnail=thumbnails.get(entity.row),
                 attended_words=self._store.attended_words(entity.row),
             )

@@ -82,9 +82,13 @@ class Embeddings:
         rows = [self._vectors[part][offset] for part, offset in zip(parts_K.tolist(), offsets_K.tolist(), strict=True)]
         return np.concatenate(rows).reshape(-1, self.dim)
 
+    def positions_of(self, row: int) -> Int64Array:
+        """Return the positions [I] of an entity's embeddings."""
+        return np.arange(*np.searchsorted(self.rows_N, [row, row + 1]))
+
     def images_of(self, row: int) -> Float32Array:
         """Return the normalised embeddings [I, D] of an entity's images. Thread-safe."""
-        return self.at(np.arange(*np.searchsorted(self.rows_N, [row, row + 1])))
+        return self.at(self.positions_of(row))
 
 
 class PooledEmbeddings(Embeddings):
@@ -124,11 +128,9 @@ class PooledEmbeddings(Embeddings):
         return np.concatenate(blocks)
 
     def _means_of(self, positions_K: Int64Array) -> Float16Array:
-        starts_K = self._first_E[positions_K]
-        counts_K = self._first_E[positions_K + 1] - starts_K
-        ends_K = np.cumsum(counts_K)
-        images_I = np.arange(counts_K.sum()) + np.repeat(starts_K + counts_K - ends_K, counts_K)
-        return means(self._images.at(images_I), ends_K - counts_K)
+        starts_K, ends_K = self._first_E[positions_K], self._first_E[positions_K + 1]
+        counts_K = ends_K - starts_K
+        return means(self._images.at(concatenate_ranges(starts_K, ends_K)), np.cumsum(counts_K) - counts_K)
 
     def images_of(self, row: int) -> Float32Array:
         return self._images.images_of(row)
@@ -137,6 +139,12 @@ class PooledEmbeddings(Embeddings):
 def pooled(images: Embeddings, pooling: Pooling) -> Embeddings:
     """Return what is searched: the embeddings of images, or their means."""
     return PooledEmbeddings(images) if pooling == "mean" else images
+
+
+def concatenate_ranges(starts_K: Int64Array, ends_K: Int64Array) -> Int64Array:
+    """Return the numbers of K ranges, one range after the other. Ends are excluded."""
+    counts_K = ends_K - starts_K
+    return np.arange(counts_K.sum()) + np.repeat(ends_K - np.cumsum(counts_K), counts_K)
 
 
 def means(images_nD: Float32Array, starts_K: Int64Array) -> Float16Array:

@@ -17,7 +17,7 @@ import numpy as np
 from core.arrays import BoolArray, Float32Array, Int64Array
 from core.errors import BundleAltered
 from core.runtime import faiss
-from index.embeddings import Embeddings, normalised
+from index.embeddings import Embeddings, concatenate_ranges, normalised
 from index.faiss_index import Candidates, faiss_reason
 from index.gpu import placement
 from index.store import Selection
@@ -191,8 +191,7 @@ class EntityIndex:
     def _all_images(self, rows_E: Int64Array) -> Int64Array:
         """Return the positions of all embeddings of some entities, in order."""
         starts_E, ends_E = np.searchsorted(self._rows_N, rows_E, "left"), np.searchsorted(self._rows_N, rows_E, "right")
-        counts_E = ends_E - starts_E
-        return np.arange(counts_E.sum()) + np.repeat(ends_E - np.cumsum(counts_E), counts_E)
+        return concatenate_ranges(starts_E, ends_E)
 
     def _allowed_by(self, selection: Selection) -> _Allowed:
         if (cached := self._allowed.get(selection)) is not None:
