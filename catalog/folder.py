@@ -6,7 +6,6 @@ as `birds/kingfisher`, and `text.txt` or `text.md` in it is its text. With a tab
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import unicodedata
@@ -22,7 +21,7 @@ from catalog.records import BadRecord
 from catalog.table import ENTITY_COLUMNS, Row, read_table
 from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes
-from core.jsonl import Rejected, RejectLog
+from core.jsonl import Rejected, RejectLog, rejects_path, to_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +69,7 @@ def build_folder_catalog(config: FolderConfig) -> FolderCatalog:
             raise UserError(f"{path} exists; remove it, or choose another folder")
     found = read_folder(config)
     for name, path in _queries_paths(config).items():
-        atomic_write_bytes(path, jsonl(found.queries[name]))
+        atomic_write_bytes(path, to_jsonl(found.queries[name]))
     write_rows(config.out, iter(found.rows))
     return found
 
@@ -153,16 +152,6 @@ def summarise(rejected: Iterable[Rejected]) -> str:
         f"{len(names)} x {kind} ({repr(names[0])[1:-1]}{', ...' if len(names) > 1 else ''})"
         for kind, names in sorted(records.items(), key=lambda item: -len(item[1]))
     )
-
-
-def rejects_path(out: Path) -> Path:
-    """Return the path of the reject log next to an output."""
-    return out.resolve().parent / "rejected.jsonl"
-
-
-def jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return rows as JSON Lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _queries_paths(config: FolderConfig) -> dict[str, Path]:

@@ -28,6 +28,7 @@ from core.files import atomic_write, locked
 from core.jsonl import Rejected
 
 INDEX_FILE = "images.sqlite"
+MAX_PIXELS = 200_000_000  # catalogs are trusted; this only keeps one file from exhausting memory
 # Errors of a disk or mount. Every later image would seem missing too.
 _MACHINE_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _SCHEMA = """

@@ -16,13 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from catalog.images import ImageReader, UnusableImage
+from catalog.images import MAX_PIXELS, ImageReader, UnusableImage
 from core.errors import TooLarge, UndecodableImage
 from core.jsonl import Rejected
 from core.runtime import usable_cores
 from imaging import Decoder, automatic_budget, readable_types, sniff
 
-MAX_PIXELS = 200_000_000  # as for export
 _DECODE_TIMEOUT_S = 30.0
 _HEAD_BYTES = 512
 _TEXT_NAMES = ("text.txt", "text.md")

@@ -1,7 +1,7 @@
 """Read JSON Lines, and log the records that had to be skipped."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,11 @@ def _parse(line_number: int, raw: bytes) -> tuple[int, dict[str, Any]] | Rejecte
     return line_number, value
 
 
+def to_jsonl(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return rows as JSON Lines in UTF-8."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def excerpt(record: object) -> str:
     """Return the beginning of a record, for `Rejected.record`: of a line as it is, of a parsed one as JSON."""
     if isinstance(record, bytes):
@@ -66,3 +71,8 @@ class RejectLog:
         row = {"line": rejected.line, "reason": rejected.reason, "record": rejected.record}
         with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:  # for lone surrogates
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def rejects_path(out: Path) -> Path:
+    """Return the path of the reject log next to an output."""
+    return out.resolve().parent / "rejected.jsonl"

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from core.arrays import Pixels
 from core.files import atomic_write, atomic_write_bytes
+from core.jsonl import to_jsonl
 from demo.entities import Symbol, build_symbols
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 from demo.sources import IconSet, fetch, render
@@ -140,7 +141,7 @@ def plan_drawings(symbols: Iterable[Symbol], splits: dict[str, str]) -> list[Dra
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
-    atomic_write_bytes(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+    atomic_write_bytes(path, to_jsonl(rows))
 
 
 def render_missing(drawings: Iterable[tuple[Path, Drawing]], build: Path) -> None:

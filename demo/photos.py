@@ -28,7 +28,7 @@ from catalog.records import EntityRecord
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
-from core.jsonl import Rejected
+from core.jsonl import Rejected, to_jsonl
 from demo.sources import WordNet, fetch_debian_package
 from demo.stamps import build_entities, find_sense, read_stamps
 from index.manifest import MANIFEST_FILE
@@ -113,7 +113,7 @@ def photograph(records: Sequence[EntityRecord], queries: Path) -> None:
             image = f"made_up/{record.entity_id}.jpg"
             (queries.parent / image).write_bytes(to_jpeg(photo, _JPEG_QUALITY))
             rows.append({"image": image, "entity_id": record.entity_id})
-    atomic_write_bytes(queries, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    atomic_write_bytes(queries, to_jsonl(rows))
 
 
 def _fit_square(path: Path, size_px: int) -> Image.Image:

@@ -10,9 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
+from core.arrays import BoolArray
 from core.errors import UnknownEntity
 from core.files import atomic_write
 from core.jsonl import Rejected, RejectLog
@@ -100,7 +100,7 @@ def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog
 class HoldoutIndex(EntityIndex):
     """An index that finds only some rows, unless a search has a selection."""
 
-    def restrict(self, searched_E: npt.NDArray[np.bool_]) -> None:
+    def restrict(self, searched_E: BoolArray) -> None:
         self._all = self._allowed_by(Selection((), searched_E))
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
+from core.arrays import Float64Array
 from core.statistics import wilson_interval
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ RESAMPLINGS = 2000
 CALIBRATION_BINS = 15
 
 Interval = tuple[float, float]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +104,12 @@ def harmonic_mean_interval(seen: tuple[int, int], unseen: tuple[int, int]) -> In
     return percentile_interval(np.array([harmonic_mean(one, other) for one, other in pairs]))
 
 
-def _shares(rng: np.random.Generator, hits: int, queries: int) -> Floats:
+def _shares(rng: np.random.Generator, hits: int, queries: int) -> Float64Array:
     # From the posterior of Jeffreys' prior: resampling the queries would never vary from 0 or 100 %.
     return 100 * rng.beta(hits + 0.5, queries - hits + 0.5, RESAMPLINGS)
 
 
-def percentile_interval(values_R: Floats) -> Interval:
+def percentile_interval(values_R: Float64Array) -> Interval:
     """Return the bounds of the middle 95 % of the values."""
     low, high = np.percentile(values_R, (2.5, 97.5))
     return float(low), float(high)

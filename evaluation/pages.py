@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from catalog import EntityRecord, is_url, read_catalog
+from catalog.images import MAX_PIXELS
 from core.errors import TooLarge, UndecodableImage
 from core.extras import missing_extra
 from core.files import atomic_write_bytes
@@ -39,7 +40,6 @@ CONFUSIONS = 24
 _TEMPLATES = Path(__file__).parent / "templates"
 _LONGEST_LIST = 20  # in a table of figures
 _IMAGE_PX = 160
-_MAX_PIXELS = 200_000_000
 _INK = "#1d2430"
 # Plots follow the light or dark colours of the page: these become its CSS variables.
 _VARIABLES = {
@@ -338,7 +338,7 @@ def _thumbnail(path: Path | None) -> str | None:
     if path is None or not path.is_file():
         return None
     try:
-        return _data_uri(make_thumbnail(path.read_bytes(), _IMAGE_PX, max_pixels=_MAX_PIXELS))
+        return _data_uri(make_thumbnail(path.read_bytes(), _IMAGE_PX, max_pixels=MAX_PIXELS))
     except (UndecodableImage, TooLarge):
         return None
 

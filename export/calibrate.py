@@ -19,13 +19,13 @@ from tqdm import tqdm
 
 from catalog import is_url
 from catalog.images import ImageReader, UnusableImage
-from core.arrays import Float32Array, Float64Array
+from core.arrays import BoolArray, Float32Array, Float64Array, Int64Array, Pixels
 from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
-from export.decode import Pixels, image_decoder
+from export.decode import image_decoder
 from export.model import ExportModel
-from export.open_set import BoolArray, Examples, IntArray, fit_open_set_model, minimise, outlier_images
+from export.open_set import Examples, fit_open_set_model, minimise, outlier_images
 from imaging import Preprocessing
 from index.calibration import CANDIDATES, Calibration, background
 from index.search import EntityIndex
@@ -54,9 +54,9 @@ class LabelledSearch:
     `rows_NF` has one entity more than a calibration uses. `made_up` queries are changed copies of the catalog's images.
     """
 
-    own_N: IntArray
-    group_N: IntArray
-    rows_NF: IntArray
+    own_N: Int64Array
+    group_N: Int64Array
+    rows_NF: Int64Array
     scores_NF: Float64Array
     embeddings_ND: Float32Array
     made_up: bool
@@ -64,18 +64,15 @@ class LabelledSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Embedded validation queries, and those that could not be used."""
+    """Embedded validation queries with the row of each one's entity, or -1, and those that could not be used."""
 
     entity_ids: Sequence[str]
+    own_N: Int64Array
     embeddings_ND: Float32Array
     rejected: Sequence[Rejected]
 
-    def rows(self, store: EntityStore) -> IntArray:
-        """Return the entity's row of each query, or -1."""
-        return np.array([row_of(entity_id, store) for entity_id in self.entity_ids], np.int64)
 
-
-def embed_validation(queries: Path, config: ExportConfig, model: ExportModel) -> Validation:
+def embed_validation(queries: Path, config: ExportConfig, model: ExportModel, store: EntityStore) -> Validation:
     """Read and embed validation queries. Raise `CatalogError` if the file cannot be read."""
     rejected: list[Rejected] = []
     entity_ids: list[str] = []
@@ -87,19 +84,18 @@ def embed_validation(queries: Path, config: ExportConfig, model: ExportModel) ->
 
     shown = tqdm(images(), desc="validation", unit="query", disable=not config.progress)
     embeddings_ND = embed_images(shown, config, model)
-    return Validation(entity_ids=entity_ids, embeddings_ND=embeddings_ND, rejected=rejected)
+    own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)
+    return Validation(entity_ids=entity_ids, own_N=own_N, embeddings_ND=embeddings_ND, rejected=rejected)
 
 
-def calibrate_on(
-    validation: Validation, config: ExportConfig, model: ExportModel, index: EntityIndex, store: EntityStore
-) -> Calibration:
+def calibrate_on(validation: Validation, config: ExportConfig, model: ExportModel, index: EntityIndex) -> Calibration:
     """Search for validation queries and fit a calibration to them. Raise `UserError` if nothing can be fitted.
 
     Queries for entities outside the store count as unknown, with no right answer.
     """
     rows_NF, scores_NF = search_embeddings(validation.embeddings_ND, config, index)
     found = LabelledSearch(
-        own_N=validation.rows(store),
+        own_N=validation.own_N,
         group_N=np.unique(validation.entity_ids, return_inverse=True)[1],
         rows_NF=rows_NF,
         scores_NF=scores_NF,
@@ -188,7 +184,7 @@ def add_open_set_model(
     queries: SearchedQueries,
     in_catalog_N: BoolArray,
     without_NK: Float64Array,
-    group_N: IntArray,
+    group_N: Int64Array,
     outliers: SearchedQueries,
     *,
     made_up: bool = False,
@@ -237,7 +233,7 @@ def embed_images(images: Iterable[Pixels], config: ExportConfig, model: ExportMo
 
 def search_embeddings(
     embeddings_ND: Float32Array, config: ExportConfig, index: EntityIndex, count: int = CANDIDATES + 1
-) -> tuple[IntArray, Float64Array]:
+) -> tuple[Int64Array, Float64Array]:
     """Return the best `count` rows and scores [N, F] of queries, padded with row -1 and NaN."""
     rows = [np.zeros((0, count), np.int64)]
     scores = [np.zeros((0, count))]

@@ -19,22 +19,17 @@ from functools import cache
 from itertools import islice
 from typing import Self
 
-import numpy as np
-import numpy.typing as npt
-
-from catalog.images import ImageReader, UnusableImage
+from catalog.images import MAX_PIXELS, ImageReader, UnusableImage
+from core.arrays import Pixels
 from core.errors import TooLarge, UndecodableImage
 from core.runtime import usable_cores
 from imaging import Decoder, Preprocessing, automatic_budget
 
-MAX_PIXELS = 200_000_000  # catalogs are trusted; this only keeps one file from exhausting memory
 HASH_BYTES = 16
 _TIMEOUT_S = 30.0  # to decode an image; nobody waits for it
 _ENTITIES_PER_JOB = 8
 _JOBS_PER_WORKER = 3
 _NICENESS = 19  # of workers; the models have priority on the cores
-
-Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,18 +14,14 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import softplus
 from tqdm import tqdm
 
-from core.arrays import Float32Array, Float64Array
+from core.arrays import BoolArray, Float32Array, Float64Array, Int64Array, Pixels
 from index.calibration import OpenSetModel
-
-BoolArray = npt.NDArray[np.bool_]
-IntArray = npt.NDArray[np.int64]
 
 _LANDMARKS = 768
 _MAX_EXAMPLES = 24_000
@@ -45,7 +41,7 @@ class Examples:
     background_N: Float64Array
     embeddings_ND: Float32Array
     in_catalog_N: BoolArray
-    group_N: IntArray
+    group_N: Int64Array
     weight_N: Float64Array
 
     @property
@@ -53,7 +49,7 @@ class Examples:
         """Return both scores, `[N, 2]`."""
         return np.column_stack([self.best_N, self.background_N])
 
-    def take(self, chosen_N: IntArray | BoolArray) -> Examples:
+    def take(self, chosen_N: Int64Array | BoolArray) -> Examples:
         return Examples(**{name: values[chosen_N] for name, values in vars(self).items()})
 
 
@@ -186,7 +182,7 @@ def minimise(loss: Callable[[Tensor], Tensor], *, scale_F: Tensor) -> Float64Arr
     return weights_F
 
 
-def outlier_images(count: int, size_px: int, *, seed: int = 0) -> Iterator[npt.NDArray[np.uint8]]:
+def outlier_images(count: int, size_px: int, *, seed: int = 0) -> Iterator[Pixels]:
     """Yield `[S, S, 3]`: plain colours, gradients, blobs, noise, stripes, textures, regions and boxes, in turn."""
     rng = np.random.default_rng(seed)
     for draw in islice(cycle(_KINDS), count):

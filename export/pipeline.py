@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from catalog.formats import count_hint
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
-from core.jsonl import RejectLog
+from core.jsonl import RejectLog, rejects_path
 from core.reservoir import Reservoir
 from export.calibrate import calibrate_on, embed_validation
 from export.config import (
@@ -135,7 +134,7 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
                         _assemble(config, model, staging, settings, started, embedded.sample.items, float16)
             staging.publish()
     added_entity_encoder = _add_entity_encoder(config, model)
-    bundle, rejects = Bundle.open(config.out), _rejects_path(config.out)
+    bundle, rejects = Bundle.open(config.out), rejects_path(config.out)
     return ExportSummary(
         bundle=str(config.out),
         fingerprint=bundle.fingerprint,
@@ -240,7 +239,7 @@ def _embed_catalog(config: ExportConfig, model: ExportModel, staging: StagingDir
         staging.remove()
         raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
     if len(EmbeddingShards(staging.embeddings, model.image_encoder.embedding_dim)) == 0:  # only without a checkpoint
-        rejects = _rejects_path(config.out)
+        rejects = rejects_path(config.out)
         _count_and_log(staging, _reject_log(config), 0)
         staging.remove()
         why = f"{rejects} has the reasons" if rejects.exists() else "no record names an image"
@@ -273,15 +272,15 @@ def _assemble(
     self_check: SelfCheck | None = None
     int8: Int8Entry | None = None
     with EntityStore(bundle / STORE_FILE) as store:
-        validation = None if config.validation is None else embed_validation(config.validation, config, model)
-        folds = pooling_folds(config, model, images, sample, validation, store)
+        validation = None if config.validation is None else embed_validation(config.validation, config, model, store)
+        folds = pooling_folds(config, model, images, sample, validation)
         default: Pooling = "nearest" if config.checkpoint else "mean"
         pooling = choose_pooling(images, folds, default=default, progress=config.progress)
         searched = pooled(images, pooling)
         index_manifest = build_index(bundle, searched, device="cpu", created_at=created_at, progress=config.progress)
         index = EntityIndex.read(bundle / INDEX_FILE, searched, index_manifest.parameters)
         if validation is not None:
-            calibration = calibrate_on(validation, config, model, index, store)
+            calibration = calibrate_on(validation, config, model, index)
             for rejected in validation.rejected:
                 log.add(rejected)
         elif isinstance(model, ImageModel):
@@ -355,12 +354,7 @@ def _progress(config: ExportConfig, step: str) -> Iterator[None]:
 
 
 def _reject_log(config: ExportConfig) -> RejectLog:
-    log = RejectLog(_rejects_path(config.out))
+    log = RejectLog(rejects_path(config.out))
     for rejected in config.rejected:
         log.add(rejected)
     return log
-
-
-def _rejects_path(out: Path) -> Path:
-    """Return the path next to the bundle, which has only what a service needs."""
-    return out.resolve().parent / "rejected.jsonl"

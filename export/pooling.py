@@ -23,7 +23,6 @@ from export.model import ExportModel, ImageModel
 from export.precision import catalog_images
 from export.shards import EntityImages
 from index.embeddings import Embeddings, PooledEmbeddings, Pooling, means
-from index.store import EntityStore
 
 _FOLDS = 4  # passes over the catalog, each without one image per entity
 _MAX_QUERIES = 1024
@@ -45,15 +44,14 @@ def pooling_folds(
     images: Embeddings,
     sample: Sequence[EntityImages],
     validation: Validation | None,
-    store: EntityStore,
 ) -> Iterator[Fold]:
     """Yield the queries that decide: validation queries, or images of the catalog.
 
     Without a checkpoint, stored embeddings are those of queries. With one, images of the sample are embedded again.
     """
     if validation is not None:
-        own_N = validation.rows(store)
-        yield Fold(queries_QD=validation.embeddings_ND[own_N >= 0], own_Q=own_N[own_N >= 0])
+        known_N = validation.own_N >= 0
+        yield Fold(queries_QD=validation.embeddings_ND[known_N], own_Q=validation.own_N[known_N])
     elif isinstance(model, ImageModel):
         yield from stored_folds(images)
     else:

@@ -24,13 +24,14 @@ from torch import nn
 from tqdm import tqdm
 
 from catalog.images import ImageReader, UnusableImage
+from core.arrays import Pixels
 from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
 from core.files import atomic_write, sync
 from core.reservoir import Reservoir
 from core.runtime import onnxruntime
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
-from export.decode import Pixels, image_decoder
+from export.decode import image_decoder
 from export.model import ExportModel
 from export.onnx import (
     INPUT,

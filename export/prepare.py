@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 from catalog import EntityRecord
 from catalog.images import ImageReader
+from core.arrays import Pixels
 from core.jsonl import Rejected
 from export.config import ExportConfig
-from export.decode import DecodePool, ImageJob, Pixels, default_workers, hash_text
+from export.decode import DecodePool, ImageJob, default_workers, hash_text
 from export.reuse import BaseEntities, BaseEntity
 from export.shards import Shard, ShardRecords
 from imaging import Preprocessing

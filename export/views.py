@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from export.decode import Pixels
+from core.arrays import Pixels
 
 # Milder views are far easier than other photographs: the service would abstain from most of these (docs/LOG.md).
 _MIN_SIDE, _MAX_SIDE = 0.25, 0.5  # of a crop, as a share of the image

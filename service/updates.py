@@ -12,8 +12,8 @@ from concurrent.futures import Future
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
+from core.arrays import BoolArray, Float32Array, Pixels
 from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable
 from core.extras import needed_by
 from core.pool import Pool
@@ -38,7 +38,6 @@ from wikiclip.answers import EntityRequest
 
 _THREADS = 1  # one thread leaves the cores to queries
 
-Float32Array = npt.NDArray[np.float32]
 
 log = logging.getLogger("wikiclip.updates")
 
@@ -56,7 +55,7 @@ class EntityEmbedder:
         self._text_encoder = open_session(folder / TEXT_ENCODER_FILE, "cpu", _THREADS)
         self._adaptor = open_session(folder / ADAPTOR_FILE, "cpu", _THREADS)
 
-    def embed(self, pixels_HW3: npt.NDArray[np.uint8] | None, text: str) -> Float32Array:
+    def embed(self, pixels_HW3: Pixels | None, text: str) -> Float32Array:
         """Return the L2-normalised embedding [D]. The image may be None and the text may be blank."""
         patch_tokens_1PC = np.zeros((1, self._entity_encoder.patches, self._entity_encoder.patch_dim), np.float32)
         if pixels_HW3 is not None:
@@ -66,7 +65,7 @@ class EntityEmbedder:
         (embedding_1D,) = self._adaptor.run([ADAPTOR_OUTPUT], dict(zip(ADAPTOR_INPUTS, inputs, strict=True)))
         return np.asarray(embedding_1D[0], np.float32)
 
-    def _text_tokens(self, text: str) -> tuple[Float32Array, npt.NDArray[np.bool_]]:
+    def _text_tokens(self, text: str) -> tuple[Float32Array, BoolArray]:
         text = text.strip()[: self._entity_encoder.max_characters]
         ids = self._tokenizer.encode(text).ids if text else []
         if not ids:  # one masked token: the adaptor replaces it with its learned placeholder
@@ -84,7 +83,7 @@ class ImageEmbedder:
     def __init__(self, image_encoder: Encoder) -> None:
         self._image_encoder = image_encoder
 
-    def embed(self, pixels_HW3: npt.NDArray[np.uint8] | None, text: str) -> Float32Array:
+    def embed(self, pixels_HW3: Pixels | None, text: str) -> Float32Array:
         """Return the embedding [D]. Raises `NoEntitySide` without an image."""
         if pixels_HW3 is None:
             raise NoEntitySide("this bundle does not embed texts; send an image or an embedding")

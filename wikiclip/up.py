@@ -33,9 +33,10 @@ def up(
     out = out or Path(f"{folder.resolve().name}-bundle")
     address = None if no_serve else _free_address(out, port)
 
-    from catalog.folder import FolderConfig, check_folder, jsonl, read_folder, report_lines
+    from catalog.folder import FolderConfig, check_folder, read_folder, report_lines
     from core.errors import UserError
     from core.files import atomic_write_bytes
+    from core.jsonl import to_jsonl
     from index.manifest import MANIFEST_FILE
 
     check_folder(folder)
@@ -46,7 +47,7 @@ def up(
     shown = sys.stderr.isatty()
     catalog = FolderConfig(folder=folder, table=table, out=out.with_name(f"{out.name}.catalog.jsonl"), progress=shown)
     found = read_folder(catalog, ours=[out])
-    rows = jsonl(found.rows)
+    rows = to_jsonl(found.rows)
     if out.is_dir() and any(out.iterdir()) and catalog.out.exists() and catalog.out.read_bytes() != rows:
         raise UserError(
             f"{out} was made from other pictures or texts than {folder} has now; choose another --out, or remove {out}"
