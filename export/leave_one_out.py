@@ -121,7 +121,7 @@ def check_catalog(
     queries: OwnQueries, found: LabelledSearch, config: ExportConfig, model: ImageModel, index: EntityIndex,
     store: EntityStore,
 ) -> tuple[SelfCheck, Calibration | None]:  # fmt: skip
-    """Return how well the catalog tells its entities apart, and a calibration if one can be fitted."""
+    """Return how well the catalog distinguishes its entities, and a calibration if one can be fitted."""
     right_N = found.rows_NF[:, 0] == found.own_N
     calibration, reason = None, ""
     if index.entity_count < 2:

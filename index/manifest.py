@@ -157,7 +157,7 @@ class ConfusedPair(Record):
 
 
 class SelfCheck(Record):
-    """How well a catalog tells its own entities apart, measured by an export without checkpoint and validation queries.
+    """How well a catalog distinguishes its entities, measured by an export without checkpoint and validation queries.
 
     `left_out` are images of entities with several, each searched without itself. `views` are close-ups made from
     the only image of an entity. `no_confidence` says why there is no calibration. It is empty if there is one.

@@ -61,7 +61,7 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
 
 
 def self_check_lines(check: SelfCheck) -> list[str]:
-    """Describe how well a catalog tells its own entities apart."""
+    """Describe how well a catalog distinguishes its own entities."""
     kinds = {
         f"{check.left_out.queries} images, each searched without itself": check.left_out,
         f"{check.views.queries} close-ups of entities with a single image": check.views,

@@ -29,7 +29,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--images", type=PATH, help="Folder of `wikiclip fetch-images`, for images by URL.  [default: none]")
 @click.option(
     "--max-entities", type=_COUNT,
-    help="Entities with an image to draw from the catalog at random, besides those of the pairs.  [default: all]",
+    help="Entities with an image to draw at random from the catalog, added to those of the pairs.  [default: all]",
 )  # fmt: skip
 @click.option("--max-per-entity", type=_COUNT, help="Most pairs per entity, drawn at random.  [default: no limit]")
 @click.option("--catalog-pairs", is_flag=True, help="Add pairs from the catalog: entity images as query images.")
