@@ -45,10 +45,14 @@ def run_server(settings: Settings) -> None:
         gc.set_threshold(_GC_THRESHOLD, 10, 10)
         with returnable_memory():
             recognizer = Recognizer.open(settings.bundle, settings)
-        host, port = listener.getsockname()[:2]
-        log.info("serving %s on http://%s:%d", recognizer.label, f"[{host}]" if ":" in host else host, port)
+        log.info("serving %s on %s", recognizer.label, url_of(*listener.getsockname()[:2]))
         config = server_config(settings, create_app(settings, recognizer))
         _Server(config, recognizer, settings.bundle, early_sighups).run(sockets=[listener])
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of a service on this address."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def server_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:

@@ -76,11 +76,12 @@ def up(
     click.echo("\n".join(lines))
     if address is None:
         return
-    host, port = address
-    click.echo(f"page: http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops the service)")
+    from service.server import url_of
+
+    click.echo(f"page: {url_of(*address)} (Ctrl-C stops the service)")
     sys.stdout.flush()
     # A new program in this process: the service needs no torch. With -P, folders here do not shadow packages.
-    serve = ["serve", "--bundle", str(out), "--port", str(port)]
+    serve = ["serve", "--bundle", str(out), "--port", str(address[1])]
     os.execv(sys.executable, [sys.executable, "-P", "-m", "wikiclip", *serve])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -28,14 +28,19 @@ from model.encoders.base import ImageFeatures
 _INPUT = "pixel_values"
 _PATCHES, _EMBEDDING = "patch_tokens", "image_embedding"
 _CPU = torch.device("cpu")
+_RANKS = ((_EMBEDDING, 2, "[B, D]"), (_PATCHES, 3, "[B, P, C]"))
 _FLOATS = ("tensor(float)", "tensor(float16)")
 
 
 @dataclass(kw_only=True)
 class OnnxCheck:
-    """The result of `check_onnx`. Without problems, `session` and `preprocessing` are set."""
+    """The result of `check_onnx`. Without problems, `session` and `preprocessing` are set.
+
+    `data` are the files of `external_data`.
+    """
 
     problems: list[str] = field(default_factory=list)
+    data: list[Path] = field(default_factory=list)
     session: Any = None
     preprocessing: Preprocessing | None = None
     patches: int = 0
@@ -56,7 +61,7 @@ class OnnxImageEncoder:
         self.spec = spec
         self.onnx_path = path
         self.preprocessing = check.preprocessing
-        self.content_hash = _hash(path, self.preprocessing)
+        self.content_hash = _hash([path, *check.data], self.preprocessing)
         self.patches, self.patch_dim, self.embedding_dim = check.patches, check.patch_dim, check.embedding_dim
         self._session = check.session
         self._device = device
@@ -89,7 +94,7 @@ def check_onnx(path: Path, device: torch.device = _CPU) -> OnnxCheck:
     except EncoderSpecError as error:
         check.problems.append(str(error))
     try:
-        external_data(path)
+        check.data = external_data(path)
         check.session = _open_session(path, device)
     except EncoderSpecError as error:
         check.problems.append(str(error))
@@ -125,7 +130,7 @@ def _declared_problems(check: OnnxCheck) -> Iterator[str]:
                 yield f"it takes images of {shown} px, but its preprocessing says {size} px; correct one of them"
     if _EMBEDDING not in outputs:
         yield f"its outputs are {', '.join(outputs)}; name the embedding {_EMBEDDING}"
-    for name, rank, shape in ((_EMBEDDING, 2, "[B, D]"), (_PATCHES, 3, "[B, P, C]")):
+    for name, rank, shape in _RANKS:
         node = outputs.get(name)
         if node is not None and node.type not in _FLOATS:
             yield f"{name} is {node.type}; it must be float32"
@@ -145,7 +150,7 @@ def _trial_problems(check: OnnxCheck) -> Iterator[str]:
         yield f"it fails on two images of {size} px, the size in its preprocessing: {_first_line(error)}"
         return
     outputs = dict(zip(names, found, strict=True))
-    for name, rank, shape in ((_EMBEDDING, 2, "[B, D]"), (_PATCHES, 3, "[B, P, C]")):
+    for name, rank, shape in _RANKS:
         output = outputs.get(name)
         if output is None:
             continue
@@ -176,10 +181,10 @@ def _read_preprocessing(path: Path) -> Preprocessing:
         raise EncoderSpecError(f"{path}: {error}") from error
 
 
-def _hash(path: Path, preprocessing: Preprocessing) -> str:
-    """Hash the file, its external data and the preprocessing."""
+def _hash(files: Sequence[Path], preprocessing: Preprocessing) -> str:
+    """Hash the files and the preprocessing."""
     digest = hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
-    for file in [path, *external_data(path)]:
+    for file in files:
         digest.update(f"\n{sha256_file(file)}".encode())
     return digest.hexdigest()
 
