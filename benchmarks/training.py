@@ -20,7 +20,7 @@ from model.data import ImageSource
 from model.distributed import Group
 from model.encoders import open_image_encoder, open_text_encoder
 from model.features import FeatureStore, KeyedPair
-from model.trainer import Trainer, TrainSettings
+from model.trainer import Batch, Trainer, TrainSettings
 
 _BATCH = 64
 _WIDTH = 64
@@ -51,7 +51,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
             patch_dim=store.image_encoder.patch_dim, text_dim=store.text_encoder.dim,
             embedding_dim=store.image_encoder.embedding_dim, width=_WIDTH,
         )  # fmt: skip
-        batches = [pairs[start : start + _BATCH] for start in range(0, len(pairs), _BATCH)]
+        parts = [pairs[start : start + _BATCH] for start in range(0, len(pairs), _BATCH)]
+        batches = [Batch(part, np.zeros(len(part), np.int64)) for part in parts]
         trainer = Trainer(
             config=config, settings=TrainSettings(batch_size=_BATCH), store=store, entities=entities,
             steps=len(batches) + 1, device=torch.device("cpu"), group=Group(),

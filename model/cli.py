@@ -46,6 +46,10 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
     help="Batches of similar query images, synthetic negatives (an image with another entity's text), or both.",
 )  # fmt: skip
 @click.option("--n-sync", type=_COUNT, default=8, help="Synthetic negatives per image.")
+@click.option(
+    "--synthetic-image", type=click.Choice(["own", "other"]), default="own",
+    help="Image of synthetic negatives: that of the query's own entity, or those of the other entities of the batch.",
+)  # fmt: skip
 @click.option("--cluster-size", type=int, help="Similar query images per batch.  [default: the whole batch]")
 @click.option("--hard-negatives-from", type=_COUNT, default=1, help="First epoch with hard negatives.")
 @click.option("--seed", type=click.IntRange(0), default=0, help="Seed of initial weights, order and dropout.")

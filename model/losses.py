@@ -1,11 +1,12 @@
 """InfoNCE and hard negative synthesis, as in the paper: clustered batches and swapped texts.
 
-Pure functions. `cluster_batches` puts pairs whose queries look alike into the same batch. `harden` replaces in-batch
-negatives by harder synthetic ones: an entity's image read with the text of another entity. It works on cosines, before
-the loss, so `info_nce` stays a plain softmax.
+Pure functions. `cluster_batches` puts pairs whose queries look alike into the same batch. `own_image_negatives` and
+`other_image_negatives` replace in-batch negatives by synthetic ones: an entity's image with the text of another entity,
+its donor. They work on cosines, before the loss, so `info_nce` stays a plain softmax.
 
-Shapes: N pairs of an epoch, D embedding, K clusters, B pairs of a batch, S draws per pair. Row i of `cosines_BB` is
-query i against the entity of every pair.
+Shapes: N pairs of an epoch, D embedding, K clusters, B pairs of a batch, S donors of a pair. Row i of `cosines_BB` is
+query i against the entity of every pair. `entity_B` and `text_B` number the entities and texts of the pairs: equal ones
+have equal numbers, and -1 is no text.
 """
 
 import math
@@ -19,13 +20,15 @@ from torch import nn
 from core.arrays import Float32Array, Int64Array
 from core.runtime import faiss
 
-NO_DONOR = -1
 MAX_LOGIT_SCALE = 100.0
 INITIAL_LOGIT_SCALE = 1 / 0.07
 
 _ITERATIONS = 10
 _SAMPLES_PER_CENTROID = 64  # for fitting k-means; every query is assigned
 _CANDIDATES = 8  # nearest centroids tried per query and round
+
+Embed = Callable[[torch.Tensor], torch.Tensor]
+"""From the row `[B]` of each pair's donor to the embedding `[B, D]` of the pair's image with the donor's text."""
 
 
 class LogitScale(nn.Module):
@@ -47,8 +50,7 @@ class LogitScale(nn.Module):
 def info_nce(cosines_BB: torch.Tensor, entity_B: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
     """Return the mean over queries of `-log softmax(logit_scale * cosines)` at the query's own pair.
 
-    `entity_B` numbers each pair's entity. Other pairs of the same entity are left out of the softmax, since they are
-    neither positives nor negatives.
+    Other pairs of the same entity are left out of the softmax, since they are neither positives nor negatives.
     """
     same_BB = entity_B[:, None] == entity_B[None, :]
     others_BB = same_BB & ~torch.eye(len(entity_B), dtype=torch.bool, device=entity_B.device)
@@ -58,22 +60,23 @@ def info_nce(cosines_BB: torch.Tensor, entity_B: torch.Tensor, logit_scale: torc
 
 def cluster_batches(
     query_embeddings_ND: Float32Array, *, cluster_size: int, batch_size: int, seed: tuple[int, ...]
-) -> list[Int64Array]:
-    """Return an epoch's batches: rows of pairs, every row once, each batch made of whole clusters of similar queries.
+) -> list[tuple[Int64Array, Int64Array]]:
+    """Return an epoch's batches, made of whole clusters of similar queries: rows of pairs, and the cluster of each row.
 
-    Visual clustering in the paper. Cluster sizes differ by one pair at most and never exceed `cluster_size`, so there
-    are as many batches as without clusters. Which clusters share a batch, and the order of batches, is random. The
-    batches depend only on the seed.
+    Visual clustering in the paper. Every row occurs once. Cluster sizes differ by one pair at most and never exceed
+    `cluster_size`, so there are as many batches as without clusters. Which clusters share a batch, and the order of
+    batches, is random. The batches depend only on the seed.
     """
     rng = np.random.default_rng(seed)
     clusters = -(-len(query_embeddings_ND) // cluster_size)
     owner_N = _balanced_clusters(query_embeddings_ND, clusters, int(rng.integers(2**31)))
     members = np.split(np.argsort(owner_N, kind="stable"), np.cumsum(np.bincount(owner_N, minlength=clusters))[:-1])
     order, together = rng.permutation(clusters), batch_size // cluster_size
-    return [
+    batches = [
         np.concatenate([members[cluster] for cluster in order[start : start + together]])
         for start in range(0, clusters, together)
     ]
+    return [(rows_B, owner_N[rows_B]) for rows_B in batches]
 
 
 def _balanced_clusters(embeddings_ND: Float32Array, clusters: int, seed: int) -> Int64Array:
@@ -108,52 +111,64 @@ def _balanced_clusters(embeddings_ND: Float32Array, clusters: int, seed: int) ->
     return owner_N
 
 
-def draw_donors(entity_B: Int64Array, text_B: Int64Array, draws: int, rng: np.random.Generator) -> Int64Array:
-    """Return, for each pair, the rows `[B, S]` whose texts replace its own in synthetic negatives (`N_sync` draws).
+def draw_donors(
+    entity_B: Int64Array, text_B: Int64Array, cluster_B: Int64Array, draws: int, rng: np.random.Generator
+) -> Int64Array:
+    """Return, for each pair, random donors of texts `[B, S]`, at most `draws` (`N_sync` in the paper).
 
-    `text_B` numbers the texts: equal texts have equal numbers, and -1 is no text. A row's donors are of other entities,
-    and their texts differ from its own and from one another. Missing donors are `NO_DONOR`.
+    Donors are rows of the same cluster and of other entities. Their texts differ from the pair's own and from one
+    another. The row itself takes the place of each missing donor, after the others.
     """
-    donors_BS = np.full((len(entity_B), draws), NO_DONOR, np.int64)
-    for row, (entity, text) in enumerate(zip(entity_B, text_B, strict=True)):
-        candidates = np.flatnonzero((text_B >= 0) & (text_B != text) & (entity_B != entity))
-        shuffled = rng.permutation(candidates)
+    own_B = np.arange(len(entity_B))
+    donors_BS = np.repeat(own_B[:, None], min(draws, len(own_B)), axis=1)
+    for row in own_B:
+        allowed_B = (cluster_B == cluster_B[row]) & (entity_B != entity_B[row]) & (text_B != text_B[row])
+        shuffled = rng.permutation(np.flatnonzero(allowed_B & (text_B >= 0)))
         _, first = np.unique(text_B[shuffled], return_index=True)
         drawn = shuffled[np.sort(first)][:draws]
         donors_BS[row, : len(drawn)] = drawn
     return donors_BS
 
 
-def synthetic_cosines(
-    queries_BD: torch.Tensor, donors_BS: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor]
+def own_image_negatives(
+    cosines_BB: torch.Tensor, queries_BD: torch.Tensor, donors_BS: torch.Tensor, entity_B: torch.Tensor, embed: Embed
 ) -> torch.Tensor:
-    """Return `[B, B, S]`: the cosine of query i with entity j's image read with the text of its donor s.
+    """Return the cosines `[B, B]`, with each query's easiest negatives replaced by synthetic ones of its own image.
 
-    `embed(donor_B)` returns the embeddings `[B, D]` of every image with the text of row `donor_B`. An image without a
-    donor is read with its own text, which `harden` ignores.
+    Query i meets the image of its own entity with the text of each donor. Only the text distinguishes these from the
+    positive. They replace as many negatives, those with the lowest cosine to the query.
     """
-    own_B = torch.arange(len(donors_BS), device=donors_BS.device)
-    draws = [embed(torch.where(donor_B == NO_DONOR, own_B, donor_B)) for donor_B in donors_BS.T]
-    return torch.stack([queries_BD @ embeddings_BD.T for embeddings_BD in draws], dim=2)
+    drawn_BS = donors_BS != _own_rows(donors_BS)[:, None]
+    synthetic_BS = torch.stack([(queries_BD * embed(donor_B)).sum(dim=1) for donor_B in donors_BS.T], dim=1)
+    same_BB = entity_B[:, None] == entity_B[None, :]
+    # Donors are negatives themselves, so there are at least as many negatives as donors.
+    easiest_BS = cosines_BB.detach().masked_fill(same_BB, torch.inf).argsort(dim=1)[:, : donors_BS.shape[1]]
+    replaced_BS = torch.where(drawn_BS, synthetic_BS, cosines_BB.gather(1, easiest_BS))
+    return cosines_BB.scatter(1, easiest_BS, replaced_BS)
 
 
-def harden(
+def other_image_negatives(
     cosines_BB: torch.Tensor,
-    synthetic_BBS: torch.Tensor,
+    queries_BD: torch.Tensor,
     donors_BS: torch.Tensor,
     entity_B: torch.Tensor,
     text_B: torch.Tensor,
+    embed: Embed,
 ) -> torch.Tensor:
-    """Return the cosines `[B, B]`, each negative replaced by its hardest synthetic negative where that is harder.
+    """Return the cosines `[B, B]`, with each negative replaced by its hardest synthetic one where that is harder.
 
-    It never replaces the positive or other pairs of the query's entity, and never uses a text of the query's own
-    entity. `text_B` numbers the texts as in `draw_donors`.
+    Query i meets the image of entity j with the texts of j's donors, never with a text of its own entity. The positive
+    and other pairs of the query's entity are never replaced.
     """
-    donor_entity_BS, donor_text_BS = entity_B[donors_BS], text_B[donors_BS]  # meaningless at NO_DONOR, masked below
-    drawn_BS = donors_BS != NO_DONOR
-    own_BBS = (donor_entity_BS[None] == entity_B[:, None, None]) | (
-        (donor_text_BS[None] == text_B[:, None, None]) & (text_B >= 0)[:, None, None]
-    )
-    hardest_BB = synthetic_BBS.masked_fill(own_BBS | ~drawn_BS[None], -torch.inf).amax(dim=2)
-    negative_BB = entity_B[:, None] != entity_B[None, :]
-    return torch.where(negative_BB & (hardest_BB > cosines_BB), hardest_BB, cosines_BB)
+    different_BB = entity_B[:, None] != entity_B[None, :]
+    hardest_BB = cosines_BB
+    for donor_B in donors_BS.T:
+        synthetic_BB = queries_BD @ embed(donor_B).T
+        not_own_BB = different_BB[:, donor_B] & (text_B[:, None] != text_B[donor_B])
+        harder_BB = different_BB & not_own_BB & (donor_B != _own_rows(donors_BS)) & (synthetic_BB > hardest_BB)
+        hardest_BB = torch.where(harder_BB, synthetic_BB, hardest_BB)
+    return hardest_BB
+
+
+def _own_rows(donors_BS: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(donors_BS), device=donors_BS.device)

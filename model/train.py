@@ -24,7 +24,7 @@ from model.distributed import Group
 from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.losses import cluster_batches
 from model.resume import Snapshots
-from model.trainer import Trainer, TrainSettings
+from model.trainer import Batch, Trainer, TrainSettings
 from model.validation import Accuracy, validate
 
 _LOG_EVERY_STEPS = 10
@@ -109,12 +109,11 @@ def train_adaptor(
             batches = group.from_first(_epoch_batches(settings, epoch, len(pairs), queries_ND, group))
             for step in range(progress.steps_of_epoch, steps_an_epoch):
                 rows = batches[step * settings.accumulate : (step + 1) * settings.accumulate]
-                loss = trainer.step(
-                    [[pairs[row] for row in batch] for batch in rows], synthesise=settings.synthesises(epoch)
-                )
+                parts = [Batch([pairs[row] for row in rows_B], cluster_B) for rows_B, cluster_B in rows]
+                loss = trainer.step(parts, synthesise=settings.synthesises(epoch))
                 progress.losses.append(loss)
                 progress.steps_of_epoch += 1
-                pairs_done += sum(len(batch) for batch in rows)
+                pairs_done += sum(len(rows_B) for rows_B, _ in rows)
                 bar.update()
                 if log and trainer.steps_done % _LOG_EVERY_STEPS == 0:
                     log({"epoch": epoch, "loss": loss, **trainer.state()})
@@ -155,8 +154,11 @@ def train_adaptor(
 
 def _epoch_batches(
     settings: TrainSettings, epoch: int, pairs: int, queries_ND: Float32Array | None, group: Group
-) -> list[Int64Array]:
-    """Return the rows of pairs in each batch of an epoch, over all processes. They depend only on seed and epoch."""
+) -> list[tuple[Int64Array, Int64Array]]:
+    """Return the rows of pairs in each batch of an epoch, over all processes, and the cluster of each row.
+
+    They depend only on seed and epoch. Without clusters, a batch is one.
+    """
     batch_size = settings.batch_size * group.size
     seed = (settings.seed, _STREAM, epoch)
     if settings.clusters(epoch):
@@ -165,7 +167,8 @@ def _epoch_batches(
         cluster_size = settings.cluster_size or settings.batch_size
         return cluster_batches(queries_ND, cluster_size=cluster_size, batch_size=batch_size, seed=seed)
     order_N = np.random.default_rng(seed).permutation(pairs)
-    return [order_N[start : start + batch_size] for start in range(0, pairs, batch_size)]
+    parts = [order_N[start : start + batch_size] for start in range(0, pairs, batch_size)]
+    return [(rows_B, np.zeros_like(rows_B)) for rows_B in parts]
 
 
 @contextmanager

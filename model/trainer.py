@@ -9,17 +9,18 @@ Shapes: B pairs of a batch over all processes, b those of this process, T text t
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from core.arrays import Int64Array
 from core.errors import UserError
 from model.adaptor import Adaptor, AdaptorConfig
 from model.distributed import Group
 from model.features import EntityBatch, EntityKeys, FeatureStore, KeyedPair
-from model.losses import NO_DONOR, LogitScale, draw_donors, harden, info_nce, synthetic_cosines
+from model.losses import LogitScale, draw_donors, info_nce, other_image_negatives, own_image_negatives
 
 _GRADIENT_NORM = 1.0
 _STREAM = 1  # of random numbers; the order of pairs uses stream 0
@@ -39,6 +40,7 @@ class TrainSettings:
     text_mask: float = 0.0  # probability of hiding a text token
     hard_negatives: str = "none"  # or clusters, synthesis, both
     n_sync: int = 8  # synthetic negatives per image
+    synthetic_image: str = "own"  # whose image they have: the query's own entity, or "other"
     cluster_size: int | None = None  # similar queries per batch; None: the whole batch
     hard_negatives_from: int = 1  # epoch
     seed: int = 0
@@ -86,6 +88,13 @@ def hide_tokens(text_mask_BT: torch.Tensor, share: float) -> torch.Tensor:
     return text_mask_BT & ((chance_BT >= share) | (chance_BT == chance_BT.amax(dim=1, keepdim=True)))
 
 
+class Batch(NamedTuple):
+    """Pairs over all processes, and the cluster of each. Donors of texts come from the same cluster."""
+
+    pairs: Sequence[KeyedPair]
+    cluster_B: Int64Array
+
+
 class Trainer:
     """The adaptor, temperature and optimiser. They are the same in every process of a group after every step."""
 
@@ -130,7 +139,7 @@ class Trainer:
             "schedule": self._schedule,
         }
 
-    def step(self, batches: Sequence[Sequence[KeyedPair]], *, synthesise: bool) -> float:
+    def step(self, batches: Sequence[Batch], *, synthesise: bool) -> float:
         """Take one optimiser step on the summed gradients of the batches. Return their mean loss before the step.
 
         `synthesise` uses synthetic negatives. Raises `UserError` if loss or gradient is not finite.
@@ -141,7 +150,7 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         value = 0.0
         for batch in batches:
-            loss = self._loss(batch, rng, synthesise) / len(batches)
+            loss = self._loss(*batch, rng, synthesise) / len(batches)
             loss.backward()  # type: ignore[no-untyped-call]
             value += loss.item()
         self._group.add_gradients((*self.adaptor.parameters(), *self.logit_scale.parameters()))
@@ -170,7 +179,9 @@ class Trainer:
         for name, part in self._parts.items():
             part.load_state_dict(snapshot[name])
 
-    def _loss(self, batch: Sequence[KeyedPair], rng: np.random.Generator, synthesise: bool) -> torch.Tensor:
+    def _loss(
+        self, batch: Sequence[KeyedPair], cluster_B: Int64Array, rng: np.random.Generator, synthesise: bool
+    ) -> torch.Tensor:
         """Return the loss over the whole batch. Its gradient covers the embeddings of this process."""
         settings, device, group = self._settings, self._device, self._group
         mine = group.share(len(batch))
@@ -192,12 +203,11 @@ class Trainer:
         cosines_BB = queries_BD @ group.gather(own_bD, len(batch)).T
         if synthesise:
             text_B = self._text_numbers[entity_B]
-            donors_BS = np.full((len(batch), settings.n_sync), NO_DONOR, np.int64)
-            for rank in range(group.size):  # a process loads only the texts of its own share
-                share = group.share(len(batch), rank)
-                donors_bS = draw_donors(entity_B[share], text_B[share], settings.n_sync, rng)
-                donors_BS[share] = np.where(donors_bS == NO_DONOR, NO_DONOR, donors_bS + share.start)
-            donors_BS[[image is None for image, _ in drawn]] = NO_DONOR  # the swapped text alone is another entity
+            sizes = [len(batch[group.share(len(batch), rank)]) for rank in range(group.size)]
+            rank_B = np.repeat(np.arange(group.size), sizes)  # a process loads only the texts of its own share
+            donors_BS = draw_donors(entity_B, text_B, cluster_B * group.size + rank_B, settings.n_sync, rng)
+            hidden = [row for row, (image, _) in enumerate(drawn) if image is None]
+            donors_BS[hidden] = np.array(hidden, np.int64)[:, None]  # a swapped text alone is another entity
 
             def embed(donor_B: torch.Tensor) -> torch.Tensor:
                 donor_b = donor_B[mine] - mine.start
@@ -205,8 +215,11 @@ class Trainer:
                 return group.gather(swapped_bD, len(batch))
 
             donors = torch.from_numpy(donors_BS).to(device)
-            synthetic_BBS = synthetic_cosines(queries_BD, donors, embed)
-            cosines_BB = harden(cosines_BB, synthetic_BBS, donors, entities_B, torch.from_numpy(text_B).to(device))
+            if settings.synthetic_image == "own":
+                cosines_BB = own_image_negatives(cosines_BB, queries_BD, donors, entities_B, embed)
+            else:
+                texts_B = torch.from_numpy(text_B).to(device)
+                cosines_BB = other_image_negatives(cosines_BB, queries_BD, donors, entities_B, texts_B, embed)
         # Gradients are summed over processes, and each computes the temperature's whole gradient.
         scale = self.logit_scale() if group.first else self.logit_scale().detach()
         return info_nce(cosines_BB, entities_B, scale)

@@ -15,8 +15,8 @@ from model.data import load_entities
 from model.distributed import Group
 from model.encoders import open_image_encoder, open_text_encoder
 from model.features import EntityKeys, FeatureStore, KeyedPair
-from model.losses import INITIAL_LOGIT_SCALE, NO_DONOR, draw_donors
-from model.trainer import Trainer, TrainSettings, hide_tokens
+from model.losses import INITIAL_LOGIT_SCALE, draw_donors
+from model.trainer import Batch, Trainer, TrainSettings, hide_tokens
 
 CPU = torch.device("cpu")
 CONFIG = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)
@@ -52,17 +52,25 @@ def trainer(stored: tuple[FeatureStore, list[EntityKeys]], **changes: Any) -> Tr
 ROWS = [0, 3, 5, 5, 8, 11]
 
 
-def batch_of(entities: list[EntityKeys], rows: list[int] = ROWS) -> list[KeyedPair]:
+# Donors come from the same cluster. Entity 8 and one pair of entity 5 are without one.
+CLUSTERS = [0, 0, 0, 1, 2, 0]
+
+
+def batch_of(entities: list[EntityKeys], rows: list[int] = ROWS) -> Batch:
     """Pair each entity with another entity's image, so the batch is not trivial."""
-    return [KeyedPair(query=entities[(row + 1) % 11].images[0], entity=row) for row in rows]
+    pairs = [KeyedPair(query=entities[(row + 1) % 11].images[0], entity=row) for row in rows]
+    return Batch(pairs, np.array(CLUSTERS if rows == ROWS else [0] * len(rows)))
 
 
-def test_the_loss_with_synthesis_equals_the_formula(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+@pytest.mark.parametrize("whose", ["own", "other"])
+def test_the_loss_with_synthesis_equals_the_formula(stored: tuple[FeatureStore, list[EntityKeys]], whose: str) -> None:
     store, entities = stored
-    made = trainer(stored, hard_negatives="synthesis", n_sync=3, seed=4)
+    made = trainer(stored, hard_negatives="synthesis", n_sync=3, seed=4, synthetic_image=whose)
     twin = Adaptor(CONFIG)
     twin.load_state_dict(made.adaptor.state_dict())
     batch = batch_of(entities)
+    images = [next(iter(entities[pair.entity].images), None) for pair in batch.pairs]
+    texts = [entities[pair.entity].text for pair in batch.pairs]
 
     def embedding(image: bytes | None, text: bytes | None) -> torch.Tensor:
         with torch.no_grad():
@@ -70,39 +78,37 @@ def test_the_loss_with_synthesis_equals_the_formula(stored: tuple[FeatureStore, 
 
     # The step draws each pair's image and modality, then the donors.
     rng = np.random.default_rng(np.random.SeedSequence((4, 1, 0)))
-    for pair in batch:
-        if entities[pair.entity].images:
+    for image in images:
+        if image is not None:
             rng.integers(1)
         rng.random()
-    texts = [entities[pair.entity].text for pair in batch]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts)) if text is not None}
     text_B = np.array([-1 if text is None else numbers[text] for text in texts])
-    donors_BS = draw_donors(np.array(ROWS), text_B, 3, rng)
+    donors_BS = draw_donors(np.array(ROWS), text_B, batch.cluster_B, 3, rng)
 
     total, replaced = 0.0, 0
-    for i, pair in enumerate(batch):
+    for i, pair in enumerate(batch.pairs):
         query = torch.from_numpy(store.query_embeddings([pair.query])[0])
-        logits = {}
-        for j, other in enumerate(batch):
-            image = next(iter(entities[other.entity].images), None)
-            cosine = float(query @ embedding(image, texts[j]))
-            if i != j and pair.entity == other.entity:
-                continue
-            if i != j and image is not None:
-                for donor in donors_BS[j]:
-                    if donor == NO_DONOR or batch[donor].entity == pair.entity:
-                        continue
-                    harder = float(query @ embedding(image, texts[donor]))
-                    replaced += harder > cosine
-                    cosine = max(cosine, harder)
-            logits[j] = INITIAL_LOGIT_SCALE * cosine
-        total -= math.log(math.exp(logits[i]) / sum(math.exp(logit) for logit in logits.values()))
+        cosine = {j: float(query @ embedding(images[j], texts[j])) for j in range(6) if i == j or ROWS[i] != ROWS[j]}
+        easiest = sorted((j for j in cosine if j != i), key=lambda j: cosine[j])
+        for j in [i] if whose == "own" else easiest:
+            for donor in donors_BS[j]:
+                if donor == j or ROWS[donor] == ROWS[i] or images[j] is None:
+                    continue
+                synthetic = float(query @ embedding(images[j], texts[donor]))
+                target = easiest.pop(0) if whose == "own" else j
+                replaced += whose == "own" or synthetic > cosine[target]
+                cosine[target] = synthetic if whose == "own" else max(cosine[target], synthetic)
+        logits = {j: math.exp(INITIAL_LOGIT_SCALE * value) for j, value in cosine.items()}
+        total -= math.log(logits[i] / sum(logits.values()))
     assert replaced > 0
-    assert made.step([batch], synthesise=True) == pytest.approx(total / len(batch), rel=1e-4)
+    assert made.step([batch], synthesise=True) == pytest.approx(total / 6, rel=1e-4)
 
 
-def test_synthesis_never_lowers_the_loss(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
-    plain, hard = (trainer(stored).step([batch_of(stored[1])], synthesise=synthesise) for synthesise in (False, True))
+@pytest.mark.parametrize("whose", ["own", "other"])
+def test_synthesis_raises_the_loss(stored: tuple[FeatureStore, list[EntityKeys]], whose: str) -> None:
+    batch = batch_of(stored[1])
+    plain, hard = (trainer(stored, synthetic_image=whose).step([batch], synthesise=each) for each in (False, True))
     assert hard > plain
 
 
