@@ -25,7 +25,7 @@ from export.model import ImageModel
 from export.pooling import image_numbers
 from export.precision import catalog_images
 from export.shards import EntityImages
-from export.views import changed_view
+from imaging.views import changed_view
 from index.calibration import CANDIDATES, Calibration
 from index.embeddings import Embeddings, Pooling
 from index.manifest import ConfusedPair, SelfCheck, Share
@@ -35,6 +35,8 @@ from index.store import EntityStore
 _MAX_IMAGES = 4096  # searched with themselves left out
 _MAX_VIEWED = 256  # entities with a single image
 _VIEWS = 2  # of each of them
+# Milder views are far easier than other photographs: the service would abstain from most of these (docs/LOG.md).
+_VIEW_SIDES = (0.25, 0.5)
 _MIN_QUERIES = 30
 _PAIRS = 5
 
@@ -63,7 +65,7 @@ def own_queries(
         for row, pixels_HW3 in catalog_images(ImageReader(config.images), model.image_encoder.preprocessing, viewed):
             for number in range(_VIEWS):
                 rows.append(row)
-                yield changed_view(pixels_HW3, (row, number))
+                yield changed_view(pixels_HW3, (row, number), _VIEW_SIDES)
 
     shown = tqdm(views(), desc="views", unit="image", total=_VIEWS * len(viewed), disable=not config.progress)
     embeddings_VD = embed_images(shown, config, model)

@@ -32,7 +32,11 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
     help="Entities with an image to draw at random from the catalog, added to those of the pairs.  [default: all]",
 )  # fmt: skip
 @click.option("--max-per-entity", type=_COUNT, help="Most pairs per entity, drawn at random.  [default: no limit]")
-@click.option("--catalog-pairs", is_flag=True, help="Add pairs from the catalog: entity images as query images.")
+@click.option(
+    "--catalog-pairs",
+    is_flag=True,
+    help="Add pairs from the catalog: entity images as query images, changed where an entity has only one.",
+)
 @click.option("--epochs", type=_COUNT, default=20, help="Passes over the pairs.")
 @click.option("--batch-size", type=click.IntRange(2), default=256, help="Pairs in a batch, per process.")
 @click.option("--accumulate", type=_COUNT, default=1, help="Batches per optimiser step.")

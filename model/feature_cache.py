@@ -78,11 +78,14 @@ class FeatureCache:
         tokens: Iterable[Float32Array],
         embeddings_ND: Float32Array | None = None,
     ) -> None:
-        """Add the tokens `[T, C]` of each key and, of images, the embeddings. `flush` writes the last of them."""
+        """Add the tokens `[T, C]` of each key and, of images, the embeddings. `flush` writes the last of them.
+
+        Of images that are only queries, T may be 0.
+        """
         if embeddings_ND is None:
             embeddings_ND = np.zeros((len(keys), 0), np.float32)
         self._pending += zip(keys, map(to_float16, tokens), embeddings_ND, strict=True)
-        if sum(tokens_TC.nbytes for _, tokens_TC, _ in self._pending) >= _SEGMENT_BYTES:
+        if sum(tokens_TC.nbytes + embedding_D.nbytes for _, tokens_TC, embedding_D in self._pending) >= _SEGMENT_BYTES:
             self.flush()
 
     def flush(self) -> None:

@@ -9,8 +9,9 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import islice
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from core.arrays import Float32Array, Pixels
 from core.errors import CatalogError, TooLarge, UndecodableImage, UserError
 from core.jsonl import Rejected, RejectLog, excerpt
 from imaging import load_pixels
+from imaging.views import changed_view
 from model.data import ImageSource, Pair
 from model.encoders import ImageEncoder, TextEncoder
 from model.feature_cache import FeatureCache, content_key
@@ -31,6 +33,9 @@ from model.feature_cache import FeatureCache, content_key
 MAX_PIXELS = 64_000_000
 _BATCH = 64  # images or texts
 _SAMPLED_TEXTS = 256  # whose tokens are counted
+VIEWS = 4  # of an entity's only image, as query images
+_VIEW_SIDES = (0.4, 1.0)  # of their crops, as a share of the image
+_VIEW_RECIPE = 1  # in their keys: to be raised when views change
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +48,16 @@ class EntityKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class KeyedPair:
-    """A pair for training or validation: the key of its query image, the row of its entity, and its split."""
+    """A pair for training or validation: the key of its query image, the row of its entity, and its split.
+
+    `views` are the keys of changed copies of the entity's only image. Each step draws one of them as the query image.
+    `query` is the first.
+    """
 
     query: bytes
     entity: int
     seen: bool | None = None
+    views: tuple[bytes, ...] = ()
 
 
 class EntityBatch(NamedTuple):
@@ -76,17 +86,19 @@ class FeatureStore:
         self._images = FeatureCache(root, image_encoder.content_hash)
         self._texts = FeatureCache(root, text_encoder.content_hash)
 
-    def expected_bytes(self, images: int, texts: Sequence[str]) -> int:
-        """Return about how much the features of so many images and of the texts take, if all differ.
+    def expected_bytes(self, images: int, texts: Sequence[str], views: int = 0) -> int:
+        """Return about how much the features of so many images, of the texts and of so many views take, if all differ.
 
-        Raises `UserError` if that is more than there is room for, less what is already cached.
+        A view takes as long to encode as an image, but adds only its embedding: 4 bytes per channel. Raises
+        `UserError` if that is more than there is room for, less what is already cached.
         """
         encoder = self.image_encoder
         drawn = random.Random(0).sample(texts, min(len(texts), _SAMPLED_TEXTS))
         tokens = sum(map(len, self.text_encoder.tokenize([text for text in drawn if text.strip()])))
         text_bytes = len(texts) / max(len(drawn), 1) * tokens * 2 * self.text_encoder.dim
         image_bytes = images * (2 * encoder.patches * encoder.patch_dim + 4 * encoder.embedding_dim)
-        expected = round(image_bytes + text_bytes)
+        view_bytes = views * 4 * encoder.embedding_dim
+        expected = round(image_bytes + text_bytes + view_bytes)
         room = shutil.disk_usage(self._root).free + self._images.size_bytes + self._texts.size_bytes
         if expected > room:
             wanted, there = (tqdm.format_sizeof(each, "B") for each in (expected, room))
@@ -115,14 +127,19 @@ class FeatureStore:
                         reject(Rejected(line=source.line, reason=result, record=source.record))
                     elif key is not None and result is not None:
                         new[key] = result
-                if new:
-                    features = self.image_encoder.encode(np.stack(list(new.values())))
-                    tokens_BPC, embeddings_BD = features.patch_tokens_BPC, features.image_embedding_BD
-                    self._images.add(list(new), tokens_BPC.cpu().numpy(), embeddings_BD.cpu().numpy())
-                    self.computed += len(new)
+                self._encode(new)
                 progress.update(len(chunk))
         self._images.flush()
         return keys
+
+    def _encode(self, new: Mapping[bytes, Pixels], *, with_tokens: bool = True) -> None:
+        """Encode images and add their features to the cache."""
+        if not new:
+            return
+        features = self.image_encoder.encode(np.stack(list(new.values())))
+        tokens_BPC = features.patch_tokens_BPC if with_tokens else features.patch_tokens_BPC[:, :0]
+        self._images.add(list(new), tokens_BPC.cpu().numpy(), features.image_embedding_BD.cpu().numpy())
+        self.computed += len(new)
 
     def _read(self, source: ImageSource) -> tuple[bytes | None, Pixels | str | None]:
         """Return the image's key, and its pixels unless it is cached; or None and why it cannot be read."""
@@ -183,6 +200,43 @@ class FeatureStore:
             raise CatalogError(f"none of the {description} can be read; see {rejects.path}")
         return readable
 
+    def with_views(
+        self, pairs: Sequence[KeyedPair], entities: Sequence[EntityKeys], records: Sequence[EntityRecord]
+    ) -> list[KeyedPair]:
+        """Return the pairs, with views for a query image that is the only image of its entity.
+
+        Encode the views that are not cached, without their tokens: a query has no use for them.
+        """
+        only = {pair.entity: pair.query for pair in pairs if set(entities[pair.entity].images) == {pair.query}}
+        new = {image: records[row] for row, image in only.items() if _view_keys(image)[-1] not in self._images}
+        missing = list(new.items())
+        with (
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            tqdm(total=len(missing), desc="views of only images", unit="image", leave=False) as progress,
+        ):
+            for start in range(0, len(missing), _BATCH // VIEWS):
+                chunk = missing[start : start + _BATCH // VIEWS]
+                self._encode(dict(chain.from_iterable(pool.map(self._views, chunk))), with_tokens=False)
+                progress.update(len(chunk))
+        self._images.flush()
+        viewed = []
+        for pair in pairs:
+            views = _view_keys(pair.query) if only.get(pair.entity) == pair.query else ()
+            viewed.append(replace(pair, query=views[0], views=views) if views else pair)
+        return viewed
+
+    def _views(self, image: tuple[bytes, EntityRecord]) -> list[tuple[bytes, Pixels]]:
+        """Return the keys and pixels of the views of an image, given by its key and its entity."""
+        key, record = image
+        for path in record.images:  # the others cannot be read
+            with suppress(UnusableImage):
+                if content_key(data := self._reader.read(path)) == key:
+                    pixels_HW3 = load_pixels(data, self.image_encoder.preprocessing, max_pixels=MAX_PIXELS)
+                    seeds = [(int.from_bytes(key), number) for number in range(VIEWS)]
+                    views = [changed_view(pixels_HW3, seed, _VIEW_SIDES) for seed in seeds]
+                    return list(zip(_view_keys(key), views, strict=True))
+        raise UserError(f"the image of {record.entity_id} changed while it was read; start again")
+
     def query_embeddings(self, keys: Sequence[bytes]) -> Float32Array:
         """Return the image embeddings of query images: float32 `[B, D]`, L2-normalised."""
         return np.stack([self._images.embedding(key) for key in keys])
@@ -209,11 +263,15 @@ class FeatureStore:
         )
 
 
+def _view_keys(image: bytes) -> tuple[bytes, ...]:
+    return tuple(content_key(image + f" view {_VIEW_RECIPE}.{number}".encode()) for number in range(VIEWS))
+
+
 def catalog_pairs(entities: Sequence[EntityKeys], paired: Counter[int], max_per_entity: int | None) -> list[KeyedPair]:
     """Return pairs from the catalog alone: each image of an entity as a query for it (the paper's document pairs).
 
-    Training never shows an entity by the query's own image, so an entity with one image and no text gives no pair.
-    `paired` counts the pairs that each entity (by row) already has. Catalog pairs fill up to `max_per_entity`.
+    An entity with one image and no text gives no pair, since nothing could be learned but the image itself. `paired`
+    counts the pairs that each entity (by row) already has. Catalog pairs fill up to `max_per_entity`.
     """
     pairs = []
     for row, entity in enumerate(entities):

@@ -23,7 +23,7 @@ from model.data import balance_pairs, draw_entities, known_pairs, load_entities,
 from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.encoders.base import widths
-from model.features import FeatureStore, catalog_pairs
+from model.features import VIEWS, FeatureStore, catalog_pairs
 from model.resume import Snapshots, fingerprint
 from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings
@@ -192,8 +192,13 @@ def _prepare(
         pairs = balance_pairs(pairs, request.max_per_entity, request.settings.seed)
 
     images = len(pairs) + len(queries) + sum(len(entity.images) for entity in entities)
-    expected = store.expected_bytes(images, [entity.text for entity in entities])
+    queried = {pair.entity_id for pair in pairs}
+    with_pairs = (entity for entity in entities if request.catalog_pairs or entity.entity_id in queried)
+    views = VIEWS * sum(len(set(entity.images)) == 1 for entity in with_pairs)
+    expected = store.expected_bytes(images, [entity.text for entity in entities], views)
     announce(f"features take up to {tqdm.format_sizeof(expected, 'B')} in {request.cache_dir}")
+    if views:
+        announce(f"up to {views} views of entities' only images are encoded, and {images} images")
     entity_keys = store.entity_keys(entities, rejects.add)
     training = store.pair_keys(pairs, rows, rejects, "query images")
     paired = Counter(pair.entity for pair in training)
@@ -206,7 +211,7 @@ def _prepare(
         config=config,
         store=store,
         entities=entity_keys,
-        pairs=training + added,
+        pairs=store.with_views(training + added, entity_keys, entities),
         catalog_pairs=len(added),
         validation=store.pair_keys(queries, rows, rejects, "validation images"),
     )

@@ -186,15 +186,17 @@ class Trainer:
         settings, device, group = self._settings, self._device, self._group
         mine = group.share(len(batch))
         # Every process draws for all rows, so their generators stay equal.
+        queries = [pair.views[rng.integers(len(pair.views))] if pair.views else pair.query for pair in batch]
         drawn = [
-            draw_modalities(self._entities[pair.entity], pair.query, settings.modality_dropout, rng) for pair in batch
+            draw_modalities(self._entities[pair.entity], query, settings.modality_dropout, rng)
+            for pair, query in zip(batch, queries, strict=True)
         ]
         # A hidden text is loaded and masked, since another image may be read with it.
         rows = [(image, self._entities[pair.entity].text) for (image, _), pair in zip(drawn, batch, strict=True)]
         inputs = self._store.batch(rows[mine], device)
         tokens_bT = hide_tokens(inputs.text_mask_BT, settings.text_mask)
         shown_b = torch.tensor([text is not None for _, text in drawn[mine]], dtype=torch.bool, device=device)
-        embeddings_BD = torch.from_numpy(self._store.query_embeddings([pair.query for pair in batch]))
+        embeddings_BD = torch.from_numpy(self._store.query_embeddings(queries))
         queries_BD = self.adaptor.centred(embeddings_BD.to(device))
         entity_B = np.array([pair.entity for pair in batch])
         entities_B = torch.from_numpy(entity_B).to(device)

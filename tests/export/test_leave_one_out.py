@@ -10,7 +10,7 @@ import pytest
 from core.statistics import wilson_interval
 from export.config import ExportConfig
 from export.leave_one_out import OwnQueries, confused_pairs, search_own
-from export.views import changed_view
+from imaging.views import changed_view
 from index.build import build_index
 from index.embeddings import EmbeddingShards, Pooling, pooled, write_shard
 from index.manifest import INDEX_FILE
@@ -67,7 +67,7 @@ def test_pairs_are_ordered_by_errors_then_similarity() -> None:
 
 def test_equal_seeds_give_equal_views() -> None:
     pixels_HW3 = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    one, same, other = (changed_view(pixels_HW3, seed) for seed in ((5, 0), (5, 0), (5, 1)))
+    one, same, other = (changed_view(pixels_HW3, seed, (0.25, 0.5)) for seed in ((5, 0), (5, 0), (5, 1)))
     assert one.shape == (32, 32, 3)
     assert one.dtype == np.uint8
     np.testing.assert_array_equal(one, same)

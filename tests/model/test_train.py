@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +25,10 @@ from core.jsonl import Rejected, RejectLog
 from model.adaptor import AdaptorConfig
 from model.checkpoint import Checkpoint
 from model.cli import train
-from model.data import load_entities
+from model.data import ImageSource, load_entities
 from model.encoders import ImageFeatures, open_image_encoder, open_text_encoder
 from model.encoders.onnx import OnnxImageEncoder
-from model.features import EntityKeys, FeatureStore, KeyedPair
+from model.features import VIEWS, EntityKeys, FeatureStore, KeyedPair, catalog_pairs
 from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings, draw_modalities
 
@@ -203,7 +204,8 @@ def test_the_query_is_never_its_entitys_image() -> None:
     entity = EntityKeys(images=(b"a", b"b", b"c"), text=b"t")
     drawn = {draw_modalities(entity, b"b", 0.0, rng) for _ in range(100)}
     assert drawn == {(b"a", b"t"), (b"c", b"t")}
-    assert draw_modalities(EntityKeys(images=(b"b",), text=b"t"), b"b", 0.0, rng) == (None, b"t")
+    only = EntityKeys(images=(b"b",), text=b"t")
+    assert draw_modalities(only, b"view", 0.0, rng) == (b"b", b"t")
 
 
 def test_modality_dropout_hides_each_at_its_rate_and_never_both() -> None:
@@ -224,6 +226,40 @@ def test_catalog_pairs_and_their_limit(dataset: Any, tiny_spec: str, text_spec: 
     limit = ["--catalog-pairs", "--max-per-entity", "2", "--json"]
     limited = report(run(dataset, tiny_spec, text_spec, tmp_path / "l", *limit))
     assert (limited["pairs"], limited["catalog_pairs"]) == (8 + 8 + 6, 14)
+
+
+def test_an_entity_with_one_image_is_queried_with_views_of_it(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in dataset.catalog.read_text().splitlines()][:4]
+    rows[0]["images"] = ["broken.png", rows[0]["images"][0]]  # the first cannot be read
+    rows[1]["images"] = rows[1]["images"][:1]
+    (dataset.folder / "broken.png").write_bytes(b"x")
+    catalog = dataset.folder / "few-images.jsonl"
+    catalog.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = load_entities(catalog, None, RejectLog(tmp_path / "rejected.jsonl"))
+    other = ImageSource(image=str(dataset.folder / "e0-2.png"), line=1, record="")
+
+    def viewed() -> tuple[FeatureStore, list[Any], list[KeyedPair]]:
+        encoders = open_image_encoder(tiny_spec), open_text_encoder(text_spec, max_tokens=16)
+        store = FeatureStore(tmp_path / "cache", *encoders)
+        entities = store.entity_keys(records, lambda rejected: None)
+        labelled = store.image_keys([other], unexpected, "query images")
+        pairs = [KeyedPair(query=key, entity=0) for key in labelled if key] + catalog_pairs(entities, Counter(), None)
+        return store, entities, store.with_views(pairs, entities, records)
+
+    store, entities, pairs = viewed()
+    assert [len(pair.views) for pair in pairs] == [0, VIEWS, VIEWS, 0, 0, 0, 0]  # entities 2 and 3 have two images
+    image = store.query_embeddings(entities[0].images)[0]
+    cosines = store.query_embeddings(pairs[1].views) @ image
+    assert len(np.unique(cosines.round(6))) == VIEWS
+    assert cosines.max() < 0.9999
+    assert cosines.mean() > (store.query_embeddings(pairs[2].views) @ image).mean()
+
+    again, _, same = viewed()
+    assert same == pairs
+    assert again.computed == 0
+    np.testing.assert_array_equal(again.query_embeddings(pairs[1].views) @ image, cosines)
 
 
 def test_training_on_catalog_pairs_alone(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,20 @@ def test_synthesis_raises_the_loss(stored: tuple[FeatureStore, list[EntityKeys]]
     batch = batch_of(stored[1])
     plain, hard = (trainer(stored, synthetic_image=whose).step([batch], synthesise=each) for each in (False, True))
     assert hard > plain
+
+
+def test_a_step_draws_one_of_the_views_as_the_query(stored: tuple[FeatureStore, list[EntityKeys]]) -> None:
+    first, second = batch_of(stored[1], [0, 5]).pairs
+    views = tuple(entity.images[0] for entity in stored[1][6:9])
+
+    def losses(pair: KeyedPair, steps: int) -> set[float]:
+        made = trainer(stored, lr=1e-12)
+        batch = Batch([pair, second], np.zeros(2, np.int64))
+        return {round(made.step([batch], synthesise=False), 5) for _ in range(steps)}
+
+    expected = set.union(*(losses(replace(first, query=view), 1) for view in views))
+    assert len(expected) == 3
+    assert losses(replace(first, views=views), 30) == expected
 
 
 def test_accumulation_averages_gradients(

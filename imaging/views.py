@@ -1,4 +1,4 @@
-"""Changed copies of an image, as queries for an entity that has no other image.
+"""Changed copies of an image, as queries for an entity that has no other image: in training, and when exporting.
 
 Shapes: H = W = size_px.
 """
@@ -10,17 +10,18 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from core.arrays import Pixels
 
-# Milder views are far easier than other photographs: the service would abstain from most of these (docs/LOG.md).
-_MIN_SIDE, _MAX_SIDE = 0.25, 0.5  # of a crop, as a share of the image
 _COLOUR = 0.5  # brightness, contrast and saturation change by up to this share
 _MAX_BLUR = 0.02  # radius, as a share of the image
 
 
-def changed_view(pixels_HW3: Pixels, seed: tuple[int, int]) -> Pixels:
-    """Return a close-up with other colours, blurred, and mirrored half of the time. Equal seeds give equal views."""
+def changed_view(pixels_HW3: Pixels, seed: tuple[int, int], sides: tuple[float, float]) -> Pixels:
+    """Return a square crop with other colours, blurred, and mirrored half of the time. Equal seeds give equal views.
+
+    `sides` are the least and the greatest side of the crop, as shares of the image's.
+    """
     rng = np.random.default_rng(seed)
     size_px = len(pixels_HW3)
-    side = rng.uniform(_MIN_SIDE, _MAX_SIDE) * size_px
+    side = rng.uniform(*sides) * size_px
     left, top = rng.uniform(0, size_px - side, 2)
     image = Image.fromarray(pixels_HW3)
     image = image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
