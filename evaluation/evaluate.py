@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
@@ -21,7 +22,7 @@ from index.bundle import Bundle
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
 from index.store import Selection
-from model.data import Pair, load_pairs
+from model.data import Pair, load_pairs, question_warning
 from service.recognizer import Recognizer
 from wikiclip.answers import Recognition, RecognizeOptions
 
@@ -51,6 +52,8 @@ def answer_queries(
     ):
         for path in query_files:
             pairs = load_pairs(path, image_root, rejects, ovenid2impath=ovenid2impath, missing_ok=True)
+            if warning := question_warning(path, pairs):
+                tqdm.write(warning, file=sys.stderr)
             queries = iter(tqdm(pairs, desc=path.name, unit="query"))
             while batch := list(islice(queries, batch_size)):
                 for pair, answer in zip(batch, _recognize(recognizer, batch, rejects), strict=True):

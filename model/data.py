@@ -15,6 +15,7 @@ from core.jsonl import Rejected, RejectLog, excerpt, read_jsonl
 from core.reservoir import Reservoir
 
 OVEN_TABLE = "ovenid2impath.csv"
+_QUESTION_ID = "oven_query_"  # how the ids of OVEN's query split start
 _STREAM = 2  # of random numbers; streams 0 and 1 are those of `model.train` and `model.trainer`
 
 
@@ -149,6 +150,17 @@ def load_pairs(
             f"{path} has no usable pair ({rejects.count} rejected, see {rejects.path}); check its images"
         )
     return pairs
+
+
+def question_warning(path: Path, pairs: Sequence[Pair]) -> str | None:
+    """Return a warning about rows of OVEN's query split, such as "what brand is it?", or None if there are none."""
+    count = sum(pair.data_id.startswith(_QUESTION_ID) for pair in pairs)
+    if not count:
+        return None
+    return (
+        f"{count} of {len(pairs)} rows of {path} are of OVEN's query split: their answer depends on a question, which "
+        "is not read, so many cannot be right; use the entity split (oven_entity_*.jsonl)"
+    )
 
 
 def balance_pairs(pairs: Sequence[Pair], limit: int, seed: int) -> list[Pair]:

@@ -19,7 +19,7 @@ from core.errors import CatalogError, CheckpointError, UserError
 from core.jsonl import RejectLog
 from model.adaptor import AdaptorConfig
 from model.checkpoint import save_checkpoint
-from model.data import balance_pairs, draw_entities, known_pairs, load_entities, load_pairs
+from model.data import balance_pairs, draw_entities, known_pairs, load_entities, load_pairs, question_warning
 from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.encoders.base import widths
@@ -175,6 +175,9 @@ def _prepare(
         load_pairs(path, root, rejects, ovenid2impath=request.ovenid2impath, limit=limit) if path else []
         for path in (request.pairs, request.validation)
     )
+    for path, loaded in ((request.pairs, pairs), (request.validation, queries)):
+        if path and (warning := question_warning(path, loaded)):
+            announce(warning)
     # Validation searches the whole catalog. Training needs only the entities of its pairs.
     whole = not pairs or (limit is None and (queries or request.catalog_pairs))
     of_pairs = {pair.entity_id for pair in (*pairs, *queries)}

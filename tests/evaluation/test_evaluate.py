@@ -133,7 +133,8 @@ def test_evaluate_reads_ovens_own_files(small_bundle: Path, small_images: dict[s
             image_id = f"oven_{number:08d}"
             (images / f"{number}.png").write_bytes(data)
             file.write(f"{image_id},{number}.png\n")
-            row = {"data_id": f"oven_entity_val_{number}", "image_id": image_id, "question": "what is this?"}
+            split = "query" if number == 3 else "entity"
+            row = {"data_id": f"oven_{split}_val_{number}", "image_id": image_id, "question": "what is this?"}
             rows.append({**row, "entity_id": entity_id, "entity_text": "", "data_split": "val_seen"})
     queries = tmp_path / "oven_entity_val.jsonl"
     queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,3 +143,4 @@ def test_evaluate_reads_ovens_own_files(small_bundle: Path, small_images: dict[s
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert (figures["queries"], figures["rejected"], figures["seen"]) == (4, 0, 100.0)
+    assert f"1 of 4 rows of {queries} are of OVEN's query split" in done.stderr

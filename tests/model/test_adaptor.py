@@ -156,10 +156,17 @@ def test_an_empty_batch_has_no_embeddings_and_a_gradient_of_zero(changes: dict[s
 
 
 @pytest.mark.parametrize(
-    ("text_dim", "self_attention", "count"),
-    [(2048, False, "45.28 M"), (3072, False, "46.59 M"), (2048, True, "58.40 M"), (3072, True, "59.71 M")],
+    ("text_dim", "changes", "count"),
+    [
+        (2048, {}, "45.28 M"),
+        (3072, {}, "46.59 M"),
+        (2048, {"self_attention": True}, "58.40 M"),
+        (3072, {"self_attention": True}, "59.71 M"),
+        (2048, {"self_attention": True, "ffn_ratio": 8}, "84.62 M"),
+        (3072, {"self_attention": True, "ffn_ratio": 8}, "85.94 M"),
+    ],
 )
-def test_parameter_count_at_the_papers_sizes(text_dim: int, self_attention: bool, count: str) -> None:
+def test_parameter_count_at_the_papers_sizes(text_dim: int, changes: dict[str, Any], count: str) -> None:
     """EVA-CLIP-8B's widths with LLaMA 3.2 1B or 3B. The paper has about 0.08 B parameters."""
     with torch.device("meta"):
         module = Adaptor(
@@ -169,8 +176,8 @@ def test_parameter_count_at_the_papers_sizes(text_dim: int, self_attention: bool
                 embedding_dim=1280,
                 width=1280,
                 heads=16,
-                self_attention=self_attention,
                 residual=False,
+                **changes,
             )
         )
     assert f"{module.parameter_count() / 1e6:.2f} M" == count

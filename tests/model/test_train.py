@@ -359,14 +359,14 @@ def test_smoke_runs_on_little_data_and_keeps_the_checkpoint(
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     row = json.loads(dataset.pairs.read_text().splitlines()[0])
     pairs = dataset.folder / "many-pairs.jsonl"
-    many = [{**row, "data_id": str(number)} for number in range(30)]
+    many = [{**row, "data_id": f"oven_query_train_{number}"} for number in range(30)]
     pairs.write_text("".join(json.dumps(each) + "\n" for each in many) + dataset.pairs.read_text())
     more = ["--pairs", str(pairs), "--validation", str(dataset.validation), "--batch-size", "3", "--cluster-size", "3"]
-    figures = report(
-        run(
-            dataset, tiny_spec, text_spec, out, *more, "--hard-negatives", "both", "--epochs", "50", "--smoke", "--json"
-        )
+    result = run(
+        dataset, tiny_spec, text_spec, out, *more, "--hard-negatives", "both", "--epochs", "50", "--smoke", "--json"
     )
+    figures = report(result)
+    assert result.stderr.count(f"2 of 9 rows of {pairs} are of OVEN's query split") == 1
     # Three batches of three, with two pairs of the first entity, of which the file has thirty.
     assert (figures["pairs"], figures["steps"], figures["checkpoint"]) == (9, 3, str(tmp_path / "m.smoke"))
     assert figures["validation"] is not None
