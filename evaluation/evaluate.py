@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from core.arrays import BoolArray
+from core.arrays import Float32Array, Int64Array
 from core.errors import UnknownEntity
 from core.files import atomic_write
 from core.jsonl import Rejected, RejectLog
@@ -101,10 +102,18 @@ def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog
 
 
 class HoldoutIndex(EntityIndex):
-    """An index that finds only some rows, unless a search has a selection."""
+    """An index that finds only the rows in `searched`, unless a search has a selection."""
 
-    def restrict(self, searched_E: BoolArray) -> None:
-        self._all = self._allowed_by(Selection((), searched_E))
+    searched: Selection
+
+    def search(
+        self,
+        query_embeddings_BD: Float32Array,
+        top_k: int,
+        parameters: Mapping[str, Any] | None = None,
+        selection: Selection | None = None,
+    ) -> tuple[Int64Array, Float32Array]:
+        return super().search(query_embeddings_BD, top_k, parameters, selection or self.searched)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,11 +123,12 @@ class HoldoutBundle(Bundle):
     held_out: frozenset[int] = field(default=frozenset())
 
     def index(self, device: str = "cpu") -> HoldoutIndex:
-        index = HoldoutIndex.read(self.path / INDEX_FILE, self.searched(), self.index_manifest.parameters, device)
+        parameters = self.index_manifest.parameters
+        index = HoldoutIndex.read(self.path / INDEX_FILE, self.searched(), parameters, device, self.remembered())
         with self.store() as store:
             allowed_E = np.ones(len(store), bool)
         allowed_E[list(self.held_out)] = False
-        index.restrict(allowed_E)
+        index.searched = Selection((), allowed_E)
         return index
 
 

@@ -6,6 +6,7 @@ H = W = size_px. Scores fall along K. NaN pads.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -64,9 +65,13 @@ class LabelledSearch:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """Embedded validation queries with the row of each one's entity, or -1, and those that could not be used."""
+    """Embedded validation queries with the row of each one's entity, or -1, and those that could not be used.
+
+    `hashes` has the `hash_pixels` of each.
+    """
 
     entity_ids: Sequence[str]
+    hashes: frozenset[bytes]
     own_N: Int64Array
     embeddings_ND: Float32Array
     rejected: Sequence[Rejected]
@@ -76,16 +81,24 @@ def embed_validation(queries: Path, config: ExportConfig, model: ExportModel, st
     """Read and embed validation queries. Raise `CatalogError` if the file cannot be read."""
     rejected: list[Rejected] = []
     entity_ids: list[str] = []
+    hashes: set[bytes] = set()
 
     def images() -> Iterator[Pixels]:
         for entity_id, pixels_HW3 in read_queries(queries, model.image_encoder.preprocessing, rejected):
             entity_ids.append(entity_id)
+            hashes.add(hash_pixels(pixels_HW3))
             yield pixels_HW3
 
     shown = tqdm(images(), desc="validation", unit="query", disable=not config.progress)
     embeddings_ND = embed_images(shown, config, model)
     own_N = np.array([row_of(entity_id, store) for entity_id in entity_ids], np.int64)
-    return Validation(entity_ids=entity_ids, own_N=own_N, embeddings_ND=embeddings_ND, rejected=rejected)
+    return Validation(
+        entity_ids=entity_ids,
+        hashes=frozenset(hashes),
+        own_N=own_N,
+        embeddings_ND=embeddings_ND,
+        rejected=rejected,
+    )
 
 
 def calibrate_on(validation: Validation, config: ExportConfig, model: ExportModel, index: EntityIndex) -> Calibration:
@@ -284,6 +297,11 @@ def _youden_threshold(values_N: Float64Array, positive_N: BoolArray) -> float:
     below = sorted_N[best - 1] if best > 0 else 0.0
     above = sorted_N[best] if best < len(sorted_N) else 1.0
     return float((below + above) / 2)
+
+
+def hash_pixels(pixels_HW3: Pixels) -> bytes:
+    """Return a hash that equal images have in common, whatever their files."""
+    return hashlib.blake2b(pixels_HW3.tobytes(), digest_size=16).digest()
 
 
 def row_of(entity_id: str, store: EntityStore) -> int:

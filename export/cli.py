@@ -32,6 +32,11 @@ _COUNT = click.IntRange(min=1)
 @click.option("--shard-size", type=_COUNT, default=4096, help="Entities per shard. An interruption loses at most one.")
 @click.option("--batch-size", type=_COUNT, default=32, help="Images per batch of the models.")
 @click.option("--validation", type=_PATH, help="Labelled queries (JSONL) to fit confidence on.  [default: none]")
+@click.option(
+    "--remember",
+    type=_PATH,
+    help="Labelled pictures (JSONL, or OVEN's files) to keep as reference vectors.  [default: none]",
+)
 @click.option("--name", help="Name of the bundle.  [default: the output folder's]")
 @click.option(
     "--thumbnails",
@@ -105,7 +110,8 @@ def export(as_json: bool, dry_run: bool, revision: str | None, **options: Any) -
 
 def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]:
     """Yield what an export made or found as lines of text."""
-    from index.report import int8_line, parity_line, self_check_lines
+    from index.manifest import MANIFEST_FILE, Manifest
+    from index.report import int8_line, parity_line, remembered_line, self_check_lines
 
     counts = summary.counts
     if summary.already_complete:
@@ -119,6 +125,10 @@ def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]
         yield f"{counts.without_image} entities have no image: their records are stored, but never recognised"
     if summary.pooling == "mean":
         yield "entities are found by the mean of their images"
+    if summary.remembered is not None:
+        yield remembered_line(summary.remembered.model_dump())
+    elif config.remember is not None:
+        yield f"nothing remembered of {config.remember}: no handicap finds more of it without losing held-out entities"
     if summary.self_check is not None:
         yield from self_check_lines(summary.self_check)
     if summary.added_entity_encoder:
@@ -136,6 +146,8 @@ def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]
     if config.base is not None:
         why = "" if summary.base_fits else " (its models or thumbnails differ, or it has no texts)"
         yield f"{summary.copied_entities} entities copied from {config.base}{why}"
+        if config.remember is None and Manifest.read(config.base / MANIFEST_FILE).remembered is not None:
+            yield "what the base remembers is not copied: give --remember again"
     if summary.stages_s:
         yield "seconds: " + ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stages_s.items())
     if summary.rejects and (counts.rejected or counts.images_failed or not config.rejected):

@@ -26,6 +26,7 @@ class ExportConfig:
     batch_size: int = 32
     validation: Path | None = None
     validation_made_up: bool = False  # its queries are changed copies of the catalog's images
+    remember: Path | None = None  # labelled pictures to keep as reference vectors
     name: str | None = None  # None: the name of the output folder
     thumbnail_px: int = 0  # 0: no thumbnails
     store_text: bool = False
@@ -57,6 +58,8 @@ def check_inputs(config: ExportConfig) -> None:
     ImageReader(config.images)
     if config.validation is not None and not config.validation.is_file():
         raise CatalogError(f"{config.validation} does not exist; check --validation")
+    if config.remember is not None and not config.remember.is_file():
+        raise CatalogError(f"{config.remember} does not exist; check --remember")
     if config.base is not None and config.base.resolve() == config.out.resolve():
         raise UserError(f"--base and --out are both {config.out}; a bundle never changes, choose another --out")
     check_image_root(config)
@@ -90,6 +93,7 @@ def content_settings(
         "device": device,
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
         **({"validation_made_up": True} if config.validation_made_up else {}),
+        **({"remember_sha256": sha256_file(config.remember)} if config.remember is not None else {}),
     }
 
 
@@ -97,7 +101,8 @@ def refuse_differences(
     out: Path, earlier: Mapping[str, Any], current: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> None:
     """Raise `UserError` if the settings differ from those of an earlier run."""
-    earlier, current = ({"int8": False, "float16": False, **settings} for settings in (earlier, current))
+    absent = {"int8": False, "float16": False, "remember_sha256": None}
+    earlier, current = ({**absent, **settings} for settings in (earlier, current))
     differing = [key for key in current if key not in ignored and earlier.get(key) != current[key]]
     if differing:
         names = ", ".join(key.removesuffix("_sha256").removesuffix("_hash").replace("_", " ") for key in differing)

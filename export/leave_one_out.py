@@ -89,7 +89,10 @@ def search_own(
         position, own = queries.position_N[query], int(queries.own_N[query])
         positions_I = images.positions_of(own)
         others_ID = images.at(positions_I[positions_I != position])
-        own_scores_N[query] = score_of_others(queries.embeddings_ND[query], others_ID, pooling)
+        query_D = queries.embeddings_ND[query]
+        own_scores_N[query] = score_of_others(query_D, others_ID, pooling)
+        if index.remembered is not None:  # it has no image of the catalog
+            own_scores_N[query] = max(own_scores_N[query], index.remembered.score(query_D, own))
     scores_NF = np.concatenate([scores_NF, own_scores_N[:, None]], axis=1)
     rows_NF = np.concatenate([rows_NF, queries.own_N[:, None]], axis=1)
     order_NF = np.argsort(-scores_NF, axis=1, kind="stable")[:, : CANDIDATES + 1]  # NaN is last

@@ -6,6 +6,7 @@ export has the same bytes as an uninterrupted one.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from export.model import ExportModel, ImageModel, describe_model, load_model
 from export.onnx import INPUT, export_image_encoder, output_names
 from export.pooling import choose_pooling, pooling_folds
 from export.precision import add_float16, add_int8
+from export.remember import remember
 from export.reuse import open_base
 from export.shards import EntityImages, Shard, StageTimes, read_shards
 from export.staging import StagingDir, check_output, is_unfinished, write_shards
@@ -50,12 +52,14 @@ from index.manifest import (
     INT8_ENCODER_FILE,
     MANIFEST_FILE,
     OPEN_SET_FILE,
+    REMEMBERED_FOLDER,
     STORE_FILE,
     Counts,
     Float16Entry,
     ImageEncoderEntry,
     Int8Entry,
     Manifest,
+    RememberedEntry,
     SelfCheck,
     schema_version,
 )
@@ -79,6 +83,7 @@ class ExportSummary:
     already_complete: bool
     calibrated: bool
     pooling: Pooling
+    remembered: RememberedEntry | None
     self_check: SelfCheck | None  # without checkpoint and validation queries
     int8: Int8Entry | None
     float16: Float16Entry | None
@@ -144,6 +149,7 @@ def export_bundle(config: ExportConfig) -> ExportSummary:
         already_complete=already_complete,
         calibrated=bundle.calibration is not None,
         pooling=bundle.manifest.pooling,
+        remembered=bundle.manifest.remembered,
         self_check=bundle.manifest.self_check,
         int8=bundle.manifest.image_encoder.int8,
         float16=bundle.manifest.image_encoder.float16,
@@ -181,7 +187,9 @@ def _begin_or_resume(config: ExportConfig, staging: StagingDir, settings: Mappin
     if earlier is None:
         staging.begin(current)
     else:  # shards do not depend on the ignored settings
-        refuse_differences(config.out, earlier, current, ignored={"validation_sha256", "int8", "float16"})
+        refuse_differences(
+            config.out, earlier, current, ignored={"validation_sha256", "remember_sha256", "int8", "float16"}
+        )
 
 
 def _write_encoders(
@@ -256,7 +264,10 @@ def _assemble(
     sample: Sequence[EntityImages],
     float16: Float16Entry | None,
 ) -> None:
-    """Write everything that needs all shards: store, index, calibration, int8 encoder, reject log; manifest last."""
+    """Write everything that needs all shards: store, index, remembered vectors, calibration, int8 encoder, reject log.
+
+    The manifest is written last.
+    """
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     parity = staging.parity()
     assert parity is not None, "the image encoder is written before the shards"
@@ -264,6 +275,7 @@ def _assemble(
     hidden = not config.progress
     for file in (INT8_ENCODER_FILE, OPEN_SET_FILE):
         staging.discard(file)
+    shutil.rmtree(bundle / REMEMBERED_FOLDER, ignore_errors=True)
     write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden))
     images = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
     log = _reject_log(config)
@@ -271,6 +283,7 @@ def _assemble(
     calibration: Calibration | None = None
     self_check: SelfCheck | None = None
     int8: Int8Entry | None = None
+    remembered: RememberedEntry | None = None
     with EntityStore(bundle / STORE_FILE) as store:
         validation = None if config.validation is None else embed_validation(config.validation, config, model, store)
         folds = pooling_folds(config, model, images, sample, validation)
@@ -279,6 +292,13 @@ def _assemble(
         searched = pooled(images, pooling)
         index_manifest = build_index(bundle, searched, device="cpu", created_at=created_at, progress=config.progress)
         index = EntityIndex.read(bundle / INDEX_FILE, searched, index_manifest.parameters)
+        if config.remember is not None:
+            hashes = frozenset() if validation is None else validation.hashes
+            kept = remember(
+                config.remember, bundle / REMEMBERED_FOLDER, config, model, images, index, store, log, hashes
+            )
+            if kept is not None:
+                index.remembered, remembered = kept
         if validation is not None:
             calibration = calibrate_on(validation, config, model, index)
             for rejected in validation.rejected:
@@ -301,7 +321,7 @@ def _assemble(
     )
     preprocessing = encoder.preprocessing.to_dict()
     Manifest(
-        schema_version=schema_version(entry, preprocessing, pooling),
+        schema_version=schema_version(entry, preprocessing, pooling, remembered),
         name=config.name or config.out.resolve().name,
         model=describe_model(model),
         preprocessing=preprocessing,
@@ -311,6 +331,7 @@ def _assemble(
         calibration=None if calibration is None else calibration.to_dict(),
         image_encoder=entry,
         pooling=pooling,
+        remembered=remembered,
         self_check=self_check,
         export=settings,
         files=list_files(bundle),

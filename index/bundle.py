@@ -19,12 +19,14 @@ from index.manifest import (
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
     OPEN_SET_FILE,
+    REMEMBERED_FOLDER,
     STORE_FILE,
     FileEntry,
     IndexManifest,
     Manifest,
     fingerprint,
 )
+from index.remembered import Remembered
 from index.search import EntityIndex
 from index.store import EntityStore
 
@@ -95,7 +97,20 @@ class Bundle:
 
     def index(self, device: str = "cpu") -> EntityIndex:
         """Open the index on `device` (`auto`, `cpu`, `cuda`). Raise as `EntityIndex.read` does."""
-        return EntityIndex.read(self.path / INDEX_FILE, self.searched(), self.index_manifest.parameters, device)
+        parameters = self.index_manifest.parameters
+        return EntityIndex.read(self.path / INDEX_FILE, self.searched(), parameters, device, self.remembered())
+
+    def remembered(self) -> Remembered | None:
+        """Read the remembered vectors, or return None if the bundle has none."""
+        if (entry := self.manifest.remembered) is None:
+            return None
+        vectors = EmbeddingShards(self.path / REMEMBERED_FOLDER, self.manifest.embedding_dim)
+        if len(vectors) != entry.entities:
+            raise BundleAltered(
+                f"{self.path / REMEMBERED_FOLDER} holds {len(vectors)} vectors, {MANIFEST_FILE} says {entry.entities}; "
+                "export the bundle again"
+            )
+        return Remembered(vectors, entry.handicap)
 
     def entity_encoder(self) -> EntityEncoder | None:
         """Check every byte of the entity encoder and return its manifest, or None if the bundle has none."""

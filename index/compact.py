@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +21,17 @@ from core.files import sync
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.delta import Delta
-from index.embeddings import EmbeddingShards, pooled, write_shard
+from index.embeddings import Embeddings, EmbeddingShards, pooled, write_shard
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import (
     EMBEDDINGS_FOLDER,
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
+    REMEMBERED_FOLDER,
     STORE_FILE,
     Manifest,
+    RememberedEntry,
     content_fingerprint,
 )
 from index.store import EntityStore, StoredEntity, write_store
@@ -83,9 +84,12 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
                 bar.update()
 
     write_store(folder / STORE_FILE, entities())
-    _write_embeddings(bundle.embeddings(), len(store), delta, folder / EMBEDDINGS_FOLDER)
+    shards = _write_visible(bundle.embeddings(), delta, folder / EMBEDDINGS_FOLDER)
+    _write_put(shards, len(store), delta, folder / EMBEDDINGS_FOLDER)
+    remembered = _write_remembered(bundle, delta, folder)
+    rewritten = (STORE_FILE, f"{EMBEDDINGS_FOLDER}/", f"{REMEMBERED_FOLDER}/")
     for name in bundle.manifest.files:
-        if name != STORE_FILE and not name.startswith(f"{EMBEDDINGS_FOLDER}/"):
+        if not name.startswith(rewritten):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(bundle.path / name, folder / name)
     embeddings = EmbeddingShards(folder / EMBEDDINGS_FOLDER, bundle.manifest.embedding_dim)
@@ -97,6 +101,7 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
     compacted = {"from": bundle.fingerprint, "generation": delta.revision}
     known = bundle.manifest.model_dump(exclude=set(bundle.manifest.model_extra or ()))
     changed = {
+        "remembered": remembered,
         "counts": {**known["counts"], **counted, "embeddings": len(embeddings)},
         "export": {**known["export"], "compacted": compacted},
         "files": list_files(folder),
@@ -124,18 +129,38 @@ def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[t
         yield delta.entities[row], live.thumbnail(row)
 
 
-def _write_embeddings(base: EmbeddingShards, base_count: int, delta: Delta, folder: Path) -> None:
-    numbers = count()
-    position = 0
-    for embeddings_nD in base:
-        rows_n = base.rows_N[position : position + len(embeddings_nD)]
-        position += len(embeddings_nD)
+def _write_visible(base: Embeddings, delta: Delta, folder: Path) -> int:
+    """Write the vectors of visible rows. Return the number of shards."""
+    position = shards = 0
+    for vectors_nD in base:
+        rows_n = base.rows_N[position : position + len(vectors_nD)]
+        position += len(vectors_nD)
         visible_n = ~np.isin(rows_n, delta.hidden_H)
         if visible_n.any():
             # Each row moves up by the hidden rows before it.
             moved_n = rows_n[visible_n] - np.searchsorted(delta.hidden_H, rows_n[visible_n])
-            write_shard(folder, next(numbers), moved_n, embeddings_nD[visible_n])
+            write_shard(folder, shards, moved_n, vectors_nD[visible_n])
+            shards += 1
+    return shards
+
+
+def _write_put(shards: int, base_count: int, delta: Delta, folder: Path) -> None:
+    """Write the embeddings of the entities that were put, after that many shards."""
     first_row = base_count - len(delta.hidden_H)
-    for start in range(0, len(delta.rows_M), _SHARD_SIZE):
+    for number, start in enumerate(range(0, len(delta.rows_M), _SHARD_SIZE), shards):
         part_nD = delta.embeddings_MD[start : start + _SHARD_SIZE]
-        write_shard(folder, next(numbers), first_row + start + np.arange(len(part_nD)), part_nD)
+        write_shard(folder, number, first_row + start + np.arange(len(part_nD)), part_nD)
+
+
+def _write_remembered(bundle: Bundle, delta: Delta, folder: Path) -> RememberedEntry | None:
+    """Write the remembered vectors of visible rows. Return their entry for the manifest."""
+    entry = bundle.manifest.remembered
+    if entry is None:
+        return None
+    vectors = EmbeddingShards(bundle.path / REMEMBERED_FOLDER, bundle.manifest.embedding_dim)
+    visible = len(vectors) - int(np.isin(vectors.rows_N, delta.hidden_H).sum())
+    if not visible:
+        return None
+    (folder / REMEMBERED_FOLDER).mkdir()
+    _write_visible(vectors, delta, folder / REMEMBERED_FOLDER)
+    return entry.model_copy(update={"entities": visible})

@@ -13,6 +13,7 @@ import numpy as np
 
 from core.arrays import BoolArray, Float32Array, Int64Array
 from index.store import StoredEntity
+from index.top_k import nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +77,5 @@ class Delta:
     def search(
         self, queries_BD: Float32Array, top_k: int, allowed_M: BoolArray | None = None
     ) -> tuple[Int64Array, Float32Array]:
-        """Return the best `top_k` entities of L2-normalised queries, by exact search and in no order.
-
-        Rows int64 and cosines float32 [B, K], with fewer columns if there are fewer entities. `allowed_M` is a filter.
-        """
-        scores_BM, rows_M = queries_BD @ self.embeddings_MD.T, self.rows_M
-        if allowed_M is not None:
-            scores_BM, rows_M = scores_BM[:, allowed_M], rows_M[allowed_M]
-        if len(rows_M) <= top_k:
-            return np.broadcast_to(rows_M, scores_BM.shape), scores_BM
-        best_BK = np.argpartition(-scores_BM, top_k - 1, axis=1)[:, :top_k]
-        # Of equal scores the lowest rows win, which partitioning does not guarantee.
-        lowest_B1 = np.take_along_axis(scores_BM, best_BK, axis=1).min(axis=1, keepdims=True)
-        if np.any((scores_BM >= lowest_B1).sum(axis=1) > top_k):
-            best_BK = np.argsort(-scores_BM, axis=1, kind="stable")[:, :top_k]
-        return rows_M[best_BK], np.take_along_axis(scores_BM, best_BK, axis=1)
+        """Return the best `top_k` entities of L2-normalised queries, as `nearest` does."""
+        return nearest(queries_BD, self.embeddings_MD, self.rows_M, top_k, allowed_M)

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from index import milvus
 from index.bundle import Bundle
 from index.embeddings import normalised
 from index.milvus import FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
+from index.remembered import Remembered
 from index.store import (
     ENTITY_JSON,
     AttendedWords,
@@ -37,6 +39,7 @@ from index.store import (
 _LOAD_TIMEOUT_S = 60.0
 _STRONG_FOR_S = 10.0  # after a change. `Bounded` consistency is faster and at most 5 s behind
 _CACHED_RECORDS = 10_000
+_CACHED_SELECTIONS = 32
 _SPARE = 20  # embeddings fetched beyond the expected number
 
 
@@ -69,6 +72,9 @@ class MilvusEntities:
         self.base_count = counts.entities
         # With pooling, Milvus has one embedding per entity. Those of its images are in the bundle.
         self.images = bundle.embeddings() if bundle.manifest.pooling == "mean" else None
+        self.remembered = bundle.remembered()
+        self.select = lru_cache(maxsize=_CACHED_SELECTIONS)(store.select)  # for remembered vectors only
+        self._gone: set[int] = set()  # rows of the bundle; none comes back
         self.images_each = 1.0 if self.images else max(1.0, counts.embeddings / max(1, counts.entities))
         self._records: dict[int, StoredEntity] = {}
         self._writer, self._changes, self._added = uuid.uuid4().hex, 0, 0
@@ -145,6 +151,19 @@ class MilvusEntities:
             )
         return [dict(row) for row in found]
 
+    def gone(self, rows: Sequence[int]) -> set[int]:
+        """Return which of the bundle's rows were deleted or replaced. Raise `Unavailable`."""
+        if not self.delta.revision:
+            return set()
+        unknown = [row for row in rows if row not in self._gone]
+        if unknown:
+            found = self.query(f"row in {unknown}", ["row"], strong=False)
+            if len(found) == MAX_RESULTS and len(unknown) > 1:  # images of the first rows filled it
+                half = len(rows) // 2
+                return self.gone(rows[:half]) | self.gone(rows[half:])
+            self._gone |= set(unknown) - {int(each["row"]) for each in found}
+        return self._gone & set(rows)
+
     def cache(self, row: int, record: str) -> StoredEntity:
         """Parse a record and cache it for `by_row`. Each step is atomic, so no lock is needed."""
         if len(self._records) >= _CACHED_RECORDS:
@@ -204,7 +223,9 @@ class MilvusView:
         self.version = f"+{self.delta.revision}" if self.delta.revision else ""
 
     def select(self, types: tuple[str, ...]) -> Selection:
-        """Return a selection without rows: Milvus filters by the types."""
+        """Return a selection. Milvus filters by the types; it has rows only for remembered vectors."""
+        if self._entities.remembered is not None:
+            return self._entities.select(types)
         return Selection(types, np.empty(0, np.bool_))
 
     def search(
@@ -231,7 +252,27 @@ class MilvusView:
                 rows_BK[query, : len(best)] = [row for row, _ in best]
                 scores_BK[query, : len(best)] = [score for _, score in best]
             pending, fetch = incomplete, min(MAX_RESULTS, 2 * fetch)
-        return rows_BK, scores_BK
+        if self._entities.remembered is None:
+            return rows_BK, scores_BK
+        return self._with_remembered(self._entities.remembered, queries_BD, rows_BK, scores_BK, selection)
+
+    def _with_remembered(
+        self,
+        remembered: Remembered,
+        queries_BD: Float32Array,
+        rows_BK: Int64Array,
+        scores_BK: Float32Array,
+        selection: Selection | None,
+    ) -> tuple[Int64Array, Float32Array]:
+        """Merge what Milvus found with the remembered vectors of entities that were neither deleted nor replaced."""
+        allowed_M = remembered.allowed_by(selection)
+        while True:
+            found = remembered.merge(queries_BD, rows_BK, scores_BK, allowed_M)
+            gone = self._entities.gone(np.setdiff1d(found[0], rows_BK).tolist())
+            if not gone:
+                return found
+            current_M = ~np.isin(remembered.rows_M, list(gone))
+            allowed_M = current_M if allowed_M is None else allowed_M & current_M
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
         base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < FIRST_PUT_ROW])}

@@ -23,6 +23,7 @@ from index.embeddings import normalised
 from index.live import LiveSegment
 from index.search import EntityIndex
 from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct
+from index.top_k import best
 
 _SPARE = 32  # hidden entities that the first search of the base allows for
 
@@ -136,8 +137,7 @@ class OverlayView:
         rows_BM, scores_BM = self.delta.search(normalised(query_embeddings_BD), top_k, allowed_M)
         rows_BF = np.concatenate([base_rows_BF, rows_BM], axis=1)
         scores_BF = np.concatenate([base_scores_BF, np.minimum(scores_BM, np.float32(1.0))], axis=1)
-        order_BK = np.lexsort((rows_BF, np.where(rows_BF < 0, np.inf, -scores_BF)))[:, :top_k]
-        return np.take_along_axis(rows_BF, order_BK, axis=1), np.take_along_axis(scores_BF, order_BK, axis=1)
+        return best(rows_BF, scores_BF, top_k)
 
     def _search_base(
         self, queries_BD: Float32Array, top_k: int, hidden_H: Int64Array, selection: Selection | None

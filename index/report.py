@@ -26,6 +26,7 @@ def describe(path: Path, verify: Verify) -> dict[str, Any]:
         "index": bundle.index_manifest.model_dump(),
         "images_only": manifest.images_only,
         "pooling": manifest.pooling,
+        "remembered": manifest.remembered and manifest.remembered.model_dump(),
         "entity_side": None if entity_encoder is None else entity_encoder.model_dump(),
         "bytes": bundle.index_manifest.bytes + sum(entry.bytes for entry in manifest.files.values()),
         "unlisted_files": bundle.unlisted_files(),
@@ -45,6 +46,7 @@ def describe_lines(report: dict[str, Any]) -> list[str]:
         "encoders": f"image {report['model'].get('image_encoder')}, "
         f"text {'none' if report['images_only'] else report['model'].get('text_encoder')}",
         "pooling": "entities are found by the mean of their images" if report["pooling"] == "mean" else None,
+        "memory": remembered_line(report["remembered"]) if report["remembered"] else None,
         "images": f"{report['preprocessing'].get('size_px')} px, {report['patches']} patches",
         "ONNX parity": parity_line(encoder["parity"]),
         "int8": int8_line(encoder["int8"]) if encoder["int8"] else None,
@@ -105,6 +107,16 @@ def int8_line(int8: Mapping[str, Any]) -> str:
         f"mean cosine {int8['mean_cosine']:.4f}, lowest {int8['min_cosine']:.4f}; of {int8['images']} "
         f"{int8['judged_on']} {int8['same_top_1']:.1f} % the same top-1, right {int8['top_1_int8']:.1f} % "
         f"(float {int8['top_1_float']:.1f} %)"
+    )
+
+
+def remembered_line(remembered: Mapping[str, Any]) -> str:
+    """Describe the remembered vectors, from the manifest's entry."""
+    seen, held_out = remembered["seen"], remembered["held_out"]
+    return (
+        f"remembered {remembered['pictures']:,} pictures of {remembered['entities']:,} entities, handicap "
+        f"{remembered['handicap']:.2f} (seen {seen['before']:.1f} -> {seen['after']:.1f} %, held-out "
+        f"{held_out['before']:.1f} -> {held_out['after']:.1f} %)"
     )
 
 

@@ -1,5 +1,7 @@
 """Search for the best entities of each query. An entity has the score of its best image, or of the mean of its images.
 
+Remembered vectors, where a bundle has them, can only raise a score.
+
 Shapes: B queries, K entities asked for, F candidates fetched, A allowed embeddings, N embeddings, E entities, I images
 of an entity, D embedding width.
 """
@@ -20,6 +22,7 @@ from core.runtime import faiss
 from index.embeddings import Embeddings, concatenate_ranges, normalised
 from index.faiss_index import Candidates, faiss_reason
 from index.gpu import placement
+from index.remembered import Remembered
 from index.store import Selection
 
 Ranked = tuple[Int64Array, Float32Array]  # entity rows and their falling cosines
@@ -48,9 +51,11 @@ class EntityIndex:
         *,
         device: str = "cpu",
         why: str = "as asked for",
+        remembered: Remembered | None = None,
     ) -> None:
         """`device` and `why` say where `candidates` are found, and why there."""
         self.candidates = candidates
+        self.remembered = remembered
         self.device, self.device_why = device, why
         self._embeddings = embeddings
         self._parameters = dict(parameters)
@@ -64,7 +69,14 @@ class EntityIndex:
         self._allowed: WeakKeyDictionary[Selection, _Allowed] = WeakKeyDictionary()
 
     @classmethod
-    def read(cls, path: Path, embeddings: Embeddings, parameters: Mapping[str, Any], device: str = "cpu") -> Self:
+    def read(
+        cls,
+        path: Path,
+        embeddings: Embeddings,
+        parameters: Mapping[str, Any],
+        device: str = "cpu",
+        remembered: Remembered | None = None,
+    ) -> Self:
         """Memory-map an index file, or load it on GPUs if `device` (`auto`, `cpu`, `cuda`) says so.
 
         Raise `BundleAltered` if the file is not an index of these embeddings, `UserError` if `cuda` is not possible.
@@ -82,7 +94,8 @@ class EntityIndex:
                 f"of width {embeddings.dim}; build it again with `wikiclip index`"
             )
         placed = placement(index, embeddings, device)
-        return cls(placed.candidates, embeddings, parameters, device=placed.device, why=placed.why)
+        where = {"device": placed.device, "why": placed.why}
+        return cls(placed.candidates, embeddings, parameters, remembered=remembered, **where)
 
     def __len__(self) -> int:
         return len(self._rows_N)
@@ -111,6 +124,8 @@ class EntityIndex:
         scores_BK = np.zeros((len(queries_BD), top_k), np.float32)
         for query, (rows, scores) in enumerate(ranked):
             rows_BK[query, : len(rows)], scores_BK[query, : len(rows)] = rows[:top_k], scores[:top_k]
+        if self.remembered is not None:
+            return self.remembered.merge(queries_BD, rows_BK, scores_BK, self.remembered.allowed_by(selection))
         return rows_BK, scores_BK
 
     def images_of(self, row: int) -> Float32Array:

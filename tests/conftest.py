@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -20,13 +20,16 @@ from imaging import Preprocessing, load_pixels, normalise
 from index.build import build_index
 from index.bundle import list_files, open_embeddings
 from index.calibration import Calibration
-from index.embeddings import EmbeddingShards, pooled, write_shard
+from index.embeddings import EmbeddingShards, normalised, pooled, write_shard
 from index.manifest import (
     MANIFEST_FILE,
+    REMEMBERED_FOLDER,
     SCHEMA_VERSION,
     Counts,
+    Gain,
     ImageEncoderEntry,
     Manifest,
+    RememberedEntry,
 )
 from index.store import StoredEntity, write_store
 
@@ -113,6 +116,18 @@ def pool_by_mean(bundle: Path) -> None:
     manifest = Manifest.read(bundle / MANIFEST_FILE).model_copy(update=changed)
     manifest.write(bundle / MANIFEST_FILE)
     build_index(bundle, pooled(open_embeddings(bundle, manifest), "mean"), created_at=CREATED_AT)
+
+
+def add_remembered(bundle: Path, rows: Sequence[int], *, handicap: float, seed: int = 0) -> None:
+    """Give the entities at `rows` random remembered vectors."""
+    manifest = Manifest.read(bundle / MANIFEST_FILE)
+    vectors_MD = np.random.default_rng(seed).normal(size=(len(rows), manifest.embedding_dim)).astype(np.float32)
+    (bundle / REMEMBERED_FOLDER).mkdir()
+    write_shard(bundle / REMEMBERED_FOLDER, 0, np.array(rows, np.int64), normalised(vectors_MD))
+    gain = Gain(queries=len(rows), before=50.0, after=60.0)
+    entry = RememberedEntry(entities=len(rows), pictures=2 * len(rows), handicap=handicap, seen=gain, held_out=gain)
+    changed = {"schema_version": 2, "remembered": entry, "files": list_files(bundle)}
+    manifest.model_copy(update=changed).write(bundle / MANIFEST_FILE)
 
 
 def write_small_bundle(bundle: Path, *, prefix: str = "", encoder_seed: int = 11) -> None:

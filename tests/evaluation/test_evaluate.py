@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from evaluation.evaluate import hold_out
 from index.bundle import Bundle
+from tests.conftest import add_remembered
 
 
 def _wikiclip(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
@@ -105,7 +107,13 @@ def test_held_out_entities_are_unknown_and_never_found(
     assert "Confusions that cost most" in html
 
 
-def test_a_holdout_search_returns_the_other_entities_in_order(small_bundle: Path) -> None:
+@pytest.mark.parametrize("remembers", [False, True])
+def test_a_holdout_search_returns_the_other_entities_in_order(
+    small_bundle: Path, tmp_path: Path, remembers: bool
+) -> None:
+    if remembers:
+        small_bundle = Path(shutil.copytree(small_bundle, tmp_path / "remembers"))
+        add_remembered(small_bundle, range(12), handicap=0.0)
     bundle = hold_out(Bundle.open(small_bundle), 0.5)
     queries_BD = np.random.default_rng(0).normal(size=(6, 16)).astype(np.float32)
     rows_BK, scores_BK = bundle.index().search(queries_BD, 20)

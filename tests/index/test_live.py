@@ -19,10 +19,13 @@ import pytest
 from core.errors import LiveDirError, Unavailable, UnknownEntity, UserError
 from index.bundle import Bundle
 from index.delta import Delta
+from index.embeddings import EmbeddingShards
 from index.live import LIVE_FILE, LiveSegment
+from index.manifest import REMEMBERED_FOLDER
 from index.overlay import OverlayView
 from index.search import EntityIndex
 from index.store import EntityStore, StoredEntity
+from tests.conftest import add_remembered
 
 Vector = npt.NDArray[np.float32]
 
@@ -174,9 +177,16 @@ class Model:
         }
         if bundle.manifest.pooling == "mean":
             self.vectors = {each: vectors_ID.mean(axis=0)[None] for each, vectors_ID in self.vectors.items()}
+        self.remembered: dict[str, npt.NDArray[np.float64]] = {}
+        if (remembered := bundle.manifest.remembered) is not None:
+            self.handicap = remembered.handicap
+            vectors = EmbeddingShards(bundle_path / REMEMBERED_FOLDER, bundle.manifest.embedding_dim)
+            ids = [stored[row].entity_id for row in vectors.rows_N.tolist()]
+            self.remembered = dict(zip(ids, vectors.part(0).astype(np.float64), strict=True))
 
     def put(self, put: StoredEntity, embedding_D: Vector) -> bool:
         created = put.entity_id not in self.entities
+        self.remembered.pop(put.entity_id, None)
         self.entities[put.entity_id] = put
         stored_D = (embedding_D / np.linalg.norm(embedding_D)).astype(np.float16)
         self.vectors[put.entity_id] = stored_D[None].astype(np.float64)
@@ -184,15 +194,20 @@ class Model:
 
     def delete(self, entity_id: str) -> bool:
         self.vectors.pop(entity_id, None)
+        self.remembered.pop(entity_id, None)
         return self.entities.pop(entity_id, None) is not None
 
     def scores(self, query_D: Vector) -> dict[str, float]:
-        return {
+        scores = {
             entity_id: float(
                 (vectors_VD @ query_D / np.linalg.norm(vectors_VD, axis=1) / np.linalg.norm(query_D)).max()
             )
             for entity_id, vectors_VD in self.vectors.items()
         }
+        for entity_id, vector_D in self.remembered.items():
+            score = float(vector_D @ query_D / np.linalg.norm(query_D)) - self.handicap
+            scores[entity_id] = max(score, scores[entity_id])
+        return scores
 
 
 def check_search(
@@ -387,6 +402,40 @@ def test_a_pooled_bundle_is_searched_edited_and_compacted_like_a_dict(
         for view in (edited.view, after.view):
             check_search(view, model, vector(200 + number), 5, ("animal",) if number % 2 else (), atol=5e-4)
             assert len(view.images_of(view.get("Q7378").row)) == 3
+    edited.close()
+    after.close()
+
+
+def test_a_bundle_with_remembered_vectors_is_searched_edited_and_compacted_like_a_dict(
+    small_bundle: Path, live_dir: Path, tmp_path: Path
+) -> None:
+    from index.compact import compact
+
+    base = Path(shutil.copytree(small_bundle, tmp_path / "base"))
+    add_remembered(base, [0, 1, 2, 4, 6, 8, 10], handicap=0.06)
+    model, edited = Model(base), opened(base, live_dir)
+    for number, entity_id in enumerate(("Q140", "new", "Q15083")):
+        put = entity(entity_id, types=("animal",))
+        assert edited.live.put(put, vector(number), None) == model.put(put, vector(number))
+    for entity_id in ("Q89", "Q503"):  # row 4 is remembered, row 5 is not
+        edited.live.delete(entity_id)
+        model.delete(entity_id)
+    compacted = compact(base, live_dir, tmp_path / "new")
+    entry = Bundle.open(compacted.path, "full").manifest.remembered
+    assert entry is not None
+    assert entry.entities == len(model.remembered) == 4
+    after, raised = opened(tmp_path / "new", live_dir), 0
+    for number in range(40):
+        query_D = vector(300 + number)
+        for view in (edited.view, after.view):
+            check_search(view, model, query_D, (1, 5, 20)[number % 3], ("animal",) if number % 2 else (), atol=5e-4)
+        scores, remembered, model.remembered = model.scores(query_D), model.remembered, {}
+        raised += scores != model.scores(query_D)
+        model.remembered = remembered
+    assert raised > 20
+    for entity_id in tuple(model.remembered):
+        after.live.delete(entity_id)
+    assert compact(tmp_path / "new", live_dir, tmp_path / "newer").manifest.remembered is None
     edited.close()
     after.close()
 

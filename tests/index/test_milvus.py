@@ -21,12 +21,12 @@ from core.errors import BadParameter, BundleError, Unavailable, UnknownEntity, U
 from index import milvus, milvus_view
 from index.build import build_index
 from index.bundle import Bundle, list_files, open_embeddings
-from index.embeddings import write_shard
+from index.embeddings import EmbeddingShards, write_shard
 from index.manifest import MANIFEST_FILE, Counts, Manifest
 from index.milvus import connect, load_bundle
 from index.milvus_view import MilvusEntities, MilvusView
-from index.store import StoredEntity, write_store
-from tests.conftest import pool_by_mean, write_small_bundle
+from index.store import Selection, StoredEntity, write_store
+from tests.conftest import add_remembered, pool_by_mean, write_small_bundle
 
 Vector = npt.NDArray[np.float32]
 DIM = 16
@@ -261,6 +261,39 @@ class TestChanges:
                 assert [each.entity_id for each in found] == [key for _, key in expected[:5]]
                 np.testing.assert_allclose(scores_BK[0, : len(found)], [score for score, _ in expected[:5]], atol=1e-5)
                 assert view.entity_count == len(model)
+
+    def test_remembered_vectors_of_deleted_and_replaced_entities_are_not_found(
+        self, bundle: Bundle, tmp_path: Path
+    ) -> None:
+        path, uri = tmp_path / "remembering", str(tmp_path / "own.db")
+        shutil.copytree(bundle.path, path)
+        add_remembered(path, range(0, ENTITIES, 3), handicap=0.02)
+        opened = Bundle.open(path)
+        client = connect(uri)
+        load_bundle(client, opened, "Flat")
+        client.close()
+        queries_BD = EmbeddingShards(path / "remembered", DIM).part(0)[:12]  # of rows 0, 3, ... 33
+        with opened.store() as store:
+            one, other = MilvusEntities(uri, opened, store), MilvusEntities(uri, opened, store)
+            for kinds in ((), ("odd",), ("rare", "nothing")):
+                view, selection = MilvusView(one), store.select(kinds) if kinds else None
+                expected = opened.index().search(queries_BD, 20, selection=selection)
+                found = view.search(queries_BD, 20, selection=view.select(kinds) if kinds else None)
+                np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
+                np.testing.assert_array_equal(found[0], expected[0])
+            other.delete("Q3")
+            other.put(entity("Q6"), -queries_BD[2], None)
+            one.refresh()
+            gone = np.isin(np.arange(ENTITIES), (3, 6))
+            expected_rows, expected_scores = opened.index().search(queries_BD, 5, selection=Selection((), ~gone))
+            for _ in range(2):
+                rows_BK, scores_BK = MilvusView(one).search(queries_BD, 5)
+                assert not np.isin(rows_BK, (3, 6)).any()
+                np.testing.assert_allclose(scores_BK, expected_scores, atol=1e-5)
+                np.testing.assert_array_equal(rows_BK, expected_rows)
+            one.close()
+            other.close()
+        server_manager_instance.release_server(uri)
 
     def test_a_record_that_is_too_large_is_refused(self, hosts: tuple[MilvusEntities, MilvusEntities]) -> None:
         with pytest.raises(BadParameter, match="65535"):

@@ -13,8 +13,9 @@ import pytest
 from core.errors import BundleAltered, UserError
 from index import search
 from index.build import build_index
-from index.embeddings import EmbeddingShards, Pooling, pooled, write_shard
+from index.embeddings import Embeddings, EmbeddingShards, Pooling, normalised, pooled, write_shard
 from index.manifest import INDEX_FILE
+from index.remembered import Remembered
 from index.search import EntityIndex
 from index.store import Selection
 
@@ -228,6 +229,32 @@ def test_an_embedding_finds_itself_with_score_one(tmp_path: Path) -> None:
     assert rows_BK[:, 0].tolist() == list(range(50))
     assert np.all(scores_BK <= 1)
     assert np.all(scores_BK > 0.99999)
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "SQ8"])
+@pytest.mark.parametrize("pooling", ["nearest", "mean"])
+@pytest.mark.parametrize("handicap", [0.0, 0.15])
+def test_remembered_vectors_raise_scores_as_in_a_slow_loop(
+    tmp_path: Path, factory: str, pooling: Pooling, handicap: float
+) -> None:
+    rows_N = [row for row in range(90) for _ in range(1 + row % 3)]
+    index, embeddings = make(tmp_path, rows_N, factory=factory, pooling=pooling)
+    vectors_MD = normalised(np.random.default_rng(3).normal(size=(30, DIM)).astype(np.float32)).astype(np.float16)
+    remembered_rows_M = np.arange(0, 90, 3)
+    index.remembered = Remembered(Embeddings(DIM, [vectors_MD], [remembered_rows_M]), handicap)
+    queries_BD = np.concatenate([queries(10), 2 * vectors_MD[:5].astype(np.float32)])
+    some = Selection((), np.random.default_rng(4).random(90) < 0.5)
+    for top_k, selection in ((1, None), (7, some), (100, None), (100, some)):
+        rows_BK, scores_BK = index.search(queries_BD, top_k, {"nprobe": 8}, selection)
+        for query_D, rows_K, scores_K in zip(queries_BD, rows_BK, scores_BK, strict=True):
+            expected = dict(slow_search(embeddings, query_D, 1000, selection, pooling))
+            for row, score_M in zip(remembered_rows_M.tolist(), normalised(vectors_MD) @ query_D, strict=True):
+                if row in expected:
+                    expected[row] = max(expected[row], score_M / np.linalg.norm(query_D) - handicap)
+            best = sorted(expected.items(), key=lambda item: (-item[1], item[0]))[:top_k]
+            assert rows_K[: len(best)].tolist() == [row for row, _ in best]
+            np.testing.assert_allclose(scores_K[: len(best)], [score for _, score in best], atol=ATOL[pooling])
+            assert rows_K[len(best) :].tolist() == [-1] * (top_k - len(best))
 
 
 def test_one_query_equals_a_batch(tmp_path: Path) -> None:
