@@ -1,13 +1,14 @@
 """Keep labelled pictures as remembered vectors (`--remember`), with a handicap chosen on the same pictures.
 
-An entity's remembered vector is the normalised mean of its pictures' query embeddings. The handicap is the one with the
-best harmonic mean of two accuracies, among those that lose no held-out pictures on balance:
+An entity's remembered vector is the normalised mean of its pictures' query embeddings. The handicap has the best
+harmonic mean of two accuracies:
 
 - seen: each picture of an entity with several, left out of its entity's vector;
-- held out: each picture, with its entity's whole vector left out while all others stay.
+- held out: each picture, with its entity's whole vector left out while all others stay. Memory can only lose these.
+  The handicap and the next smaller one must lose none (of 500 or more that are found, at most one in 500).
 
-If no handicap finds more seen pictures, nothing is remembered. A checkpoint that was trained on the same pictures finds
-most of them anyway, so `seen` underestimates what new pictures of these entities gain.
+If no such handicap finds more seen pictures, nothing is remembered. A checkpoint that was trained on the same pictures
+finds most of them anyway, so `seen` underestimates what new pictures of these entities gain.
 
 Shapes: M remembered entities, Q queries, H handicaps, D embedding width.
 """
@@ -42,6 +43,7 @@ from model.data import Pair, read_pairs
 
 _HANDICAPS_H = np.arange(21) / 50  # 0 to 0.4
 _MAX_QUERIES = 4096
+_RIGHT_PER_LOSS = 500  # held-out pictures; without it, one outlier among thousands would decide
 _SAME_IMAGE = 0.9999  # cosine
 
 
@@ -146,7 +148,10 @@ def choose_handicap(
     seen_H, held_out_H = seen_HQ[:, several_Q].sum(axis=1), (own_score_Q > best_other_HQ).sum(axis=1)
     right_Q = own_score_Q > other_Q
     seen, held_out = right_Q[several_Q].sum(), right_Q.sum()
-    helpful = np.flatnonzero((seen_H > seen) & (held_out_H >= held_out)).tolist()
+    safe_H = held_out_H >= held_out - held_out // _RIGHT_PER_LOSS
+    helpful = [
+        each for each in range(1, len(_HANDICAPS_H)) if seen_H[each] > seen and safe_H[each - 1 : each + 1].all()
+    ]
     if not helpful:
         return None
     seen_share_H, held_out_share_H = seen_H / several_Q.sum(), held_out_H / len(own_Q)

@@ -64,11 +64,14 @@ def slow_choice(pictures: Sequence[tuple[int, Vectors]], catalog_ED: Vectors) ->
 
     before_seen, before_held_out = accuracies(10.0)
     best: tuple[float, float, float, float] | None = None
+    smaller_is_safe = False
     for handicap in np.arange(21) / 50:
         seen, held_out = accuracies(handicap)
-        if seen > before_seen and held_out >= before_held_out:
+        is_safe = held_out >= before_held_out
+        if seen > before_seen and is_safe and smaller_is_safe:
             found = (2 * seen * held_out / (seen + held_out), handicap, seen, held_out)
             best = found if best is None else max(best, found)
+        smaller_is_safe = is_safe
     return None if best is None else best[1:]
 
 
