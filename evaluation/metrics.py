@@ -5,7 +5,7 @@ resampling.
 
 Denominators count the references: a query without an answer counts as wrong.
 
-Shapes: N queries, R resamplings.
+Shapes: N queries, G groups of queries, R resamplings.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from core.arrays import Float64Array
 from core.statistics import wilson_interval
@@ -113,6 +114,23 @@ def percentile_interval(values_R: Float64Array) -> Interval:
     """Return the bounds of the middle 95 % of the values."""
     low, high = np.percentile(values_R, (2.5, 97.5))
     return float(low), float(high)
+
+
+def ratio_interval(right_N: ArrayLike, other_right_N: ArrayLike, group_N: ArrayLike) -> Interval | None:
+    """Return the 95 % interval of how many times as many queries are right as with another method.
+
+    It is paired, and resamples whole groups: the queries of one entity are not independent. None: no upper bound.
+    """
+    _, group_of_N = np.unique(group_N, return_inverse=True)
+    right_G, other_G = (np.bincount(group_of_N, np.asarray(each, float)) for each in (right_N, other_right_N))
+    rng = np.random.default_rng(0)
+    ratios_R = np.full(RESAMPLINGS, np.inf)
+    for number in range(RESAMPLINGS):
+        drawn_G = rng.integers(len(right_G), size=len(right_G))
+        if other := other_G[drawn_G].sum():
+            ratios_R[number] = right_G[drawn_G].sum() / other
+    low, high = np.percentile(ratios_R, (2.5, 97.5), method="nearest")
+    return (float(low), float(high)) if np.isfinite(high) else None
 
 
 def auroc(positive: Any, negative: Any) -> float:

@@ -10,6 +10,7 @@ from evaluation.metrics import (
     auroc_interval,
     calibration_error,
     harmonic_mean_interval,
+    ratio_interval,
     reliability,
     share_interval,
 )
@@ -43,3 +44,18 @@ def test_calibration_error_by_hand() -> None:
     assert [each.count for each in bins] == [1, 3]
     assert calibration_error(bins) == pytest.approx((1 * 0.1 + 3 * abs(0.97 - 2 / 3)) / 4)
     assert calibration_error(reliability([1.0, 0.0], [True, False])) == 0.0
+
+
+def test_a_ratio_is_paired_and_resamples_whole_groups() -> None:
+    rng = np.random.default_rng(0)
+    other_N = rng.random(400) < 0.5
+    right_N = other_N | (rng.random(400) < 0.2)
+    group_N = np.arange(400)
+    assert ratio_interval(other_N, other_N, group_N) == (1.0, 1.0)
+    interval = ratio_interval(right_N, other_N, group_N)
+    ratio = right_N.sum() / other_N.sum()
+    spread = 1.96 * np.std(right_N - ratio * other_N) / other_N.mean() / 20  # the delta method, over 400 queries
+    assert interval == pytest.approx((ratio - spread, ratio + spread), abs=0.02)
+    repeated = [np.repeat(each_N, 9) for each_N in (right_N, other_N, group_N)]
+    assert ratio_interval(*repeated) == pytest.approx(interval)  # more queries of the same entities say no more
+    assert ratio_interval(right_N, np.zeros(400), group_N) is None
