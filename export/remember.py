@@ -16,7 +16,7 @@ Shapes: M remembered entities, Q queries, H handicaps, D embedding width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice, tee
@@ -83,11 +83,14 @@ def remember(
     Pictures that cannot be used are logged. `validation` has the `hash_pixels` of the validation queries. Raise
     `UserError` if no picture can be used, or if some are validation queries, too.
     """
-    rejected: list[Rejected] = []
+
+    def reject(item: Rejected) -> None:
+        log.add(replace(item, reason=f"{path.name}: {item.reason}"))
+
     pictures = LabelledPictures()
     seen: set[tuple[int, bytes]] = set()
     shared = 0
-    decoded = _decoded(_labelled(path, config, images, store, rejected), config, model, rejected)
+    decoded = _decoded(_labelled(path, config, images, store, reject), config, model, reject)
     labelled = tqdm(decoded, desc="remember", unit="picture", disable=not config.progress)
     while batch := list(islice(labelled, config.batch_size)):
         embeddings_BD = model.embed_queries(np.stack([pixels_HW3 for _, _, pixels_HW3 in batch]))
@@ -96,12 +99,10 @@ def remember(
             shared += digest in validation
             # Without a checkpoint, the catalog's images are embedded like queries.
             if isinstance(model, ImageModel) and np.any(images.images_of(row) @ embedding_D > _SAME_IMAGE):
-                rejected.append(_reject(pair, "the catalog has this image of the entity already"))
+                reject(_rejected(pair, "the catalog has this image of the entity already"))
             elif (row, digest) not in seen:
                 seen.add((row, digest))
                 pictures.add(row, embedding_D)
-    for item in sorted(rejected, key=lambda item: item.line):
-        log.add(replace(item, reason=f"{path.name}: {item.reason}"))
     if shared:
         raise UserError(
             f"{shared} of the pictures of --remember are --validation queries, too, and would find themselves; leave "
@@ -171,23 +172,23 @@ def _gain(queries: int, before: int, after: int) -> Gain:
 
 
 def _labelled(
-    path: Path, config: ExportConfig, images: Embeddings, store: EntityStore, rejected: list[Rejected]
+    path: Path, config: ExportConfig, images: Embeddings, store: EntityStore, reject: Callable[[Rejected], None]
 ) -> Iterator[tuple[Pair, int]]:
     """Yield the pairs whose entity has an embedding, with its row."""
     find = cache(lambda entity_id: row_of(entity_id, store))
     for pair in read_pairs(path, config.image_root):
         if isinstance(pair, Rejected):
-            rejected.append(pair)
+            reject(pair)
         elif (row := find(pair.entity_id)) < 0:
-            rejected.append(_reject(pair, f"entity_id {pair.entity_id} is not in the catalog"))
+            reject(_rejected(pair, f"entity_id {pair.entity_id} is not in the catalog"))
         elif not len(images.positions_of(row)):
-            rejected.append(_reject(pair, f"entity {pair.entity_id} has no usable image in the catalog; add one"))
+            reject(_rejected(pair, f"entity {pair.entity_id} has no usable image in the catalog; add one"))
         else:
             yield pair, row
 
 
 def _decoded(
-    labelled: Iterator[tuple[Pair, int]], config: ExportConfig, model: ExportModel, rejected: list[Rejected]
+    labelled: Iterator[tuple[Pair, int]], config: ExportConfig, model: ExportModel, reject: Callable[[Rejected], None]
 ) -> Iterator[tuple[Pair, int, Pixels]]:
     """Yield the pairs whose picture can be decoded, with its pixels."""
     labelled, same = tee(labelled)
@@ -195,10 +196,11 @@ def _decoded(
     workers = config.workers or default_workers()
     with DecodePool(ImageReader(), model.image_encoder.preprocessing, thumbnail_px=0, workers=workers) as pool:
         for (pair, row), picture in zip(labelled, pool.map(jobs), strict=True):
-            rejected.extend(_reject(pair, reason) for _, reason in picture.failures)
+            for _, reason in picture.failures:
+                reject(_rejected(pair, reason))
             for pixels_HW3 in picture.pixels:
                 yield pair, row, pixels_HW3
 
 
-def _reject(pair: Pair, reason: str) -> Rejected:
+def _rejected(pair: Pair, reason: str) -> Rejected:
     return Rejected(line=pair.image.line, reason=reason, record=pair.image.record)
