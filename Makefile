@@ -23,6 +23,8 @@ PINNED  := pyproject.toml requirements.lock
 
 # Tests run in as many processes as there are cores. More threads would wait for each other.
 test quick: export OMP_NUM_THREADS := 1
+# Files start in the order of collection: tests/conftest.py puts the slowest first.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-photos setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
@@ -54,14 +56,14 @@ node: $(NODE_MODULES)
 
 test: system $(ALL)  ## install everything, then run every test on up to four cores (ARGS go to pytest)
 	@$(MAKE) --no-print-directory node
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(ALL)  ## run what CI runs: ruff, mypy, then make test
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test
 
 quick: lint  ## run lint, types and the fast tests that need no system package, in under 90 seconds
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(QUICK) $(ARGS)
+	$(PYTEST) $(QUICK) $(ARGS)
 
 lint: $(ALL)  ## check with ruff and mypy, without changing files
 	$(BIN)/ruff check .

@@ -39,6 +39,15 @@ PATCH_DIM = 16
 EMBEDDING_DIM = 16
 SHARD_SIZE = 5
 GIRAFFE_CREDITS = ({"author": "Ann", "licence": "CC BY 4.0", "source": "https://example.org/giraffe"},)
+# They start first: else one worker would run one of them alone at the end.
+SLOW_FILES = (
+    "packaging/test_tutorial.py",
+    "benchmarks/test_commands.py",
+    "benchmarks/test_generative_training.py",
+    "model/test_distributed.py",
+    "model/test_resume.py",
+    "page/test_page.py",
+)
 CREATED_AT = "2026-01-01T00:00:00+00:00"
 
 
@@ -79,6 +88,10 @@ PREPROCESSING = Preprocessing(
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
 )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(SLOW_FILES))
 
 
 @pytest.fixture(scope="session")

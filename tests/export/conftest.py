@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from export.onnx import export_image_encoder
 from imaging import Preprocessing
 from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import save_checkpoint
@@ -38,7 +39,7 @@ class CatalogFiles:
 
 
 @pytest.fixture(scope="session")
-def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
+def torch_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
     torch.manual_seed(4)
     config = TinyConfig(
         widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=24, size_px=SIZE_PX
@@ -53,7 +54,25 @@ def image_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
 
 
 @pytest.fixture(scope="session")
+def image_encoder(tmp_path_factory: pytest.TempPathFactory, torch_encoder: ImageEncoder) -> ImageEncoder:
+    """`torch_encoder` as an ONNX file: an export copies it, and converts nothing, which takes seconds."""
+    folder = tmp_path_factory.mktemp("encoder")
+    export_image_encoder(torch_encoder, folder)
+    (folder / "image_encoder.json").write_text(json.dumps(torch_encoder.preprocessing.to_dict()))
+    return open_image_encoder(f"onnx:{folder / 'image_encoder.onnx'}")
+
+
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory, image_encoder: ImageEncoder) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "ckpt", image_encoder)
+
+
+@pytest.fixture(scope="session")
+def torch_checkpoint(tmp_path_factory: pytest.TempPathFactory, torch_encoder: ImageEncoder) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "ckpt", torch_encoder)
+
+
+def write_checkpoint(path: Path, image_encoder: ImageEncoder) -> Path:
     text_encoder = open_text_encoder("minilm")
     config = AdaptorConfig(
         patch_dim=image_encoder.patch_dim,
@@ -64,7 +83,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, image_encoder: ImageEnc
         heads=2,
     )
     torch.manual_seed(5)
-    path = tmp_path_factory.mktemp("checkpoint") / "ckpt"
     save_checkpoint(
         path,
         adaptor=Adaptor(config),

@@ -23,8 +23,8 @@ def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_export_prints_a_summary(catalog: CatalogFiles, checkpoint: Path, tmp_path: Path) -> None:
-    arguments = ("export", "--catalog", catalog.path, "--checkpoint", checkpoint, "--out", tmp_path / "b")
+def test_export_prints_a_summary(catalog: CatalogFiles, torch_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("export", "--catalog", catalog.path, "--checkpoint", torch_checkpoint, "--out", tmp_path / "b")
     arguments = (*arguments, "--float16")
     done = wikiclip(*arguments)
     assert done.returncode == 0, done.stderr

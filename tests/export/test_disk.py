@@ -45,8 +45,8 @@ def test_an_export_resumes_after_space_was_freed(catalog: CatalogFiles, checkpoi
         row["images"] = []
         row.pop("image_credits", None)  # they must have the length of the images
     next(row for row in rows if row["entity_id"] == "Q8")["text"] = (
-        "long " * 2_000_000
-    )  # 10 MB, written because of --store-text
+        "long " * 300_000
+    )  # 1.5 MB, written because of --store-text
     path = tmp_path / "catalog.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
@@ -54,7 +54,7 @@ def test_an_export_resumes_after_space_was_freed(catalog: CatalogFiles, checkpoi
     command += ["--catalog", str(path), "--checkpoint", str(checkpoint), "--out", str(out)]
 
     def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000_000, 8_000_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     full = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, check=False, timeout=300)
     assert full.returncode == 2, full.stderr

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,20 @@ from tests.export.conftest import CatalogFiles
 
 
 @pytest.fixture(scope="module")
-def live_bundle(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> Path:
+def live_bundle(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, torch_checkpoint: Path) -> Path:
     out = tmp_path_factory.mktemp("live") / "bundle"
-    config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=out, thumbnail_px=24)
-    plain = export_bundle(config)
-    # Adding it to a complete bundle changes nothing else.
-    added = export_bundle(ExportConfig(**{**config.__dict__, "live": True, "resume": True}))
+    config = ExportConfig(
+        catalog=catalog.path, checkpoint=torch_checkpoint, out=out, thumbnail_px=24, device="cpu", int8=True,
+        float16=True, progress=True,
+    )  # fmt: skip
+    with redirect_stderr(io.StringIO()) as shown:
+        plain = export_bundle(config)
+        # Adding it to a complete bundle changes nothing else.
+        added = export_bundle(replace(config, live=True, resume=True))
     assert added.already_complete
     assert added.fingerprint == plain.fingerprint
+    stages = ("image encoder", "float16", "int8 embeddings", "entity encoder")
+    assert all(f"{stage}: 100%" in shown.getvalue() for stage in stages)
     return out
 
 
@@ -57,7 +66,7 @@ def test_an_entity_is_embedded_as_the_export_does(live_bundle: Path, catalog: Ca
     embeddings = bundle.embeddings()
     with (
         bundle.store() as store,
-        Recognizer.open(live_bundle, Settings(threads=1)) as recognizer,
+        Recognizer.open(live_bundle, Settings(threads=1, precision="float")) as recognizer,
         recognizer.acquire() as held,
     ):
         side = bundle.entity_encoder()
@@ -99,30 +108,12 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
 
 
 def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(
-    catalog: CatalogFiles,
-    checkpoint: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    live_bundle: Path, catalog: CatalogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The catalog was embedded in float32. The export also shows its progress for each file."""
-    out = tmp_path / "both"
-    config = ExportConfig(
-        catalog=catalog.path,
-        checkpoint=checkpoint,
-        out=out,
-        device="cpu",
-        int8=True,
-        float16=True,
-        live=True,
-        progress=True,
-    )
-    export_bundle(config)
-    shown = capsys.readouterr().err
-    assert all(f"{stage}: 100%" in shown for stage in ("image encoder", "float16", "int8 embeddings", "entity encoder"))
-    row = next(row for row in map(json.loads, catalog.path.read_text().splitlines()) if row["entity_id"] == "Q4")
+    """The catalog was embedded in float32."""
+    row = next(json.loads(line) for line in catalog.path.read_text().splitlines() if '"Q4"' in line)
     settings = Settings(threads=1, live_dir=tmp_path / "live")
-    with Recognizer.open(out, settings) as recognizer:
+    with Recognizer.open(live_bundle, settings) as recognizer:
         with recognizer.acquire() as held:
             assert held.loaded.precision == "int8"
             editor = held.loaded.editor
@@ -145,7 +136,7 @@ def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(
     monkeypatch.setattr(encoder, "expected_device", lambda requested: "cuda" if requested == "auto" else requested)
     monkeypatch.setattr(encoder, "OnnxEncoder", OnGpu)
     settings = settings.model_copy(update={"search_device": "cpu"})
-    with Recognizer.open(out, settings) as recognizer, recognizer.acquire() as held:
+    with Recognizer.open(live_bundle, settings) as recognizer, recognizer.acquire() as held:
         assert held.loaded.precision == "float16"
     assert opened == ["image_encoder.float16.onnx", "image_encoder.onnx"]  # queries, entities
 

@@ -28,7 +28,7 @@ from imaging import Preprocessing, normalise
 from index.bundle import Bundle
 from index.manifest import FLOAT16_ENCODER_FILE
 from index.report import describe, describe_lines
-from model.encoders import ImageEncoder, open_image_encoder
+from model.encoders import ImageEncoder
 from model.encoders.torch_module import TorchImageEncoder
 from service.encoder import open_encoder
 from service.settings import Settings
@@ -37,9 +37,9 @@ CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
+def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, torch_checkpoint: Path) -> ExportConfig:
     out = tmp_path_factory.mktemp("float16") / "things"
-    config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=out, device="cpu", float16=True)
+    config = ExportConfig(catalog=catalog.path, checkpoint=torch_checkpoint, out=out, device="cpu", float16=True)
     assert export_bundle(config).float16 is not None
     return config
 
@@ -106,15 +106,15 @@ def test_large_weights_are_external_data(config: ExportConfig, tmp_path: Path, m
     np.testing.assert_array_equal(found, expected)
 
 
-def test_a_centre_is_folded_in(image_encoder: ImageEncoder, tmp_path: Path) -> None:
-    size_px = image_encoder.preprocessing.size_px
+def test_a_centre_is_folded_in(torch_encoder: ImageEncoder, tmp_path: Path) -> None:
+    size_px = torch_encoder.preprocessing.size_px
     pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (7, size_px, size_px, 3), np.uint8)
-    embedding_BD = image_encoder.encode(pixels_BHW3).image_embedding_BD
+    embedding_BD = torch_encoder.encode(pixels_BHW3).image_embedding_BD
     centre_D = 0.5 * embedding_BD.mean(dim=0)
-    entry = add_float16(image_encoder, tmp_path, centre_D)
+    entry = add_float16(torch_encoder, tmp_path, centre_D)
     assert entry.min_cosine > 0.999
     (found_BD,) = onnxruntime.InferenceSession(tmp_path / FLOAT16_ENCODER_FILE).run(
-        ["image_embedding"], {"pixel_values": normalise(pixels_BHW3, image_encoder.preprocessing)}
+        ["image_embedding"], {"pixel_values": normalise(pixels_BHW3, torch_encoder.preprocessing)}
     )
     np.testing.assert_allclose(found_BD, F.normalize(embedding_BD - centre_D, dim=1), atol=5e-3)
     np.testing.assert_allclose(np.linalg.norm(found_BD, axis=1), 1, atol=1e-5)  # normalised in float32
@@ -177,11 +177,8 @@ def test_an_inaccurate_encoder_is_refused_before_the_shards(
 
 
 def test_an_onnx_encoder_is_refused(image_encoder: ImageEncoder, tmp_path: Path) -> None:
-    export_image_encoder(image_encoder, tmp_path)
-    path = tmp_path / "image_encoder.onnx"
-    path.with_suffix(".json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
     with pytest.raises(EncoderSpecError, match=r"--float16 needs an image encoder in torch.* convert the file by hand"):
-        add_float16(open_image_encoder(f"onnx:{path}"), tmp_path)
+        add_float16(image_encoder, tmp_path)
 
 
 @pytest.mark.skipif("CUDAExecutionProvider" not in onnxruntime.get_available_providers(), reason="no CUDA")

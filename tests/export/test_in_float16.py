@@ -21,9 +21,9 @@ SIZE_PX = 32
 
 
 @pytest.fixture(scope="module", params=["tiny", "clip"])
-def module(request: pytest.FixtureRequest, image_encoder: ImageEncoder) -> nn.Module:
+def module(request: pytest.FixtureRequest, torch_encoder: ImageEncoder) -> nn.Module:
     if request.param == "tiny":
-        tiny: nn.Module = image_encoder.module  # type: ignore[attr-defined]
+        tiny: nn.Module = torch_encoder.module  # type: ignore[attr-defined]
         return tiny
     torch.manual_seed(0)
     config = CLIPVisionConfig(
@@ -41,8 +41,13 @@ def export(module: nn.Module, path: Path) -> None:
     onnx_step.export_module(InFloat16(module), (example,), path, dynamic_shapes=(batch,), **names)  # type: ignore[arg-type]
 
 
-def test_it_computes_in_float16(module: nn.Module, tmp_path: Path) -> None:
-    export(module, path := tmp_path / "half.onnx")
+@pytest.fixture(scope="module")
+def path(module: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    export(module, path := tmp_path_factory.mktemp("float16") / "half.onnx")
+    return path
+
+
+def test_it_computes_in_float16(module: nn.Module, path: Path, tmp_path: Path) -> None:
     export(module, again := tmp_path / "again.onnx")
     assert path.read_bytes() == again.read_bytes()
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
@@ -65,17 +70,18 @@ def test_it_computes_in_float16(module: nn.Module, tmp_path: Path) -> None:
             np.testing.assert_allclose(of_half, of_module, atol=0.02)
 
 
-def test_large_weights_are_external_data(module: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export(module, whole := tmp_path / "whole.onnx")
+def test_large_weights_are_external_data(
+    module: nn.Module, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
-    export(module, path := tmp_path / "half.onnx")
+    export(module, large := tmp_path / "half.onnx")
     data = tmp_path / "half.onnx.data"
     weights_bytes = sum(2 * parameter.numel() for parameter in module.parameters())
     assert weights_bytes * 0.9 < data.stat().st_size < weights_bytes * 1.2 + 10_000  # half of float32
     pixels_B3HW = np.random.default_rng(0).normal(size=(3, 3, SIZE_PX, SIZE_PX)).astype(np.float32)
     found, expected = (
         onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"]).run(None, {onnx_step.INPUT: pixels_B3HW})
-        for file in (path, whole)
+        for file in (large, path)
     )
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -128,11 +128,15 @@ def test_an_encoder_that_cannot_be_quantised_is_refused_and_shards_are_kept(
 
 
 def test_large_weights_are_external_data(
-    config: ExportConfig, catalog: CatalogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: ExportConfig,
+    catalog: CatalogFiles,
+    torch_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The limit is lowered to simulate a model of gigabytes."""
     monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
-    large = dataclasses.replace(config, out=tmp_path / "large")
+    large = dataclasses.replace(config, checkpoint=torch_checkpoint, out=tmp_path / "large")
     export_bundle(large)
     names = {path.name for path in large.out.iterdir()}
     assert {f"image_encoder{kind}.onnx{data}" for kind in ("", ".int8") for data in ("", ".data")} <= names

@@ -21,23 +21,23 @@ from model.encoders.torch_module import TorchImageEncoder
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory, image_encoder: ImageEncoder) -> Path:
+def exported(tmp_path_factory: pytest.TempPathFactory, torch_encoder: ImageEncoder) -> Path:
     folder = tmp_path_factory.mktemp("onnx")
-    parity = export_image_encoder(image_encoder, folder)
+    parity = export_image_encoder(torch_encoder, folder)
     assert parity.min_cosine > 0.99999
     assert parity.max_abs_diff < 1e-3
     return folder / "image_encoder.onnx"
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8])
-def test_any_batch(exported: Path, image_encoder: ImageEncoder, batch: int) -> None:
-    size_px = image_encoder.preprocessing.size_px
+def test_any_batch(exported: Path, torch_encoder: ImageEncoder, batch: int) -> None:
+    size_px = torch_encoder.preprocessing.size_px
     pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (batch, size_px, size_px, 3), np.uint8)
     session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
     patch_tokens, embedding = session.run(
-        ["patch_tokens", "image_embedding"], {"pixel_values": normalise(pixels_BHW3, image_encoder.preprocessing)}
+        ["patch_tokens", "image_embedding"], {"pixel_values": normalise(pixels_BHW3, torch_encoder.preprocessing)}
     )
-    expected = image_encoder.encode(pixels_BHW3)
+    expected = torch_encoder.encode(pixels_BHW3)
     np.testing.assert_allclose(patch_tokens, expected.patch_tokens_BPC, atol=1e-4)
     np.testing.assert_allclose(embedding, expected.image_embedding_BD, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(embedding, axis=1), 1, atol=1e-5)
@@ -55,14 +55,14 @@ def test_the_file_has_no_paths_of_this_machine(exported: Path) -> None:
     assert str(Path.cwd()).encode() not in data
 
 
-def test_the_same_encoder_gives_the_same_bytes(exported: Path, image_encoder: ImageEncoder, tmp_path: Path) -> None:
-    export_image_encoder(image_encoder, tmp_path)
+def test_the_same_encoder_gives_the_same_bytes(exported: Path, torch_encoder: ImageEncoder, tmp_path: Path) -> None:
+    export_image_encoder(torch_encoder, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["image_encoder.onnx"]
     assert (tmp_path / "image_encoder.onnx").read_bytes() == exported.read_bytes()
 
 
 def test_an_onnx_encoder_is_copied_with_its_external_data(
-    exported: Path, image_encoder: ImageEncoder, tmp_path: Path
+    exported: Path, torch_encoder: ImageEncoder, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     source.mkdir()
@@ -74,27 +74,27 @@ def test_an_onnx_encoder_is_copied_with_its_external_data(
         location="mine.weights",
         size_threshold=1024,
     )
-    (source / "mine.json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
+    (source / "mine.json").write_text(json.dumps(torch_encoder.preprocessing.to_dict()))
     encoder = open_image_encoder(f"onnx:{source / 'mine.onnx'}")
     parity = export_image_encoder(encoder, out)
     assert parity.min_cosine == 1.0
     assert sorted(file.name for file in out.iterdir()) == ["image_encoder.onnx", "mine.weights"]
     shutil.rmtree(source)
-    assert measure_parity(image_encoder, out / "image_encoder.onnx").min_cosine > 0.99999
+    assert measure_parity(torch_encoder, out / "image_encoder.onnx").min_cosine > 0.99999
 
 
 @pytest.mark.parametrize("kind", ["torch", "onnx"])
 def test_a_centre_is_folded_into_the_file(
-    exported: Path, image_encoder: ImageEncoder, tmp_path: Path, kind: str
+    exported: Path, torch_encoder: ImageEncoder, tmp_path: Path, kind: str
 ) -> None:
-    encoder, size_px = image_encoder, image_encoder.preprocessing.size_px
+    encoder, size_px = torch_encoder, torch_encoder.preprocessing.size_px
     if kind == "onnx":
         source = tmp_path / "mine.onnx"
         shutil.copy(exported, source)
-        source.with_suffix(".json").write_text(json.dumps(image_encoder.preprocessing.to_dict()))
+        source.with_suffix(".json").write_text(json.dumps(torch_encoder.preprocessing.to_dict()))
         encoder = open_image_encoder(f"onnx:{source}")
     pixels_BHW3 = np.random.default_rng(0).integers(0, 256, (7, size_px, size_px, 3), np.uint8)
-    features = image_encoder.encode(pixels_BHW3)
+    features = torch_encoder.encode(pixels_BHW3)
     centre_D = features.image_embedding_BD.mean(dim=0)
     out = tmp_path / "out"
     out.mkdir()

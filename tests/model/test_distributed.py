@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from model.cli import train as train_command
 from model.distributed import Group
 
 
@@ -35,12 +37,16 @@ def train(
         "max-tokens": 16,
         "device": "cpu",
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    command = [sys.executable, *launcher, "-m", "wikiclip", "train", *flags, "--no-half", "--json", *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 1  # one process reports
+    flags += ["--no-half", "--json", *more]
+    if processes == 1:
+        assert CliRunner().invoke(train_command, flags).exit_code == 0
+    else:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launcher, "-m", "wikiclip", "train", *flags]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 1  # one process reports
     rows = [json.loads(line) for line in out.with_name(f"{out.name}.train.jsonl").read_text().splitlines()]
     return [row for row in rows if "mean_loss" in row], load_file(out / "adaptor.safetensors")
 
