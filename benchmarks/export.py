@@ -115,7 +115,7 @@ def make_checkpoint(folder: Path, image_encoder: str, text_encoder: str, *, widt
 def measure(bundle_path: Path, *, smoke: bool, device: str = "cpu") -> dict[str, object]:
     """Return the throughput. No bundle is read. Raise `UserError` if the device does not exist."""
     gpu = resolve_device(device).type == "cuda"
-    shards, shard_size, rounds = (3, 1024, 2) if gpu else (3, 32, 1) if smoke else (4, 128, 3)
+    shards, shard_size, rounds = (3, 1024, 2) if gpu else (3, 8, 1) if smoke else (4, 128, 3)
     with TemporaryDirectory(prefix="bench.") as temporary:
         root = Path(temporary)
         catalog = write_catalog(root / "catalog", shards * shard_size)
