@@ -35,7 +35,8 @@ _COUNT = click.IntRange(min=1)
 @click.option(
     "--remember",
     type=_PATH,
-    help="Labelled pictures (JSONL, or OVEN's files) to keep as reference vectors.  [default: none]",
+    help="Labelled pictures (JSONL, or OVEN's files) to keep as reference vectors. With --checkpoint, it needs "
+    "--validation.  [default: none]",
 )
 @click.option("--name", help="Name of the bundle.  [default: the output folder's]")
 @click.option(
@@ -128,7 +129,7 @@ def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]
     if summary.remembered is not None:
         yield remembered_line(summary.remembered.model_dump())
     elif config.remember is not None:
-        yield f"nothing remembered of {config.remember}: no handicap finds more of it without losing held-out entities"
+        yield f"nothing remembered of {config.remember}: no handicap finds more queries without losing held-out ones"
     if summary.self_check is not None:
         yield from self_check_lines(summary.self_check)
     if summary.added_entity_encoder:

@@ -60,6 +60,11 @@ def check_inputs(config: ExportConfig) -> None:
         raise CatalogError(f"{config.validation} does not exist; check --validation")
     if config.remember is not None and not config.remember.is_file():
         raise CatalogError(f"{config.remember} does not exist; check --remember")
+    if config.remember is not None and config.checkpoint is not None and config.validation is None:
+        raise UserError(
+            "--remember with --checkpoint needs --validation: the checkpoint finds the pictures that it was trained on "
+            "anyway, so others must choose the handicap"
+        )
     if config.base is not None and config.base.resolve() == config.out.resolve():
         raise UserError(f"--base and --out are both {config.out}; a bundle never changes, choose another --out")
     check_image_root(config)

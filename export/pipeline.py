@@ -293,9 +293,8 @@ def _assemble(
         index_manifest = build_index(bundle, searched, device="cpu", created_at=created_at, progress=config.progress)
         index = EntityIndex.read(bundle / INDEX_FILE, searched, index_manifest.parameters)
         if config.remember is not None:
-            hashes = frozenset() if validation is None else validation.hashes
             kept = remember(
-                config.remember, bundle / REMEMBERED_FOLDER, config, model, images, index, store, log, hashes
+                config.remember, bundle / REMEMBERED_FOLDER, config, model, images, index, store, log, validation
             )
             if kept is not None:
                 index.remembered, remembered = kept

@@ -1,14 +1,16 @@
-"""Keep labelled pictures as remembered vectors (`--remember`), with a handicap chosen on the same pictures.
+"""Keep labelled pictures as remembered vectors (`--remember`), with a handicap chosen on queries.
 
-An entity's remembered vector is the normalised mean of its pictures' query embeddings. The handicap has the best
-harmonic mean of two accuracies:
+An entity's remembered vector is the normalised mean of its pictures' query embeddings. Queries are the validation
+queries, or without a checkpoint and those, the pictures themselves. A checkpoint that was trained on the pictures finds
+them too well: they would show no gain, and would let memory win against entities that were not trained.
 
-- seen: each picture of an entity with several, left out of its entity's vector;
-- held out: each picture, with its entity's whole vector left out while all others stay. Memory can only lose these.
+The handicap has the best harmonic mean of two accuracies:
+
+- seen: queries of entities with a remembered vector. A picture is left out of its own;
+- held out: all queries, without the whole vector of their entity, while all others stay. Memory can only lose these.
   The handicap and the next smaller one must lose none (of 500 or more that are found, at most one in 500).
 
-If no such handicap finds more seen pictures, nothing is remembered. A checkpoint that was trained on the same pictures
-finds most of them anyway, so `seen` underestimates what new pictures of these entities gain.
+If no such handicap finds more seen queries, nothing is remembered.
 
 Shapes: M remembered entities, Q queries, H handicaps, D embedding width.
 """
@@ -16,7 +18,7 @@ Shapes: M remembered entities, Q queries, H handicaps, D embedding width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice, tee
@@ -30,7 +32,7 @@ from core.arrays import Float16Array, Float32Array, Float64Array, Int64Array, Pi
 from core.errors import UserError
 from core.jsonl import Rejected, RejectLog
 from core.reservoir import Reservoir
-from export.calibrate import hash_pixels, row_of, search_embeddings
+from export.calibrate import Validation, hash_pixels, row_of, search_embeddings
 from export.config import ExportConfig
 from export.decode import DecodePool, ImageJob, default_workers
 from export.model import ExportModel, ImageModel
@@ -47,6 +49,15 @@ _RIGHT_PER_LOSS = 500  # held-out pictures; without it, one outlier among thousa
 _SAME_IMAGE = 0.9999  # cosine
 
 
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Queries with the row of their entity and the cosine of its remembered vector, minus infinity if it has none."""
+
+    own_Q: Int64Array
+    embeddings_QD: Float32Array
+    remembered_Q: Float64Array
+
+
 @dataclass(kw_only=True)
 class LabelledPictures:
     """Sums of query embeddings by entity row, how many each sum has, and a sample of rows and embeddings."""
@@ -59,6 +70,15 @@ class LabelledPictures:
         self.sums[row] = self.sums.get(row, np.float64(0)) + embedding_D
         self.counts[row] += 1
         self.sample.add((row, embedding_D))
+
+    def queries(self) -> Queries:
+        """Return the sample as queries, each left out of its entity's vector."""
+        own_Q = np.array([row for row, _ in self.sample.items], np.int64)
+        embeddings_QD = np.stack([embedding_D for _, embedding_D in self.sample.items])
+        others_QD = np.stack([self.sums[row] for row in own_Q.tolist()]) - embeddings_QD
+        scores_Q = (normalised(others_QD.astype(np.float32)) * embeddings_QD).sum(axis=1)
+        several_Q = np.array([self.counts[row] > 1 for row in own_Q.tolist()])
+        return Queries(own_Q=own_Q, embeddings_QD=embeddings_QD, remembered_Q=np.where(several_Q, scores_Q, -np.inf))
 
     def vectors(self) -> tuple[Int64Array, Float16Array]:
         """Return the rows [M] and the remembered vectors [M, D] to store."""
@@ -76,19 +96,19 @@ def remember(
     index: EntityIndex,
     store: EntityStore,
     log: RejectLog,
-    validation: Collection[bytes],
+    validation: Validation | None,
 ) -> tuple[Remembered, RememberedEntry] | None:
     """Write the remembered vectors of the pairs at `path` into the new `folder`, unless no handicap helps.
 
-    Pictures that cannot be used are logged. `validation` has the `hash_pixels` of the validation queries. Raise
-    `UserError` if no picture can be used, or if some are validation queries, too.
+    Pictures that cannot be used are logged. Raise `UserError` if no picture can be used, or if some are validation
+    queries, too.
     """
 
     def reject(item: Rejected) -> None:
         log.add(replace(item, reason=f"{path.name}: {item.reason}"))
 
     pictures = LabelledPictures()
-    seen: set[tuple[int, bytes]] = set()
+    known: set[tuple[int, bytes]] = set()
     shared = 0
     decoded = _decoded(_labelled(path, config, images, store, reject), config, model, reject)
     labelled = tqdm(decoded, desc="remember", unit="picture", disable=not config.progress)
@@ -96,12 +116,12 @@ def remember(
         embeddings_BD = model.embed_queries(np.stack([pixels_HW3 for _, _, pixels_HW3 in batch]))
         for (pair, row, pixels_HW3), embedding_D in zip(batch, embeddings_BD, strict=True):
             digest = hash_pixels(pixels_HW3)
-            shared += digest in validation
+            shared += validation is not None and digest in validation.hashes
             # Without a checkpoint, the catalog's images are embedded like queries.
             if isinstance(model, ImageModel) and np.any(images.images_of(row) @ embedding_D > _SAME_IMAGE):
                 reject(_rejected(pair, "the catalog has this image of the entity already"))
-            elif (row, digest) not in seen:
-                seen.add((row, digest))
+            elif (row, digest) not in known:
+                known.add((row, digest))
                 pictures.add(row, embedding_D)
     if shared:
         raise UserError(
@@ -115,20 +135,34 @@ def remember(
         )
     rows_M, vectors_MD = pictures.vectors()
     vectors = Embeddings(images.dim, [vectors_MD], [rows_M])
-    if (chosen := choose_handicap(pictures, vectors, config, index)) is None:
+    queries = pictures.queries() if validation is None else _validation_queries(validation, vectors)
+    if (chosen := choose_handicap(queries, vectors, config, index)) is None:
         return None
     folder.mkdir()
     write_shard(folder, 0, rows_M, vectors_MD)
-    return Remembered(vectors, chosen.handicap), chosen
+    handicap, seen, held_out = chosen
+    entry = RememberedEntry(
+        entities=len(vectors), pictures=pictures.counts.total(), handicap=handicap, seen=seen, held_out=held_out
+    )
+    return Remembered(vectors, handicap), entry
+
+
+def _validation_queries(validation: Validation, vectors: Embeddings) -> Queries:
+    known_N = validation.own_N >= 0
+    own_Q, embeddings_QD = validation.own_N[known_N], validation.embeddings_ND[known_N]
+    remembered = Remembered(vectors, 0.0)
+    scores = [remembered.score(query_D, row) for query_D, row in zip(embeddings_QD, own_Q.tolist(), strict=True)]
+    return Queries(own_Q=own_Q, embeddings_QD=embeddings_QD, remembered_Q=np.array(scores))
 
 
 def choose_handicap(
-    pictures: LabelledPictures, vectors: Embeddings, config: ExportConfig, index: EntityIndex
-) -> RememberedEntry | None:
-    """Return the best handicap and what it does, or None if none helps. `index` remembers nothing yet."""
-    own_Q = np.array([row for row, _ in pictures.sample.items], np.int64)
-    queries_QD = np.stack([embedding_D for _, embedding_D in pictures.sample.items])
-    count_Q = np.array([pictures.counts[row] for row in own_Q.tolist()])
+    queries: Queries, vectors: Embeddings, config: ExportConfig, index: EntityIndex
+) -> tuple[float, Gain, Gain] | None:
+    """Return the best handicap and what it does to seen and held-out queries, or None if none helps.
+
+    `index` remembers nothing yet.
+    """
+    own_Q, queries_QD = queries.own_Q, queries.embeddings_QD
     rows_Q2, scores_Q2 = search_embeddings(queries_QD, config, index, 2)
     scores_Q2 = np.where(rows_Q2 < 0, -np.inf, scores_Q2)
     is_own_Q2 = rows_Q2 == own_Q[:, None]
@@ -140,30 +174,26 @@ def choose_handicap(
         part = slice(start, start + config.batch_size)
         rows_B2, cosines_B2 = remembered.search(queries_QD[part], 2)
         remembered_other_Q[part] = np.where(rows_B2 == own_Q[part, None], -np.inf, cosines_B2).max(axis=1)
-    others_QD = np.stack([pictures.sums[row] for row in own_Q.tolist()]) - queries_QD
-    left_out_Q = (normalised(others_QD.astype(np.float32)) * queries_QD).sum(axis=1)
 
-    several_Q = count_Q > 1
+    seen_Q = queries.remembered_Q > -np.inf
     best_other_HQ = np.maximum(other_Q, remembered_other_Q - _HANDICAPS_H[:, None])
-    seen_HQ = np.maximum(own_score_Q, left_out_Q - _HANDICAPS_H[:, None]) > best_other_HQ
-    seen_H, held_out_H = seen_HQ[:, several_Q].sum(axis=1), (own_score_Q > best_other_HQ).sum(axis=1)
+    seen_HQ = np.maximum(own_score_Q, queries.remembered_Q - _HANDICAPS_H[:, None]) > best_other_HQ
+    seen_H, held_out_H = seen_HQ[:, seen_Q].sum(axis=1), (own_score_Q > best_other_HQ).sum(axis=1)
     right_Q = own_score_Q > other_Q
-    seen, held_out = right_Q[several_Q].sum(), right_Q.sum()
+    seen, held_out = right_Q[seen_Q].sum(), right_Q.sum()
     safe_H = held_out_H >= held_out - held_out // _RIGHT_PER_LOSS
     helpful = [
         each for each in range(1, len(_HANDICAPS_H)) if seen_H[each] > seen and safe_H[each - 1 : each + 1].all()
     ]
     if not helpful:
         return None
-    seen_share_H, held_out_share_H = seen_H / several_Q.sum(), held_out_H / len(own_Q)
+    seen_share_H, held_out_share_H = seen_H / seen_Q.sum(), held_out_H / len(own_Q)
     harmonic_H = seen_share_H * held_out_share_H / (seen_share_H + held_out_share_H + 1e-12)
     chosen = max(helpful, key=lambda each: (harmonic_H[each], seen_H[each], each))  # of equals the largest
-    return RememberedEntry(
-        entities=len(vectors),
-        pictures=pictures.counts.total(),
-        handicap=float(_HANDICAPS_H[chosen]),
-        seen=_gain(int(several_Q.sum()), int(seen), int(seen_H[chosen])),
-        held_out=_gain(len(own_Q), int(held_out), int(held_out_H[chosen])),
+    return (
+        float(_HANDICAPS_H[chosen]),
+        _gain(int(seen_Q.sum()), int(seen), int(seen_H[chosen])),
+        _gain(len(own_Q), int(held_out), int(held_out_H[chosen])),
     )
 
 

@@ -29,7 +29,8 @@ from index.remembered import Remembered
 from index.report import describe, describe_lines
 from index.search import EntityIndex
 from index.transfer import pull, push
-from model.checkpoint import Checkpoint
+from model.adaptor import Adaptor
+from model.checkpoint import Checkpoint, save_checkpoint
 from model.encoders import ImageEncoder
 from tests.export.conftest import CatalogFiles, png
 
@@ -98,16 +99,16 @@ def test_the_handicap_is_that_of_a_slow_loop(tmp_path: Path, seed: int) -> None:
     for row, embedding_D in pictures:
         labelled.add(row, embedding_D)
     rows_M, vectors_MD = labelled.vectors()
-    chosen = choose_handicap(labelled, Embeddings(DIM, [vectors_MD], [rows_M]), CONFIG, index)
+    chosen = choose_handicap(labelled.queries(), Embeddings(DIM, [vectors_MD], [rows_M]), CONFIG, index)
     expected = slow_choice(pictures, stored_ED)
     assert expected is not None
     assert chosen is not None
-    assert (chosen.handicap, chosen.seen.after, chosen.held_out.after) == pytest.approx(
+    handicap, seen, held_out = chosen
+    assert (handicap, seen.after, held_out.after) == pytest.approx(
         (expected[0], 100 * expected[1], 100 * expected[2]), abs=0.01
     )
-    assert chosen.seen.before < chosen.seen.after
-    assert chosen.held_out.before <= chosen.held_out.after
-    assert (chosen.entities, chosen.pictures) == (12, len(pictures))
+    assert seen.before < seen.after
+    assert held_out.before == held_out.after
 
 
 def test_nothing_is_remembered_if_it_would_not_help(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_nothing_is_remembered_if_it_would_not_help(tmp_path: Path) -> None:
         known.add(row, stored_ED[row])
     for each in (single, known):  # nothing to measure, and nothing to gain
         rows_M, vectors_MD = each.vectors()
-        assert choose_handicap(each, Embeddings(DIM, [vectors_MD], [rows_M]), CONFIG, index) is None
+        assert choose_handicap(each.queries(), Embeddings(DIM, [vectors_MD], [rows_M]), CONFIG, index) is None
 
 
 def test_an_image_searched_without_itself_may_be_found_by_memory(tmp_path: Path) -> None:
@@ -142,7 +143,7 @@ def test_an_image_searched_without_itself_may_be_found_by_memory(tmp_path: Path)
 
 
 def write_pairs(folder: Path, pictures: Sequence[tuple[str, bytes]], extra: Sequence[str] = ()) -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for number, (entity_id, data) in enumerate(pictures):
         (folder / f"{number}.png").write_bytes(data)
@@ -167,9 +168,22 @@ class Done:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> Done:
-    """An export with a checkpoint of random weights, which finds little without memory."""
+    """Export with a centred checkpoint of random weights, which finds little without memory."""
     folder = tmp_path_factory.mktemp("remember")
     pictures = [(f"Q{number}", similar(70 + number, view)) for number in (1, 4, 5, 6, 8) for view in range(3)]
+    validation = [(f"Q{number}", similar(70 + number, view)) for number in (1, 4, 5, 6, 8) for view in (3, 4)]
+    random = Checkpoint.load(checkpoint)
+    pixels = [load_pixels(data, random.image_encoder.preprocessing, max_pixels=10_000) for _, data in pictures]
+    adaptor = Adaptor(dataclasses.replace(random.adaptor.config, centre=True))
+    adaptor.centre_D = random.image_encoder.encode(np.stack(pixels)).image_embedding_BD.mean(dim=0)
+    save_checkpoint(
+        folder / "checkpoint",
+        adaptor=adaptor,
+        logit_scale=10.0,
+        image_encoder=random.image_encoder,
+        text_encoder=random.text_encoder,
+        training={},
+    )
     bad = [
         json.dumps({"data_id": "x", "image": "missing.png", "entity_id": "Q1", "data_split": "train_seen"}),
         json.dumps({"data_id": "y", "image": "0.png", "entity_id": "unknown", "data_split": "train_seen"}),
@@ -178,9 +192,10 @@ def done(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkp
     ]
     config = ExportConfig(
         catalog=catalog.path,
-        checkpoint=checkpoint,
+        checkpoint=folder / "checkpoint",
         out=folder / "out" / "things",
         remember=write_pairs(folder, pictures, bad),
+        validation=write_pairs(folder / "validation", validation),
         device="cpu",
         workers=1,
     )
@@ -234,6 +249,11 @@ def test_what_was_remembered_is_reported(done: Done) -> None:
     assert list(reasons) == [16, 17, 18]
     assert "missing.png does not exist" in reasons[16]
     assert "unknown is not in the catalog" in reasons[17]
+
+
+def test_a_checkpoint_needs_validation_queries(done: Done, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--remember with --checkpoint needs --validation"):
+        export_bundle(dataclasses.replace(done.config, out=tmp_path / "b", validation=None))
 
 
 def test_it_resumes_to_the_same_bytes_and_travels(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
