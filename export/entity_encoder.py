@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from core.errors import EncoderSpecError
 from core.files import atomic_write_bytes
@@ -73,6 +74,7 @@ def export_entity_encoder(checkpoint: Checkpoint, bundle: Path) -> EntityEncoder
 
 def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
     adaptor: Adaptor = copy.deepcopy(checkpoint.adaptor).to("cpu", torch.float32).eval()
+    adaptor.centre_D = None  # the bundle's image encoder subtracts it
     patches, generator = checkpoint.image_encoder.patches, torch.Generator().manual_seed(0)
 
     def sample(batch: int, tokens: int) -> tuple[torch.Tensor, ...]:
@@ -83,9 +85,10 @@ def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
             torch.arange(batch) % 2 == 0,
             torch.randn(batch, tokens, adaptor.config.text_dim, generator=generator),
             text_mask_BT,
+            F.normalize(torch.randn(batch, adaptor.config.embedding_dim, generator=generator), dim=1),
         )
 
-    shapes = (_PER_BATCH, _PER_BATCH, _PER_TOKEN, _PER_TOKEN)
+    shapes = (_PER_BATCH, _PER_BATCH, _PER_TOKEN, _PER_TOKEN, _PER_BATCH)
     return _export(adaptor, path, sample, ADAPTOR_INPUTS, ADAPTOR_OUTPUT, shapes, "the adaptor")
 
 

@@ -118,7 +118,7 @@ class Embedder:
         if not chunk.rows:
             return EmbeddedChunk(rows=(), embeddings_BD=embeddings_BD, ends=chunk.ends)
         with self._times.measure(IMAGE_STAGE):
-            patch_tokens_JPC = self._encode_images(chunk)
+            patch_tokens_JPC, image_embedding_JD = self._encode_images(chunk)
         with self._times.measure(TEXT_STAGE):
             text = self._checkpoint.text_encoder.encode_tokens(chunk.tokens)
             self._synchronize()
@@ -137,6 +137,7 @@ class Embedder:
                     torch.from_numpy(has_image_B[batch]).to(self._device),
                     text.text_tokens_BTC[text_of_B[batch], :longest].to(self._device),
                     text.mask_BT[text_of_B[batch], :longest].to(self._device),
+                    image_embedding_JD[image_of_B[batch]],
                 )
                 batch_BD: torch.Tensor
                 if self._record_attention:
@@ -153,17 +154,17 @@ class Embedder:
             ends=chunk.ends,
         )
 
-    def _encode_images(self, chunk: Chunk) -> torch.Tensor:
-        """Return patch tokens [J, P, C] of the samples that have an image, in order, then zeros for the others."""
+    def _encode_images(self, chunk: Chunk) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return patch tokens [J, P, C] and embeddings [J, D] of samples with an image, then zeros for the others."""
         images = [pixels for pixels in chunk.pixels if pixels is not None]
         encoder, size = self._checkpoint.image_encoder, self._batch_size
-        batches = [
-            encoder.encode(np.stack(images[start : start + size])).patch_tokens_BPC.to(self._device)
-            for start in range(0, len(images), size)
-        ]
-        batches.append(torch.zeros(1, encoder.patches, encoder.patch_dim, device=self._device))
+        batches = [encoder.encode(np.stack(images[start : start + size])) for start in range(0, len(images), size)]
+        tokens = [batch.patch_tokens_BPC.to(self._device) for batch in batches]
+        tokens.append(torch.zeros(1, encoder.patches, encoder.patch_dim, device=self._device))
+        embeddings = [batch.image_embedding_BD.to(self._device) for batch in batches]
+        embeddings.append(torch.zeros(1, encoder.embedding_dim, device=self._device))
         self._synchronize()
-        return torch.cat(batches)
+        return torch.cat(tokens), torch.cat(embeddings)
 
     def _synchronize(self) -> None:
         """Wait for the GPU, so that its time is counted in the stage that used it."""

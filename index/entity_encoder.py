@@ -2,7 +2,7 @@
 
 entity_side/
     manifest.json           written last: provenance, parity, size and SHA-256 of the files
-    adaptor.onnx            patch and text tokens in, entity embedding out
+    adaptor.onnx            patch tokens, text tokens and the image's query embedding in, entity embedding out
     text_encoder.onnx       (+ external data)   `input_ids`, `attention_mask` in, `text_tokens` out
     tokenizer.json
 
@@ -22,7 +22,7 @@ ENTITY_ENCODER_MANIFEST_FILE = f"{ENTITY_ENCODER_FOLDER}/manifest.json"
 ADAPTOR_FILE = "adaptor.onnx"
 TEXT_ENCODER_FILE = "text_encoder.onnx"
 TOKENIZER_FILE = "tokenizer.json"
-ADAPTOR_INPUTS = ("patch_tokens", "image_mask", "text_tokens", "text_mask")
+ADAPTOR_INPUTS = ("patch_tokens", "image_mask", "text_tokens", "text_mask", "image_embedding")  # 0.1: without the last
 ADAPTOR_OUTPUT = "entity_embedding"
 TEXT_INPUTS = ("input_ids", "attention_mask")
 TEXT_OUTPUT = "text_tokens"

@@ -4,9 +4,10 @@ A Transformer decoder over frozen features, `V' = FFN(MHA(P, T, T))` in the pape
 into the space of the query embedding and L2-normalised. It is the only part that is trained.
 
 The paper leaves two details open, which `AdaptorConfig` sets: self-attention among the patches (default off, as in the
-formula) and pre- or post-norm (default pre). Two parts are not in the paper. A LayerNorm precedes both input
+formula) and pre- or post-norm (default pre). Three parts are not in the paper. A LayerNorm precedes both input
 projections, because some channels of language models are far larger than the rest. Learned null tokens replace a
-missing image or text.
+missing image or text. What is learned is added to a start: the image's own embedding, mixed with what a ridge
+regression predicts from the text.
 
 Shapes: B batch, P patches, T text tokens, C patch channels, L text channels, W width inside, D embedding, N null
 tokens, Q queries, K keys, H heads, E = W / H.
@@ -17,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,14 +41,15 @@ class AdaptorConfig:
     norm: str = "pre"  # or post
     self_attention: bool = False
     dropout: float = 0.0
-    residual: bool = True  # add the mean patch token to the output; the output layer starts at zero
+    residual: bool = True  # add the start to the output; the output layer starts at zero
+    start: Literal["patches", "image"] = "patches"  # the mean patch token (checkpoints of 0.1), or image and ridge
     null_patch_tokens: int = 8  # N: queries in place of a missing image
     centre: bool = False  # subtract the mean query embedding from queries and entities
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
             raise UserError(f"adaptor: width {self.width} must be a multiple of heads {self.heads}; change one of them")
-        if self.residual and self.patch_dim != self.embedding_dim:
+        if self.residual and self.start == "patches" and self.patch_dim != self.embedding_dim:
             raise UserError(
                 f"adaptor: the residual cannot add patch tokens of width {self.patch_dim} to an embedding of width "
                 f"{self.embedding_dim}; turn it off (--no-residual), or use an encoder whose two widths are equal"
@@ -138,31 +140,43 @@ class DecoderLayer(nn.Module):
 
 
 class Adaptor(nn.Module):
-    """Map an entity's patch tokens and text tokens to its embedding.
+    """Map an entity's patch tokens, image embedding and text tokens to its embedding.
 
     Null queries run along with the patches of every sample, and pooling selects one or the other. Shapes therefore
-    never depend on the data, and the module can be exported.
+    never depend on the data, and the module can be exported. Without layers, the embedding is the start.
     """
 
     def __init__(self, config: AdaptorConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.width
-        self.patch_in = nn.Sequential(nn.LayerNorm(config.patch_dim), nn.Linear(config.patch_dim, width))
-        self.text_in = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
-        self.null_patches_NW = nn.Parameter(torch.randn(config.null_patch_tokens, width) * 0.5)
-        self.null_text_W = nn.Parameter(torch.randn(width) * 0.5)
+        width, dim = config.width, config.embedding_dim
+        if config.layers:
+            self.patch_in = nn.Sequential(nn.LayerNorm(config.patch_dim), nn.Linear(config.patch_dim, width))
+            self.text_in = nn.Sequential(nn.LayerNorm(config.text_dim), nn.Linear(config.text_dim, width))
+            self.null_patches_NW = nn.Parameter(torch.randn(config.null_patch_tokens, width) * 0.5)
+            self.null_text_W = nn.Parameter(torch.randn(width) * 0.5)
+            self.final_norm = nn.LayerNorm(width) if config.norm == "pre" else nn.Identity()
+            self.out = nn.Linear(width, dim)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(width) if config.norm == "pre" else nn.Identity()
-        self.out = nn.Linear(width, config.embedding_dim)
-        # The mean query embedding, set before training and not learned. None without centring.
+        # Set before training and not learned: the mean query embedding (None without centring), and the regression of
+        # `model.ridge`.
         self.centre_D: torch.Tensor | None
-        self.register_buffer("centre_D", torch.zeros(config.embedding_dim) if config.centre else None)
+        self.ridge_LD: torch.Tensor
+        self.ridge_bias_D: torch.Tensor
+        self.mean_image_D: torch.Tensor
+        self.text_share: torch.Tensor
+        self.register_buffer("centre_D", torch.zeros(dim) if config.centre else None)
         if config.residual:
-            nn.init.zeros_(self.out.weight)
-            nn.init.zeros_(self.out.bias)
-            # The residual of an entity without an image. Without it, its embedding would start as the zero vector.
-            self.null_mean_D = nn.Parameter(torch.randn(config.embedding_dim) * config.embedding_dim**-0.5)
+            if config.layers:
+                nn.init.zeros_(self.out.weight)
+                nn.init.zeros_(self.out.bias)
+            # The start where there is nothing to start from. The zero vector has no direction.
+            self.null_mean_D = nn.Parameter(torch.randn(dim) * dim**-0.5)
+            if config.start == "image":
+                self.register_buffer("ridge_LD", torch.zeros(config.text_dim, dim))
+                self.register_buffer("ridge_bias_D", torch.zeros(dim))
+                self.register_buffer("mean_image_D", torch.zeros(dim))
+                self.register_buffer("text_share", torch.zeros(()))
 
     def forward(
         self,
@@ -170,18 +184,77 @@ class Adaptor(nn.Module):
         image_mask_B: torch.Tensor,
         text_tokens_BTL: torch.Tensor,
         text_mask_BT: torch.Tensor,
+        image_embedding_BD: torch.Tensor,
     ) -> torch.Tensor:
         """Return the L2-normalised entity embeddings `[B, D]`, `v` in the paper.
 
-        `image_mask_B` is true where there is an image. Other rows of `patch_tokens_BPC` are ignored. A sample whose row
-        of `text_mask_BT` is all false has no text. P and T may be any number, T also 0.
+        `image_mask_B` is true where there is an image. Other rows of `patch_tokens_BPC` and `image_embedding_BD` are
+        ignored. A sample whose row of `text_mask_BT` is all false has no text. P and T may be any number, T also 0.
         """
-        batch, patches, _ = patch_tokens_BPC.shape
-        image_B1 = image_mask_B[:, None]
-        # Zero, not only mask: NaN x 0 is NaN.
-        patch_tokens_BPC = patch_tokens_BPC.masked_fill(~image_B1[:, :, None], 0.0)
-        text_tokens_BTL = text_tokens_BTL.masked_fill(~text_mask_BT[:, :, None], 0.0)
+        start_BD, learned_BD = self.parts(
+            patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT, image_embedding_BD
+        )
+        return F.normalize(start_BD + learned_BD, dim=1)
 
+    def parts(
+        self,
+        patch_tokens_BPC: torch.Tensor,
+        image_mask_B: torch.Tensor,
+        text_tokens_BTL: torch.Tensor,
+        text_mask_BT: torch.Tensor,
+        image_embedding_BD: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the start and the learned output, `[B, D]` each. Their normalised sum is the embedding."""
+        # Zero, not only mask: NaN x 0 is NaN.
+        patch_tokens_BPC = patch_tokens_BPC.masked_fill(~image_mask_B[:, None, None], 0.0)
+        image_embedding_BD = image_embedding_BD.masked_fill(~image_mask_B[:, None], 0.0)
+        text_tokens_BTL = text_tokens_BTL.masked_fill(~text_mask_BT[:, :, None], 0.0)
+        start_BD = self._start(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT, image_embedding_BD)
+        if not self.layers:
+            return start_BD, torch.zeros_like(start_BD)
+        return start_BD, self._learned(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT)
+
+    @torch.no_grad()
+    def scale_learned_(self, strength: float) -> None:
+        """Multiply the learned output by a constant, for good."""
+        if self.layers:
+            self.out.weight.mul_(strength)
+            self.out.bias.mul_(strength)
+
+    def _start(
+        self,
+        patch_tokens_BPC: torch.Tensor,
+        image_mask_B: torch.Tensor,
+        text_tokens_BTL: torch.Tensor,
+        text_mask_BT: torch.Tensor,
+        image_embedding_BD: torch.Tensor,
+    ) -> torch.Tensor:
+        has_image_B1 = image_mask_B[:, None]
+        if not self.config.residual:
+            return image_embedding_BD.new_zeros(len(image_mask_B), self.config.embedding_dim)
+        if self.config.start == "patches":
+            # At length 1, the mean has the same weight against the learned part for every encoder.
+            mean_BD = self.centred(F.normalize(patch_tokens_BPC.mean(dim=1), dim=1))
+            return torch.where(has_image_B1, mean_BD, self.null_mean_D)
+        tokens_B1 = text_mask_BT.sum(dim=1, keepdim=True)
+        has_text_B1 = tokens_B1 > 0
+        mean_text_BL = text_tokens_BTL.sum(dim=1) / tokens_B1.clamp(min=1)
+        deviation_BD = mean_text_BL @ self.ridge_LD + self.ridge_bias_D
+        image_BD = self.centred(image_embedding_BD)
+        both_BD = (1 - self.text_share) * image_BD + self.text_share * F.normalize(deviation_BD, dim=1)
+        text_BD = F.normalize(self.mean_image_D + deviation_BD, dim=1)
+        with_image_BD = torch.where(has_text_B1, both_BD, image_BD)
+        without_BD = torch.where(has_text_B1, text_BD, self.null_mean_D)
+        return torch.where(has_image_B1, with_image_BD, without_BD)
+
+    def _learned(
+        self,
+        patch_tokens_BPC: torch.Tensor,
+        image_mask_B: torch.Tensor,
+        text_tokens_BTL: torch.Tensor,
+        text_mask_BT: torch.Tensor,
+    ) -> torch.Tensor:
+        batch, patches, _ = patch_tokens_BPC.shape
         null_patches_BNW = self.null_patches_NW.expand(batch, -1, -1)
         x = torch.cat([self.patch_in(patch_tokens_BPC), null_patches_BNW], dim=1)
         used_BQ = self.pooled_queries(image_mask_B, patches)
@@ -196,12 +269,8 @@ class Adaptor(nn.Module):
         x = self.final_norm(x)
 
         weight_BQ1 = (used_BQ / used_BQ.sum(dim=1, keepdim=True)).to(x.dtype)[:, :, None]
-        embedding_BD: torch.Tensor = self.out((x * weight_BQ1).sum(dim=1))
-        if self.config.residual:
-            # At length 1, the mean has the same weight against the learned part for every encoder.
-            mean_BD = self.centred(F.normalize(patch_tokens_BPC.mean(dim=1), dim=1))
-            embedding_BD = embedding_BD + torch.where(image_B1, mean_BD, self.null_mean_D)
-        return F.normalize(embedding_BD, dim=1)
+        learned_BD: torch.Tensor = self.out((x * weight_BQ1).sum(dim=1))
+        return learned_BD
 
     def pooled_queries(self, image_mask_B: torch.Tensor, patches: int) -> torch.Tensor:
         """Return the mask `[B, P + N]` of the queries that are pooled: the patches, or the null queries."""
@@ -229,6 +298,7 @@ def embed_with_attention(
     image_mask_B: torch.Tensor,
     text_tokens_BTL: torch.Tensor,
     text_mask_BT: torch.Tensor,
+    image_embedding_BD: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the entity embeddings `[B, D]` and the attention to each text token `[B, T]`.
 
@@ -247,5 +317,5 @@ def embed_with_attention(
         for layer in adaptor.layers:
             assert isinstance(layer, DecoderLayer)
             hooks.callback(layer.text_attention.register_forward_pre_hook(add_weights).remove)
-        embeddings_BD = adaptor(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT)
-    return embeddings_BD, weights_BT / len(adaptor.layers)
+        embeddings_BD = adaptor(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT, image_embedding_BD)
+    return embeddings_BD, weights_BT / max(1, len(adaptor.layers))

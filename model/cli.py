@@ -20,7 +20,15 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--image-encoder", required=True, help="Frozen image tower: photo, tiny, onnx:PATH or hf:ID_OR_PATH.")
 @click.option("--text-encoder", required=True, help="Frozen text encoder: minilm or hf:ID_OR_PATH.")
 @click.option("--out", type=PATH, required=True, help="Folder of the checkpoint.")
-@click.option("--validation", type=PATH, help="Pairs that choose the best epoch, searched in the whole catalog.")
+@click.option("--validation", type=PATH, help="Pairs that choose epoch and strength, searched in the whole catalog.")
+@click.option(
+    "--hold-out", type=_HALF, default=0.2,
+    help="Share of the entities to hold out, to choose epoch and strength; not with --validation.",
+)  # fmt: skip
+@click.option(
+    "--adaptor", "kind", type=click.Choice(["vgka", "ridge"]), default="vgka",
+    help="ridge: only the regression from texts to images that vgka starts from; takes seconds.",
+)  # fmt: skip
 @click.option("--image-root", type=PATH, help="Folder of the images.  [default: the folder of the file naming them]")
 @click.option(
     "--ovenid2impath", type=click.Path(path_type=Path, dir_okay=False),
@@ -38,6 +46,10 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
     help="Add pairs from the catalog: entity images as query images, changed where an entity has only one.",
 )
 @click.option("--epochs", type=_COUNT, default=20, help="Passes over the pairs.")
+@click.option(
+    "--patience", type=click.IntRange(0), default=3,
+    help="Epochs without a better accuracy in validation, after which training stops; 0: never.",
+)  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(2), default=256, help="Pairs in a batch, per process.")
 @click.option("--accumulate", type=_COUNT, default=1, help="Batches per optimiser step.")
 @click.option("--lr", type=click.FloatRange(0, 1, min_open=True), default=5e-4, help="Peak learning rate of AdamW.")
@@ -64,7 +76,7 @@ _SHARE = click.FloatRange(0, 1, max_open=True)
 @click.option("--norm", type=click.Choice(["pre", "post"]), default="pre", help="Where the layers normalise.")
 @click.option("--self-attention/--no-self-attention", default=False, help="Attention among the patches in each layer.")
 @click.option("--dropout", type=_SHARE, default=0.1, help="Dropout in the adaptor.")
-@click.option("--residual/--no-residual", default=True, help="Add the mean patch token to the adaptor's output.")
+@click.option("--residual/--no-residual", default=True, help="Add the image embedding and the ridge's prediction.")
 @click.option("--centre/--no-centre", default=False, help="Subtract the mean query embedding from both sides.")
 @click.option("--max-tokens", default=256, help="Tokens read from each text.")
 @click.option("--text-layer", type=int, help="Hidden layer of the text encoder; -1 is the last.  [default: its output]")
@@ -92,10 +104,15 @@ def train(as_json: bool, smoke: bool, cache_dir: Path | None, revision: str | No
 
     specs = ("image_encoder", "text_encoder")
     options |= zip(specs, with_revision(revision, *map(options.get, specs)), strict=True)
+    if options.pop("kind") == "ridge":
+        options["layers"] = 0
     settings = {field.name: options.pop(field.name) for field in fields(TrainSettings)}
     adaptor = {field.name: options.pop(field.name) for field in fields(AdaptorConfig) if field.name in options}
     request = TrainRequest(
-        settings=TrainSettings(**settings), adaptor=adaptor, cache_dir=cache_dir or default_cache_root(), **options
+        settings=TrainSettings(**settings),
+        adaptor={**adaptor, "start": "image"},
+        cache_dir=cache_dir or default_cache_root(),
+        **options,
     )
     if smoke:
         request = request.smoke()
@@ -106,10 +123,30 @@ def train(as_json: bool, smoke: bool, cache_dir: Path | None, revision: str | No
         click.echo(json.dumps(report))
         return
     click.echo("{checkpoint}: {pairs} pairs, {entities} entities, {parameters:,} parameters".format_map(report))
-    click.echo("loss {loss:.4f} after {steps} steps, {seconds:.0f} s; weights {weights}".format_map(report))
-    if report["validation"]:
-        shown = {name: value for name, value in report["validation"].items() if value is not None}
-        figures = ", ".join(f"{name} {100 * value:.1f} %" for name, value in shown.items())
-        click.echo(f"best epoch {report['best_epoch']}: {figures}")
+    loss = "" if report["loss"] is None else f"loss {report['loss']:.4f} after {report['steps']} steps, "
+    click.echo(loss + "{seconds:.0f} s; weights {weights}".format_map(report))
+    _print_choices(report)
     if report["rejected"]:
         click.echo(f"{report['rejected']} record(s) rejected, see {request.out.parent / 'rejected.jsonl'}")
+
+
+def _print_choices(report: dict[str, Any]) -> None:
+    """Print the text share, the curve, and the epoch and strength that were chosen."""
+    if (ridge := report["ridge"]) and ridge["accuracy"]:
+        click.echo(
+            f"ridge regression: text share {ridge['text_share']}, in cross-validation {_accuracy(ridge['accuracy'])}; "
+            f"without text {_accuracy(ridge['without'])}"
+        )
+    if not report["validation"]:
+        click.echo("nothing was held out, so the last epoch was kept")
+        return
+    for row in report["curve"]:
+        click.echo(f"epoch {row['epoch']:>3}, strength {row['strength']:.2f}: {_accuracy(row)}")
+    what = f"epoch {report['best_epoch']} at strength {report['strength']:.2f}" if report["best_epoch"] else "the start"
+    click.echo(f"kept {what}: the best harmonic mean of seen and unseen, {report['held_out']} entities held out")
+
+
+def _accuracy(row: dict[str, Any]) -> str:
+    """Return the accuracies in percent. Without a seen and an unseen split, that is top-1."""
+    names = ("seen", "unseen", "hm") if row["hm"] is not None else ("top1",)
+    return ", ".join(f"{name} {100 * row[name]:.1f} %" for name in names)

@@ -67,6 +67,7 @@ class EntityBatch(NamedTuple):
     image_mask_B: torch.Tensor
     text_tokens_BTL: torch.Tensor
     text_mask_BT: torch.Tensor
+    image_embedding_BD: torch.Tensor
 
 
 class FeatureStore:
@@ -237,14 +238,20 @@ class FeatureStore:
                     return list(zip(_view_keys(key), views, strict=True))
         raise UserError(f"the image of {record.entity_id} changed while it was read; start again")
 
+    def mean_text_tokens(self, texts: Sequence[bytes]) -> Float32Array:
+        """Return the mean text token of texts: float32 `[B, L]`."""
+        return np.stack([self._texts.tokens(text).mean(axis=0, dtype=np.float32) for text in texts])
+
     def query_embeddings(self, keys: Sequence[bytes]) -> Float32Array:
         """Return the image embeddings of query images: float32 `[B, D]`, L2-normalised."""
-        return np.stack([self._images.embedding(key) for key in keys])
+        embeddings = [self._images.embedding(key) for key in keys]
+        return np.array(embeddings, np.float32).reshape(-1, self.image_encoder.embedding_dim)
 
     def batch(self, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device) -> EntityBatch:
         """Return the adaptor's input for rows of (image key, text key), None for a missing one."""
         size = len(rows)
         tokens = np.zeros((size, self.image_encoder.patches, self.image_encoder.patch_dim), np.float16)
+        embeddings = np.zeros((size, self.image_encoder.embedding_dim), np.float32)
         texts = [self._texts.tokens(text) if text is not None else None for _, text in rows]
         longest = max((len(text) for text in texts if text is not None), default=0)
         text_tokens = np.zeros((size, longest, self.text_encoder.dim), np.float16)
@@ -252,6 +259,7 @@ class FeatureStore:
         for row, ((image, _), text) in enumerate(zip(rows, texts, strict=True)):
             if image is not None:
                 tokens[row] = self._images.tokens(image)
+                embeddings[row] = self._images.embedding(image)
             if text is not None:
                 text_tokens[row, : len(text)] = text
                 text_mask[row, : len(text)] = True
@@ -260,6 +268,7 @@ class FeatureStore:
             image_mask_B=torch.tensor([image is not None for image, _ in rows], dtype=torch.bool, device=device),
             text_tokens_BTL=torch.from_numpy(text_tokens).to(device).float(),
             text_mask_BT=torch.from_numpy(text_mask).to(device),
+            image_embedding_BD=torch.from_numpy(embeddings).to(device),
         )
 
 

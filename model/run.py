@@ -24,6 +24,7 @@ from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.encoders.base import widths
 from model.features import VIEWS, FeatureStore, catalog_pairs
+from model.holdout import hold_out
 from model.resume import Snapshots, fingerprint
 from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings
@@ -54,6 +55,7 @@ class TrainRequest:
     resume: bool = False
     snapshot_every: int = 500  # steps; 0: never
     validation: Path | None = None
+    hold_out: float = 0.2  # share of the entities with pairs, unless there is `validation`
     text_layer: int | None = None
     max_tokens: int = 256
     half: bool = True
@@ -123,7 +125,11 @@ def run_training(request: TrainRequest) -> dict[str, Any] | None:
         "catalog_pairs": inputs.catalog_pairs,
         "entities": len(inputs.entities),
         "steps": result.steps,
+        "held_out": len(inputs.held_out),
         "best_epoch": result.best_epoch,
+        "strength": result.strength,
+        "ridge": result.ridge.describe() if result.ridge else None,
+        "curve": result.curve,
         "loss": result.loss,
         "validation": asdict(result.accuracy) if result.accuracy else None,
     }
@@ -210,14 +216,17 @@ def _prepare(
         raise CatalogError(
             f"no entity of {request.catalog} has two images, or an image and a text, to make a pair; give --pairs"
         )
-    return TrainingData(
-        config=config,
-        store=store,
-        entities=entity_keys,
-        pairs=store.with_views(training + added, entity_keys, entities),
-        catalog_pairs=len(added),
-        validation=store.pair_keys(queries, rows, rejects, "validation images"),
+    all_pairs = store.with_views(training + added, entity_keys, entities)
+    data = TrainingData(
+        config=config, store=store, entities=entity_keys, pairs=all_pairs, catalog_pairs=len(added)
+    )  # fmt: skip
+    if queries:
+        return replace(data, validation=store.pair_keys(queries, rows, rejects, "validation images"))
+    labelled = len(training)
+    split = hold_out(
+        all_pairs[:labelled], all_pairs[labelled:], entity_keys, share=request.hold_out, seed=request.settings.seed
     )
+    return data if split is None else replace(data, **vars(split))
 
 
 def _snapshots(request: TrainRequest, inputs: TrainingData, group: Group) -> Snapshots:

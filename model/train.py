@@ -24,8 +24,11 @@ from model.distributed import Group
 from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.losses import cluster_batches
 from model.resume import Snapshots
+from model.ridge import Ridge, RidgeData, fit_ridge, refit
 from model.trainer import Batch, Trainer, TrainSettings
 from model.validation import Accuracy, validate
+
+STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 _LOG_EVERY_STEPS = 10
 _STREAM = 0  # of random numbers; the steps use stream 1
@@ -33,7 +36,10 @@ _STREAM = 0  # of random numbers; the steps use stream 1
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What a run trains and validates on, the same in every process. Validation searches all `entities`."""
+    """What a run trains and validates on, the same in every process. Validation searches all `entities`.
+
+    `held_out` are the rows of entities that only `validation` has queries of.
+    """
 
     config: AdaptorConfig
     store: FeatureStore
@@ -41,18 +47,26 @@ class TrainingData:
     pairs: Sequence[KeyedPair]
     catalog_pairs: int = 0  # of `pairs`
     validation: Sequence[KeyedPair] = ()
+    held_out: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """The adaptor of the best epoch (without validation, of the last one) and the figures of the run."""
+    """The adaptor of the best epoch and strength (without validation: the last one, 1) and the figures of the run.
+
+    Strength is the factor of the learned output. It is folded into the adaptor. Epoch 0 is the start. `curve` has the
+    accuracy after each epoch, at its best strength.
+    """
 
     adaptor: Adaptor
     logit_scale: float
     best_epoch: int
+    strength: float
     steps: int
-    loss: float  # mean over the last epoch
+    loss: float | None  # mean over the last epoch
     accuracy: Accuracy | None
+    curve: Sequence[Mapping[str, Any]]
+    ridge: Ridge | None
 
 
 @dataclass(kw_only=True)
@@ -62,7 +76,8 @@ class _Progress:
     epoch: int = 1
     steps_of_epoch: int = 0
     losses: list[float] = field(default_factory=list)  # of the steps of this epoch
-    best: dict[str, Any] | None = None  # rank, epoch, weights, logit_scale, accuracy
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None  # epoch, strength, weights, logit_scale, accuracy
 
 
 def train_adaptor(
@@ -86,25 +101,62 @@ def train_adaptor(
     if len({pair.entity for pair in pairs}) < 2:
         raise UserError("the pairs name only one entity, which leaves no negatives; give pairs of two or more")
     group = group or Group()
+    epochs = settings.epochs if data.config.layers else 0
     steps_an_epoch = math.ceil(math.ceil(len(pairs) / (settings.batch_size * group.size)) / settings.accumulate)
-    steps = steps_an_epoch * settings.epochs
+    steps = steps_an_epoch * epochs
     trainer = Trainer(
         config=data.config, settings=settings, store=store, entities=data.entities, steps=steps, device=device,
         group=group,
     )  # fmt: skip
-    if trainer.adaptor.centre_D is not None:
+    adaptor = trainer.adaptor
+    if adaptor.centre_D is not None:
         embeddings_ND = store.query_embeddings([pair.query for pair in pairs])
-        trainer.adaptor.centre_D.copy_(torch.from_numpy(embeddings_ND.mean(axis=0)))
+        adaptor.centre_D.copy_(torch.from_numpy(embeddings_ND.mean(axis=0)))
+    ridge = None
+    if data.config.residual and data.config.start == "image":
+        ridge_data = _ridge_data(adaptor, data)
+        ridge = group.from_first(fit_ridge(ridge_data, seed=settings.seed) if group.first else None)
+        assert ridge is not None
+        refit(ridge, ridge_data, data.held_out).start(adaptor)
     progress = _Progress()
-    if resume_from is not None:
+
+    def finish_epoch(epoch: int) -> dict[str, Any]:
+        """Validate, and keep the weights if they are the best so far. Return the accuracy at the best strength."""
+        strengths = (1.0,) if epoch == 0 else STRENGTHS
+        accuracies: Sequence[Accuracy | None] = [None]
+        if group.first and data.validation:
+            accuracies = [of for (of,) in validate(adaptor, store, data.entities, [data.validation], device, strengths)]
+        ranks = [accuracy.rank() if accuracy else float(epoch) for accuracy in accuracies]
+        chosen = int(np.argmax(ranks)) if data.validation else -1
+        accuracy = accuracies[chosen]
+        row = {"epoch": epoch, "strength": strengths[chosen], **(asdict(accuracy) if accuracy else {})}
+        progress.curve.append(row)
+        if progress.best is None or ranks[chosen] > progress.best["rank"]:
+            progress.best = {
+                "rank": ranks[chosen],
+                "row": row,
+                "weights": {name: tensor.detach().clone() for name, tensor in adaptor.state_dict().items()},
+                "logit_scale": trainer.logit_scale().item(),
+            }
+        return row
+
+    def stops() -> bool:
+        """Return whether the last epochs brought nothing."""
+        assert progress.best is not None
+        waited = progress.epoch - 1 - progress.best["row"]["epoch"]
+        return bool(data.validation) and 0 < settings.patience <= waited
+
+    if resume_from is None:
+        finish_epoch(0)
+    else:
         trainer.restore(resume_from["trainer"])
         progress = _Progress(**resume_from["progress"])
     queries_ND = None
-    if group.first and settings.clusters(settings.epochs):
+    if group.first and settings.clusters(epochs):
         queries_ND = store.query_embeddings([pair.query for pair in pairs])
-    mean_loss = math.nan
+    mean_loss = None
     with tqdm(total=steps, initial=trainer.steps_done, desc="training", unit="step", disable=not group.first) as bar:
-        while progress.epoch <= settings.epochs:
+        while progress.epoch <= epochs and not group.from_first(stops()):
             epoch, started, pairs_done = progress.epoch, time.perf_counter(), 0
             batches = group.from_first(_epoch_batches(settings, epoch, len(pairs), queries_ND, group))
             for step in range(progress.steps_of_epoch, steps_an_epoch):
@@ -121,34 +173,55 @@ def train_adaptor(
                     snapshots.save({"trainer": trainer.snapshot(), "progress": vars(progress)})
             mean_loss = float(np.mean(progress.losses))
             pairs_per_s = pairs_done / (time.perf_counter() - started)
-            accuracy = None
-            if group.first and data.validation:
-                accuracy = validate(trainer.adaptor, store, data.entities, [data.validation], device)[0]
-            validated = asdict(accuracy) if accuracy else {}
+            validated = {name: value for name, value in finish_epoch(epoch).items() if name != "epoch"}
             if log:
                 row = {"epoch": epoch, "mean_loss": mean_loss, "pairs_per_s": pairs_per_s, **trainer.state()}
-                log({**row, "validation": validated} if validated else row)
+                log({**row, "validation": validated} if data.validation else row)
             bar.set_postfix(loss=mean_loss, **{name: value for name, value in validated.items() if value is not None})
-            rank = accuracy.rank() if accuracy else float(epoch)
-            if progress.best is None or rank > progress.best["rank"]:
-                progress.best = {
-                    "rank": rank,
-                    "epoch": epoch,
-                    "weights": {name: tensor.detach().clone() for name, tensor in trainer.adaptor.state_dict().items()},
-                    "logit_scale": trainer.logit_scale().item(),
-                    "accuracy": validated or None,
-                }
             progress.epoch, progress.steps_of_epoch, progress.losses = epoch + 1, 0, []
     best = progress.best
     assert best is not None
-    trainer.adaptor.load_state_dict(best["weights"])
+    chosen = dict(best["row"])
+    adaptor.load_state_dict(best["weights"])
+    strength = chosen.pop("strength")
+    if chosen.pop("epoch"):
+        adaptor.scale_learned_(strength)
+    if ridge is not None:
+        ridge.start(adaptor)  # fitted to all entities
     return TrainResult(
-        adaptor=trainer.adaptor.eval(),
+        adaptor=adaptor.eval(),
         logit_scale=best["logit_scale"],
-        best_epoch=best["epoch"],
-        steps=steps,
+        best_epoch=best["row"]["epoch"],
+        strength=strength,
+        steps=trainer.steps_done,
         loss=mean_loss,
-        accuracy=Accuracy(**best["accuracy"]) if best["accuracy"] else None,
+        accuracy=Accuracy(**chosen) if chosen else None,
+        curve=progress.curve,
+        ridge=ridge,
+    )
+
+
+def _ridge_data(adaptor: Adaptor, data: TrainingData) -> RidgeData:
+    """Return what the ridge regression is fitted to: the entities, their images and the labelled queries."""
+    store, entities = data.store, data.entities
+    has_text = [row for row, entity in enumerate(entities) if entity.text is not None]
+    texts_NL = np.zeros((len(entities), data.config.text_dim), np.float32)
+    texts_NL[has_text] = store.mean_text_tokens([text for entity in entities if (text := entity.text) is not None])
+    # A query that is an image of its entity would find itself. Without others, views of these images are used.
+    queries = [pair for pair in (*data.pairs, *data.validation) if pair.query not in entities[pair.entity].images]
+    queries = [pair for pair in queries if not pair.views] or queries
+
+    def embed(keys: Sequence[bytes]) -> Float32Array:
+        embeddings_BD = torch.from_numpy(store.query_embeddings(keys)).to(adaptor.mean_image_D.device)
+        return adaptor.centred(embeddings_BD).cpu().numpy()
+
+    return RidgeData(
+        texts_NL=texts_NL,
+        has_text_N=np.array([entity.text is not None for entity in entities]),
+        images_ID=embed([image for entity in entities for image in entity.images]),
+        owner_I=np.repeat(np.arange(len(entities)), [len(entity.images) for entity in entities]),
+        queries_QD=embed([pair.query for pair in queries]),
+        entity_Q=np.array([pair.entity for pair in queries], np.int64),
     )
 
 

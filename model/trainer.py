@@ -31,6 +31,7 @@ class TrainSettings:
     """The hyperparameters of a training run. Raises `UserError` if the batch is not made of whole clusters."""
 
     epochs: int = 20
+    patience: int = 3  # epochs without a better accuracy in validation, after which training stops; 0: never
     batch_size: int = 256  # pairs, per process
     accumulate: int = 1  # batches per step
     lr: float = 5e-4
@@ -228,7 +229,8 @@ class Trainer:
 
     def _embed(self, inputs: EntityBatch, text_tokens_bTL: torch.Tensor, text_mask_bT: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._device.type == "cuda"):
-            embeddings_bD = self.adaptor(inputs.patch_tokens_BPC, inputs.image_mask_B, text_tokens_bTL, text_mask_bT)
+            swapped = inputs._replace(text_tokens_BTL=text_tokens_bTL, text_mask_BT=text_mask_bT)
+            embeddings_bD = self.adaptor(*swapped)
         result: torch.Tensor = embeddings_bD.float()
         return result
 

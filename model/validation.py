@@ -1,6 +1,6 @@
 """Top-1 accuracy of an adaptor over a whole catalog (seen, unseen, HM), and the effect of float16 weights.
 
-Shapes: N entity embeddings, Q queries, D embedding.
+Shapes: N entity images, Q queries, D embedding.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from statistics import harmonic_mean
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from core.arrays import BoolArray
+from core.arrays import BoolArray, Int64Array
 from model.adaptor import Adaptor
 from model.features import EntityKeys, FeatureStore, KeyedPair
 
@@ -46,33 +47,49 @@ def validate(
     catalog: Sequence[EntityKeys],
     query_sets: Sequence[Sequence[KeyedPair]],
     device: torch.device,
-) -> list[Accuracy]:
-    """Embed every image of every entity, find the entity nearest to each query, and return each set's accuracy."""
+    strengths: Sequence[float] = (1.0,),
+) -> list[list[Accuracy]]:
+    """Embed every image of every entity, find the entity nearest to each query, and return each set's accuracy.
+
+    There is one list for each of the `strengths`, by which the learned output is multiplied.
+    """
     rows = [(image, entity.text) for entity in catalog for image in entity.images or (None,)]
     owner_N = np.repeat(np.arange(len(catalog)), [len(entity.images) or 1 for entity in catalog])
-    embeddings_ND = embed(adaptor, store, rows, device)
+    start_ND, learned_ND = embed_parts(adaptor, store, rows, device)
     accuracies = []
-    for queries in query_sets:
-        correct: list[bool] = []
-        for start in range(0, len(queries), _BATCH):
-            part = queries[start : start + _BATCH]
-            embeddings_BD = torch.from_numpy(store.query_embeddings([each.query for each in part])).to(device)
-            best_B = (adaptor.centred(embeddings_BD) @ embeddings_ND.T).argmax(dim=1).cpu().numpy()
-            correct.extend(owner_N[best_B] == [each.entity for each in part])
-        accuracies.append(measure(np.array(correct), [each.seen for each in queries]))
+    for strength in strengths:
+        embeddings_ND = F.normalize(start_ND + strength * learned_ND, dim=1)
+        accuracies.append([_measure(adaptor, store, queries, embeddings_ND, owner_N) for queries in query_sets])
     return accuracies
 
 
+def _measure(
+    adaptor: Adaptor,
+    store: FeatureStore,
+    queries: Sequence[KeyedPair],
+    embeddings_ND: torch.Tensor,
+    owner_N: Int64Array,
+) -> Accuracy:
+    correct: list[bool] = []
+    for start in range(0, len(queries), _BATCH):
+        part = queries[start : start + _BATCH]
+        embeddings_BD = torch.from_numpy(store.query_embeddings([each.query for each in part])).to(embeddings_ND.device)
+        best_B = (adaptor.centred(embeddings_BD) @ embeddings_ND.T).argmax(dim=1).cpu().numpy()
+        correct.extend(owner_N[best_B] == [each.entity for each in part])
+    return measure(np.array(correct), [each.seen for each in queries])
+
+
 @torch.no_grad()
-def embed(
+def embed_parts(
     adaptor: Adaptor, store: FeatureStore, rows: Sequence[tuple[bytes | None, bytes | None]], device: torch.device
-) -> torch.Tensor:
-    """Return the embeddings `[N, D]` of (image key, text key) rows, in evaluation mode. Keeps the adaptor's mode."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `Adaptor.parts` `[N, D]` of (image key, text key) rows, in evaluation mode. Keeps the adaptor's mode."""
     training = adaptor.training
     adaptor.eval()
-    parts = [adaptor(*store.batch(rows[start : start + _BATCH], device)) for start in range(0, len(rows), _BATCH)]
+    parts = [adaptor.parts(*store.batch(rows[start : start + _BATCH], device)) for start in range(0, len(rows), _BATCH)]
     adaptor.train(training)
-    return torch.cat(parts)
+    starts, learned = zip(*parts, strict=True)
+    return torch.cat(starts), torch.cat(learned)
 
 
 def half_cosine(adaptor: Adaptor, store: FeatureStore, entities: Sequence[EntityKeys], device: torch.device) -> float:
@@ -84,5 +101,6 @@ def half_cosine(adaptor: Adaptor, store: FeatureStore, entities: Sequence[Entity
     rows = [(entity.images[0] if entity.images else None, entity.text) for entity in sample]
     halved = Adaptor(adaptor.config).to(device).eval()
     halved.load_state_dict({name: tensor.half().float() for name, tensor in adaptor.state_dict().items()})
-    full_ND, half_ND = embed(adaptor, store, rows, device), embed(halved, store, rows, device)
+    parts = [embed_parts(each, store, rows, device) for each in (adaptor, halved)]
+    full_ND, half_ND = (F.normalize(start_ND + learned_ND, dim=1) for start_ND, learned_ND in parts)
     return (full_ND * half_ND).sum(dim=1).min().item()

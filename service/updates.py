@@ -54,15 +54,21 @@ class EntityEmbedder:
         self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER_FILE))
         self._text_encoder = open_session(folder / TEXT_ENCODER_FILE, "cpu", _THREADS)
         self._adaptor = open_session(folder / ADAPTOR_FILE, "cpu", _THREADS)
+        self._inputs = {each.name for each in self._adaptor.get_inputs()}
+        self._embedding_dim = bundle.manifest.embedding_dim
 
     def embed(self, pixels_HW3: Pixels | None, text: str) -> Float32Array:
         """Return the L2-normalised embedding [D]. The image may be None and the text may be blank."""
         patch_tokens_1PC = np.zeros((1, self._entity_encoder.patches, self._entity_encoder.patch_dim), np.float32)
+        image_embedding_1D = np.zeros((1, self._embedding_dim), np.float32)
         if pixels_HW3 is not None:
             patch_tokens_1PC = self._image_encoder.patch_tokens(pixels_HW3[None])
-        text_tokens_1TL, text_mask_1T = self._text_tokens(text)
-        inputs = (patch_tokens_1PC, np.array([pixels_HW3 is not None]), text_tokens_1TL, text_mask_1T)
-        (embedding_1D,) = self._adaptor.run([ADAPTOR_OUTPUT], dict(zip(ADAPTOR_INPUTS, inputs, strict=True)))
+            image_embedding_1D = self._image_encoder.encode(pixels_HW3[None])
+        inputs = (
+            patch_tokens_1PC, np.array([pixels_HW3 is not None]), *self._text_tokens(text), image_embedding_1D
+        )  # fmt: skip
+        named = {name: each for name, each in zip(ADAPTOR_INPUTS, inputs, strict=True) if name in self._inputs}
+        (embedding_1D,) = self._adaptor.run([ADAPTOR_OUTPUT], named)
         return np.asarray(embedding_1D[0], np.float32)
 
     def _text_tokens(self, text: str) -> tuple[Float32Array, BoolArray]:

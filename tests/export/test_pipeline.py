@@ -93,13 +93,15 @@ def test_embeddings_equal_those_of_single_images(done: Done, catalog: CatalogFil
         for number in range(max(len(usable), 1)):
             if not usable:
                 patches_BPC = torch.zeros(1, checkpoint.image_encoder.patches, checkpoint.image_encoder.patch_dim)
+                image_BD = torch.zeros(1, checkpoint.image_encoder.embedding_dim)
             else:
                 pixels = load_pixels(
                     usable[number].read_bytes(), checkpoint.image_encoder.preprocessing, max_pixels=10_000
                 )
-                patches_BPC = checkpoint.image_encoder.encode(pixels[None]).patch_tokens_BPC
+                features = checkpoint.image_encoder.encode(pixels[None])
+                patches_BPC, image_BD = features.patch_tokens_BPC, features.image_embedding_BD
             has_image = torch.tensor([bool(usable)])
-            embedding = checkpoint.adaptor(patches_BPC, has_image, text.text_tokens_BTC, text.mask_BT)
+            embedding = checkpoint.adaptor(patches_BPC, has_image, text.text_tokens_BTC, text.mask_BT, image_BD)
             expected.append((row, embedding[0]))
     embeddings = done.bundle.embeddings()
     assert embeddings.rows_N.tolist() == [row for row, _ in expected]

@@ -22,7 +22,11 @@ def adaptor(**changes: Any) -> Adaptor:
     """Return an adaptor whose output layer is not zero, so the output depends on the input."""
     torch.manual_seed(0)
     module = Adaptor(config(**changes)).eval()
-    torch.nn.init.normal_(module.out.weight)
+    if module.layers:
+        torch.nn.init.normal_(module.out.weight)
+    if module.config.start == "image":
+        torch.nn.init.normal_(module.ridge_LD)
+        module.text_share.fill_(0.4)
     return module
 
 
@@ -33,11 +37,14 @@ def inputs(batch: int = 4, patches: int = 9, tokens: int = 7) -> list[torch.Tens
         torch.ones(batch, dtype=torch.bool),
         torch.randn(batch, tokens, 10),
         torch.ones(batch, tokens, dtype=torch.bool),
+        F.normalize(torch.randn(batch, 12), dim=1),
     ]
 
 
 VARIANTS = [
     {},
+    {"start": "image"},
+    {"start": "image", "layers": 0},
     {"norm": "post"},
     {"self_attention": True},
     {"self_attention": True, "norm": "post", "layers": 1},
@@ -53,9 +60,8 @@ def test_embeddings_are_unit_vectors_and_depend_on_both_modalities(changes: dict
         embedding_BD = module(*arguments)
         assert embedding_BD.shape == (4, module.config.embedding_dim)
         torch.testing.assert_close(embedding_BD.norm(dim=1), torch.ones(4))
-        for changed in (0, 2):
-            other = [*arguments]
-            other[changed] = torch.randn_like(arguments[changed])
+        for changed in (range(0, 3, 2), range(2, 5, 2)):  # image, text
+            other = [torch.randn_like(each) if number in changed else each for number, each in enumerate(arguments)]
             assert (module(*other) - embedding_BD).norm(dim=1).min() > 1e-3
 
 
@@ -63,35 +69,63 @@ def test_embeddings_are_unit_vectors_and_depend_on_both_modalities(changes: dict
 @pytest.mark.parametrize(("image", "text"), [(True, True), (False, True), (True, False), (False, False)])
 def test_a_sample_alone_equals_the_sample_in_a_padded_batch(changes: dict[str, Any], image: bool, text: bool) -> None:
     module = adaptor(**changes)
-    patches, image_mask, tokens, text_mask = inputs()
+    patches, image_mask, tokens, text_mask, embeddings = inputs()
     image_mask[1] = image
     text_mask[1] = text
     text_mask[1, 4:] = False
     tokens[1, 4:] = torch.nan  # hidden tokens must not matter
     if not image:
         patches[1] = torch.nan
+        embeddings[1] = torch.nan
     if not text:
         tokens[1] = torch.nan
     with torch.no_grad():
-        together = module(patches, image_mask, tokens, text_mask)[1]
+        together = module(patches, image_mask, tokens, text_mask, embeddings)[1]
         length = 4 if text else 0
         alone = module(
             patches[1:2] if image else torch.zeros(1, 3, 12),
             image_mask[1:2],
             tokens[1:2, :length],
             text_mask[1:2, :length],
+            embeddings[1:2] if image else torch.zeros(1, 12),
         )[0]
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=1e-5)
 
 
 def test_the_residual_starts_at_the_mean_patch_token() -> None:
     torch.manual_seed(0)
-    module, (patches, image_mask, tokens, text_mask) = Adaptor(config()).eval(), inputs()
+    module, (patches, image_mask, tokens, text_mask, embeddings) = Adaptor(config()).eval(), inputs()
     image_mask[3] = False
     with torch.no_grad():
-        embedding_BD = module(patches, image_mask, tokens, text_mask)
+        embedding_BD = module(patches, image_mask, tokens, text_mask, embeddings)
     torch.testing.assert_close(embedding_BD[:3], F.normalize(patches.mean(dim=1), dim=1)[:3])
     torch.testing.assert_close(embedding_BD[3], F.normalize(module.null_mean_D, dim=0))
+
+
+def test_the_start_is_the_image_mixed_with_what_the_text_predicts() -> None:
+    """Without an image it is the prediction alone, without a text the image."""
+    module = adaptor(start="image", layers=0)
+    module.ridge_bias_D.normal_()
+    module.mean_image_D.normal_()
+    patches, image_mask, tokens, text_mask, embeddings = inputs(batch=4)
+    image_mask[1], text_mask[2], image_mask[3], text_mask[3] = False, False, False, False
+    text_mask[0, 4:] = False
+    found = module(patches, image_mask, tokens, text_mask, embeddings)
+    deviation_D = tokens[0, :4].mean(dim=0) @ module.ridge_LD + module.ridge_bias_D
+    mixed_D = 0.6 * embeddings[0] + 0.4 * F.normalize(deviation_D, dim=0)
+    torch.testing.assert_close(found[0], F.normalize(mixed_D, dim=0))
+    alone_D = module.mean_image_D + tokens[1].mean(dim=0) @ module.ridge_LD + module.ridge_bias_D
+    torch.testing.assert_close(found[1], F.normalize(alone_D, dim=0))
+    torch.testing.assert_close(found[2], embeddings[2])
+    torch.testing.assert_close(found[3], F.normalize(module.null_mean_D, dim=0))
+
+
+def test_the_strength_is_folded_into_the_weights() -> None:
+    module, arguments = adaptor(start="image"), inputs()
+    with torch.no_grad():
+        start_BD, learned_BD = module.parts(*arguments)
+        module.scale_learned_(0.25)
+        torch.testing.assert_close(module(*arguments), F.normalize(start_BD + 0.25 * learned_BD, dim=1))
 
 
 def test_a_residual_start_learns() -> None:
@@ -113,10 +147,10 @@ def test_a_residual_start_learns() -> None:
 
 
 def test_the_order_of_patches_and_tokens_does_not_matter() -> None:
-    module, (patches, image_mask, tokens, text_mask) = adaptor(self_attention=True), inputs()
+    module, (patches, image_mask, tokens, text_mask, embeddings) = adaptor(self_attention=True), inputs()
     with torch.no_grad():
-        straight = module(patches, image_mask, tokens, text_mask)
-        shuffled = module(patches.flip(1), image_mask, tokens.flip(1), text_mask)
+        straight = module(patches, image_mask, tokens, text_mask, embeddings)
+        shuffled = module(patches.flip(1), image_mask, tokens.flip(1), text_mask, embeddings)
     torch.testing.assert_close(straight, shuffled, atol=1e-6, rtol=1e-5)
 
 
@@ -206,13 +240,13 @@ def test_centring_subtracts_the_mean_from_both_sides_and_is_saved_with_the_weigh
     assert "centre_D" not in without.state_dict()
 
 
-def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     image_mask_B = torch.tensor([True, False, True])
     text_mask_BT = torch.tensor([[True] * 5, [True, True, True, False, False], [False] * 5])
     patches = torch.randn(3, 4, 8, generator=generator)
     texts = torch.randn(3, 5, 6, generator=generator)
-    return patches, image_mask_B, texts, text_mask_BT
+    return patches, image_mask_B, texts, text_mask_BT, torch.randn(3, 8, generator=generator)
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -245,10 +279,10 @@ def test_the_mean_is_over_the_pooled_queries() -> None:
     """Without an image, only the null queries count, whatever the patch tokens are."""
     torch.manual_seed(0)
     adaptor = Adaptor(AdaptorConfig(patch_dim=8, text_dim=6, embedding_dim=8, width=16, heads=4)).eval()
-    patches, image_mask, texts, text_mask = _inputs()
-    _, first = embed_with_attention(adaptor, patches, image_mask, texts, text_mask)
-    _, other = embed_with_attention(adaptor, patches + 7 * ~image_mask[:, None, None], image_mask, texts, text_mask)
+    patches, image_mask, *rest = _inputs()
+    _, first = embed_with_attention(adaptor, patches, image_mask, *rest)
+    _, other = embed_with_attention(adaptor, patches + 7 * ~image_mask[:, None, None], image_mask, *rest)
     assert torch.allclose(first, other)
-    _, without = embed_with_attention(adaptor, patches, torch.zeros(3, dtype=torch.bool), texts, text_mask)
+    _, without = embed_with_attention(adaptor, patches, torch.zeros(3, dtype=torch.bool), *rest)
     assert torch.allclose(first[1], without[1], atol=1e-6)
     assert not torch.allclose(first[0], without[0], atol=1e-6)

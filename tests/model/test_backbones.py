@@ -166,4 +166,5 @@ def test_the_papers_backbones_at_real_size() -> None:
             assert states.shape == (2, 256, width)
             config = AdaptorConfig(patch_dim=1280, text_dim=width, embedding_dim=1280, width=1280)
             there_BT = torch.ones(2, 256, dtype=torch.bool)
-            assert Adaptor(config)(patch_tokens_BPC, there_BT[:, 0], states, there_BT).shape == (2, 1280)
+            arguments = (patch_tokens_BPC, there_BT[:, 0], states, there_BT, torch.randn(2, 1280))
+            assert Adaptor(config)(*arguments).shape == (2, 1280)

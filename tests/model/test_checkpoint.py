@@ -17,7 +17,7 @@ from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import Checkpoint, save_checkpoint
 from model.encoders import open_image_encoder, open_text_encoder
 
-CONFIG = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)
+CONFIG = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2, start="image")
 
 
 def save(out: Path, image_spec: str, text_spec: str, *, half: bool = True) -> Adaptor:
@@ -39,7 +39,7 @@ def save(out: Path, image_spec: str, text_spec: str, *, half: bool = True) -> Ad
 def arguments() -> tuple[torch.Tensor, ...]:
     torch.manual_seed(1)
     image, text = torch.ones(3, dtype=torch.bool), torch.ones(3, 5, dtype=torch.bool)
-    return torch.randn(3, 4, 24), image, torch.randn(3, 5, 16), text
+    return torch.randn(3, 4, 24), image, torch.randn(3, 5, 16), text, torch.randn(3, 24)
 
 
 @pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-7), (True, 2e-3)])

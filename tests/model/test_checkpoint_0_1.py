@@ -46,7 +46,11 @@ def test_outputs_are_unchanged(checkpoint: Checkpoint) -> None:
     image = checkpoint.image_encoder.encode(pixels)
     text = checkpoint.text_encoder.encode(OUTPUTS["texts"])
     entity_embeddings = checkpoint.adaptor(
-        image.patch_tokens_BPC, torch.tensor(OUTPUTS["image_mask"]), text.text_tokens_BTC, text.mask_BT
+        image.patch_tokens_BPC,
+        torch.tensor(OUTPUTS["image_mask"]),
+        text.text_tokens_BTC,
+        text.mask_BT,
+        image.image_embedding_BD,
     )
     assert text.mask_BT.sum(dim=1).tolist() == OUTPUTS["text_tokens_per_text"]
     assert checkpoint.text_encoder.token_spans(OUTPUTS["texts"])[2] == [tuple(s) for s in OUTPUTS["token_spans"]]

@@ -31,12 +31,14 @@ from model.encoders.onnx import OnnxImageEncoder
 from model.features import VIEWS, EntityKeys, FeatureStore, KeyedPair, catalog_pairs
 from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings, draw_modalities
+from model.validation import Accuracy
 
 
 def run(dataset: Any, tiny_spec: str, text_spec: str, out: Path, *more: str) -> Result:
     arguments = ["--catalog", dataset.catalog, "--pairs", dataset.pairs, "--image-encoder", tiny_spec]
     arguments += ["--text-encoder", text_spec, "--out", out, "--cache-dir", out.parent / "cache", "--device", "cpu"]
-    arguments += ["--epochs", 3, "--batch-size", 8, "--width", 16, "--heads", 2, "--max-tokens", 16, *more]
+    arguments += ["--epochs", 3, "--batch-size", 8, "--width", 16, "--heads", 2, "--max-tokens", 16]
+    arguments += ["--hold-out", 0, *more]
     return CliRunner().invoke(train, [str(argument) for argument in arguments], catch_exceptions=True)
 
 
@@ -52,10 +54,41 @@ def test_trains_validates_and_writes_a_checkpoint(dataset: Any, tiny_spec: str, 
     assert (figures["pairs"], figures["entities"], figures["rejected"], figures["steps"]) == (8, 12, 0, 3)
     assert 0 <= figures["validation"]["hm"] <= 1
     log = [json.loads(line) for line in (tmp_path / "checkpoint.train.jsonl").read_text().splitlines()]
-    best = max((row for row in log if "validation" in row), key=lambda row: row["validation"]["hm"])
-    assert figures["validation"] == best["validation"]
+    validated = [{"epoch": row["epoch"], **row["validation"]} for row in log if "validation" in row]
+    assert validated == figures["curve"][1:]
+    best = max(figures["curve"], key=lambda row: row["hm"])
+    assert best == {"epoch": best["epoch"], "strength": figures["strength"], **figures["validation"]}
     loaded = Checkpoint.load(out, text_encoder_spec=text_spec)
     assert loaded.values["training"]["best_epoch"] == best["epoch"]
+
+
+def test_held_out_entities_choose_and_the_start_is_a_choice(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    """A learning rate that destroys everything leaves the start."""
+    options = ["--catalog-pairs", "--hold-out", "0.25", "--patience", "2"]
+    figures = report(run(dataset, tiny_spec, text_spec, tmp_path / "a", *options, "--json"))
+    assert figures["held_out"] == 2
+    ranks = [row["top1"] if row["hm"] is None else row["hm"] for row in figures["curve"]]
+    assert [row["epoch"] for row in figures["curve"]] == list(range(len(ranks)))
+    assert figures["best_epoch"] == int(np.argmax(ranks))
+    ridge = run(dataset, tiny_spec, text_spec, tmp_path / "b", *options, "--adaptor", "ridge")
+    assert re.search("kept the start: .* 2 entities held out", ridge.output)
+
+
+def test_training_that_destroys_everything_keeps_the_start(
+    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path
+) -> None:
+    store, entities = store_with_entities(dataset, tiny_spec, text_spec, tmp_path / "cache")
+    config = AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2, start="image")
+    images = [KeyedPair(query=image, entity=row) for row, each in enumerate(entities) for image in each.images]
+    data = TrainingData(config=config, store=store, entities=entities, pairs=images, validation=images)
+    settings = TrainSettings(epochs=9, batch_size=8, lr=1.0, patience=2)
+    result = train_adaptor(data, settings, device=torch.device("cpu"), log=None)
+    assert result.accuracy == Accuracy(top1=1.0, seen=None, unseen=None, hm=None)  # images find themselves
+    assert [row["epoch"] for row in result.curve] == [0, 1, 2]
+    assert result.best_epoch == 0
+    assert not result.adaptor.out.weight.any()
 
 
 def test_a_second_run_uses_the_cache_and_gives_the_same_result(
@@ -70,7 +103,8 @@ def test_a_second_run_uses_the_cache_and_gives_the_same_result(
 
 
 def test_loss_falls(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
-    report(run(dataset, tiny_spec, text_spec, tmp_path / "c", "--epochs", "40", "--lr", "0.003", "--json"))
+    options = ["--epochs", "60", "--lr", "0.003", "--modality-dropout", "0", "--dropout", "0"]
+    report(run(dataset, tiny_spec, text_spec, tmp_path / "c", *options, "--json"))
     log = [json.loads(line) for line in (tmp_path / "c.train.jsonl").read_text().splitlines()]
     losses = [row["mean_loss"] for row in log if "mean_loss" in row]
     assert losses[-1] < 0.6 * losses[0]
@@ -265,7 +299,7 @@ def test_an_entity_with_one_image_is_queried_with_views_of_it(
 def test_training_on_catalog_pairs_alone(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
     arguments = ["--catalog", dataset.catalog, "--image-encoder", tiny_spec, "--text-encoder", text_spec]
     arguments += ["--out", tmp_path / "k", "--cache-dir", tmp_path / "cache", "--epochs", 2, "--width", 16]
-    arguments += ["--heads", 2, "--max-tokens", 16, "--device", "cpu", "--json"]
+    arguments += ["--heads", 2, "--max-tokens", 16, "--device", "cpu", "--hold-out", 0, "--json"]
     given = [str(argument) for argument in arguments]
     figures = report(CliRunner().invoke(train, [*given, "--catalog-pairs"]))
     assert (figures["pairs"], figures["catalog_pairs"], figures["entities"]) == (22, 22, 12)

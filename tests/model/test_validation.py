@@ -52,9 +52,9 @@ def test_an_entity_is_found_by_its_best_image(dataset: Any, tiny_spec: str, text
     )
     adaptor = Adaptor(AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)).train()
     queries = [KeyedPair(query=key, entity=row) for row, entity in enumerate(entities) for key in entity.images]
-    (accuracy,) = validate(adaptor, store, entities, [queries], torch.device("cpu"))
+    ((accuracy,),) = validate(adaptor, store, entities, [queries], torch.device("cpu"))
     assert len(queries) == 22
     assert accuracy.top1 == 1.0
     assert adaptor.training
     wrong = [replace(each, entity=(each.entity + 1) % len(entities)) for each in queries]
-    assert validate(adaptor, store, entities, [wrong], torch.device("cpu"))[0].top1 == 0.0
+    assert validate(adaptor, store, entities, [wrong], torch.device("cpu"))[0][0].top1 == 0.0
