@@ -111,7 +111,7 @@ def remember(
     known: set[tuple[int, bytes]] = set()
     shared = 0
     decoded = _decoded(_labelled(path, config, images, store, reject), config, model, reject)
-    labelled = tqdm(decoded, desc="remember", unit="picture", disable=not config.progress)
+    labelled = iter(tqdm(decoded, desc="remember", unit="picture", disable=not config.progress))
     while batch := list(islice(labelled, config.batch_size)):
         embeddings_BD = model.embed_queries(np.stack([pixels_HW3 for _, _, pixels_HW3 in batch]))
         for (pair, row, pixels_HW3), embedding_D in zip(batch, embeddings_BD, strict=True):

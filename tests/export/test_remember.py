@@ -196,8 +196,10 @@ def done(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkp
         out=folder / "out" / "things",
         remember=write_pairs(folder, pictures, bad),
         validation=write_pairs(folder / "validation", validation),
+        batch_size=6,
         device="cpu",
         workers=1,
+        progress=True,
     )
     return Done(config=config, summary=export_bundle(config), pictures=pictures)
 
