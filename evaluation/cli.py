@@ -33,7 +33,8 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
 @click.option("--report", type=_FILE, help="Write a report with plots and confusions as one HTML file.")
 @click.option(
     "--catalog", type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    help="The catalog, for the entities' images in the report.  [default: the bundle's thumbnails]",
+    help="The catalog. Its local images are encoded to compare the bundle of a checkpoint with its encoder without "
+    "training, which takes as long as an export of them, and shown in the report instead of the bundle's thumbnails.",
 )  # fmt: skip
 @click.option(
     "--leave-out", type=click.FloatRange(0, 1, min_open=True, max_open=True), metavar="SHARE",
@@ -59,8 +60,9 @@ def evaluate(
     from dataclasses import asdict
 
     from evaluation.evaluate import HoldoutBundle, answer_queries, hold_out
-    from evaluation.metrics import as_table, summarise
+    from evaluation.metrics import as_table, compare, format_ratios, summarise
     from evaluation.pages import require_libraries, write_report
+    from evaluation.untrained import answer_untrained
     from index.bundle import Bundle
     from service.recognizer import Recognizer
     from service.settings import load_settings
@@ -77,9 +79,25 @@ def evaluate(
     with Recognizer(opened, load_settings(cache="off", device=device)) as recognizer:
         answered, rejected = answer_queries(recognizer, predictions_path=out, held_out=held_out, **reading)
         result = summarise(answered, rejected=rejected)
-        if report is not None:
-            write_report(report, recognizer, result, answered, catalog=catalog, held_out=len(held_out))
         figures = {"bundle": recognizer.label, "left_out": len(held_out), **asdict(result)}
-    click.echo(json.dumps(figures) if as_json else as_table(result))
+        table, comparison = as_table(result), ""
+        if opened.manifest.images_only:
+            pass  # it is not trained
+        elif catalog is None:
+            click.echo("give --catalog to compare with the encoder without training", err=True)
+        elif (others := answer_untrained(recognizer, answered, catalog, held_out=held_out)) is None:
+            click.echo(
+                f"no comparison with the encoder without training: no local image of {catalog} is usable", err=True
+            )
+        else:
+            untrained, ratios = summarise(others, rejected=rejected), compare(answered, others)
+            figures["untrained"] = {**asdict(untrained), "ratios": ratios}
+            comparison = f"right answers, as a multiple of those without training: {format_ratios(ratios)}"
+            table += f"\n\nwithout training, by the image encoder alone\n{as_table(untrained)}\n\n{comparison}"
+        if report is not None:
+            write_report(
+                report, recognizer, result, answered, catalog=catalog, held_out=len(held_out), comparison=comparison
+            )
+    click.echo(json.dumps(figures) if as_json else table)
     if result.rejected:
         click.echo(f"{result.rejected} record(s) rejected, see {out.with_name('rejected.jsonl')}", err=True)

@@ -77,9 +77,9 @@ class Evaluation:
     abstained: dict[str, dict[str, float | Interval]] = field(default_factory=dict)
 
 
-def rank_of(entity_id: str, predicted: Sequence[str]) -> int | None:
-    """Return the 1-based rank of the entity among the predictions, None if it is missing."""
-    return predicted.index(entity_id) + 1 if entity_id in predicted else None
+def rank_of(entity: str | int, predicted: Sequence[str | int]) -> int | None:
+    """Return the 1-based rank of the entity, an id or a row, among the predictions, None if it is missing."""
+    return predicted.index(entity) + 1 if entity in predicted else None
 
 
 def recall_at_k(ranks: Sequence[int | None], k: int) -> float:
@@ -207,6 +207,25 @@ def summarise(answered: Sequence[AnsweredQuery], *, rejected: int) -> Evaluation
     )
 
 
+def compare(
+    answered: Sequence[AnsweredQuery], others: Sequence[AnsweredQuery]
+) -> dict[str, dict[str, float | Interval | None]]:
+    """Return how many times as many queries are right as in `others`, the same queries answered by another method.
+
+    With the intervals of `ratio_interval`, for seen, unseen and all. Parts where `others` has no right answer are
+    left out.
+    """
+    ratios: dict[str, dict[str, float | Interval | None]] = {}
+    for name, parts in {"seen": (True,), "unseen": (False,), "all": (True, False, None)}.items():
+        pairs = [(a, b) for a, b in zip(answered, others, strict=True) if a.entity and a.in_catalog and a.seen in parts]
+        right, other = ([each.rank == 1 for each in side] for side in (zip(*pairs, strict=True) if pairs else ((), ())))
+        if any(other):
+            interval = ratio_interval(right, other, [a.entity.row for a, _ in pairs if a.entity])
+            rounded = None if interval is None else _rounded(interval, 3)
+            ratios[name] = {"ratio": round(sum(right) / sum(other), 3), "interval": rounded}
+    return ratios
+
+
 def confidences_of(answered: Iterable[AnsweredQuery]) -> tuple[list[float], list[bool]]:
     """Return the confidences of the best predictions, and whether each was right."""
     pairs = [(a.best.confidence, a.rank == 1) for a in answered if a.best and a.best.confidence is not None]
@@ -297,6 +316,15 @@ def as_table(evaluation: Evaluation) -> str:
     if evaluation.auroc_right is not None:
         lines.append(f"AUROC of correct answers against unknown {evaluation.auroc_right:.3f}")
     return "\n".join(lines)
+
+
+def format_ratios(ratios: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what `compare` returns as text."""
+    parts = (
+        f"{name} {each['ratio']:.2f} ({format_interval(each['interval'], 2) or 'no upper bound'})"
+        for name, each in ratios.items()
+    )
+    return ", ".join(parts) or "none without training is right"
 
 
 def distinct_splits(recall: Mapping[str, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

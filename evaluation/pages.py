@@ -266,10 +266,11 @@ def write_report(
     *,
     catalog: Path | None,
     held_out: int,
+    comparison: str,
 ) -> None:
     """Write the report of an evaluation: figures, plots and the costliest confusions.
 
-    Images of entities come from `catalog`, otherwise from the bundle's thumbnails.
+    Images of entities come from `catalog`, otherwise from the bundle's thumbnails. `comparison` may be empty.
     """
     shown = confusions(answered)[:CONFUSIONS]
     pairs = [(group[0].entity, group[0].best) for group in shown]
@@ -293,6 +294,7 @@ def write_report(
         splits=distinct_splits(evaluation.recall),
         searched=searched,
         held_out=held_out,
+        comparison=comparison,
         split_plot=_SPLITS.svg(evaluation.recall),
         recall_plot=_RECALL.svg(recalls),
         bins=bins,

@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from core.runtime import onnxruntime
+from evaluation.cli import evaluate
 from evaluation.evaluate import hold_out
 from index.bundle import Bundle
-from tests.conftest import add_remembered
+from index.manifest import MANIFEST_FILE, Manifest
+from tests.conftest import FIXTURE_ENTITIES, add_remembered, draw_png, embed, pool_by_mean
 
 
 def _wikiclip(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
@@ -152,3 +156,75 @@ def test_evaluate_reads_ovens_own_files(small_bundle: Path, small_images: dict[s
     figures = json.loads(done.stdout)
     assert (figures["queries"], figures["rejected"], figures["seen"]) == (4, 0, 100.0)
     assert f"1 of 4 rows of {queries} are of OVEN's query split" in done.stderr
+
+
+@pytest.mark.parametrize(("pooling", "left_out"), [("nearest", 0.0), ("mean", 0.3)])
+def test_the_untrained_encoder_is_measured_on_the_images_of_the_catalog(
+    small_bundle: Path, tmp_path: Path, pooling: str, left_out: float
+) -> None:
+    bundle = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    if pooling == "mean":
+        pool_by_mean(bundle)
+    held_out = hold_out(Bundle.open(bundle), left_out).held_out
+    session = onnxruntime.InferenceSession(bundle / "image_encoder.onnx", providers=["CPUExecutionProvider"])
+    lines, images = [json.dumps({"entity_id": "not in the bundle", "title": "x", "images": ["query_0.png"]})], {}
+    for row, entity in reversed(list(enumerate(FIXTURE_ENTITIES))):  # the rows of a catalog need not be the bundle's
+        names = []
+        for number in range(3 if entity.images else 0):  # other images than those of the bundle
+            data = draw_png(seed=5000 + 100 * row + number)
+            names.append(f"{row}_{number}.png")
+            (tmp_path / names[-1]).write_bytes(data)
+            images.setdefault(row, []).append(embed(session, data))
+        names += ["missing.png"] * (row == 0)
+        lines.append(json.dumps({"entity_id": entity.entity_id, "title": entity.title, "images": names}))
+    (tmp_path / "catalog.jsonl").write_text("\n".join(lines))
+    rows, queries, ranks = [], [], {True: [], False: []}
+    for number in range(60):
+        data, own = draw_png(seed=9000 + number), number % 12
+        (tmp_path / f"query_{number}.png").write_bytes(data)
+        split = {"data_split": "test_seen" if number % 3 else "test_unseen"}
+        queries.append({"data_id": str(number), "image": f"query_{number}.png", **split})
+        queries[-1]["entity_id"] = FIXTURE_ENTITIES[own].entity_id
+        query_D = embed(session, data)
+        scores = {}
+        for row, images_ID in images.items():
+            mean_D = np.mean(images_ID, axis=0)
+            cosines = [each_D @ query_D for each_D in images_ID]
+            scores[row] = mean_D @ query_D / np.linalg.norm(mean_D) if pooling == "mean" else max(cosines)
+        rows = sorted((row for row in scores if row not in held_out), key=lambda row: -scores[row])
+        if own not in held_out:
+            ranks[bool(number % 3)].append(rows.index(own) + 1 if own in rows else 99)
+    (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, queries)))
+    files = {
+        "--queries": "queries.jsonl",
+        "--catalog": "catalog.jsonl",
+        "--out": "out.jsonl",
+        "--report": "report.html",
+    }
+    arguments = [each for option, name in files.items() for each in (option, str(tmp_path / name))]
+    arguments += ["--leave-out", str(left_out)] if left_out else []
+    done = CliRunner().invoke(evaluate, ["--bundle", str(bundle), *arguments, "--json"], catch_exceptions=False)
+    figures = json.loads(done.stdout)
+    untrained = figures["untrained"]
+    for name, part in (("seen", ranks[True]), ("unseen", ranks[False]), ("all", ranks[True] + ranks[False])):
+        for k in (1, 5, 10):
+            expected = 100 * np.mean([rank <= k for rank in part])
+            assert untrained["recall"][name][f"recall_at_{k}"] == pytest.approx(expected, abs=0.01)
+    assert 0 < untrained["seen"] < 100
+    ratio = untrained["ratios"]["seen"]
+    assert ratio["ratio"] == pytest.approx(figures["seen"] / untrained["seen"], abs=0.001)
+    assert ratio["interval"][0] < ratio["ratio"] < ratio["interval"][1]
+    assert untrained["unknown"] == figures["unknown"] == 5 * len(held_out)
+    assert f"1 image(s) of {tmp_path / 'catalog.jsonl'} cannot be used" in done.stderr
+    assert "multiple of those without training: seen" in (tmp_path / "report.html").read_text()
+
+
+def test_a_trained_bundle_hints_at_the_comparison(small_bundle: Path, queries: Path, tmp_path: Path) -> None:
+    untrained = Path(shutil.copytree(small_bundle, tmp_path / "bundle"))
+    manifest = Manifest.read(untrained / MANIFEST_FILE)
+    manifest.model_copy(update={"model": {**manifest.model, "text_encoder": None}}).write(untrained / MANIFEST_FILE)
+    for bundle in (small_bundle, untrained):
+        files = ["--queries", str(queries), "--out", str(tmp_path / "out.jsonl")]
+        done = CliRunner().invoke(evaluate, ["--bundle", str(bundle), *files], catch_exceptions=False)
+        assert ("give --catalog to compare" in done.stderr) == (bundle == small_bundle)
+        assert "without training" not in done.stdout
