@@ -52,7 +52,7 @@ def answer_untrained(
     with recognizer.acquire() as view, _open_embedder(recognizer, view.loaded) as embed:
         embeddings = embed([str(answered[number].image) for number in searched])
         queries = {number: each_D for number, each_D in zip(searched, embeddings, strict=True) if each_D is not None}
-        queries_QD = np.array([*queries.values()], np.float32).reshape(len(queries), -1)
+        queries_QD = np.array([*queries.values()], np.float32)
         rows_QK = np.full((len(queries), top_k), -1, np.int64)
         scores_QK = np.full(rows_QK.shape, -np.inf, np.float32)
         entities = 0
