@@ -22,13 +22,13 @@ from tqdm import tqdm
 from catalog import EntityRecord, read_catalog
 from catalog.formats import count_hint
 from catalog.images import MAX_PIXELS, ImageReader, UnusableImage
-from core.arrays import Float32Array, Int64Array, Pixels
+from core.arrays import Float32Array, Int64Array, Pixels, normalised
 from core.errors import TooLarge, UndecodableImage
 from core.runtime import usable_cores
 from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
 from imaging import Decoder, automatic_budget
 from index.bundle import Bundle
-from index.embeddings import means, normalised
+from index.embeddings import means
 from index.top_k import best
 from service.loaded_bundle import LoadedBundle
 from service.recognizer import Recognizer

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from catalog.images import ImageReader
-from core.arrays import Float16Array, Float32Array, Float64Array, Int64Array, Pixels
+from core.arrays import Float16Array, Float32Array, Float64Array, Int64Array, Pixels, normalised
 from core.errors import UserError
 from core.jsonl import Rejected, RejectLog
 from core.reservoir import Reservoir
@@ -36,7 +36,7 @@ from export.calibrate import Validation, hash_pixels, row_of, search_embeddings
 from export.config import ExportConfig
 from export.decode import DecodePool, ImageJob, default_workers
 from export.model import ExportModel, ImageModel
-from index.embeddings import Embeddings, normalised, write_shard
+from index.embeddings import Embeddings, write_shard
 from index.manifest import Gain, RememberedEntry
 from index.remembered import Remembered
 from index.search import EntityIndex

@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from core.arrays import Float16Array, Float32Array, Int64Array
+from core.arrays import Float16Array, Float32Array, Int64Array, normalised
 from core.errors import BundleAltered, BundleIncomplete
 from core.files import atomic_write
 
@@ -180,13 +180,6 @@ class EmbeddingShards(Embeddings):
         """Return the normalised embeddings [n, D] of a shard. Thread-safe."""
         # Not from the memory map: every page that was touched once would stay in memory.
         return normalised(np.load(self._folder / vectors_file(number), allow_pickle=False))
-
-
-def normalised(vectors_nD: Float16Array | Float32Array) -> Float32Array:
-    """Return the vectors as float32 with length 1. Zero vectors stay zero."""
-    embeddings_nD = vectors_nD.astype(np.float32)
-    embeddings_nD /= np.maximum(np.linalg.norm(embeddings_nD, axis=1, keepdims=True), np.float32(1e-12))
-    return embeddings_nD
 
 
 def _map(path: Path, dtype: np.dtype[Scalar]) -> npt.NDArray[Scalar]:

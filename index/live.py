@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from core.arrays import Float32Array
+from core.arrays import Float32Array, normalised
 from core.errors import LiveDirError, Unavailable, UnknownEntity
 from core.files import locked, sync
 from index.bundle import Bundle
 from index.delta import Delta
-from index.embeddings import normalised
 from index.manifest import content_fingerprint
 from index.store import (
     INDEXES,

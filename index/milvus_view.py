@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from core.arrays import Float32Array, Int64Array
+from core.arrays import Float32Array, Int64Array, normalised
 from core.errors import BundleError, UnknownEntity
 from index import milvus
 from index.bundle import Bundle
-from index.embeddings import normalised
 from index.milvus import FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
 from index.remembered import Remembered
 from index.store import (

@@ -16,10 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from core.arrays import BoolArray, Float32Array, Int64Array
+from core.arrays import BoolArray, Float32Array, Int64Array, normalised
 from core.errors import UnknownEntity
 from index.delta import Delta
-from index.embeddings import normalised
 from index.live import LiveSegment
 from index.search import EntityIndex
 from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct

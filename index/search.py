@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from core.arrays import BoolArray, Float32Array, Int64Array
+from core.arrays import BoolArray, Float32Array, Int64Array, normalised
 from core.errors import BundleAltered
 from core.runtime import faiss
-from index.embeddings import Embeddings, concatenate_ranges, normalised
+from index.embeddings import Embeddings, concatenate_ranges
 from index.faiss_index import Candidates, faiss_reason
 from index.gpu import placement
 from index.remembered import Remembered

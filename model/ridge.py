@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from core.arrays import BoolArray, Float32Array, Float64Array, Int64Array
-from index.embeddings import normalised
+from core.arrays import BoolArray, Float32Array, Float64Array, Int64Array, normalised
 from model.adaptor import Adaptor
 from model.validation import Accuracy, measure
 

@@ -15,12 +15,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image, ImageDraw
 
+from core.arrays import normalised
 from core.runtime import onnxruntime
 from imaging import Preprocessing, load_pixels, normalise
 from index.build import build_index
 from index.bundle import list_files, open_embeddings
 from index.calibration import Calibration
-from index.embeddings import EmbeddingShards, normalised, pooled, write_shard
+from index.embeddings import EmbeddingShards, pooled, write_shard
 from index.manifest import (
     MANIFEST_FILE,
     REMEMBERED_FOLDER,

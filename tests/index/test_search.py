@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from core.arrays import normalised
 from core.errors import BundleAltered, UserError
 from index import search
 from index.build import build_index
-from index.embeddings import Embeddings, EmbeddingShards, Pooling, normalised, pooled, write_shard
+from index.embeddings import Embeddings, EmbeddingShards, Pooling, pooled, write_shard
 from index.manifest import INDEX_FILE
 from index.remembered import Remembered
 from index.search import EntityIndex

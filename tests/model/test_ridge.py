@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from index.embeddings import normalised
 from model.adaptor import Adaptor, AdaptorConfig
 from model.ridge import RidgeData, _solve, _starts, fit_ridge, refit
 
