@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.arrays import normalised
 from model.adaptor import Adaptor, AdaptorConfig
 from model.ridge import RidgeData, _solve, _starts, fit_ridge, refit
 
