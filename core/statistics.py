@@ -7,7 +7,7 @@ import math
 _Z_95 = 1.959964  # of a 95 % interval
 
 
-def wilson_interval(right: int, count: int) -> tuple[float, float]:
+def wilson_interval(right: float, count: int) -> tuple[float, float]:
     """Return Wilson's 95 % interval of a share, from 0 to 1. Unlike a bootstrap's, that of 60 of 60 is not a point."""
     if count == 0:
         return 0.0, 1.0

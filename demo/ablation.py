@@ -19,6 +19,7 @@ from tqdm import tqdm
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.jsonl import RejectLog
+from core.markdown import fill_in
 from core.runtime import describe_run
 from demo.build import BUILD, build_option, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
@@ -34,7 +35,6 @@ from model.validation import validate
 
 DEMO = Path(__file__).parent
 PAGE = DEMO.parent / "docs" / "ablation.md"
-START, END = "<!-- ablation: written by `make ablation` -->", "<!-- /ablation -->"
 _CPU = torch.device("cpu")
 _VIEWS = ("clean", "photo")  # of the test drawings
 
@@ -173,15 +173,6 @@ def _cell(shares: Sequence[float]) -> str:
     return f"{mean(percent):.1f}" + (f" ± {stdev(percent):.1f}" if len(percent) > 1 else "")
 
 
-def fill_in(page: str, text: str) -> str:
-    """Return the page with `text` between its two markers. Raises `UserError` if they are missing."""
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not start or not end:
-        raise UserError(f"the page has no place for the table; add two lines, {START} and {END}")
-    return f"{before}{START}\n\n{text}\n\n{END}{after}"
-
-
 @click.command(context_settings={"show_default": True})
 @click.option("--arm", "only", multiple=True, type=click.Choice([arm.name for arm in ARMS]), help="Only these arms.")
 @click.option("--seeds", default=3, type=click.IntRange(min=1), help="Runs of each arm.")
@@ -212,7 +203,7 @@ def main(
     )  # fmt: skip
     figures = {**described, "arms": results}
     atomic_write_bytes(out, (json.dumps(figures, indent=1) + "\n").encode())
-    atomic_write_bytes(page, fill_in(page.read_text(encoding="utf-8"), table(figures)).encode())
+    fill_in(page, "ablation", table(figures))
     click.echo(table(figures))
 
 

@@ -14,9 +14,11 @@ from PIL import Image
 
 import demo
 from core.errors import UserError
-from demo.ablation import ARMS, END, START, fill_in, main, table
+from core.markdown import fill_in
+from demo.ablation import ARMS, main, table
 
 DEMO = Path(demo.__file__).parent
+START, END = "<!-- ablation: written by `make ablation` -->", "<!-- /ablation -->"
 SOME = ["mean patch token, untrained", "text only", "VGKA, both", "VGKA, unfamiliar artists"]
 
 
@@ -94,9 +96,11 @@ def test_missing_symbols_are_an_error(tmp_path: Path) -> None:
     assert "make symbols" in str(done.exception)
 
 
-def test_a_page_without_markers_is_an_error() -> None:
+def test_a_page_without_markers_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"text\n{START}\n")
     with pytest.raises(UserError, match="no place for the table"):
-        fill_in(f"text\n{START}\n", "table")
+        fill_in(page, "ablation", "table")
 
 
 def test_all_arms_differ() -> None:

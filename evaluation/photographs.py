@@ -1,0 +1,512 @@
+"""Accuracy on photographs, without training and with each part of the method: `make photographs PHOTOS=FOLDER`.
+
+The folder has `entities.jsonl`: entities with one photograph, or with five and more. Those with five are split into
+folds, and each fold is unseen once. Photograph 0 is the entity's image, 1 and 2 are training pairs of seen entities.
+Queries are 3 and 4 of seen entities and 1 to 4 of unseen ones. All entities are in the catalog of the training. Two
+catalogs are searched: the entities with five photographs (`small`), and all (`full`).
+
+Every arm runs `wikiclip train` and `wikiclip export` with their defaults, and the recogniser of `wikiclip evaluate`.
+Finished runs are lines of `runs.jsonl` in the work folder and are not repeated.
+
+Shapes: E entities, R resamplings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+import numpy as np
+
+from catalog import EntityRecord, read_catalog
+from catalog.formats import write_catalog
+from core.arrays import Float32Array, Float64Array, Pixels
+from core.cli import run
+from core.errors import UserError
+from core.files import atomic_write_bytes
+from core.jsonl import to_jsonl
+from core.markdown import fill_in
+from core.runtime import describe_run
+from core.statistics import wilson_interval
+from evaluation.evaluate import HoldoutBundle, answer_queries
+from evaluation.metrics import RESAMPLINGS, format_interval, percentile_interval
+from imaging import Preprocessing
+from index.bundle import Bundle
+from model.cli import PATH
+from model.encoders import open_image_encoder
+from model.resume import fingerprint
+from service.encoder import OnnxEncoder, open_encoder
+from service.recognizer import Recognizer
+from service.settings import Settings
+from wikiclip.cli import load
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "method.md"
+_PHOTOGRAPHS = 5
+_TRAINING, _SEEN_QUERIES, _UNSEEN_QUERIES = (1, 2), (3, 4), (1, 2, 3, 4)
+_NAMES = {"small": "small catalog", "full": "full catalog"}
+
+Searched = Literal["small", "full"]
+SEARCHED: tuple[Searched, ...] = ("small", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A row of the table: the flags of `wikiclip train` (None: no training), and whether the export remembers pairs."""
+
+    name: str
+    training: tuple[str, ...] | None = ()
+    remember: bool = False
+
+
+_NEGATIVES = ("--hard-negatives", "both")
+BASELINE = Arm(name="image alone", training=None)
+ARMS = (
+    BASELINE,
+    Arm(name="ridge", training=("--adaptor", "ridge")),
+    Arm(name="VGKA"),
+    Arm(name="VGKA, negatives", training=_NEGATIVES),
+    Arm(name="VGKA, negatives, memory", training=_NEGATIVES, remember=True),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """The ranks of a query's entity in both searches, None below the tenth. `photograph` is its number, from 0."""
+
+    entity_id: str
+    photograph: int
+    seen: bool
+    small: int | None
+    full: int | None
+
+    def is_within(self, k: int, searched: Searched) -> bool:
+        rank: int | None = getattr(self, searched)
+        return rank is not None and rank <= k
+
+
+# ---- the photographs ----
+
+
+class Photographs:
+    """The entities of the folder, each with its photographs. `queried` are the ids of those with five, in order."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raise `CatalogError` if `entities.jsonl` cannot be read, `UserError` if it has a bad record."""
+        path = folder.resolve() / "entities.jsonl"
+        self.records: dict[str, EntityRecord] = {}
+        for item in read_catalog(path):
+            if not isinstance(item, EntityRecord):
+                raise UserError(f"{path}, line {item.line}: {item.reason}")
+            self.records[item.entity_id] = item
+        self.queried = [each.entity_id for each in self.records.values() if len(each.images) >= _PHOTOGRAPHS]
+        digest = hashlib.sha256(path.read_bytes())
+        for record in self.records.values():
+            for image in record.images[: _PHOTOGRAPHS if record.entity_id in self.queried else 1]:
+                try:
+                    digest.update(Path(image).read_bytes())
+                except OSError as error:
+                    raise UserError(f"{path}, line {record.line}: {image} cannot be read: {error.strerror}") from None
+        self.digest = digest.hexdigest()
+
+    def write_catalog(self, path: Path) -> None:
+        """Write all entities with their first photograph."""
+        write_catalog(path, (replace(record, images=record.images[:1]) for record in self.records.values()))
+
+    def pairs(self, unseen: frozenset[str]) -> Iterator[dict[str, str]]:
+        """Yield the rows of the training pairs."""
+        for entity_id in self.queried:
+            if entity_id not in unseen:
+                yield from self._rows(entity_id, _TRAINING, "train_seen")
+
+    def queries(self, unseen: frozenset[str]) -> Iterator[dict[str, str]]:
+        """Yield the rows of the queries."""
+        for entity_id in self.queried:
+            if entity_id in unseen:
+                yield from self._rows(entity_id, _UNSEEN_QUERIES, "test_unseen")
+            else:
+                yield from self._rows(entity_id, _SEEN_QUERIES, "test_seen")
+
+    def _rows(self, entity_id: str, photographs: Iterable[int], split: str) -> Iterator[dict[str, str]]:
+        for number in photographs:
+            image = self.records[entity_id].images[number]
+            yield {"data_id": f"{entity_id}:{number}", "image": image, "entity_id": entity_id, "data_split": split}
+
+
+def split_folds(entity_ids: Sequence[str], folds: int) -> list[frozenset[str]]:
+    """Return the unseen entities of each fold. Neighbours, which may be alike, are in different folds.
+
+    Raise `UserError` if there are fewer entities than folds.
+    """
+    if len(entity_ids) < folds:
+        raise UserError(
+            f"{len(entity_ids)} entities have {_PHOTOGRAPHS} photographs, too few for {folds} folds; add photographs, "
+            "or lower --folds"
+        )
+    return [frozenset(entity_ids[fold::folds]) for fold in range(folds)]
+
+
+# ---- figures ----
+
+
+def pool(answers: Sequence[Answer], baseline: Sequence[Answer], searched: Searched) -> dict[str, Any]:
+    """Return the accuracies of seen and unseen entities over all folds, in percent, and their ratios to the baseline.
+
+    A seen query is asked in several folds, so intervals of accuracies count each picture once. Those of ratios resample
+    entities, each with all of its answers and with those of the baseline to the same queries.
+    """
+    pooled = {}
+    for part, seen in (("seen", True), ("unseen", False)):
+        own, others = ([each for each in some if each.seen is seen] for some in (answers, baseline))
+        pictures = len({(each.entity_id, each.photograph) for each in own})
+        top_1 = float(np.mean([each.is_within(1, searched) for each in own]))
+        low, high = wilson_interval(top_1 * pictures, pictures)
+        pooled[part] = {
+            "answers": len(own),
+            "pictures": pictures,
+            "top_1": round(100 * top_1, 2),
+            "interval": (round(100 * low, 2), round(100 * high, 2)),
+            "recall_at_5": round(100 * float(np.mean([each.is_within(5, searched) for each in own])), 2),
+            **_ratio(own, others, searched),
+        }
+    return pooled
+
+
+def _ratio(answers: Sequence[Answer], baseline: Sequence[Answer], searched: Searched) -> dict[str, Any]:
+    """Return the ratio of two accuracies on the same queries and its 95 % interval, None where nothing is right."""
+    right_E, baseline_E = (_right_by_entity(each, searched) for each in (answers, baseline))
+    if not baseline_E.any():
+        return {"ratio": None, "ratio_interval": None}
+    # How often a resampling draws each entity.
+    drawn_RE = np.random.default_rng(0).multinomial(len(right_E), np.full(len(right_E), 1 / len(right_E)), RESAMPLINGS)
+    right_R, baseline_R = drawn_RE @ right_E, drawn_RE @ baseline_E
+    low, high = percentile_interval(right_R[baseline_R > 0] / baseline_R[baseline_R > 0])
+    return {
+        "ratio": round(float(right_E.sum() / baseline_E.sum()), 3),
+        "ratio_interval": (round(low, 3), round(high, 3)),
+    }
+
+
+def _right_by_entity(answers: Sequence[Answer], searched: Searched) -> Float64Array:
+    """Return the number of right answers [E] of each entity, in the order of the ids."""
+    right: dict[str, int] = defaultdict(int)
+    for each in answers:
+        right[each.entity_id] += each.is_within(1, searched)
+    return np.array([right[entity_id] for entity_id in sorted(right)], np.float64)
+
+
+def table(figures: Mapping[str, Any]) -> str:
+    """Return the figures as Markdown."""
+    blocks = []
+    for encoder, by_catalog in figures["encoders"].items():
+        for searched, by_arm in by_catalog.items():
+            lines = [
+                f"| {encoder}, {_NAMES[searched]} | seen | times image alone | recall@5 | unseen | times image alone "
+                "| recall@5 |",
+                "| --- | --- | --- | --- | --- | --- | --- |",
+            ]
+            for arm, parts in by_arm.items():
+                cells = [cell for part in ("seen", "unseen") for cell in _cells(parts[part], arm)]
+                lines.append(f"| {arm} | {' | '.join(cells)} |")
+            blocks.append("\n".join(lines))
+    settings = figures["settings"]
+    blocks.append(
+        f"Top-1 in percent over {settings['folds']} folds, with 95 % intervals. Small catalog: "
+        f"{settings['queried']} entities with five photographs; full: {settings['entities']}. "
+        f"{figures['hardware']['name']}, {figures['minutes']:.0f} minutes, {figures['date']}, `{figures['commit']}`."
+    )
+    return "\n\n".join(blocks)
+
+
+def _cells(part: Mapping[str, Any], arm: str) -> list[str]:
+    accuracy = f"{part['top_1']:.1f} ({format_interval(tuple(part['interval']))})"
+    ratio = ""
+    if arm != BASELINE.name and part["ratio"] is not None:
+        ratio = f"{part['ratio']:.2f} ({format_interval(tuple(part['ratio_interval']), 2)})"
+    return [accuracy, ratio, f"{part['recall_at_5']:.1f}"]
+
+
+# ---- runs ----
+
+
+class _OnceEncoder:
+    """The image encoder of several bundles. It encodes each picture once."""
+
+    heat_maps = False
+
+    def __init__(self, encoder: OnnxEncoder) -> None:
+        self.device = encoder.device
+        self.patch_tokens = encoder.patch_tokens
+        self._encoder = encoder
+        self._embeddings: dict[bytes, Float32Array] = {}
+
+    def encode(self, pixels_BHW3: Pixels) -> Float32Array:
+        keys = [hashlib.sha256(pixels_HW3.tobytes()).digest() for pixels_HW3 in pixels_BHW3]
+        new = [number for number, key in enumerate(keys) if key not in self._embeddings]
+        if new:
+            self._embeddings |= zip(
+                (keys[number] for number in new), self._encoder.encode(pixels_BHW3[new]), strict=True
+            )
+        return np.stack([self._embeddings[key] for key in keys])
+
+
+class Runs:
+    """The runs of one encoder. `work` has the cached features, and in `run` what only one run needs."""
+
+    def __init__(self, photographs: Photographs, spec: str, work: Path, *, smoke: bool) -> None:
+        self._photographs = photographs
+        self._spec = spec
+        self._features = work / "features"
+        self._folder = work / "run"
+        self._smoke = smoke
+        self._catalog = self._folder / "catalog.jsonl"
+        self._encoders: dict[str, _OnceEncoder] = {}
+        shutil.rmtree(self._folder, ignore_errors=True)  # of an earlier encoder, or an interrupted command
+        self._folder.mkdir(parents=True)
+        photographs.write_catalog(self._catalog)
+
+    def run_fold(self, unseen: frozenset[str], arms: Sequence[Arm]) -> Generator[dict[str, Any]]:
+        """Run the arms of a fold. Yield the answers of each, how long each step took, and what the steps chose."""
+        folder = self._folder / "fold"
+        folder.mkdir()
+        pairs, queries = folder / "pairs.jsonl", folder / "queries.jsonl"
+        pairs.write_bytes(to_jsonl(self._photographs.pairs(unseen)))
+        queries.write_bytes(to_jsonl(self._photographs.queries(unseen)))
+        checkpoints: dict[tuple[str, ...], Path] = {}
+        bundles: dict[tuple[str, ...], Path] = {}
+        try:
+            for number, arm in enumerate(arms):
+                seconds: dict[str, float] = {}
+                chosen: dict[str, Any] = {}
+                flags: list[str | Path] = ["--image-encoder", self._spec]
+                bundle = self._folder / "image"  # the same in every fold
+                if arm.training is not None:
+                    bundle = folder / f"bundle_{number}"
+                    if arm.training not in checkpoints:
+                        checkpoints[arm.training] = folder / f"checkpoint_{number}"
+                        with _timed(seconds, "train"):
+                            chosen |= self._train(arm.training, pairs, checkpoints[arm.training])
+                    flags = ["--checkpoint", checkpoints[arm.training]]
+                    if arm.training in bundles:
+                        flags += ["--base", bundles[arm.training]]
+                    bundles[arm.training] = bundle
+                if arm.remember:
+                    flags += ["--remember", pairs]
+                if not bundle.exists():
+                    with _timed(seconds, "export"):
+                        summary = _command("export", "--catalog", self._catalog, "--out", bundle, "--json", *flags)
+                    chosen["remembered"] = summary["remembered"]
+                with _timed(seconds, "evaluate"):
+                    answers = self._answer(bundle, queries)
+                yield {
+                    "arm": arm.name,
+                    "seconds": seconds,
+                    "chosen": {name: value for name, value in chosen.items() if value is not None},
+                    "answers": [asdict(answer) for answer in answers],
+                }
+        finally:
+            shutil.rmtree(folder)
+
+    def _train(self, flags: Sequence[str], pairs: Path, out: Path) -> dict[str, Any]:
+        """Train an adaptor. Return what the training chose."""
+        report = _command(
+            "train", "--catalog", self._catalog, "--pairs", pairs, "--catalog-pairs", "--image-encoder", self._spec,
+            "--text-encoder", "minilm", "--cache-dir", self._features, "--out", out, "--json", *flags,
+            *(["--epochs", "1"] if self._smoke else []),
+        )  # fmt: skip
+        text_share = (report.get("ridge") or {}).get("text_share")
+        return {"text_share": text_share, **{name: report.get(name) for name in ("best_epoch", "strength")}}
+
+    def _answer(self, path: Path, queries: Path) -> list[Answer]:
+        """Answer the queries in both catalogs."""
+        bundle = Bundle.open(path)
+        settings = Settings(cache="off")
+        entry = bundle.manifest.files[bundle.manifest.image_encoder.file]
+        if entry.sha256 not in self._encoders:
+            preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
+            self._encoders[entry.sha256] = _OnceEncoder(open_encoder(bundle, preprocessing, settings))
+        with bundle.store() as store:
+            ids = [each.entity_id for each in store.by_rows(range(len(store)))]
+        singles = frozenset(row for row, entity_id in enumerate(ids) if entity_id not in set(self._photographs.queried))
+        ranks: dict[str, list[int | None]] = {}
+        for searched, held_out in zip(SEARCHED, (singles, frozenset[int]()), strict=True):
+            parts = {each.name: getattr(bundle, each.name) for each in fields(Bundle)}
+            searched_bundle = HoldoutBundle(**parts, held_out=held_out)
+            with Recognizer(searched_bundle, settings, self._encoders[entry.sha256]) as recognizer:
+                answered, rejected = answer_queries(
+                    recognizer, [queries], queries.with_name("predictions.jsonl"), image_root=None, batch_size=64
+                )
+            if rejected:
+                raise UserError(f"{rejected} photographs cannot be used, see {queries.with_name('rejected.jsonl')}")
+            ranks[searched] = [each.rank for each in answered]
+        rows = [json.loads(line) for line in queries.read_bytes().splitlines()]
+        return [
+            Answer(
+                entity_id=row["entity_id"],
+                photograph=int(row["data_id"].rpartition(":")[2]),
+                seen=row["data_split"] == "test_seen",
+                small=small,
+                full=full,
+            )
+            for row, small, full in zip(rows, ranks["small"], ranks["full"], strict=True)
+        ]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[step] = round(time.perf_counter() - started, 1)
+
+
+def _command(name: str, *arguments: str | Path) -> dict[str, Any]:
+    """Run a command of `wikiclip` in this process and return the JSON object that it prints."""
+    with redirect_stdout(io.StringIO()) as output:
+        load(name).main([str(argument) for argument in arguments], standalone_mode=False)
+    report: dict[str, Any] = json.loads(output.getvalue().splitlines()[-1])
+    return report
+
+
+@click.command(context_settings={"show_default": True})
+@click.option(
+    "--photos", type=click.Path(path_type=Path, exists=True, file_okay=False), required=True,
+    help="Folder of the photographs, with entities.jsonl.",
+)  # fmt: skip
+@click.option("--encoder", "specs", multiple=True, default=["photo"], help="Image encoder; may be given several times.")
+@click.option("--arm", "only", multiple=True, type=click.Choice([arm.name for arm in ARMS]), help="Only these arms.")
+@click.option("--folds", default=5, type=click.IntRange(min=2), help="Parts of the entities; each is unseen once.")
+@click.option("--work", type=PATH, default=ROOT / "build" / "photographs", help="Folder of features and finished runs.")
+@click.option("--out", type=PATH, default=ROOT / "evaluation" / "photographs.json", help="Figures, JSON.")
+@click.option("--page", type=PATH, default=PAGE, help="Page whose table is replaced.")
+@click.option("--smoke", is_flag=True, help="Run one fold with one epoch, and write WORK/smoke.json instead.")
+def main(
+    photos: Path,
+    specs: tuple[str, ...],
+    only: tuple[str, ...],
+    folds: int,
+    work: Path,
+    out: Path,
+    page: Path,
+    smoke: bool,
+) -> None:
+    """Measure every arm on photographs, and write the figures. An interrupted command resumes."""
+    photographs = Photographs(photos)
+    unseen = split_folds(photographs.queried, folds)[: 1 if smoke else None]
+    arms = [arm for arm in ARMS if not only or arm.name in only or arm is BASELINE]
+    described = describe_run(
+        {
+            "folds": folds,
+            "entities": len(photographs.records),
+            "queried": len(photographs.queried),
+            "photographs": photographs.digest,
+            "text_encoder": "minilm",
+            "arms": {arm.name: arm.training for arm in arms},
+        }
+    )
+    rows = run_all(photographs, specs, arms, unseen, work, key={"commit": described["commit"], "smoke": smoke})
+    figures = {**described, **summarise_runs(rows)}
+    if smoke:
+        out = work / "smoke.json"
+    else:
+        fill_in(page, "photographs", table(figures))
+    atomic_write_bytes(out, (json.dumps(figures, indent=1) + "\n").encode())
+    click.echo(table(figures))
+
+
+def run_all(
+    photographs: Photographs,
+    specs: Sequence[str],
+    arms: Sequence[Arm],
+    unseen: Sequence[frozenset[str]],
+    work: Path,
+    key: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Return the result of every encoder, fold and arm, and print each. Finished ones are read from `runs.jsonl`.
+
+    `key` is what else results depend on.
+    """
+    work.mkdir(parents=True, exist_ok=True)
+    log = work / "runs.jsonl"
+    finished = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+    results = []
+    for spec in specs:
+        encoder = spec if ":" not in spec else f"{spec.partition(':')[0]}:{Path(spec).name}"
+        content_hash = open_image_encoder(spec).content_hash
+        runs = Runs(photographs, spec, work, smoke=bool(key["smoke"]))
+        baseline: list[Answer] = []
+        for fold, unseen_ids in enumerate(unseen):
+            keys = {
+                arm.name: fingerprint(
+                    {
+                        **key,
+                        "encoder": content_hash,
+                        "data": photographs.digest,
+                        "unseen": sorted(unseen_ids),
+                        **asdict(arm),
+                    }
+                )
+                for arm in arms
+            }
+            done = {row["arm"]: row for row in finished if keys.get(row["arm"]) == row["run"]}
+            with closing(runs.run_fold(unseen_ids, [arm for arm in arms if arm.name not in done])) as new:
+                for arm in arms:
+                    if (row := done.get(arm.name)) is None:
+                        row = {"run": keys[arm.name], "encoder": encoder, "fold": fold, **next(new)}
+                        finished.append(row)
+                        atomic_write_bytes(log, to_jsonl(finished))
+                    results.append(row)
+                    if arm is BASELINE:
+                        baseline = _answers(row)
+                    click.echo(f"{encoder}, fold {fold + 1} of {len(unseen)}, {arm.name}: {_line(row, baseline)}")
+    return results
+
+
+def _answers(row: Mapping[str, Any]) -> list[Answer]:
+    return [Answer(**answer) for answer in row["answers"]]
+
+
+def _line(row: Mapping[str, Any], baseline: Sequence[Answer]) -> str:
+    """Return a run's accuracies, their ratios to the baseline, and its times as text."""
+    parts = []
+    for searched in SEARCHED:
+        pooled = pool(_answers(row), baseline, searched)
+        accuracies = " / ".join(f"{pooled[part]['top_1']:.1f}" for part in ("seen", "unseen"))
+        ratios = " / ".join(f"{pooled[part]['ratio'] or math.nan:.2f}" for part in ("seen", "unseen"))
+        parts.append(f"{searched} {accuracies} ({ratios})")
+    times = ", ".join(f"{step} {seconds:.0f} s" for step, seconds in row["seconds"].items())
+    return f"seen / unseen (ratios): {', '.join(parts)}; {times}"
+
+
+def summarise_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures of all runs: accuracies by encoder, catalog and arm, and what was chosen in each fold."""
+    answers: dict[str, dict[str, list[Answer]]] = {}
+    chosen: dict[str, dict[str, list[Any]]] = {}
+    for row in rows:
+        answers.setdefault(row["encoder"], {}).setdefault(row["arm"], []).extend(_answers(row))
+        chosen.setdefault(row["encoder"], {}).setdefault(row["arm"], []).append(row["chosen"])
+    return {
+        "minutes": round(sum(seconds for row in rows for seconds in row["seconds"].values()) / 60, 1),
+        "encoders": {
+            encoder: {
+                searched: {arm: pool(each, by_arm[BASELINE.name], searched) for arm, each in by_arm.items()}
+                for searched in SEARCHED
+            }
+            for encoder, by_arm in answers.items()
+        },
+        "chosen": chosen,
+    }
+
+
+if __name__ == "__main__":
+    run(main, name="python -m evaluation.photographs")
