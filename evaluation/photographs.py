@@ -8,7 +8,7 @@ catalogs are searched: the entities with five photographs (`small`), and all (`f
 Every arm runs `wikiclip train` and `wikiclip export` with their defaults, and the recogniser of `wikiclip evaluate`.
 Finished runs are lines of `runs.jsonl` in the work folder and are not repeated.
 
-Shapes: E entities, R resamplings.
+Shapes: B batch, D embedding width, H/W pixels.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import json
 import math
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,7 +30,7 @@ import numpy as np
 
 from catalog import EntityRecord, read_catalog
 from catalog.formats import write_catalog
-from core.arrays import Float32Array, Float64Array, Pixels
+from core.arrays import Float32Array, Pixels
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
@@ -40,7 +39,7 @@ from core.markdown import fill_in
 from core.runtime import describe_run
 from core.statistics import wilson_interval
 from evaluation.evaluate import HoldoutBundle, answer_queries
-from evaluation.metrics import RESAMPLINGS, format_interval, percentile_interval
+from evaluation.metrics import format_interval, ratio_interval
 from imaging import Preprocessing
 from index.bundle import Bundle
 from model.cli import PATH
@@ -161,49 +160,33 @@ def split_folds(entity_ids: Sequence[str], folds: int) -> list[frozenset[str]]:
 
 
 def pool(answers: Sequence[Answer], baseline: Sequence[Answer], searched: Searched) -> dict[str, Any]:
-    """Return the accuracies of seen and unseen entities over all folds, in percent, and their ratios to the baseline.
+    """Return the accuracies of seen and unseen entities in percent, and their ratios to the baseline's.
 
-    A seen query is asked in several folds, so intervals of accuracies count each picture once. Those of ratios resample
-    entities, each with all of its answers and with those of the baseline to the same queries.
+    Both have the answers to the same queries, in the same order. A seen entity's query is asked in several folds, with
+    answers that depend on each other. So Wilson's intervals count each picture once, and those of ratios resample
+    entities. A ratio is None where the baseline has nothing right, and its interval where it has no upper bound.
     """
     pooled = {}
     for part, seen in (("seen", True), ("unseen", False)):
         own, others = ([each for each in some if each.seen is seen] for some in (answers, baseline))
+        right, others_right = ([each.is_within(1, searched) for each in some] for some in (own, others))
         pictures = len({(each.entity_id, each.photograph) for each in own})
-        top_1 = float(np.mean([each.is_within(1, searched) for each in own]))
-        low, high = wilson_interval(top_1 * pictures, pictures)
+        low, high = wilson_interval(sum(right) / len(right) * pictures, pictures)
+        interval = ratio_interval(right, others_right, [each.entity_id for each in own])
         pooled[part] = {
             "answers": len(own),
             "pictures": pictures,
-            "top_1": round(100 * top_1, 2),
+            "top_1": _percent(right),
             "interval": (round(100 * low, 2), round(100 * high, 2)),
-            "recall_at_5": round(100 * float(np.mean([each.is_within(5, searched) for each in own])), 2),
-            **_ratio(own, others, searched),
+            "recall_at_5": _percent([each.is_within(5, searched) for each in own]),
+            "ratio": round(sum(right) / sum(others_right), 3) if any(others_right) else None,
+            "ratio_interval": None if interval is None else (round(interval[0], 3), round(interval[1], 3)),
         }
     return pooled
 
 
-def _ratio(answers: Sequence[Answer], baseline: Sequence[Answer], searched: Searched) -> dict[str, Any]:
-    """Return the ratio of two accuracies on the same queries and its 95 % interval, None where nothing is right."""
-    right_E, baseline_E = (_right_by_entity(each, searched) for each in (answers, baseline))
-    if not baseline_E.any():
-        return {"ratio": None, "ratio_interval": None}
-    # How often a resampling draws each entity.
-    drawn_RE = np.random.default_rng(0).multinomial(len(right_E), np.full(len(right_E), 1 / len(right_E)), RESAMPLINGS)
-    right_R, baseline_R = drawn_RE @ right_E, drawn_RE @ baseline_E
-    low, high = percentile_interval(right_R[baseline_R > 0] / baseline_R[baseline_R > 0])
-    return {
-        "ratio": round(float(right_E.sum() / baseline_E.sum()), 3),
-        "ratio_interval": (round(low, 3), round(high, 3)),
-    }
-
-
-def _right_by_entity(answers: Sequence[Answer], searched: Searched) -> Float64Array:
-    """Return the number of right answers [E] of each entity, in the order of the ids."""
-    right: dict[str, int] = defaultdict(int)
-    for each in answers:
-        right[each.entity_id] += each.is_within(1, searched)
-    return np.array([right[entity_id] for entity_id in sorted(right)], np.float64)
+def _percent(flags: Sequence[bool]) -> float:
+    return round(100 * sum(flags) / len(flags), 2)
 
 
 def table(figures: Mapping[str, Any]) -> str:
@@ -232,7 +215,7 @@ def table(figures: Mapping[str, Any]) -> str:
 def _cells(part: Mapping[str, Any], arm: str) -> list[str]:
     accuracy = f"{part['top_1']:.1f} ({format_interval(tuple(part['interval']))})"
     ratio = ""
-    if arm != BASELINE.name and part["ratio"] is not None:
+    if arm != BASELINE.name and part["ratio_interval"] is not None:
         ratio = f"{part['ratio']:.2f} ({format_interval(tuple(part['ratio_interval']), 2)})"
     return [accuracy, ratio, f"{part['recall_at_5']:.1f}"]
 
