@@ -27,7 +27,7 @@ test quick: export OMP_NUM_THREADS := 1
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-photos setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation docs cli-docs figures licences lock clean
+.PHONY: help demo demo-photos setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation photographs docs cli-docs figures licences lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -92,6 +92,11 @@ demo-bundle: symbols  ## train the demo's adaptor and write demo/checkpoint and 
 
 ablation: symbols  ## train small adaptors with each part of the method and without; writes docs/ablation.md's table
 	$(BIN)/python -m demo.ablation $(ARGS)
+
+photographs: $(ALL)  ## measure each part of the method on photographs (PHOTOS=FOLDER, MOBILENET=FILE.onnx); writes docs/method.md's tables
+	@test -n "$(PHOTOS)" || { echo "error: name a folder of photographs with PHOTOS=FOLDER; docs/method.md says what is in it" >&2; exit 2; }
+	@$(if $(MOBILENET),:,echo "no MOBILENET=FILE.onnx given: measuring the encoder photo alone")
+	$(BIN)/python -m evaluation.photographs --photos "$(PHOTOS)" --encoder photo $(if $(MOBILENET),--encoder "onnx:$(MOBILENET)") $(ARGS)
 
 images:  ## build the container images with docker or podman, and run each that this machine can run
 	@deploy/images.sh build run

@@ -19,6 +19,7 @@ import json
 import math
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,9 +43,6 @@ from evaluation.evaluate import HoldoutBundle, answer_queries
 from evaluation.metrics import format_interval, ratio_interval
 from imaging import Preprocessing
 from index.bundle import Bundle
-from model.cli import PATH
-from model.encoders import open_image_encoder
-from model.resume import fingerprint
 from service.encoder import OnnxEncoder, open_encoder
 from service.recognizer import Recognizer
 from service.settings import Settings
@@ -52,6 +50,7 @@ from wikiclip.cli import load
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "method.md"
+_PATH = click.Path(path_type=Path)
 _PHOTOGRAPHS = 5
 _TRAINING, _SEEN_QUERIES, _UNSEEN_QUERIES = (1, 2), (3, 4), (1, 2, 3, 4)
 _NAMES = {"small": "small catalog", "full": "full catalog"}
@@ -89,6 +88,9 @@ class Answer:
     seen: bool
     small: int | None
     full: int | None
+
+    def query(self) -> tuple[str, int]:
+        return self.entity_id, self.photograph
 
     def is_within(self, k: int, searched: Searched) -> bool:
         rank: int | None = getattr(self, searched)
@@ -156,6 +158,16 @@ def split_folds(entity_ids: Sequence[str], folds: int) -> list[frozenset[str]]:
     return [frozenset(entity_ids[fold::folds]) for fold in range(folds)]
 
 
+def split_queries(
+    queries: Sequence[dict[str, str]], unseen: frozenset[str]
+) -> list[tuple[list[dict[str, str]], list[dict[str, str]]]]:
+    """Return each half of the queries with the other half, to validate on. An entity's queries are in one half."""
+    entity_ids = sorted({row["entity_id"] for row in queries}, key=lambda entity_id: (entity_id in unseen, entity_id))
+    first = frozenset(entity_ids[::2])
+    halves = [[row for row in queries if (row["entity_id"] in first) is half] for half in (True, False)]
+    return [(halves[0], halves[1]), (halves[1], halves[0])]
+
+
 # ---- figures ----
 
 
@@ -170,7 +182,7 @@ def pool(answers: Sequence[Answer], baseline: Sequence[Answer], searched: Search
     for part, seen in (("seen", True), ("unseen", False)):
         own, others = ([each for each in some if each.seen is seen] for some in (answers, baseline))
         right, others_right = ([each.is_within(1, searched) for each in some] for some in (own, others))
-        pictures = len({(each.entity_id, each.photograph) for each in own})
+        pictures = len({each.query() for each in own})
         low, high = wilson_interval(sum(right) / len(right) * pictures, pictures)
         interval = ratio_interval(right, others_right, [each.entity_id for each in own])
         pooled[part] = {
@@ -263,40 +275,44 @@ class Runs:
         """Run the arms of a fold. Yield the answers of each, how long each step took, and what the steps chose."""
         folder = self._folder / "fold"
         folder.mkdir()
-        pairs, queries = folder / "pairs.jsonl", folder / "queries.jsonl"
+        pairs = folder / "pairs.jsonl"
         pairs.write_bytes(to_jsonl(self._photographs.pairs(unseen)))
-        queries.write_bytes(to_jsonl(self._photographs.queries(unseen)))
+        queries = list(self._photographs.queries(unseen))
         checkpoints: dict[tuple[str, ...], Path] = {}
         bundles: dict[tuple[str, ...], Path] = {}
         try:
             for number, arm in enumerate(arms):
-                seconds: dict[str, float] = {}
+                seconds: dict[str, float] = defaultdict(float)
                 chosen: dict[str, Any] = {}
-                flags: list[str | Path] = ["--image-encoder", self._spec]
-                bundle = self._folder / "image"  # the same in every fold
-                if arm.training is not None:
-                    bundle = folder / f"bundle_{number}"
-                    if arm.training not in checkpoints:
-                        checkpoints[arm.training] = folder / f"checkpoint_{number}"
-                        with _timed(seconds, "train"):
-                            chosen |= self._train(arm.training, pairs, checkpoints[arm.training])
-                    flags = ["--checkpoint", checkpoints[arm.training]]
-                    if arm.training in bundles:
-                        flags += ["--base", bundles[arm.training]]
-                    bundles[arm.training] = bundle
-                if arm.remember:
-                    flags += ["--remember", pairs]
-                if not bundle.exists():
-                    with _timed(seconds, "export"):
-                        summary = _command("export", "--catalog", self._catalog, "--out", bundle, "--json", *flags)
-                    chosen["remembered"] = summary["remembered"]
-                with _timed(seconds, "evaluate"):
-                    answers = self._answer(bundle, queries)
+                answers: list[Answer] = []
+                if arm.training is not None and arm.training not in checkpoints:
+                    checkpoints[arm.training] = folder / f"checkpoint_{number}"
+                    with _timed(seconds, "train"):
+                        chosen |= self._train(arm.training, pairs, checkpoints[arm.training])
+                for asked, validation in split_queries(queries, unseen) if arm.remember else [(queries, [])]:
+                    bundle = self._folder / "image"  # the same in every fold
+                    flags: list[str | Path] = ["--image-encoder", self._spec]
+                    if arm.training is not None:
+                        bundle = folder / f"bundle_{number}_{len(answers)}"
+                        flags = ["--checkpoint", checkpoints[arm.training]]
+                        if arm.training in bundles:
+                            flags += ["--base", bundles[arm.training]]
+                        bundles[arm.training] = bundle
+                    if arm.remember:
+                        (path := folder / "validation.jsonl").write_bytes(to_jsonl(validation))
+                        flags += ["--remember", pairs, "--validation", path]
+                    if not bundle.exists():
+                        with _timed(seconds, "export"):
+                            summary = _command("export", "--catalog", self._catalog, "--out", bundle, "--json", *flags)
+                        if arm.remember:
+                            chosen.setdefault("remembered", []).append(summary["remembered"])
+                    with _timed(seconds, "evaluate"):
+                        answers += self._answer(bundle, asked, folder / "queries.jsonl")
                 yield {
                     "arm": arm.name,
-                    "seconds": seconds,
-                    "chosen": {name: value for name, value in chosen.items() if value is not None},
-                    "answers": [asdict(answer) for answer in answers],
+                    "seconds": {step: round(each, 1) for step, each in seconds.items()},
+                    "chosen": chosen,
+                    "answers": [asdict(answer) for answer in sorted(answers, key=Answer.query)],
                 }
         finally:
             shutil.rmtree(folder)
@@ -311,8 +327,9 @@ class Runs:
         text_share = (report.get("ridge") or {}).get("text_share")
         return {"text_share": text_share, **{name: report.get(name) for name in ("best_epoch", "strength")}}
 
-    def _answer(self, path: Path, queries: Path) -> list[Answer]:
-        """Answer the queries in both catalogs."""
+    def _answer(self, path: Path, rows: Sequence[Mapping[str, str]], queries: Path) -> list[Answer]:
+        """Answer queries in both catalogs. Their rows are written to the file `queries`."""
+        queries.write_bytes(to_jsonl(rows))
         bundle = Bundle.open(path)
         settings = Settings(cache="off")
         entry = bundle.manifest.files[bundle.manifest.image_encoder.file]
@@ -333,7 +350,6 @@ class Runs:
             if rejected:
                 raise UserError(f"{rejected} photographs cannot be used, see {queries.with_name('rejected.jsonl')}")
             ranks[searched] = [each.rank for each in answered]
-        rows = [json.loads(line) for line in queries.read_bytes().splitlines()]
         return [
             Answer(
                 entity_id=row["entity_id"],
@@ -350,7 +366,7 @@ class Runs:
 def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    seconds[step] = round(time.perf_counter() - started, 1)
+    seconds[step] += time.perf_counter() - started
 
 
 def _command(name: str, *arguments: str | Path) -> dict[str, Any]:
@@ -369,9 +385,11 @@ def _command(name: str, *arguments: str | Path) -> dict[str, Any]:
 @click.option("--encoder", "specs", multiple=True, default=["photo"], help="Image encoder; may be given several times.")
 @click.option("--arm", "only", multiple=True, type=click.Choice([arm.name for arm in ARMS]), help="Only these arms.")
 @click.option("--folds", default=5, type=click.IntRange(min=2), help="Parts of the entities; each is unseen once.")
-@click.option("--work", type=PATH, default=ROOT / "build" / "photographs", help="Folder of features and finished runs.")
-@click.option("--out", type=PATH, default=ROOT / "evaluation" / "photographs.json", help="Figures, JSON.")
-@click.option("--page", type=PATH, default=PAGE, help="Page whose table is replaced.")
+@click.option(
+    "--work", type=_PATH, default=ROOT / "build" / "photographs", help="Folder of features and finished runs."
+)
+@click.option("--out", type=_PATH, default=ROOT / "evaluation" / "photographs.json", help="Figures, JSON.")
+@click.option("--page", type=_PATH, default=PAGE, help="Page whose table is replaced.")
 @click.option("--smoke", is_flag=True, help="Run one fold with one epoch, and write WORK/smoke.json instead.")
 def main(
     photos: Path,
@@ -419,6 +437,9 @@ def run_all(
 
     `key` is what else results depend on.
     """
+    from model.encoders import open_image_encoder
+    from model.resume import fingerprint
+
     work.mkdir(parents=True, exist_ok=True)
     log = work / "runs.jsonl"
     finished = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
