@@ -124,7 +124,7 @@ def run(arm: Arm, symbols: Symbols, settings: TrainSettings, width: int) -> dict
         adaptor = train_adaptor(data, settings, device=_CPU, log=None).adaptor
     else:
         adaptor = Adaptor(config).eval()  # its output is the residual, the mean patch token
-    (accuracies,) = validate(adaptor, store, entities, symbols.queries, _CPU)
+    accuracies = validate(adaptor, store, entities, symbols.queries, _CPU)
     return {view: asdict(accuracy) for view, accuracy in zip(_VIEWS, accuracies, strict=True)}
 
 

@@ -142,8 +142,12 @@ def _print_choices(report: dict[str, Any]) -> None:
         return
     for row in report["curve"]:
         click.echo(f"epoch {row['epoch']:>3}, strength {row['strength']:.2f}: {_accuracy(row)}")
-    what = f"epoch {report['best_epoch']} at strength {report['strength']:.2f}" if report["best_epoch"] else "the start"
-    click.echo(f"kept {what}: the best harmonic mean of seen and unseen, {report['held_out']} entities held out")
+    if report["best_epoch"]:
+        why = "the best harmonic mean of seen and unseen, and better than the start by two standard errors"
+        what = f"epoch {report['best_epoch']} at strength {report['strength']:.2f}"
+    else:
+        what, why = "the start", "no epoch was better by two standard errors"
+    click.echo(f"kept {what}: {why} ({report['held_out']} entities held out)")
 
 
 def _accuracy(row: dict[str, Any]) -> str:

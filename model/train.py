@@ -26,7 +26,7 @@ from model.losses import cluster_batches
 from model.resume import Snapshots
 from model.ridge import Ridge, RidgeData, fit_ridge, refit
 from model.trainer import Batch, Trainer, TrainSettings
-from model.validation import Accuracy, validate
+from model.validation import Accuracy, is_better, measure, right_answers
 
 STRENGTHS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
@@ -77,7 +77,10 @@ class _Progress:
     steps_of_epoch: int = 0
     losses: list[float] = field(default_factory=list)  # of the steps of this epoch
     curve: list[dict[str, Any]] = field(default_factory=list)
-    best: dict[str, Any] | None = None  # epoch, strength, weights, logit_scale, accuracy
+    start: list[bool] = field(default_factory=list)  # which validation queries the start answers right
+    highest: float = -1.0  # rank of an epoch, even if it may be chance
+    highest_epoch: int = 0
+    best: dict[str, Any] | None = None  # rank, row of the curve, weights, logit_scale
 
 
 def train_adaptor(
@@ -91,6 +94,9 @@ def train_adaptor(
     resume_from: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Train an adaptor. Figures go to `log` every few steps.
+
+    With validation, an epoch at some strength is kept if it is better than the start by more than chance, and better
+    than the others by its rank. Without, the last one is kept.
 
     Two runs with the same seed on the same CPU give the same weights, even if one was interrupted and resumed with
     `resume_from`, the values of its snapshot. All processes of a `group` call this with the same arguments, and the
@@ -122,18 +128,25 @@ def train_adaptor(
 
     def finish_epoch(epoch: int) -> dict[str, Any]:
         """Validate, and keep the weights if they are the best so far. Return the accuracy at the best strength."""
-        strengths = (1.0,) if epoch == 0 else STRENGTHS
-        accuracies: Sequence[Accuracy | None] = [None]
+        row: dict[str, Any] = {"epoch": epoch, "strength": 1.0}
+        rank, better = float(epoch), True
         if group.first and data.validation:
-            accuracies = [of for (of,) in validate(adaptor, store, data.entities, [data.validation], device, strengths)]
-        ranks = [accuracy.rank() if accuracy else float(epoch) for accuracy in accuracies]
-        chosen = int(np.argmax(ranks)) if data.validation else -1
-        accuracy = accuracies[chosen]
-        row = {"epoch": epoch, "strength": strengths[chosen], **(asdict(accuracy) if accuracy else {})}
+            strengths = STRENGTHS if epoch else (1.0,)
+            found = right_answers(adaptor, store, data.entities, [data.validation], device, strengths)
+            correct = [of_strength for (of_strength,) in found]
+            seen = [pair.seen for pair in data.validation]
+            accuracies = [measure(each_Q, seen) for each_Q in correct]
+            chosen = max(range(len(strengths)), key=lambda number: accuracies[number].rank())
+            progress.start = progress.start if epoch else correct[0].tolist()
+            row |= {"strength": strengths[chosen], **asdict(accuracies[chosen])}
+            rank = accuracies[chosen].rank()
+            better = epoch == 0 or is_better(correct[chosen], np.array(progress.start), seen)
         progress.curve.append(row)
-        if progress.best is None or ranks[chosen] > progress.best["rank"]:
+        if rank > progress.highest:
+            progress.highest, progress.highest_epoch = rank, epoch
+        if better and (progress.best is None or rank > progress.best["rank"]):
             progress.best = {
-                "rank": ranks[chosen],
+                "rank": rank,
                 "row": row,
                 "weights": {name: tensor.detach().clone() for name, tensor in adaptor.state_dict().items()},
                 "logit_scale": trainer.logit_scale().item(),
@@ -142,9 +155,7 @@ def train_adaptor(
 
     def stops() -> bool:
         """Return whether the last epochs brought nothing."""
-        assert progress.best is not None
-        waited = progress.epoch - 1 - progress.best["row"]["epoch"]
-        return bool(data.validation) and 0 < settings.patience <= waited
+        return bool(data.validation) and 0 < settings.patience < progress.epoch - progress.highest_epoch
 
     if resume_from is None:
         finish_epoch(0)

@@ -41,42 +41,68 @@ def measure(correct_Q: BoolArray, seen_Q: Sequence[bool | None]) -> Accuracy:
     return Accuracy(top1=float(correct_Q.mean()), seen=seen, unseen=unseen, hm=hm)
 
 
+def is_better(correct_Q: BoolArray, start_Q: BoolArray, seen_Q: Sequence[bool | None]) -> bool:
+    """Return whether the mean accuracy over the splits is higher than the start's by two standard errors.
+
+    The errors are those of the paired differences. Chance alone would often find a few more of few queries.
+    """
+    difference, variance = 0.0, 0.0
+    splits = [np.array([split is seen for split in seen_Q]) for seen in (True, False, None)]
+    for part in (split for split in splits if split.any()):
+        gain_P = correct_Q[part].astype(float) - start_Q[part]
+        difference += gain_P.mean()
+        variance += gain_P.var() / len(gain_P)
+    return bool(difference > 2 * variance**0.5)
+
+
 def validate(
     adaptor: Adaptor,
     store: FeatureStore,
     catalog: Sequence[EntityKeys],
     query_sets: Sequence[Sequence[KeyedPair]],
     device: torch.device,
-    strengths: Sequence[float] = (1.0,),
-) -> list[list[Accuracy]]:
-    """Embed every image of every entity, find the entity nearest to each query, and return each set's accuracy.
+) -> list[Accuracy]:
+    """Embed every image of every entity, find the entity nearest to each query, and return each set's accuracy."""
+    found = right_answers(adaptor, store, catalog, query_sets, device, (1.0,))[0]
+    return [measure(each_Q, [pair.seen for pair in queries]) for each_Q, queries in zip(found, query_sets, strict=True)]
 
-    There is one list for each of the `strengths`, by which the learned output is multiplied.
+
+def right_answers(
+    adaptor: Adaptor,
+    store: FeatureStore,
+    catalog: Sequence[EntityKeys],
+    query_sets: Sequence[Sequence[KeyedPair]],
+    device: torch.device,
+    strengths: Sequence[float],
+) -> list[list[BoolArray]]:
+    """Return, for each strength and set, which queries find their entity first.
+
+    The learned output is multiplied by the strength.
     """
     rows = [(image, entity.text) for entity in catalog for image in entity.images or (None,)]
     owner_N = np.repeat(np.arange(len(catalog)), [len(entity.images) or 1 for entity in catalog])
     start_ND, learned_ND = embed_parts(adaptor, store, rows, device)
-    accuracies = []
+    found = []
     for strength in strengths:
         embeddings_ND = F.normalize(start_ND + strength * learned_ND, dim=1)
-        accuracies.append([_measure(adaptor, store, queries, embeddings_ND, owner_N) for queries in query_sets])
-    return accuracies
+        found.append([_search(adaptor, store, queries, embeddings_ND, owner_N) for queries in query_sets])
+    return found
 
 
-def _measure(
+def _search(
     adaptor: Adaptor,
     store: FeatureStore,
     queries: Sequence[KeyedPair],
     embeddings_ND: torch.Tensor,
     owner_N: Int64Array,
-) -> Accuracy:
+) -> BoolArray:
     correct: list[bool] = []
     for start in range(0, len(queries), _BATCH):
         part = queries[start : start + _BATCH]
         embeddings_BD = torch.from_numpy(store.query_embeddings([each.query for each in part])).to(embeddings_ND.device)
         best_B = (adaptor.centred(embeddings_BD) @ embeddings_ND.T).argmax(dim=1).cpu().numpy()
         correct.extend(owner_N[best_B] == [each.entity for each in part])
-    return measure(np.array(correct), [each.seen for each in queries])
+    return np.array(correct)
 
 
 @torch.no_grad()

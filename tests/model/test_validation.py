@@ -13,7 +13,7 @@ from model.adaptor import Adaptor, AdaptorConfig
 from model.data import ImageSource, Pair, load_entities
 from model.encoders import open_image_encoder, open_text_encoder
 from model.features import FeatureStore, KeyedPair
-from model.validation import measure, validate
+from model.validation import is_better, measure, validate
 
 
 def test_seen_unseen_and_their_harmonic_mean_by_hand() -> None:
@@ -30,6 +30,21 @@ def test_seen_unseen_and_their_harmonic_mean_by_hand() -> None:
 def test_one_split_alone_has_no_harmonic_mean() -> None:
     accuracy = measure(np.array([True, False]), [True, True])
     assert (accuracy.seen, accuracy.unseen, accuracy.hm, accuracy.rank()) == (0.5, None, None, 0.5)
+
+
+def test_better_means_better_than_chance() -> None:
+    """Six queries more are better if none is lost, and chance if sixteen are gained and ten lost."""
+    seen = [True] * 30 + [False] * 30
+    start = np.zeros(60, bool)
+    start[:10] = True
+    gained = start.copy()
+    gained[24:30] = True
+    assert is_better(gained, start, seen)
+    noisy = gained.copy()
+    noisy[14:24], noisy[:10] = True, False
+    assert not is_better(noisy, start, seen)
+    assert not is_better(start, start, seen)
+    assert not is_better(start, gained, seen)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +67,9 @@ def test_an_entity_is_found_by_its_best_image(dataset: Any, tiny_spec: str, text
     )
     adaptor = Adaptor(AdaptorConfig(patch_dim=24, text_dim=16, embedding_dim=24, width=16, heads=2)).train()
     queries = [KeyedPair(query=key, entity=row) for row, entity in enumerate(entities) for key in entity.images]
-    ((accuracy,),) = validate(adaptor, store, entities, [queries], torch.device("cpu"))
+    (accuracy,) = validate(adaptor, store, entities, [queries], torch.device("cpu"))
     assert len(queries) == 22
     assert accuracy.top1 == 1.0
     assert adaptor.training
     wrong = [replace(each, entity=(each.entity + 1) % len(entities)) for each in queries]
-    assert validate(adaptor, store, entities, [wrong], torch.device("cpu"))[0][0].top1 == 0.0
+    assert validate(adaptor, store, entities, [wrong], torch.device("cpu"))[0].top1 == 0.0
