@@ -67,7 +67,8 @@ def fetch_package(package: str, version: str, folder: Path) -> None:
     archive = folder / done.stdout.split()[-1]
     partial = folder / f".{target.name}.partial"
     with tarfile.open(archive) as tar:
-        tar.extractall(partial, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have none
+        tar.extractall(partial)
     (partial / "package").rename(target)
     partial.rmdir()
     archive.unlink()
