@@ -18,7 +18,7 @@ from export.model import ExportModel, ImageModel
 from export.prepare import Chunk, NoTokenizer, decode_pool, prepare_chunks
 from export.reuse import BaseEntities
 from export.shards import EmbeddedChunk, EmbeddedShard, Shard, StageTimes, join_chunks, prefetch
-from model.adaptor import embed_with_attention
+from model.adaptor import EntityBatch, embed_with_attention
 from model.checkpoint import Checkpoint
 
 WAITING = "waiting for images and texts"
@@ -132,7 +132,7 @@ class Embedder:
             for start in range(0, len(by_length), self._batch_size):
                 batch = by_length[start : start + self._batch_size]
                 longest = lengths[batch[-1]]
-                inputs = (
+                inputs = EntityBatch(
                     patch_tokens_JPC[image_of_B[batch]],
                     torch.from_numpy(has_image_B[batch]).to(self._device),
                     text.text_tokens_BTC[text_of_B[batch], :longest].to(self._device),
@@ -141,7 +141,7 @@ class Embedder:
                 )
                 batch_BD: torch.Tensor
                 if self._record_attention:
-                    batch_BD, weights_BT = embed_with_attention(self._checkpoint.adaptor, *inputs)
+                    batch_BD, weights_BT = embed_with_attention(self._checkpoint.adaptor, inputs)
                     for sample, weights_T in zip(batch, weights_BT.float().cpu().numpy(), strict=True):
                         attention[sample] = weights_T[: lengths[sample]].copy()
                 else:

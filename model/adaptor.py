@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +65,16 @@ class AdaptorConfig:
             return cls(**values)
         except TypeError as error:
             raise UserError(f"adaptor config does not fit this version: {error}") from error
+
+
+class EntityBatch(NamedTuple):
+    """The adaptor's arguments."""
+
+    patch_tokens_BPC: torch.Tensor
+    image_mask_B: torch.Tensor
+    text_tokens_BTL: torch.Tensor
+    text_mask_BT: torch.Tensor
+    image_embedding_BD: torch.Tensor
 
 
 class Attention(nn.Module):
@@ -192,27 +202,20 @@ class Adaptor(nn.Module):
         ignored. A sample whose row of `text_mask_BT` is all false has no text. P and T may be any number, T also 0.
         """
         start_BD, learned_BD = self.parts(
-            patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT, image_embedding_BD
+            EntityBatch(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT, image_embedding_BD)
         )
         return F.normalize(start_BD + learned_BD, dim=1)
 
-    def parts(
-        self,
-        patch_tokens_BPC: torch.Tensor,
-        image_mask_B: torch.Tensor,
-        text_tokens_BTL: torch.Tensor,
-        text_mask_BT: torch.Tensor,
-        image_embedding_BD: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def parts(self, batch: EntityBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the start and the learned output, `[B, D]` each. Their normalised sum is the embedding."""
-        # Zero, not only mask: NaN x 0 is NaN.
-        patch_tokens_BPC = patch_tokens_BPC.masked_fill(~image_mask_B[:, None, None], 0.0)
-        image_embedding_BD = image_embedding_BD.masked_fill(~image_mask_B[:, None], 0.0)
-        text_tokens_BTL = text_tokens_BTL.masked_fill(~text_mask_BT[:, :, None], 0.0)
-        start_BD = self._start(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT, image_embedding_BD)
-        if not self.layers:
-            return start_BD, torch.zeros_like(start_BD)
-        return start_BD, self._learned(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT)
+        no_image_B1 = ~batch.image_mask_B[:, None]
+        batch = batch._replace(  # zero, not only mask: NaN x 0 is NaN
+            patch_tokens_BPC=batch.patch_tokens_BPC.masked_fill(no_image_B1[:, :, None], 0.0),
+            text_tokens_BTL=batch.text_tokens_BTL.masked_fill(~batch.text_mask_BT[:, :, None], 0.0),
+            image_embedding_BD=batch.image_embedding_BD.masked_fill(no_image_B1, 0.0),
+        )
+        start_BD = self._start(batch)
+        return start_BD, self._learned(batch) if self.layers else torch.zeros_like(start_BD)
 
     @torch.no_grad()
     def scale_learned_(self, strength: float) -> None:
@@ -221,48 +224,35 @@ class Adaptor(nn.Module):
             self.out.weight.mul_(strength)
             self.out.bias.mul_(strength)
 
-    def _start(
-        self,
-        patch_tokens_BPC: torch.Tensor,
-        image_mask_B: torch.Tensor,
-        text_tokens_BTL: torch.Tensor,
-        text_mask_BT: torch.Tensor,
-        image_embedding_BD: torch.Tensor,
-    ) -> torch.Tensor:
-        has_image_B1 = image_mask_B[:, None]
+    def _start(self, batch: EntityBatch) -> torch.Tensor:
+        has_image_B1 = batch.image_mask_B[:, None]
         if not self.config.residual:
-            return image_embedding_BD.new_zeros(len(image_mask_B), self.config.embedding_dim)
+            return batch.image_embedding_BD.new_zeros(len(has_image_B1), self.config.embedding_dim)
         if self.config.start == "patches":
             # At length 1, the mean has the same weight against the learned part for every encoder.
-            mean_BD = self.centred(F.normalize(patch_tokens_BPC.mean(dim=1), dim=1))
+            mean_BD = self.centred(F.normalize(batch.patch_tokens_BPC.mean(dim=1), dim=1))
             return torch.where(has_image_B1, mean_BD, self.null_mean_D)
-        tokens_B1 = text_mask_BT.sum(dim=1, keepdim=True)
+        tokens_B1 = batch.text_mask_BT.sum(dim=1, keepdim=True)
         has_text_B1 = tokens_B1 > 0
-        mean_text_BL = text_tokens_BTL.sum(dim=1) / tokens_B1.clamp(min=1)
+        mean_text_BL = batch.text_tokens_BTL.sum(dim=1) / tokens_B1.clamp(min=1)
         deviation_BD = mean_text_BL @ self.ridge_LD + self.ridge_bias_D
-        image_BD = self.centred(image_embedding_BD)
+        image_BD = self.centred(batch.image_embedding_BD)
         both_BD = (1 - self.text_share) * image_BD + self.text_share * F.normalize(deviation_BD, dim=1)
         text_BD = F.normalize(self.mean_image_D + deviation_BD, dim=1)
         with_image_BD = torch.where(has_text_B1, both_BD, image_BD)
         without_BD = torch.where(has_text_B1, text_BD, self.null_mean_D)
         return torch.where(has_image_B1, with_image_BD, without_BD)
 
-    def _learned(
-        self,
-        patch_tokens_BPC: torch.Tensor,
-        image_mask_B: torch.Tensor,
-        text_tokens_BTL: torch.Tensor,
-        text_mask_BT: torch.Tensor,
-    ) -> torch.Tensor:
-        batch, patches, _ = patch_tokens_BPC.shape
-        null_patches_BNW = self.null_patches_NW.expand(batch, -1, -1)
-        x = torch.cat([self.patch_in(patch_tokens_BPC), null_patches_BNW], dim=1)
-        used_BQ = self.pooled_queries(image_mask_B, patches)
+    def _learned(self, batch: EntityBatch) -> torch.Tensor:
+        size, patches, _ = batch.patch_tokens_BPC.shape
+        null_patches_BNW = self.null_patches_NW.expand(size, -1, -1)
+        x = torch.cat([self.patch_in(batch.patch_tokens_BPC), null_patches_BNW], dim=1)
+        used_BQ = self.pooled_queries(batch.image_mask_B, patches)
 
-        null_text_B1W = self.null_text_W.expand(batch, 1, -1)
-        text_BTW = torch.cat([null_text_B1W, self.text_in(text_tokens_BTL)], dim=1)
-        no_text_B1 = ~text_mask_BT.any(dim=1, keepdim=True)
-        attend_BT = torch.cat([no_text_B1, text_mask_BT], dim=1)
+        null_text_B1W = self.null_text_W.expand(size, 1, -1)
+        text_BTW = torch.cat([null_text_B1W, self.text_in(batch.text_tokens_BTL)], dim=1)
+        no_text_B1 = ~batch.text_mask_BT.any(dim=1, keepdim=True)
+        attend_BT = torch.cat([no_text_B1, batch.text_mask_BT], dim=1)
 
         for layer in self.layers:
             x = layer(x, used_BQ, text_BTW, attend_BT)
@@ -292,21 +282,14 @@ class Adaptor(nn.Module):
 
 
 @torch.no_grad()
-def embed_with_attention(
-    adaptor: Adaptor,
-    patch_tokens_BPC: torch.Tensor,
-    image_mask_B: torch.Tensor,
-    text_tokens_BTL: torch.Tensor,
-    text_mask_BT: torch.Tensor,
-    image_embedding_BD: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_with_attention(adaptor: Adaptor, batch: EntityBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the entity embeddings `[B, D]` and the attention to each text token `[B, T]`.
 
     The attention is the mean over layers, heads and pooled queries. A row adds up to 1, or to 0 for an entity without
     text. The adaptor must be in evaluation mode.
     """
-    weights_BT = torch.zeros(text_mask_BT.shape, device=text_mask_BT.device)
-    used_BQ = adaptor.pooled_queries(image_mask_B, patch_tokens_BPC.shape[1])
+    weights_BT = torch.zeros(batch.text_mask_BT.shape, device=batch.text_mask_BT.device)
+    used_BQ = adaptor.pooled_queries(batch.image_mask_B, batch.patch_tokens_BPC.shape[1])
     share_BQ1 = (used_BQ / used_BQ.sum(dim=1, keepdim=True))[:, :, None]
 
     def add_weights(module: nn.Module, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
@@ -317,5 +300,5 @@ def embed_with_attention(
         for layer in adaptor.layers:
             assert isinstance(layer, DecoderLayer)
             hooks.callback(layer.text_attention.register_forward_pre_hook(add_weights).remove)
-        embeddings_BD = adaptor(patch_tokens_BPC, image_mask_B, text_tokens_BTL, text_mask_BT, image_embedding_BD)
+        embeddings_BD = adaptor(*batch)
     return embeddings_BD, weights_BT / max(1, len(adaptor.layers))

@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from core.errors import CatalogError, TooLarge, UndecodableImage, UserError
 from core.jsonl import Rejected, RejectLog, excerpt
 from imaging import load_pixels
 from imaging.views import changed_view
+from model.adaptor import EntityBatch
 from model.data import ImageSource, Pair
 from model.encoders import ImageEncoder, TextEncoder
 from model.feature_cache import FeatureCache, content_key
@@ -58,16 +58,6 @@ class KeyedPair:
     entity: int
     seen: bool | None = None
     views: tuple[bytes, ...] = ()
-
-
-class EntityBatch(NamedTuple):
-    """The adaptor's arguments."""
-
-    patch_tokens_BPC: torch.Tensor
-    image_mask_B: torch.Tensor
-    text_tokens_BTL: torch.Tensor
-    text_mask_BT: torch.Tensor
-    image_embedding_BD: torch.Tensor
 
 
 class FeatureStore:

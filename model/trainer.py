@@ -17,9 +17,9 @@ from torch import nn
 
 from core.arrays import Int64Array
 from core.errors import UserError
-from model.adaptor import Adaptor, AdaptorConfig
+from model.adaptor import Adaptor, AdaptorConfig, EntityBatch
 from model.distributed import Group
-from model.features import EntityBatch, EntityKeys, FeatureStore, KeyedPair
+from model.features import EntityKeys, FeatureStore, KeyedPair
 from model.losses import LogitScale, draw_donors, info_nce, other_image_negatives, own_image_negatives
 
 _GRADIENT_NORM = 1.0

@@ -112,7 +112,7 @@ def embed_parts(
     """Return `Adaptor.parts` `[N, D]` of (image key, text key) rows, in evaluation mode. Keeps the adaptor's mode."""
     training = adaptor.training
     adaptor.eval()
-    parts = [adaptor.parts(*store.batch(rows[start : start + _BATCH], device)) for start in range(0, len(rows), _BATCH)]
+    parts = [adaptor.parts(store.batch(rows[start : start + _BATCH], device)) for start in range(0, len(rows), _BATCH)]
     adaptor.train(training)
     starts, learned = zip(*parts, strict=True)
     return torch.cat(starts), torch.cat(learned)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from core.errors import UserError
-from model.adaptor import Adaptor, AdaptorConfig, Attention, embed_with_attention
+from model.adaptor import Adaptor, AdaptorConfig, Attention, EntityBatch, embed_with_attention
 
 
 def config(**changes: Any) -> AdaptorConfig:
@@ -123,7 +123,7 @@ def test_the_start_is_the_image_mixed_with_what_the_text_predicts() -> None:
 def test_the_strength_is_folded_into_the_weights() -> None:
     module, arguments = adaptor(start="image"), inputs()
     with torch.no_grad():
-        start_BD, learned_BD = module.parts(*arguments)
+        start_BD, learned_BD = module.parts(EntityBatch(*arguments))
         module.scale_learned_(0.25)
         torch.testing.assert_close(module(*arguments), F.normalize(start_BD + 0.25 * learned_BD, dim=1))
 
@@ -257,7 +257,7 @@ def test_recording_attention_changes_no_embedding(norm: str, self_attention: boo
         patch_dim=8, text_dim=6, embedding_dim=8, width=16, heads=4, norm=norm, self_attention=self_attention
     )
     adaptor = Adaptor(config).eval()
-    embeddings, weights = embed_with_attention(adaptor, *_inputs())
+    embeddings, weights = embed_with_attention(adaptor, EntityBatch(*_inputs()))
     assert torch.equal(embeddings, adaptor(*_inputs()))
     assert not adaptor.layers[0].text_attention._forward_pre_hooks
     assert weights.sum(dim=1).tolist() == pytest.approx([1, 1, 0], abs=1e-5)
@@ -280,9 +280,9 @@ def test_the_mean_is_over_the_pooled_queries() -> None:
     torch.manual_seed(0)
     adaptor = Adaptor(AdaptorConfig(patch_dim=8, text_dim=6, embedding_dim=8, width=16, heads=4)).eval()
     patches, image_mask, *rest = _inputs()
-    _, first = embed_with_attention(adaptor, patches, image_mask, *rest)
-    _, other = embed_with_attention(adaptor, patches + 7 * ~image_mask[:, None, None], image_mask, *rest)
+    _, first = embed_with_attention(adaptor, EntityBatch(patches, image_mask, *rest))
+    _, other = embed_with_attention(adaptor, EntityBatch(patches + 7 * ~image_mask[:, None, None], image_mask, *rest))
     assert torch.allclose(first, other)
-    _, without = embed_with_attention(adaptor, patches, torch.zeros(3, dtype=torch.bool), *rest)
+    _, without = embed_with_attention(adaptor, EntityBatch(patches, torch.zeros(3, dtype=torch.bool), *rest))
     assert torch.allclose(first[1], without[1], atol=1e-6)
     assert not torch.allclose(first[0], without[0], atol=1e-6)
