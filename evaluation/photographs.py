@@ -2,7 +2,7 @@
 
 The folder has `entities.jsonl`: entities with one photograph, or with five and more. Those with five are split into
 folds, and each fold is unseen once. Photograph 0 is the entity's image, 1 and 2 are training pairs of seen entities.
-Queries are 3 and 4 of seen entities and 1 to 4 of unseen ones. All entities are in the catalog of the training. Two
+Queries are 3 and 4 of seen entities and 1 to 4 of unseen ones. Training has a catalog without the unseen entities. Two
 catalogs are searched: the entities with five photographs (`small`), and all (`full`).
 
 Every arm runs `wikiclip train` and `wikiclip export` with their defaults (but `_NEGATIVES`), and the recogniser of
@@ -122,9 +122,10 @@ class Photographs:
                     raise UserError(f"{path}, line {record.line}: {image} cannot be read: {error.strerror}") from None
         self.digest = digest.hexdigest()
 
-    def write_catalog(self, path: Path) -> None:
-        """Write all entities with their first photograph."""
-        write_catalog(path, (replace(record, images=record.images[:1]) for record in self.records.values()))
+    def write_catalog(self, path: Path, without: frozenset[str] = frozenset()) -> None:
+        """Write all other entities with their first photograph."""
+        records = (record for entity_id, record in self.records.items() if entity_id not in without)
+        write_catalog(path, (replace(record, images=record.images[:1]) for record in records))
 
     def pairs(self, unseen: frozenset[str]) -> Iterator[dict[str, str]]:
         """Yield the rows of the training pairs."""
@@ -276,6 +277,7 @@ class Runs:
         """Run the arms of a fold. Yield the answers of each, how long each step took, and what the steps chose."""
         folder = self._folder / "fold"
         folder.mkdir()
+        self._photographs.write_catalog(folder / "training.jsonl", without=unseen)
         pairs = folder / "pairs.jsonl"
         pairs.write_bytes(to_jsonl(self._photographs.pairs(unseen)))
         queries = list(self._photographs.queries(unseen))
@@ -320,8 +322,9 @@ class Runs:
 
     def _train(self, flags: Sequence[str], pairs: Path, out: Path) -> dict[str, Any]:
         """Train an adaptor. Return what the training chose."""
+        catalog = pairs.with_name("training.jsonl")
         report = _command(
-            "train", "--catalog", self._catalog, "--pairs", pairs, "--catalog-pairs", "--image-encoder", self._spec,
+            "train", "--catalog", catalog, "--pairs", pairs, "--catalog-pairs", "--image-encoder", self._spec,
             "--text-encoder", "minilm", "--cache-dir", self._features, "--out", out, "--json", *flags,
             *(["--epochs", "1"] if self._smoke else []),
         )  # fmt: skip
