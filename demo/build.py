@@ -2,7 +2,7 @@
 
 - `sources/`: the npm packages
 - `drawings/`: one RGBA image of 128 px per entity and artist
-- `photos/`: photographs of the held-out artists' drawings and of the training drawings
+- `photos/`: photographs of the held-out artists' drawings, the training drawings and those of the catalog
 - `drawings.jsonl`: the artist, entity, split and role of each drawing
 - `catalog.jsonl`: every entity, with the drawings of the artists that are not held out
 - `pairs_train.jsonl`: seen entities by training artists, clean and photographed
@@ -217,6 +217,7 @@ def main(build: Path) -> None:
     unfamiliar = [d for d in queries if d.split.startswith("val")] + [d for d in training if d.role == "adapt"]
     _photograph_all(queries, build, PHOTO_SEED)
     _photograph_all(training, build, PHOTO_SEED + 10**6)
+    _photograph_all([d for d in drawings if d.role == "catalog"], build, PHOTO_SEED + 10**7)
     for number in range(2, CALIBRATION_PHOTOS + 1):
         _photograph_all(unfamiliar, build, PHOTO_SEED + number * 10**6, number)
 

@@ -143,10 +143,10 @@ def _print_choices(report: dict[str, Any]) -> None:
     for row in report["curve"]:
         click.echo(f"epoch {row['epoch']:>3}, strength {row['strength']:.2f}: {_accuracy(row)}")
     if report["best_epoch"]:
-        why = "the best harmonic mean of seen and unseen, and better than the start by two standard errors"
+        why = "the best harmonic mean of seen and unseen, and better than the start by three standard errors"
         what = f"epoch {report['best_epoch']} at strength {report['strength']:.2f}"
     else:
-        what, why = "the start", "no epoch was better by two standard errors"
+        what, why = "the start", "no epoch was better by three standard errors"
     click.echo(f"kept {what}: {why} ({report['held_out']} entities held out)")
 
 

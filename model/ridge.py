@@ -35,6 +35,7 @@ class RidgeData:
     owner_I: Int64Array  # entity of each image
     queries_QD: Float32Array
     entity_Q: Int64Array
+    seen_Q: Int64Array | None = None  # queries that choose the share: 1 of a seen entity, 0 unseen, -1 not; None: all
 
     def targets(self, *, with_queries: bool) -> tuple[Int64Array, Float32Array]:
         """Return the entities [E] that have a text and an image, and the normalised sum of their images [E, D]."""
@@ -86,7 +87,8 @@ def fit_ridge(data: RidgeData, *, seed: int) -> Ridge:
 
     Folds are over entities with labelled queries. The penalty is the one that predicts left-out entities best, by
     cosine. The share is the one with the best harmonic mean of accuracy on fitted and left-out entities, where the
-    queries are no targets. With fewer than five such entities the share is 0.
+    queries are no targets. Where `seen_Q` names unseen entities, only they count as left out: encoders may know the
+    texts of others. With fewer than five such entities the share is 0.
     """
     return refit(_cross_validate(data, seed), data, frozenset())
 
@@ -117,7 +119,10 @@ def _cross_validate(data: RidgeData, seed: int) -> Ridge:
     penalty = _PENALTIES[int(cosines.argmax())]
 
     rows_E, targets_ED = data.targets(with_queries=False)
-    queries_Q = np.flatnonzero(fold_N[data.entity_Q] >= 0)
+    chooses_Q = fold_N[data.entity_Q] >= 0
+    if data.seen_Q is not None:
+        chooses_Q &= data.seen_Q >= 0
+    queries_Q = np.flatnonzero(chooses_Q)
     if len(queries_Q) > _MAX_QUERIES:
         queries_Q = rng.choice(queries_Q, _MAX_QUERIES, replace=False)
     correct: list[list[BoolArray]] = [[] for _ in _SHARES]
@@ -125,11 +130,13 @@ def _cross_validate(data: RidgeData, seed: int) -> Ridge:
     for fold in range(_FOLDS):
         fitted_E = fold_N[rows_E] != fold
         (ridge,) = _solve(data.texts_NL[rows_E[fitted_E]], targets_ED[fitted_E], [penalty])
-        seen += (fold_N[data.entity_Q[queries_Q]] != fold).tolist()
+        fitted_Q = fold_N[data.entity_Q[queries_Q]] != fold
+        asked_Q = queries_Q if data.seen_Q is None else queries_Q[data.seen_Q[queries_Q] == fitted_Q]
+        seen += (fold_N[data.entity_Q[asked_Q]] != fold).tolist()
         for of_share, share in zip(correct, _SHARES, strict=True):
             embeddings_ID, owner_I = _starts(data, ridge, share)
-            best_Q = owner_I[(data.queries_QD[queries_Q] @ embeddings_ID.T).argmax(axis=1)]
-            of_share.append(best_Q == data.entity_Q[queries_Q])
+            best_Q = owner_I[(data.queries_QD[asked_Q] @ embeddings_ID.T).argmax(axis=1)]
+            of_share.append(best_Q == data.entity_Q[asked_Q])
     accuracies = [measure(np.concatenate(of_share), seen) for of_share in correct]
     best = max(range(len(_SHARES)), key=lambda number: accuracies[number].rank())
     return Ridge(penalty=penalty, text_share=_SHARES[best], without=accuracies[0], accuracy=accuracies[best])

@@ -55,10 +55,11 @@ class TrainResult:
     """The adaptor of the best epoch and strength (without validation: the last one, 1) and the figures of the run.
 
     Strength is the factor of the learned output. It is folded into the adaptor. Epoch 0 is the start. `curve` has the
-    accuracy after each epoch, at its best strength.
+    accuracy after each epoch, at its best strength. `last` are the weights after the last epoch, at strength 1.
     """
 
     adaptor: Adaptor
+    last: Mapping[str, torch.Tensor]
     logit_scale: float
     best_epoch: int
     strength: float
@@ -193,6 +194,7 @@ def train_adaptor(
     best = progress.best
     assert best is not None
     chosen = dict(best["row"])
+    last = {name: tensor.detach().clone() for name, tensor in adaptor.state_dict().items()}
     adaptor.load_state_dict(best["weights"])
     strength = chosen.pop("strength")
     if chosen.pop("epoch"):
@@ -201,6 +203,7 @@ def train_adaptor(
         ridge.start(adaptor)  # fitted to all entities
     return TrainResult(
         adaptor=adaptor.eval(),
+        last=last,
         logit_scale=best["logit_scale"],
         best_epoch=best["row"]["epoch"],
         strength=strength,
@@ -221,6 +224,8 @@ def _ridge_data(adaptor: Adaptor, data: TrainingData) -> RidgeData:
     # A query that is an image of its entity would find itself. Without others, views of these images are used.
     queries = [pair for pair in (*data.pairs, *data.validation) if pair.query not in entities[pair.entity].images]
     queries = [pair for pair in queries if not pair.views] or queries
+    # Where the user names unseen entities, they choose, since the encoders may know those of the training pairs.
+    labels = {id(pair): int(pair.seen) for pair in data.validation if pair.seen is not None and not data.held_out}
 
     def embed(keys: Sequence[bytes]) -> Float32Array:
         embeddings_BD = torch.from_numpy(store.query_embeddings(keys)).to(adaptor.mean_image_D.device)
@@ -233,6 +238,7 @@ def _ridge_data(adaptor: Adaptor, data: TrainingData) -> RidgeData:
         owner_I=np.repeat(np.arange(len(entities)), [len(entity.images) for entity in entities]),
         queries_QD=embed([pair.query for pair in queries]),
         entity_Q=np.array([pair.entity for pair in queries], np.int64),
+        seen_Q=np.array([labels.get(id(pair), -1) for pair in queries]) if 0 in labels.values() else None,
     )
 
 

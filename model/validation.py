@@ -42,9 +42,10 @@ def measure(correct_Q: BoolArray, seen_Q: Sequence[bool | None]) -> Accuracy:
 
 
 def is_better(correct_Q: BoolArray, start_Q: BoolArray, seen_Q: Sequence[bool | None]) -> bool:
-    """Return whether the mean accuracy over the splits is higher than the start's by two standard errors.
+    """Return whether the mean accuracy over the splits is higher than the start's by three standard errors.
 
-    The errors are those of the paired differences. Chance alone would often find a few more of few queries.
+    The errors are those of the paired differences. With two, one of a hundred epochs and strengths would often be
+    better by chance.
     """
     difference, variance = 0.0, 0.0
     splits = [np.array([split is seen for split in seen_Q]) for seen in (True, False, None)]
@@ -52,7 +53,7 @@ def is_better(correct_Q: BoolArray, start_Q: BoolArray, seen_Q: Sequence[bool | 
         gain_P = correct_Q[part].astype(float) - start_Q[part]
         difference += gain_P.mean()
         variance += gain_P.var() / len(gain_P)
-    return bool(difference > 2 * variance**0.5)
+    return bool(difference > 3 * variance**0.5)
 
 
 def validate(

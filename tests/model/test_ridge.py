@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +54,20 @@ def test_texts_that_help_get_a_share_and_others_none() -> None:
     assert ridge.without is not None
     assert ridge.accuracy.unseen > ridge.without.unseen + 0.1  # type: ignore[operator]
     assert fit_ridge(data(informative=False), seed=0).text_share == 0.0
+
+
+def test_only_entities_named_unseen_choose_the_share() -> None:
+    """The last ten labelled entities look as no text says, and only they are unseen."""
+    informed, misled = data(), data(informative=False)
+    first_Q, first_I = informed.entity_Q < 20, informed.owner_I < 20
+    mixed = replace(
+        informed,
+        images_ID=np.where(first_I[:, None], informed.images_ID, misled.images_ID),
+        queries_QD=np.where(first_Q[:, None], informed.queries_QD, misled.queries_QD),
+    )
+    assert fit_ridge(mixed, seed=0).text_share >= 0.2
+    named = replace(mixed, seen_Q=np.where(first_Q, -1, 0))
+    assert fit_ridge(named, seed=0).text_share == 0.0
 
 
 @pytest.mark.parametrize("labelled", [0, 4])

@@ -33,15 +33,15 @@ def test_one_split_alone_has_no_harmonic_mean() -> None:
 
 
 def test_better_means_better_than_chance() -> None:
-    """Six queries more are better if none is lost, and chance if sixteen are gained and ten lost."""
+    """Eight queries more are better if none is lost, and chance if eighteen are gained and ten lost."""
     seen = [True] * 30 + [False] * 30
     start = np.zeros(60, bool)
     start[:10] = True
     gained = start.copy()
-    gained[24:30] = True
+    gained[22:30] = True
     assert is_better(gained, start, seen)
     noisy = gained.copy()
-    noisy[14:24], noisy[:10] = True, False
+    noisy[12:22], noisy[:10] = True, False
     assert not is_better(noisy, start, seen)
     assert not is_better(start, start, seen)
     assert not is_better(start, gained, seen)
