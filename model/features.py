@@ -230,7 +230,8 @@ class FeatureStore:
 
     def mean_text_tokens(self, texts: Sequence[bytes]) -> Float32Array:
         """Return the mean text token of texts: float32 `[B, L]`."""
-        return np.stack([self._texts.tokens(text).mean(axis=0, dtype=np.float32) for text in texts])
+        means = [self._texts.tokens(text).mean(axis=0, dtype=np.float32) for text in texts]
+        return np.array(means, np.float32).reshape(-1, self.text_encoder.dim)
 
     def query_embeddings(self, keys: Sequence[bytes]) -> Float32Array:
         """Return the image embeddings of query images: float32 `[B, D]`, L2-normalised."""

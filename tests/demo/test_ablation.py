@@ -15,11 +15,11 @@ from PIL import Image
 import demo
 from core.errors import UserError
 from core.markdown import fill_in
-from demo.ablation import ARMS, main, table
+from demo.ablation import ARMS, STRATA, Symbols, main, tables
 
 DEMO = Path(demo.__file__).parent
 START, END = "<!-- ablation: written by `make ablation` -->", "<!-- /ablation -->"
-SOME = ["mean patch token, untrained", "text only", "VGKA, both", "VGKA, unfamiliar artists"]
+SOME = ["image alone, untrained", "text only", "VGKA, both negatives", "VGKA, unfamiliar artists"]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -28,26 +28,33 @@ def write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture
 def build(tmp_path: Path) -> Path:
-    """Six entities by two training artists, by a third that the encoder never saw, and by a held-out one."""
+    """Twelve entities by two training artists, by a third that the encoder never saw, and by a held-out one.
+
+    The last four are unseen. Two of those and two of the others are for validation.
+    """
     build = tmp_path / "build"
-    build.mkdir()
+    (build / "photos").mkdir(parents=True)
     random = np.random.default_rng(0)
     roles = {"a": "train", "b": "train", "c": "adapt", "d": "query"}
-    drawings, catalog, pairs, queries = [], [], [], []
-    for entity in range(6):
+    drawings, catalog, pairs = [], [], []
+    queries: dict[str, list[dict[str, Any]]] = {"val": [], "test": []}
+    for entity in range(12):
         entity_id = f"emoji:{entity}"
+        part, seen = "val" if entity % 4 < 2 and entity > 3 else "test", entity < 8
         ground = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         for artist, role in roles.items():
-            image = f"{artist}_{entity}.png"
+            image, photo = f"{artist}_{entity}.png", f"photos/{artist}_{artist}_{entity}.jpg"
             noise = random.integers(0, 40, (4, 4, 3), dtype=np.uint8)
-            Image.fromarray(ground // 2 + noise).resize((64, 64), Image.Resampling.NEAREST).save(build / image)
-            split = "test_unseen" if entity > 3 else "test_seen"
+            drawn = Image.fromarray(ground // 2 + noise).resize((64, 64), Image.Resampling.NEAREST)
+            drawn.save(build / image)
+            drawn.save(build / photo)
+            split = f"{part}_{'seen' if seen else 'unseen'}"
             drawing = {"entity_id": entity_id, "kind": "emoji", "artist": artist, "icon": "", "image": image}
             drawings.append({**drawing, "split": split, "role": role})
             row = {"data_id": f"clean:{artist}:{entity_id}", "image": image, "entity_id": entity_id}
             if role == "query":
-                queries.append({**row, "data_split": split})
-            elif entity <= 3:
+                queries[part].append({**row, "data_split": split})
+            elif seen:
                 pairs.append({**row, "data_split": "train_seen"})
         images = [f"{artist}_{entity}.png" for artist in "ab"]
         catalog.append(
@@ -56,8 +63,9 @@ def build(tmp_path: Path) -> Path:
     write(build / "drawings.jsonl", drawings)
     write(build / "catalog.jsonl", catalog)
     write(build / "pairs_train.jsonl", pairs)
-    for how in ("clean", "photo"):
-        write(build / f"queries_test_{how}.jsonl", queries)
+    for part, rows in queries.items():
+        for how in ("clean", "photo"):
+            write(build / f"queries_{part}_{how}.jsonl", rows)
     return build
 
 
@@ -70,7 +78,7 @@ def ablate(build: Path, out: Path, arms: list[str]) -> dict[str, Any]:
     done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     figures: dict[str, Any] = json.loads(out.read_text())
-    assert page.read_text() == f"before\n{START}\n\n{table(figures)}\n\n{END}\nafter\n"
+    assert page.read_text() == f"before\n{START}\n\n{tables(figures)}\n\n{END}\nafter\n"
     return figures
 
 
@@ -83,9 +91,27 @@ def test_finished_runs_are_not_repeated(build: Path, tmp_path: Path) -> None:
     assert runs.read_text().splitlines()[:3] == lines
     assert len(runs.read_text().splitlines()) == 3 + 2 + 2
     assert {name: every["arms"][name] for name in SOME[:2]} == first["arms"]
-    assert (every["settings"]["pairs"], every["settings"]["unfamiliar_pairs"]) == (12, 4)
-    rows = [line.split(" | ")[0] for line in table(every).splitlines()]
+    rows = [line.split(" | ")[0] for line in tables(every).splitlines()]
     assert rows[2:6] == [f"| {name}" for name in SOME]
+
+
+def test_a_held_out_entity_is_in_no_pair_and_a_test_entity_not_in_training(build: Path, tmp_path: Path) -> None:
+    symbols = Symbols(build, tmp_path / "work", "tiny", 3)
+    strata = symbols.strata
+    assert strata[8:] == ["unseen"] * 4
+    assert 0 < strata[:8].count("known") < 8
+    trained = {row for row, stratum in enumerate(strata) if stratum == "trained"}
+    assert {pair.entity for pair in symbols.pairs} == trained
+    assert len(symbols.pairs) == 2 * len(trained)  # not the drawing that the entity's photograph shows
+    assert len(symbols.unfamiliar) == len(trained)
+    data = symbols.training_data(ARMS[0], 16)
+    validated = {pair.entity for pair in symbols.validation}
+    assert len(data.entities) == len(trained | validated) < len(symbols.entities)
+    for before, after in zip(symbols.validation, data.validation, strict=True):
+        assert data.entities[after.entity].images == symbols.entities[before.entity].images
+        assert after.seen is (strata[before.entity] == "trained")
+    tested = [strata[row] for row in (0, 1, 2, 3, 6, 7, 10, 11)]
+    assert symbols.query_counts() == {stratum: tested.count(stratum) for stratum in STRATA}
 
 
 def test_missing_symbols_are_an_error(tmp_path: Path) -> None:
@@ -104,10 +130,10 @@ def test_a_page_without_markers_is_an_error(tmp_path: Path) -> None:
 
 
 def test_all_arms_differ() -> None:
-    trained = {json.dumps({**asdict(arm), "name": "", "paper": None}) for arm in ARMS}
+    trained = {json.dumps({**asdict(arm), "name": "", "paper": None, "default": True}) for arm in ARMS}
     assert len(trained) == len({arm.name for arm in ARMS}) == len(ARMS)
 
 
 def test_the_page_shows_the_figures_of_the_last_run() -> None:
     figures = json.loads((DEMO / "ablation.json").read_bytes())
-    assert table(figures) in (DEMO.parent / "docs" / "ablation.md").read_text(encoding="utf-8")
+    assert tables(figures) in (DEMO.parent / "docs" / "ablation.md").read_text(encoding="utf-8")
