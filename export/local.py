@@ -71,7 +71,8 @@ def open_embedder(
     """Return what embeds chunks with the model."""
     if isinstance(model, ImageModel):
         return ImageEmbedder(model, batch_size=config.batch_size, times=times)
-    return Embedder(model, batch_size=config.batch_size, record_attention=config.store_text, times=times)
+    record = config.store_text and model.adaptor.has_learned()
+    return Embedder(model, batch_size=config.batch_size, record_attention=record, times=times)
 
 
 class ImageEmbedder:

@@ -224,6 +224,10 @@ class Adaptor(nn.Module):
             self.out.weight.mul_(strength)
             self.out.bias.mul_(strength)
 
+    def has_learned(self) -> bool:
+        """Return whether anything is added to the start. Otherwise the attention to the text has no meaning."""
+        return len(self.layers) > 0 and bool(self.out.weight.any())
+
     def _start(self, batch: EntityBatch) -> torch.Tensor:
         has_image_B1 = batch.image_mask_B[:, None]
         if not self.config.residual:

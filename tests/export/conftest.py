@@ -83,9 +83,11 @@ def write_checkpoint(path: Path, image_encoder: ImageEncoder) -> Path:
         heads=2,
     )
     torch.manual_seed(5)
+    adaptor = Adaptor(config)
+    torch.nn.init.normal_(adaptor.out.weight, std=0.01)
     save_checkpoint(
         path,
-        adaptor=Adaptor(config),
+        adaptor=adaptor,
         logit_scale=10.0,
         image_encoder=image_encoder,
         text_encoder=text_encoder,

@@ -126,6 +126,9 @@ def test_the_strength_is_folded_into_the_weights() -> None:
         start_BD, learned_BD = module.parts(EntityBatch(*arguments))
         module.scale_learned_(0.25)
         torch.testing.assert_close(module(*arguments), F.normalize(start_BD + 0.25 * learned_BD, dim=1))
+    assert module.has_learned()
+    module.scale_learned_(0.0)
+    assert not module.has_learned()
 
 
 def test_a_residual_start_learns() -> None:

@@ -309,6 +309,14 @@ def test_training_on_catalog_pairs_alone(dataset: Any, tiny_spec: str, text_spec
         CliRunner().invoke(train, given, catch_exceptions=False)
 
 
+def test_a_catalog_without_texts(dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in dataset.catalog.read_text().splitlines()]
+    bare = dataset.catalog.with_name("without-texts.jsonl")
+    bare.write_text("".join(json.dumps({**row, "text": ""}) + "\n" for row in rows))
+    figures = report(run(dataset, tiny_spec, text_spec, tmp_path / "a", "--catalog", str(bare), "--json"))
+    assert figures["ridge"]["text_share"] == 0.0
+
+
 def test_a_part_of_a_catalog_with_fetched_images(
     dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
