@@ -144,6 +144,7 @@ def _add_operations(app: FastAPI) -> None:
             entities=view.entities.entity_count,
             embeddings=loaded.bundle.manifest.counts.embeddings,
             embedding_dim=loaded.bundle.manifest.embedding_dim,
+            encoder=loaded.encoder_hash,
             device=loaded.encoder.device,
             precision=loaded.precision,
             index=loaded.bundle.index_manifest.factory,

@@ -1,15 +1,16 @@
-"""`wikiclip serve` and `wikiclip recognize`."""
+"""`wikiclip serve`, `wikiclip recognize` and `wikiclip embed`."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
 import click
 import orjson
@@ -20,7 +21,11 @@ from core.errors import BadRequest, UserError, WikiclipError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-    from wikiclip.answers import Explanation, Recognition, RecognizeOptions
+    from service.recognizer import Recognizer
+    from wikiclip.answers import Explanation, Recognition
+    from wikiclip.client import Client
+
+T = TypeVar("T")
 
 _CHUNK_IMAGES = 64
 _CONCURRENT_REQUESTS = 4
@@ -116,8 +121,6 @@ def recognize(
 
     A folder is searched for images at any depth. An image that cannot be recognised is reported and skipped.
     """
-    if (bundle is None) == (url is None):
-        raise click.UsageError("give one of --bundle and --url")
     from pydantic import ValidationError
 
     from wikiclip.answers import RecognizeOptions
@@ -127,18 +130,87 @@ def recognize(
     except ValidationError as error:
         first = error.errors()[0]
         raise click.UsageError(f"{first['loc'][0]}: {first['msg']}") from error
+    answerer = _Answerer(bundle, url, api_key_file, device)
     images = find_images(paths)
-    if bundle is not None:
-        outcomes = _recognize_with_bundle(images, bundle, options, device=device)
-    else:
-        assert url is not None
-        api_key = None if api_key_file is None else api_key_file.read().strip()
-        outcomes = _recognize_with_service(images, url, options, api_key)
+    outcomes = answerer.outcomes(
+        images,
+        lambda recognizer, contents: recognizer.recognize_many(contents, options),
+        lambda client, content: client.recognize(content, options),
+    )
     with _Printer(total=len(images), out=out, as_json=as_json) as printer:
         for path, outcome in outcomes:
             printer.print(path, outcome)
     if printer.recognized == 0:
         raise UserError(f"none of {len(images)} image(s) was recognised; see the reasons above")
+
+
+@click.command()
+@click.argument("paths", metavar="FILES...", nargs=-1, required=True, type=click.Path())
+@click.option("--bundle", type=click.Path(), help="The bundle to embed with, a folder or a URI.")
+@click.option("--url", help="The service to use instead of a bundle, such as http://127.0.0.1:8000.")
+@click.option("--api-key-file", type=click.File(), help="File with the API key for the service at --url.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="File of the embeddings, such as X.npy.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where the image encoder runs, with --bundle.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object.")
+def embed(
+    *,
+    paths: tuple[str, ...],
+    bundle: str | None,
+    url: str | None,
+    api_key_file: IO[str] | None,
+    out: Path,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Write the query embeddings of images, with a bundle (--bundle) or through a service (--url).
+
+    X.npy has float32 [N, D], each of length 1, and X.jsonl a line per row: file, encoder (its content hash), error. The
+    row of an image that cannot be embedded is NaN. A folder is searched for images at any depth.
+    """
+    import numpy as np
+
+    from core.files import atomic_write
+
+    answerer = _Answerer(bundle, url, api_key_file, device)
+    if out.suffix != ".npy":
+        raise UserError(f"{out} does not end in .npy, as files of arrays do; choose another --out")
+    if not out.parent.is_dir():
+        raise UserError(f"the folder {out.parent} does not exist; make it, or choose another --out")
+    images = find_images(paths)
+    outcomes = answerer.outcomes(
+        images,
+        lambda recognizer, contents: recognizer.embed_many(contents),
+        lambda client, content: client.embed(content),
+    )
+    embeddings_ND: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    failed = 0
+    with atomic_write(out) as array_file, atomic_write(out.with_suffix(".jsonl")) as lines_file:
+        with lines_file.open("wb") as lines, tqdm(total=len(images), unit="image", disable=None, leave=False) as bar:
+            for row, (path, outcome) in enumerate(outcomes):
+                line: dict[str, Any] = {"file": str(path), "encoder": None, "error": None}
+                if isinstance(outcome, WikiclipError):
+                    failed += 1
+                    line["error"] = outcome.detail
+                    bar.write(f"{path}: {outcome.detail}", file=sys.stderr)
+                else:
+                    line["encoder"] = outcome.encoder
+                    if embeddings_ND is None:
+                        shape = (len(images), outcome.dim)
+                        embeddings_ND = np.lib.format.open_memmap(array_file, "w+", np.float32, shape)
+                        embeddings_ND[:] = np.nan
+                    embeddings_ND[row] = outcome.embedding
+                lines.write(orjson.dumps(line) + b"\n")
+                bar.update()
+        if embeddings_ND is None:
+            raise UserError(f"none of {len(images)} image(s) can be embedded; see the reasons above")
+    counts = {"out": str(out), "images": len(images), "failed": failed, "dim": embeddings_ND.shape[1]}
+    text = f"{len(images) - failed} embedded, {failed} failed, embeddings in {out}"
+    click.echo(json.dumps(counts) if as_json else text, err=not as_json)
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -158,40 +230,62 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-def _recognize_with_bundle(
-    images: Sequence[Path], bundle: str, options: RecognizeOptions, *, device: str
-) -> Iterator[tuple[Path, Recognition | WikiclipError]]:
-    from service.recognizer import Recognizer
-    from service.settings import load_settings
+class _Answerer:
+    """A bundle or a service. Raises `click.UsageError` unless exactly one of them is given."""
 
-    with Recognizer.open(bundle, load_settings(device=device, cache="off", redis_url=None)) as recognizer:
-        for start in range(0, len(images), _CHUNK_IMAGES):
-            chunk = images[start : start + _CHUNK_IMAGES]
-            contents = [_read(path) for path in chunk]
-            readable = [content for content in contents if isinstance(content, bytes)]
-            outcomes = iter(recognizer.recognize_many(readable, options))
-            for path, content in zip(chunk, contents, strict=True):
-                yield path, content if isinstance(content, UserError) else next(outcomes)
+    def __init__(self, bundle: str | None, url: str | None, api_key_file: IO[str] | None, device: str) -> None:
+        if (bundle is None) == (url is None):
+            raise click.UsageError("give one of --bundle and --url")
+        self._bundle, self._url, self._device = bundle, url, device
+        self._api_key = None if api_key_file is None else api_key_file.read().strip()
 
+    def outcomes(
+        self,
+        images: Sequence[Path],
+        ask_bundle: Callable[[Recognizer, Sequence[bytes]], Sequence[T | WikiclipError]],
+        ask_service: Callable[[Client, bytes], T],
+    ) -> Iterator[tuple[Path, T | WikiclipError]]:
+        """Yield each image and its answer, or why there is none, in order."""
+        if self._bundle is not None:
+            return self._from_bundle(images, self._bundle, ask_bundle)
+        assert self._url is not None
+        return self._from_service(images, self._url, ask_service)
 
-def _recognize_with_service(
-    images: Sequence[Path], url: str, options: RecognizeOptions, api_key: str | None
-) -> Iterator[tuple[Path, Recognition | WikiclipError]]:
-    from wikiclip.client import Client
+    def _from_bundle(
+        self,
+        images: Sequence[Path],
+        bundle: str,
+        ask: Callable[[Recognizer, Sequence[bytes]], Sequence[T | WikiclipError]],
+    ) -> Iterator[tuple[Path, T | WikiclipError]]:
+        from service.recognizer import Recognizer
+        from service.settings import load_settings
 
-    with Client(url, api_key=api_key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        with Recognizer.open(bundle, load_settings(device=self._device, cache="off", redis_url=None)) as recognizer:
+            for start in range(0, len(images), _CHUNK_IMAGES):
+                chunk = images[start : start + _CHUNK_IMAGES]
+                contents = [_read(path) for path in chunk]
+                answers = iter(ask(recognizer, [content for content in contents if isinstance(content, bytes)]))
+                for path, content in zip(chunk, contents, strict=True):
+                    yield path, content if isinstance(content, UserError) else next(answers)
 
-        def request(path: Path) -> tuple[Path, Recognition | WikiclipError]:
-            content = _read(path)
-            if isinstance(content, UserError):
-                return path, content
-            try:
-                return path, client.recognize(content, options)
-            except WikiclipError as error:
-                return path, error
+    def _from_service(
+        self, images: Sequence[Path], url: str, ask: Callable[[Client, bytes], T]
+    ) -> Iterator[tuple[Path, T | WikiclipError]]:
+        from wikiclip.client import Client
 
-        for start in range(0, len(images), _CHUNK_IMAGES):
-            yield from pool.map(request, images[start : start + _CHUNK_IMAGES])
+        with Client(url, api_key=self._api_key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+
+            def request(path: Path) -> tuple[Path, T | WikiclipError]:
+                content = _read(path)
+                if isinstance(content, UserError):
+                    return path, content
+                try:
+                    return path, ask(client, content)
+                except WikiclipError as error:
+                    return path, error
+
+            for start in range(0, len(images), _CHUNK_IMAGES):
+                yield from pool.map(request, images[start : start + _CHUNK_IMAGES])
 
 
 def _read(path: Path) -> bytes | UserError:

@@ -132,9 +132,10 @@ class Engine:
     ) -> Future[Found]:
         """Search for an image, uint8 [H, W, 3], which is encoded first, or for an embedding, float32 [D].
 
-        `index` is the revision of the index to search, by default the engine's own. `unfiltered` adds the best scores
-        without the selection, `explain` the patch tokens of an image (a second pass of the encoder). Raises
-        `TooManyRequests` if the queue is full, `Unavailable` if the engine is closed.
+        With a `top_k` of 0 an image is only encoded. `index` is the revision of the index to search, by default the
+        engine's own. `unfiltered` adds the best scores without the selection, `explain` the patch tokens of an image (a
+        second pass of the encoder). Raises `TooManyRequests` if the queue is full, `Unavailable` if the engine is
+        closed.
         """
         is_image = query.ndim == 3
         job = _Job(
@@ -256,7 +257,12 @@ class Engine:
             for job, scores_K in zip(group, scores_BK, strict=True):
                 job.unfiltered_scores_K = scores_K[: job.top_k]
         results: list[tuple[_Job, Found]] = []
-        for group in _search_groups(batch):
+        for job in (job for job in batch if job.top_k == 0):
+            assert job.embedding_D is not None
+            stages = {"queue": (job.queued_at, started_at), "encode": (started_at, encoded_at)}
+            rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
+            results.append((job, Found(embedding_D=job.embedding_D, rows=rows, scores=scores, stages=stages)))
+        for group in _search_groups([job for job in batch if job.top_k > 0]):
             search_started_at = time.monotonic()
             rows_BK, scores_BK = _search(group, group[0].selection)
             search = (search_started_at, time.monotonic())

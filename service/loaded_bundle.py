@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from core.errors import BundleAltered, WikiclipError
+from core.arrays import Float32Array
+from core.errors import BundleAltered, Conflict, NoEntitySide, WikiclipError
 from core.runtime import faiss
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
@@ -29,7 +30,7 @@ from service.engine import Encoder, Engine
 from service.ranking import MAX_CACHED_SELECTIONS, Ranker
 from service.settings import MILVUS, Settings
 from service.telemetry import Metrics
-from service.updates import Editor
+from service.updates import NO_ENTITY_ENCODER, Editor, EntityEmbedder, ImageEmbedder, open_embedder
 from wikiclip.answers import RecognizeOptions
 
 _WATCH_INTERVAL_S = 1.0
@@ -105,6 +106,8 @@ class LoadedBundle:
             on_batch=metrics.batch_images.observe,
             on_death=metrics.engine_deaths.inc,
         )
+        self._embedder: EntityEmbedder | ImageEmbedder | None = None  # without an editor, opened when it is needed
+        self._embedder_lock = threading.Lock()
         self._stuck_after_s = settings.stuck_ms / 1000
         self._users = 0
         self._unused = threading.Condition()
@@ -132,6 +135,30 @@ class LoadedBundle:
         if self.editor is not None and self.editor.live.delta is not revision.entities.delta:
             revision = self._revision = self._current_revision()
         return BundleView(loaded=self, entities=revision.entities, ranker=revision.ranker, label=revision.label)
+
+    def check_encoder(self, content_hash: str | None) -> None:
+        """Raise `Conflict` if an embedding is by another encoder. None: not known."""
+        if content_hash not in (None, self.encoder_hash):
+            raise Conflict(
+                f"the embedding is by the encoder {content_hash}, and {self._revision.label} has {self.encoder_hash}; "
+                "embed the image again with POST /embed"
+            )
+
+    def embed_text(self, text: str) -> Float32Array:
+        """Return the embedding [D] of an entity with this text and no image.
+
+        Raises `NoEntitySide` if the bundle cannot, `BundleAltered`, `MissingExtra`.
+        """
+        if self.editor is not None:
+            embedder = self.editor.embedder
+        else:
+            with self._embedder_lock:
+                if self._embedder is None:
+                    self._embedder = open_embedder(self.bundle, self.encoder)
+                embedder = self._embedder
+        if embedder is None:
+            raise NoEntitySide(NO_ENTITY_ENCODER)
+        return embedder.embed(None, text)
 
     def check(self) -> None:
         """Recognise a blank image. Raises `BundleAltered` if that fails in any way."""

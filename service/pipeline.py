@@ -7,12 +7,13 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from core.arrays import Float32Array, Pixels
 from core.pool import Pool
 from imaging import Decoder
+from service.engine import Found
 from service.loaded_bundle import BundleView
 from service.ranking import Ranking
 from wikiclip.answers import Box, RecognizeOptions
@@ -34,10 +35,10 @@ class PipelineResult:
     embedding_D: Float32Array
     stages: Mapping[str, tuple[float, float]]
 
-    @property
-    def timings_ms(self) -> dict[str, float]:
-        """Return the time of each stage but `join`, which only counts towards the total."""
-        return {name: round(1000 * (end - start), 3) for name, (start, end) in self.stages.items() if name != "join"}
+
+def timings_ms(stages: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return the time of each stage but `join`, which only counts towards the total."""
+    return {name: round(1000 * (end - start), 3) for name, (start, end) in stages.items() if name != "join"}
 
 
 class RecognitionPipeline:
@@ -86,6 +87,15 @@ class RecognitionPipeline:
                 ranking = ranker.rank(found, options)
             stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
             return PipelineResult(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
+
+    async def embed(self, image: bytes, box: Box | None, view: BundleView, deadline_s: float) -> Found:
+        """Encode an image without a search. Cancels and raises as `run` does."""
+        with view.loaded.in_use():
+            pixels_HW3, _, decode = await self._decoder.load_region(
+                image, view.loaded.preprocessing, box, deadline_s=deadline_s
+            )
+            found = await asyncio.wrap_future(view.loaded.engine.submit(pixels_HW3, 0))
+            return replace(found, stages={"decode": decode, **found.stages})
 
     def stuck_reason(self, after_s: float) -> str | None:
         """Return which threads have been stuck for longer than `after_s`, None if there are free ones of each kind."""

@@ -9,9 +9,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
@@ -40,14 +40,17 @@ from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
 from service.limits import Admission
 from service.loaded_bundle import BundleView, LoadedBundle, opening
-from service.pipeline import PipelineResult, RecognitionPipeline
+from service.pipeline import PipelineResult, RecognitionPipeline, timings_ms
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
-from wikiclip.answers import Recognition, RecognizeOptions
+from service.updates import read_embedding
+from wikiclip.answers import Box, Embedding, EmbeddingQuery, Recognition, RecognizeOptions, TextQuery
 
 Edit = TypeVar("Edit")
+T = TypeVar("T")
 
 _MAX_REASON = 1000  # characters of a manifest's errors
+_NORM_TOLERANCE = 1e-4
 _MAX_NORM = 1e6  # of an embedding from the cache; most encoders give about 1
 
 _OUTCOMES: dict[type[BaseException], str] = {  # as the metric names them
@@ -207,18 +210,37 @@ class Recognizer:
     ) -> list[Recognition | WikiclipError]:
         """Recognise images in batches. Returns one outcome per image, in order: a bad image does not affect others."""
         options = options or RecognizeOptions()
-        outcomes: list[Recognition | WikiclipError] = []
+
+        async def recognize(image: bytes, view: BundleView) -> Recognition:
+            recognition, _ = await self._compute(image, options, view)
+            return _with_total(recognition, sum(recognition.timings_ms.values()))
+
+        return self._map(recognize, images)
+
+    def embed_many(self, images: Sequence[bytes]) -> list[Embedding | WikiclipError]:
+        """Return the query embeddings of images, or why there is none, in order."""
+
+        async def embed(image: bytes, view: BundleView) -> Embedding:
+            found = await self._pipeline.embed(image, None, view, math.inf)
+            return _embedding(found.embedding_D, view)
+
+        return self._map(embed, images)
+
+    def _map(
+        self, work: Callable[[bytes, BundleView], Awaitable[T]], images: Sequence[bytes]
+    ) -> list[T | WikiclipError]:
+        """Run `work` on images in batches, all with one view."""
+        outcomes: list[T | WikiclipError] = []
         # In a thread of its own, because the calling thread of a notebook already runs an event loop.
         with self.acquire() as view, ThreadPoolExecutor(1) as executor:
 
-            async def outcome(image: bytes) -> Recognition | WikiclipError:
+            async def outcome(image: bytes) -> T | WikiclipError:
                 try:
-                    recognition, _ = await self._compute(image, options, view)
+                    return await work(image, view)
                 except WikiclipError as error:
                     return error.with_traceback(None)  # a traceback would keep the image in memory
-                return _with_total(recognition, sum(recognition.timings_ms.values()))
 
-            async def chunk_outcomes(chunk: Sequence[bytes]) -> list[Recognition | WikiclipError]:
+            async def chunk_outcomes(chunk: Sequence[bytes]) -> list[T | WikiclipError]:
                 return await asyncio.gather(*map(outcome, chunk))
 
             size = min(2 * self.settings.batch_limit(view.loaded.encoder.device), self.settings.queue_limit)
@@ -226,42 +248,80 @@ class Recognizer:
                 outcomes += executor.submit(asyncio.run, chunk_outcomes(images[start : start + size])).result()
         return outcomes
 
-    async def recognize(self, image: bytes, options: RecognizeOptions, view: BundleView | None = None) -> Recognition:
-        """Recognise one image, through the cache. The caller has admitted it, and keeps `view` open if it gives one.
+    async def recognize(
+        self, query: bytes | EmbeddingQuery, options: RecognizeOptions, view: BundleView | None = None
+    ) -> Recognition:
+        """Recognise one image, through the cache, or the image of an embedding, in which case nothing is cached.
 
-        Cancelling it drops the work, unless another request waits for the same. Raises `UndecodableImage`, `TooLarge`,
-        `BadParameter`, `DeadlineExceeded`, `Unavailable`.
+        The caller has admitted it, and keeps `view` open if it gives one. Cancelling it drops the work, unless another
+        request waits for the same. Raises `UndecodableImage`, `TooLarge`, `BadParameter`, `DeadlineExceeded`,
+        `Unavailable`, `Conflict` for an embedding by another encoder.
         """
         if view is None:
             with self.acquire() as current:
-                return await self.recognize(image, options, current)
+                return await self.recognize(query, options, current)
         started_at = time.monotonic()
+        async with self._in_time():
+            if isinstance(query, EmbeddingQuery):
+                recognition, _ = await self._compute(_checked_embedding(query, options, view), options, view)
+            elif self.settings.cache == "on" and not options.explain:  # explanations are large and need the pixels
+                recognition = await self._recognize_cached(query, options, view)
+            else:
+                recognition, _ = await self._compute(query, options, view, self._deadline_s)
+        self.metrics.observe_image("answered", recognition.timings_ms)
+        return _with_total(recognition, 1000 * (time.monotonic() - started_at))
+
+    async def embed(self, query: bytes | TextQuery, box: Box | None, view: BundleView) -> Embedding:
+        """Return the query embedding of an image, through the cache, or that of an entity with this text and no image.
+
+        To query with it gives the same answer as to query with the image. The caller has admitted it and keeps `view`
+        open. Raises as `recognize` does, and `NoEntitySide` if the bundle cannot embed texts.
+        """
+        timings: Mapping[str, float] = {}
+        async with self._in_time():
+            if isinstance(query, TextQuery):
+                embedding_D = await asyncio.to_thread(view.loaded.embed_text, query.text)
+            else:
+                embedding_D, timings = await self._embed_image(query, box, view)
+        self.metrics.observe_image("answered", timings)
+        return _embedding(embedding_D, view)
+
+    async def _embed_image(
+        self, image: bytes, box: Box | None, view: BundleView
+    ) -> tuple[Float32Array, Mapping[str, float]]:
+        """Return the embedding of an image [D], and how long each stage took, in milliseconds."""
+        key = _embedding_key(hashlib.sha256(image).hexdigest(), box, view)
+        if self.settings.cache == "on":
+            embedding_D = _read_embedding(await self._cache.get(key), view.loaded.bundle.manifest.embedding_dim)
+            self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
+            if embedding_D is not None:
+                return embedding_D, {}
+        found = await self._pipeline.embed(image, box, view, self._deadline_s)
+        record_stages(found.stages)
+        if self.settings.cache == "on":
+            await self._cache.put(key, found.embedding_D.astype("<f4").tobytes())
+        return found.embedding_D, timings_ms(found.stages)
+
+    @asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Count a failure within the block. Raises `DeadlineExceeded` if it takes longer than a request may."""
         try:
-            recognition = await self._recognize_in_time(image, options, view)
+            try:
+                async with asyncio.timeout(self._deadline_s):
+                    yield
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"no answer within {self.settings.deadline_ms} ms; retry later or with fewer images at a time"
+                ) from None
         except (asyncio.CancelledError, Exception) as error:
             other = "refused" if isinstance(error, WikiclipError) else "failed"
             self.metrics.count_images(_OUTCOMES.get(type(error), other))
             raise
-        self.metrics.observe_image("answered", recognition.timings_ms)
-        return _with_total(recognition, 1000 * (time.monotonic() - started_at))
-
-    async def _recognize_in_time(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
-        try:
-            async with asyncio.timeout(self._deadline_s):
-                if self.settings.cache == "on" and not options.explain:  # explanations are large and need the pixels
-                    return await self._recognize_cached(image, options, view)
-                recognition, _ = await self._compute(image, options, view, self._deadline_s)
-                return recognition
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"no answer within {self.settings.deadline_ms} ms; retry later or with fewer images at a time"
-            ) from None
 
     async def _recognize_cached(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
         image_sha256 = hashlib.sha256(image).hexdigest()
         encoder_hash = view.loaded.encoder_hash
-        # An embedding depends on the encoder only: another bundle with the same encoder can use it.
-        embedding_key = cache_key("embedding", image_sha256, encoder_hash, repr(options.box))
+        embedding_key = _embedding_key(image_sha256, options.box, view)
         # Services of one bundle that share a Redis may run encoders of different precisions.
         answer_key = cache_key("answer", image_sha256, f"{view.label} {encoder_hash}", repr(options))
         answer = _read_answer(await self._cache.get(answer_key), view.label)
@@ -300,7 +360,7 @@ class Recognizer:
             in_catalog_probability=result.ranking.in_catalog_probability,
             abstained=result.ranking.abstained,
             predictions=result.ranking.predictions,
-            timings_ms=result.timings_ms,
+            timings_ms=timings_ms(result.stages),
         )
         return recognition, result
 
@@ -322,6 +382,31 @@ class Recognizer:
 
 def _with_total(recognition: Recognition, total_ms: float) -> Recognition:
     return recognition.model_copy(update={"timings_ms": {**recognition.timings_ms, "total": round(total_ms, 3)}})
+
+
+def _embedding(embedding_D: Float32Array, view: BundleView) -> Embedding:
+    return Embedding(
+        embedding=tuple(embedding_D.tolist()),
+        dim=len(embedding_D),
+        encoder=view.loaded.encoder_hash,
+        bundle=view.label,
+    )
+
+
+def _embedding_key(image_sha256: str, box: Box | None, view: BundleView) -> str:
+    """An embedding depends on the encoder only: another bundle with the same encoder can use it."""
+    return cache_key("embedding", image_sha256, view.loaded.encoder_hash, repr(box))
+
+
+def _checked_embedding(query: EmbeddingQuery, options: RecognizeOptions, view: BundleView) -> Float32Array:
+    """Return the embedding of a query [D], of length 1. Raises `BadParameter`, or `Conflict` for another encoder."""
+    if options.explain or options.box is not None:
+        raise BadParameter("an embedding has no pixels; leave out explain and box, or send the image")
+    view.loaded.check_encoder(query.encoder)
+    embedding_D = read_embedding(query.embedding, view.loaded.bundle.manifest.embedding_dim)
+    norm = float(np.linalg.norm(embedding_D))
+    # One that was normalised gives the same scores as its image only if it is not changed again.
+    return embedding_D if abs(norm - 1) < _NORM_TOLERANCE else embedding_D / np.float32(norm)
 
 
 def _read_embedding(value: bytes | None, dim: int) -> Float32Array | None:

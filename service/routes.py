@@ -29,6 +29,9 @@ from wikiclip.answers import (
     BatchRecognition,
     BundleChange,
     EditedEntity,
+    Embedding,
+    EmbeddingQuery,
+    EmbedOptions,
     Entities,
     Entity,
     EntityRequest,
@@ -36,6 +39,7 @@ from wikiclip.answers import (
     Problem,
     Recognition,
     RecognizeOptions,
+    TextQuery,
 )
 
 _MAX_BUNDLE_REQUEST_BYTES = 64 * 1024
@@ -43,6 +47,7 @@ _MAX_ID_CHARACTERS = 2000  # Encyclopedic-VQA's ids are URLs
 _ADMIN_ONLY: dict[str, Any] = {"security": [{"admin": []}]}
 
 T = TypeVar("T")
+AnyQuery = TypeVar("AnyQuery", bytes, bytes | EmbeddingQuery, bytes | TextQuery)
 
 recognition_router = APIRouter(dependencies=[Depends(require_key)], tags=["recognition"])
 entity_router = APIRouter(dependencies=[Depends(require_key)], tags=["entities"])
@@ -81,22 +86,42 @@ Options = Annotated[RecognizeOptions, Depends(checked_options)]
 @recognition_router.post(
     "/recognize",
     summary="Name the entities in an image",
-    responses=problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
-    openapi_extra=uploads.image_body(),
+    responses=problems(400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 504),
+    openapi_extra=uploads.image_body(EmbeddingQuery),
 )
 async def recognize(request: Request, response: Response, options: Options, recognizer: ReadyRecognizer) -> Recognition:
     await _apply_rate_limit(request, recognizer, 1)
     body = await _read_body(request, recognizer)
-    image = await uploads.parse(uploads.image_of, body, request.headers.get("content-type", ""))
+    query = await uploads.parse(uploads.query_of, body, request.headers.get("content-type", ""))
 
     async def recognize_image() -> Recognition:
-        return await recognizer.recognize(await _fetched(request, image), options)
+        return await recognizer.recognize(await _fetched(request, query), options)
 
     with recognizer.admission.admit(1):
         recognition = await _while_connected(request, recognize_image())
     stages = (f"{stage};dur={value:.3f}" for stage, value in recognition.timings_ms.items())
     response.headers["Server-Timing"] = ", ".join(stages)
     return recognition.model_copy(update={"request_id": request.state.request_id})
+
+
+@recognition_router.post(
+    "/embed",
+    summary="Get the query embedding of an image, or of an entity with a text and no image",
+    responses=problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
+    openapi_extra=uploads.image_body(TextQuery),
+)
+async def embed(request: Request, options: Annotated[EmbedOptions, Query()], recognizer: ReadyRecognizer) -> Embedding:
+    if options.box is not None:
+        check_box(options.box)
+    await _apply_rate_limit(request, recognizer, 1)
+    body = await _read_body(request, recognizer)
+    query = await uploads.parse(uploads.embeddable_of, body, request.headers.get("content-type", ""))
+
+    async def embed_query(view: BundleView) -> Embedding:
+        return await recognizer.embed(await _fetched(request, query), options.box, view)
+
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        return await _while_connected(request, embed_query(view))
 
 
 @recognition_router.post(
@@ -228,7 +253,7 @@ async def swap_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChan
     summary="Add or replace an entity while serving",
     responses={
         201: {"model": EditedEntity, "description": "The entity is new"},
-        **problems(400, 401, 403, 408, 413, 415, 422, 429, 503, 504),
+        **problems(400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 504),
     },
     openapi_extra={**_ADMIN_ONLY, **uploads.record_body(EntityRequest)},
 )
@@ -247,6 +272,7 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
         raise BadParameter(f"{field[:100]}: {first['msg']}; see PUT /entities in /docs") from error
     with recognizer.admission.admit(1), recognizer.acquire() as view:
         editor = _editor(view)
+        view.loaded.check_encoder(entity.encoder)
         image_bytes = None if image is None else await _fetched(request, image)
         change = recognizer.edit(view, editor.put(entity_id, entity, image_bytes))
         stored, created, revision = await _while_connected(request, change)
@@ -268,8 +294,9 @@ async def delete_entity(entity_id: str, recognizer: ReadyRecognizer) -> Response
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
-async def _fetched(request: Request, image: bytes | str) -> bytes:
-    if isinstance(image, bytes):
+async def _fetched(request: Request, image: str | AnyQuery) -> bytes | AnyQuery:
+    """Return what is at the URL if it is one."""
+    if not isinstance(image, str):
         return image
     fetcher: ImageFetcher = request.app.state.fetcher
     with timed("fetch"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
 
@@ -36,8 +37,9 @@ from service.encoder import open_session
 from service.engine import Encoder
 from wikiclip.answers import EntityRequest
 
+NO_ENTITY_ENCODER = "this bundle has no entity encoder; serve one made with `wikiclip export --live`"
 _THREADS = 1  # one thread leaves the cores to queries
-
+_MIN_NORM = 1e-12
 
 log = logging.getLogger("wikiclip.updates")
 
@@ -96,6 +98,24 @@ class ImageEmbedder:
         return np.asarray(self._image_encoder.encode(pixels_HW3[None])[0], np.float32)
 
 
+def open_embedder(bundle: Bundle, image_encoder: Encoder) -> EntityEmbedder | ImageEmbedder | None:
+    """Return what embeds an entity, None if the bundle cannot. Raises as `Editor` does."""
+    if bundle.manifest.images_only:
+        return ImageEmbedder(image_encoder)
+    entity_encoder = bundle.entity_encoder()
+    return None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, image_encoder)
+
+
+def read_embedding(values: Sequence[float], dim: int) -> Float32Array:
+    """Return an embedding [D], not normalised. Raises `BadParameter` if the numbers are none."""
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite and is refused below
+        embedding_D = np.array(values, np.float32)
+        norm = float(np.linalg.norm(embedding_D))
+    if embedding_D.shape != (dim,) or not np.isfinite(norm) or norm < _MIN_NORM:
+        raise BadParameter(f"embedding must be {dim} finite numbers, not all of them 0")
+    return embedding_D
+
+
 class Editor:
     """Makes live changes to one bundle and follows those of other processes, in two threads.
 
@@ -110,12 +130,7 @@ class Editor:
         self._preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
         self._thumbnail_px = int(bundle.manifest.export.get("thumbnail_px", 0))
         self._store_text = bool(bundle.manifest.export.get("store_text", False))
-        entity_encoder = bundle.entity_encoder()
-        self._embedder: EntityEmbedder | ImageEmbedder | None = None
-        if bundle.manifest.images_only:
-            self._embedder = ImageEmbedder(image_encoder)
-        elif entity_encoder is not None:
-            self._embedder = EntityEmbedder(bundle, entity_encoder, image_encoder)
+        self.embedder = open_embedder(bundle, image_encoder)
         self._pool = Pool(1, "edit")
         self._closing = threading.Event()
         self._sync_thread = threading.Thread(target=self._sync, name="live", daemon=True)
@@ -165,23 +180,15 @@ class Editor:
         if record.embedding is not None:
             if image is not None:
                 raise BadParameter("the record has both image and embedding; send one of them")
-            with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite and is refused below
-                embedding_D = np.array(record.embedding, np.float32)
-                norm = float(np.linalg.norm(embedding_D))
-            if embedding_D.shape != (self._dim,) or not np.isfinite(norm) or norm < 1e-12:
-                raise BadParameter(f"embedding must be {self._dim} finite numbers, not all of them 0")
-            return embedding_D
+            return read_embedding(record.embedding, self._dim)
         if image is None and not record.text.strip():
             raise BadParameter("there is nothing to embed; send an image, a text or an embedding")
-        if self._embedder is None:
-            raise NoEntitySide(
-                f"this bundle has no entity encoder; send embedding ({self._dim} numbers), or serve a bundle made with "
-                "`wikiclip export --live`"
-            )
+        if self.embedder is None:
+            raise NoEntitySide(f"{NO_ENTITY_ENCODER}, or send embedding ({self._dim} numbers)")
         pixels_HW3 = None
         if image is not None:
             pixels_HW3 = self._decoder.load_pixels(image, self._preprocessing)
-        return self._embedder.embed(pixels_HW3, record.text)
+        return self.embedder.embed(pixels_HW3, record.text)
 
     def _sync(self) -> None:
         while not self._closing.wait(self.live.poll_interval_s):

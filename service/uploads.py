@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import orjson
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, FormParser, parse_options_header
 from starlette.requests import Request
 
-from core.errors import BadRequest, SlowRequest, TooLarge, UnsupportedMediaType, UserError
+from core.errors import BadParameter, BadRequest, SlowRequest, TooLarge, UnsupportedMediaType, UserError
 from imaging import canonical_type, readable_types
 from service.limits import BodyBudget
+from wikiclip.answers import EmbeddingQuery, TextQuery
 
 _DRAIN_BYTES = 8 * 1024**2  # read beyond the limit before the connection is closed
 _OTHER_PARTS = 16  # parts of a form besides those that the service reads
@@ -30,10 +31,11 @@ _JSON_EXAMPLE = '{"image": {"base64": "..."}}'
 
 
 T = TypeVar("T")
+AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 async def parse(reader: Callable[[bytes, str], T], body: bytes, content_type: str) -> T:
-    """Call `image_of`, `images_of` or `record_of`, in a thread if the body is so large that others would wait."""
+    """Call a function of this module that reads a body, in a thread if it is so large that others would wait."""
     if len(body) <= _INLINE_BYTES or canonical_type(content_type) is not None:  # an image is not parsed here
         return reader(body, content_type)
     return await asyncio.to_thread(reader, body, content_type)
@@ -94,6 +96,38 @@ def image_of(body: bytes, content_type: str) -> bytes | str:
         return _image_in_json(content.get("image") if isinstance(content, dict) else None)
     _check_type(content_type)
     return body
+
+
+def query_of(body: bytes, content_type: str) -> bytes | str | EmbeddingQuery:
+    """Return the image of a `POST /recognize`, as `image_of` does, or the embedding that it has instead.
+
+    Raises `BadParameter`, too.
+    """
+    return _image_or(EmbeddingQuery, "embedding", body, content_type)
+
+
+def embeddable_of(body: bytes, content_type: str) -> bytes | str | TextQuery:
+    """Return the image of a `POST /embed`, as `image_of` does, or the text that it has instead.
+
+    Raises `BadParameter`, too.
+    """
+    return _image_or(TextQuery, "text", body, content_type)
+
+
+def _image_or(model: type[AnyModel], name: str, body: bytes, content_type: str) -> bytes | str | AnyModel:
+    if _media_type(content_type) != "application/json":
+        return image_of(body, content_type)
+    content = _json(body)
+    if not isinstance(content, dict) or name not in content:
+        return _image_in_json(content.get("image") if isinstance(content, dict) else None)
+    if "image" in content:
+        raise BadRequest(f"the JSON has both image and {name}; send one of them")
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BadParameter(f"{field[:100]}: {first['msg']}") from error
 
 
 def images_of(body: bytes, content_type: str, max_images: int = 1) -> list[bytes | UserError]:
@@ -254,12 +288,13 @@ def request_body(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": schemas}}
 
 
-def image_body() -> dict[str, Any]:
-    """Describe the three forms that `image_of` reads."""
+def image_body(other: type[BaseModel]) -> dict[str, Any]:
+    """Describe the three forms that `image_of` reads, and what JSON may have instead."""
     form = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
     in_json = {"type": "object", "required": ["image"], "properties": {"image": _IMAGE_IN_JSON}}
     raw = dict.fromkeys(readable_types(), BINARY)
-    return request_body({"multipart/form-data": form, "application/json": in_json, **raw})
+    json_body = {"oneOf": [in_json, other.model_json_schema()]}
+    return request_body({"multipart/form-data": form, "application/json": json_body, **raw})
 
 
 def images_body() -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, field_validator
 
 MAX_TOP_K = 100
+MAX_WIDTH = 65_536  # of an embedding
 _MAX_TITLES = 200_000  # characters of the titles in all languages, which stay in memory
 
 Fraction = Annotated[float, Field(allow_inf_nan=False)]
@@ -38,10 +39,18 @@ def _split_box(value: Any) -> Any:
     return parts if value else None
 
 
-class RecognizeOptions(BaseModel):
-    """The options of a recognition, which are also the query parameters of `POST /recognize`."""
+class EmbedOptions(BaseModel):
+    """The query parameters of `POST /embed`."""
 
     model_config = ConfigDict(frozen=True)
+
+    box: Annotated[Box | None, BeforeValidator(_split_box), WithJsonSchema({"type": "string"})] = Field(
+        default=None, description="Region of the image: x,y,w,h in fractions of it."
+    )
+
+
+class RecognizeOptions(EmbedOptions):
+    """The options of a recognition, which are also the query parameters of `POST /recognize`."""
 
     top_k: int = Field(default=5, ge=1, le=MAX_TOP_K, description="Maximum number of predictions.")
     min_score: float | None = Field(
@@ -52,9 +61,6 @@ class RecognizeOptions(BaseModel):
     )
     lang: str | None = Field(
         default=None, max_length=35, description="Language of the titles, a code such as fr, where the catalog has it."
-    )
-    box: Annotated[Box | None, BeforeValidator(_split_box), WithJsonSchema({"type": "string"})] = Field(
-        default=None, description="Region to recognise: x,y,w,h in fractions of the image."
     )
     explain: bool = Field(
         default=False, description="Explain each prediction: where in the image it matches, and which words matter."
@@ -81,7 +87,10 @@ class EntityRequest(BaseModel):
     )
     symbol: str | None = Field(default=None, max_length=64, description="A character that shows the entity.")
     embedding: list[float] | None = Field(
-        default=None, max_length=65_536, description="Instead of image and text. It is normalised."
+        default=None, max_length=MAX_WIDTH, description="Instead of image and text. It is normalised."
+    )
+    encoder: str | None = Field(
+        default=None, max_length=64, description="Content hash of the encoder that made `embedding`, to be checked."
     )
 
     @field_validator("titles")
@@ -91,6 +100,25 @@ class EntityRequest(BaseModel):
         if total > _MAX_TITLES:
             raise ValueError(f"should have at most {_MAX_TITLES} characters in all, not {total}")
         return titles
+
+
+class EmbeddingQuery(BaseModel):
+    """A query by an embedding instead of an image."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    embedding: list[float] = Field(max_length=MAX_WIDTH, description="As `POST /embed` returns it. It is normalised.")
+    encoder: str | None = Field(
+        default=None, max_length=64, description="Content hash of the encoder that made it; another one's gets 409."
+    )
+
+
+class TextQuery(BaseModel):
+    """A text to embed as an entity's."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    text: str = Field(max_length=1_000_000, pattern=r"\S")
 
 
 class Answer(BaseModel):
@@ -186,6 +214,15 @@ class BatchRecognition(Reply):
     results: tuple[Recognition | Problem, ...] = Field(description="In the order of the parts.")
 
 
+class Embedding(Reply):
+    """The query embedding of an image or a text."""
+
+    embedding: tuple[float, ...] = Field(description="L2-normalised.")
+    dim: int
+    encoder: str = Field(description="Content hash of the image encoder. Embeddings of one encoder can be compared.")
+    bundle: str = Field(description="name@fingerprint of the bundle whose encoder this is.")
+
+
 class ImageCredit(Answer):
     """Who made an image, and the licence under which it may be shown."""
 
@@ -240,6 +277,7 @@ class Info(Reply):
     entities: int
     embeddings: int
     embedding_dim: int
+    encoder: str = Field(default="", description="Content hash of the image encoder, as embeddings have it.")
     device: str
     precision: str = Field(description="Which of the bundle's encoders runs: float, int8 or float16.")
     index: str = Field(description="faiss's factory string.")

@@ -21,6 +21,7 @@ COMMANDS = {
     "index": ("index.cli:index", "Rebuild the search index of a bundle."),
     "serve": ("service.cli:serve", "Serve a bundle over HTTP."),
     "recognize": ("service.cli:recognize", "Name the entities in images, without or through a service."),
+    "embed": ("service.cli:embed", "Write the query embeddings of images, without or through a service."),
     "evaluate": ("evaluation.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
     "inspect": ("wikiclip.inspect:inspect", "Check and describe a bundle, or an ONNX file as an image encoder."),
     "bundle": ("index.cli:bundle", "Copy a bundle to or from a folder or an S3-compatible store."),

@@ -16,6 +16,9 @@ from wikiclip.answers import (
     BatchRecognition,
     BundleChange,
     EditedEntity,
+    Embedding,
+    EmbeddingQuery,
+    EmbedOptions,
     Entities,
     Entity,
     EntityRequest,
@@ -120,6 +123,33 @@ class Operations:
         )
 
     @_Operation
+    def recognize_embedding(
+        self, embedding: Embedding | Iterable[float], options: RecognizeOptions | None = None
+    ) -> Request[Recognition]:
+        """Recognise the image of an embedding. Raises `Conflict` if an `Embedding` is by another encoder."""
+        query = _embedding_query(embedding).model_dump(exclude_none=True)
+        return Request(
+            method="POST",
+            url="/recognize",
+            read=_reader(Recognition),
+            content={"params": _query(options), "json": query},
+        )
+
+    @_Operation
+    def embed(self, image: Image, options: EmbedOptions | None = None) -> Request[Embedding]:
+        """Return the query embedding of an image."""
+        content = {"params": _query(options), **_image_body(image)}
+        return Request(method="POST", url="/embed", read=_reader(Embedding), content=content)
+
+    @_Operation
+    def embed_text(self, text: str) -> Request[Embedding]:
+        """Return the embedding of an entity with this text and no image.
+
+        Raises `Unprocessable` if the bundle cannot embed texts.
+        """
+        return Request(method="POST", url="/embed", read=_reader(Embedding), content={"json": {"text": text}})
+
+    @_Operation
     def get_entity(self, entity_id: str) -> Request[Entity]:
         """Return the record of an entity. Raises `NotFound`."""
         return Request(method="GET", url=_entity_url(entity_id), read=_reader(Entity))
@@ -200,7 +230,13 @@ def _reader(kind: type[AnyReply]) -> Callable[[httpx.Response], AnyReply]:
     return read
 
 
-def _query(options: RecognizeOptions | None) -> dict[str, Any]:
+def _embedding_query(embedding: Embedding | Iterable[float]) -> EmbeddingQuery:
+    if isinstance(embedding, Embedding):
+        return EmbeddingQuery(embedding=list(embedding.embedding), encoder=embedding.encoder)
+    return EmbeddingQuery(embedding=[float(value) for value in embedding])
+
+
+def _query(options: EmbedOptions | None) -> dict[str, Any]:
     params: dict[str, Any] = {} if options is None else options.model_dump(exclude_defaults=True)
     if "box" in params:
         params["box"] = ",".join(str(side) for side in params["box"])

@@ -105,6 +105,12 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             assert not text_only.has_thumbnail
             with pytest.raises(UndecodableImage, match="fax coding"):
                 held.loaded.editor.put("fax", request, tiff_fax(10**6)).result()  # type: ignore[union-attr]
+            embedding_D = held.loaded.embed_text(request.text)
+        with recognizer.acquire() as held:
+            put_1D = held.entities.images_of(held.entities.get("words").row)
+    np.testing.assert_allclose(put_1D[0], embedding_D, atol=2e-3)
+    with Recognizer.open(live_bundle, Settings(threads=1)) as recognizer, recognizer.acquire() as held:
+        np.testing.assert_array_equal(held.loaded.embed_text(request.text), embedding_D)
 
 
 def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(

@@ -13,7 +13,7 @@ from PIL import Image
 from core.errors import Unavailable, UndecodableImage
 from imaging import Decoder, load_region
 from index.bundle import Bundle
-from service.pipeline import RecognitionPipeline
+from service.pipeline import RecognitionPipeline, timings_ms
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import RecognizeOptions
@@ -93,7 +93,7 @@ def test_stages_follow_each_other(pipeline, giraffe):
     assert list(result.stages) == ["decode", "queue", "encode", "search", "join"]
     moments = [moment for stage in result.stages.values() for moment in stage]
     assert moments == sorted(moments)
-    assert list(result.timings_ms) == ["decode", "queue", "encode", "search"]
+    assert list(timings_ms(result.stages)) == ["decode", "queue", "encode", "search"]
     assert len(result.ranking.predictions) == 3
     assert pipeline.users == 0
 
