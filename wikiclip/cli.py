@@ -22,6 +22,7 @@ COMMANDS = {
     "serve": ("service.cli:serve", "Serve a bundle over HTTP."),
     "recognize": ("service.cli:recognize", "Name the entities in images, without or through a service."),
     "embed": ("service.cli:embed", "Write the query embeddings of images, without or through a service."),
+    "mcp": ("service.cli:mcp", "Let agents recognise images and look up entities, over stdio or HTTP."),
     "evaluate": ("evaluation.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
     "inspect": ("wikiclip.inspect:inspect", "Check and describe a bundle, or an ONNX file as an image encoder."),
     "bundle": ("index.cli:bundle", "Copy a bundle to or from a folder or an S3-compatible store."),

@@ -74,6 +74,8 @@ def test_every_command_and_the_library_name_the_extra(small_bundle: Path, tmp_pa
         "index": ("cpu", ["--bundle", bundle]),
         "serve": ("cpu", ["--bundle", bundle, "--port", "0"]),
         "recognize": ("cpu", [str(tmp_path / "giraffe.png"), "--bundle", bundle]),
+        "embed": ("cpu", [str(tmp_path / "giraffe.png"), "--bundle", bundle, "--out", f"{out}.npy"]),
+        "mcp": ("mcp", ["--url", "http://127.0.0.1:1"]),
         "evaluate": ("cpu", ["--bundle", bundle, "--queries", "q", "--out", f"{out}.jsonl"]),
         "inspect": ("cpu", [bundle]),
         "bundle": ("cpu", ["push", bundle, "s3://bucket/one"]),
