@@ -26,7 +26,7 @@ from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
 from export.decode import image_decoder
 from export.model import ExportModel
-from export.open_set import Examples, fit_open_set_model, minimise, outlier_images
+from export.open_set import Examples, fit_open_set_model, fit_scores_model, minimise, outlier_images
 from imaging import Preprocessing
 from index.calibration import CANDIDATES, Calibration, background
 from index.search import EntityIndex
@@ -61,6 +61,28 @@ class LabelledSearch:
     scores_NF: Float64Array
     embeddings_ND: Float32Array
     made_up: bool
+
+    @property
+    def scores(self) -> Float64Array:
+        """The best scores `[N, K]`."""
+        return self.scores_NF[:, :CANDIDATES]
+
+    @property
+    def in_catalog(self) -> BoolArray:
+        """Whether the catalog has each query's entity `[N]`."""
+        return self.own_N >= 0
+
+    @property
+    def right(self) -> BoolArray:
+        """Which rows are the query's own entity `[N, F]`."""
+        right_NF: BoolArray = (self.rows_NF == self.own_N[:, None]) & (self.rows_NF >= 0)
+        return right_NF
+
+    @property
+    def scores_without(self) -> Float64Array:
+        """The best scores with the query's own entity left out of the catalog `[N, K]`."""
+        others = [scores_F[~right_F][:CANDIDATES] for scores_F, right_F in zip(self.scores_NF, self.right, strict=True)]
+        return np.array(others, np.float64).reshape(-1, CANDIDATES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +128,15 @@ def calibrate_on(validation: Validation, config: ExportConfig, model: ExportMode
 
     Queries for entities outside the store count as unknown, with no right answer.
     """
+    try:
+        return calibrate(search_validation(validation, config, index), config, model, index)
+    except NotFitted as error:
+        raise UserError(f"{error}; give more validation queries, or leave --validation out") from error
+
+
+def search_validation(validation: Validation, config: ExportConfig, index: EntityIndex) -> LabelledSearch:
     rows_NF, scores_NF = search_embeddings(validation.embeddings_ND, config, index)
-    found = LabelledSearch(
+    return LabelledSearch(
         own_N=validation.own_N,
         group_N=np.unique(validation.entity_ids, return_inverse=True)[1],
         rows_NF=rows_NF,
@@ -115,32 +144,62 @@ def calibrate_on(validation: Validation, config: ExportConfig, model: ExportMode
         embeddings_ND=validation.embeddings_ND,
         made_up=config.validation_made_up,
     )
-    try:
-        return calibrate(found, config, model, index)
-    except NotFitted as error:
-        raise UserError(f"{error}; give more validation queries, or leave --validation out") from error
 
 
 def calibrate(found: LabelledSearch, config: ExportConfig, model: ExportModel, index: EntityIndex) -> Calibration:
     """Fit a calibration to searched queries and to images without an entity. Raise `NotFitted`."""
-    right_NF = (found.rows_NF == found.own_N[:, None]) & (found.rows_NF >= 0)
-    without_NK = _without(found.scores_NF, right_NF)
-    in_catalog_N = found.own_N >= 0
-    scores_NK = found.scores_NF[:, :CANDIDATES]
-    calibration = fit_calibration(scores_NK, right_NF[:, :CANDIDATES], in_catalog_N, without_NK)
-    count = min(max(len(in_catalog_N) // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
+    calibration = _fit_to(found)
+    count = outlier_count(len(found.own_N))
     outliers_ND = embed_images(outlier_images(count, model.image_encoder.preprocessing.size_px), config, model)
     _, outlier_scores_NF = search_embeddings(outliers_ND, config, index)
     return add_open_set_model(
         calibration,
-        SearchedQueries(scores_NK=scores_NK, embeddings_ND=found.embeddings_ND),
-        in_catalog_N,
-        without_NK,
+        SearchedQueries(scores_NK=found.scores, embeddings_ND=found.embeddings_ND),
+        found.in_catalog,
+        found.scores_without,
         group_N=found.group_N,
         outliers=SearchedQueries(scores_NK=outlier_scores_NF[:, :CANDIDATES], embeddings_ND=outliers_ND),
         made_up=found.made_up,
         progress=config.progress,
     )
+
+
+def outlier_count(queries: int) -> int:
+    """Return how many images without an entity a fit to so many queries uses."""
+    return min(max(queries // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
+
+
+def fit_to_scores(found: LabelledSearch) -> Calibration:
+    """Fit a calibration whose open-set model sees the scores alone, to searched queries. Raise `NotFitted`.
+
+    Queries with their entity left out, and those for unknown entities, weigh as much together as the others.
+    """
+    calibration, without_NK = _fit_to(found), found.scores_without
+    left_out_N = np.flatnonzero(found.in_catalog & ~np.isnan(without_NK[:, 0]))
+    if not len(left_out_N):
+        return calibration
+    scores_MK = np.concatenate([found.scores, without_NK[left_out_N]])
+    in_catalog_M = np.concatenate([found.in_catalog, np.zeros(len(left_out_N), bool)])
+    best_M, background_M = scores_MK[:, 0], np.array([background(scores) for scores in _unpadded(scores_MK)])
+    embeddings_MD = np.concatenate([found.embeddings_ND, found.embeddings_ND[left_out_N]])
+    model = fit_scores_model(
+        Examples(
+            best_N=best_M,
+            background_N=background_M,
+            embeddings_ND=embeddings_MD,
+            in_catalog_N=in_catalog_M,
+            group_N=np.concatenate([found.group_N, found.group_N[left_out_N]]),
+            weight_N=np.where(in_catalog_M, 1.0, in_catalog_M.sum() / (~in_catalog_M).sum()),
+        )
+    )
+    examples = zip(best_M.tolist(), background_M.tolist(), embeddings_MD, strict=True)
+    probability_M = np.array([model.probability(*each) for each in examples])
+    return replace(calibration, open_set_model=model, abstain_below=_youden_threshold(probability_M, in_catalog_M))
+
+
+def _fit_to(found: LabelledSearch) -> Calibration:
+    right_NK = found.right[:, :CANDIDATES]
+    return fit_calibration(found.scores, right_NK, found.in_catalog, found.scores_without)
 
 
 def fit_calibration(
@@ -255,12 +314,6 @@ def search_embeddings(
         rows.append(rows_BF)
         scores.append(np.where(rows_BF < 0, np.nan, scores_BF.astype(np.float64)))
     return np.concatenate(rows), np.concatenate(scores)
-
-
-def _without(scores_NF: Float64Array, right_NF: BoolArray) -> Float64Array:
-    """Return the best scores `[N, K]` without the right entity's."""
-    others = [scores_F[~right_F][:CANDIDATES] for scores_F, right_F in zip(scores_NF, right_NF, strict=True)]
-    return np.array(others, np.float64).reshape(-1, CANDIDATES)
 
 
 def _unpadded(scores_NK: Float64Array) -> Iterator[list[float]]:

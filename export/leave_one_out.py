@@ -4,7 +4,7 @@ The entity of a query is scored by its other images. An entity with a single ima
 close-ups, which only resemble other photographs. Only for exports without a checkpoint: there, queries and
 entities have the same embeddings.
 
-Shapes: N queries, V of them views, F = K + 1 results, I other images of an entity, D embedding width.
+Shapes: N queries, V images combined in each, F = K + 1 results, I other images of an entity, D embedding width.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ _PAIRS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class OwnQueries:
-    """Queries made from the catalog's images. `position_N` is that of the image left out, or -1 for a view."""
+    """Queries made from the catalog's images. `position_NV` has those of the images left out, or -1 for a view."""
 
     own_N: Int64Array
-    position_N: Int64Array
+    position_NV: Int64Array
     embeddings_ND: Float32Array
 
 
@@ -68,11 +68,11 @@ def own_queries(
                 yield changed_view(pixels_HW3, (row, number), _VIEW_SIDES)
 
     shown = tqdm(views(), desc="views", unit="image", total=_VIEWS * len(viewed), disable=not config.progress)
-    embeddings_VD = embed_images(shown, config, model)
+    embeddings_ND = embed_images(shown, config, model)
     return OwnQueries(
         own_N=np.concatenate([images.rows_N[several_N], np.array(rows, np.int64)]),
-        position_N=np.concatenate([several_N, np.full(len(rows), -1)]),
-        embeddings_ND=np.concatenate([images.at(several_N), embeddings_VD]),
+        position_NV=np.concatenate([several_N, np.full(len(rows), -1)])[:, None],
+        embeddings_ND=np.concatenate([images.at(several_N), embeddings_ND]),
     )
 
 
@@ -81,16 +81,16 @@ def search_own(
 ) -> LabelledSearch:
     """Search for queries, with the score of their own entity replaced by that of its other images."""
     rows_NF, scores_NF = search_embeddings(queries.embeddings_ND, config, index, CANDIDATES + 2)
-    left_out_N = queries.position_N >= 0
+    left_out_N = queries.position_NV[:, 0] >= 0
     hidden_NF = left_out_N[:, None] & (rows_NF == queries.own_N[:, None])
     scores_NF[hidden_NF] = np.nan
     own_scores_N = np.full(len(left_out_N), np.nan)
     for query in np.flatnonzero(left_out_N):
-        position, own = queries.position_N[query], int(queries.own_N[query])
+        position_V, own = queries.position_NV[query], int(queries.own_N[query])
         positions_I = images.positions_of(own)
-        others_ID = images.at(positions_I[positions_I != position])
+        others_ID = images.at(positions_I[~np.isin(positions_I, position_V)])
         query_D = queries.embeddings_ND[query]
-        own_scores_N[query] = score_of_others(query_D, others_ID, pooling)
+        own_scores_N[query] = score_of_others(query_D, images.at(position_V), others_ID, pooling)
         if index.remembered is not None:  # it has no image of the catalog
             own_scores_N[query] = max(own_scores_N[query], index.remembered.score(query_D, own))
     scores_NF = np.concatenate([scores_NF, own_scores_N[:, None]], axis=1)
@@ -108,18 +108,22 @@ def search_own(
     )
 
 
-def score_of_others(query_D: Float32Array, others_ID: Float32Array, pooling: Pooling) -> float:
+def score_of_others(
+    query_D: Float32Array, left_out_VD: Float32Array, others_ID: Float32Array, pooling: Pooling
+) -> float:
     """Return the score of an entity by its other images.
 
-    A mean of fewer images scores lower, so that of n - 1 is corrected: as if the missing image were as similar to the
-    query and to the others as these are to the query.
+    A mean of fewer images scores lower, so it is corrected for those left out: as if each missing image were as similar
+    to the query as the others are, and as similar to the others as the images of the query are.
     """
     scores_I = others_ID.astype(np.float64) @ query_D
     if pooling == "nearest":
         return float(scores_I.max())
-    count, mean = len(scores_I), float(scores_I.mean())
-    length = float(np.linalg.norm(others_ID.sum(axis=0, dtype=np.float64)))
-    return float((count + 1) * mean / max(np.sqrt(length**2 + 1 + 2 * count * mean), 1e-12))
+    count, missing, mean = len(others_ID), len(left_out_VD), float(scores_I.mean())
+    to_others = float((left_out_VD.astype(np.float64) @ others_ID.T).mean())
+    squared = float(np.square(others_ID.sum(axis=0, dtype=np.float64)).sum())
+    squared += missing + missing * (missing - 1) * to_others + 2 * missing * count * to_others
+    return float((count + missing) * mean / np.sqrt(max(squared, 1e-24)))
 
 
 def check_catalog(
@@ -138,7 +142,7 @@ def check_catalog(
             calibration = calibrate(found, config, model, index)
         except NotFitted as error:
             reason = str(error)
-    left_out_N = queries.position_N >= 0
+    left_out_N = queries.position_NV[:, 0] >= 0
     check = SelfCheck(
         left_out=_share(right_N[left_out_N]),
         views=_share(right_N[~left_out_N]),

@@ -92,6 +92,17 @@ def fit_open_set_model(
     return features.model(weights_F), probability_N
 
 
+def fit_scores_model(examples: Examples) -> OpenSetModel:
+    """Fit a model of both scores alone, without landmarks."""
+    mean_2, deviation_2 = examples.scores.mean(axis=0), np.maximum(examples.scores.std(axis=0), 1e-6)
+    features_NF = np.column_stack([np.ones(len(examples.scores)), (examples.scores - mean_2) / deviation_2])
+    ridge_F = np.array([1e-4, _SCORES_RIDGE, _SCORES_RIDGE])
+    weights_F = _fit_logistic(features_NF, examples.in_catalog_N, examples.weight_N, ridge_F)
+    best, background = (weights_F[1:] / deviation_2).tolist()
+    offset = float(weights_F[0] - weights_F[1:] @ (mean_2 / deviation_2))
+    return OpenSetModel.of_scores(offset, best, background)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Features:
     """The regression's features: 1, both scores standardised, nearness to landmarks, and nearness times the best score.

@@ -22,7 +22,7 @@ from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.jsonl import RejectLog, rejects_path
 from core.reservoir import Reservoir
-from export.calibrate import calibrate_on, embed_validation
+from export.calibrate import calibrate_on, embed_validation, search_validation
 from export.config import (
     ExportConfig,
     check_inputs,
@@ -40,6 +40,7 @@ from export.remember import remember
 from export.reuse import open_base
 from export.shards import EntityImages, Shard, StageTimes, read_shards
 from export.staging import StagingDir, check_output, is_unfinished, write_shards
+from export.views import fit_views, own_sets, validation_sets
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.calibration import Calibration
@@ -299,13 +300,20 @@ def _assemble(
             if kept is not None:
                 index.remembered, remembered = kept
         if validation is not None:
-            calibration = calibrate_on(validation, config, model, index)
+            calibration = fit_views(
+                calibrate_on(validation, config, model, index),
+                lambda views: search_validation(validation_sets(validation, views), config, index),
+            )
             for rejected in validation.rejected:
                 log.add(rejected)
         elif isinstance(model, ImageModel):
             queries = own_queries(config, model, images, sample)
             found = search_own(queries, config, index, images, pooling)
             self_check, calibration = check_catalog(queries, found, config, model, index, store)
+            if calibration is not None:
+                calibration = fit_views(
+                    calibration, lambda views: search_own(own_sets(queries, views), config, index, images, pooling)
+                )
         if calibration is not None and calibration.open_set_model is not None:
             calibration.open_set_model.write(bundle / OPEN_SET_FILE)
         if config.int8:

@@ -10,12 +10,17 @@ best entity lowers the confidence, and so does a high background. The confidence
 
 Whether the catalog has the entity at all is a second question. `OpenSetModel` answers it.
 
+Several photographs of one thing are a query of their own kind: the mean of their embeddings is nearer to everything. So
+their confidences have a softmax for each number of photographs.
+
 Shapes: D embedding width, L landmarks.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +32,8 @@ from core.files import atomic_write
 
 CANDIDATES = 10  # scores that the softmax and the background are taken over
 _SCALARS = ("offset", "best", "background", "width")
+_OF_SCORES = frozenset(("offset", "best", "background"))  # of an `OpenSetModel` without landmarks
+_NOT_NUMBERS = frozenset(("open_set_model", "views"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -50,7 +57,23 @@ class OpenSetModel:
     level_L: Float64Array
     slope_L: Float64Array
 
+    @classmethod
+    def of_scores(cls, offset: float, best: float, background: float) -> Self:
+        """Return a model without landmarks."""
+        none_L = np.zeros(0)
+        return cls(
+            offset=offset,
+            best=best,
+            background=background,
+            width=1.0,
+            landmarks_LD=np.zeros((0, 0), np.float32),
+            level_L=none_L,
+            slope_L=none_L,
+        )
+
     def probability(self, best: float, background: float, embedding_D: Float32Array) -> float:
+        if not len(self.landmarks_LD):
+            return _sigmoid(self.offset + self.best * best + self.background * background)
         nearness_L = np.exp((self.landmarks_LD @ embedding_D - 1.0) / self.width)
         of_query = float(nearness_L @ self.level_L) + best * float(nearness_L @ self.slope_L)
         return _sigmoid(self.offset + self.best * best + self.background * background + of_query)
@@ -78,6 +101,9 @@ class Calibration:
     `queries`, `correct` and `unknown` describe the fit: validation queries, those answered correctly, and examples of
     entities outside the catalog. `open_set_model` is None in bundles of a single entity and in some older ones. Then
     the in-catalog probability is one minus the probability of "none of these".
+
+    `views` has the calibrations of several photographs of one thing, by their number. Theirs have open-set models of
+    scores alone.
     """
 
     slope: float
@@ -89,6 +115,11 @@ class Calibration:
     unknown: int
     candidates: int = CANDIDATES
     open_set_model: OpenSetModel | None = None
+    views: Mapping[int, Calibration] = field(default_factory=dict)
+
+    def of_views(self, views: int) -> Calibration:
+        """Return the calibration of this number of photographs, or of the largest smaller number that has one."""
+        return self.views[max(fitted)] if (fitted := [each for each in self.views if each <= views]) else self
 
     def judge(self, scores: Sequence[float], background: float, embedding_D: Float32Array) -> tuple[list[float], float]:
         """Return the probability of being right of each prediction, and that the catalog has the query's entity.
@@ -108,8 +139,16 @@ class Calibration:
         return in_catalog_probability < self.abstain_below
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but `open_set_model`, which has its own file."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "open_set_model"}
+        """Return everything but `open_set_model`, which has its own file. That of several photographs is included."""
+        content = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_NUMBERS}
+        if self.views:
+            content["views"] = {str(number): each._with_scores() for number, each in self.views.items()}
+        return content
+
+    def _with_scores(self) -> dict[str, Any]:
+        model = self.open_set_model
+        scores = {} if model is None else {name: getattr(model, name) for name in _OF_SCORES}
+        return {**self.to_dict(), **scores}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], open_set_model: OpenSetModel | None = None) -> Self:
@@ -121,11 +160,27 @@ class Calibration:
         if "a" in content:
             sigmoid = {"slope": content["a"], "none_offset": -content["b"], "none_slope": 0.0}
             content = {**sigmoid, "unknown": 0, "candidates": 1, **content}
-        known = {each.name for each in fields(cls)} & content.keys()
-        for name in sorted(known):
-            if not isinstance(content[name], int | float):
-                raise BundleAltered(f"calibration.{name} must be a number; export the bundle again")
-        return cls(**{name: content[name] for name in known}, open_set_model=open_set_model)
+        known = ({each.name for each in fields(cls)} - _NOT_NUMBERS) & content.keys()
+        _check_numbers(content, known)
+        try:
+            views = {int(number): cls._of_views(each) for number, each in content.get("views", {}).items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BundleAltered("calibration.views is malformed; export the bundle again") from error
+        return cls(**{name: content[name] for name in known}, open_set_model=open_set_model, views=views)
+
+    @classmethod
+    def _of_views(cls, content: Mapping[str, Any]) -> Self:
+        _check_numbers(content, _OF_SCORES & content.keys())
+        has_model = content.keys() >= _OF_SCORES
+        return cls.from_dict(
+            content, OpenSetModel.of_scores(**{name: content[name] for name in _OF_SCORES}) if has_model else None
+        )
+
+
+def _check_numbers(content: Mapping[str, Any], names: Collection[str]) -> None:
+    for name in sorted(names):
+        if not isinstance(content[name], int | float):
+            raise BundleAltered(f"calibration.{name} must be a number; export the bundle again")
 
 
 def background(scores: Sequence[float]) -> float:

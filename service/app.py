@@ -155,7 +155,14 @@ def _add_operations(app: FastAPI) -> None:
             image_types=tuple(readable_types()),
             limits={
                 name: getattr(recognizer.settings, name)
-                for name in ("max_body_bytes", "max_pixels", "max_batch_images", "queue_limit", "deadline_ms")
+                for name in (
+                    "max_body_bytes",
+                    "max_pixels",
+                    "max_batch_images",
+                    "max_views",
+                    "queue_limit",
+                    "deadline_ms",
+                )
             },
         )
 

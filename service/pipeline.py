@@ -52,9 +52,16 @@ class RecognitionPipeline:
         self._lookup_pool = Pool(_LOOKUP_THREADS, "lookup")
 
     async def run(
-        self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView, deadline_s: float = math.inf
+        self,
+        image: bytes | Float32Array,
+        options: RecognizeOptions,
+        view: BundleView,
+        deadline_s: float = math.inf,
+        views: int = 1,
     ) -> PipelineResult:
-        """Recognise an image, or an embedding [D]. The decoder refuses an image that would miss the deadline.
+        """Recognise an image, or an embedding [D], which may combine several `views` of one thing.
+
+        The decoder refuses an image that would miss the deadline.
 
         Cancelling it drops stages that have not begun. Raises what a stage raises, for example `UndecodableImage`.
         """
@@ -82,9 +89,9 @@ class RecognitionPipeline:
             )
             join_started_at = time.monotonic()
             if ranker.needs_file_access(found, options):
-                ranking = await self._lookup(view, lambda: ranker.rank(found, options, region))
+                ranking = await self._lookup(view, lambda: ranker.rank(found, options, region, views))
             else:
-                ranking = ranker.rank(found, options)
+                ranking = ranker.rank(found, options, views=views)
             stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
             return PipelineResult(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
 

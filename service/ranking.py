@@ -53,10 +53,11 @@ class Ranker:
         """Return whether `rank` has to read files, because a record is not in memory."""
         return options.explain or self._entities.cached(found.rows[: options.top_k].tolist()) is None
 
-    def rank(self, found: Found, options: RecognizeOptions, region: Box | None = None) -> Ranking:
+    def rank(self, found: Found, options: RecognizeOptions, region: Box | None = None, views: int = 1) -> Ranking:
         """Return the predictions, for patch tokens that cover `region` of the image.
 
-        Confidence and abstention are judged before `min_score` drops predictions.
+        `views` is the number of images that the query combines. Confidence and abstention are judged before `min_score`
+        drops predictions.
         """
         scores: list[float] = found.scores.tolist()
         records = self._entities.by_rows(found.rows[: options.top_k].tolist())
@@ -64,9 +65,10 @@ class Ranker:
         in_catalog_probability = abstained = None
         if self._calibration is not None:
             all_scores = scores if found.unfiltered_scores is None else found.unfiltered_scores.tolist()
-            judged, probability = self._calibration.judge(scores, background(all_scores), found.embedding_D)
+            calibration = self._calibration.of_views(views)
+            judged, probability = calibration.judge(scores, background(all_scores), found.embedding_D)
             confidences, in_catalog_probability = [round(each, 6) for each in judged], round(probability, 6)
-            abstained = self._calibration.abstains(in_catalog_probability)
+            abstained = calibration.abstains(in_catalog_probability)
         # There are fewer records than scores: confidence needs more entities than are shown.
         shown = [
             (record, score, confidence)

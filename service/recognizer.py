@@ -19,7 +19,7 @@ from typing import Self, TypeVar
 import numpy as np
 from pydantic import ValidationError
 
-from core.arrays import Float32Array
+from core.arrays import Float32Array, combined
 from core.errors import (
     BadParameter,
     BundleAltered,
@@ -30,6 +30,7 @@ from core.errors import (
     TooManyRequests,
     Unavailable,
     UndecodableImage,
+    UserError,
     WikiclipError,
 )
 from core.runtime import returnable_memory
@@ -44,9 +45,10 @@ from service.pipeline import PipelineResult, RecognitionPipeline, timings_ms
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from service.updates import read_embedding
-from wikiclip.answers import Box, Embedding, EmbeddingQuery, Recognition, RecognizeOptions, TextQuery
+from wikiclip.answers import Box, Embedding, EmbeddingQuery, Recognition, RecognizeOptions, SkippedImage, TextQuery
 
 Edit = TypeVar("Edit")
+Query = TypeVar("Query")
 T = TypeVar("T")
 
 _MAX_REASON = 1000  # characters of a manifest's errors
@@ -77,7 +79,7 @@ class Recognizer:
         self._deadline_s = settings.deadline_ms / 1000
         self.admission = Admission(
             settings.queue_limit,
-            minimum=max(settings.batch_limit("cuda"), settings.max_batch_images),
+            minimum=max(settings.batch_limit("cuda"), settings.max_batch_images, settings.view_limit),
             deadline_s=self._deadline_s,
             on_refusal=partial(self.metrics.count_images, "full"),
         )
@@ -217,6 +219,20 @@ class Recognizer:
 
         return self._map(recognize, images)
 
+    def recognize_together(self, images: Sequence[bytes], options: RecognizeOptions | None = None) -> Recognition:
+        """Recognise the one thing that several images show, at most `MAX_VIEWS`. Raises as `recognize_views` does."""
+        self.check_views(len(images))
+        options = options or RecognizeOptions()
+
+        async def recognize(images: Sequence[bytes], view: BundleView) -> Recognition:
+            recognition = await self._answer_views(images, options, view, cache=False)
+            return _with_total(recognition, sum(recognition.timings_ms.values()))
+
+        [outcome] = self._map(recognize, [images])
+        if isinstance(outcome, WikiclipError):
+            raise outcome
+        return outcome
+
     def embed_many(self, images: Sequence[bytes]) -> list[Embedding | WikiclipError]:
         """Return the query embeddings of images, or why there is none, in order."""
 
@@ -227,20 +243,20 @@ class Recognizer:
         return self._map(embed, images)
 
     def _map(
-        self, work: Callable[[bytes, BundleView], Awaitable[T]], images: Sequence[bytes]
+        self, work: Callable[[Query, BundleView], Awaitable[T]], images: Sequence[Query]
     ) -> list[T | WikiclipError]:
-        """Run `work` on images in batches, all with one view."""
+        """Run `work` on images, or lists of images, in batches, all with one view."""
         outcomes: list[T | WikiclipError] = []
         # In a thread of its own, because the calling thread of a notebook already runs an event loop.
         with self.acquire() as view, ThreadPoolExecutor(1) as executor:
 
-            async def outcome(image: bytes) -> T | WikiclipError:
+            async def outcome(image: Query) -> T | WikiclipError:
                 try:
                     return await work(image, view)
                 except WikiclipError as error:
                     return error.with_traceback(None)  # a traceback would keep the image in memory
 
-            async def chunk_outcomes(chunk: Sequence[bytes]) -> list[T | WikiclipError]:
+            async def chunk_outcomes(chunk: Sequence[Query]) -> list[T | WikiclipError]:
                 return await asyncio.gather(*map(outcome, chunk))
 
             size = min(2 * self.settings.batch_limit(view.loaded.encoder.device), self.settings.queue_limit)
@@ -271,6 +287,32 @@ class Recognizer:
         self.metrics.observe_image("answered", recognition.timings_ms)
         return _with_total(recognition, 1000 * (time.monotonic() - started_at))
 
+    def check_views(self, images: int) -> None:
+        """Raise `TooLarge` for more images of one thing than `MAX_VIEWS`."""
+        if images > self.settings.view_limit:
+            raise TooLarge(
+                f"{images} images of one thing; send at most {self.settings.view_limit}, or use /recognize/batch for "
+                "images of different things"
+            )
+
+    async def recognize_views(
+        self, images: Sequence[bytes | UserError], options: RecognizeOptions, view: BundleView | None = None
+    ) -> Recognition:
+        """Recognise the one thing that several images show, whatever their order, through the cache.
+
+        An image that is an error, or does not decode, is skipped. The caller has admitted all, and keeps `view` open if
+        it gives one. Raises as `recognize` does, and `UndecodableImage` if no image decodes.
+        """
+        if view is None:
+            with self.acquire() as current:
+                return await self.recognize_views(images, options, current)
+        started_at = time.monotonic()
+        async with self._in_time(len(images)):
+            recognition = await self._answer_views(images, options, view, cache=self.settings.cache == "on")
+        self.metrics.observe_image("answered", recognition.timings_ms, len(images) - len(recognition.skipped))
+        self.metrics.count_images("undecodable", len(recognition.skipped))
+        return _with_total(recognition, 1000 * (time.monotonic() - started_at))
+
     async def embed(self, query: bytes | TextQuery, box: Box | None, view: BundleView) -> Embedding:
         """Return the query embedding of an image, through the cache, or that of an entity with this text and no image.
 
@@ -282,29 +324,31 @@ class Recognizer:
             if isinstance(query, TextQuery):
                 embedding_D = await asyncio.to_thread(view.loaded.embed_text, query.text)
             else:
-                embedding_D, timings = await self._embed_image(query, box, view)
+                image_sha256 = hashlib.sha256(query).hexdigest()
+                cache = self.settings.cache == "on"
+                embedding_D, timings = await self._embed_image(query, image_sha256, box, view, cache=cache)
         self.metrics.observe_image("answered", timings)
         return _embedding(embedding_D, view)
 
     async def _embed_image(
-        self, image: bytes, box: Box | None, view: BundleView
+        self, image: bytes, image_sha256: str, box: Box | None, view: BundleView, *, cache: bool
     ) -> tuple[Float32Array, Mapping[str, float]]:
         """Return the embedding of an image [D], and how long each stage took, in milliseconds."""
-        key = _embedding_key(hashlib.sha256(image).hexdigest(), box, view)
-        if self.settings.cache == "on":
+        key = _embedding_key(image_sha256, box, view)
+        if cache:
             embedding_D = _read_embedding(await self._cache.get(key), view.loaded.bundle.manifest.embedding_dim)
             self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
             if embedding_D is not None:
                 return embedding_D, {}
         found = await self._pipeline.embed(image, box, view, self._deadline_s)
         record_stages(found.stages)
-        if self.settings.cache == "on":
+        if cache:
             await self._cache.put(key, found.embedding_D.astype("<f4").tobytes())
         return found.embedding_D, timings_ms(found.stages)
 
     @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
-        """Count a failure within the block. Raises `DeadlineExceeded` if it takes longer than a request may."""
+    async def _in_time(self, images: int = 1) -> AsyncIterator[None]:
+        """Count images by how the block fails. Raises `DeadlineExceeded` if it takes longer than a request may."""
         try:
             try:
                 async with asyncio.timeout(self._deadline_s):
@@ -315,15 +359,13 @@ class Recognizer:
                 ) from None
         except (asyncio.CancelledError, Exception) as error:
             other = "refused" if isinstance(error, WikiclipError) else "failed"
-            self.metrics.count_images(_OUTCOMES.get(type(error), other))
+            self.metrics.count_images(_OUTCOMES.get(type(error), other), images)
             raise
 
     async def _recognize_cached(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
         image_sha256 = hashlib.sha256(image).hexdigest()
-        encoder_hash = view.loaded.encoder_hash
         embedding_key = _embedding_key(image_sha256, options.box, view)
-        # Services of one bundle that share a Redis may run encoders of different precisions.
-        answer_key = cache_key("answer", image_sha256, f"{view.label} {encoder_hash}", repr(options))
+        answer_key = _answer_key([image_sha256], options, view)
         answer = _read_answer(await self._cache.get(answer_key), view.label)
         if answer is not None:
             self.metrics.cache_lookups.labels("answer").inc()
@@ -346,12 +388,61 @@ class Recognizer:
         await self._cache.put(answer_key, _write_answer(recognition))
         return recognition
 
+    async def _answer_views(
+        self, images: Sequence[bytes | UserError], options: RecognizeOptions, view: BundleView, *, cache: bool
+    ) -> Recognition:
+        """Answer as `recognize_views` does, without the total time. Equal images count once."""
+        if options.box is not None or options.explain:
+            raise BadParameter("several images have one answer; leave out box and explain, or send one image")
+        hashed = [(hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else "", image) for image in images]
+        # By content, so that rounding does not depend on the order of the images.
+        distinct = sorted((each, image) for each, image in dict(hashed).items() if isinstance(image, bytes))
+        answer_key = _answer_key([image_sha256 for image_sha256, _ in distinct], options, view)
+        if cache and (answer := _read_answer(await self._cache.get(answer_key), view.label)) is not None:
+            self.metrics.cache_lookups.labels("answer").inc()
+            return answer.model_copy(update={"skipped": _skipped(hashed, {})})
+        outcomes = await asyncio.gather(*(self._embed_view(*each, view, cache=cache) for each in distinct))
+        pairs = [(image_sha256, outcome) for (image_sha256, _), outcome in zip(distinct, outcomes, strict=True)]
+        errors = {image_sha256: outcome for image_sha256, outcome in pairs if isinstance(outcome, UserError)}
+        embedded = [outcome for outcome in outcomes if not isinstance(outcome, UserError)]
+        skipped = _skipped(hashed, errors)
+        if not embedded:
+            raise UndecodableImage(f"none of the {len(images)} images decodes; the first: {skipped[0].detail}")
+        embeddings_VD = np.stack([embedding_D for embedding_D, _ in embedded])
+        embedding_D = embeddings_VD[0] if len(embedded) == 1 else combined(embeddings_VD)
+        recognition, _ = await self._compute(embedding_D, options, view, views=len(embedded))
+        if cache:
+            used = [image_sha256 for image_sha256, _ in distinct if image_sha256 not in errors]
+            await self._cache.put(_answer_key(used, options, view), _write_answer(recognition))
+        slowest = max((timings_ms for _, timings_ms in embedded), key=lambda each: sum(each.values()))
+        return recognition.model_copy(
+            update={
+                "cached": not any(timings_ms for _, timings_ms in embedded),
+                "skipped": skipped,
+                "timings_ms": {**recognition.timings_ms, **slowest},
+            }
+        )
+
+    async def _embed_view(
+        self, image_sha256: str, image: bytes, view: BundleView, *, cache: bool
+    ) -> tuple[Float32Array, Mapping[str, float]] | UserError:
+        """Return what `_embed_image` does, or why the image does not decode."""
+        try:
+            return await self._embed_image(image, image_sha256, None, view, cache=cache)
+        except (UndecodableImage, TooLarge) as error:
+            return error.with_traceback(None)  # a traceback would keep the image in memory
+
     async def _compute(
-        self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView, deadline_s: float = math.inf
+        self,
+        image: bytes | Float32Array,
+        options: RecognizeOptions,
+        view: BundleView,
+        deadline_s: float = math.inf,
+        views: int = 1,
     ) -> tuple[Recognition, PipelineResult]:
         if options.explain and view.loaded.bundle.manifest.image_encoder.outputs[0] is None:
             raise BadParameter("this bundle's image encoder has no patch tokens to explain with; leave out explain")
-        result = await self._pipeline.run(image, options, view, deadline_s)
+        result = await self._pipeline.run(image, options, view, deadline_s, views)
         record_stages(result.stages)
         recognition = Recognition(
             model=view.loaded.model,
@@ -396,6 +487,22 @@ def _embedding(embedding_D: Float32Array, view: BundleView) -> Embedding:
 def _embedding_key(image_sha256: str, box: Box | None, view: BundleView) -> str:
     """An embedding depends on the encoder only: another bundle with the same encoder can use it."""
     return cache_key("embedding", image_sha256, view.loaded.encoder_hash, repr(box))
+
+
+def _answer_key(images_sha256: Sequence[str], options: RecognizeOptions, view: BundleView) -> str:
+    """Return the key of the answer to a set of images, given by their sorted hashes."""
+    # Services of one bundle that share a Redis may run encoders of different precisions.
+    return cache_key("answer", " ".join(images_sha256), f"{view.label} {view.loaded.encoder_hash}", repr(options))
+
+
+def _skipped(
+    hashed: Sequence[tuple[str, bytes | UserError]], errors: Mapping[str, UserError]
+) -> tuple[SkippedImage, ...]:
+    """Return the images that are errors or, by their hashes, have one."""
+    outcomes = [image if isinstance(image, UserError) else errors.get(sha256) for sha256, image in hashed]
+    return tuple(
+        SkippedImage(index=index, detail=error.detail) for index, error in enumerate(outcomes) if error is not None
+    )
 
 
 def _checked_embedding(query: EmbeddingQuery, options: RecognizeOptions, view: BundleView) -> Float32Array:

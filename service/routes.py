@@ -85,20 +85,30 @@ Options = Annotated[RecognizeOptions, Depends(checked_options)]
 
 @recognition_router.post(
     "/recognize",
-    summary="Name the entities in an image",
+    summary="Name the entities in an image, or the one thing that several images show",
     responses=problems(400, 401, 403, 408, 409, 413, 415, 422, 429, 503, 504),
-    openapi_extra=uploads.image_body(EmbeddingQuery),
+    openapi_extra=uploads.image_body(EmbeddingQuery, several=True),
 )
 async def recognize(request: Request, response: Response, options: Options, recognizer: ReadyRecognizer) -> Recognition:
-    await _apply_rate_limit(request, recognizer, 1)
+    content_type = request.headers.get("content-type", "")
+    is_form = uploads.is_form(content_type)  # it may have several images
+    if not is_form:
+        await _apply_rate_limit(request, recognizer, 1)
     body = await _read_body(request, recognizer)
-    query = await uploads.parse(uploads.query_of, body, request.headers.get("content-type", ""))
+    read = partial(uploads.query_of, max_images=recognizer.settings.view_limit)
+    query = await uploads.parse(read, body, content_type)
+    images = len(query) if isinstance(query, list) else 1
+    recognizer.check_views(images)
+    if is_form:
+        await _apply_rate_limit(request, recognizer, images)
 
-    async def recognize_image() -> Recognition:
+    async def recognize_query() -> Recognition:
+        if isinstance(query, list):
+            return await recognizer.recognize_views(query, options)
         return await recognizer.recognize(await _fetched(request, query), options)
 
-    with recognizer.admission.admit(1):
-        recognition = await _while_connected(request, recognize_image())
+    with recognizer.admission.admit(images):
+        recognition = await _while_connected(request, recognize_query())
     stages = (f"{stage};dur={value:.3f}" for stage, value in recognition.timings_ms.items())
     response.headers["Server-Timing"] = ", ".join(stages)
     return recognition.model_copy(update={"request_id": request.state.request_id})

@@ -111,6 +111,9 @@ class Settings(BaseSettings):
         description="Maximum images encoded together; 0 is 32 on a GPU and 8 per thread, up to 32, on a CPU.",
     )  # fmt: skip
     max_batch_images: int = Field(default=32, ge=1, le=1024, description="Maximum images in one POST /recognize/batch.")
+    max_views: int = Field(
+        default=8, ge=1, le=1024, description="Maximum photographs of one thing in one POST /recognize; more get 413."
+    )
     queue_limit: int = Field(
         default=256,
         ge=1,
@@ -194,6 +197,11 @@ class Settings(BaseSettings):
     @property
     def thread_count(self) -> int:
         return self.threads or usable_cores()
+
+    @property
+    def view_limit(self) -> int:
+        """Return how many images of one thing a request may have. More than the queue takes would never be accepted."""
+        return min(self.max_views, self.queue_limit)
 
     def batch_limit(self, device: str) -> int:
         """Return the maximum images encoded together on `cuda` or `cpu`.

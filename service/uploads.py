@@ -6,7 +6,7 @@ import binascii
 import io
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -32,6 +32,13 @@ _JSON_EXAMPLE = '{"image": {"base64": "..."}}'
 
 T = TypeVar("T")
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    name: bytes | None
+    content_type: str | None
+    data: bytes
 
 
 async def parse(reader: Callable[[bytes, str], T], body: bytes, content_type: str) -> T:
@@ -80,16 +87,20 @@ async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> 
     return b"".join(chunks)
 
 
+def is_form(content_type: str) -> bool:
+    return _media_type(content_type) == "multipart/form-data"
+
+
 def image_of(body: bytes, content_type: str) -> bytes | str:
     """Return the image of a `POST /recognize` in any of its three forms, or its URL, unchecked.
 
     Raises `BadRequest` or `UnsupportedMediaType`.
     """
     media_type = _media_type(content_type)
-    if media_type == "multipart/form-data":
+    if is_form(content_type):
         parts = _image_parts(body, content_type, 1)
         if len(parts) != 1:
-            raise BadRequest(f"the form has {len(parts)} parts named image; send one, or use /recognize/batch")
+            raise BadRequest(f"the form has {len(parts)} parts named image; send one")
         return _image_in_part(parts[0])
     if media_type == "application/json":
         content = _json(body)
@@ -98,11 +109,17 @@ def image_of(body: bytes, content_type: str) -> bytes | str:
     return body
 
 
-def query_of(body: bytes, content_type: str) -> bytes | str | EmbeddingQuery:
-    """Return the image of a `POST /recognize`, as `image_of` does, or the embedding that it has instead.
+def query_of(
+    body: bytes, content_type: str, max_images: int = 1
+) -> bytes | str | EmbeddingQuery | list[bytes | UserError]:
+    """Return the image of a `POST /recognize`, as `image_of` does, or its several images, or its embedding.
 
-    Raises `BadParameter`, too.
+    Several images are as `images_of` returns them. Raises `BadParameter`, too, and `TooLarge` for a form with far more
+    parts than `max_images`.
     """
+    if is_form(content_type):
+        parts = _image_parts(body, content_type, max_images, too_many=TooLarge)
+        return _image_in_part(parts[0]) if len(parts) == 1 else _images_in_parts(parts)
     return _image_or(EmbeddingQuery, "embedding", body, content_type)
 
 
@@ -136,10 +153,14 @@ def images_of(body: bytes, content_type: str, max_images: int = 1) -> list[bytes
     Raises `BadRequest` for a malformed body, one without such a part, and one with far more parts than `max_images`;
     `UnsupportedMediaType` if it is not multipart.
     """
-    if _media_type(content_type) != "multipart/form-data":
+    if not is_form(content_type):
         raise UnsupportedMediaType("send multipart/form-data with parts named image")
+    return _images_in_parts(_image_parts(body, content_type, max_images))
+
+
+def _images_in_parts(parts: Sequence[_Part]) -> list[bytes | UserError]:
     images: list[bytes | UserError] = []
-    for part in _image_parts(body, content_type, max_images):
+    for part in parts:
         try:
             images.append(_image_in_part(part))
         except UserError as error:
@@ -157,7 +178,7 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
         record = _json(body)
         image = record.pop("image", None) if isinstance(record, dict) else None
         return record, None if image is None else image_in_json(image)
-    if media_type != "multipart/form-data":
+    if not is_form(content_type):
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
     parts = _parse_multipart(body, content_type, 2)
     records = [part for part in parts if part.name == b"record"]
@@ -167,19 +188,14 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
     return _json(records[0].data), _image_in_part(images[0]) if images else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    name: bytes | None
-    content_type: str | None
-    data: bytes
-
-
 def _media_type(content_type: str) -> str:
     return content_type.partition(";")[0].strip().lower()
 
 
-def _image_parts(body: bytes, content_type: str, max_images: int) -> list[_Part]:
-    parts = [part for part in _parse_multipart(body, content_type, max_images) if part.name == b"image"]
+def _image_parts(
+    body: bytes, content_type: str, max_images: int, too_many: type[UserError] = BadRequest
+) -> list[_Part]:
+    parts = [part for part in _parse_multipart(body, content_type, max_images, too_many) if part.name == b"image"]
     if not parts:
         raise BadRequest("the form has no part named image; add one")
     return parts
@@ -231,7 +247,9 @@ def image_in_json(image: object) -> bytes | str:
     return data
 
 
-def _parse_multipart(body: bytes, content_type: str, max_read: int) -> list[_Part]:
+def _parse_multipart(
+    body: bytes, content_type: str, max_read: int, too_many: type[UserError] = BadRequest
+) -> list[_Part]:
     _, parameters = parse_options_header(content_type)
     boundary = parameters.get(b"boundary")
     if not boundary:
@@ -241,7 +259,7 @@ def _parse_multipart(body: bytes, content_type: str, max_read: int) -> list[_Par
 
     def add(part: _Part) -> None:
         if len(parts) == max_read + _OTHER_PARTS:
-            raise BadRequest(f"the form has over {len(parts)} parts; send fewer")
+            raise too_many(f"the form has over {len(parts)} parts; send fewer")
         parts.append(part)
 
     def add_field(field: Field) -> None:
@@ -288,9 +306,13 @@ def request_body(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": schemas}}
 
 
-def image_body(other: type[BaseModel]) -> dict[str, Any]:
-    """Describe the three forms that `image_of` reads, and what JSON may have instead."""
-    form = {"type": "object", "required": ["image"], "properties": {"image": BINARY}}
+def image_body(other: type[BaseModel], *, several: bool = False) -> dict[str, Any]:
+    """Describe the three forms that `image_of` reads, and what JSON may have instead.
+
+    With `several`, a form may have any number of images.
+    """
+    images = {"type": "array", "items": BINARY, "minItems": 1, "description": "One image, or several of one thing."}
+    form = {"type": "object", "required": ["image"], "properties": {"image": images if several else BINARY}}
     in_json = {"type": "object", "required": ["image"], "properties": {"image": _IMAGE_IN_JSON}}
     raw = dict.fromkeys(readable_types(), BINARY)
     json_body = {"oneOf": [in_json, other.model_json_schema()]}

@@ -174,8 +174,15 @@ class Prediction(Answer):
     explanation: Explanation | None = Field(default=None, description="Null unless `explain` asks for it.")
 
 
+class SkippedImage(Answer):
+    """One of several images that was not used."""
+
+    index: int = Field(description="Its place in the request, from 0.")
+    detail: str = Field(description="Why it does not decode, and what to do.")
+
+
 class Recognition(Reply):
-    """Predictions for one image, best first."""
+    """Predictions for one image, or for several photographs of one thing, best first."""
 
     request_id: str = Field(default="", description="Id of the HTTP request; empty without HTTP.")
     model: str
@@ -191,9 +198,13 @@ class Recognition(Reply):
         "Predictions are returned anyway."
     )
     predictions: tuple[Prediction, ...]
+    skipped: tuple[SkippedImage, ...] = Field(
+        default=(), description="Of several images, those that do not decode. They have no other effect."
+    )
     timings_ms: dict[str, float] = Field(
         default={},
-        description="Milliseconds of the stages that took place (decode, queue, encode, search), and in total.",
+        description="Milliseconds of the stages that took place (decode, queue, encode, search), and in total. "
+        "Of several images, those of the one that took longest.",
     )
 
 

@@ -33,12 +33,12 @@ def test_own_scores_leave_the_query_out(tmp_path: Path, pooling: Pooling) -> Non
     view_D = images.at(np.array([0])) + 0.1
     queries = OwnQueries(
         own_N=np.append(rows_N[several_N], 0),
-        position_N=np.append(several_N, -1),
+        position_NV=np.append(several_N, -1)[:, None],
         embeddings_ND=np.concatenate([images.at(several_N), view_D / np.linalg.norm(view_D)]),
     )
     config = ExportConfig(catalog=tmp_path, out=tmp_path, batch_size=7)
     found = search_own(queries, config, index, images, pooling)
-    for number, position in enumerate(queries.position_N):
+    for number, position in enumerate(queries.position_NV[:, 0]):
         query_D, own = queries.embeddings_ND[number], int(queries.own_N[number])
         expected = {}
         for row in range(30):

@@ -1,0 +1,89 @@
+"""Fit confidence for several photographs of one thing to sets of the queries that one photograph's is fitted to.
+
+The service combines photographs into one query embedding (`core.arrays.combined`), so a set is searched like a query.
+
+Shapes: N queries, V photographs of a set, S sets, D embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations
+from math import comb
+
+import numpy as np
+
+from core.arrays import Float32Array, Int64Array, combined
+from export.calibrate import LabelledSearch, NotFitted, Validation, fit_to_scores
+from export.leave_one_out import OwnQueries
+from index.calibration import Calibration
+
+MAX_FITTED = 4  # photographs of a set; more of them have the fit of four
+_SETS_OF_ENTITY = 6
+_MIN_SETS, _MAX_SETS = 30, 4096
+
+
+def fit_views(calibration: Calibration, search: Callable[[int], LabelledSearch]) -> Calibration:
+    """Add the calibrations of two, three and four photographs, as far as there are enough sets.
+
+    `search` returns what a search finds for sets of so many photographs.
+    """
+    views = {}
+    for number in range(2, MAX_FITTED + 1):
+        found = search(number)
+        if len(found.own_N) < _MIN_SETS:
+            break
+        try:
+            views[number] = fit_to_scores(found)
+        except NotFitted:
+            continue
+    return replace(calibration, views=views)
+
+
+def sets_of(group_N: Int64Array, views: int, *, spare: int = 0) -> Int64Array:
+    """Return sets of queries of one group `[S, V]`, up to six of each group with `spare` queries more than a set."""
+    rng = np.random.default_rng(0)
+    order_N = np.argsort(group_N, kind="stable")
+    groups = np.split(order_N, np.flatnonzero(np.diff(group_N[order_N])) + 1)
+    sets: list[tuple[int, ...]] = []
+    for number in rng.permutation(len(groups)):
+        members = groups[number]
+        if len(members) < views + spare:
+            continue
+        if comb(len(members), views) <= _SETS_OF_ENTITY:
+            sets += combinations(members.tolist(), views)
+        else:
+            drawn = {tuple(sorted(rng.permutation(members)[:views].tolist())) for _ in range(_SETS_OF_ENTITY)}
+            sets += sorted(drawn)
+        if len(sets) >= _MAX_SETS:
+            break
+    return np.array(sets, np.int64).reshape(-1, views)
+
+
+def validation_sets(validation: Validation, views: int) -> Validation:
+    """Return sets of validation queries for one entity, as queries."""
+    sets_SV = sets_of(np.unique(validation.entity_ids, return_inverse=True)[1], views)
+    return replace(
+        validation,
+        entity_ids=[validation.entity_ids[first] for first in sets_SV[:, 0]],
+        own_N=validation.own_N[sets_SV[:, 0]],
+        embeddings_ND=combine_sets(validation.embeddings_ND, sets_SV),
+    )
+
+
+def own_sets(queries: OwnQueries, views: int) -> OwnQueries:
+    """Return sets of a catalog's images of one entity, which has one image more, as queries."""
+    several_N = np.flatnonzero(queries.position_NV[:, 0] >= 0)
+    sets_SV = several_N[sets_of(queries.own_N[several_N], views, spare=1)]
+    return OwnQueries(
+        own_N=queries.own_N[sets_SV[:, 0]],
+        position_NV=queries.position_NV[sets_SV, 0],
+        embeddings_ND=combine_sets(queries.embeddings_ND, sets_SV),
+    )
+
+
+def combine_sets(embeddings_ND: Float32Array, sets_SV: Int64Array) -> Float32Array:
+    """Return the query embeddings `[S, D]` of sets."""
+    queries = [combined(embeddings_ND[each_V]) for each_V in sets_SV]
+    return np.array(queries, np.float32).reshape(-1, embeddings_ND.shape[1])
