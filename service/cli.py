@@ -98,6 +98,7 @@ def serve(**flags: Any) -> None:
 @click.option(
     "--explain", is_flag=True, help="Explain each prediction: where in the image it matches, and which words matter."
 )
+@click.option("--together", is_flag=True, help="All images show one thing: give one answer.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Write JSON Lines to this file, one line per image.")
 @click.option(
     "--device",
@@ -116,6 +117,7 @@ def recognize(
     types: str,
     lang: str | None,
     explain: bool,
+    together: bool,
     out: str | None,
     device: str,
     as_json: bool,
@@ -135,6 +137,14 @@ def recognize(
         raise click.UsageError(f"{first['loc'][0]}: {first['msg']}") from error
     answerer = _Answerer(bundle, url, api_key_file, device)
     images = find_images(paths)
+    if together:
+        answer = answerer.answer(
+            lambda recognizer: recognizer.recognize_together(list(map(_contents, images)), options),
+            lambda client: client.recognize_views(map(_contents, images), options),
+        )
+        with _Printer(total=1, out=out, as_json=as_json) as printer:
+            printer.print_together(images, answer)
+        return
     outcomes = answerer.outcomes(
         images,
         lambda recognizer, contents: recognizer.recognize_many(contents, options),
@@ -265,6 +275,22 @@ class _Answerer:
         self._bundle, self._url, self._device = bundle, url, device
         self.api_key = None if api_key_file is None else api_key_file.read().strip()
 
+    def answer(self, ask_bundle: Callable[[Recognizer], T], ask_service: Callable[[Client], T]) -> T:
+        """Return one answer. Raises `WikiclipError`."""
+        with ExitStack() as stack:
+            if self._bundle is not None:
+                return ask_bundle(stack.enter_context(self._recognizer(self._bundle)))
+            from wikiclip.client import Client
+
+            assert self._url is not None
+            return ask_service(stack.enter_context(Client(self._url, api_key=self._api_key)))
+
+    def _recognizer(self, bundle: str) -> Recognizer:
+        from service.recognizer import Recognizer
+        from service.settings import load_settings
+
+        return Recognizer.open(bundle, load_settings(device=self._device, cache="off", redis_url=None))
+
     def outcomes(
         self,
         images: Sequence[Path],
@@ -283,10 +309,7 @@ class _Answerer:
         bundle: str,
         ask: Callable[[Recognizer, Sequence[bytes]], Sequence[T | WikiclipError]],
     ) -> Iterator[tuple[Path, T | WikiclipError]]:
-        from service.recognizer import Recognizer
-        from service.settings import load_settings
-
-        with Recognizer.open(bundle, load_settings(device=self._device, cache="off", redis_url=None)) as recognizer:
+        with self._recognizer(bundle) as recognizer:
             for start in range(0, len(images), _CHUNK_IMAGES):
                 chunk = images[start : start + _CHUNK_IMAGES]
                 contents = [_read(path) for path in chunk]
@@ -314,6 +337,16 @@ class _Answerer:
                 yield from pool.map(request, images[start : start + _CHUNK_IMAGES])
 
 
+def _contents(path: Path) -> bytes:
+    """Return the bytes of a file, none for an empty one. Raises `UserError` if it cannot be read."""
+    content = _read(path)
+    if isinstance(content, BadRequest):
+        return b""
+    if isinstance(content, UserError):
+        raise UserError(f"{path}: {content.detail}")
+    return content
+
+
 def _read(path: Path) -> bytes | UserError:
     try:
         return path.read_bytes() or BadRequest("the file is empty; give an image")
@@ -327,6 +360,7 @@ class _Printer:
     def __init__(self, *, total: int, out: str | None, as_json: bool) -> None:
         self.recognized = 0
         self.failed = 0
+        self._together = False
         self._as_json = as_json
         self._stack = ExitStack()
         self._out: IO[bytes] | None = None
@@ -344,19 +378,39 @@ class _Printer:
         self._stack.close()
         if kind is None or self.recognized + self.failed:
             where = f", answers in {self._out.name}" if self._out else ""
-            click.echo(f"{self.recognized} recognised, {self.failed} failed{where}", err=True)
+            click.echo(f"{self._counts}{where}", err=True)
+
+    @property
+    def _counts(self) -> str:
+        if self._together:
+            return f"{self.recognized} images recognised together, {self.failed} skipped"
+        return f"{self.recognized} recognised, {self.failed} failed"
+
+    def print_together(self, paths: Sequence[Path], recognition: Recognition) -> None:
+        """Print the one answer to several images."""
+        skipped = recognition.skipped or ()
+        for each in skipped:
+            self._bar.write(f"{paths[each.index]}: {each.detail}", file=sys.stderr)
+        self._together, self.failed, self.recognized = True, len(skipped), len(paths) - len(skipped)
+        name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+        self._write({"images": list(map(str, paths))}, name, recognition)
 
     def print(self, path: Path, outcome: Recognition | WikiclipError) -> None:
         if isinstance(outcome, WikiclipError):
             self.failed += 1
             error = {"title": outcome.title, "status": outcome.status, "detail": outcome.detail}
-            row: dict[str, Any] = {"image": str(path), "error": error}
             self._bar.write(f"{path}: {outcome.detail}", file=sys.stderr)
+            self._write_line({"image": str(path), "error": error})
         else:
             self.recognized += 1
-            row = {"image": str(path), **outcome.model_dump(exclude={"request_id"})}
-            if self._out is None and not self._as_json:
-                self._bar.write("\n".join(_lines(path, outcome)), file=sys.stdout)
+            self._write({"image": str(path)}, str(path), outcome)
+
+    def _write(self, row: dict[str, Any], name: str, recognition: Recognition) -> None:
+        if self._out is None and not self._as_json:
+            self._bar.write("\n".join(_lines(name, recognition)), file=sys.stdout)
+        self._write_line({**row, **recognition.model_dump(exclude={"request_id"})})
+
+    def _write_line(self, row: dict[str, Any]) -> None:
         line = orjson.dumps(row)
         if self._out is not None:
             self._out.write(line + b"\n")
@@ -365,8 +419,8 @@ class _Printer:
         self._bar.update()
 
 
-def _lines(path: Path, recognition: Recognition) -> Iterator[str]:
-    yield f"{path}{'   (probably not in the catalog)' if recognition.abstained else ''}"
+def _lines(name: str, recognition: Recognition) -> Iterator[str]:
+    yield f"{name}{'   (probably not in the catalog)' if recognition.abstained else ''}"
     if not recognition.predictions:
         yield "   no entity passes the filters"
     for each in recognition.predictions:

@@ -309,8 +309,9 @@ class Recognizer:
         started_at = time.monotonic()
         async with self._in_time(len(images)):
             recognition = await self._answer_views(images, options, view, cache=self.settings.cache == "on")
-        self.metrics.observe_image("answered", recognition.timings_ms, len(images) - len(recognition.skipped))
-        self.metrics.count_images("undecodable", len(recognition.skipped))
+        skipped = len(recognition.skipped or ())
+        self.metrics.observe_image("answered", recognition.timings_ms, len(images) - skipped)
+        self.metrics.count_images("undecodable", skipped)
         return _with_total(recognition, 1000 * (time.monotonic() - started_at))
 
     async def embed(self, query: bytes | TextQuery, box: Box | None, view: BundleView) -> Embedding:

@@ -55,6 +55,7 @@ __all__ = [
     "RecognizeOptions",
     "Recognizer",
     "ServiceError",
+    "SkippedImage",
     "SlowRequest",
     "TextQuery",
     "TooLarge",

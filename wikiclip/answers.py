@@ -198,8 +198,10 @@ class Recognition(Reply):
         "Predictions are returned anyway."
     )
     predictions: tuple[Prediction, ...]
-    skipped: tuple[SkippedImage, ...] = Field(
-        default=(), description="Of several images, those that do not decode. They have no other effect."
+    skipped: tuple[SkippedImage, ...] | None = Field(
+        default=None,
+        exclude_if=lambda skipped: skipped is None,
+        description="Of several images, those that do not decode; they have no other effect. Left out for one image.",
     )
     timings_ms: dict[str, float] = Field(
         default={},

@@ -108,6 +108,19 @@ class Operations:
         )
 
     @_Operation
+    def recognize_views(self, images: Iterable[Image], options: RecognizeOptions | None = None) -> Request[Recognition]:
+        """Recognise the one thing that several images show. `skipped` has those that do not decode.
+
+        A service takes at most `info().limits["max_views"]` images, and no URLs.
+        """
+        return Request(
+            method="POST",
+            url="/recognize",
+            read=_reader(Recognition),
+            content={"params": _query(options), "files": [_image_part(image) for image in images]},
+        )
+
+    @_Operation
     def recognize_batch(
         self, images: Iterable[Image], options: RecognizeOptions | None = None
     ) -> Request[BatchRecognition]:
@@ -258,7 +271,7 @@ def _image_body(image: Image) -> dict[str, Any]:
 def _image_part(image: Image) -> tuple[str, tuple[str, bytes, str]]:
     """Return an image as a part of a form. Its bytes are in memory, so that it can be sent again."""
     if _is_url(image):
-        raise UserError(f"{image!r} is a URL; a batch takes files only, so recognise it by itself")
+        raise UserError(f"{image!r} is a URL; of several images each must be a file, so recognise it by itself")
     if isinstance(image, str | os.PathLike):
         data = Path(image).read_bytes()
     else:

@@ -64,16 +64,17 @@ async function requestJson(path, options = {}) {
 }
 
 /**
- * POST /recognize. `box` is {x, y, w, h} in fractions of the image, or null for the whole image.
+ * POST /recognize with one image, or several of one thing. `box` is {x, y, w, h} in fractions of the image, or null for
+ * the whole image.
  * Returns the answer and the time of the request as `roundTripMs`.
  */
-export async function recognize(image, { topK, types, box, explain, signal }) {
+export async function recognize(images, { topK, types, box, explain, signal }) {
   const parameters = new URLSearchParams({ top_k: String(topK) });
   for (const type of types) parameters.append("types", type);
   if (box) parameters.set("box", [box.x, box.y, box.w, box.h].map((side) => side.toFixed(4)).join(","));
   if (explain) parameters.set("explain", "true");
   const form = new FormData();
-  form.append("image", image, image.name ?? "image");
+  for (const image of images) form.append("image", image, image.name ?? "image");
   const startedMs = performance.now();
   const answer = await requestJson(`/recognize?${parameters}`, { method: "POST", body: form, signal });
   return { answer, roundTripMs: performance.now() - startedMs };

@@ -23,8 +23,8 @@ async function imageAt(address) {
   });
 }
 
-/** Call `onImage(blob, name)` for what is dropped on the page or pasted, `onProblem(problem)` if it cannot be read. */
-export function takeDropsAndPastes(onImage, onProblem) {
+/** Call `onImages(blobs, name)` for what is dropped on the page or pasted, `onProblem(problem)` if it cannot be read. */
+export function takeDropsAndPastes(onImages, onProblem) {
   let depth = 0; // dragenter and dragleave also fire for every child element
   const isImage = (event) => ["Files", "text/uri-list"].some((type) => event.dataTransfer?.types.includes(type));
   document.addEventListener("dragenter", (event) => {
@@ -39,20 +39,20 @@ export function takeDropsAndPastes(onImage, onProblem) {
     document.body.classList.remove("dropping");
     if (!isImage(event)) return; // text, for example into the search field
     event.preventDefault();
-    const [file] = event.dataTransfer.files;
+    const files = [...event.dataTransfer.files];
     const address = draggedAddress(event.dataTransfer);
     try {
-      if (file) onImage(file, file.name);
-      else if (address) onImage(await imageAt(address), "dropped image");
+      if (files.length) onImages(files, files[0].name);
+      else if (address) onImages([await imageAt(address)], "dropped image");
     } catch (error) {
       if (!(error instanceof Problem)) throw error;
       onProblem(error);
     }
   });
   document.addEventListener("paste", (event) => {
-    const [file] = event.clipboardData.files;
-    if (!file) return; // pasted text
+    const files = [...event.clipboardData.files];
+    if (!files.length) return; // pasted text
     event.preventDefault();
-    onImage(file, "pasted image");
+    onImages(files, "pasted image");
   });
 }

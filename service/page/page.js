@@ -1,4 +1,4 @@
-// The page: takes an image, sends it to the service and shows the predictions.
+// The page: takes an image, or several of one thing, sends them to the service and shows the predictions.
 
 import { Problem, recognize, serviceInfo } from "./api.js";
 import { startCatalogSearch } from "./catalog.js";
@@ -16,6 +16,7 @@ const DEBOUNCE_MS = 350; // several key presses or strokes make one request
 
 let info = null; // what the service says about itself
 let photo = null; // the last file, paste or example
+let others = []; // more photographs of the same thing as `photo`
 let drawing = null; // the current drawing
 let image = null; // the query image: the photo or the drawing, by mode
 let pending = null; // the AbortController of the current request
@@ -26,12 +27,10 @@ async function recognizeImage() {
   clearTimeout(debounce);
   pending?.abort();
   if (!image) return;
-  if (info && image.size > info.limits.max_body_bytes - FORM_BYTES) {
-    showRefusal(new Problem({
-      title: "The file is too large",
-      detail: `${imageName()} has ${megabytes(image.size)}. The service takes up to ${megabytes(info.limits.max_body_bytes)}. Choose a smaller file.`,
-      status: 413,
-    }));
+  const images = image === photo ? [photo, ...others] : [image];
+  const refusal = info && refusalOf(images);
+  if (refusal) {
+    showRefusal(new Problem({ ...refusal, status: 413 }));
     return;
   }
   const controller = new AbortController();
@@ -40,11 +39,12 @@ async function recognizeImage() {
   const types = $("types").value.split(",").map((type) => type.trim()).filter(Boolean);
   showWaiting(topK);
   try {
-    const { answer, roundTripMs } = await recognize(image, {
-      topK, types, box: region.box, explain: image === photo && $("explain").checked, signal: controller.signal,
+    const { answer, roundTripMs } = await recognize(images, {
+      topK, types, box: region.box, explain: image === photo && !others.length && $("explain").checked, signal: controller.signal,
     });
     showAnswer(answer, roundTripMs, { onType: filterByType, onExplain: (prediction) => heat.show(prediction) });
     learnTypes(answer.predictions);
+    if (images.length > 1) showViews(images, answer.skipped);
   } catch (error) {
     if (error.name === "AbortError") return; // superseded by a newer request
     if (!(error instanceof Problem)) throw error;
@@ -53,8 +53,30 @@ async function recognizeImage() {
   }
 }
 
+/** Return why the service would not take these images, null if it would. */
+function refusalOf(images) {
+  const size = images.reduce((sum, { size }) => sum + size, 0);
+  const { max_body_bytes: maxBytes, max_views: maxViews } = info.limits;
+  if (images.length > maxViews) {
+    return { title: "Too many files", detail: `You chose ${images.length} files. The service takes up to ${maxViews} of one thing. Choose fewer.` };
+  }
+  if (size <= maxBytes - images.length * FORM_BYTES) return null;
+  const [what, smaller] = images.length > 1 ? [`${images.length} files have`, "fewer or smaller files"] : [`${imageName()} has`, "a smaller file"];
+  return { title: "The file is too large", detail: `${what} ${megabytes(size)}. The service takes up to ${megabytes(maxBytes)}. Choose ${smaller}.` };
+}
+
+/** Say how many images have one answer, and name those that were skipped. */
+function showViews(images, skipped = []) {
+  const names = skipped.map(({ index }) => images[index].name ?? `image ${index + 1}`);
+  const used = images.length - names.length;
+  const text = `${used} ${used === 1 ? "photograph" : "photographs of one thing"}.${names.length ? ` Cannot be read: ${names.join(", ")}.` : ""}`;
+  $("image-hint").textContent = $("image-hint").title = text;
+  $("status").textContent += ` ${text}`;
+}
+
 /** Say in the user's words why the service refused the file. Other problems stay as they are. */
 function explainRefusal(problem) {
+  if (others.length) return; // the service says which
   const [title, reason] =
     problem.status === 415 ? ["Not an image that can be read", `is not an image. ${READABLE}`]
     : problem.type.endsWith("#problem-undecodable-image") ? ["The image cannot be read", `is damaged or not an image. ${READABLE}`]
@@ -143,25 +165,32 @@ function setMode(mode) {
   $("clear-region").hidden = region.box === null;
 }
 
-function takeImage(blob, name) {
+/** Take an image, and `more` of the same thing. */
+function takeImage(blob, name, more = []) {
   photo = blob;
+  others = more;
+  region.allowed = !others.length;
   region.reset();
   const preview = $("preview");
   if (preview.src) URL.revokeObjectURL(preview.src);
   preview.alt = `The query image: ${name}`;
   preview.src = URL.createObjectURL(blob);
   $("mark-region").disabled = true;
-  $("image-hint").textContent = name;
-  $("image-hint").title = name;
+  $("image-hint").textContent = $("image-hint").title = others.length ? `${others.length + 1} photographs of one thing.` : name;
   setMode("image");
   recognizeImage();
   // On narrow screens the predictions are below the fold.
   if (matchMedia("(max-width: 900px)").matches) $("answers").scrollIntoView({ block: "start" });
 }
 
+function takeImages([first, ...more], name) {
+  takeImage(first, name, more);
+}
+
 $("preview").addEventListener("load", () => {
-  $("mark-region").disabled = false;
   $("preview-blind").hidden = true;
+  if (others.length) return; // a region or a heat map of one of them would not explain the answer
+  $("mark-region").disabled = false;
   $("image-hint").textContent = "Drag over the image to recognise a part of it.";
 });
 $("preview").addEventListener("error", () => {
@@ -176,13 +205,12 @@ for (const [button, input] of [["choose", "file"], ["choose-first", "file"], ["c
 }
 for (const input of [$("file"), $("photo")]) {
   input.addEventListener("change", () => {
-    const [file] = input.files;
-    if (file) takeImage(file, file.name);
+    if (input.files.length) takeImages([...input.files], input.files[0].name);
     input.value = ""; // so that choosing the same file again fires "change"
   });
 }
 
-takeDropsAndPastes(takeImage, showRefusal);
+takeDropsAndPastes(takeImages, showRefusal);
 
 $("mode-image").addEventListener("click", () => setMode("image"));
 $("mode-draw").addEventListener("click", () => { setMode("draw"); $("board").focus({ preventScroll: true }); });

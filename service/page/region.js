@@ -28,6 +28,7 @@ export function contentOf(stage, image) {
 }
 
 export class Region {
+  allowed = true; // whether the image may have a region
   #stage;
   #image;
   #mark;
@@ -96,7 +97,7 @@ export class Region {
   }
 
   #down(event) {
-    const ready = this.#stage.dataset.mode === "image" && this.#image.naturalWidth > 0;
+    const ready = this.allowed && this.#stage.dataset.mode === "image" && this.#image.naturalWidth > 0;
     const { corner } = event.target.dataset;
     // A touch drag scrolls the page, unless the user chose to mark a region or touches a handle.
     if (!ready || !event.isPrimary || event.button !== 0 || (event.pointerType === "touch" && !this.#marking && !corner)) return;

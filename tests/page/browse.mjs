@@ -17,17 +17,19 @@ const MEDIA_TYPES = { ".png": "image/png", ".jpg": "image/jpeg", ".txt": "text/p
 
 const file = (name) => join(folder, name);
 
-/** Drop or paste a file as a browser does: an event with a DataTransfer. */
-async function hand(page, kind, name) {
-  const bytes = [...await readFile(file(name))];
-  await page.evaluate(({ kind, bytes, name, type }) => {
+/** Drop or paste files as a browser does: an event with a DataTransfer. */
+async function hand(page, kind, ...names) {
+  const files = await Promise.all(names.map(async (name) => ({
+    bytes: [...await readFile(file(name))], name: basename(name), type: MEDIA_TYPES[extname(name)],
+  })));
+  await page.evaluate(({ kind, files }) => {
     const transfer = new DataTransfer();
-    transfer.items.add(new File([new Uint8Array(bytes)], name, { type }));
+    for (const { bytes, name, type } of files) transfer.items.add(new File([new Uint8Array(bytes)], name, { type }));
     const event = kind === "drop"
       ? new DragEvent("drop", { dataTransfer: transfer, bubbles: true, cancelable: true })
       : new ClipboardEvent("paste", { clipboardData: transfer, bubbles: true, cancelable: true });
     document.getElementById("stage").dispatchEvent(event);
-  }, { kind, bytes, name: basename(name), type: MEDIA_TYPES[extname(name)] });
+  }, { kind, files });
 }
 
 const isRecognition = (response) => response.url().includes("/recognize?");
@@ -127,6 +129,20 @@ const SCENARIOS = {
   async dropped(page) {
     const { body } = await asking(page, () => hand(page, "drop", "giraffe.png"));
     return { body, shown: await shown(page) };
+  },
+
+  async several(page) {
+    const hint = () => page.locator("#image-hint").textContent();
+    const several = await asking(page, () => hand(page, "drop", "broken.jpg", "giraffe.png", "lion.png"));
+    const seen = { several, shown: await shown(page), hint: await hint(), region: await page.isDisabled("#mark-region") };
+    const chosen = await asking(page, () => page.setInputFiles("#file", ["giraffe.png", "giraffe.png"].map(file)));
+    const chosenHint = await hint();
+    await page.setInputFiles("#file", Array(9).fill(file("giraffe.png")));
+    await page.locator("#problem").waitFor();
+    const tooMany = await shown(page);
+    const single = await pick(page, "giraffe.png");
+    await page.locator("#mark-region:enabled").waitFor();
+    return { ...seen, chosen, chosenHint, tooMany, single };
   },
 
   async explained(page) {

@@ -69,6 +69,21 @@ def test_a_dropped_file_shows_predictions(browsed: dict[str, dict[str, Any]]) ->
     assert "Best match: Giraffe" in shown["status"]
 
 
+def test_several_files_are_asked_about_once(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "several")
+    answer = seen["several"]["body"]
+    assert [each["index"] for each in answer["skipped"]] == [0]
+    assert titles(seen["shown"]["predictions"]) == titles(answer["predictions"])
+    assert seen["hint"] == "2 photographs of one thing. Cannot be read: broken.jpg."
+    assert seen["hint"] in seen["shown"]["status"]
+    assert seen["region"] is True
+    assert seen["chosen"]["body"]["skipped"] == []
+    assert seen["chosenHint"] == "2 photographs of one thing."
+    assert "You chose 9 files. The service takes up to 8 of one thing." in seen["tooMany"]["problem"]
+    assert "skipped" not in seen["single"]["body"]
+    assert seen["chosen"]["body"]["predictions"] == seen["single"]["body"]["predictions"]
+
+
 def test_timings_are_shown(browsed: dict[str, dict[str, Any]]) -> None:
     seen = see(browsed, "dropped")
     stages = [re.match(r"[a-z]+", entry) for entry in seen["shown"]["stages"]]
