@@ -7,6 +7,7 @@ H = W = size_px. Scores fall along K. NaN pads.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -34,6 +35,9 @@ from index.store import EntityStore
 
 _MIN_RIGHT = _MIN_WRONG = 5
 _RIDGE = 1e-4  # keeps the optimum finite if scores separate right from wrong; too small to matter otherwise
+_OF_BEST = 0.7  # the share of the likelihood that is of the best prediction alone, with a ceiling
+_CEILING, _CEILING_RIDGE = 3.0, 0.25  # the prior of its logit: mean and inverse variance
+_TINY = 1e-12
 _QUERIES_PER_OUTLIER, _MIN_OUTLIERS, _MAX_OUTLIERS = 10, 64, 512
 
 
@@ -148,25 +152,25 @@ def search_validation(validation: Validation, config: ExportConfig, index: Entit
 
 def calibrate(found: LabelledSearch, config: ExportConfig, model: ExportModel, index: EntityIndex) -> Calibration:
     """Fit a calibration to searched queries and to images without an entity. Raise `NotFitted`."""
-    calibration = _fit_to(found)
-    count = outlier_count(len(found.own_N))
+    count = min(max(len(found.own_N) // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
     outliers_ND = embed_images(outlier_images(count, model.image_encoder.preprocessing.size_px), config, model)
-    _, outlier_scores_NF = search_embeddings(outliers_ND, config, index)
+    _, scores_NF = search_embeddings(outliers_ND, config, index)
+    outliers = SearchedQueries(scores_NK=scores_NF[:, :CANDIDATES], embeddings_ND=outliers_ND)
+    return fit(found, outliers, progress=config.progress)
+
+
+def fit(found: LabelledSearch, outliers: SearchedQueries, *, progress: bool = False) -> Calibration:
+    """Fit a calibration to searched queries and searched images without an entity. Raise `NotFitted`."""
     return add_open_set_model(
-        calibration,
+        _fit_to(found),
         SearchedQueries(scores_NK=found.scores, embeddings_ND=found.embeddings_ND),
         found.in_catalog,
         found.scores_without,
         group_N=found.group_N,
-        outliers=SearchedQueries(scores_NK=outlier_scores_NF[:, :CANDIDATES], embeddings_ND=outliers_ND),
+        outliers=outliers,
         made_up=found.made_up,
-        progress=config.progress,
+        progress=progress,
     )
-
-
-def outlier_count(queries: int) -> int:
-    """Return how many images without an entity a fit to so many queries uses."""
-    return min(max(queries // _QUERIES_PER_OUTLIER, _MIN_OUTLIERS), _MAX_OUTLIERS)
 
 
 def fit_to_scores(found: LabelledSearch) -> Calibration:
@@ -174,7 +178,7 @@ def fit_to_scores(found: LabelledSearch) -> Calibration:
 
     Queries with their entity left out, and those for unknown entities, weigh as much together as the others.
     """
-    calibration, without_NK = _fit_to(found), found.scores_without
+    calibration, without_NK = _fit_to(found, with_ceiling=True), found.scores_without
     left_out_N = np.flatnonzero(found.in_catalog & ~np.isnan(without_NK[:, 0]))
     if not len(left_out_N):
         return calibration
@@ -197,13 +201,18 @@ def fit_to_scores(found: LabelledSearch) -> Calibration:
     return replace(calibration, open_set_model=model, abstain_below=_youden_threshold(probability_M, in_catalog_M))
 
 
-def _fit_to(found: LabelledSearch) -> Calibration:
+def _fit_to(found: LabelledSearch, *, with_ceiling: bool = False) -> Calibration:
     right_NK = found.right[:, :CANDIDATES]
-    return fit_calibration(found.scores, right_NK, found.in_catalog, found.scores_without)
+    return fit_calibration(found.scores, right_NK, found.in_catalog, found.scores_without, with_ceiling=with_ceiling)
 
 
 def fit_calibration(
-    scores_NK: Float64Array, right_NK: BoolArray, in_catalog_N: BoolArray, without_NK: Float64Array
+    scores_NK: Float64Array,
+    right_NK: BoolArray,
+    in_catalog_N: BoolArray,
+    without_NK: Float64Array,
+    *,
+    with_ceiling: bool = False,
 ) -> Calibration:
     """Fit the softmax by maximum likelihood, and the threshold by Youden's J.
 
@@ -223,12 +232,11 @@ def fit_calibration(
     left_out_NK = without_NK[in_catalog_N]
     all_scores_NK = np.concatenate([scores_NK, left_out_NK])
     if wrong < _MIN_WRONG:
-        slope, none_offset, none_slope = _fit_softmax(
-            all_scores_NK, np.concatenate([right_NK, np.zeros(left_out_NK.shape, bool)])
-        )
+        right_NK = np.concatenate([right_NK, np.zeros(left_out_NK.shape, bool)])
+        slope, none_offset, none_slope, ceiling = _fit_softmax(all_scores_NK, right_NK, with_ceiling=with_ceiling)
         unknown += len(left_out_NK)
     else:
-        slope, none_offset, none_slope = _fit_softmax(scores_NK, right_NK)
+        slope, none_offset, none_slope, ceiling = _fit_softmax(scores_NK, right_NK, with_ceiling=with_ceiling)
     if slope <= 1e-3:
         raise NotFitted(
             f"on the {len(scores_NK)} queries right predictions score no higher than wrong ones, so scores carry no "
@@ -238,6 +246,7 @@ def fit_calibration(
         slope=slope,
         none_offset=none_offset,
         none_slope=none_slope,
+        ceiling=ceiling,
         abstain_below=0.0,
         queries=len(scores_NK),
         correct=right,
@@ -320,21 +329,38 @@ def _unpadded(scores_NK: Float64Array) -> Iterator[list[float]]:
     return (scores_K[~np.isnan(scores_K)].tolist() for scores_K in scores_NK)
 
 
-def _fit_softmax(scores_NK: Float64Array, right_NK: BoolArray) -> list[float]:
-    """Return `slope`, `none_offset` and `none_slope`."""
+def _fit_softmax(scores_NK: Float64Array, right_NK: BoolArray, *, with_ceiling: bool) -> list[float]:
+    """Return `slope`, `none_offset`, `none_slope` and `ceiling`.
+
+    The likelihood is that of which candidate is right. With a ceiling, most of it is that of whether the best one is:
+    otherwise lower candidates decide how sure the fit is of the best.
+    """
     queries, candidates = scores_NK.shape
     present_NK = torch.from_numpy(~np.isnan(scores_NK))
     scores = torch.from_numpy(np.nan_to_num(scores_NK))
     background_N = torch.tensor([background(each) for each in _unpadded(scores_NK)], dtype=torch.float64)
     target_N = torch.from_numpy(np.where(right_NK.any(axis=1), right_NK.argmax(axis=1), candidates))
 
-    def loss(weights_3: Tensor) -> Tensor:
-        slope, none_offset, none_slope = weights_3
+    def logits(slope: Tensor, none_offset: Tensor, none_slope: Tensor) -> Tensor:
         logits_NK = torch.where(present_NK, slope * scores, -torch.inf)
-        logits_NC = torch.cat([logits_NK, (none_offset + none_slope * background_N)[:, None]], dim=1)
-        return cross_entropy(logits_NC, target_N, reduction="sum") + 0.5 * _RIDGE * weights_3.square().sum()
+        return torch.cat([logits_NK, (none_offset + none_slope * background_N)[:, None]], dim=1)
 
-    return list(minimise(loss, scale_F=torch.full((3,), queries**-0.5, dtype=torch.float64)).tolist())
+    def loss(weights_3: Tensor) -> Tensor:
+        of_which = cross_entropy(logits(*weights_3), target_N, reduction="sum")
+        return of_which + 0.5 * _RIDGE * weights_3.square().sum()
+
+    def loss_with_ceiling(weights_4: Tensor) -> Tensor:
+        probability_NK = torch.sigmoid(_CEILING + weights_4[3]) * logits(*weights_4[:3]).softmax(dim=1)[:, :-1]
+        probability_NC = torch.cat([probability_NK, 1 - probability_NK.sum(dim=1, keepdim=True)], dim=1)
+        which_N = probability_NC.gather(1, target_N[:, None])[:, 0]
+        best_N = torch.where(target_N == 0, probability_NC[:, 0], 1 - probability_NC[:, 0])
+        likelihood_N = (1 - _OF_BEST) * which_N.clamp(min=_TINY).log() + _OF_BEST * best_N.clamp(min=_TINY).log()
+        penalty = _RIDGE * weights_4[:3].square().sum() + _CEILING_RIDGE * weights_4[3].square()
+        return 0.5 * penalty - likelihood_N.sum()
+
+    scale_F = torch.full((4 if with_ceiling else 3,), queries**-0.5, dtype=torch.float64)
+    weights = minimise(loss_with_ceiling if with_ceiling else loss, scale_F=scale_F).tolist()
+    return [*weights[:3], 1 / (1 + math.exp(-_CEILING - weights[3])) if with_ceiling else 1.0]
 
 
 def _youden_threshold(values_N: Float64Array, positive_N: BoolArray) -> float:

@@ -25,19 +25,22 @@ _MIN_SETS, _MAX_SETS = 30, 4096
 
 
 def fit_views(calibration: Calibration, search: Callable[[int], LabelledSearch]) -> Calibration:
-    """Add the calibrations of two, three and four photographs, as far as there are enough sets.
+    """Add the calibrations of one to four photographs, as far as there are enough sets.
 
-    `search` returns what a search finds for sets of so many photographs.
+    `search` returns what a search finds for sets of so many photographs. `known` of one photograph stays as it is.
     """
     views = {}
-    for number in range(2, MAX_FITTED + 1):
+    for number in range(1, MAX_FITTED + 1):
         found = search(number)
         if len(found.own_N) < _MIN_SETS:
             break
         try:
-            views[number] = fit_to_scores(found)
+            fitted = fit_to_scores(found)
         except NotFitted:
             continue
+        if number == 1:
+            fitted = replace(fitted, open_set_model=calibration.open_set_model, abstain_below=calibration.abstain_below)
+        views[number] = fitted
     return replace(calibration, views=views)
 
 
@@ -62,7 +65,9 @@ def sets_of(group_N: Int64Array, views: int, *, spare: int = 0) -> Int64Array:
 
 
 def validation_sets(validation: Validation, views: int) -> Validation:
-    """Return sets of validation queries for one entity, as queries."""
+    """Return sets of validation queries for one entity, as queries. A set of one is the query itself."""
+    if views == 1:
+        return validation
     sets_SV = sets_of(np.unique(validation.entity_ids, return_inverse=True)[1], views)
     return replace(
         validation,
@@ -73,7 +78,12 @@ def validation_sets(validation: Validation, views: int) -> Validation:
 
 
 def own_sets(queries: OwnQueries, views: int) -> OwnQueries:
-    """Return sets of a catalog's images of one entity, which has one image more, as queries."""
+    """Return sets of a catalog's images of one entity, which has one image more, as queries.
+
+    Changed views of an image are used alone only: of several, each would show the same.
+    """
+    if views == 1:
+        return queries
     several_N = np.flatnonzero(queries.position_NV[:, 0] >= 0)
     sets_SV = several_N[sets_of(queries.own_N[several_N], views, spare=1)]
     return OwnQueries(

@@ -11,7 +11,8 @@ best entity lowers the confidence, and so does a high background. The confidence
 Whether the catalog has the entity at all is a second question. `OpenSetModel` answers it.
 
 Several photographs of one thing are a query of their own kind: the mean of their embeddings is nearer to everything. So
-their confidences have a softmax for each number of photographs.
+their confidences have a softmax for each number of photographs, one included. It has one more parameter, a `ceiling`
+that all confidences are multiplied by: near twins can be wrong even where nothing else comes near.
 
 Shapes: D embedding width, L landmarks.
 """
@@ -102,8 +103,8 @@ class Calibration:
     entities outside the catalog. `open_set_model` is None in bundles of a single entity and in some older ones. Then
     the in-catalog probability is one minus the probability of "none of these".
 
-    `views` has the calibrations of several photographs of one thing, by their number. Theirs have open-set models of
-    scores alone.
+    `views` has the calibrations by the number of photographs of one thing. Those of several have open-set models of
+    scores alone. Versions before 0.3 ignore them.
     """
 
     slope: float
@@ -114,6 +115,7 @@ class Calibration:
     correct: int
     unknown: int
     candidates: int = CANDIDATES
+    ceiling: float = 1.0
     open_set_model: OpenSetModel | None = None
     views: Mapping[int, Calibration] = field(default_factory=dict)
 
@@ -130,7 +132,7 @@ class Calibration:
         none = self.none_offset + self.none_slope * background
         logits = [self.slope * score for score in scores]
         total = _log_sum_exp([none, *logits[: self.candidates]])
-        confidences = [math.exp(min(logit - total, 0.0)) for logit in logits]
+        confidences = [self.ceiling * math.exp(min(logit - total, 0.0)) for logit in logits]
         if self.open_set_model is None or not scores:
             return confidences, 1.0 - math.exp(none - total)
         return confidences, self.open_set_model.probability(scores[0], background, embedding_D)
@@ -141,14 +143,16 @@ class Calibration:
     def to_dict(self) -> dict[str, Any]:
         """Return everything but `open_set_model`, which has its own file. That of several photographs is included."""
         content = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_NUMBERS}
+        if self.ceiling == 1.0:
+            del content["ceiling"]
         if self.views:
             content["views"] = {str(number): each._with_scores() for number, each in self.views.items()}
         return content
 
     def _with_scores(self) -> dict[str, Any]:
         model = self.open_set_model
-        scores = {} if model is None else {name: getattr(model, name) for name in _OF_SCORES}
-        return {**self.to_dict(), **scores}
+        of_scores = model is not None and not len(model.landmarks_LD)
+        return {**self.to_dict(), **({name: getattr(model, name) for name in _OF_SCORES} if of_scores else {})}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], open_set_model: OpenSetModel | None = None) -> Self:
@@ -163,18 +167,19 @@ class Calibration:
         known = ({each.name for each in fields(cls)} - _NOT_NUMBERS) & content.keys()
         _check_numbers(content, known)
         try:
-            views = {int(number): cls._of_views(each) for number, each in content.get("views", {}).items()}
+            views = {
+                int(number): cls._of_views(each, open_set_model) for number, each in content.get("views", {}).items()
+            }
         except (AttributeError, TypeError, ValueError) as error:
             raise BundleAltered("calibration.views is malformed; export the bundle again") from error
         return cls(**{name: content[name] for name in known}, open_set_model=open_set_model, views=views)
 
     @classmethod
-    def _of_views(cls, content: Mapping[str, Any]) -> Self:
+    def _of_views(cls, content: Mapping[str, Any], open_set_model: OpenSetModel | None) -> Self:
         _check_numbers(content, _OF_SCORES & content.keys())
-        has_model = content.keys() >= _OF_SCORES
-        return cls.from_dict(
-            content, OpenSetModel.of_scores(**{name: content[name] for name in _OF_SCORES}) if has_model else None
-        )
+        if content.keys() >= _OF_SCORES:
+            open_set_model = OpenSetModel.of_scores(**{name: content[name] for name in _OF_SCORES})
+        return cls.from_dict(content, open_set_model)
 
 
 def _check_numbers(content: Mapping[str, Any], names: Collection[str]) -> None:

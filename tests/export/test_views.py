@@ -14,7 +14,7 @@ from core.errors import BundleAltered
 from export.calibrate import LabelledSearch, NotFitted, Validation, fit_to_scores
 from export.leave_one_out import OwnQueries
 from export.views import combine_sets, fit_views, own_sets, sets_of, validation_sets
-from index.calibration import CANDIDATES, Calibration, background
+from index.calibration import CANDIDATES, Calibration, OpenSetModel, background
 
 SINGLE = Calibration(slope=20.0, none_offset=10.0, none_slope=0.0, abstain_below=0.5, queries=20, correct=10, unknown=5)
 
@@ -80,11 +80,16 @@ def test_the_mean_has_length_one_and_zero_stays() -> None:
 
 def test_every_number_of_photographs_has_its_own_fit() -> None:
     """As far as there are sets: a larger number has the fit of the largest smaller one."""
-    by_views = {2: searched(3000), 3: searched(3000, slope=30.0, seed=1), 4: searched(29, seed=2)}
+    by_views = {
+        1: searched(400, seed=3),
+        2: searched(3000),
+        3: searched(3000, slope=30.0, seed=1),
+        4: searched(29, seed=2),
+    }
     fitted = fit_views(SINGLE, by_views.__getitem__)
-    assert sorted(fitted.views) == [2, 3]
+    assert sorted(fitted.views) == [1, 2, 3]
     assert [fitted.of_views(number) for number in (1, 2, 3, 4, 8)] == [
-        fitted, fitted.views[2], fitted.views[3], fitted.views[3], fitted.views[3],
+        fitted.views[1], fitted.views[2], fitted.views[3], fitted.views[3], fitted.views[3],
     ]  # fmt: skip
     for views in (2, 3):
         test, calibration = searched(3000, slope=12.0 if views == 2 else 30.0, seed=9), fitted.of_views(views)
@@ -107,12 +112,43 @@ def test_every_number_of_photographs_has_its_own_fit() -> None:
     assert fit_views(SINGLE, lambda views: searched(29)) == replace(SINGLE, views={})
 
 
+def test_known_of_one_photograph_stays() -> None:
+    model = OpenSetModel(
+        offset=-1.0, best=2.0, background=1.0, width=0.5, landmarks_LD=np.eye(3, dtype=np.float32),
+        level_L=np.arange(3.0), slope_L=np.ones(3),
+    )  # fmt: skip
+    single = replace(SINGLE, open_set_model=model)
+    fitted = fit_views(single, lambda views: searched(400, seed=views))
+    read = Calibration.from_dict(json.loads(json.dumps(fitted.to_dict())), model)
+    embedding_D = np.array([0.6, 0.8, 0.0], np.float32)
+    before, *after = (
+        each.judge([0.8, 0.5], 0.5, embedding_D) for each in (single, fitted.of_views(1), read.of_views(1))
+    )
+    assert after[0] == after[1]
+    assert before[1] == after[0][1]
+    assert before[0] != after[0][0]
+    assert fitted.of_views(1).abstain_below == single.abstain_below
+    assert fitted.of_views(2).open_set_model != model
+
+
+def test_a_ceiling_bounds_confidence() -> None:
+    """A tenth of the queries show a twin of the best entity, which scores like any other."""
+    found = searched(3000, slope=40.0)
+    twin_N = np.arange(3000) % 10 == 0
+    fitted = fit_to_scores(replace(found, own_N=np.where(twin_N, -1, found.own_N)))
+    assert 0.85 < fitted.ceiling < 0.95
+    confidences, _ = fitted.judge([0.9, 0.2, 0.1], 0.15, np.zeros(3, np.float32))
+    assert sum(confidences) == pytest.approx(fitted.ceiling, abs=0.02)
+    assert fitted.to_dict()["ceiling"] == fitted.ceiling
+    assert "ceiling" not in SINGLE.to_dict()
+
+
 def test_a_number_that_cannot_be_fitted_is_left_out() -> None:
     wrong = replace(searched(40), own_N=np.full(40, CANDIDATES))
     with pytest.raises(NotFitted):
         fit_to_scores(wrong)
     fitted = fit_views(SINGLE, lambda views: wrong if views == 3 else searched(400))
-    assert sorted(fitted.views) == [2, 4]
+    assert sorted(fitted.views) == [1, 2, 4]
     assert fitted.of_views(3) is fitted.views[2]
 
 
