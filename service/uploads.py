@@ -311,7 +311,7 @@ def image_body(other: type[BaseModel], *, several: bool = False) -> dict[str, An
 
     With `several`, a form may have any number of images.
     """
-    images = {"type": "array", "items": BINARY, "minItems": 1, "description": "One image, or several of one thing."}
+    images = {"oneOf": [BINARY, {"type": "array", "items": BINARY, "minItems": 1}]}
     form = {"type": "object", "required": ["image"], "properties": {"image": images if several else BINARY}}
     in_json = {"type": "object", "required": ["image"], "properties": {"image": _IMAGE_IN_JSON}}
     raw = dict.fromkeys(readable_types(), BINARY)
