@@ -35,7 +35,6 @@ from index.store import EntityStore
 
 _MIN_RIGHT = _MIN_WRONG = 5
 _RIDGE = 1e-4  # keeps the optimum finite if scores separate right from wrong; too small to matter otherwise
-_OF_BEST = 0.7  # the share of the likelihood that is of the best prediction alone, with a ceiling
 _CEILING, _CEILING_RIDGE = 3.0, 0.25  # the prior of its logit: mean and inverse variance
 _TINY = 1e-12
 _QUERIES_PER_OUTLIER, _MIN_OUTLIERS, _MAX_OUTLIERS = 10, 64, 512
@@ -332,8 +331,8 @@ def _unpadded(scores_NK: Float64Array) -> Iterator[list[float]]:
 def _fit_softmax(scores_NK: Float64Array, right_NK: BoolArray, *, with_ceiling: bool) -> list[float]:
     """Return `slope`, `none_offset`, `none_slope` and `ceiling`.
 
-    The likelihood is that of which candidate is right. With a ceiling, most of it is that of whether the best one is:
-    otherwise lower candidates decide how sure the fit is of the best.
+    The likelihood is that of which candidate is right. With a ceiling, it is that of whether the best one is: otherwise
+    the lower candidates decide how sure the fit is of the best (docs/LOG.md).
     """
     queries, candidates = scores_NK.shape
     present_NK = torch.from_numpy(~np.isnan(scores_NK))
@@ -350,13 +349,10 @@ def _fit_softmax(scores_NK: Float64Array, right_NK: BoolArray, *, with_ceiling: 
         return of_which + 0.5 * _RIDGE * weights_3.square().sum()
 
     def loss_with_ceiling(weights_4: Tensor) -> Tensor:
-        probability_NK = torch.sigmoid(_CEILING + weights_4[3]) * logits(*weights_4[:3]).softmax(dim=1)[:, :-1]
-        probability_NC = torch.cat([probability_NK, 1 - probability_NK.sum(dim=1, keepdim=True)], dim=1)
-        which_N = probability_NC.gather(1, target_N[:, None])[:, 0]
-        best_N = torch.where(target_N == 0, probability_NC[:, 0], 1 - probability_NC[:, 0])
-        likelihood_N = (1 - _OF_BEST) * which_N.clamp(min=_TINY).log() + _OF_BEST * best_N.clamp(min=_TINY).log()
+        best_N = torch.sigmoid(_CEILING + weights_4[3]) * logits(*weights_4[:3]).softmax(dim=1)[:, 0]
+        likelihood_N = torch.where(target_N == 0, best_N, 1 - best_N).clamp(min=_TINY)
         penalty = _RIDGE * weights_4[:3].square().sum() + _CEILING_RIDGE * weights_4[3].square()
-        return 0.5 * penalty - likelihood_N.sum()
+        return 0.5 * penalty - likelihood_N.log().sum()
 
     scale_F = torch.full((4 if with_ceiling else 3,), queries**-0.5, dtype=torch.float64)
     weights = minimise(loss_with_ceiling if with_ceiling else loss, scale_F=scale_F).tolist()
