@@ -156,10 +156,12 @@ class ReliabilityBin:
     accuracy: float
 
 
-def reliability(confidences_N: Sequence[float], correct_N: Sequence[bool]) -> list[ReliabilityBin]:
+def reliability(
+    confidences_N: Sequence[float], correct_N: Sequence[bool], bins: int = CALIBRATION_BINS
+) -> list[ReliabilityBin]:
     """Return the non-empty bins of equal width, by rising confidence."""
     confidences, correct = np.asarray(confidences_N, np.float64), np.asarray(correct_N, np.float64)
-    bins_N = np.minimum((confidences * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    bins_N = np.minimum((confidences * bins).astype(int), bins - 1)
     masks = [bins_N == number for number in np.unique(bins_N)]
     return [
         ReliabilityBin(

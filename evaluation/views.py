@@ -39,6 +39,8 @@ from model.encoders import open_image_encoder
 
 _PHOTOGRAPHS = 5
 _OUTLIERS = 64
+_BINS = 10
+_REDRAWN = 20
 
 Embeddings = Mapping[str, Float32Array]  # of each entity's photographs
 
@@ -90,8 +92,12 @@ def top_1(embeddings: Embeddings, catalog: Sequence[str]) -> dict[int, tuple[flo
 
 def calibration_errors(
     embeddings: Embeddings, catalog: Sequence[str], outliers_ND: Float32Array, draws: int
-) -> dict[int, tuple[float, float]]:
-    """Return the expected calibration errors of confidence and of `known` by the number of photographs."""
+) -> dict[int, tuple[tuple[float, float], tuple[float, float]]]:
+    """Return the expected calibration errors of confidence and of `known` by the number of photographs.
+
+    After each error comes what it would be with perfect probabilities of as many independent answers. Those of one
+    entity are not independent, so that is the least that can be measured.
+    """
     queried = [each for each in catalog if len(embeddings[each]) >= _PHOTOGRAPHS]
     judged: dict[tuple[int, str], list[tuple[float, bool]]] = defaultdict(list)
     for draw in tqdm(range(draws), unit="draw", disable=None):
@@ -135,9 +141,13 @@ def _judge(calibration: Calibration, found: LabelledSearch, views: int) -> Itera
         yield confidences[0], known
 
 
-def _error(judged: Sequence[tuple[float, bool]]) -> float:
+def _error(judged: Sequence[tuple[float, bool]]) -> tuple[float, float]:
+    """Return the calibration error, and what it would be on average if the probabilities were perfect."""
     probabilities, right = zip(*judged, strict=True)
-    return calibration_error(reliability(probabilities, right))
+    rng = np.random.default_rng(0)
+    drawn = (rng.random(len(right)) < np.array(probabilities) for _ in range(_REDRAWN))
+    perfect = np.mean([calibration_error(reliability(probabilities, each.tolist(), _BINS)) for each in drawn])
+    return calibration_error(reliability(probabilities, right, _BINS)), float(perfect)
 
 
 def embed_photographs(photographs: Photographs, spec: str) -> tuple[dict[str, Float32Array], Float32Array]:
@@ -177,8 +187,8 @@ def main(photos: Path, encoder: str, draws: int) -> None:
         click.echo(f"\n| {len(catalog)} entities | top-1 | error of confidence | error of `known` |")
         click.echo("| --- | --- | --- | --- |")
         for views, (accuracy, interval) in accuracies.items():
-            confidence, known = errors[views]
-            click.echo(f"| {views} | {accuracy:.1f} ({format_interval(interval)}) | {confidence:.3f} | {known:.3f} |")
+            cells = " | ".join(f"{error:.3f} ({perfect:.3f})" for error, perfect in errors[views])
+            click.echo(f"| {views} | {accuracy:.1f} ({format_interval(interval)}) | {cells} |")
 
 
 if __name__ == "__main__":

@@ -283,7 +283,7 @@ class _Answerer:
             from wikiclip.client import Client
 
             assert self._url is not None
-            return ask_service(stack.enter_context(Client(self._url, api_key=self._api_key)))
+            return ask_service(stack.enter_context(Client(self._url, api_key=self.api_key)))
 
     def _recognizer(self, bundle: str) -> Recognizer:
         from service.recognizer import Recognizer

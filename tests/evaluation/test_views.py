@@ -47,4 +47,5 @@ def test_errors_of_one_draw() -> None:
     outliers_ND = normalised(np.random.default_rng(1).normal(size=(64, 24)).astype(np.float32))
     errors = calibration_errors(embeddings, list(embeddings), outliers_ND, draws=1)
     assert sorted(errors) == [1, 2, 3, 4]
-    assert all(0 < error < 0.25 for both in errors.values() for error in both)
+    assert all(0 < error < 0.25 for both in errors.values() for error, _ in both)
+    assert all(0 < perfect < 0.2 for both in errors.values() for _, perfect in both)
