@@ -104,7 +104,7 @@ def search_own(
         rows_NF=rows_NF,
         scores_NF=scores_NF,
         embeddings_ND=queries.embeddings_ND,
-        made_up=bool(left_out_N.mean() < 0.5),
+        made_up=bool(2 * left_out_N.sum() < len(left_out_N)),
     )
 
 
