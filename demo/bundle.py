@@ -26,7 +26,7 @@ from model.encoders.tiny import BUILT_IN
 
 DEMO = Path(__file__).parent
 LEFT_OUT = "0.2"  # share of entities to remove from the catalog, to measure open-set recognition
-TRAINING = "--width 128 --seed 0"
+TRAINING = "--adaptor ridge --seed 0"
 NOTHINGS = 400  # images of nothing
 FACTORY = "SQfp16"  # exact, since embeddings are float16, and half the size of Flat
 
