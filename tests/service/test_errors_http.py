@@ -54,7 +54,7 @@ REFUSED = {
     "malformed base64": (post(b'{"image": {"base64": "@@@"}}', JSON), 400, "base64"),
     "empty base64": (post(b'{"image": {"base64": ""}}', JSON), 400, "empty"),
     "a URL": (post(b'{"image": {"url": "http://example.com/a.png"}}', JSON), 403, "URL input is disabled"),
-    "two images": ({"url": "/recognize", "files": [("image", b"1"), ("image", b"2")]}, 400, "/recognize/batch"),
+    "two images": ({"url": "/recognize", "files": [("image", b"1"), ("image", b"2")]}, 422, "none of the 2 images"),
     "a form without the field": ({"url": "/recognize", "files": {"picture": b"1"}}, 400, "named image"),
     "an empty field": ({"url": "/recognize", "files": {"image": b""}}, 400, "empty"),
     "a text file in a form": ({"url": "/recognize", "files": {"image": ("a.txt", b"a")}}, 415, "text/plain"),

@@ -60,7 +60,7 @@ def livez_silence(service):
         ("endless_chunk_extension", [431], b"the framing of the request body is over 65536 bytes; send less"),
         ("endless_trailer", [431], b"the framing of the request body is over 65536 bytes; send less"),
         ("upgrade_with_body", [422, 200], b""),
-        ("multipart_parts", [400], b"the form has over 17 parts; send fewer"),
+        ("multipart_parts", [413], b"the form has over 24 parts; send fewer"),
         ("wide_json", [400], b"the JSON has over 100000 values; send {"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
