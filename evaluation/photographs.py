@@ -52,7 +52,7 @@ from wikiclip.cli import load
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "method.md"
 _PATH = click.Path(path_type=Path)
-_PHOTOGRAPHS = 5
+PHOTOGRAPHS = 5
 _TRAINING, _SEEN_QUERIES, _UNSEEN_QUERIES = (1, 2), (3, 4), (1, 2, 3, 4)
 _NAMES = {"small": "small catalog", "full": "full catalog"}
 
@@ -112,10 +112,10 @@ class Photographs:
             if not isinstance(item, EntityRecord):
                 raise UserError(f"{path}, line {item.line}: {item.reason}")
             self.records[item.entity_id] = item
-        self.queried = [each.entity_id for each in self.records.values() if len(each.images) >= _PHOTOGRAPHS]
+        self.queried = [each.entity_id for each in self.records.values() if len(each.images) >= PHOTOGRAPHS]
         digest = hashlib.sha256(path.read_bytes())
         for record in self.records.values():
-            for image in record.images[: _PHOTOGRAPHS if record.entity_id in self.queried else 1]:
+            for image in record.images[: PHOTOGRAPHS if record.entity_id in self.queried else 1]:
                 try:
                     digest.update(Path(image).read_bytes())
                 except OSError as error:
@@ -154,7 +154,7 @@ def split_folds(entity_ids: Sequence[str], folds: int) -> list[frozenset[str]]:
     """
     if len(entity_ids) < folds:
         raise UserError(
-            f"{len(entity_ids)} entities have {_PHOTOGRAPHS} photographs, too few for {folds} folds; add photographs, "
+            f"{len(entity_ids)} entities have {PHOTOGRAPHS} photographs, too few for {folds} folds; add photographs, "
             "or lower --folds"
         )
     return [frozenset(entity_ids[fold::folds]) for fold in range(folds)]

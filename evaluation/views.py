@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -27,7 +28,7 @@ from core.arrays import Float32Array, Pixels
 from core.cli import run
 from core.statistics import wilson_interval
 from evaluation.metrics import calibration_error, format_interval, reliability
-from evaluation.photographs import Photographs
+from evaluation.photographs import PHOTOGRAPHS, Photographs
 from export.calibrate import LabelledSearch, SearchedQueries, embed_images, fit
 from export.config import ExportConfig
 from export.decode import image_decoder
@@ -37,7 +38,6 @@ from export.views import MAX_FITTED, combine_sets, fit_views, sets_of
 from index.calibration import CANDIDATES, Calibration, background
 from model.encoders import open_image_encoder
 
-_PHOTOGRAPHS = 5
 _OUTLIERS = 64
 _BINS = 10
 _REDRAWN = 20
@@ -79,12 +79,12 @@ def top_1(embeddings: Embeddings, catalog: Sequence[str]) -> dict[int, tuple[flo
 
     Sets that share photographs count as the number of disjoint ones.
     """
-    queries = _photographs(embeddings, [each for each in catalog if len(embeddings[each]) >= _PHOTOGRAPHS])
+    queries = _photographs(embeddings, [each for each in catalog if len(embeddings[each]) >= PHOTOGRAPHS])
     search = Search({entity_id: embeddings[entity_id][0] for entity_id in catalog})
     accuracies = {}
     for views in range(1, MAX_FITTED + 1):
         right = float(search.sets(queries, views).right[:, 0].mean())
-        disjoint = len(queries) * ((_PHOTOGRAPHS - 1) // views)
+        disjoint = len(queries) * ((PHOTOGRAPHS - 1) // views)
         low, high = wilson_interval(right * disjoint, disjoint)
         accuracies[views] = 100 * right, (100 * low, 100 * high)
     return accuracies
@@ -98,11 +98,11 @@ def calibration_errors(
     After each error comes what it would be with perfect probabilities of as many independent answers. Those of one
     entity are not independent, so that is the least that can be measured.
     """
-    queried = [each for each in catalog if len(embeddings[each]) >= _PHOTOGRAPHS]
+    queried = [each for each in catalog if len(embeddings[each]) >= PHOTOGRAPHS]
     judged: dict[tuple[int, str], list[tuple[float, bool]]] = defaultdict(list)
     for draw in tqdm(range(draws), unit="draw", disable=None):
         rng = np.random.default_rng(draw)
-        drawn = {each: rng.permutation(embeddings[each][:_PHOTOGRAPHS]) for each in queried}
+        drawn = {each: rng.permutation(embeddings[each][:PHOTOGRAPHS]) for each in queried}
         shuffled = rng.permutation(queried).tolist()
         halves = shuffled[::2], shuffled[1::2]
         for fitted_on, tested_on in (halves, halves[::-1]):
@@ -110,8 +110,9 @@ def calibration_errors(
             search = Search({each: drawn.get(each, embeddings[each])[0] for each in catalog if each not in unknown})
             queries, tests = _photographs(drawn, fitted_on), _photographs(drawn, tested_on)
             outliers = search(outliers_ND, [""] * len(outliers_ND))
-            single = fit(search.sets(queries, 1), SearchedQueries(scores_NK=outliers.scores, embeddings_ND=outliers_ND))
-            calibration = fit_views(single, lambda views, s=search, q=queries: s.sets(q, views))  # type: ignore[misc]
+            single = search.sets(queries, 1)
+            calibration = fit(single, SearchedQueries(scores_NK=outliers.scores, embeddings_ND=outliers_ND))
+            calibration = fit_views(calibration, single, partial(search.sets, queries))
             for views in range(1, MAX_FITTED + 1):
                 found = search.sets(tests, views)
                 for right, is_known, (confidence, known) in zip(
@@ -130,7 +131,7 @@ def calibration_errors(
 
 
 def _photographs(embeddings: Embeddings, entity_ids: Sequence[str]) -> dict[str, Float32Array]:
-    return {each: embeddings[each][1:_PHOTOGRAPHS] for each in entity_ids}
+    return {each: embeddings[each][1:PHOTOGRAPHS] for each in entity_ids}
 
 
 def _judge(calibration: Calibration, found: LabelledSearch, views: int) -> Iterator[tuple[float, float]]:
@@ -157,7 +158,7 @@ def embed_photographs(photographs: Photographs, spec: str) -> tuple[dict[str, Fl
     preprocessing = model.image_encoder.preprocessing
     config = ExportConfig(catalog=Path(), out=Path())
     numbers = {
-        each.entity_id: _PHOTOGRAPHS if each.entity_id in photographs.queried else 1
+        each.entity_id: PHOTOGRAPHS if each.entity_id in photographs.queried else 1
         for each in photographs.records.values()
     }
 

@@ -126,13 +126,13 @@ def embed_validation(queries: Path, config: ExportConfig, model: ExportModel, st
     )
 
 
-def calibrate_on(validation: Validation, config: ExportConfig, model: ExportModel, index: EntityIndex) -> Calibration:
-    """Search for validation queries and fit a calibration to them. Raise `UserError` if nothing can be fitted.
+def calibrate_on(found: LabelledSearch, config: ExportConfig, model: ExportModel, index: EntityIndex) -> Calibration:
+    """Fit a calibration to searched validation queries. Raise `UserError` if nothing can be fitted.
 
     Queries for entities outside the store count as unknown, with no right answer.
     """
     try:
-        return calibrate(search_validation(validation, config, index), config, model, index)
+        return calibrate(found, config, model, index)
     except NotFitted as error:
         raise UserError(f"{error}; give more validation queries, or leave --validation out") from error
 

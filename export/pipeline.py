@@ -300,8 +300,10 @@ def _assemble(
             if kept is not None:
                 index.remembered, remembered = kept
         if validation is not None:
+            found = search_validation(validation, config, index)
             calibration = fit_views(
-                calibrate_on(validation, config, model, index),
+                calibrate_on(found, config, model, index),
+                found,
                 lambda views: search_validation(validation_sets(validation, views), config, index),
             )
             for rejected in validation.rejected:
@@ -312,7 +314,9 @@ def _assemble(
             self_check, calibration = check_catalog(queries, found, config, model, index, store)
             if calibration is not None:
                 calibration = fit_views(
-                    calibration, lambda views: search_own(own_sets(queries, views), config, index, images, pooling)
+                    calibration,
+                    found,
+                    lambda views: search_own(own_sets(queries, views), config, index, images, pooling),
                 )
         if calibration is not None and calibration.open_set_model is not None:
             calibration.open_set_model.write(bundle / OPEN_SET_FILE)

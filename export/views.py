@@ -24,14 +24,15 @@ _SETS_OF_ENTITY = 6
 _MIN_SETS, _MAX_SETS = 30, 4096
 
 
-def fit_views(calibration: Calibration, search: Callable[[int], LabelledSearch]) -> Calibration:
+def fit_views(calibration: Calibration, single: LabelledSearch, search: Callable[[int], LabelledSearch]) -> Calibration:
     """Add the calibrations of one to four photographs, as far as there are enough sets.
 
-    `search` returns what a search finds for sets of so many photographs. `known` of one photograph stays as it is.
+    `single` is what was found for one photograph, and `search` returns that for sets of more. `known` of one photograph
+    stays as it is.
     """
     views = {}
     for number in range(1, MAX_FITTED + 1):
-        found = search(number)
+        found = single if number == 1 else search(number)
         if len(found.own_N) < _MIN_SETS:
             break
         try:
@@ -65,9 +66,7 @@ def sets_of(group_N: Int64Array, views: int, *, spare: int = 0) -> Int64Array:
 
 
 def validation_sets(validation: Validation, views: int) -> Validation:
-    """Return sets of validation queries for one entity, as queries. A set of one is the query itself."""
-    if views == 1:
-        return validation
+    """Return sets of several validation queries for one entity, as queries."""
     sets_SV = sets_of(np.unique(validation.entity_ids, return_inverse=True)[1], views)
     return replace(
         validation,
@@ -82,8 +81,6 @@ def own_sets(queries: OwnQueries, views: int) -> OwnQueries:
 
     Changed views of an image are used alone only: of several, each would show the same.
     """
-    if views == 1:
-        return queries
     several_N = np.flatnonzero(queries.position_NV[:, 0] >= 0)
     sets_SV = several_N[sets_of(queries.own_N[several_N], views, spare=1)]
     return OwnQueries(

@@ -131,8 +131,9 @@ def _cross_validate(data: RidgeData, seed: int) -> Ridge:
         fitted_E = fold_N[rows_E] != fold
         (ridge,) = _solve(data.texts_NL[rows_E[fitted_E]], targets_ED[fitted_E], [penalty])
         fitted_Q = fold_N[data.entity_Q[queries_Q]] != fold
-        asked_Q = queries_Q if data.seen_Q is None else queries_Q[data.seen_Q[queries_Q] == fitted_Q]
-        seen += (fold_N[data.entity_Q[asked_Q]] != fold).tolist()
+        counts_Q = fitted_Q == (fitted_Q if data.seen_Q is None else data.seen_Q[queries_Q])
+        asked_Q = queries_Q[counts_Q]
+        seen += fitted_Q[counts_Q].tolist()
         for of_share, share in zip(correct, _SHARES, strict=True):
             embeddings_ID, owner_I = _starts(data, ridge, share)
             best_Q = owner_I[(data.queries_QD[asked_Q] @ embeddings_ID.T).argmax(axis=1)]

@@ -222,10 +222,12 @@ def _ridge_data(adaptor: Adaptor, data: TrainingData) -> RidgeData:
     texts_NL = np.zeros((len(entities), data.config.text_dim), np.float32)
     texts_NL[has_text] = store.mean_text_tokens([text for entity in entities if (text := entity.text) is not None])
     # A query that is an image of its entity would find itself. Without others, views of these images are used.
-    queries = [pair for pair in (*data.pairs, *data.validation) if pair.query not in entities[pair.entity].images]
-    queries = [pair for pair in queries if not pair.views] or queries
     # Where the user names unseen entities, they choose, since the encoders may know those of the training pairs.
-    labels = {id(pair): int(pair.seen) for pair in data.validation if pair.seen is not None and not data.held_out}
+    labels = [-1 if pair.seen is None or data.held_out else int(pair.seen) for pair in data.validation]
+    labelled = [*((pair, -1) for pair in data.pairs), *zip(data.validation, labels, strict=True)]
+    labelled = [each for each in labelled if each[0].query not in entities[each[0].entity].images]
+    labelled = [each for each in labelled if not each[0].views] or labelled
+    queries = [pair for pair, _ in labelled]
 
     def embed(keys: Sequence[bytes]) -> Float32Array:
         embeddings_BD = torch.from_numpy(store.query_embeddings(keys)).to(adaptor.mean_image_D.device)
@@ -238,7 +240,7 @@ def _ridge_data(adaptor: Adaptor, data: TrainingData) -> RidgeData:
         owner_I=np.repeat(np.arange(len(entities)), [len(entity.images) for entity in entities]),
         queries_QD=embed([pair.query for pair in queries]),
         entity_Q=np.array([pair.entity for pair in queries], np.int64),
-        seen_Q=np.array([labels.get(id(pair), -1) for pair in queries]) if 0 in labels.values() else None,
+        seen_Q=np.array([label for _, label in labelled]) if 0 in labels else None,
     )
 
 

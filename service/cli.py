@@ -33,6 +33,12 @@ _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif",
 _SHADES = " ░▒▓█"
 
 _url_option = click.option("--url", help="The service to use instead of a bundle, such as http://127.0.0.1:8000.")
+_device_option = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    help="Where the image encoder runs, with --bundle.",
+)
 _key_option = click.option("--api-key-file", type=click.File(), help="File with the API key for the service at --url.")
 
 
@@ -100,12 +106,7 @@ def serve(**flags: Any) -> None:
 )
 @click.option("--together", is_flag=True, help="All images show one thing: give one answer.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Write JSON Lines to this file, one line per image.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="Where the image encoder runs, with --bundle.",
-)
+@_device_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON Lines, one line per image.")
 def recognize(
     *,
@@ -163,12 +164,7 @@ def recognize(
 @_url_option
 @_key_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File of the embeddings, such as X.npy.")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    help="Where the image encoder runs, with --bundle.",
-)
+@_device_option
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as one JSON object.")
 def embed(
     *,

@@ -274,12 +274,7 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
         )
     body = await _read_body(request, recognizer)
     record, image = await uploads.parse(uploads.record_of, body, request.headers.get("content-type", ""))
-    try:
-        entity = EntityRequest.model_validate(record)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"]) or "record"
-        raise BadParameter(f"{field[:100]}: {first['msg']}; see PUT /entities in /docs") from error
+    entity = uploads.validated(EntityRequest, record, "; see PUT /entities in /docs")
     with recognizer.admission.admit(1), recognizer.acquire() as view:
         editor = _editor(view)
         view.loaded.check_encoder(entity.encoder)

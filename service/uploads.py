@@ -91,31 +91,13 @@ def is_form(content_type: str) -> bool:
     return _media_type(content_type) == "multipart/form-data"
 
 
-def image_of(body: bytes, content_type: str) -> bytes | str:
-    """Return the image of a `POST /recognize` in any of its three forms, or its URL, unchecked.
-
-    Raises `BadRequest` or `UnsupportedMediaType`.
-    """
-    media_type = _media_type(content_type)
-    if is_form(content_type):
-        parts = _image_parts(body, content_type, 1)
-        if len(parts) != 1:
-            raise BadRequest(f"the form has {len(parts)} parts named image; send one")
-        return _image_in_part(parts[0])
-    if media_type == "application/json":
-        content = _json(body)
-        return image_in_json(content.get("image") if isinstance(content, dict) else None)
-    _check_type(content_type)
-    return body
-
-
 def query_of(
     body: bytes, content_type: str, max_images: int = 1
 ) -> bytes | str | EmbeddingQuery | list[bytes | UserError]:
-    """Return the image of a `POST /recognize`, as `image_of` does, or its several images, or its embedding.
+    """Return the image of a `POST /recognize` in any of its three forms, or its URL, several images or an embedding.
 
-    Several images are as `images_of` returns them. Raises `BadParameter`, too, and `TooLarge` for a form with far more
-    parts than `max_images`.
+    Several images are as `images_of` returns them. Raises `BadRequest`, `UnsupportedMediaType` or `BadParameter`, and
+    `TooLarge` for a form with far more parts than `max_images`.
     """
     if is_form(content_type):
         parts = _image_parts(body, content_type, max_images, too_many=TooLarge)
@@ -124,27 +106,36 @@ def query_of(
 
 
 def embeddable_of(body: bytes, content_type: str) -> bytes | str | TextQuery:
-    """Return the image of a `POST /embed`, as `image_of` does, or the text that it has instead.
-
-    Raises `BadParameter`, too.
-    """
+    """Return the image of a `POST /embed`, as `query_of` does, or its text."""
     return _image_or(TextQuery, "text", body, content_type)
 
 
 def _image_or(model: type[AnyModel], name: str, body: bytes, content_type: str) -> bytes | str | AnyModel:
+    """Return the one image, its URL, or the model if the body is JSON with the field `name`."""
+    if is_form(content_type):
+        parts = _image_parts(body, content_type, 1)
+        if len(parts) != 1:
+            raise BadRequest(f"the form has {len(parts)} parts named image; send one")
+        return _image_in_part(parts[0])
     if _media_type(content_type) != "application/json":
-        return image_of(body, content_type)
+        _check_type(content_type)
+        return body
     content = _json(body)
     if not isinstance(content, dict) or name not in content:
         return image_in_json(content.get("image") if isinstance(content, dict) else None)
     if "image" in content:
         raise BadRequest(f"the JSON has both image and {name}; send one of them")
+    return validated(model, content)
+
+
+def validated(model: type[AnyModel], content: object, advice: str = "") -> AnyModel:
+    """Return parsed JSON as a model. Raises `BadParameter`, which names the first wrong field and gives the advice."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BadParameter(f"{field[:100]}: {first['msg']}") from error
+        field = ".".join(map(str, first["loc"])) or "record"
+        raise BadParameter(f"{field[:100]}: {first['msg']}{advice}") from error
 
 
 def images_of(body: bytes, content_type: str, max_images: int = 1) -> list[bytes | UserError]:
@@ -307,7 +298,7 @@ def request_body(content: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def image_body(other: type[BaseModel], *, several: bool = False) -> dict[str, Any]:
-    """Describe the three forms that `image_of` reads, and what JSON may have instead.
+    """Describe the three forms of an image, and what JSON may have instead.
 
     With `several`, a form may have any number of images.
     """

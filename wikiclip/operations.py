@@ -100,12 +100,7 @@ class Operations:
     @_Operation
     def recognize(self, image: Image, options: RecognizeOptions | None = None) -> Request[Recognition]:
         """Recognise one image."""
-        return Request(
-            method="POST",
-            url="/recognize",
-            read=_reader(Recognition),
-            content={"params": _query(options), **_image_body(image)},
-        )
+        return _recognition(_image_body(image), options)
 
     @_Operation
     def recognize_views(self, images: Iterable[Image], options: RecognizeOptions | None = None) -> Request[Recognition]:
@@ -113,12 +108,7 @@ class Operations:
 
         A service takes at most `info().limits["max_views"]` images, and no URLs.
         """
-        return Request(
-            method="POST",
-            url="/recognize",
-            read=_reader(Recognition),
-            content={"params": _query(options), "files": [_image_part(image) for image in images]},
-        )
+        return _recognition({"files": [_image_part(image) for image in images]}, options)
 
     @_Operation
     def recognize_batch(
@@ -141,12 +131,7 @@ class Operations:
     ) -> Request[Recognition]:
         """Recognise the image of an embedding. Raises `Conflict` if an `Embedding` is by another encoder."""
         query = _embedding_query(embedding).model_dump(exclude_none=True)
-        return Request(
-            method="POST",
-            url="/recognize",
-            read=_reader(Recognition),
-            content={"params": _query(options), "json": query},
-        )
+        return _recognition({"json": query}, options)
 
     @_Operation
     def embed(self, image: Image, options: EmbedOptions | None = None) -> Request[Embedding]:
@@ -241,6 +226,11 @@ def _reader(kind: type[AnyReply]) -> Callable[[httpx.Response], AnyReply]:
         return reply.model_copy(update={"request_id": response.headers.get(REQUEST_ID_HEADER, reply.request_id)})
 
     return read
+
+
+def _recognition(body: dict[str, Any], options: RecognizeOptions | None) -> Request[Recognition]:
+    content = {"params": _query(options), **body}
+    return Request(method="POST", url="/recognize", read=_reader(Recognition), content=content)
 
 
 def _embedding_query(embedding: Embedding | Iterable[float]) -> EmbeddingQuery:

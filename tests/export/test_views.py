@@ -86,7 +86,7 @@ def test_every_number_of_photographs_has_its_own_fit() -> None:
         3: searched(3000, slope=30.0, seed=1),
         4: searched(29, seed=2),
     }
-    fitted = fit_views(SINGLE, by_views.__getitem__)
+    fitted = fit_views(SINGLE, by_views[1], by_views.__getitem__)
     assert sorted(fitted.views) == [1, 2, 3]
     assert [fitted.of_views(number) for number in (1, 2, 3, 4, 8)] == [
         fitted.views[1], fitted.views[2], fitted.views[3], fitted.views[3], fitted.views[3],
@@ -109,7 +109,7 @@ def test_every_number_of_photographs_has_its_own_fit() -> None:
             for scores in test.scores_without
         ]
         assert np.mean([probability for _, probability in judged]) > np.mean(without) + 0.01
-    assert fit_views(SINGLE, lambda views: searched(29)) == replace(SINGLE, views={})
+    assert fit_views(SINGLE, searched(29), lambda views: searched(29)) == replace(SINGLE, views={})
 
 
 def test_known_of_one_photograph_stays() -> None:
@@ -118,7 +118,7 @@ def test_known_of_one_photograph_stays() -> None:
         level_L=np.arange(3.0), slope_L=np.ones(3),
     )  # fmt: skip
     single = replace(SINGLE, open_set_model=model)
-    fitted = fit_views(single, lambda views: searched(400, seed=views))
+    fitted = fit_views(single, searched(400, seed=1), lambda views: searched(400, seed=views))
     read = Calibration.from_dict(json.loads(json.dumps(fitted.to_dict())), model)
     embedding_D = np.array([0.6, 0.8, 0.0], np.float32)
     before, *after = (
@@ -147,13 +147,13 @@ def test_a_number_that_cannot_be_fitted_is_left_out() -> None:
     wrong = replace(searched(40), own_N=np.full(40, CANDIDATES))
     with pytest.raises(NotFitted):
         fit_to_scores(wrong)
-    fitted = fit_views(SINGLE, lambda views: wrong if views == 3 else searched(400))
+    fitted = fit_views(SINGLE, searched(400), lambda views: wrong if views == 3 else searched(400))
     assert sorted(fitted.views) == [1, 2, 4]
     assert fitted.of_views(3) is fitted.views[2]
 
 
 def test_fits_are_stored_so_that_older_readers_ignore_them() -> None:
-    fitted = fit_views(SINGLE, lambda views: searched(400, seed=views))
+    fitted = fit_views(SINGLE, searched(400, seed=1), lambda views: searched(400, seed=views))
     content = json.loads(json.dumps(fitted.to_dict()))
     read = Calibration.from_dict(content)
     assert read.to_dict() == fitted.to_dict()
