@@ -23,7 +23,7 @@ from catalog.records import (
     to_native,
 )
 from core.errors import CatalogError, UserError
-from core.files import atomic_write
+from core.files import atomic_write, atomic_write_bytes
 from core.jsonl import Rejected, excerpt, read_jsonl
 
 _PARQUET_BATCH_ROWS = 1024
@@ -56,6 +56,17 @@ def read_catalog(path: Path, image_root: Path | None = None) -> Iterator[EntityR
                 yield Rejected(line=line, reason=str(error), record=excerpt(row))
                 continue
             yield record
+
+
+def types_path(catalog: Path) -> Path:
+    """Return where `wikiclip catalog` writes the parents of a catalog's types."""
+    return catalog.with_name(f"{catalog.name}.types.jsonl")
+
+
+def copy_types(catalog: Path, out: Path) -> None:
+    """Copy the parents of types for another catalog with the same types, if there are any."""
+    if (types := types_path(catalog)).is_file():
+        atomic_write_bytes(types_path(out), types.read_bytes())
 
 
 class SeenIds:

@@ -143,10 +143,10 @@ class Joins:
         return self._db.execute("SELECT 1 FROM pages WHERE item = ?", (item,)).fetchone() is not None
 
     def add_item(self, item: Item) -> None:
-        """Add a page's item with its types."""
+        """Add a page's item with its types: what it is an instance of, and its superclasses."""
         row = (item.number, item.image, json.dumps(dict(item.labels), ensure_ascii=False), item.description)
         self._db.execute("INSERT OR REPLACE INTO items VALUES (?, ?, ?, ?)", row)
-        types = ((item.number, place, type_) for place, type_ in enumerate(item.types))
+        types = ((item.number, place, type_) for place, type_ in enumerate((*item.types, *item.superclasses)))
         self._db.executemany("INSERT OR REPLACE INTO types VALUES (?, ?, ?)", types)
 
     def add_class(self, item: Item, label: str | None) -> None:
@@ -178,13 +178,41 @@ class Joins:
                 (root,),
             )
 
+    def name_types(self) -> None:
+        """Create a temporary table of the pages' types and all their superclasses with unique names, for `joined`.
+
+        A type's name is its label, with its item if another type has the same label, or its item if it has no label.
+        """
+        self._db.execute("CREATE INDEX IF NOT EXISTS superclasses_by_class ON superclasses (class, superclass)")
+        self._db.execute("CREATE TEMP TABLE type_names (type INTEGER PRIMARY KEY, name TEXT NOT NULL)")
+        self._db.execute(
+            """INSERT INTO type_names
+            WITH RECURSIVE above (type) AS (
+                SELECT type FROM types UNION SELECT superclass FROM superclasses JOIN above ON class = above.type
+            )
+            SELECT type, CASE
+                WHEN label IS NULL THEN 'Q' || type
+                WHEN COUNT(*) OVER (PARTITION BY label) > 1 THEN label || ' (Q' || type || ')'
+                ELSE label
+            END FROM above LEFT JOIN class_labels ON item = type"""
+        )
+
+    def type_parents(self) -> Iterator[dict[str, Any]]:
+        """Yield each type of `name_types` as `wikiclip export --type-parents` reads it."""
+        for type_, name in self._db.execute("SELECT type, name FROM type_names ORDER BY type"):
+            parents = self._db.execute("SELECT superclass FROM superclasses WHERE class = ? ORDER BY 1", (type_,))
+            yield {"type": f"Q{type_}", "label": name, "parents": [f"Q{parent}" for (parent,) in parents]}
+
     def has_type_in(self, name: str, item: int) -> bool:
         """Return whether a type of the item is in a table made by `create_class_table`."""
         query = f"SELECT 1 FROM types JOIN {name} ON class = type WHERE item = ? LIMIT 1"
         return self._db.execute(query, (item,)).fetchone() is not None
 
     def joined(self) -> Iterator[JoinedPage]:
-        """Yield every page: those of the base in its order, then the others in the order of the dumps."""
+        """Yield every page: those of the base in its order, then the others in the order of the dumps.
+
+        Needs `name_types`.
+        """
         yield from self._join(
             "base CROSS JOIN pages ON pages.item = CAST(substr(entity_id, 2) AS INTEGER) AND entity_id = 'Q' || "
             "pages.item {} ORDER BY base.position"
@@ -202,9 +230,7 @@ class Joins:
         for row in self._db.execute(query):
             _, item, wiki, page_id, title, url, text, digest, record, _, image, labels, description, free, other = row
             types = self._db.execute(
-                "SELECT COALESCE(label, 'Q' || type) FROM types LEFT JOIN class_labels ON class_labels.item = type "
-                "WHERE types.item = ? ORDER BY place",
-                (item,),
+                "SELECT name FROM types JOIN type_names USING (type) WHERE item = ? ORDER BY place", (item,)
             )
             yield JoinedPage(
                 page=Page(
@@ -215,7 +241,7 @@ class Joins:
                 item_image=image,
                 labels=json.loads(labels or "{}"),
                 description=description,
-                types=tuple(dict.fromkeys(label for (label,) in types)),
+                types=tuple(dict.fromkeys(name for (name,) in types)),
                 base=None if record is None else json.loads(zlib.decompress(record)),
                 base_digest=digest,
             )

@@ -63,14 +63,14 @@ def parse_object(line: bytes) -> dict[str, Any]:
 
 def from_native(row: Mapping[str, Any], folder: Path) -> EntityRecord:
     """Convert a row of the project's own format. Image paths are relative to `folder`. Raises `BadRecord`."""
-    images = _strings(row, "images")
+    images = strings(row, "images")
     return EntityRecord(
-        entity_id=_required(row, "entity_id"),
-        title=_required(row, "title"),
+        entity_id=required_string(row, "entity_id"),
+        title=required_string(row, "title"),
         text=optional_string(row, "text") or "",
         images=tuple(image if is_url(image) else os.path.join(folder, image) for image in images),
         url=optional_string(row, "url"),
-        types=_strings(row, "types"),
+        types=strings(row, "types"),
         titles=_titles(row),
         symbol=optional_string(row, "symbol"),
         description=optional_string(row, "description"),
@@ -89,10 +89,10 @@ def to_native(record: EntityRecord) -> dict[str, Any]:
 
 def from_oven(row: Mapping[str, Any], image_root: Path | None) -> EntityRecord:
     """Convert a row of OVEN's Wiki6M. Its image is looked up below `image_root`. Raises `BadRecord`."""
-    entity_id = _required(row, "wikidata_id")
+    entity_id = required_string(row, "wikidata_id")
     summary = optional_string(row, "wikipedia_summary") or ""
     content = optional_string(row, "wikipedia_content") or ""
-    title = _required(row, "wikipedia_title")
+    title = required_string(row, "wikipedia_title")
     images: tuple[str, ...] = ()
     if image_root is not None:
         image = image_root / "wikipedia_images_full" / entity_id[:4] / f"{entity_id}.jpg"
@@ -112,17 +112,18 @@ def from_encyclopedic_vqa(url: str, row: object) -> EntityRecord:
         raise BadRecord(f"expected a JSON object, got {type(row).__name__}")
     if not url.strip():
         raise BadRecord("the URL is empty")
-    sections = zip(_strings(row, "section_titles"), _strings(row, "section_texts"), strict=False)
+    sections = zip(strings(row, "section_titles"), strings(row, "section_texts"), strict=False)
     return EntityRecord(
         entity_id=url,
-        title=_required(row, "title"),
+        title=required_string(row, "title"),
         text="\n\n".join(f"{title}\n{text}".strip() for title, text in sections),
-        images=_strings(row, "image_urls"),
+        images=strings(row, "image_urls"),
         url=url,
     )
 
 
-def _required(row: Mapping[str, Any], key: str) -> str:
+def required_string(row: Mapping[str, Any], key: str) -> str:
+    """Return a row's string. Raises `BadRecord` if it is missing, blank or of another type."""
     value = optional_string(row, key)
     if value is None or not value.strip():
         raise BadRecord(f"`{key}` is missing or empty")
@@ -139,7 +140,8 @@ def optional_string(row: Mapping[str, Any], key: str) -> str | None:
     return _encodable(key, value)
 
 
-def _strings(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
+def strings(row: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    """Return a row's strings without the empty ones; none if they are missing. Raises `BadRecord` for another type."""
     value = row.get(key)
     if value is None:
         return ()

@@ -10,15 +10,19 @@ from typing import Any
 
 from catalog.records import BadRecord, parse_object
 
-INSTANCE_OF, SUBCLASS_OF, IMAGE = "P31", "P279", "P18"
+INSTANCE_OF, SUBCLASS_OF, PARENT_TAXON, IMAGE = "P31", "P279", "P171", "P18"
 ALL_LANGUAGES = "mul"  # the fallback for languages without a label
 _ID = re.compile(rb'"id":\s*"Q(\d{1,18})"')
-SUBCLASS_CLAIM = b'"P279"'  # in the line of an item that is a subclass, and whose label may name a type
+# In the line of an item that has superclasses, and whose label may name a type.
+CLASS_CLAIMS = tuple(f'"{each}"'.encode() for each in (SUBCLASS_OF, PARENT_TAXON))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """The parts of an item that a catalog uses. Q42 is the number 42. `image` is the name of a file on Commons."""
+    """The parts of an item that a catalog uses. Q42 is the number 42. `image` is the name of a file on Commons.
+
+    `superclasses` are what it is a subclass of, and the parent taxa of a taxon.
+    """
 
     number: int
     types: tuple[int, ...] = ()
@@ -51,7 +55,9 @@ def parse_item(line: bytes, languages: Sequence[str]) -> Item | None:
         return Item(
             number=_number(entity["id"].removeprefix("Q")),
             types=tuple(_best(claims, INSTANCE_OF, _item_number)),
-            superclasses=tuple(_best(claims, SUBCLASS_OF, _item_number)),
+            superclasses=tuple(
+                superclass for each in (SUBCLASS_OF, PARENT_TAXON) for superclass in _best(claims, each, _item_number)
+            ),
             image=next(_best(claims, IMAGE, str), None),
             labels={language: label for language in languages if (label := _text(labels, language)) is not None},
             description=_text(descriptions, languages[0]),

@@ -38,6 +38,12 @@ _COUNT = click.IntRange(min=1)
     help="Labelled pictures (JSONL, or OVEN's files) to keep as reference vectors. With --checkpoint, it needs "
     "--validation.  [default: none]",
 )
+@click.option(
+    "--type-parents",
+    type=_PATH,
+    help='Parents of types, JSONL: {"type": ..., "parents": [...]}.  [default: the file that `wikiclip catalog` wrote '
+    "next to the catalog, if any]",
+)
 @click.option("--name", help="Name of the bundle.  [default: the output folder's]")
 @click.option(
     "--thumbnails",
@@ -124,6 +130,8 @@ def summary_lines(summary: ExportSummary, config: ExportConfig) -> Iterator[str]
     )
     if not summary.trained and counts.without_image:
         yield f"{counts.without_image} entities have no image: their records are stored, but never recognised"
+    if (types := config.type_parents_file) is not None:
+        yield f"parents of types are from {types}"
     if summary.pooling == "mean":
         yield "entities are found by the mean of their images"
     if summary.remembered is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from catalog.formats import types_path
 from catalog.images import ImageReader
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
@@ -27,6 +28,7 @@ class ExportConfig:
     validation: Path | None = None
     validation_made_up: bool = False  # its queries are changed copies of the catalog's images
     remember: Path | None = None  # labelled pictures to keep as reference vectors
+    type_parents: Path | None = None  # None: the file that `wikiclip catalog` wrote next to the catalog, if any
     name: str | None = None  # None: the name of the output folder
     thumbnail_px: int = 0  # 0: no thumbnails
     store_text: bool = False
@@ -46,6 +48,12 @@ class ExportConfig:
     progress: bool = False
     rejected: tuple[Rejected, ...] = ()  # by whatever built the catalog, to be written to the reject log first
 
+    @property
+    def type_parents_file(self) -> Path | None:
+        if self.type_parents is None and (found := types_path(self.catalog)).is_file():
+            return found
+        return self.type_parents
+
 
 def check_inputs(config: ExportConfig) -> None:
     """Check that the input files exist, before the models are loaded. Raises `CatalogError`, `UserError`."""
@@ -60,6 +68,8 @@ def check_inputs(config: ExportConfig) -> None:
         raise CatalogError(f"{config.validation} does not exist; check --validation")
     if config.remember is not None and not config.remember.is_file():
         raise CatalogError(f"{config.remember} does not exist; check --remember")
+    if config.type_parents is not None and not config.type_parents.is_file():
+        raise CatalogError(f"{config.type_parents} does not exist; check --type-parents")
     if config.remember is not None and config.checkpoint is not None and config.validation is None:
         raise UserError(
             "--remember with --checkpoint needs --validation: the checkpoint finds the pictures that it was trained on "
@@ -83,6 +93,7 @@ def content_settings(
 
     A checkpoint's hash covers its encoders.
     """
+    type_parents = config.type_parents_file
     return {
         "catalog_sha256": sha256_file(config.catalog),
         "checkpoint_sha256": checkpoint_sha256,
@@ -99,6 +110,7 @@ def content_settings(
         "validation_sha256": None if config.validation is None else sha256_file(config.validation),
         **({"validation_made_up": True} if config.validation_made_up else {}),
         **({"remember_sha256": sha256_file(config.remember)} if config.remember is not None else {}),
+        **({"type_parents_sha256": sha256_file(type_parents)} if type_parents is not None else {}),
     }
 
 
@@ -106,7 +118,7 @@ def refuse_differences(
     out: Path, earlier: Mapping[str, Any], current: Mapping[str, Any], ignored: Collection[str] = ()
 ) -> None:
     """Raise `UserError` if the settings differ from those of an earlier run."""
-    absent = {"int8": False, "float16": False, "remember_sha256": None}
+    absent = {"int8": False, "float16": False, "remember_sha256": None, "type_parents_sha256": None}
     earlier, current = ({**absent, **settings} for settings in (earlier, current))
     differing = [key for key in current if key not in ignored and earlier.get(key) != current[key]]
     if differing:

@@ -40,6 +40,7 @@ from export.remember import remember
 from export.reuse import open_base
 from export.shards import EntityImages, Shard, StageTimes, read_shards
 from export.staging import StagingDir, check_output, is_unfinished, write_shards
+from export.type_parents import read_type_parents
 from export.views import fit_views, own_sets, validation_sets
 from index.build import build_index
 from index.bundle import Bundle, list_files
@@ -188,9 +189,8 @@ def _begin_or_resume(config: ExportConfig, staging: StagingDir, settings: Mappin
     if earlier is None:
         staging.begin(current)
     else:  # shards do not depend on the ignored settings
-        refuse_differences(
-            config.out, earlier, current, ignored={"validation_sha256", "remember_sha256", "int8", "float16"}
-        )
+        ignored = {"validation_sha256", "remember_sha256", "type_parents_sha256", "int8", "float16"}
+        refuse_differences(config.out, earlier, current, ignored)
 
 
 def _write_encoders(
@@ -277,10 +277,13 @@ def _assemble(
     for file in (INT8_ENCODER_FILE, OPEN_SET_FILE):
         staging.discard(file)
     shutil.rmtree(bundle / REMEMBERED_FOLDER, ignore_errors=True)
-    write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden))
+    types, rejected_types = read_type_parents(config.type_parents_file)
+    write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden), types)
     images = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
     log = _reject_log(config)
     counts = _count_and_log(staging, log, len(images))
+    for rejected in rejected_types:
+        log.add(rejected)
     calibration: Calibration | None = None
     self_check: SelfCheck | None = None
     int8: Int8Entry | None = None

@@ -23,7 +23,7 @@ from urllib.parse import unquote, urlencode
 from tqdm import tqdm
 
 from catalog import EntityRecord, is_url, read_catalog
-from catalog.formats import check_catalog_name, write_catalog
+from catalog.formats import check_catalog_name, copy_types, write_catalog
 from catalog.records import ImageCredit
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
@@ -99,6 +99,7 @@ def add_credits(config: CreditsConfig) -> CreditsReport:
                 log.add(item)
         db.execute("COMMIT")
         requests = asyncio.run(_ask_all(config, agent, db))
+        copy_types(config.catalog, config.out)
         write_catalog(config.out, _with_credits(config, db))
         images, credited = db.execute("SELECT count(*), count(credit) FROM files").fetchone()
     work.unlink()

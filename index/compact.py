@@ -83,7 +83,7 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
                 counted["without_text"] += not entity.has_text
                 bar.update()
 
-    write_store(folder / STORE_FILE, entities())
+    write_store(folder / STORE_FILE, entities(), store.types.rows())
     shards = _write_visible(bundle.embeddings(), delta, folder / EMBEDDINGS_FOLDER)
     _write_put(shards, len(store), delta, folder / EMBEDDINGS_FOLDER)
     remembered = _write_remembered(bundle, delta, folder)

@@ -5,7 +5,7 @@ Shapes: M entities put (one embedding each), D embedding width, H rows of the ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Self
 
@@ -69,10 +69,9 @@ class Delta:
             latest=latest,
         )
 
-    def with_types(self, types: Sequence[str]) -> BoolArray:
+    def with_types(self, types: Set[str]) -> BoolArray:
         """Return bool [M]: which entities have any of `types`."""
-        wanted = set(types)
-        return np.array([not wanted.isdisjoint(self.entities[row].types) for row in self.rows_M.tolist()], np.bool_)
+        return np.array([not types.isdisjoint(self.entities[row].types) for row in self.rows_M.tolist()], np.bool_)
 
     def search(
         self, queries_BD: Float32Array, top_k: int, allowed_M: BoolArray | None = None

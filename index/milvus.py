@@ -1,9 +1,9 @@
 """A bundle's embeddings in a Milvus collection, for catalogs larger than one machine and for changes across hosts.
 
 A collection belongs to one bundle and is named after its content. It has a row per embedding, of the bundle and of
-entities put while serving. Entity ids, types and the words of titles are stored as 64-bit hashes, so that no filter
-contains user text. A second, tiny collection counts the changes of each process. Its row `loaded` is written last and
-proves that the bundle is loaded completely.
+entities put while serving. Entity ids, types with their ancestors, and the words of titles are stored as 64-bit hashes,
+so that no filter contains user text. A second, tiny collection counts the changes of each process. Its row `loaded` is
+written last and proves that the bundle is loaded completely.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -27,6 +28,7 @@ from index.bundle import Bundle
 from index.embeddings import Embeddings
 from index.manifest import content_fingerprint
 from index.store import ENTITY_JSON, StoredEntity, words
+from index.types import TypeHierarchy
 
 with needed_by("Milvus"):
     from pymilvus import DataType, MilvusClient
@@ -36,6 +38,7 @@ MAX_RESULTS = 16_384  # Milvus's limit for a search or query
 FIRST_PUT_ROW = 2**62  # rows below it are rows of the bundle, rows from it on were put while serving
 TIMEOUT_S = 10.0
 _LOADED = "loaded"
+_WITH_ANCESTORS = "ancestors"  # a row of the second collection, as `_LOADED`: older versions stored types alone
 _MAX_VARCHAR = 65_535  # bytes
 _MAX_WORDS = 4096  # items of an ARRAY
 _INSERT_BYTES = 8 * 1024**2  # gRPC takes 64 MiB
@@ -71,6 +74,9 @@ def hash63(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8], "big") >> 1
 
 
+_type_hash = lru_cache(maxsize=65_536)(hash63)
+
+
 @contextmanager
 def milvus_errors() -> Iterator[None]:
     """Turn Milvus's errors into `Unavailable`."""
@@ -87,7 +93,17 @@ def is_loaded(client: MilvusClient, bundle: Bundle) -> bool:
         if not client.has_collection(counters, timeout=TIMEOUT_S) or not client.list_indexes(counters):
             return False
         client.load_collection(counters, timeout=TIMEOUT_S)  # a restarted Milvus has nothing loaded
-        return bool(client.get(counters, _LOADED, ["writer"], timeout=TIMEOUT_S, consistency_level="Strong"))
+        return _has_row(client, counters, _LOADED)
+
+
+def has_ancestors(client: MilvusClient, bundle: Bundle) -> bool:
+    """Return whether a loaded bundle was loaded with the ancestors of types."""
+    with milvus_errors():
+        return _has_row(client, counters_name(bundle), _WITH_ANCESTORS)
+
+
+def _has_row(client: MilvusClient, counters: str, key: str) -> bool:
+    return bool(client.get(counters, key, ["writer"], timeout=TIMEOUT_S, consistency_level="Strong"))
 
 
 def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, progress: bool = False) -> int:
@@ -116,7 +132,8 @@ def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, 
         _index_and_load(client, name, "embedding", index, inverted=("key", "row"))
         client.create_collection(counters, schema=_counters_schema(client))
         _index_and_load(client, counters, _DUMMY, ("FLAT", {}))
-        write_counter(client, counters, _LOADED, changes=0, added=0)
+        for key in (_WITH_ANCESTORS, _LOADED):
+            write_counter(client, counters, key, changes=0, added=0)
     return len(embeddings)
 
 
@@ -126,7 +143,7 @@ def write_counter(client: MilvusClient, counters: str, writer: str, *, changes: 
     client.upsert(counters, [row], timeout=TIMEOUT_S)
 
 
-def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str) -> dict[str, Any]:
+def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str, types: TypeHierarchy) -> dict[str, Any]:
     """Return the row of an entity that is put. Its key depends on the entity id, so that the next put replaces it.
 
     Raise `BadParameter` if the record is too large.
@@ -140,7 +157,7 @@ def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str) -> 
     title_words = {word for title in (entity.title, *entity.titles.values()) for word in words(title)}
     prefixes = {word[:length] for word in title_words for length in range(1, len(word) + 1)}
     hashes = sorted(hash63(prefix) for prefix in prefixes)[:_MAX_WORDS]
-    return {**_row(row, stored, embedding_D), "words": hashes, "record": record.decode(), "thumbnail": thumbnail}
+    return {**_row(row, stored, embedding_D, types), "words": hashes, "record": record.decode(), "thumbnail": thumbnail}
 
 
 def key_filter(entity_id: str) -> str:
@@ -163,16 +180,16 @@ def _insert_all(client: MilvusClient, name: str, bundle: Bundle, embeddings: Emb
             positions = np.arange(start, min(start + step, len(embeddings)))
             entities = store.by_rows(embeddings.rows_N[positions].tolist())
             batch = zip(positions.tolist(), entities, embeddings.at(positions), strict=True)
-            client.insert(name, [_row(*each) for each in batch])
+            client.insert(name, [_row(*each, store.types) for each in batch])
 
 
-def _row(primary_key: int, entity: StoredEntity, embedding_D: Float32Array) -> dict[str, Any]:
+def _row(primary_key: int, entity: StoredEntity, embedding_D: Float32Array, types: TypeHierarchy) -> dict[str, Any]:
     """Return a row. Titles, records and thumbnails of the bundle's entities are in its own store."""
     return {
         "pk": primary_key,
         "row": entity.row,
         "key": hash63(entity.entity_id),
-        "types": [hash63(kind) for kind in entity.types],
+        "types": sorted(map(_type_hash, types.names_above(entity.types)))[:_MAX_WORDS],
         "words": [],
         "record": "",
         "thumbnail": "",

@@ -8,6 +8,7 @@ Shapes: B queries, K entities asked for, I images of an entity, D embedding widt
 
 import base64
 import json
+import logging
 import math
 import time
 import uuid
@@ -41,6 +42,8 @@ _CACHED_RECORDS = 10_000
 _CACHED_SELECTIONS = 32
 _SPARE = 20  # embeddings fetched beyond the expected number
 
+log = logging.getLogger("wikiclip.milvus")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MilvusState:
@@ -67,6 +70,11 @@ class MilvusEntities:
             )
         self._name, self._counters = milvus.collection_name(bundle), milvus.counters_name(bundle)
         self.store = store
+        if store.types.rows() and not milvus.has_ancestors(self._client, bundle):
+            log.warning(
+                "collection %s was loaded by an older version: `types` finds no ancestors; drop it and load it again",
+                milvus.collection_name(bundle),
+            )
         counts = bundle.manifest.counts
         self.base_count = counts.entities
         # With pooling, Milvus has one embedding per entity. Those of its images are in the bundle.
@@ -102,7 +110,7 @@ class MilvusEntities:
         Raise `Unavailable`, or `BadParameter` if the record is too large.
         """
         encoded = "" if thumbnail is None else base64.b64encode(thumbnail).decode()
-        row = milvus.put_row(entity, normalised(embedding_D[None])[0], encoded)
+        row = milvus.put_row(entity, normalised(embedding_D[None])[0], encoded, self.store.types)
         of_bundle = f"{key_filter(entity.entity_id)} and pk < {FIRST_PUT_ROW}"
         with milvus_errors():
             created = not self._rows_of(entity.entity_id)
@@ -217,12 +225,13 @@ class MilvusView:
     def __init__(self, entities: MilvusEntities) -> None:
         self._entities = entities
         self._store = entities.store
+        self.types = entities.store.types
         self.delta = entities.delta
         self.entity_count = entities.base_count + self.delta.added
         self.version = f"+{self.delta.revision}" if self.delta.revision else ""
 
     def select(self, types: tuple[str, ...]) -> Selection:
-        """Return a selection. Milvus filters by the types; it has rows only for remembered vectors."""
+        """Return a selection. Milvus filters by types and ancestors; it has rows only for remembered vectors."""
         if self._entities.remembered is not None:
             return self._entities.select(types)
         return Selection(types, np.empty(0, np.bool_))

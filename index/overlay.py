@@ -23,6 +23,7 @@ from index.live import LiveSegment
 from index.search import EntityIndex
 from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct
 from index.top_k import best
+from index.types import TypeHierarchy
 
 _SPARE = 32  # hidden entities that the first search of the base allows for
 
@@ -42,6 +43,8 @@ class EntityView(Protocol):
 
     @property
     def delta(self) -> LiveState | None: ...
+    @property
+    def types(self) -> TypeHierarchy: ...
     @property
     def entity_count(self) -> int: ...
     @property
@@ -109,6 +112,7 @@ class OverlayView:
         self._live = live
         self._select = select or store.select
         self._base_count = len(store)
+        self.types = store.types
         self.delta: Delta | None = None if live is None else live.delta
         self.entity_count = self._base_count  # some may have no embedding
         self.version = ""
@@ -118,11 +122,11 @@ class OverlayView:
                 self.version = f"+{self.delta.revision}"
 
     def select(self, types: tuple[str, ...]) -> Selection:
-        """Select the entities with any of `types`, for searches of this view."""
+        """Select the entities with any of `types`, or a descendant of one, for searches of this view."""
         base = self._select(types)
         if self.delta is None:
             return base
-        return _OverlaySelection(types, base.allowed_E, base, self.delta.with_types(types))
+        return _OverlaySelection(types, base.allowed_E, base, self.delta.with_types(self.types.names_below(types)))
 
     def search(
         self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None = None

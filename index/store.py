@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter
 from core.arrays import BoolArray
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
 from core.files import atomic_write
+from index.types import TypeHierarchy, TypeParents
 
 SCHEMA = """
 CREATE TABLE entity (
@@ -40,8 +41,9 @@ CREATE VIRTUAL TABLE title_search USING fts5(
     title, other_titles, content='', tokenize='unicode61 remove_diacritics 2', prefix='2 3'
 );
 """
-# Only in stores with credits, so that others keep their bytes.
+# These two are only in stores with credits, or with parents of types, so that others keep their bytes.
 CREDIT_TABLE = "CREATE TABLE IF NOT EXISTS credit (row INTEGER PRIMARY KEY, credits TEXT NOT NULL)"
+TYPE_TABLE = "CREATE TABLE type (type TEXT PRIMARY KEY, label TEXT NOT NULL, parents TEXT NOT NULL)"
 INDEXES = """
 CREATE UNIQUE INDEX entity_by_id ON entity (entity_id);
 CREATE INDEX entity_by_title ON entity (title COLLATE NOCASE);
@@ -102,8 +104,13 @@ class StoredEntity:
 ENTITY_JSON = TypeAdapter(StoredEntity)  # names the attended words `heard`
 
 
-def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]]) -> None:
-    """Write entities, each with its WebP thumbnail or None, to a new store. Equal entities give equal bytes."""
+def write_store(
+    path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]], types: Sequence[TypeParents] = ()
+) -> None:
+    """Write entities, each with its WebP thumbnail or None, to a new store. Equal content gives equal bytes.
+
+    `types` has one row per type.
+    """
     with atomic_write(path) as temporary:
         temporary.unlink(missing_ok=True)
         connection = sqlite3.connect(temporary, isolation_level=None)
@@ -113,6 +120,10 @@ def write_store(path: Path, entities: Iterable[tuple[StoredEntity, bytes | None]
             connection.execute("BEGIN")
             for entity, thumbnail in entities:
                 insert_entity(connection, entity, thumbnail)
+            if types:
+                connection.execute(TYPE_TABLE)
+                rows = ((each.type, each.label, json.dumps(each.parents, ensure_ascii=False)) for each in types)
+                connection.executemany("INSERT INTO type VALUES (?, ?, ?)", rows)
             connection.executescript(INDEXES)  # commits first
             connection.execute("INSERT INTO title_search (title_search) VALUES ('optimize')")
             connection.execute("VACUUM")
@@ -203,6 +214,7 @@ class EntityStore:
             self._execute("SELECT row FROM thumbnail LIMIT 1").fetchone()
             tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             self._has_attended_words, self._has_credits = "heard" in tables, "credit" in tables
+            self._has_types = "type" in tables
             self._max_statement_s = _MAX_STATEMENT_S
         except sqlite3.DatabaseError as error:
             self.close()
@@ -302,12 +314,24 @@ class EntityStore:
         )
 
     def select(self, types: Sequence[str]) -> Selection:
-        """Select the entities with any of `types`. Takes about a second for millions of entities: cache the result."""
-        matching = [text for text in self._type_lists if not set(types).isdisjoint(json.loads(text))]
+        """Select the entities with any of `types`, or a descendant of one.
+
+        Takes about a second for millions of entities: cache the result.
+        """
+        names = self.types.names_below(tuple(types))
+        matching = [text for text in self._type_lists if not names.isdisjoint(json.loads(text))]
         allowed_E = np.zeros(len(self), np.bool_)
         found = self._execute(f"SELECT row FROM entity WHERE types {_LISTED}", (json.dumps(matching),))
         allowed_E[np.fromiter((values[0] for values in found), np.int64)] = True
         return Selection(tuple(types), allowed_E)
+
+    @cached_property
+    def types(self) -> TypeHierarchy:
+        """The hierarchy of types, without any row in bundles that have none."""
+        rows = self._execute("SELECT type, label, parents FROM type ORDER BY rowid") if self._has_types else ()
+        return TypeHierarchy(
+            TypeParents(type=key, label=label, parents=tuple(json.loads(parents))) for key, label, parents in rows
+        )
 
     @cached_property
     def _type_lists(self) -> list[str]:

@@ -97,7 +97,11 @@ def serve(**flags: Any) -> None:
     default=5,
     help="Maximum number of predictions for an image.",
 )
-@click.option("--types", default="", help="Only entities with any of these types, separated by commas.  [default: all]")
+@click.option(
+    "--types",
+    default="",
+    help="Only entities with any of these types or their descendants; use commas.  [default: all]",
+)
 @click.option(
     "--lang", help="Language of the titles, such as fr, where the catalog has it.  [default: the catalog's own]"
 )

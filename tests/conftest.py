@@ -26,13 +26,15 @@ from index.manifest import (
     MANIFEST_FILE,
     REMEMBERED_FOLDER,
     SCHEMA_VERSION,
+    STORE_FILE,
     Counts,
     Gain,
     ImageEncoderEntry,
     Manifest,
     RememberedEntry,
 )
-from index.store import StoredEntity, write_store
+from index.store import EntityStore, StoredEntity, write_store
+from index.types import TypeParents
 
 SIZE_PX = 32
 PATCH_PX = 8
@@ -124,6 +126,17 @@ def pooled_bundle(tmp_path_factory: pytest.TempPathFactory, small_bundle: Path) 
     return bundle
 
 
+def add_type_parents(bundle: Path, parents: Mapping[str, Sequence[str]]) -> None:
+    """Give a bundle's types parents."""
+    with EntityStore(bundle / STORE_FILE) as store:
+        entities = store.by_rows(range(len(store)))
+        thumbnails = store.thumbnails([each.row for each in entities])
+    rows = [TypeParents(type=each, parents=tuple(above)) for each, above in parents.items()]
+    write_store(bundle / STORE_FILE, ((each, thumbnails.get(each.row)) for each in entities), rows)
+    manifest = Manifest.read(bundle / MANIFEST_FILE).model_copy(update={"files": list_files(bundle)})
+    manifest.write(bundle / MANIFEST_FILE)
+
+
 def pool_by_mean(bundle: Path) -> None:
     """Change a bundle's pooling to "mean"."""
     changed = {"schema_version": 2, "pooling": "mean"}
@@ -166,7 +179,7 @@ def write_small_bundle(bundle: Path, *, prefix: str = "", encoder_seed: int = 11
         part = slice(start, start + SHARD_SIZE)
         write_shard(bundle / "embeddings", shard, np.array(rows[part], np.int64), np.stack(embeddings[part]))
     write_store(
-        bundle / "entities.sqlite",
+        bundle / STORE_FILE,
         ((stored_entity(row, entity), thumbnail(row, entity)) for row, entity in enumerate(entities)),
     )
     build_index(bundle, EmbeddingShards(bundle / "embeddings", EMBEDDING_DIM), created_at=CREATED_AT)

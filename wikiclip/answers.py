@@ -57,7 +57,7 @@ class RecognizeOptions(EmbedOptions):
         default=None, ge=-1, le=1, allow_inf_nan=False, description="Drop predictions with a lower cosine."
     )
     types: Annotated[tuple[str, ...], BeforeValidator(_split_commas)] = Field(
-        default=(), description="Only entities with any of these types. Repeat it or separate types by commas."
+        default=(), description="Only entities with any of these types or their descendants. Repeat it or use commas."
     )
     lang: str | None = Field(
         default=None, max_length=35, description="Language of the titles, a code such as fr, where the catalog has it."

@@ -254,7 +254,66 @@ def test_three_dumps_become_one_catalog(dumps: CatalogConfig, tmp_path: Path) ->
     assert rejects[1].startswith(f"{content}: not JSON")
     assert rejects[2] == f"{content}: expected a JSON object, got list"
     assert rejects[3].startswith("latest-all.json.gz: not JSON")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.jsonl", "c.jsonl.report.json", "rejected.jsonl"]
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["c.jsonl", "c.jsonl.report.json", "c.jsonl.types.jsonl", "rejected.jsonl"]
+    assert _types(tmp_path / "c.jsonl.types.jsonl") == {
+        "Q1": ("Q1", []),
+        "Q2": ("Q2", []),
+        "Q4": ("Q4", []),
+        f"Q{ANIMAL}": ("animal", ["Q1"]),
+        f"Q{MAMMAL}": ("mammal", [f"Q{ANIMAL}"]),
+        f"Q{TAXON}": (f"Q{TAXON}", []),
+        f"Q{LIST}": ("list", ["Q2"]),
+    }
+
+
+def _types(path: Path) -> dict[str, tuple[str, list[str]]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {row["type"]: (row["label"], row["parents"]) for row in rows}
+
+
+def test_taxa_and_classes_have_their_parents_as_types_even_in_a_cycle(tmp_path: Path) -> None:
+    """A kingfisher is found below `bird`, and two classes with one label are not confused."""
+    kingfisher, genus, family, bird, river_bank, bank, finance, shore = range(101, 109)
+    config = CatalogConfig(
+        content=(
+            write_content(
+                tmp_path / "enwiki_content.json",
+                [document(1, "Kingfisher", f"Q{kingfisher}"), document(2, "A bank", "Q1"), document(3, "B bank", "Q2")],
+            ),
+        ),
+        wikidata=write_wikidata(
+            tmp_path / "latest-all.json.gz",
+            [
+                item(kingfisher, [statement("P31", TAXON), statement("P171", genus), statement("P279", finance)]),
+                item(genus, [statement("P171", family)], {"en": "Alcedo"}),
+                item(family, [statement("P171", bird), statement("P171", genus)], {"en": "Alcedinidae"}),
+                item(bird, [statement("P171", family), statement("P171", None)], {"en": "bird"}),
+                item(1, [statement("P31", bank)]),
+                item(2, [statement("P31", river_bank)]),
+                item(bank, [statement("P279", finance)], {"en": "bank"}),
+                item(river_bank, [statement("P279", shore)], {"en": "bank"}),
+                item(9, [statement("P279", bank)], {"en": "of no use"}),
+            ],
+        ),
+        out=tmp_path / "c.jsonl",
+    )
+    _, records = build(config, config.out)
+    assert records["Q101"].types == (f"Q{TAXON}", f"Q{finance}", "Alcedo")
+    assert (records["Q1"].types, records["Q2"].types) == ((f"bank (Q{bank})",), (f"bank (Q{river_bank})",))
+    assert _types(tmp_path / "c.jsonl.types.jsonl") == {
+        f"Q{genus}": ("Alcedo", [f"Q{family}"]),
+        f"Q{family}": ("Alcedinidae", [f"Q{genus}", f"Q{bird}"]),
+        f"Q{bird}": ("bird", [f"Q{family}"]),
+        f"Q{river_bank}": (f"bank (Q{river_bank})", [f"Q{shore}"]),
+        f"Q{bank}": (f"bank (Q{bank})", [f"Q{finance}"]),
+        **{f"Q{each}": (f"Q{each}", []) for each in (finance, shore, TAXON)},
+    }
+    _, birds = build(config, tmp_path / "birds.jsonl", types=(bird,))
+    assert list(birds) == ["Q101"]
+    _, again = build(config, tmp_path / "again.jsonl", wikidata=None, base=config.out)
+    assert again == records
+    assert _types(tmp_path / "again.jsonl.types.jsonl") == _types(tmp_path / "c.jsonl.types.jsonl")
 
 
 @pytest.mark.parametrize("name", ["c.jsonl.gz", "c.parquet"])

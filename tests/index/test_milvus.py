@@ -26,7 +26,7 @@ from index.manifest import MANIFEST_FILE, Counts, Manifest
 from index.milvus import connect, load_bundle
 from index.milvus_view import MilvusEntities, MilvusView
 from index.store import Selection, StoredEntity, write_store
-from tests.conftest import add_remembered, pool_by_mean, write_small_bundle
+from tests.conftest import add_remembered, add_type_parents, pool_by_mean, write_small_bundle
 
 Vector = npt.NDArray[np.float32]
 DIM = 16
@@ -119,6 +119,41 @@ def test_results_equal_those_of_faiss(
     assert np.mean(found) > 0.97
     assert np.all(np.diff(scores_BK, axis=1)[rows_BK[:, 1:] >= 0] <= 0)
     assert all(len(set(rows)) == len(rows) for rows in (row_K[row_K >= 0].tolist() for row_K in rows_BK))
+
+
+def test_types_are_found_by_their_ancestors(
+    uri: str, bundle: Bundle, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "typed"
+    shutil.copytree(bundle.path, folder)
+    add_type_parents(folder, {"odd": ["number"], "rare": ["find"], "even": ["number"], "find": ["thing", "rare"]})
+    typed = Bundle.open(folder)
+    client = connect(uri)
+    load_bundle(client, typed)
+    (new_D,) = vectors(1, seed=61)
+    queries_BD = np.concatenate([vectors(10, seed=52), new_D[None]])
+    with typed.store() as store:
+        entities = MilvusEntities(uri, typed, store)
+        for types in (("number",), ("find",), ("thing",), ("odd", "thing"), ("nothing",)):
+            expected = typed.index().search(queries_BD, 10, selection=store.select(types))
+            view = MilvusView(entities)
+            found = view.search(queries_BD, 10, selection=view.select(types))
+            np.testing.assert_array_equal(np.sum(found[0] >= 0, axis=1), np.sum(expected[0] >= 0, axis=1))
+            np.testing.assert_allclose(found[1], expected[1], atol=2e-3)
+        entities.put(entity("new", types=("find",)), new_D, None)
+        view = MilvusView(entities)
+        for kind, found_new in (("thing", True), ("rare", True), ("number", False)):
+            _, scores_BK = view.search(new_D[None], 1, selection=view.select((kind,)))
+            assert (scores_BK[0, 0] > 0.99) == found_new
+        entities.close()
+        assert not caplog.records
+        client.delete(milvus.counters_name(typed), ids=["ancestors"])  # as a version without ancestors leaves it
+        MilvusEntities(uri, typed, store).close()
+        assert [each.getMessage() for each in caplog.records] == [
+            f"collection {milvus.collection_name(typed)} was loaded by an older version: `types` finds no ancestors; "
+            "drop it and load it again"
+        ]
+    client.close()
 
 
 def test_scores_are_cosines_of_the_best_image(entities: MilvusEntities, bundle: Bundle) -> None:
