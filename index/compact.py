@@ -8,7 +8,7 @@ Shapes: n embeddings of a shard, M entities put, H hidden rows of the base, D em
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from core.arrays import Float16Array
 from core.errors import UserError
 from core.files import sync
 from index.build import build_index
@@ -38,6 +39,7 @@ from index.store import EntityStore, StoredEntity, write_store
 
 _SHARD_SIZE = 4096
 _ROWS_AT_A_TIME = 500
+_NONE: Mapping[int, Float16Array] = {}
 
 
 def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = False) -> Bundle:
@@ -74,7 +76,7 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
     counted = {"entities": 0, "without_image": 0, "without_text": 0}
 
     def entities() -> Iterator[tuple[StoredEntity, bytes | None]]:
-        total = len(store) - len(delta.hidden_H) + len(delta.rows_M)
+        total = len(store) - len(delta.hidden_H) + len(delta.entities)
         with tqdm(desc="entities", unit="entity", total=total, disable=not progress) as bar:
             for entity, thumbnail in _entities(store, live, delta):
                 yield replace(entity, row=counted["entities"]), thumbnail
@@ -84,7 +86,8 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
                 bar.update()
 
     write_store(folder / STORE_FILE, entities(), store.types.rows())
-    shards = _write_visible(bundle.embeddings(), delta, folder / EMBEDDINGS_FOLDER)
+    given = {row: each.images_ID for row, each in sorted(delta.references.items()) if row < len(store)}
+    shards = _write_visible(bundle.embeddings(), delta, folder / EMBEDDINGS_FOLDER, given)
     _write_put(shards, len(store), delta, folder / EMBEDDINGS_FOLDER)
     remembered = _write_remembered(bundle, delta, folder)
     rewritten = (STORE_FILE, f"{EMBEDDINGS_FOLDER}/", f"{REMEMBERED_FOLDER}/")
@@ -120,36 +123,50 @@ def _write(bundle: Bundle, store: EntityStore, live: LiveSegment, delta: Delta, 
 def _entities(store: EntityStore, live: LiveSegment, delta: Delta) -> Iterator[tuple[StoredEntity, bytes | None]]:
     """Yield the visible entities with their thumbnails: those of the base in row order, then those put."""
     for start in range(0, len(store), _ROWS_AT_A_TIME):
-        rows = np.setdiff1d(np.arange(start, min(start + _ROWS_AT_A_TIME, len(store))), delta.hidden_H).tolist()
+        rows = np.setdiff1d(np.arange(start, min(start + _ROWS_AT_A_TIME, len(store))), delta.gone_H).tolist()
         thumbnails = store.thumbnails(rows)
         for entity in store.by_rows(rows):
             words = store.attended_words(entity.row)
-            yield replace(entity, attended_words=words), thumbnails.get(entity.row)
-    for row in delta.rows_M.tolist():
+            current = delta.entities.get(entity.row, entity)
+            yield replace(current, attended_words=words), thumbnails.get(entity.row)
+    for row in _put_rows(delta, len(store)):
         yield delta.entities[row], live.thumbnail(row)
 
 
-def _write_visible(base: Embeddings, delta: Delta, folder: Path) -> int:
-    """Write the vectors of visible rows. Return the number of shards."""
+def _put_rows(delta: Delta, base_count: int) -> list[int]:
+    return sorted(row for row in delta.entities if row >= base_count)
+
+
+def _write_visible(base: Embeddings, delta: Delta, folder: Path, given: Mapping[int, Float16Array] = _NONE) -> int:
+    """Write the vectors of visible rows, or those `given` for a row, in row order. Return the number of shards."""
     position = shards = 0
-    for vectors_nD in base:
+    given_G = np.array(list(given), np.int64)
+    hidden_H = np.union1d(delta.gone_H, given_G)
+    # A given row is written before the first row of the next part, because its own may continue there.
+    next_rows = np.append(base.rows_N, np.iinfo(np.int64).max)[base.starts[1:]]
+    for vectors_nD, own_G in zip(base, np.split(given_G, np.searchsorted(given_G, next_rows))[:-1], strict=True):
         rows_n = base.rows_N[position : position + len(vectors_nD)]
         position += len(vectors_nD)
-        visible_n = ~np.isin(rows_n, delta.hidden_H)
-        if visible_n.any():
-            # Each row moves up by the hidden rows before it.
-            moved_n = rows_n[visible_n] - np.searchsorted(delta.hidden_H, rows_n[visible_n])
-            write_shard(folder, shards, moved_n, vectors_nD[visible_n])
+        visible_n, own = ~np.isin(rows_n, hidden_H), [given[row] for row in own_G.tolist()]
+        written_nD = np.concatenate([vectors_nD[visible_n].astype(np.float16), *own])
+        rows_n = np.concatenate([rows_n[visible_n], np.repeat(own_G, [len(each) for each in own])])
+        if len(rows_n):
+            order_n = np.argsort(rows_n, kind="stable")
+            # Each row moves up by the rows before it that are gone.
+            moved_n = rows_n[order_n] - np.searchsorted(delta.gone_H, rows_n[order_n])
+            write_shard(folder, shards, moved_n, written_nD[order_n])
             shards += 1
     return shards
 
 
 def _write_put(shards: int, base_count: int, delta: Delta, folder: Path) -> None:
     """Write the embeddings of the entities that were put, after that many shards."""
-    first_row = base_count - len(delta.hidden_H)
-    for number, start in enumerate(range(0, len(delta.rows_M), _SHARD_SIZE), shards):
-        part_nD = delta.embeddings_MD[start : start + _SHARD_SIZE]
-        write_shard(folder, number, first_row + start + np.arange(len(part_nD)), part_nD)
+    rows = _put_rows(delta, base_count)
+    first_row = base_count - len(delta.gone_H)
+    for number, start in enumerate(range(0, len(rows), _SHARD_SIZE), shards):
+        images = [delta.references[row].images_ID for row in rows[start : start + _SHARD_SIZE]]
+        rows_n = np.repeat(first_row + start + np.arange(len(images)), [len(each) for each in images])
+        write_shard(folder, number, rows_n, np.concatenate(images))
 
 
 def _write_remembered(bundle: Bundle, delta: Delta, folder: Path) -> RememberedEntry | None:
@@ -158,7 +175,7 @@ def _write_remembered(bundle: Bundle, delta: Delta, folder: Path) -> RememberedE
     if entry is None:
         return None
     vectors = EmbeddingShards(bundle.path / REMEMBERED_FOLDER, bundle.manifest.embedding_dim)
-    visible = len(vectors) - int(np.isin(vectors.rows_N, delta.hidden_H).sum())
+    visible = len(vectors) - int(np.isin(vectors.rows_N, delta.gone_H).sum())
     if not visible:
         return None
     (folder / REMEMBERED_FOLDER).mkdir()

@@ -1,6 +1,7 @@
-"""Live changes in memory: the entities that were put, with their embeddings, and the rows of the base that they hide.
+"""Live changes in memory: the entities that were put or given images, and the rows of the base that they hide.
 
-Shapes: M entities put (one embedding each), D embedding width, H rows of the base, B queries, K results.
+Shapes: M entities, N vectors that they are found by, I images of an entity, D embedding width, H rows of the base,
+B queries, K results.
 """
 
 from __future__ import annotations
@@ -11,61 +12,118 @@ from typing import Self
 
 import numpy as np
 
-from core.arrays import BoolArray, Float32Array, Int64Array
+from core.arrays import BoolArray, Float16Array, Float32Array, Int64Array, normalised
+from index.embeddings import Pooling, means
 from index.store import StoredEntity
-from index.top_k import nearest
+from index.top_k import largest
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """What an entity is found by: the embeddings of its images, and the remembered vector [1, D] that it may have.
+
+    `image_ids` are of the last images, those that were added while serving and can be removed.
+    """
+
+    images_ID: Float16Array
+    image_ids: tuple[str, ...] = ()
+    remembered_1D: Float32Array | None = None
+    handicap: float = 0.0
+
+    def searched(self, pooling: Pooling) -> tuple[Float32Array, Float32Array]:
+        """Return the vectors that are searched, and what is subtracted from the cosine of each."""
+        images_ID = normalised(self.images_ID)
+        if pooling == "mean":
+            images_ID = normalised(means(images_ID, np.arange(min(1, len(images_ID)))))
+        if self.remembered_1D is None:
+            return images_ID, np.zeros(len(images_ID), np.float32)
+        handicaps = [0.0] * len(images_ID) + [self.handicap]
+        return np.concatenate([images_ID, self.remembered_1D]), np.array(handicaps, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Delta:
     """One immutable revision of the changes, so that a search and everything after it see the same state.
 
-    `rows_M` rise and are above all rows of the base. `hidden_H` are rows of the base. `latest` maps each changed entity
-    to its row, or None if it was deleted.
+    An entity that was put has a row above all of the base. One of the base that was given images keeps its row, and all
+    its vectors are here. `rows_M` and `vector_rows_N` rise. `hidden_H` are rows of the base that are not searched
+    there, `gone_H` those of them whose entity was deleted or replaced. `latest` maps each changed entity to its row, or
+    None if it was deleted.
     """
 
     revision: int
+    pooling: Pooling
     rows_M: Int64Array
-    embeddings_MD: Float32Array
+    vector_rows_N: Int64Array
+    vectors_ND: Float32Array
+    handicaps_N: Float32Array
     hidden_H: Int64Array
+    gone_H: Int64Array
     entities: Mapping[int, StoredEntity]
+    references: Mapping[int, References]
     latest: Mapping[str, int | None]
 
     @classmethod
-    def empty(cls, embedding_dim: int, revision: int) -> Self:
+    def empty(cls, embedding_dim: int, revision: int, pooling: Pooling = "nearest") -> Self:
         return cls(
             revision=revision,
+            pooling=pooling,
             rows_M=np.empty(0, np.int64),
-            embeddings_MD=np.empty((0, embedding_dim), np.float32),
+            vector_rows_N=np.empty(0, np.int64),
+            vectors_ND=np.empty((0, embedding_dim), np.float32),
+            handicaps_N=np.empty(0, np.float32),
             hidden_H=np.empty(0, np.int64),
+            gone_H=np.empty(0, np.int64),
             entities={},
+            references={},
             latest={},
         )
 
     def changed(
         self,
         revision: int,
-        put: Sequence[tuple[StoredEntity, Float32Array]],
+        put: Sequence[tuple[StoredEntity, References]],
         deleted: Sequence[str],
         hidden: Sequence[int],
+        restored: Sequence[str] = (),
     ) -> Delta:
-        """Return the state in which these entities are put, in row order, with their embeddings [D], others deleted.
+        """Return the state in which these entities are put or have these images, and others are deleted.
 
-        `hidden` are rows of the base to hide.
+        `hidden` are rows of the base to hide. `restored` are entities of the base that lost all images they were given.
         """
-        entities = {**self.entities, **{entity.row: entity for entity, _ in put}}
-        latest = {**self.latest, **{entity.entity_id: entity.row for entity, _ in put}, **dict.fromkeys(deleted)}
-        changed_ids = [*(entity.entity_id for entity, _ in put), *deleted]
+        changed_ids = [*(entity.entity_id for entity, _ in put), *deleted, *restored]
         replaced = [row for entity_id in changed_ids if (row := self.latest.get(entity_id)) is not None]
+        visible = [row for entity_id in restored if (row := self.latest.get(entity_id)) is not None]
+        latest = {**self.latest, **{entity.entity_id: entity.row for entity, _ in put}, **dict.fromkeys(deleted)}
+        for entity_id in restored:
+            latest.pop(entity_id, None)
+        entities, references = dict(self.entities), dict(self.references)
         for row in replaced:
-            del entities[row]
-        kept_M = ~np.isin(self.rows_M, replaced)
+            del entities[row], references[row]
+        entities |= {entity.row: entity for entity, _ in put}
+        references |= {entity.row: each for entity, each in put}
+        kept_N = ~np.isin(self.vector_rows_N, replaced)
+        searched = [each.searched(self.pooling) for _, each in put]
+        counts = [len(handicaps_N) for _, handicaps_N in searched]
+        put_rows_N = np.repeat(np.array([entity.row for entity, _ in put], np.int64), counts)
+        rows_N = np.concatenate([self.vector_rows_N[kept_N], put_rows_N])
+        vectors_ND = np.concatenate([self.vectors_ND[kept_N], *(vectors_ND for vectors_ND, _ in searched)])
+        handicaps_N = np.concatenate([self.handicaps_N[kept_N], *(handicaps_N for _, handicaps_N in searched)])
+        if np.any(np.diff(rows_N) < 0):  # an entity keeps its row when its images change
+            order_N = np.argsort(rows_N, kind="stable")
+            rows_N, vectors_ND, handicaps_N = rows_N[order_N], vectors_ND[order_N], handicaps_N[order_N]
+        hidden_H = np.union1d(np.setdiff1d(self.hidden_H, visible), np.array(hidden, np.int64))
         return Delta(
             revision=revision,
-            rows_M=np.concatenate([self.rows_M[kept_M], np.array([entity.row for entity, _ in put], np.int64)]),
-            embeddings_MD=np.concatenate([self.embeddings_MD[kept_M], *(embedding_D[None] for _, embedding_D in put)]),
-            hidden_H=np.union1d(self.hidden_H, np.array(hidden, np.int64)),
+            pooling=self.pooling,
+            rows_M=np.unique(rows_N),
+            vector_rows_N=rows_N,
+            vectors_ND=vectors_ND,
+            handicaps_N=handicaps_N,
+            hidden_H=hidden_H,
+            gone_H=np.setdiff1d(hidden_H, np.fromiter(entities, np.int64, len(entities))),
             entities=entities,
+            references=references,
             latest=latest,
         )
 
@@ -76,5 +134,14 @@ class Delta:
     def search(
         self, queries_BD: Float32Array, top_k: int, allowed_M: BoolArray | None = None
     ) -> tuple[Int64Array, Float32Array]:
-        """Return the best `top_k` entities of L2-normalised queries, as `nearest` does."""
-        return nearest(queries_BD, self.embeddings_MD, self.rows_M, top_k, allowed_M)
+        """Return the best `top_k` entities of L2-normalised queries, as `largest` does."""
+        scores_BM = np.minimum(queries_BD @ self.vectors_ND.T, np.float32(1.0)) - self.handicaps_N
+        if len(self.rows_M) < len(self.vector_rows_N):
+            starts_M = np.searchsorted(self.vector_rows_N, self.rows_M)
+            scores_BM = np.maximum.reduceat(scores_BM, starts_M, axis=1)
+        return largest(scores_BM, self.rows_M, top_k, allowed_M)
+
+
+def all_image_ids(image_count: int, added: Sequence[str]) -> tuple[str, ...]:
+    """Return the ids of an entity's images: first those of the bundle, which are numbered, then those `added`."""
+    return (*(f"base-{number}" for number in range(image_count - len(added))), *added)

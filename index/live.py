@@ -1,4 +1,4 @@
-"""Live changes on disk: a SQLite file in LIVE_DIR with the entities that were put and deleted while serving.
+"""Live changes on disk: a SQLite file in LIVE_DIR with the entities and images that were added and removed.
 
 Every change has a revision number. An entity that was put has the revision as its row. A change is durable when the
 call that makes it returns (WAL, `synchronous = FULL`). Processes of one host share the folder: writes take turns, and
@@ -7,24 +7,32 @@ call that makes it returns (WAL, `synchronous = FULL`). Processes of one host sh
 Table `base` lists the bundles that the changes apply to. Each bundle already contains the changes up to its
 `from_generation`. `wikiclip index --compact` adds the bundle that it makes, so that services of the old and the new one
 can share the folder. Rows that only the old bundle needs are deleted at the next compaction.
+
+Table `reference` has all vectors of each entity that was put or given images: those of a base bundle are copied, so
+that the list is complete whichever bundle is served. An image that was removed leaves its row without the vector.
 """
 
 import os
+import secrets
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
-from core.arrays import Float32Array, normalised
-from core.errors import LiveDirError, Unavailable, UnknownEntity
+from core.arrays import Float16Array, Float32Array, normalised
+from core.errors import Conflict, LiveDirError, NotFound, Unavailable, UnknownEntity
 from core.files import locked, sync
 from index.bundle import Bundle
-from index.delta import Delta
-from index.manifest import content_fingerprint
+from index.delta import Delta, References, all_image_ids
+from index.embeddings import Embeddings, EmbeddingShards
+from index.manifest import REMEMBERED_FOLDER, content_fingerprint
 from index.store import (
     INDEXES,
     SCHEMA,
@@ -37,14 +45,29 @@ from index.store import (
 )
 
 LIVE_FILE = "live.sqlite"
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _BUSY_S = 5.0  # a change takes milliseconds
 _LIVE_SCHEMA = """
 CREATE TABLE live (generation INTEGER NOT NULL);
 INSERT INTO live VALUES (0);
 CREATE TABLE base (content TEXT PRIMARY KEY, name TEXT NOT NULL, from_generation INTEGER NOT NULL);
-CREATE TABLE embedding (row INTEGER PRIMARY KEY, vector BLOB NOT NULL);
 CREATE TABLE tombstone (generation INTEGER PRIMARY KEY, entity_id TEXT NOT NULL UNIQUE);
+"""
+_CHANGED = "max(generation, coalesce(removed, 0))"
+_REFERENCES = f"""
+CREATE TABLE reference (
+    position INTEGER PRIMARY KEY, entity_id TEXT NOT NULL, image_id TEXT UNIQUE, generation INTEGER NOT NULL,
+    removed INTEGER, vector BLOB NOT NULL
+);
+CREATE INDEX reference_by_entity ON reference (entity_id);
+CREATE INDEX reference_by_change ON reference ({_CHANGED});
+"""
+_FROM_VERSION_1 = f"""
+{_REFERENCES}
+INSERT INTO reference (entity_id, image_id, generation, vector)
+    SELECT entity_id, iif(image_count, printf('%016x', row), NULL), row, vector FROM embedding JOIN entity USING (row)
+    ORDER BY row;
+DROP TABLE embedding;
 """
 
 
@@ -59,6 +82,7 @@ class LiveSegment:
     def __init__(self, folder: Path, bundle: Bundle, base: EntityStore) -> None:
         self._content = content_fingerprint(bundle.manifest)
         self._name = bundle.name
+        self._bundle = bundle
         self._base = base
         self._base_count = len(base)
         self._write_lock = threading.Lock()
@@ -73,7 +97,8 @@ class LiveSegment:
             self.base_revision = self._read_base_revision(self._reader)
             compacted = "SELECT count(*) FROM entity WHERE row <= ?"
             (self.compacted_count,) = self._reader.execute(compacted, (self.base_revision,)).fetchone()
-            self.delta = Delta.empty(bundle.manifest.embedding_dim, self.base_revision)
+            manifest = bundle.manifest
+            self.delta = Delta.empty(manifest.embedding_dim, self.base_revision, manifest.pooling)
             self.refresh()
         except LiveDirError:
             self.close()
@@ -98,20 +123,60 @@ class LiveSegment:
                 self._seen_version = version
             return self.delta
 
-    def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool:
+    def put(
+        self,
+        entity: StoredEntity,
+        embeddings_ID: Float32Array,
+        thumbnail: bytes | None,
+        image_ids: Sequence[str] = (),
+    ) -> bool:
         """Add or replace an entity, and return whether it is new. Its `row` is ignored.
 
-        The embedding is finite and not zero. Raise `Unavailable` if other writers take too long, `LiveDirError`.
+        `embeddings_ID` are those of its images, which get new `image_ids`, or without ids the one embedding [D] of the
+        entity. They are finite and not zero. Raise `Unavailable` if other writers take too long, `LiveDirError`.
         """
-        vector_D = normalised(embedding_D[None])[0].astype("<f2")
+        vectors_ID = stored(np.atleast_2d(embeddings_ID))
         with self._transaction() as connection:
             created = not self._exists(entity.entity_id)
             row = self._next_revision(connection)
             self._forget(connection, entity.entity_id)
             insert_entity(connection, replace(entity, row=row), thumbnail)
-            connection.execute("INSERT INTO embedding VALUES (?, ?)", (row, vector_D.tobytes()))
+            for image_id, vector_D in zip(image_ids or (None,), vectors_ID, strict=True):
+                _insert_reference(connection, entity.entity_id, image_id, row, vector_D)
         self.refresh()
         return created
+
+    def add_image(self, entity_id: str, image_id: str, embedding_D: Float32Array) -> None:
+        """Add an image with a new id to an entity. Its embedding is finite and not zero.
+
+        Raise `UnknownEntity`, otherwise as `put` does.
+        """
+        with self._transaction() as connection:
+            if not self._exists(entity_id):
+                raise unknown_entity(entity_id)
+            revision = self._next_revision(connection)
+            if connection.execute("SELECT 1 FROM reference WHERE entity_id = ?", (entity_id,)).fetchone() is None:
+                images = self._embeddings
+                for vector_D in images.stored(images.positions_of(self._base.get(entity_id).row)):
+                    _insert_reference(connection, entity_id, None, 0, vector_D)
+            _insert_reference(connection, entity_id, image_id, revision, stored(embedding_D[None])[0])
+        self.refresh()
+
+    def remove_image(self, entity_id: str, image_id: str) -> None:
+        """Remove an image that was added while serving.
+
+        Raise `UnknownEntity`, `NotFound`, `Conflict` for an image of the bundle and for the only one of an entity
+        that was put, otherwise as `put` does.
+        """
+        with self._transaction() as connection:
+            if not self._exists(entity_id):
+                raise unknown_entity(entity_id)
+            self._check_removable(connection, entity_id, image_id)
+            revision = self._next_revision(connection)
+            connection.execute(
+                "UPDATE reference SET removed = ?, vector = x'' WHERE image_id = ?", (revision, image_id)
+            )
+        self.refresh()
 
     def delete(self, entity_id: str) -> None:
         """Delete an entity. Raise `UnknownEntity` if there is none, otherwise as `put` does."""
@@ -133,7 +198,10 @@ class LiveSegment:
             connection.execute("DELETE FROM base WHERE from_generation < ?", (self.base_revision,))
             (needed_after,) = connection.execute("SELECT min(from_generation) FROM base").fetchone()
             for entity in select_entities(connection, "WHERE row <= ?", (needed_after,)):
-                self._forget(connection, entity.entity_id)
+                remove_entity(connection, entity)
+            unchanged = f"entity_id NOT IN (SELECT entity_id FROM reference WHERE {_CHANGED} > ?)"
+            connection.execute(f"DELETE FROM reference WHERE {unchanged}", (needed_after,))
+            connection.execute("DELETE FROM reference WHERE removed <= ?", (needed_after,))
             connection.execute("DELETE FROM tombstone WHERE generation <= ?", (needed_after,))
 
     def thumbnail(self, row: int) -> bytes | None:
@@ -143,28 +211,84 @@ class LiveSegment:
 
     def _read_changes(self) -> None:
         last = (self.delta.revision,)
+        changed = f"WHERE entity_id IN (SELECT entity_id FROM reference WHERE {_CHANGED} > ?)"
         with self._reader:
             self._reader.execute("BEGIN")  # one snapshot for all statements
             self._read_base_revision(self._reader)
             (revision,) = self._reader.execute("SELECT generation FROM live").fetchone()
-            put = select_entities(self._reader, "WHERE row > ? ORDER BY row", last)
-            vectors = dict(self._reader.execute("SELECT row, vector FROM embedding WHERE row > ?", last).fetchall())
+            put = select_entities(self._reader, f"{changed} AND row > ?", (*last, self.base_revision))
+            found = self._reader.execute(f"SELECT * FROM reference {changed} ORDER BY entity_id, position", last)
+            rows_of = {entity_id: list(rows) for entity_id, rows in groupby(found, itemgetter("entity_id"))}
             tombstones = self._reader.execute("SELECT entity_id FROM tombstone WHERE generation > ?", last)
             deleted = [entity_id for (entity_id,) in tombstones]
         # The file has each entity once: what was put last, or a tombstone.
-        base_rows = map(self._base_row, [*(entity.entity_id for entity in put), *deleted])
-        self.delta = self.delta.changed(
-            revision,
-            [
-                (
-                    replace(entity, row=self._base_count + entity.row),
-                    normalised(np.frombuffer(vectors[entity.row], "<f2")[None])[0],
-                )
-                for entity in put
-            ],
-            deleted,
-            hidden=[row for row in base_rows if row is not None],
+        records = {each.entity_id: replace(each, row=self._base_count + each.row) for each in put}
+        restored: list[str] = []
+        changes: list[tuple[StoredEntity, References]] = []
+        for entity_id, rows in rows_of.items():
+            entity = records.get(entity_id)
+            if entity is None and self._is_as_in_base(rows):
+                restored.append(entity_id)
+            else:
+                changes.append(self._with_images(entity or self._base.get(entity_id), rows))
+        base_rows = map(self._base_row, [*(entity.entity_id for entity, _ in changes), *deleted])
+        hidden = [row for row in base_rows if row is not None]
+        self.delta = self.delta.changed(revision, changes, deleted, hidden, restored)
+
+    def _is_as_in_base(self, rows: Sequence[sqlite3.Row]) -> bool:
+        """Return whether the bundle has exactly these images."""
+        return all((row["removed"] is None) == self._is_in_base(row) for row in rows)
+
+    def _is_in_base(self, row: sqlite3.Row) -> bool:
+        removed = row["removed"]
+        return bool(row["generation"] <= self.base_revision and (removed is None or removed > self.base_revision))
+
+    def _with_images(self, entity: StoredEntity, rows: Sequence[sqlite3.Row]) -> tuple[StoredEntity, References]:
+        """Return an entity as it is now, given as it was put or is in the base, and what it is found by."""
+        of_base = entity.row < self._base_count
+        since = self.base_revision if of_base else entity.row - self._base_count  # `image_count` is of then
+        images = [row for row in rows if row["image_id"] is not None]
+        removed = sum(row["generation"] <= since < (row["removed"] or 0) for row in images)
+        added = sum(row["generation"] > since and row["removed"] is None for row in images)
+        vectors = [np.frombuffer(row["vector"], "<f2") for row in rows if row["removed"] is None]
+        remembered = self._bundle.manifest.remembered
+        references = References(
+            images_ID=np.array(vectors, np.float16).reshape(-1, self._bundle.manifest.embedding_dim),
+            image_ids=tuple(
+                row["image_id"] for row in images if row["removed"] is None and row["generation"] > self.base_revision
+            ),
+            remembered_1D=self._remembered.images_of(entity.row) if of_base and remembered else None,
+            handicap=remembered.handicap if remembered else 0.0,
         )
+        return replace(entity, image_count=entity.image_count - removed + added), references
+
+    @cached_property
+    def _embeddings(self) -> Embeddings:
+        return self._bundle.embeddings()
+
+    @cached_property
+    def _remembered(self) -> Embeddings:
+        return EmbeddingShards(self._bundle.path / REMEMBERED_FOLDER, self._bundle.manifest.embedding_dim)
+
+    def _check_removable(self, connection: sqlite3.Connection, entity_id: str, image_id: str) -> None:
+        """Raise `NotFound` or `Conflict` if an entity has no such image, or has to keep it."""
+        row = self.delta.latest.get(entity_id)
+        entity = self._base.get(entity_id) if row is None else self.delta.entities[row]
+        references = None if row is None else self.delta.references[row]
+        if references is not None and image_id in references.image_ids:
+            if entity.row >= self._base_count and len(references.images_ID) == 1:
+                raise Conflict(
+                    f"{image_id} is the only image of {entity_id!r}; add another first, or delete the entity"
+                )
+            return
+        in_file = "SELECT 1 FROM reference WHERE entity_id = ? AND image_id = ? AND removed IS NULL"
+        added = () if references is None else references.image_ids
+        if (
+            image_id in all_image_ids(entity.image_count, added)
+            or connection.execute(in_file, (entity_id, image_id)).fetchone() is not None
+        ):
+            raise Conflict(f"{image_id} is an image of the bundle, which does not change; put the entity instead")
+        raise NotFound(f"{entity_id!r} has no image {image_id[:100]!r}; GET /entities/{{entity_id}} lists its images")
 
     def _read_base_revision(self, connection: sqlite3.Connection) -> int:
         """Return up to which revision this bundle contains the changes."""
@@ -200,7 +324,7 @@ class LiveSegment:
     def _forget(connection: sqlite3.Connection, entity_id: str) -> None:
         for entity in select_entities(connection, "WHERE entity_id = ?", (entity_id,)):
             remove_entity(connection, entity)
-            connection.execute("DELETE FROM embedding WHERE row = ?", (entity.row,))
+        connection.execute("DELETE FROM reference WHERE entity_id = ?", (entity_id,))
         connection.execute("DELETE FROM tombstone WHERE entity_id = ?", (entity_id,))
 
     @contextmanager
@@ -244,17 +368,35 @@ def _open(folder: Path) -> sqlite3.Connection:
 
 
 def _create(path: Path) -> int:
-    """Create the file if it is missing, and return its schema version."""
+    """Create the file if it is missing, or bring it to the current schema version. Return its version."""
     with closing(_connect(path)) as connection:
         connection.execute("PRAGMA journal_mode = WAL")
         (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version != 0:
+        if version > 1:
             return int(version)
-        connection.executescript(
-            f"BEGIN; {SCHEMA} {INDEXES} {_LIVE_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;"
-        )
+        changes = _FROM_VERSION_1 if version else f"{SCHEMA} {INDEXES} {_LIVE_SCHEMA} {_REFERENCES}"
+        connection.executescript(f"BEGIN IMMEDIATE; {changes} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
     sync(path.parent)
     return _SCHEMA_VERSION
+
+
+def new_image_id() -> str:
+    """Return an id that no other image has. As a number it is one of `index.milvus`'s keys for added images."""
+    return f"{2**61 + secrets.randbelow(2**61):016x}"
+
+
+def stored(embeddings_ID: Float32Array) -> Float16Array:
+    """Return embeddings as they are stored and searched: normalised, and rounded."""
+    return normalised(embeddings_ID).astype(np.float16)
+
+
+def _insert_reference(
+    connection: sqlite3.Connection, entity_id: str, image_id: str | None, revision: int, vector_D: Float16Array
+) -> None:
+    connection.execute(
+        "INSERT INTO reference (entity_id, image_id, generation, vector) VALUES (?, ?, ?, ?)",
+        (entity_id, image_id, revision, vector_D.astype("<f2").tobytes()),
+    )
 
 
 def _connect(path: Path) -> sqlite3.Connection:

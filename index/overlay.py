@@ -9,7 +9,7 @@ H hidden rows of the base, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Protocol
@@ -18,7 +18,7 @@ import numpy as np
 
 from core.arrays import BoolArray, Float32Array, Int64Array, normalised
 from core.errors import UnknownEntity
-from index.delta import Delta
+from index.delta import Delta, all_image_ids
 from index.live import LiveSegment
 from index.search import EntityIndex
 from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct
@@ -61,16 +61,17 @@ class EntityView(Protocol):
     def images_of(self, row: int) -> Float32Array: ...
     def attended_words(self, row: int) -> AttendedWords: ...
     def get(self, entity_id: str) -> StoredEntity: ...
+    def image_ids(self, entity_id: str) -> tuple[str, ...]: ...
     def thumbnail(self, entity_id: str) -> bytes | None: ...
     def sample(self, count: int) -> list[StoredEntity]: ...
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]: ...
 
 
 class LiveChanges(Protocol):
-    """Puts and deletes entities while serving.
+    """Puts and deletes entities, and adds and removes images of them, while serving.
 
     `delta` is the state at the last `refresh`, which is due every `poll_interval_s` for changes of other processes.
-    `put` returns whether the entity is new. Both changes are in `delta` when they return.
+    `put` returns whether the entity is new. A change is in `delta` when the call that makes it returns.
     """
 
     @property
@@ -79,8 +80,12 @@ class LiveChanges(Protocol):
     def delta(self) -> LiveState: ...
 
     def refresh(self) -> LiveState: ...
-    def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool: ...
+    def put(
+        self, entity: StoredEntity, embeddings_ID: Float32Array, thumbnail: bytes | None, image_ids: Sequence[str] = ()
+    ) -> bool: ...
     def delete(self, entity_id: str) -> None: ...
+    def add_image(self, entity_id: str, image_id: str, embedding_D: Float32Array) -> None: ...
+    def remove_image(self, entity_id: str, image_id: str) -> None: ...
     def close(self) -> None: ...
 
 
@@ -117,7 +122,7 @@ class OverlayView:
         self.entity_count = self._base_count  # some may have no embedding
         self.version = ""
         if live is not None and self.delta is not None:
-            self.entity_count += len(self.delta.rows_M) - len(self.delta.hidden_H)
+            self.entity_count += len(self.delta.entities) - len(self.delta.hidden_H)
             if self.delta.revision > live.base_revision:
                 self.version = f"+{self.delta.revision}"
 
@@ -133,13 +138,13 @@ class OverlayView:
     ) -> tuple[Int64Array, Float32Array]:
         """Search as `EntityIndex.search` does. `selection` comes from this view's `select`."""
         base = selection.base if isinstance(selection, _OverlaySelection) else selection
-        if self.delta is None or not (len(self.delta.rows_M) or len(self.delta.hidden_H)):
+        if self.delta is None or not (self.delta.entities or len(self.delta.hidden_H)):
             return self._index.search(query_embeddings_BD, top_k, selection=base)
         allowed_M = selection.allowed_M if isinstance(selection, _OverlaySelection) else None
         base_rows_BF, base_scores_BF = self._search_base(query_embeddings_BD, top_k, self.delta.hidden_H, base)
         rows_BM, scores_BM = self.delta.search(normalised(query_embeddings_BD), top_k, allowed_M)
         rows_BF = np.concatenate([base_rows_BF, rows_BM], axis=1)
-        scores_BF = np.concatenate([base_scores_BF, np.minimum(scores_BM, np.float32(1.0))], axis=1)
+        scores_BF = np.concatenate([base_scores_BF, scores_BM], axis=1)
         return best(rows_BF, scores_BF, top_k)
 
     def _search_base(
@@ -159,9 +164,9 @@ class OverlayView:
         """Return the entities at rows that `search` of this view returned, in the same order."""
         if self.delta is None:
             return self._store.by_rows(rows)
-        base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < self._base_count])}
-        put = self.delta.entities
-        return [base[row] if row < self._base_count else put[row] for row in rows]
+        changed = self.delta.entities
+        base = {each.row: each for each in self._store.by_rows([row for row in rows if row not in changed])}
+        return [changed[row] if row in changed else base[row] for row in rows]
 
     def cached(self, rows: Sequence[int]) -> list[StoredEntity] | None:
         """Return what `by_rows` does if that reads no file, otherwise None."""
@@ -169,10 +174,15 @@ class OverlayView:
 
     def images_of(self, row: int) -> Float32Array:
         """Return the embeddings [I, D] of an entity's images."""
-        if row < self._base_count or self.delta is None:
+        if self.delta is None or row not in self.delta.references:
             return self._index.images_of(row)
-        put_ID: Float32Array = self.delta.embeddings_MD[self.delta.rows_M == row]
-        return put_ID
+        return normalised(self.delta.references[row].images_ID)
+
+    def image_ids(self, entity_id: str) -> tuple[str, ...]:
+        """Return the ids of an entity's images, those that were added while serving last. Raise `UnknownEntity`."""
+        entity = self.get(entity_id)
+        references = None if self.delta is None else self.delta.references.get(entity.row)
+        return all_image_ids(entity.image_count, () if references is None else references.image_ids)
 
     def attended_words(self, row: int) -> AttendedWords:
         """Return what `EntityStore.attended_words` does. Entities that were put have none."""
@@ -197,22 +207,27 @@ class OverlayView:
 
     def sample(self, count: int) -> list[StoredEntity]:
         """Return up to `count` entities of the bundle, spread evenly over it, without those deleted or replaced."""
-        hidden = () if self.delta is None else set(self.delta.hidden_H.tolist())
-        return [entity for entity in self._store.sample(count) if entity.row not in hidden]
+        sampled = self._store.sample(count)
+        return sampled if self.delta is None else self._present(sampled, self.delta)
 
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
         """Search as `EntityStore.search_titles` does. Equally good matches alternate between base and delta."""
         delta, live = self.delta, self._live
         if delta is None or live is None:
             return self._store.search_titles(query, limit)
-        hidden = set(delta.hidden_H.tolist())
-        base = self._store.title_matches(query, limit + len(hidden))
+        base = self._store.title_matches(query, limit + len(delta.gone_H))
         put = live.store.title_matches(query, limit + live.compacted_count)
 
         def visible() -> Iterator[StoredEntity | None]:
             for base_kind, put_kind in zip_longest(base, put, fillvalue=()):
-                unhidden = [entity for entity in base_kind if entity.row not in hidden]
+                present = self._present(base_kind, delta)
                 current = [delta.entities.get(self._base_count + entity.row) for entity in put_kind]
-                yield from chain.from_iterable(zip_longest(unhidden, current))
+                yield from chain.from_iterable(zip_longest(present, current))
 
         return distinct((entity for entity in visible() if entity is not None), limit)
+
+    @staticmethod
+    def _present(entities: Iterable[StoredEntity], delta: Delta) -> list[StoredEntity]:
+        """Return entities of the bundle as they are now, without those deleted or replaced."""
+        gone = set(delta.gone_H.tolist())
+        return [delta.entities.get(entity.row, entity) for entity in entities if entity.row not in gone]

@@ -1,6 +1,6 @@
 """Exact search by brute force, and the best of several result lists.
 
-Shapes: B queries, M embeddings, one per entity, K results, F results of several lists, D embedding width.
+Shapes: B queries, M embeddings or scores, one per entity, K results, F results of several lists, D embedding width.
 """
 
 from __future__ import annotations
@@ -17,11 +17,17 @@ def nearest(
     top_k: int,
     allowed_M: BoolArray | None = None,
 ) -> tuple[Int64Array, Float32Array]:
-    """Return the best `top_k` entities of L2-normalised queries, in no order.
+    """Return the best `top_k` entities of L2-normalised queries by their cosines, as `largest` does."""
+    return largest(queries_BD @ embeddings_MD.T, rows_M, top_k, allowed_M)
 
-    Rows int64 and cosines float32 [B, K], with fewer columns if there are fewer entities. `allowed_M` is a filter.
+
+def largest(
+    scores_BM: Float32Array, rows_M: Int64Array, top_k: int, allowed_M: BoolArray | None = None
+) -> tuple[Int64Array, Float32Array]:
+    """Return the entities with the `top_k` highest scores, in no order.
+
+    Rows int64 and scores float32 [B, K], with fewer columns if there are fewer entities. `allowed_M` is a filter.
     """
-    scores_BM = queries_BD @ embeddings_MD.T
     if allowed_M is not None:
         scores_BM, rows_M = scores_BM[:, allowed_M], rows_M[allowed_M]
     if len(rows_M) <= top_k:

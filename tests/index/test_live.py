@@ -18,7 +18,7 @@ import pytest
 
 from core.errors import LiveDirError, Unavailable, UnknownEntity, UserError
 from index.bundle import Bundle
-from index.delta import Delta
+from index.delta import Delta, References
 from index.embeddings import EmbeddingShards
 from index.live import LIVE_FILE, LiveSegment
 from index.manifest import REMEMBERED_FOLDER
@@ -89,6 +89,10 @@ def vector(seed: int, dim: int = 16) -> Vector:
     return (drawn / np.linalg.norm(drawn)).astype(np.float16).astype(np.float32)
 
 
+def references(seed: int) -> References:
+    return References(images_ID=vector(seed)[None].astype(np.float16))
+
+
 def found_ids(view: OverlayView, query_D: Vector, top_k: int = 3) -> list[str]:
     rows_BK, _ = view.search(query_D[None], top_k)
     return [found.entity_id for found in view.by_rows([int(row) for row in rows_BK[0] if row >= 0])]
@@ -144,11 +148,11 @@ def test_a_view_does_not_change(edited: Opened) -> None:
 
 
 def test_replaced_entities_are_dropped_and_earlier_deltas_do_not_change() -> None:
-    put = [(entity(f"old {row}", row=row), vector(row)) for row in range(1, 40)]
+    put = [(entity(f"old {row}", row=row), references(row)) for row in range(1, 40)]
     latest = earlier = Delta.empty(16, 0).changed(39, put, [], [])
     for row in range(40, 100):
-        latest = latest.changed(row, [(entity("changing", f"Version {row}", row=row), vector(row))], [], [7])
-    assert len(latest.rows_M) == len(latest.embeddings_MD) == len(latest.entities) == 40
+        latest = latest.changed(row, [(entity("changing", f"Version {row}", row=row), references(row))], [], [7])
+    assert len(latest.rows_M) == len(latest.vectors_ND) == len(latest.entities) == 40
     assert latest.hidden_H.tolist() == [7]
     for delta, row in ((earlier, 20), (latest, 20), (latest, 99)):
         rows_BK, scores_BK = delta.search(vector(row)[None], 1)
@@ -157,7 +161,7 @@ def test_replaced_entities_are_dropped_and_earlier_deltas_do_not_change() -> Non
     assert latest.entities[99].title == "Version 99"
     assert earlier.latest["old 20"] == latest.latest["old 20"] == 20
     empty = latest.changed(100, [], [*(found.entity_id for found in latest.entities.values())], [])
-    assert len(empty.rows_M) == len(empty.embeddings_MD) == len(empty.entities) == 0
+    assert len(empty.rows_M) == len(empty.vectors_ND) == len(empty.entities) == 0
     assert set(empty.latest.values()) == {None}
     assert len(earlier.rows_M) == 39
 
