@@ -1,7 +1,6 @@
 """Live changes in memory: the entities that were put or given images, and the rows of the base that they hide.
 
-Shapes: M entities, N vectors that they are found by, I images of an entity, D embedding width, H rows of the base,
-B queries, K results.
+Shapes: M entities, N vectors that they are found by, D embedding width, H rows of the base, B queries, K results.
 """
 
 from __future__ import annotations
@@ -12,33 +11,11 @@ from typing import Self
 
 import numpy as np
 
-from core.arrays import BoolArray, Float16Array, Float32Array, Int64Array, normalised
-from index.embeddings import Pooling, means
+from core.arrays import BoolArray, Float32Array, Int64Array
+from index.embeddings import Pooling
+from index.references import References
 from index.store import StoredEntity
 from index.top_k import largest
-
-
-@dataclass(frozen=True, kw_only=True)
-class References:
-    """What an entity is found by: the embeddings of its images, and the remembered vector [1, D] that it may have.
-
-    `image_ids` are of the last images, those that were added while serving and can be removed.
-    """
-
-    images_ID: Float16Array
-    image_ids: tuple[str, ...] = ()
-    remembered_1D: Float32Array | None = None
-    handicap: float = 0.0
-
-    def searched(self, pooling: Pooling) -> tuple[Float32Array, Float32Array]:
-        """Return the vectors that are searched, and what is subtracted from the cosine of each."""
-        images_ID = normalised(self.images_ID)
-        if pooling == "mean":
-            images_ID = normalised(means(images_ID, np.arange(min(1, len(images_ID)))))
-        if self.remembered_1D is None:
-            return images_ID, np.zeros(len(images_ID), np.float32)
-        handicaps = [0.0] * len(images_ID) + [self.handicap]
-        return np.concatenate([images_ID, self.remembered_1D]), np.array(handicaps, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +117,3 @@ class Delta:
             starts_M = np.searchsorted(self.vector_rows_N, self.rows_M)
             scores_BM = np.maximum.reduceat(scores_BM, starts_M, axis=1)
         return largest(scores_BM, self.rows_M, top_k, allowed_M)
-
-
-def all_image_ids(image_count: int, added: Sequence[str]) -> tuple[str, ...]:
-    """Return the ids of an entity's images: first those of the bundle, which are numbered, then those `added`."""
-    return (*(f"base-{number}" for number in range(image_count - len(added))), *added)

@@ -13,7 +13,6 @@ that the list is complete whichever bundle is served. An image that was removed 
 """
 
 import os
-import secrets
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -26,13 +25,14 @@ from pathlib import Path
 
 import numpy as np
 
-from core.arrays import Float16Array, Float32Array, normalised
-from core.errors import Conflict, LiveDirError, NotFound, Unavailable, UnknownEntity
+from core.arrays import Float16Array, Float32Array
+from core.errors import LiveDirError, Unavailable, UnknownEntity
 from core.files import locked, sync
 from index.bundle import Bundle
-from index.delta import Delta, References, all_image_ids
+from index.delta import Delta
 from index.embeddings import Embeddings, EmbeddingShards
 from index.manifest import REMEMBERED_FOLDER, content_fingerprint
+from index.references import References, all_image_ids, no_such_image, of_bundle, only_image, rounded
 from index.store import (
     INDEXES,
     SCHEMA,
@@ -135,7 +135,7 @@ class LiveSegment:
         `embeddings_ID` are those of its images, which get new `image_ids`, or without ids the one embedding [D] of the
         entity. They are finite and not zero. Raise `Unavailable` if other writers take too long, `LiveDirError`.
         """
-        vectors_ID = stored(np.atleast_2d(embeddings_ID))
+        vectors_ID = rounded(np.atleast_2d(embeddings_ID))
         with self._transaction() as connection:
             created = not self._exists(entity.entity_id)
             row = self._next_revision(connection)
@@ -159,7 +159,7 @@ class LiveSegment:
                 images = self._embeddings
                 for vector_D in images.stored(images.positions_of(self._base.get(entity_id).row)):
                     _insert_reference(connection, entity_id, None, 0, vector_D)
-            _insert_reference(connection, entity_id, image_id, revision, stored(embedding_D[None])[0])
+            _insert_reference(connection, entity_id, image_id, revision, rounded(embedding_D[None])[0])
         self.refresh()
 
     def remove_image(self, entity_id: str, image_id: str) -> None:
@@ -275,20 +275,18 @@ class LiveSegment:
         row = self.delta.latest.get(entity_id)
         entity = self._base.get(entity_id) if row is None else self.delta.entities[row]
         references = None if row is None else self.delta.references[row]
-        if references is not None and image_id in references.image_ids:
-            if entity.row >= self._base_count and len(references.images_ID) == 1:
-                raise Conflict(
-                    f"{image_id} is the only image of {entity_id!r}; add another first, or delete the entity"
-                )
-            return
-        in_file = "SELECT 1 FROM reference WHERE entity_id = ? AND image_id = ? AND removed IS NULL"
         added = () if references is None else references.image_ids
-        if (
-            image_id in all_image_ids(entity.image_count, added)
-            or connection.execute(in_file, (entity_id, image_id)).fetchone() is not None
-        ):
-            raise Conflict(f"{image_id} is an image of the bundle, which does not change; put the entity instead")
-        raise NotFound(f"{entity_id!r} has no image {image_id[:100]!r}; GET /entities/{{entity_id}} lists its images")
+        if references is not None and image_id in added:
+            if entity.row >= self._base_count and len(references.images_ID) == 1:
+                raise only_image(image_id)
+            return
+        added_before = "SELECT 1 FROM reference WHERE entity_id = ? AND image_id = ? AND removed IS NULL"
+        compacted = connection.execute(added_before, (entity_id, image_id)).fetchone() is not None
+        raise (
+            of_bundle(image_id)
+            if compacted or image_id in all_image_ids(entity.image_count, added)
+            else (no_such_image(image_id))
+        )
 
     def _read_base_revision(self, connection: sqlite3.Connection) -> int:
         """Return up to which revision this bundle contains the changes."""
@@ -378,16 +376,6 @@ def _create(path: Path) -> int:
         connection.executescript(f"BEGIN IMMEDIATE; {changes} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
     sync(path.parent)
     return _SCHEMA_VERSION
-
-
-def new_image_id() -> str:
-    """Return an id that no other image has. As a number it is one of `index.milvus`'s keys for added images."""
-    return f"{2**61 + secrets.randbelow(2**61):016x}"
-
-
-def stored(embeddings_ID: Float32Array) -> Float16Array:
-    """Return embeddings as they are stored and searched: normalised, and rounded."""
-    return normalised(embeddings_ID).astype(np.float16)
 
 
 def _insert_reference(

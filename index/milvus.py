@@ -1,9 +1,9 @@
 """A bundle's embeddings in a Milvus collection, for catalogs larger than one machine and for changes across hosts.
 
 A collection belongs to one bundle and is named after its content. It has a row per embedding, of the bundle and of
-entities put while serving. Entity ids, types with their ancestors, and the words of titles are stored as 64-bit hashes,
-so that no filter contains user text. A second, tiny collection counts the changes of each process. Its row `loaded` is
-written last and proves that the bundle is loaded completely.
+entities and images added while serving; the primary key says which. Entity ids, types with their ancestors, and the
+words of titles are stored as 64-bit hashes, so that no filter contains user text. A second, tiny collection counts the
+changes of each process. Its row `loaded` is written last and proves that the bundle is loaded completely.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -27,6 +27,7 @@ from core.extras import needed_by
 from index.bundle import Bundle
 from index.embeddings import Embeddings
 from index.manifest import content_fingerprint
+from index.references import END_IMAGE_KEY
 from index.store import ENTITY_JSON, StoredEntity, words
 from index.types import TypeHierarchy
 
@@ -35,7 +36,10 @@ with needed_by("Milvus"):
     from pymilvus.exceptions import MilvusException
 
 MAX_RESULTS = 16_384  # Milvus's limit for a search or query
-FIRST_PUT_ROW = 2**62  # rows below it are rows of the bundle, rows from it on were put while serving
+# Primary keys below the first of these are positions in the bundle.
+FIRST_OWN_KEY = 2**60  # the embedding of an entity that was put without images, once it has images too
+# From FIRST_IMAGE_KEY on: images that were added.
+FIRST_PUT_ROW = END_IMAGE_KEY  # rows below it are rows of the bundle, rows from it on were put while serving
 TIMEOUT_S = 10.0
 _LOADED = "loaded"
 _WITH_ANCESTORS = "ancestors"  # a row of the second collection, as `_LOADED`: older versions stored types alone
@@ -158,6 +162,24 @@ def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str, typ
     prefixes = {word[:length] for word in title_words for length in range(1, len(word) + 1)}
     hashes = sorted(hash63(prefix) for prefix in prefixes)[:_MAX_WORDS]
     return {**_row(row, stored, embedding_D, types), "words": hashes, "record": record.decode(), "thumbnail": thumbnail}
+
+
+def reference_row(
+    primary_key: int, of: Mapping[str, Any], embedding_D: Float32Array, *, searched: bool
+) -> dict[str, Any]:
+    """Return the row of one more embedding of the entity whose row is `of`.
+
+    If it is not searched, only the entity's mean is: then `row` is the complement, which is negative.
+    """
+    row, types = (of["row"], list(of["types"])) if searched else (~of["row"], [])
+    return {
+        "pk": primary_key, "row": row, "key": of["key"], "types": types, "words": [], "record": "", "thumbnail": "",
+        "embedding": embedding_D,
+    }  # fmt: skip
+
+
+def own_key(entity_id: str) -> int:
+    return FIRST_OWN_KEY + hash63(entity_id) // 8
 
 
 def key_filter(entity_id: str) -> str:

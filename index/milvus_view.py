@@ -13,7 +13,7 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,16 @@ from core.arrays import Float32Array, Int64Array, normalised
 from core.errors import BundleError, UnknownEntity
 from index import milvus
 from index.bundle import Bundle
-from index.milvus import FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
+from index.milvus import FIRST_OWN_KEY, FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
+from index.references import (
+    FIRST_IMAGE_KEY,
+    all_image_ids,
+    image_key,
+    no_such_image,
+    of_bundle,
+    only_image,
+    pooled_images,
+)
 from index.remembered import Remembered
 from index.store import (
     ENTITY_JSON,
@@ -41,6 +50,8 @@ _STRONG_FOR_S = 10.0  # after a change. `Bounded` consistency is faster and at m
 _CACHED_RECORDS = 10_000
 _CACHED_SELECTIONS = 32
 _SPARE = 20  # embeddings fetched beyond the expected number
+_SAME = 1e-6  # of a vector's coordinate
+_FIELDS = ("pk", "row", "key", "types", "words", "record", "thumbnail", "embedding")
 
 log = logging.getLogger("wikiclip.milvus")
 
@@ -51,6 +62,25 @@ class MilvusState:
 
     revision: int
     added: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rows:
+    """The rows of an entity: the newest of its own, and its other `references` in the order of their keys.
+
+    The embedding in the row of an entity that was put is pooled as soon as there are references.
+    """
+
+    entity: dict[str, Any]
+    references: Sequence[dict[str, Any]]
+
+    @property
+    def is_put(self) -> bool:
+        return bool(self.entity["pk"] >= FIRST_PUT_ROW)
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        return tuple(f"{row['pk']:x}" for row in self.references if row["pk"] >= FIRST_IMAGE_KEY)
 
 
 class MilvusEntities:
@@ -104,20 +134,58 @@ class MilvusEntities:
             self.delta, self._changed_at = state, time.monotonic()
         return state
 
-    def put(self, entity: StoredEntity, embedding_D: Float32Array, thumbnail: bytes | None) -> bool:
-        """Add or replace an entity for all hosts, and return whether it is new.
+    def put(
+        self, entity: StoredEntity, embeddings_ID: Float32Array, thumbnail: bytes | None, image_ids: Sequence[str] = ()
+    ) -> bool:
+        """Add or replace an entity for all hosts as `LiveSegment.put` does, and return whether it is new.
 
         Raise `Unavailable`, or `BadParameter` if the record is too large.
         """
         encoded = "" if thumbnail is None else base64.b64encode(thumbnail).decode()
-        row = milvus.put_row(entity, normalised(embedding_D[None])[0], encoded, self.store.types)
-        of_bundle = f"{key_filter(entity.entity_id)} and pk < {FIRST_PUT_ROW}"
+        vectors_ID = normalised(np.atleast_2d(embeddings_ID))
+        rows = [milvus.put_row(entity, self._pooled(vectors_ID), encoded, self.store.types)]
+        for image_id, vector_D in zip(image_ids, vectors_ID, strict=bool(image_ids)):
+            rows.append(milvus.reference_row(image_key(image_id), rows[0], vector_D, searched=self.images is None))
+        others = f"{key_filter(entity.entity_id)} and pk not in {[row['pk'] for row in rows]}"
         with milvus_errors():
             created = not self._rows_of(entity.entity_id)
-            self._client.upsert(self._name, [row], timeout=TIMEOUT_S)
-            self._client.delete(self._name, filter=of_bundle, timeout=TIMEOUT_S)
+            self._client.upsert(self._name, rows, timeout=TIMEOUT_S)
+            self._client.delete(self._name, filter=others, timeout=TIMEOUT_S)
         self._count_change(added=int(created))
         return created
+
+    def add_image(self, entity_id: str, image_id: str, embedding_D: Float32Array) -> None:
+        """Add an image for all hosts as `LiveSegment.add_image` does. Raise `UnknownEntity`, `Unavailable`."""
+        found = self.references_of(entity_id)
+        vector_D = normalised(embedding_D[None])[0]
+        rows = [milvus.reference_row(image_key(image_id), found.entity, vector_D, searched=self.images is None)]
+        if found.is_put and not found.references:
+            own_D = np.array(found.entity["embedding"], np.float32)
+            rows.append(milvus.reference_row(milvus.own_key(entity_id), found.entity, own_D, searched=False))
+        with milvus_errors():
+            self._client.upsert(self._name, rows, timeout=TIMEOUT_S)
+            try:
+                self._pool(entity_id)
+            except UnknownEntity:  # another host has just deleted it
+                self._client.delete(self._name, filter=f"pk == {image_key(image_id)}", timeout=TIMEOUT_S)
+                raise
+        self._count_change(added=0)
+
+    def remove_image(self, entity_id: str, image_id: str) -> None:
+        """Remove an image for all hosts as `LiveSegment.remove_image` does.
+
+        Raise `UnknownEntity`, `NotFound`, `Conflict`, `Unavailable`.
+        """
+        found = self.references_of(entity_id)
+        if image_id not in found.image_ids:
+            known = all_image_ids(self.get(entity_id).image_count, found.image_ids)
+            raise of_bundle(image_id) if image_id in known else no_such_image(image_id)
+        if found.is_put and len(found.references) == 1:
+            raise only_image(image_id)
+        with milvus_errors():
+            self._client.delete(self._name, filter=f"pk == {image_key(image_id)}", timeout=TIMEOUT_S)
+        self._pool(entity_id)
+        self._count_change(added=0)
 
     def delete(self, entity_id: str) -> None:
         """Delete an entity for all hosts. Raise `UnknownEntity`, `Unavailable`."""
@@ -189,12 +257,43 @@ class MilvusEntities:
 
     def get(self, entity_id: str) -> StoredEntity:
         """Return the entity with that id as it is now. Raise `UnknownEntity`, `Unavailable`."""
-        found = self._rows_of(entity_id)
-        if not found:
+        found = self.references_of(entity_id)
+        if found.is_put:
+            return ENTITY_JSON.validate_json(found.entity["record"])
+        entity = self.store.get(entity_id)
+        return replace(entity, image_count=entity.image_count + len(found.image_ids))
+
+    def references_of(self, entity_id: str) -> _Rows:
+        """Return an entity's rows. Raise `UnknownEntity`, `Unavailable`."""
+        rows = sorted(self.query(key_filter(entity_id), _FIELDS), key=lambda row: int(row["pk"]))
+        entity = [row for row in rows if row["pk"] < FIRST_OWN_KEY or row["pk"] >= FIRST_PUT_ROW]
+        if not entity:
             raise unknown_entity(entity_id)
-        newest = max(found, key=lambda each: each["row"])
-        of_bundle = newest["row"] < FIRST_PUT_ROW
-        return self.store.get(entity_id) if of_bundle else ENTITY_JSON.validate_json(newest["record"])
+        references = [row for row in rows if FIRST_OWN_KEY <= row["pk"] < FIRST_PUT_ROW]
+        return _Rows(entity=entity[-1], references=references)
+
+    def _pooled(self, images_ID: Float32Array) -> Float32Array:
+        """Return the embedding [D] of a row that stands for several images."""
+        pooled_1D = pooled_images(images_ID, "nearest" if self.images is None else "mean")[:1]
+        return pooled_1D.reshape(-1)
+
+    def _pool(self, entity_id: str) -> None:
+        """Bring the row that stands for an entity's images up to date, if there is one. Raise `UnknownEntity`."""
+        while True:  # until no other host has changed it since it was read
+            found = self.references_of(entity_id)
+            if not found.is_put and self.images is None:
+                return
+            row, record = found.entity, found.entity["record"]
+            vectors = [np.array(each["embedding"], np.float32) for each in found.references]
+            if found.is_put:
+                entity = replace(ENTITY_JSON.validate_json(record), image_count=len(found.image_ids))
+                record = ENTITY_JSON.dump_json(entity, by_alias=True).decode()
+            elif self.images is not None:
+                vectors = [*self.images.images_of(row["row"]), *vectors]
+            embedding_D = self._pooled(np.stack(vectors))
+            if record == row["record"] and np.allclose(embedding_D, row["embedding"], rtol=0, atol=_SAME):
+                return
+            self._client.upsert(self._name, [{**row, "record": record, "embedding": embedding_D}], timeout=TIMEOUT_S)
 
     def _rows_of(self, entity_id: str) -> list[dict[str, Any]]:
         return self.query(key_filter(entity_id), ["row", "record"])
@@ -291,10 +390,15 @@ class MilvusView:
         return None
 
     def images_of(self, row: int) -> Float32Array:
-        if self._entities.images is not None and row < FIRST_PUT_ROW:
-            return self._entities.images.images_of(row)
-        found = self._entities.query(f"row == {int(row)}", ["embedding"])
-        return normalised(np.array([each["embedding"] for each in found], np.float32))
+        rows = self._entities.query(f"row in {[int(row), ~int(row)]}", ["row", "embedding"])
+        base = self._entities.images
+        if base is not None:  # the mean is no image
+            rows = [each for each in rows if each["row"] < 0] or ([] if row < FIRST_PUT_ROW else rows)
+        images = [] if base is None or row >= FIRST_PUT_ROW else [*base.images_of(row)]
+        return np.stack([*images, *(normalised(np.array([each["embedding"]], np.float32))[0] for each in rows)])
+
+    def image_ids(self, entity_id: str) -> tuple[str, ...]:
+        return all_image_ids(self.get(entity_id).image_count, self._entities.references_of(entity_id).image_ids)
 
     def attended_words(self, row: int) -> AttendedWords:
         """Return what `EntityStore.attended_words` does. Entities that were put have none."""
@@ -327,7 +431,7 @@ class MilvusView:
         by_key = {milvus.hash63(each.entity_id): each for each in entities}
         if not by_key:
             return []
-        condition = f"key in {json.dumps(sorted(by_key))} and pk < {FIRST_PUT_ROW}"
+        condition = f"key in {json.dumps(sorted(by_key))} and pk < {FIRST_OWN_KEY}"
         present = {int(each["key"]) for each in self._entities.query(condition, ["key"])}
         return [entity for key, entity in by_key.items() if key in present]
 
@@ -336,7 +440,9 @@ class MilvusView:
         best: dict[int, float] = {}
         for hit in hits:
             row = int(hit["row"])
-            if row >= FIRST_PUT_ROW:
+            if row < 0:
+                continue  # an image of which only the mean is searched
+            if row >= FIRST_PUT_ROW and hit["record"]:
                 self._entities.cache(row, hit["record"])
             best[row] = max(best.get(row, -2.0), min(1.0, float(hit["score"])))
         return sorted(best.items(), key=lambda item: (-item[1], item[0]))

@@ -18,8 +18,9 @@ import numpy as np
 
 from core.arrays import BoolArray, Float32Array, Int64Array, normalised
 from core.errors import UnknownEntity
-from index.delta import Delta, all_image_ids
+from index.delta import Delta
 from index.live import LiveSegment
+from index.references import all_image_ids
 from index.search import EntityIndex
 from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct
 from index.top_k import best

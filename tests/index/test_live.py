@@ -18,11 +18,12 @@ import pytest
 
 from core.errors import LiveDirError, Unavailable, UnknownEntity, UserError
 from index.bundle import Bundle
-from index.delta import Delta, References
+from index.delta import Delta
 from index.embeddings import EmbeddingShards
 from index.live import LIVE_FILE, LiveSegment
 from index.manifest import REMEMBERED_FOLDER
 from index.overlay import OverlayView
+from index.references import References
 from index.search import EntityIndex
 from index.store import EntityStore, StoredEntity
 from tests.conftest import add_remembered
