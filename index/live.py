@@ -257,7 +257,7 @@ class LiveSegment:
             image_ids=tuple(
                 row["image_id"] for row in images if row["removed"] is None and row["generation"] > self.base_revision
             ),
-            remembered_1D=self._remembered.images_of(entity.row) if of_base and remembered else None,
+            remembered_RD=self._remembered.images_of(entity.row) if of_base and remembered else None,
             handicap=remembered.handicap if remembered else 0.0,
         )
         return replace(entity, image_count=entity.image_count - removed + added), references

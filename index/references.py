@@ -1,6 +1,6 @@
 """What an entity is found by while it changes: the embeddings of its images, some of which were added while serving.
 
-Shapes: I images of an entity, V vectors that are searched, D embedding width.
+Shapes: I images of an entity, R remembered vectors of it (0 or 1), V vectors that are searched, D embedding width.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ FIRST_IMAGE_KEY, END_IMAGE_KEY = 2**61, 2**62
 
 @dataclass(frozen=True, kw_only=True)
 class References:
-    """What an entity is found by: the embeddings of its images, and the remembered vector [1, D] that it may have.
+    """What an entity is found by: the embeddings of its images, and the remembered vector that it may have.
 
     `image_ids` are of the last images, those that were added while serving and can be removed.
     """
 
     images_ID: Float16Array
     image_ids: tuple[str, ...] = ()
-    remembered_1D: Float32Array | None = None
+    remembered_RD: Float32Array | None = None
     handicap: float = 0.0
 
     def searched(self, pooling: Pooling) -> tuple[Float32Array, Float32Array]:
         """Return the vectors that are searched, and what is subtracted from the cosine of each."""
         images_ID = pooled_images(normalised(self.images_ID), pooling)
-        if self.remembered_1D is None:
+        if self.remembered_RD is None:
             return images_ID, np.zeros(len(images_ID), np.float32)
-        handicaps = [0.0] * len(images_ID) + [self.handicap]
-        return np.concatenate([images_ID, self.remembered_1D]), np.array(handicaps, np.float32)
+        handicaps = [0.0] * len(images_ID) + [self.handicap] * len(self.remembered_RD)
+        return np.concatenate([images_ID, self.remembered_RD]), np.array(handicaps, np.float32)
 
 
 def rounded(embeddings_ID: Float32Array) -> Float16Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable
 from functools import partial
 from http import HTTPStatus
@@ -26,6 +27,7 @@ from service.recognizer import Recognizer
 from service.telemetry import timed
 from service.updates import Editor
 from wikiclip.answers import (
+    AddedImage,
     BatchRecognition,
     BundleChange,
     EditedEntity,
@@ -34,6 +36,7 @@ from wikiclip.answers import (
     EmbedOptions,
     Entities,
     Entity,
+    EntityDetails,
     EntityRequest,
     FoundEntity,
     Problem,
@@ -44,6 +47,7 @@ from wikiclip.answers import (
 
 _MAX_BUNDLE_REQUEST_BYTES = 64 * 1024
 _MAX_ID_CHARACTERS = 2000  # Encyclopedic-VQA's ids are URLs
+_OTHER_ROUTES = re.compile(r"/(thumbnail|images/[^/]*)$")
 _ADMIN_ONLY: dict[str, Any] = {"security": [{"admin": []}]}
 
 T = TypeVar("T")
@@ -224,9 +228,10 @@ def get_thumbnail(entity_id: str, recognizer: ReadyRecognizer) -> Response:
 @entity_router.get(
     "/entities/{entity_id:path}", summary="Get the record of an entity", responses=problems(401, 404, 503)
 )
-def get_entity(entity_id: str, recognizer: ReadyRecognizer) -> Entity:
+def get_entity(entity_id: str, recognizer: ReadyRecognizer) -> EntityDetails:
     with recognizer.acquire() as view:
-        return Entity.model_validate(view.entities.get(entity_id), from_attributes=True)
+        entity = Entity.model_validate(view.entities.get(entity_id), from_attributes=True)
+        return EntityDetails(**dict(entity), image_ids=view.entities.image_ids(entity_id))
 
 
 class BundleRequest(BaseModel):
@@ -268,22 +273,58 @@ async def swap_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChan
     openapi_extra={**_ADMIN_ONLY, **uploads.record_body(EntityRequest)},
 )
 async def put_entity(request: Request, response: Response, entity_id: str, recognizer: ReadyRecognizer) -> EditedEntity:
-    if not entity_id.strip() or entity_id.endswith("/thumbnail") or len(entity_id) > _MAX_ID_CHARACTERS:
+    if not entity_id.strip() or len(entity_id) > _MAX_ID_CHARACTERS or _OTHER_ROUTES.search(entity_id):
         raise BadParameter(
-            f"an entity id has 1 to {_MAX_ID_CHARACTERS} characters and does not end in /thumbnail; choose another"
+            f"an entity id has 1 to {_MAX_ID_CHARACTERS} characters and does not end in /thumbnail or /images/...; "
+            "choose another"
         )
     body = await _read_body(request, recognizer)
-    record, image = await uploads.parse(uploads.record_of, body, request.headers.get("content-type", ""))
+    record, images = await uploads.parse(uploads.record_of, body, request.headers.get("content-type", ""))
     entity = uploads.validated(EntityRequest, record, "; see PUT /entities in /docs")
     with recognizer.admission.admit(1), recognizer.acquire() as view:
         editor = _editor(view)
         view.loaded.check_encoder(entity.encoder)
-        image_bytes = None if image is None else await _fetched(request, image)
-        change = recognizer.edit(view, editor.put(entity_id, entity, image_bytes))
-        stored, created, revision = await _while_connected(request, change)
-    if created:
+        fetched = [await _fetched(request, image) for image in images]
+        change = recognizer.edit(view, editor.put(entity_id, entity, fetched))
+        put = await _while_connected(request, change)
+    if put.created:
         response.status_code = HTTPStatus.CREATED
-    return EditedEntity(**dict(Entity.model_validate(stored, from_attributes=True)), bundle=view.label_at(revision))
+    stored = Entity.model_validate(put.entity, from_attributes=True)
+    return EditedEntity(**dict(stored), image_ids=tuple(put.image_ids), bundle=view.label_at(put.revision))
+
+
+@admin_router.post(
+    "/entities/{entity_id:path}/images",
+    summary="Add an image, or its embedding, to an entity while serving",
+    status_code=HTTPStatus.CREATED,
+    responses=problems(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+    openapi_extra={**_ADMIN_ONLY, **uploads.image_body(EmbeddingQuery)},
+)
+async def add_image(request: Request, entity_id: str, recognizer: ReadyRecognizer) -> AddedImage:
+    body = await _read_body(request, recognizer)
+    image = await uploads.parse(uploads.reference_of, body, request.headers.get("content-type", ""))
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        editor = _editor(view)
+        if isinstance(image, EmbeddingQuery):
+            view.loaded.check_encoder(image.encoder)
+        text = (await asyncio.to_thread(view.entities.get, entity_id)).text or ""
+        change = recognizer.edit(view, editor.add_image(entity_id, await _fetched(request, image), text))
+        image_id, revision = await _while_connected(request, change)
+    return AddedImage(entity_id=entity_id, image_id=image_id, bundle=view.label_at(revision))
+
+
+@admin_router.delete(
+    # Before the route of the entity, because an id may contain slashes.
+    "/entities/{entity_id:path}/images/{image_id}",
+    summary="Remove an image that was added to an entity while serving",
+    status_code=HTTPStatus.NO_CONTENT,
+    responses=problems(401, 403, 404, 409, 429, 503, 504),
+    openapi_extra=_ADMIN_ONLY,
+)
+async def remove_image(entity_id: str, image_id: str, recognizer: ReadyRecognizer) -> Response:
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        await recognizer.edit(view, _editor(view).remove_image(entity_id, image_id))
+    return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
 @admin_router.delete(

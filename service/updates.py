@@ -1,4 +1,4 @@
-"""Add, replace and delete entities while serving. One thread embeds and writes, separate from recognition.
+"""Change entities and their images while serving. One thread embeds and writes, separate from recognition.
 
 Shapes: P patches, C patch channels, T text tokens, L text channels, D embedding width.
 """
@@ -10,12 +10,13 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from core.arrays import BoolArray, Float32Array, Pixels
-from core.errors import BadParameter, LiveDirError, NoEntitySide, Unavailable
+from core.errors import BadParameter, LiveDirError, NoEntitySide, TooLarge, Unavailable, UndecodableImage
 from core.extras import needed_by
 from core.pool import Pool
 from imaging import Decoder, Preprocessing
@@ -32,10 +33,11 @@ from index.entity_encoder import (
     EntityEncoder,
 )
 from index.overlay import LiveChanges
+from index.references import new_image_id
 from index.store import StoredEntity, describe
 from service.encoder import open_session
 from service.engine import Encoder
-from wikiclip.answers import EntityRequest
+from wikiclip.answers import EmbeddingQuery, EntityRequest
 
 NO_ENTITY_ENCODER = "this bundle has no entity encoder; serve one made with `wikiclip export --live`"
 _THREADS = 1  # one thread leaves the cores to queries
@@ -116,6 +118,16 @@ def read_embedding(values: Sequence[float], dim: int) -> Float32Array:
     return embedding_D
 
 
+@dataclass(frozen=True, kw_only=True)
+class PutEntity:
+    """An entity as stored, with the ids of its images. `created`: it is new. `revision` is the first to contain it."""
+
+    entity: StoredEntity
+    created: bool
+    image_ids: Sequence[str]
+    revision: int
+
+
 class Editor:
     """Makes live changes to one bundle and follows those of other processes, in two threads.
 
@@ -131,6 +143,8 @@ class Editor:
         self._thumbnail_px = int(bundle.manifest.export.get("thumbnail_px", 0))
         self._store_text = bool(bundle.manifest.export.get("store_text", False))
         self.embedder = open_embedder(bundle, image_encoder)
+        # Without an entity encoder, one more image of an entity has the embedding of a query.
+        self._image_embedder = self.embedder or ImageEmbedder(image_encoder)
         self._pool = Pool(1, "edit")
         self._closing = threading.Event()
         self._sync_thread = threading.Thread(target=self._sync, name="live", daemon=True)
@@ -143,22 +157,34 @@ class Editor:
         self._sync_thread.join()
         self.live.close()
 
-    def put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> Future[tuple[StoredEntity, bool, int]]:
-        """Add or replace an entity. Returns it as stored, whether it is new, and the first revision that contains it.
+    def put(self, entity_id: str, record: EntityRequest, images: Sequence[bytes]) -> Future[PutEntity]:
+        """Add or replace an entity.
 
         The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
         """
-        return self._pool.submit(partial(self._put, entity_id, record, image))
+        return self._pool.submit(partial(self._put, entity_id, record, images))
+
+    def add_image(self, entity_id: str, image: bytes | EmbeddingQuery, text: str) -> Future[tuple[str, int]]:
+        """Add an image, or its embedding, to an entity with this text, which may be "".
+
+        Returns the image's id and the first revision that contains it. The future raises as that of `put`, or
+        `UnknownEntity`.
+        """
+        return self._pool.submit(partial(self._add_image, entity_id, image, text))
+
+    def remove_image(self, entity_id: str, image_id: str) -> Future[None]:
+        """Remove an image. The future raises as `LiveChanges.remove_image` does."""
+        return self._pool.submit(partial(self.live.remove_image, entity_id, image_id))
 
     def delete(self, entity_id: str) -> Future[None]:
         """Delete an entity. The future raises as `LiveChanges.delete` does."""
         return self._pool.submit(partial(self.live.delete, entity_id))
 
-    def _put(self, entity_id: str, record: EntityRequest, image: bytes | None) -> tuple[StoredEntity, bool, int]:
-        embedding_D = self._embedding(record, image)
+    def _put(self, entity_id: str, record: EntityRequest, images: Sequence[bytes]) -> PutEntity:
+        embeddings_ID = self._embeddings(record, images)
         thumbnail = None
-        if image is not None and self._thumbnail_px:
-            thumbnail = self._decoder.make_thumbnail(image, self._thumbnail_px)
+        if images and self._thumbnail_px:
+            thumbnail = self._decoder.make_thumbnail(images[0], self._thumbnail_px)
         entity = StoredEntity(
             row=-1,
             entity_id=entity_id,
@@ -168,27 +194,44 @@ class Editor:
             url=record.url,
             types=tuple(record.types),
             symbol=record.symbol,
-            image_count=int(image is not None),
+            image_count=len(images),
             has_text=bool(record.text.strip()),
             text=record.text if self._store_text else None,
             has_thumbnail=thumbnail is not None,
         )
-        created = self.live.put(entity, embedding_D, thumbnail)
-        return entity, created, self.live.delta.revision
+        image_ids = tuple(new_image_id() for _ in images)
+        created = self.live.put(entity, embeddings_ID, thumbnail, image_ids)
+        return PutEntity(entity=entity, created=created, image_ids=image_ids, revision=self.live.delta.revision)
 
-    def _embedding(self, record: EntityRequest, image: bytes | None) -> Float32Array:
+    def _embeddings(self, record: EntityRequest, images: Sequence[bytes]) -> Float32Array:
         if record.embedding is not None:
-            if image is not None:
+            if images:
                 raise BadParameter("the record has both image and embedding; send one of them")
-            return read_embedding(record.embedding, self._dim)
-        if image is None and not record.text.strip():
+            return read_embedding(record.embedding, self._dim)[None]
+        if not images and not record.text.strip():
             raise BadParameter("there is nothing to embed; send an image, a text or an embedding")
         if self.embedder is None:
             raise NoEntitySide(f"{NO_ENTITY_ENCODER}, or send embedding ({self._dim} numbers)")
-        pixels_HW3 = None
-        if image is not None:
+        if not images:
+            return self.embedder.embed(None, record.text)[None]
+        embeddings = []
+        for number, image in enumerate(images):
+            try:
+                pixels_HW3 = self._decoder.load_pixels(image, self._preprocessing)
+            except (UndecodableImage, TooLarge) as error:
+                raise type(error)(f"image {number + 1} of {len(images)}: {error}") from error
+            embeddings.append(self.embedder.embed(pixels_HW3, record.text))
+        return np.stack(embeddings)
+
+    def _add_image(self, entity_id: str, image: bytes | EmbeddingQuery, text: str) -> tuple[str, int]:
+        if isinstance(image, EmbeddingQuery):
+            embedding_D = read_embedding(image.embedding, self._dim)
+        else:
             pixels_HW3 = self._decoder.load_pixels(image, self._preprocessing)
-        return self.embedder.embed(pixels_HW3, record.text)
+            embedding_D = self._image_embedder.embed(pixels_HW3, text)
+        image_id = new_image_id()
+        self.live.add_image(entity_id, image_id, embedding_D)
+        return image_id, self.live.delta.revision
 
     def _sync(self) -> None:
         while not self._closing.wait(self.live.poll_interval_s):

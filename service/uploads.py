@@ -22,6 +22,7 @@ from service.limits import BodyBudget
 from wikiclip.answers import EmbeddingQuery, TextQuery
 
 _DRAIN_BYTES = 8 * 1024**2  # read beyond the limit before the connection is closed
+_MAX_REFERENCES = 1000  # images of an entity in one form
 _OTHER_PARTS = 16  # parts of a form besides those that the service reads
 _MAX_JSON_VALUES = 100_000  # 20 MB of empty lists take seconds to parse, in one call that stops all threads
 _INLINE_BYTES = 1024**2  # parsed in some milliseconds; a thread costs half of one
@@ -102,6 +103,11 @@ def query_of(
     if is_form(content_type):
         parts = _image_parts(body, content_type, max_images, too_many=TooLarge)
         return _image_in_part(parts[0]) if len(parts) == 1 else _images_in_parts(parts)
+    return reference_of(body, content_type)
+
+
+def reference_of(body: bytes, content_type: str) -> bytes | str | EmbeddingQuery:
+    """Return the one image of a body, as `query_of` does, or an embedding."""
     return _image_or(EmbeddingQuery, "embedding", body, content_type)
 
 
@@ -159,24 +165,24 @@ def _images_in_parts(parts: Sequence[_Part]) -> list[bytes | UserError]:
     return images
 
 
-def record_of(body: bytes, content_type: str) -> tuple[Any, bytes | str | None]:
-    """Return the record of a `PUT /entities/{entity_id}` as parsed JSON, and its image, the image's URL, or None.
+def record_of(body: bytes, content_type: str) -> tuple[Any, list[bytes | str]]:
+    """Return the record of a `PUT /entities/{entity_id}` as parsed JSON, and its images or their URLs.
 
-    Raises `BadRequest` or `UnsupportedMediaType`.
+    Raises `BadRequest` or `UnsupportedMediaType`, and `TooLarge` for a form with far more than `_MAX_REFERENCES` parts.
     """
     media_type = _media_type(content_type)
     if media_type == "application/json":
         record = _json(body)
         image = record.pop("image", None) if isinstance(record, dict) else None
-        return record, None if image is None else image_in_json(image)
+        images = image if isinstance(image, list) else [] if image is None else [image]
+        return record, [image_in_json(each) for each in images]
     if not is_form(content_type):
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
-    parts = _parse_multipart(body, content_type, 2)
+    parts = _parse_multipart(body, content_type, _MAX_REFERENCES, TooLarge)
     records = [part for part in parts if part.name == b"record"]
-    images = [part for part in parts if part.name == b"image"]
-    if len(records) != 1 or len(images) > 1:
-        raise BadRequest("the form needs one part record, with the record as JSON, and at most one part image")
-    return _json(records[0].data), _image_in_part(images[0]) if images else None
+    if len(records) != 1:
+        raise BadRequest("the form needs one part record, with the record as JSON, and any number of parts image")
+    return _json(records[0].data), [_image_in_part(part) for part in parts if part.name == b"image"]
 
 
 def _media_type(content_type: str) -> str:
@@ -320,6 +326,8 @@ def images_body() -> dict[str, Any]:
 def record_body(model: type[BaseModel]) -> dict[str, Any]:
     """Describe the two forms that `record_of` reads, for a record of this model."""
     record = model.model_json_schema()
-    in_json = {**record, "properties": {**record["properties"], "image": _IMAGE_IN_JSON}}
-    form = {"type": "object", "required": ["record"], "properties": {"record": record, "image": BINARY}}
+    images_in_json = {"oneOf": [_IMAGE_IN_JSON, {"type": "array", "items": _IMAGE_IN_JSON}]}
+    in_json = {**record, "properties": {**record["properties"], "image": images_in_json}}
+    images = {"oneOf": [BINARY, {"type": "array", "items": BINARY}]}
+    form = {"type": "object", "required": ["record"], "properties": {"record": record, "image": images}}
     return request_body({"application/json": in_json, "multipart/form-data": form})

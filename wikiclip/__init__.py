@@ -22,6 +22,7 @@ _APPLICATION = {"Bundle": "index.bundle", "Recognizer": "service.recognizer"}
 _LIGHT = ("wikiclip.errors", "wikiclip.answers", "wikiclip.client")
 
 __all__ = [
+    "AddedImage",
     "AsyncClient",
     "AttendedWord",
     "BadGateway",
@@ -38,6 +39,7 @@ __all__ = [
     "EmbeddingQuery",
     "Entities",
     "Entity",
+    "EntityDetails",
     "EntityRequest",
     "Explanation",
     "Forbidden",

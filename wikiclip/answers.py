@@ -263,6 +263,12 @@ class Entity(Reply):
     )
 
 
+class EntityDetails(Entity):
+    image_ids: tuple[str, ...] = Field(
+        default=(), description="Of its images, those of the bundle first. Images added while serving can be removed."
+    )
+
+
 class FoundEntity(Entity):
     matched_language: str | None = Field(
         default=None, description="Language of the title that matched the query; null if the default title did."
@@ -309,5 +315,13 @@ class BundleChange(Reply):
     entities: int
 
 
-class EditedEntity(Entity):
+class EditedEntity(EntityDetails):
+    bundle: str = Field(description="name@fingerprint+N: answers with this label include the change.")
+
+
+class AddedImage(Reply):
+    """An image that was added to an entity. It is stored as an embedding."""
+
+    entity_id: str
+    image_id: str = Field(description="Names the image to remove it.")
     bundle: str = Field(description="name@fingerprint+N: answers with this label include the change.")

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeAlias, TypeVar, overload
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+    cast,
+    overload,
+)
 from urllib.parse import quote
 
 import httpx
 
 from wikiclip.answers import (
+    AddedImage,
     BatchRecognition,
     BundleChange,
     EditedEntity,
@@ -20,7 +33,7 @@ from wikiclip.answers import (
     EmbeddingQuery,
     EmbedOptions,
     Entities,
-    Entity,
+    EntityDetails,
     EntityRequest,
     Info,
     Liveness,
@@ -148,9 +161,9 @@ class Operations:
         return Request(method="POST", url="/embed", read=_reader(Embedding), content={"json": {"text": text}})
 
     @_Operation
-    def get_entity(self, entity_id: str) -> Request[Entity]:
+    def get_entity(self, entity_id: str) -> Request[EntityDetails]:
         """Return the record of an entity. Raises `NotFound`."""
-        return Request(method="GET", url=_entity_url(entity_id), read=_reader(Entity))
+        return Request(method="GET", url=_entity_url(entity_id), read=_reader(EntityDetails))
 
     @_Operation
     def search_entities(self, query: str, *, limit: int = 20) -> Request[Entities]:
@@ -169,17 +182,51 @@ class Operations:
         return Request(method="GET", url=f"{_entity_url(entity_id)}/thumbnail", read=lambda response: response.content)
 
     @_Operation
-    def put_entity(self, entity_id: str, entity: EntityRequest, image: Image | None = None) -> Request[EditedEntity]:
-        """Add or replace an entity while serving. Needs the admin token."""
+    def put_entity(
+        self, entity_id: str, entity: EntityRequest, image: Image | Sequence[Image] | None = None
+    ) -> Request[EditedEntity]:
+        """Add or replace an entity, with any number of images, while serving. Needs the admin token."""
         record = entity.model_dump_json(exclude_defaults=True)
         content: dict[str, Any] = {"content": record, "headers": {"Content-Type": "application/json"}}
-        if image is not None and _is_url(image):
-            content = {"json": {**entity.model_dump(exclude_defaults=True), "image": {"url": image}}}
-        elif image is not None:
-            content = {"files": [("record", (None, record, "application/json")), _image_part(image)]}
+        several = image if isinstance(image, list | tuple) else [] if image is None else [image]
+        images = cast(Sequence[Image], several)
+        if images and all(map(_is_url, images)):
+            urls = [{"url": each} for each in images]
+            content = {"json": {**entity.model_dump(exclude_defaults=True), "image": urls}}
+        elif images:
+            parts = [_image_part(each) for each in images]
+            content = {"files": [("record", (None, record, "application/json")), *parts]}
         return Request(
             method="PUT", url=_entity_url(entity_id), read=_reader(EditedEntity), content=content, admin=True
         )
+
+    @_Operation
+    def add_image(
+        self, entity_id: str, image: Image | None = None, *, embedding: Embedding | Iterable[float] | None = None
+    ) -> Request[AddedImage]:
+        """Add an image, or its embedding, to an entity while serving. Needs the admin token.
+
+        Raises `NotFound` if there is no such entity, `Conflict` if an `Embedding` is by another encoder. A request that
+        may have been received is not sent again.
+        """
+        return Request(
+            method="POST",
+            url=f"{_entity_url(entity_id)}/images",
+            read=_reader(AddedImage),
+            content=_image_or_embedding(image, embedding),
+            admin=True,
+            retries=_NOT_BEGUN,
+        )
+
+    @_Operation
+    def remove_image(self, entity_id: str, image_id: str) -> Request[None]:
+        """Remove an image that was added to an entity while serving. Needs the admin token.
+
+        Raises `Conflict` for an image of the bundle, and for the only one of an entity that was put. Raises `NotFound`
+        if there is none, which may be because an attempt whose answer was lost has removed it.
+        """
+        url = f"{_entity_url(entity_id)}/images/{quote(image_id, safe='')}"
+        return Request(method="DELETE", url=url, read=lambda _: None, admin=True)
 
     @_Operation
     def delete_entity(self, entity_id: str) -> Request[None]:
@@ -237,6 +284,15 @@ def _embedding_query(embedding: Embedding | Iterable[float]) -> EmbeddingQuery:
     if isinstance(embedding, Embedding):
         return EmbeddingQuery(embedding=list(embedding.embedding), encoder=embedding.encoder)
     return EmbeddingQuery(embedding=[float(value) for value in embedding])
+
+
+def _image_or_embedding(image: Image | None, embedding: Embedding | Iterable[float] | None) -> dict[str, Any]:
+    if (image is None) == (embedding is None):
+        raise UserError("give either an image or an embedding")
+    if embedding is None:
+        assert image is not None
+        return _image_body(image)
+    return {"json": _embedding_query(embedding).model_dump(exclude_none=True)}
 
 
 def _query(options: EmbedOptions | None) -> dict[str, Any]:

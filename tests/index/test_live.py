@@ -16,14 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from core.errors import LiveDirError, Unavailable, UnknownEntity, UserError
+from core.errors import Conflict, LiveDirError, NotFound, Unavailable, UnknownEntity, UserError
 from index.bundle import Bundle
 from index.delta import Delta
 from index.embeddings import EmbeddingShards
 from index.live import LIVE_FILE, LiveSegment
 from index.manifest import REMEMBERED_FOLDER
 from index.overlay import OverlayView
-from index.references import References
+from index.references import References, new_image_id
 from index.search import EntityIndex
 from index.store import EntityStore, StoredEntity
 from tests.conftest import add_remembered
@@ -177,11 +177,13 @@ class Model:
         with bundle.store() as store:
             stored = store.by_rows(range(len(store)))
         self.entities = {found.entity_id: found for found in stored}
-        self.vectors: dict[str, npt.NDArray[np.float64]] = {
-            found.entity_id: vectors_ND[embeddings.rows_N == found.row] for found in stored
+        self.pooling = bundle.manifest.pooling
+        self.images: dict[str, dict[str, npt.NDArray[np.float64]]] = {
+            found.entity_id: {
+                f"base-{number}": vector_D for number, vector_D in enumerate(vectors_ND[embeddings.rows_N == found.row])
+            }
+            for found in stored
         }
-        if bundle.manifest.pooling == "mean":
-            self.vectors = {each: vectors_ID.mean(axis=0)[None] for each, vectors_ID in self.vectors.items()}
         self.remembered: dict[str, npt.NDArray[np.float64]] = {}
         if (remembered := bundle.manifest.remembered) is not None:
             self.handicap = remembered.handicap
@@ -193,22 +195,34 @@ class Model:
         created = put.entity_id not in self.entities
         self.remembered.pop(put.entity_id, None)
         self.entities[put.entity_id] = put
-        stored_D = (embedding_D / np.linalg.norm(embedding_D)).astype(np.float16)
-        self.vectors[put.entity_id] = stored_D[None].astype(np.float64)
+        self.images[put.entity_id] = {"own": self._stored(embedding_D)}
         return created
 
+    def add_image(self, entity_id: str, image_id: str, embedding_D: Vector) -> None:
+        self.images[entity_id][image_id] = self._stored(embedding_D)
+
+    @staticmethod
+    def _stored(embedding_D: Vector) -> npt.NDArray[np.float64]:
+        stored_D = (embedding_D / np.linalg.norm(embedding_D)).astype(np.float16).astype(np.float64)
+        unit_D: npt.NDArray[np.float64] = stored_D / np.linalg.norm(stored_D)
+        return unit_D
+
+    def added(self, entity_id: str) -> list[str]:
+        return [each for each in self.images.get(entity_id, {}) if not each.startswith(("base-", "own"))]
+
     def delete(self, entity_id: str) -> bool:
-        self.vectors.pop(entity_id, None)
+        self.images.pop(entity_id, None)
         self.remembered.pop(entity_id, None)
         return self.entities.pop(entity_id, None) is not None
 
     def scores(self, query_D: Vector) -> dict[str, float]:
-        scores = {
-            entity_id: float(
-                (vectors_VD @ query_D / np.linalg.norm(vectors_VD, axis=1) / np.linalg.norm(query_D)).max()
-            )
-            for entity_id, vectors_VD in self.vectors.items()
-        }
+        scores = {}
+        for entity_id, images in self.images.items():
+            vectors_VD = np.stack(list(images.values()))
+            if self.pooling == "mean":
+                vectors_VD = vectors_VD.mean(axis=0)[None]
+            cosines_V = vectors_VD @ query_D / np.linalg.norm(vectors_VD, axis=1) / np.linalg.norm(query_D)
+            scores[entity_id] = float(cosines_V.max())
         for entity_id, vector_D in self.remembered.items():
             score = float(vector_D @ query_D / np.linalg.norm(query_D)) - self.handicap
             scores[entity_id] = max(score, scores[entity_id])
@@ -234,22 +248,41 @@ def check_search(
     assert len({each.entity_id for each in found}) == len(found)
 
 
-def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Path, live_dir: Path) -> None:
+@pytest.fixture(params=["nearest", "mean", "remembered"])
+def any_bundle(request: pytest.FixtureRequest, small_bundle: Path, pooled_bundle: Path, tmp_path: Path) -> Path:
+    """Return a bundle of each way to find an entity."""
+    if request.param != "remembered":
+        return small_bundle if request.param == "nearest" else pooled_bundle
+    base = Path(shutil.copytree(small_bundle, tmp_path / "remembering"))
+    add_remembered(base, [0, 1, 2, 4, 6, 8, 10], handicap=0.06)
+    return base
+
+
+def test_thousands_of_random_changes_and_searches_equal_a_dict(any_bundle: Path, live_dir: Path) -> None:
     rng = np.random.default_rng(17)
-    model = Model(small_bundle)
+    model, atol = Model(any_bundle), 5e-4 if any_bundle.name == "pooled" else 2e-5
     known = [*model.entities, *(f"new {number}" for number in range(40)), "unknown"]
-    processes = [opened(small_bundle, live_dir) for _ in range(2)]  # like two processes, they share only the file
-    done = {"put": 0, "delete": 0, "search": 0, "restart": 0, "compare": 0}
-    for number in range(3000):
+    processes = [opened(any_bundle, live_dir) for _ in range(2)]  # like two processes, they share only the file
+    kinds = {
+        "put": 0.15,
+        "delete": 0.13,
+        "add": 0.2,
+        "remove": 0.15,
+        "search": 0.32,
+        "compare": 0.045,
+        "restart": 0.005,
+    }
+    done = dict.fromkeys(kinds, 0)
+    for number in range(2500):
         which = int(rng.integers(2))
         process = processes[which]
-        kind = rng.choice(["put", "delete", "search", "compare", "restart"], p=[0.3, 0.25, 0.4, 0.045, 0.005])
+        kind = str(rng.choice(list(kinds), p=list(kinds.values())))
         done[kind] += 1
         entity_id = str(rng.choice(known))
         if kind == "put":
             embedding_D = vector(int(rng.integers(1000)))  # some are equal
-            kinds = tuple(rng.choice(["animal", "fruit", "flag"], int(rng.integers(3)), replace=False).tolist())
-            new = entity(entity_id, f"Thing {rng.integers(9)} of n{number}", types=kinds)
+            types = tuple(rng.choice(["animal", "fruit", "flag"], int(rng.integers(3)), replace=False).tolist())
+            new = entity(entity_id, f"Thing {rng.integers(9)} of n{number}", types=types, image_count=0)
             assert process.live.put(new, embedding_D, None) == model.put(new, embedding_D)
         elif kind == "delete":
             if model.delete(entity_id):
@@ -257,19 +290,38 @@ def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Pat
             else:
                 with pytest.raises(UnknownEntity):
                     process.live.delete(entity_id)
+        elif kind == "add":
+            embedding_D, image_id = vector(int(rng.integers(1000))), new_image_id()
+            if entity_id in model.entities:
+                process.live.add_image(entity_id, image_id, embedding_D)
+                model.add_image(entity_id, image_id, embedding_D)
+            else:
+                with pytest.raises(UnknownEntity):
+                    process.live.add_image(entity_id, image_id, embedding_D)
+        elif kind == "remove":
+            images = [(entity_id, image_id) for entity_id in known for image_id in model.added(entity_id)]
+            if images:
+                entity_id, image_id = images[int(rng.integers(len(images)))]
+                process.live.remove_image(entity_id, image_id)
+                del model.images[entity_id][image_id]
+                with pytest.raises(NotFound):
+                    process.live.remove_image(entity_id, image_id)
         elif kind == "search":
             query_D = rng.normal(size=16).astype(np.float32)
-            types = [(), (), ("animal",), ("fruit", "brand"), ("none",)][int(rng.integers(5))]
-            check_search(process.view, model, query_D, int(rng.choice([1, 3, 10, 80])), types)
+            types = ((), (), ("animal",), ("fruit", "brand"), ("none",))[int(rng.integers(5))]
+            check_search(process.view, model, query_D, int(rng.choice([1, 3, 10, 80])), types, atol)
         elif kind == "restart":
             process.close()
-            processes[which] = opened(small_bundle, live_dir)
+            processes[which] = opened(any_bundle, live_dir)
         else:
             view = process.view
             assert view.entity_count == len(model.entities)
             for each in known:
                 if each in model.entities:
                     assert view.get(each).title == model.entities[each].title
+                    assert [*view.image_ids(each)][
+                        view.get(each).image_count - len(model.added(each)) :
+                    ] == model.added(each)
                 else:
                     with pytest.raises(UnknownEntity):
                         view.get(each)
@@ -279,6 +331,141 @@ def test_thousands_of_random_changes_and_searches_equal_a_dict(small_bundle: Pat
     assert min(done.values()) > 5
     for process in processes:
         process.close()
+
+
+def test_removing_what_was_added_restores_every_answer_to_the_digit(any_bundle: Path, live_dir: Path) -> None:
+    edited, queries_BD = opened(any_bundle, live_dir), np.stack([vector(seed) for seed in range(30)])
+    before, counts = edited.view.search(queries_BD, 12), [each.image_count for each in edited.view.sample(12)]
+    added = [(each.entity_id, new_image_id()) for each in edited.view.sample(12) for _ in range(2)]
+    for number, (entity_id, image_id) in enumerate(added):
+        edited.live.add_image(entity_id, image_id, vector(number))
+    view = edited.view
+    assert [each.image_count for each in view.sample(12)] == [count + 2 for count in counts]
+    assert not np.array_equal(view.search(queries_BD, 12)[1], before[1])
+    assert view.get("Q7378").title == "Elephant"
+    assert len(view.images_of(view.get("Q7378").row)) == 5
+    assert view.thumbnail("Q13191") is not None
+    assert [(each.title, each.image_count) for each in view.search_titles("elephant")] == [("Elephant", 5)]
+    assert view.entity_count == 12
+    np.random.default_rng(0).shuffle(added)
+    for entity_id, image_id in added:
+        edited.live.remove_image(entity_id, image_id)
+    for process in (edited, opened(any_bundle, live_dir)):
+        after = process.view.search(queries_BD, 12)
+        np.testing.assert_array_equal(after[0], before[0])
+        np.testing.assert_array_equal(after[1], before[1])
+        assert [each.image_count for each in process.view.sample(12)] == counts
+        assert not process.live.delta.entities
+        process.close()
+    with sqlite3.connect(live_dir / LIVE_FILE) as connection:  # nothing is left of the images
+        assert connection.execute("SELECT max(length(vector)) FROM reference WHERE image_id NOT NULL").fetchone() == (
+            0,
+        )
+    connection.close()
+
+
+def test_images_that_have_to_stay(edited: Opened, small_bundle: Path, live_dir: Path, tmp_path: Path) -> None:
+    from index.compact import compact
+
+    edited.live.add_image("Q7378", "added", vector(1))
+    assert edited.view.image_ids("Q7378") == ("base-0", "base-1", "base-2", "added")
+    edited.live.put(entity("new", image_count=2), np.stack([vector(2), vector(3)]), None, ("one", "two"))
+    assert edited.view.image_ids("new") == ("one", "two")
+    edited.live.remove_image("new", "one")
+    assert (edited.view.image_ids("new"), edited.view.get("new").image_count) == (("two",), 1)
+    for entity_id, image_id, error in (
+        ("Q7378", "base-2", Conflict), ("Q7378", "base-3", NotFound), ("Q140", "added", NotFound),
+        ("new", "one", NotFound), ("new", "two", Conflict), ("nothing", "added", UnknownEntity),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            edited.live.remove_image(entity_id, image_id)
+    revision = edited.live.delta.revision
+    compact(small_bundle, live_dir, tmp_path / "new")
+    after = opened(tmp_path / "new", live_dir)
+    assert after.view.image_ids("Q7378") == ("base-0", "base-1", "base-2", "base-3")
+    for entity_id, image_id in (("Q7378", "added"), ("Q7378", "base-3"), ("new", "two")):
+        with pytest.raises(Conflict):
+            after.live.remove_image(entity_id, image_id)
+    assert after.live.delta.revision == revision
+    after.close()
+
+
+def test_images_changed_during_and_after_a_compaction_hold_for_both_bundles(
+    any_bundle: Path, live_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from index import compact
+
+    edited, model = opened(any_bundle, live_dir), Model(any_bundle)
+    rng, ids = np.random.default_rng(5), ["Q140", "Q7378", "Q89", "flag:JP", "new", "Q_no_image", "brand:a&b", "other"]
+
+    def change(live: LiveSegment, kind: str, entity_id: str) -> None:
+        embedding_D, image_id = vector(int(rng.integers(10**6))), new_image_id()
+        if kind == "put":
+            assert live.put(entity(entity_id, image_count=0), embedding_D, None) == model.put(
+                entity(entity_id, image_count=0), embedding_D
+            )
+        elif entity_id not in model.entities:
+            return
+        elif kind == "add":
+            live.add_image(entity_id, image_id, embedding_D)
+            model.add_image(entity_id, image_id, embedding_D)
+        elif kind == "delete":
+            live.delete(entity_id)
+            model.delete(entity_id)
+        else:
+            row = live.delta.latest.get(entity_id)
+            for removable in () if row is None else live.delta.references[row].image_ids[:1]:
+                live.remove_image(entity_id, removable)
+                model.images[entity_id].pop(removable)
+
+    def changes(*lives: LiveSegment) -> None:
+        for number in range(60):
+            kind = str(rng.choice(["add", "remove", "put", "delete"], p=[0.5, 0.35, 0.1, 0.05]))
+            change(lives[number % len(lives)], kind, str(rng.choice(ids)))
+
+    build = compact.build_index
+
+    def build_index(*arguments: Any, **options: Any) -> Any:
+        changes(edited.live)
+        return build(*arguments, **options)
+
+    monkeypatch.setattr(compact, "build_index", build_index)
+    changes(edited.live)
+    path = any_bundle
+    for number in range(3):
+        compact.compact(path, live_dir, tmp_path / f"compacted {number}")
+        path = tmp_path / f"compacted {number}"
+        after = opened(path, live_dir)
+        for both in (edited.live, after.live) * 3:
+            for query in range(10):
+                for process in (edited, after):
+                    check_search(process.view, model, vector(10 * number + query), 20, (), atol=1e-3)
+            changes(both)
+        edited.close()
+        edited = after
+    for each in model.entities:
+        row = edited.view.get(each).row
+        assert len(edited.view.images_of(row)) == len(model.images[each])
+    edited.close()
+
+
+def test_a_file_of_version_1_is_read(edited: Opened, small_bundle: Path, live_dir: Path) -> None:
+    edited.live.put(entity("shown"), vector(1), None)
+    edited.live.put(entity("told", image_count=0), vector(2), b"webp")
+    with sqlite3.connect(live_dir / LIVE_FILE) as connection:
+        connection.executescript("""
+            CREATE TABLE embedding (row INTEGER PRIMARY KEY, vector BLOB NOT NULL);
+            INSERT INTO embedding SELECT generation, vector FROM reference;
+            DROP TABLE reference;
+            PRAGMA user_version = 1;
+        """)
+    connection.close()
+    after = opened(small_bundle, live_dir)
+    assert [found_ids(after.view, vector(seed), 1) for seed in (1, 2)] == [["shown"], ["told"]]
+    assert [len(after.view.image_ids(each)) for each in ("shown", "told")] == [1, 0]
+    after.live.add_image("told", "added", vector(3))
+    assert found_ids(after.view, vector(3), 1) == found_ids(after.view, vector(2), 1) == ["told"]
+    after.close()
 
 
 def test_another_process_sees_a_change_and_another_bundle_is_refused(
@@ -311,6 +498,9 @@ for number in range(int(sys.argv[3]), 10**9):
     fields = dict(titles={}, description=None, url=None, types=(), symbol=None, image_count=0, has_text=False)
     entity = StoredEntity(row=-1, entity_id=f"new {number % 7}", title=f"Version {number}", **fields)
     live.put(entity, np.ones(16, np.float32), None)
+    live.add_image("Q140", f"{number:x}", np.ones(16, np.float32))
+    if number > 2:
+        live.remove_image("Q140", f"{number - 3:x}")
     print(number, flush=True)
 """
 
@@ -332,6 +522,12 @@ def test_acknowledged_changes_survive_sigkill(small_bundle: Path, live_dir: Path
             possible = {title, f"Version {last + 1}"} if entity_id == unacknowledged else {title}
             assert after.view.get(entity_id).title in possible
         assert int(after.view.version.removeprefix("+")) - after.live.base_revision >= last + 1
+        images = {int(each, 16) for each in after.view.image_ids("Q140")[1:]}
+        acknowledged_images = set(range(max(0, last - 2), last + 1))
+        # The next one may have been added, and then the oldest removed.
+        assert images >= acknowledged_images - {last - 2}
+        assert images <= acknowledged_images | {last + 1}
+        assert last - 2 in images or last + 1 in images or last < 2
         after.close()
         with sqlite3.connect(live_dir / LIVE_FILE) as connection:
             assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from milvus_lite.server_manager import server_manager_instance
 
-from core.errors import BadParameter, BundleError, Unavailable, UnknownEntity, UserError
+from core.errors import BadParameter, BundleError, Conflict, NotFound, Unavailable, UnknownEntity, UserError
 from index import milvus, milvus_view
 from index.build import build_index
 from index.bundle import Bundle, list_files, open_embeddings
@@ -25,6 +25,7 @@ from index.embeddings import EmbeddingShards, write_shard
 from index.manifest import MANIFEST_FILE, Counts, Manifest
 from index.milvus import connect, load_bundle
 from index.milvus_view import MilvusEntities, MilvusView
+from index.references import new_image_id
 from index.store import Selection, StoredEntity, write_store
 from tests.conftest import add_remembered, add_type_parents, pool_by_mean, write_small_bundle
 
@@ -266,36 +267,96 @@ class TestChanges:
                 one.delete(missing)
         assert one.put(entity(before[0]), query_D[0], None)
 
+    @pytest.mark.parametrize("kind", ["nearest", "mean"])
     def test_random_changes_of_two_hosts_equal_those_of_a_dict(
-        self, hosts: tuple[MilvusEntities, MilvusEntities], small_bundle: Path
+        self, small_bundle: Path, pooled_bundle: Path, tmp_path: Path, kind: str
     ) -> None:
+        opened, uri = Bundle.open(pooled_bundle if kind == "mean" else small_bundle), str(tmp_path / "own.db")
+        client = connect(uri)
+        load_bundle(client, opened, "Flat")
+        client.close()
         rng = np.random.default_rng(3)
-        opened = Bundle.open(small_bundle)
         base, rows_N = np.concatenate(list(opened.embeddings())), opened.embeddings().rows_N
         with opened.store() as store:
-            model = {each.entity_id: base[rows_N == each.row] for each in store.by_rows(range(len(store)))}
-        names = [*sorted(model), *(f"new {number}" for number in range(6))]
-        for step in range(40):
-            host, name = hosts[step % 2], str(rng.choice(names))
-            if rng.random() < 0.5:
-                embedding_D = vectors(1, seed=100 + step)
-                assert host.put(entity(name), embedding_D[0], None) == (name not in model)
-                model[name] = embedding_D
-            elif name in model:
-                host.delete(name)
-                del model[name]
-            if step % 4 == 3:
-                hosts[0].refresh()
-                view = MilvusView(hosts[0])
-                query_D = vectors(1, seed=200 + step)
-                rows_BK, scores_BK = view.search(query_D, 5)
-                found = view.by_rows(rows_BK[0][rows_BK[0] >= 0].tolist())
-                expected = sorted(
-                    ((float(np.max(each @ query_D[0])), key) for key, each in model.items()), reverse=True
-                )
-                assert [each.entity_id for each in found] == [key for _, key in expected[:5]]
-                np.testing.assert_allclose(scores_BK[0, : len(found)], [score for score, _ in expected[:5]], atol=1e-5)
-                assert view.entity_count == len(model)
+            hosts = MilvusEntities(uri, opened, store), MilvusEntities(uri, opened, store)
+            model: dict[str, dict[str, Vector]] = {
+                each.entity_id: dict(enumerate_base(base[rows_N == each.row]))
+                for each in store.by_rows(range(len(store)))
+            }
+            names = [*sorted(model), *(f"new {number}" for number in range(6))]
+            for step in range(90):
+                host, name = hosts[step % 2], str(rng.choice(names))
+                added = [(each, key) for each, images in model.items() for key in images if not key.startswith("base-")]
+                (embedding_D,) = vectors(1, seed=100 + step)
+                chosen = rng.choice(["put", "images", "delete", "add", "remove"], p=[0.15, 0.1, 0.15, 0.35, 0.25])
+                if chosen == "put":
+                    assert host.put(entity(name, image_count=0), embedding_D, None) == (name not in model)
+                    model[name] = {"base-own": embedding_D}
+                elif chosen == "images":
+                    ids, images_ID = (new_image_id(), new_image_id()), vectors(2, seed=900 + step)
+                    assert host.put(entity(name, image_count=2), images_ID, None, ids) == (name not in model)
+                    model[name] = dict(zip(ids, images_ID, strict=True))
+                elif chosen == "delete" and name in model:
+                    host.delete(name)
+                    del model[name]
+                elif chosen == "add" and name in model:
+                    image_id = new_image_id()
+                    host.add_image(name, image_id, embedding_D)
+                    model[name][image_id] = embedding_D
+                elif chosen == "remove" and added:
+                    name, image_id = added[int(rng.integers(len(added)))]
+                    if len(model[name]) > 1:
+                        host.remove_image(name, image_id)
+                        del model[name][image_id]
+                    else:
+                        with pytest.raises(Conflict, match="only image"):
+                            host.remove_image(name, image_id)
+                if step % 3 == 2:
+                    check(hosts, model, vectors(1, seed=200 + step), kind)
+            for name, images in model.items():
+                ids = {image_id for image_id in images if not image_id.startswith("base-")}
+                assert set(hosts[0].references_of(name).image_ids) == ids
+                found_ID = MilvusView(hosts[1]).images_of(MilvusView(hosts[1]).get(name).row)
+                cosines = found_ID @ np.stack(list(images.values())).T  # each is one of the others, in any order
+                np.testing.assert_allclose([cosines.max(axis=0).min(), cosines.max(axis=1).min()], 1, atol=1e-3)
+            for host in hosts:
+                host.close()
+        server_manager_instance.release_server(uri)
+
+    @pytest.mark.parametrize("kind", ["nearest", "mean"])
+    def test_removing_what_was_added_restores_every_answer(
+        self, small_bundle: Path, pooled_bundle: Path, tmp_path: Path, kind: str
+    ) -> None:
+        opened, uri = Bundle.open(pooled_bundle if kind == "mean" else small_bundle), str(tmp_path / "own.db")
+        client = connect(uri)
+        load_bundle(client, opened, "Flat")
+        client.close()
+        with opened.store() as store:
+            host, queries_BD = MilvusEntities(uri, opened, store), vectors(20, seed=501)
+            host.put(entity("put", image_count=0), queries_BD[1], None)
+            before = MilvusView(host).search(queries_BD, 13)
+            added = [(name, new_image_id()) for name in ("Q140", "Q7378", "put") for _ in range(2)]
+            for number, (name, image_id) in enumerate(added):
+                host.add_image(name, image_id, queries_BD[number])
+            view = MilvusView(host)
+            assert view.get("Q7378").image_count == 5
+            assert view.image_ids("Q7378")[:3] == ("base-0", "base-1", "base-2")
+            assert set(view.image_ids("Q7378")[3:]) == {each for name, each in added if name == "Q7378"}
+            assert not np.array_equal(view.search(queries_BD, 13)[1], before[1])
+            assert [each.title for each in view.search_titles("elephant")] == ["Elephant"]
+            for image_id, error in (("base-1", Conflict), ("base-3", NotFound), (new_image_id(), NotFound)):
+                with pytest.raises(error):
+                    host.remove_image("Q7378", image_id)
+            with pytest.raises(UnknownEntity):
+                host.add_image("nothing", new_image_id(), queries_BD[0])
+            for name, image_id in added:
+                host.remove_image(name, image_id)
+            after = MilvusView(host).search(queries_BD, 13)
+            np.testing.assert_array_equal(after[0], before[0])
+            np.testing.assert_allclose(after[1], before[1], rtol=0, atol=3e-7)  # Milvus adds up in another order
+            assert MilvusView(host).entity_count == 13
+            host.close()
+        server_manager_instance.release_server(uri)
 
     def test_remembered_vectors_of_deleted_and_replaced_entities_are_not_found(
         self, bundle: Bundle, tmp_path: Path
@@ -345,6 +406,29 @@ class TestChanges:
         view = MilvusView(hosts[1])
         rows = [int(view.search(each[None], 1)[0][0, 0]) for each in (first_D, second_D)]
         assert [each.title for each in view.by_rows(rows)] == ["First", "Second"]
+
+
+def enumerate_base(images_ID: Vector) -> Iterator[tuple[str, Vector]]:
+    return ((f"base-{number}", embedding_D) for number, embedding_D in enumerate(images_ID))
+
+
+def check(hosts: Sequence[MilvusEntities], model: dict[str, dict[str, Vector]], query_D: Vector, kind: str) -> None:
+    """Compare the answers of both hosts with a dict of entities and their images."""
+    scores = {}
+    for key, images in model.items():
+        images_ID = np.stack(list(images.values()))
+        if kind == "mean":
+            images_ID = images_ID.mean(axis=0, keepdims=True) / np.linalg.norm(images_ID.mean(axis=0))
+        scores[key] = float((images_ID @ query_D[0]).max())
+    expected = sorted(((score, key) for key, score in scores.items()), reverse=True)[:5]
+    for host in hosts:
+        host.refresh()
+        view = MilvusView(host)
+        rows_BK, scores_BK = view.search(query_D, 5)
+        found = view.by_rows(rows_BK[0][rows_BK[0] >= 0].tolist())
+        assert [each.entity_id for each in found] == [key for _, key in expected]
+        np.testing.assert_allclose(scores_BK[0, : len(found)], [score for score, _ in expected], atol=5e-4)
+        assert view.entity_count == len(model)
 
 
 class TestLoading:

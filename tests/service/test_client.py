@@ -66,13 +66,22 @@ def test_every_operation(serve, small_bundle, small_images, tmp_path, way):
         assert stored.request_id not in ("", added.request_id)
         assert [each.title for each in call(lambda client: client.search_entities("oka")).entities] == ["Okapi"]
         assert len(call(lambda client: client.sample_entities(limit=2)).entities) == 2
+        vector = call(lambda client: client.embed(lion))
+        for content in ({"image": giraffe}, {"embedding": vector}):
+            image = call(lambda client, content=content: client.add_image("new/okapi?", **content))
+            assert call(lambda client: client.get_entity("new/okapi?")).image_ids == (image.image_id,)
+            assert call(lambda client, image=image: client.remove_image("new/okapi?", image.image_id)) is None
+        with pytest.raises(wikiclip.Conflict):
+            call(lambda client: client.remove_image("Q140", "base-0"))
+        with pytest.raises(UserError, match="either an image or an embedding"):
+            call(lambda client: client.add_image("Q140"))
         assert call(lambda client: client.delete_entity("new/okapi?")) is None
         with pytest.raises(wikiclip.NotFound) as gone:
             call(lambda client: client.get_entity("new/okapi?"))
         assert len(gone.value.request_id) == 32
         pictured = EntityRequest(title="Okapi", text="A giraffid.")
         with pytest.raises(Unprocessable, match="no entity encoder"):  # the form was read
-            call(lambda client: client.put_entity("okapi", pictured, giraffe))
+            call(lambda client: client.put_entity("okapi", pictured, [giraffe, lion]))
         for by_url in (
             lambda client: client.recognize("https://a.org/b.png"),
             lambda client: client.put_entity("okapi", pictured, "https://a.org/b.png"),

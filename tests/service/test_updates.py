@@ -16,7 +16,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 
-from tests.conftest import write_small_bundle
+from tests.conftest import draw_png, write_small_bundle
 
 TOKEN = "the admin token"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -173,12 +173,141 @@ def test_a_record_may_be_sent_as_a_form(live):
     assert live.put("/entities/f", content=b"x", headers={**ADMIN, "Content-Type": "image/png"}).status_code == 415
 
 
+def add_image(client, entity_id: str, **body):
+    return client.post(f"/entities/{entity_id}/images", json=body, headers=ADMIN)
+
+
+def image_of(data: bytes) -> dict[str, dict[str, str]]:
+    return {"image": {"base64": base64.b64encode(data).decode()}}
+
+
+def test_an_image_that_is_added_to_an_entity_of_the_bundle_is_found_until_it_is_removed(live, small_images):
+    unlike = draw_png(seed=4242)
+    before = [recognized(live, unlike, top_k=12)["predictions"], live.get("/entities/Q140").json()]
+    assert before[1]["image_ids"] == ["base-0"]
+    forms = (
+        {"files": {"image": ("x.png", unlike, "image/png")}},
+        {"content": unlike, "headers": {**ADMIN, "Content-Type": "image/png"}},
+        {"json": image_of(unlike)},
+        {"json": {key: live.post("/embed", json=image_of(unlike)).json()[key] for key in ("embedding", "encoder")}},
+    )
+    for number, form in enumerate(forms):
+        answer = live.post("/entities/Q140/images", **{"headers": ADMIN, **form})
+        assert answer.status_code == 201, answer.text
+        added = answer.json()
+        assert (added["entity_id"], added["bundle"]) == ("Q140", f"{live.get('/info').json()['bundle']}")
+        first = recognized(live, unlike)["predictions"][0]
+        assert (first["entity_id"], first["title"], first["score"]) == ("Q140", "Lion", pytest.approx(1, abs=1e-3))
+        assert recognized(live, small_images["Q140"])["predictions"][0]["entity_id"] == "Q140"
+        details = live.get("/entities/Q140").json()
+        assert details == {**before[1], "image_count": 2, "image_ids": ["base-0", added["image_id"]]}
+        url = f"/entities/Q140/images/{added['image_id']}"
+        assert live.delete(url, headers=ADMIN).status_code == 204
+        assert [recognized(live, unlike, top_k=12)["predictions"], live.get("/entities/Q140").json()] == before
+        assert live.delete(url, headers=ADMIN).status_code == 404
+        assert added["bundle"].endswith(f"+{2 * number + 1}")
+
+
+@pytest.mark.parametrize(
+    ("entity_id", "request_", "status", "said"),
+    [
+        ("Q140", {"files": {"other": ("x.png", draw_png(seed=1), "image/png")}}, 400, "no part named image"),
+        ("Q140", {"files": [("image", ("x.png", draw_png(seed=1), "image/png"))] * 2}, 400, "2 parts named image"),
+        ("Q140", {"files": {"image": ("x.txt", b"some text", "text/plain")}}, 415, "text/plain"),
+        ("Q140", {"files": {"image": ("x.png", b"some text", "image/png")}}, 422, "image"),
+        ("Q140", {"content": b"some text", "headers": {"Content-Type": "text/plain"}}, 415, "text/plain"),
+        ("Q140", {"content": b"", "headers": {"Content-Type": "image/png"}}, 400, "empty"),
+        ("Q140", {"json": {"text": "a lion"}}, 400, "image must be"),
+        ("Q140", {"json": {"embedding": [1.0] * DIM, "encoder": "0" * 64}}, 409, "has"),
+        ("Q140", {"json": {"embedding": [1.0] * (DIM - 1)}}, 422, "16 finite numbers"),
+        ("Q140", {"json": {"embedding": [0.0] * DIM}}, 422, "not all of them 0"),
+        ("Q140", {"json": {"embedding": [1e308] * DIM}}, 422, "finite"),
+        ("Q140", {"json": {"embedding": [1.0] * DIM, "image": {"base64": "AAAA"}}}, 400, "send one of them"),
+        ("Q140", {"json": {"image": {"url": "https://example.org/x.png"}}}, 403, "URL"),
+        ("nothing", {"json": {"embedding": [1.0] * DIM}}, 404, "no entity"),
+        ("nothing", {"files": {"image": ("x.png", draw_png(seed=1), "image/png")}}, 404, "no entity"),
+    ],
+)
+def test_a_bad_image_is_refused_and_changes_nothing(live, entity_id, request_, status, said):
+    headers = {**ADMIN, **request_.get("headers", {})}
+    answer = live.post(f"/entities/{entity_id}/images", **{**request_, "headers": headers})
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/problem+json"), answer.text
+    assert said in answer.json()["detail"]
+    assert "+" not in live.get("/info").json()["bundle"]
+
+
+def test_images_that_cannot_be_removed(live):
+    put(live, "new", embedding=vector(1)).raise_for_status()
+    only = add_image(live, "new", embedding=vector(2)).json()["image_id"]
+    for path, status in (
+        ("Q140/images/base-0", 409), ("Q140/images/base-1", 404), (f"Q140/images/{only}", 404),
+        ("nothing/images/x", 404), (f"new/images/{only}", 204), (f"new/images/{only}", 404),
+    ):  # fmt: skip
+        assert live.delete(f"/entities/{path}", headers=ADMIN).status_code == status
+    assert live.get("/entities/new").json()["image_ids"] == []
+
+
+def test_ids_with_slashes_have_images(live):
+    entity_id = "https://en.wikipedia.org/wiki/A%2FB"
+    put(live, entity_id, embedding=vector(1)).raise_for_status()
+    image_id = add_image(live, entity_id, embedding=vector(2)).json()["image_id"]
+    assert live.get(f"/entities/{entity_id}").json()["image_ids"] == [image_id]
+    assert live.delete(f"/entities/{entity_id}/images/{image_id}", headers=ADMIN).status_code == 204
+    assert put(live, "a/images/b", embedding=vector(1)).status_code == 422
+
+
+def test_an_entity_may_be_put_with_several_images(serve, small_bundle, tmp_path):
+    images_only = tmp_path / "images only"
+    shutil.copytree(small_bundle, images_only)
+    manifest = json.loads((images_only / "manifest.json").read_text())
+    manifest["model"]["text_encoder"] = None
+    (images_only / "manifest.json").write_text(json.dumps(manifest))
+    drawn = [draw_png(seed=5000 + number) for number in range(3)]
+    parts = [("image", ("x.png", image, "image/png")) for image in drawn]
+    record = ("record", (None, json.dumps({"title": "Form"}), "application/json"))
+    with serve(images_only, live_dir=tmp_path / "live", admin_token=TOKEN) as client:
+        answers = [
+            client.put("/entities/a", files=[record, *parts], headers=ADMIN),
+            put(client, "a", image=[image_of(image)["image"] for image in drawn]),
+        ]
+        assert [answer.status_code for answer in answers] == [201, 200]
+        for answer in answers:
+            assert (answer.json()["image_count"], len(set(answer.json()["image_ids"]))) == (3, 3)
+        for image in drawn:
+            first = recognized(client, image)["predictions"][0]
+            assert (first["entity_id"], first["score"]) == ("a", pytest.approx(1, abs=1e-3))
+        broken = client.put(
+            "/entities/a", files=[record, *parts, ("image", ("x.png", b"x", "image/png"))], headers=ADMIN
+        )
+        assert (broken.status_code, "image 4 of 4" in broken.json()["detail"]) == (422, True)
+        details = {**answers[1].json()}
+        del details["bundle"]
+        assert client.get("/entities/a").json() == details
+        *removed, last = details["image_ids"]
+        for image_id in removed:
+            assert client.delete(f"/entities/a/images/{image_id}", headers=ADMIN).status_code == 204
+        only = client.delete(f"/entities/a/images/{last}", headers=ADMIN)
+        assert (only.status_code, "only image" in only.json()["detail"]) == (409, True)
+        kept = add_image(client, "a", **image_of(drawn[0])).json()["image_id"]
+    with serve(images_only, live_dir=tmp_path / "live") as client:  # after a restart
+        assert client.get("/entities/a").json()["image_ids"] == [last, kept]
+        assert recognized(client, drawn[0])["predictions"][0]["score"] == pytest.approx(1, abs=1e-3)
+
+
 def test_changes_need_the_admin_token_and_a_live_dir(live, serve, small_bundle):
-    for method, path in (("PUT", "/entities/Q140"), ("DELETE", "/entities/Q140")):
+    images = "/entities/Q140/images"
+    for method, path in (
+        ("PUT", "/entities/Q140"), ("DELETE", "/entities/Q140"), ("POST", images), ("DELETE", f"{images}/base-0")
+    ):  # fmt: skip
         assert live.request(method, path).status_code == 401
         assert live.request(method, path, headers={"Authorization": "Bearer other"}).status_code == 401
     with serve(small_bundle, admin_token=TOKEN) as fixed:
-        answers = (put(fixed, "new", embedding=vector(1)), fixed.delete("/entities/Q140", headers=ADMIN))
+        answers = (
+            put(fixed, "new", embedding=vector(1)),
+            fixed.delete("/entities/Q140", headers=ADMIN),
+            add_image(fixed, "Q140", embedding=vector(1)),
+            fixed.delete(f"{images}/base-0", headers=ADMIN),
+        )
     for answer in answers:
         assert answer.status_code == 403
         assert "WIKICLIP_LIVE_DIR" in answer.json()["detail"]
