@@ -308,6 +308,7 @@ def _assemble(
                 calibrate_on(found, config, model, index),
                 found,
                 lambda views: search_validation(validation_sets(validation, views), config, index),
+                store,
             )
             for rejected in validation.rejected:
                 log.add(rejected)
@@ -320,6 +321,7 @@ def _assemble(
                     calibration,
                     found,
                     lambda views: search_own(own_sets(queries, views), config, index, images, pooling),
+                    store,
                 )
         if calibration is not None and calibration.open_set_model is not None:
             calibration.open_set_model.write(bundle / OPEN_SET_FILE)

@@ -17,19 +17,28 @@ import numpy as np
 from core.arrays import Float32Array, Int64Array, combined
 from export.calibrate import LabelledSearch, NotFitted, Validation, fit_to_scores
 from export.leave_one_out import OwnQueries
+from export.levels import add_level_model
 from index.calibration import Calibration
+from index.store import EntityStore
 
 MAX_FITTED = 4  # photographs of a set; more of them have the fit of four
 _SETS_OF_ENTITY = 6
 _MIN_SETS, _MAX_SETS = 30, 4096
 
 
-def fit_views(calibration: Calibration, single: LabelledSearch, search: Callable[[int], LabelledSearch]) -> Calibration:
+def fit_views(
+    calibration: Calibration,
+    single: LabelledSearch,
+    search: Callable[[int], LabelledSearch],
+    store: EntityStore | None = None,
+) -> Calibration:
     """Add the calibrations of one to four photographs, as far as there are enough sets.
 
     `single` is what was found for one photograph, and `search` returns that for sets of more. `known` of one photograph
-    stays as it is.
+    stays as it is. With a `store`, each calibration gets a level model.
     """
+    if store is not None:
+        calibration = add_level_model(calibration, single, store)
     views = {}
     for number in range(1, MAX_FITTED + 1):
         found = single if number == 1 else search(number)
@@ -40,7 +49,10 @@ def fit_views(calibration: Calibration, single: LabelledSearch, search: Callable
         except NotFitted:
             continue
         if number == 1:
-            fitted = replace(fitted, open_set_model=calibration.open_set_model, abstain_below=calibration.abstain_below)
+            kept = {name: getattr(calibration, name) for name in ("open_set_model", "abstain_below", "level")}
+            fitted = replace(fitted, **kept)
+        elif store is not None:
+            fitted = add_level_model(fitted, found, store)
         views[number] = fitted
     return replace(calibration, views=views)
 

@@ -30,11 +30,12 @@ import numpy as np
 from core.arrays import Float32Array, Float64Array
 from core.errors import BundleAltered
 from core.files import atomic_write
+from index.levels import LevelModel
 
 CANDIDATES = 10  # scores that the softmax and the background are taken over
 _SCALARS = ("offset", "best", "background", "width")
 _OF_SCORES = frozenset(("offset", "best", "background"))  # of an `OpenSetModel` without landmarks
-_NOT_NUMBERS = frozenset(("open_set_model", "views"))
+_NOT_NUMBERS = frozenset(("open_set_model", "views", "level"))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +105,7 @@ class Calibration:
     the in-catalog probability is one minus the probability of "none of these".
 
     `views` has the calibrations by the number of photographs of one thing. Those of several have open-set models of
-    scores alone. Versions before 0.3 ignore them.
+    scores alone. Versions before 0.3 ignore them, and `level`, which is None if it could not be fitted.
     """
 
     slope: float
@@ -118,6 +119,7 @@ class Calibration:
     ceiling: float = 1.0
     open_set_model: OpenSetModel | None = None
     views: Mapping[int, Calibration] = field(default_factory=dict)
+    level: LevelModel | None = None
 
     def of_views(self, views: int) -> Calibration:
         """Return the calibration of this number of photographs, or of the largest smaller number that has one."""
@@ -145,6 +147,8 @@ class Calibration:
         content = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_NUMBERS}
         if self.ceiling == 1.0:
             del content["ceiling"]
+        if self.level is not None:
+            content["level"] = self.level.to_dict()
         if self.views:
             content["views"] = {str(number): each._with_scores() for number, each in self.views.items()}
         return content
@@ -172,7 +176,9 @@ class Calibration:
             }
         except (AttributeError, TypeError, ValueError) as error:
             raise BundleAltered("calibration.views is malformed; export the bundle again") from error
-        return cls(**{name: content[name] for name in known}, open_set_model=open_set_model, views=views)
+        level = LevelModel.from_dict(content["level"]) if "level" in content else None
+        numbers = {name: content[name] for name in known}
+        return cls(**numbers, open_set_model=open_set_model, views=views, level=level)
 
     @classmethod
     def _of_views(cls, content: Mapping[str, Any], open_set_model: OpenSetModel | None) -> Self:

@@ -23,6 +23,7 @@ from core.arrays import Float32Array, Int64Array, normalised
 from core.errors import BundleError, UnknownEntity
 from index import milvus
 from index.bundle import Bundle
+from index.levels import TypeLevels
 from index.milvus import FIRST_OWN_KEY, FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
 from index.references import (
     FIRST_IMAGE_KEY,
@@ -324,10 +325,13 @@ class MilvusView:
     def __init__(self, entities: MilvusEntities) -> None:
         self._entities = entities
         self._store = entities.store
-        self.types = entities.store.types
         self.delta = entities.delta
         self.entity_count = entities.base_count + self.delta.added
         self.version = f"+{self.delta.revision}" if self.delta.revision else ""
+
+    @property
+    def type_levels(self) -> TypeLevels:
+        return self._store.type_levels
 
     def select(self, types: tuple[str, ...]) -> Selection:
         """Return a selection. Milvus filters by types and ancestors; it has rows only for remembered vectors."""

@@ -19,12 +19,12 @@ import numpy as np
 from core.arrays import BoolArray, Float32Array, Int64Array, normalised
 from core.errors import UnknownEntity
 from index.delta import Delta
+from index.levels import TypeLevels
 from index.live import LiveSegment
 from index.references import all_image_ids
 from index.search import EntityIndex
 from index.store import AttendedWords, EntityStore, Selection, StoredEntity, distinct
 from index.top_k import best
-from index.types import TypeHierarchy
 
 _SPARE = 32  # hidden entities that the first search of the base allows for
 
@@ -45,7 +45,7 @@ class EntityView(Protocol):
     @property
     def delta(self) -> LiveState | None: ...
     @property
-    def types(self) -> TypeHierarchy: ...
+    def type_levels(self) -> TypeLevels: ...
     @property
     def entity_count(self) -> int: ...
     @property
@@ -118,7 +118,6 @@ class OverlayView:
         self._live = live
         self._select = select or store.select
         self._base_count = len(store)
-        self.types = store.types
         self.delta: Delta | None = None if live is None else live.delta
         self.entity_count = self._base_count  # some may have no embedding
         self.version = ""
@@ -127,12 +126,18 @@ class OverlayView:
             if self.delta.revision > live.base_revision:
                 self.version = f"+{self.delta.revision}"
 
+    @property
+    def type_levels(self) -> TypeLevels:
+        """The types of the bundle that can be a level. Live changes do not affect it."""
+        return self._store.type_levels
+
     def select(self, types: tuple[str, ...]) -> Selection:
         """Select the entities with any of `types`, or a descendant of one, for searches of this view."""
         base = self._select(types)
         if self.delta is None:
             return base
-        return _OverlaySelection(types, base.allowed_E, base, self.delta.with_types(self.types.names_below(types)))
+        allowed_M = self.delta.with_types(self._store.types.names_below(types))
+        return _OverlaySelection(types, base.allowed_E, base, allowed_M)
 
     def search(
         self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None = None

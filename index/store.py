@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from pydantic import Field, TypeAdapter
 from core.arrays import BoolArray
 from core.errors import BundleAltered, BundleIncomplete, UnknownEntity
 from core.files import atomic_write
+from index.levels import TypeLevels
 from index.types import TypeHierarchy, TypeParents
 
 SCHEMA = """
@@ -332,6 +334,14 @@ class EntityStore:
         return TypeHierarchy(
             TypeParents(type=key, label=label, parents=tuple(json.loads(parents))) for key, label, parents in rows
         )
+
+    @cached_property
+    def type_levels(self) -> TypeLevels:
+        """The types that can be a level. Takes seconds for millions of entities."""
+        sizes: Counter[str] = Counter()
+        for types, count in self._execute("SELECT types, count(*) FROM entity GROUP BY types"):
+            sizes.update(dict.fromkeys(self.types.ancestors(tuple(json.loads(types))), count))
+        return TypeLevels(self.types, sizes, len(self))
 
     @cached_property
     def _type_lists(self) -> list[str]:

@@ -451,6 +451,7 @@ class Recognizer:
             cached=not isinstance(image, bytes),
             in_catalog_probability=result.ranking.in_catalog_probability,
             abstained=result.ranking.abstained,
+            level=result.ranking.level,
             predictions=result.ranking.predictions,
             timings_ms=timings_ms(result.stages),
         )

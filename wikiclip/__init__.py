@@ -48,6 +48,7 @@ __all__ = [
     "ImageCredit",
     "Info",
     "InternalError",
+    "Level",
     "Liveness",
     "NotFound",
     "Prediction",

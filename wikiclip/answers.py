@@ -174,6 +174,15 @@ class Prediction(Answer):
     explanation: Explanation | None = Field(default=None, description="Null unless `explain` asks for it.")
 
 
+class Level(Answer):
+    """What is certain about an image: the entity, or only a type of it."""
+
+    id: str = Field(description="The entity's id, or the type's key.")
+    title: str
+    kind: Literal["entity", "type"]
+    confidence: float = Field(description="Probability of being right, at least 0.9.")
+
+
 class SkippedImage(Answer):
     """One of several images that was not used."""
 
@@ -196,6 +205,11 @@ class Recognition(Reply):
     abstained: bool | None = Field(
         description="True when the entity is probably not in the catalog; null without calibration. "
         "Predictions are returned anyway."
+    )
+    level: Level | None = Field(
+        default=None,
+        description="The most specific entity or type with a probability of at least 0.9. Types cover at most a tenth "
+        "of the catalog. Null without calibration, or if there is none.",
     )
     predictions: tuple[Prediction, ...]
     skipped: tuple[SkippedImage, ...] | None = Field(

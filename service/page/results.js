@@ -110,6 +110,8 @@ function renderAnswer(answer, roundTripMs, { onType, onExplain }) {
   $("problem").hidden = true;
   $("problem").replaceChildren();
   $("abstained").hidden = !answer.abstained;
+  $("level").hidden = !answer.level;
+  $("level").textContent = answer.level ? `Surely: ${answer.level.title}` : "";
   const list = $("predictions");
   const item = (prediction) => predictionItem(prediction, answer.abstained, onType, onExplain);
   list.replaceChildren(...answer.predictions.map(item));
@@ -159,7 +161,7 @@ export function showProblem(problem, onRetry) {
 
 function renderProblem(problem, onRetry) {
   settle("refused");
-  $("abstained").hidden = true;
+  $("abstained").hidden = $("level").hidden = true;
   $("predictions").replaceChildren();
   $("predictions").hidden = true;
   $("times").hidden = true;

@@ -61,6 +61,7 @@ function shown(page) {
         tile_text: text(".tile", item),
       })),
       abstained: visible("abstained"),
+      level: visible("level") ? text("#level") : null,
       problem: visible("problem") ? text("#problem") : null,
       stages: visible("times") ? [...document.querySelectorAll("#times-legend li")].map((entry) => entry.textContent) : null,
       times: text("#times-total"),
@@ -193,7 +194,8 @@ const SCENARIOS = {
 
   async abstained(page) {
     const { body } = await pick(page, "giraffe.png");
-    await page.route("**/recognize?*", (route) => route.fulfill({ json: { ...body, abstained: true } }));
+    const level = { id: "Q729", title: "animal", kind: "type", confidence: 0.95 };
+    await page.route("**/recognize?*", (route) => route.fulfill({ json: { ...body, abstained: true, level } }));
     await pick(page, "apple.png");
     return { shown: await shown(page) };
   },

@@ -64,7 +64,7 @@ def test_a_dropped_file_shows_predictions(browsed: dict[str, dict[str, Any]]) ->
         assert line["entity_id"] == prediction["entity_id"]
         assert line["score"] == pytest.approx(prediction["score"], abs=0.001)
         assert line["confidence"] == confidence_in_words(prediction["confidence"])
-    assert shown["abstained"] is False
+    assert (shown["abstained"], shown["level"]) == (False, None)
     assert shown["problem"] is None
     assert "Best match: Giraffe" in shown["status"]
 
@@ -110,7 +110,7 @@ def test_the_heat_map_covers_the_image(browsed: dict[str, dict[str, Any]]) -> No
 
 def test_an_abstention_shows_no_confidence(browsed: dict[str, dict[str, Any]]) -> None:
     shown = see(browsed, "abstained")["shown"]
-    assert shown["abstained"] is True
+    assert (shown["abstained"], shown["level"]) == (True, "Surely: animal")
     assert titles(shown["predictions"])[0] == "Giraffe"
     assert {line["confidence"] for line in shown["predictions"]} == {None}
 

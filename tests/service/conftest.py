@@ -32,6 +32,7 @@ def served(bundle: Path | str, *, encoder=None, fetcher=None, tracing=None, **se
     configured = Settings(bundle=bundle, threads=1, decode_threads=2, **settings)
     recognizer = Recognizer(Bundle.open(local_bundle(bundle, configured.bundle_cache)), configured, encoder)
     with bind("127.0.0.1", 0) as listener:
+        listener.listen()  # so that a client can connect before the server has started
         app = create_app(configured, recognizer, fetcher, tracing)
         server = uvicorn.Server(server_config(configured, app))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))

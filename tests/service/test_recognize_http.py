@@ -50,7 +50,7 @@ def test_the_three_forms_give_the_same_answer(service, giraffe):
 def test_the_answer_has_the_documented_fields(service, giraffe):
     answer = ask(service, giraffe, top_k=3, min_score=-1)
     content = answer.json()
-    fields = {"request_id", "model", "bundle", "cached", "known", "abstained", "predictions", "timings_ms"}
+    fields = {"request_id", "model", "bundle", "cached", "known", "abstained", "level", "predictions", "timings_ms"}
     assert set(content) == fields
     assert content["bundle"].startswith("small@")
     assert content["request_id"] == answer.headers["x-request-id"]
