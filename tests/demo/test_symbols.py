@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from demo.build import ADAPTOR_ARTISTS, HELD_OUT_ARTISTS, Drawing, _labelled, is_blank, split_entities
-from demo.entities import Symbol, hexcode, slug
+from demo.entities import Symbol, hexcode, slug, type_parents
 from demo.sources import WordNet
+from index.types import TypeHierarchy, TypeParents
 
 
 def test_number_of_symbols(symbols: list[Symbol]) -> None:
@@ -43,6 +44,23 @@ def test_glosses_are_only_in_the_knowledge_text(symbols: list[Symbol], sources: 
     assert sense.gloss in giraffe.knowledge
     assert sense.gloss not in giraffe.description
     assert sense.hypernym == "ruminant"
+
+
+def test_emoji_have_the_ancestors_of_what_they_depict(symbols: list[Symbol], sources: Path) -> None:
+    rows = type_parents(symbols, sources)
+    types = TypeHierarchy(
+        TypeParents(type=row["type"], parents=tuple(row["parents"]), label=row.get("label", "")) for row in rows
+    )
+    by_id = {symbol.entity_id: types.ancestors(tuple(symbol.types)) for symbol in symbols}
+    titles = {entity_id: {types.title(key) for key in above} for entity_id, above in by_id.items()}
+    assert titles["emoji:1F992"] >= {"giraffe", "ruminant", "mammal", "animal", "entity", "mammals", "animals & nature"}
+    assert titles["emoji:1F42F"] >= {"tiger", "big cat", "animal"}  # tiger face
+    assert titles["emoji:1F427"] >= {"penguin", "bird"}
+    assert titles["flag:DE"] >= {"flag", "europe"}
+    assert "person" not in titles["emoji:1F42F"] | titles["emoji:1F34E"]
+    assert "hotel" not in titles["emoji:1F9F3"]  # luggage, of the subgroup "hotel"
+    labels = [row["label"] for row in rows if "label" in row]
+    assert len(set(labels)) == len(labels)
 
 
 def test_sets_without_code_points_are_matched_by_name(symbols: list[Symbol]) -> None:

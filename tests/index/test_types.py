@@ -74,7 +74,7 @@ def test_a_type_is_named_by_key_or_label_and_equal_labels_are_kept_apart() -> No
     for wanted in ("landform", "Q5", "bank (Q2)"):
         assert types.names_below((wanted,)).isdisjoint(["bank (Q1)"])
     assert types.names_above(("bank (Q1)",)) == {"bank (Q1)", "bank", "Q1", "company", "Q3"}
-    assert (types.label("Q3"), types.label("Q5")) == ("company", "Q5")
+    assert (types.label("Q3"), types.label("Q5"), types.title("Q1")) == ("company", "Q5", "bank")
     assert TypeHierarchy(types.rows()).rows() == types.rows()
 
 
