@@ -54,7 +54,8 @@ def evaluate(
     """Measure accuracy on labelled queries: recall@1, 5 and 10 by split; top-1 for seen and unseen, and their HM.
 
     All figures have 95 % intervals. Queries for entities that the bundle lacks are counted separately. With a
-    calibrated bundle, also measure the calibration of confidences and the detection of such unknown entities.
+    calibrated bundle, also measure the calibration of confidences, the detection of such unknown entities, and how many
+    queries have a certain level and how often it is right.
     """
     import json
     from dataclasses import asdict

@@ -18,6 +18,7 @@ from core.arrays import Float32Array, Int64Array
 from core.errors import UnknownEntity
 from core.files import atomic_write
 from core.jsonl import Rejected, RejectLog
+from evaluation.levels import level_steps
 from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
 from index.bundle import Bundle
 from index.manifest import INDEX_FILE
@@ -51,6 +52,8 @@ def answer_queries(
         temporary.open("w", encoding="utf-8") as out,
         recognizer.acquire() as loaded,
     ):
+        calibration = loaded.loaded.bundle.calibration
+        level_model = None if calibration is None else calibration.of_views(1).level
         for path in query_files:
             pairs = load_pairs(path, image_root, rejects, ovenid2impath=ovenid2impath, missing_ok=True)
             if warning := question_warning(path, pairs):
@@ -64,6 +67,9 @@ def answer_queries(
                         entity = None
                     predictions = answer.predictions if answer else ()
                     predicted_ids = [prediction.entity_id for prediction in predictions]
+                    levels = None
+                    if level_model is not None and entity is not None:
+                        levels = level_steps(level_model, loaded.entities.type_levels, predictions, entity)
                     row = {"data_id": pair.data_id, "pred_entity_id": predicted_ids[0] if predicted_ids else ""}
                     out.write(json.dumps(row) + "\n")
                     answered.append(
@@ -77,6 +83,7 @@ def answer_queries(
                             best=predictions[0] if predictions else None,
                             in_catalog_probability=answer.in_catalog_probability if answer else None,
                             abstained=answer.abstained if answer else None,
+                            levels=levels,
                         )
                     )
     return answered, rejects.count

@@ -10,7 +10,7 @@ Shapes: N queries, G groups of queries, R resamplings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from core.arrays import Float64Array
 from core.statistics import wilson_interval
+from evaluation.levels import Step, summarise_levels
 
 if TYPE_CHECKING:
     from index.store import StoredEntity
@@ -37,7 +38,7 @@ class AnsweredQuery:
     """One query and its result. `rank` is 1-based and None if the entity is not among the first ten predictions.
 
     `in_catalog` is False for a query whose entity cannot be found. `best`, `in_catalog_probability` and `abstained` are
-    None if the image cannot be read.
+    None if the image cannot be read. `levels` is None if the entity's types are unknown, or without a level model.
     """
 
     data_split: str
@@ -49,6 +50,7 @@ class AnsweredQuery:
     best: Prediction | None = None
     in_catalog_probability: float | None = None
     abstained: bool | None = None
+    levels: tuple[Step, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class Evaluation:
     prediction. `auroc` ranks queries in the catalog above unknown ones; `auroc_right` takes only those answered right.
     `abstained` has the share of answers that abstain ("queries", "percent", "interval") of queries in the catalog
     (`all`), of those answered right (`right`) and of unknown ones (`unknown`). It is empty without calibration.
+    `levels` is what `summarise_levels` returns.
     """
 
     queries: int
@@ -75,6 +78,7 @@ class Evaluation:
     auroc: float | None = None
     auroc_right: float | None = None
     abstained: dict[str, dict[str, float | Interval]] = field(default_factory=dict)
+    levels: dict[str, Any] = field(default_factory=dict)
 
 
 def rank_of(entity: str | int, predicted: Sequence[str | int]) -> int | None:
@@ -206,6 +210,7 @@ def summarise(answered: Sequence[AnsweredQuery], *, rejected: int) -> Evaluation
         auroc=round(auroc(positive, negative), 4) if positive and negative else None,
         auroc_right=round(auroc(right, negative), 4) if right and negative else None,
         abstained=_abstained({"all": found, "right": [a for a in found if a.rank == 1], "unknown": unknown}),
+        levels=summarise_levels(answered),
     )
 
 
@@ -310,6 +315,7 @@ def as_table(evaluation: Evaluation) -> str:
             for name, row in evaluation.abstained.items()
         ]
         lines.append(f"abstained: {', '.join(shares)}")
+    lines += level_lines(evaluation.levels)
     if evaluation.unknown:
         lines.append(f"{evaluation.unknown} queries for entities that cannot be found, counted separately")
     if evaluation.auroc is not None:
@@ -318,6 +324,20 @@ def as_table(evaluation: Evaluation) -> str:
     if evaluation.auroc_right is not None:
         lines.append(f"AUROC of correct answers against unknown {evaluation.auroc_right:.3f}")
     return "\n".join(lines)
+
+
+def level_lines(levels: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what `summarise_levels` returns as lines of text."""
+    if not levels:
+        return
+    if levels["right"] is not None:
+        yield (
+            f"levels: {levels['answered']:.1f} % of the queries have one, {levels['right']:.1f} % of these are right "
+            f"({format_interval(levels['right_interval'])}), {levels['entities_left']:g} entities left (median)"
+        )
+    at_90 = levels["at_90_right"]
+    ratio = "" if at_90["ratio"] is None else f" ({at_90['ratio']:.2f} times as many)"
+    yield f"at 90 % right: {at_90['any']:.1f} % answered at some level, {at_90['entity']:.1f} % with an entity{ratio}"
 
 
 def format_ratios(ratios: Mapping[str, Mapping[str, Any]]) -> str:

@@ -27,6 +27,7 @@ from evaluation.metrics import (
     confidences_of,
     distinct_splits,
     format_interval,
+    level_lines,
     reliability,
 )
 from imaging import make_thumbnail
@@ -252,6 +253,10 @@ _SPLITS = Bars(
 _RECALL = Lines(
     title="Recall at k", x_label="k, number of predictions", y_label="recall@k, %", points=("*/*",), y=("",)
 )
+_LEVELS = Lines(
+    title="Answers at some level", x_label="threshold", y_label="%", points=("*",), x="threshold",
+    y=("answered", "right", "entity", "entity_right"),
+)  # fmt: skip
 _RELIABILITY = Lines(
     title="Reliability", x_label="confidence of the best prediction", y_label="accuracy", points=("*",),
     x="confidence", y=("accuracy",), diagonal=True,
@@ -300,6 +305,8 @@ def write_report(
         bins=bins,
         recall_at=RECALL_AT,
         format_interval=format_interval,
+        level_lines=list(level_lines(evaluation.levels)),
+        level_plot=_LEVELS.svg(evaluation.levels.get("curve", [])),
         reliability_plot=_RELIABILITY.svg([asdict(each) for each in bins]),
         confusions=[(group, _thumbnail(group[0].image)) for group in shown],
         images=images,
