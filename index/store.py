@@ -193,7 +193,7 @@ class EntityStore:
 
     A bundle's store is `immutable`, and recently read rows are cached. The live store changes, and every read sees all
     committed changes. A statement that takes too long fails, so that no file can block its reader. Raise
-    `BundleIncomplete` if the file is missing, `BundleAltered` if it is not a store.
+    `BundleIncomplete` if the file is missing, `BundleAltered` if it is not a store. `types` is the hierarchy of types.
     """
 
     def __init__(self, path: Path, *, immutable: bool = True) -> None:
@@ -216,9 +216,13 @@ class EntityStore:
             self._execute("SELECT row FROM thumbnail LIMIT 1").fetchone()
             tables = {name for (name,) in self._execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
             self._has_attended_words, self._has_credits = "heard" in tables, "credit" in tables
-            self._has_types = "type" in tables
+            self.types = TypeHierarchy(self._read_types() if "type" in tables else ())
             self._max_statement_s = _MAX_STATEMENT_S
-        except sqlite3.DatabaseError as error:
+        except (
+            sqlite3.DatabaseError,
+            TypeError,
+            ValueError,
+        ) as error:  # the last two: malformed types
             self.close()
             raise BundleAltered(f"{path} is not an entity store: {error}; export the bundle again") from error
 
@@ -327,13 +331,9 @@ class EntityStore:
         allowed_E[np.fromiter((values[0] for values in found), np.int64)] = True
         return Selection(tuple(types), allowed_E)
 
-    @cached_property
-    def types(self) -> TypeHierarchy:
-        """The hierarchy of types, without any row in bundles that have none."""
-        rows = self._execute("SELECT type, label, parents FROM type ORDER BY rowid") if self._has_types else ()
-        return TypeHierarchy(
-            TypeParents(type=key, label=label, parents=tuple(json.loads(parents))) for key, label, parents in rows
-        )
+    def _read_types(self) -> Iterator[TypeParents]:
+        for key, label, parents in self._execute("SELECT type, label, parents FROM type ORDER BY rowid"):
+            yield TypeParents(type=key, label=label, parents=tuple(map(str, json.loads(parents))))
 
     @cached_property
     def type_levels(self) -> TypeLevels:

@@ -429,6 +429,8 @@ def _lines(name: str, recognition: Recognition) -> Iterator[str]:
         yield f"  {each.rank:3d}  {each.score:.3f}{confidence}  {each.symbol or ' '} {each.title}  [{each.entity_id}]"
         if each.explanation is not None:
             yield from _explanation_lines(each.explanation)
+    if recognition.level is not None:
+        yield f"       surely: {recognition.level.title}"
 
 
 def _explanation_lines(explanation: Explanation) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from core.errors import BundleAltered
 from index.bundle import Bundle
 from index.compact import compact
 from index.delta import Delta
@@ -147,6 +148,17 @@ def test_live_entities_are_found_by_ancestors_too_and_keep_them_when_compacted(
         assert compacted_store.types.rows() == store.types.rows()
         for wanted in wanted_types():
             assert search_all(OverlayView(compacted.index(), compacted_store), wanted) == matching(entities, wanted)
+
+
+@pytest.mark.parametrize("parents", ["{", "1", None])
+def test_malformed_parents_are_refused_when_the_store_is_opened(bundle: Bundle, parents: str | None) -> None:
+    path = bundle.path / "entities.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("DROP TABLE type")
+        db.execute("CREATE TABLE type (type TEXT, label TEXT, parents TEXT)")
+        db.execute("INSERT INTO type VALUES ('bird', '', ?)", (parents,))
+    with pytest.raises(BundleAltered, match="export the bundle again"):
+        EntityStore(path)
 
 
 def test_a_store_without_parents_has_no_table_for_them(tmp_path: Path, bundle: Bundle) -> None:

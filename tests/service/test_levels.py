@@ -7,10 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from index.bundle import Bundle
 from index.levels import LevelModel
 from index.manifest import MANIFEST_FILE, Manifest
+from service.cli import recognize
 from tests.conftest import FIXTURE_ENTITIES, add_type_parents
 from wikiclip import Client, Level
 
@@ -130,6 +132,13 @@ def test_the_cache_batch_and_client_have_it_too(bundle, serve, small_images):
         assert (again.cached, again.level) == (True, answered.level)
         batch = client.recognize_batch([small_images["Q89"], b"none"])
         assert batch.results[0].level == answered.level
+
+
+def test_the_command_line_prints_it(bundle, small_images, tmp_path):
+    (tmp_path / "apple.png").write_bytes(small_images["Q89"])
+    done = CliRunner().invoke(recognize, [str(tmp_path / "apple.png"), "--bundle", str(bundle)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.splitlines()[-1].strip() == "surely: food"
 
 
 def test_without_a_fit_or_calibration_it_is_null(small_bundle, serve, small_images, tmp_path):
