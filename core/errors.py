@@ -86,6 +86,11 @@ class LiveDirError(UserError):
     title = "Live changes cannot be kept"
 
 
+class FeedbackFileError(UserError):
+    status = 503
+    title = "Feedback cannot be kept"
+
+
 class CatalogError(UserError):
     title = "Catalog cannot be read"
 

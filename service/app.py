@@ -42,6 +42,9 @@ def create_app(
     if recognizer is None and settings.bundle is None:
         raise UserError("there is no bundle to serve; name one with --bundle or WIKICLIP_BUNDLE")
 
+    if settings.feedback_file is not None and not settings.feedback_file.parent.is_dir():
+        raise UserError(f"the folder of feedback_file {settings.feedback_file} does not exist; create it")
+
     limiter = None
     if settings.rate_limit is not None:
         redis = None if settings.redis_url is None else RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)

@@ -36,6 +36,7 @@ _REQUEST_ERRORS: tuple[type[WikiclipError], ...] = (
     errors.TooManyRequests,
     errors.Unavailable,
     errors.LiveDirError,
+    errors.FeedbackFileError,
     errors.DeadlineExceeded,
 )
 _HTTP_DETAILS = {404: "there is no such page; see /docs", 405: "this path takes other methods; see Allow"}

@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -39,13 +40,24 @@ from index.bundle import Bundle
 from index.transfer import local_bundle
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
+from service.feedback import append_row
 from service.limits import Admission
 from service.loaded_bundle import BundleView, LoadedBundle, opening
 from service.pipeline import PipelineResult, RecognitionPipeline, timings_ms
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from service.updates import read_embedding
-from wikiclip.answers import Box, Embedding, EmbeddingQuery, Recognition, RecognizeOptions, SkippedImage, TextQuery
+from wikiclip.answers import (
+    Box,
+    Embedding,
+    EmbeddingQuery,
+    Feedback,
+    FeedbackOptions,
+    Recognition,
+    RecognizeOptions,
+    SkippedImage,
+    TextQuery,
+)
 
 Edit = TypeVar("Edit")
 Query = TypeVar("Query")
@@ -330,6 +342,33 @@ class Recognizer:
                 embedding_D, timings = await self._embed_image(query, image_sha256, box, view, cache=cache)
         self.metrics.observe_image("answered", timings)
         return _embedding(embedding_D, view)
+
+    async def keep_feedback(
+        self, query: bytes | EmbeddingQuery, options: FeedbackOptions, view: BundleView
+    ) -> Feedback:
+        """Append the embedding of a query and the id of its entity to `FEEDBACK_FILE`, which must be set.
+
+        The caller has admitted it and keeps `view` open. Raises as `recognize` does, `UnknownEntity`, and
+        `FeedbackFileError` if it cannot be kept.
+        """
+        path = self.settings.feedback_file
+        assert path is not None
+        await asyncio.to_thread(view.entities.get, options.entity_id)
+        if isinstance(query, EmbeddingQuery):
+            embedding = _embedding(_checked_embedding(query, RecognizeOptions(box=options.box), view), view)
+        else:
+            embedding = await self.embed(query, options.box, view)
+        data_id = f"feedback_{uuid.uuid4().hex}"
+        row = {
+            "data_id": data_id,
+            "entity_id": options.entity_id,
+            "data_split": "feedback",
+            "embedding": embedding.embedding,
+            "encoder": embedding.encoder,
+        }
+        async with self._in_time(0):
+            await asyncio.to_thread(append_row, path, row)
+        return Feedback(data_id=data_id, entity_id=options.entity_id)
 
     async def _embed_image(
         self, image: bytes, image_sha256: str, box: Box | None, view: BundleView, *, cache: bool

@@ -38,6 +38,8 @@ from wikiclip.answers import (
     Entity,
     EntityDetails,
     EntityRequest,
+    Feedback,
+    FeedbackOptions,
     FoundEntity,
     Problem,
     Recognition,
@@ -136,6 +138,31 @@ async def embed(request: Request, options: Annotated[EmbedOptions, Query()], rec
 
     with recognizer.admission.admit(1), recognizer.acquire() as view:
         return await _while_connected(request, embed_query(view))
+
+
+@recognition_router.post(
+    "/feedback",
+    summary="Tell which entity an image shows. Its embedding is kept, not the image",
+    status_code=HTTPStatus.CREATED,
+    responses=problems(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+    openapi_extra=uploads.image_body(EmbeddingQuery),
+)
+async def give_feedback(
+    request: Request, options: Annotated[FeedbackOptions, Query()], recognizer: ReadyRecognizer
+) -> Feedback:
+    if recognizer.settings.feedback_file is None:
+        raise Forbidden("feedback is off; set WIKICLIP_FEEDBACK_FILE to keep it")
+    if options.box is not None:
+        check_box(options.box)
+    await _apply_rate_limit(request, recognizer, 1)
+    body = await _read_body(request, recognizer)
+    query = await uploads.parse(uploads.reference_of, body, request.headers.get("content-type", ""))
+
+    async def keep(view: BundleView) -> Feedback:
+        return await recognizer.keep_feedback(await _fetched(request, query), options, view)
+
+    with recognizer.admission.admit(1), recognizer.acquire() as view:
+        return await _while_connected(request, keep(view))
 
 
 @recognition_router.post(

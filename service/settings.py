@@ -70,6 +70,10 @@ class Settings(BaseSettings):
     live_dir: Path | None = Field(
         default=None, description="Folder for live changes: entities added, replaced or deleted while serving."
     )
+    feedback_file: Path | None = Field(
+        default=None,
+        description="File that embeddings with the right entities from POST /feedback are appended to; none: off.",
+    )
     host: str = Field(default="127.0.0.1", description="Address to listen on; 0.0.0.0 is all interfaces.")
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port to listen on; 0 picks a free one.")
     device: Device = Field(default="auto", description="Where the image encoder runs; auto uses CUDA if it works.")

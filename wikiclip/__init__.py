@@ -42,6 +42,7 @@ __all__ = [
     "EntityDetails",
     "EntityRequest",
     "Explanation",
+    "Feedback",
     "Forbidden",
     "FoundEntity",
     "HeadTooLarge",

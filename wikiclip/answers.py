@@ -67,6 +67,12 @@ class RecognizeOptions(EmbedOptions):
     )
 
 
+class FeedbackOptions(EmbedOptions):
+    """The query parameters of `POST /feedback`."""
+
+    entity_id: str = Field(min_length=1, max_length=2000, description="The entity that the image shows.")
+
+
 _Title = Annotated[str, Field(max_length=2000)]
 _Type = Annotated[str, Field(max_length=500)]
 _Language = Annotated[str, Field(max_length=35)]
@@ -248,6 +254,13 @@ class Embedding(Reply):
     dim: int
     encoder: str = Field(description="Content hash of the image encoder. Embeddings of one encoder can be compared.")
     bundle: str = Field(description="name@fingerprint of the bundle whose encoder this is.")
+
+
+class Feedback(Reply):
+    """A labelled query that was kept: its embedding, not its image."""
+
+    data_id: str = Field(description="Names the query in the file.")
+    entity_id: str
 
 
 class ImageCredit(Answer):

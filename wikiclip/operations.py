@@ -35,6 +35,7 @@ from wikiclip.answers import (
     Entities,
     EntityDetails,
     EntityRequest,
+    Feedback,
     Info,
     Liveness,
     Readiness,
@@ -250,6 +251,23 @@ class Operations:
             admin=True,
             retries=_NOT_BEGUN,
         )
+
+    @_Operation
+    def feedback(
+        self,
+        entity_id: str,
+        image: Image | None = None,
+        options: EmbedOptions | None = None,
+        *,
+        embedding: Embedding | Iterable[float] | None = None,
+    ) -> Request[Feedback]:
+        """Tell the service which entity an image, or the image of an embedding, shows.
+
+        Raises `NotFound` if there is no such entity, `Forbidden` if the service keeps no feedback. A request that may
+        have been received is not sent again.
+        """
+        content = {"params": {**_query(options), "entity_id": entity_id}, **_image_or_embedding(image, embedding)}
+        return Request(method="POST", url="/feedback", read=_reader(Feedback), content=content, retries=_NOT_BEGUN)
 
     @_Operation
     def info(self) -> Request[Info]:

@@ -12,7 +12,7 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-OPERATIONS = 16
+OPERATIONS = 17
 CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
 # Deterministic examples, no shrinking, no time limit.
 SETTINGS = settings(
