@@ -15,18 +15,20 @@ import numpy as np
 from tqdm import tqdm
 
 from core.arrays import Float32Array, Int64Array
-from core.errors import UnknownEntity
+from core.errors import BadParameter, CatalogError, Conflict, UnknownEntity
 from core.files import atomic_write
 from core.jsonl import Rejected, RejectLog
 from evaluation.levels import level_steps
 from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
 from index.bundle import Bundle
+from index.embeddings import read_embedding
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
 from index.store import Selection
 from model.data import Pair, load_pairs, question_warning
+from service.loaded_bundle import BundleView
 from service.recognizer import Recognizer
-from wikiclip.answers import Recognition, RecognizeOptions
+from wikiclip.answers import EmbeddingQuery, Recognition, RecognizeOptions
 
 
 def answer_queries(
@@ -41,9 +43,10 @@ def answer_queries(
 ) -> tuple[list[AnsweredQuery], int]:
     """Recognise every query and write one `{"data_id", "pred_entity_id"}` per query, in order.
 
-    A query with a missing or unreadable image gets the prediction "" and counts as wrong. A malformed line goes to
-    `rejected.jsonl` next to the predictions. `held_out` are the rows that cannot be found. Return the answers and the
-    number of rejected lines and images. Raise `CatalogError` if a file has no usable query.
+    A query with a missing or unreadable image gets the prediction "" and counts as wrong. A malformed line and an
+    embedding of another encoder go to `rejected.jsonl` next to the predictions. `held_out` are the rows that cannot be
+    found. Return the answers and the number of rejected lines and images. Raise `CatalogError` if a file has no usable
+    query.
     """
     rejects = RejectLog(predictions_path.with_name("rejected.jsonl"))
     answered: list[AnsweredQuery] = []
@@ -55,7 +58,8 @@ def answer_queries(
         calibration = loaded.loaded.bundle.calibration
         level_model = None if calibration is None else calibration.of_views(1).level
         for path in query_files:
-            pairs = load_pairs(path, image_root, rejects, ovenid2impath=ovenid2impath, missing_ok=True)
+            pairs = load_pairs(path, image_root, rejects, ovenid2impath=ovenid2impath, missing_ok=True, embeddings=True)
+            pairs = _usable(pairs, path, loaded, rejects)
             if warning := question_warning(path, pairs):
                 tqdm.write(warning, file=sys.stderr)
             queries = iter(tqdm(pairs, desc=path.name, unit="query"))
@@ -78,7 +82,8 @@ def answer_queries(
                             seen=pair.seen,
                             rank=rank_of(pair.entity_id, predicted_ids),
                             in_catalog=entity is not None and entity.row not in held_out,
-                            image=pair.image.path,
+                            image=pair.image.path if pair.embedding is None else None,
+                            embedding=None if pair.embedding is None else pair.embedding.values,
                             entity=entity,
                             best=predictions[0] if predictions else None,
                             in_catalog_probability=answer.in_catalog_probability if answer else None,
@@ -89,17 +94,38 @@ def answer_queries(
     return answered, rejects.count
 
 
-def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog) -> Iterator[Recognition | None]:
-    images: list[bytes | str] = []
+def _usable(pairs: Sequence[Pair], path: Path, view: BundleView, rejects: RejectLog) -> list[Pair]:
+    """Return the pairs except embeddings of another encoder. Raise `CatalogError` if none is left."""
+    usable = []
     for pair in pairs:
+        try:
+            if pair.embedding is not None:
+                view.loaded.check_encoder(pair.embedding.encoder)
+                read_embedding(pair.embedding.values, view.loaded.bundle.manifest.embedding_dim)
+            usable.append(pair)
+        except (Conflict, BadParameter) as error:
+            rejects.add(Rejected(line=pair.image.line, reason=error.detail, record=pair.image.record))
+    if not usable:
+        raise CatalogError(
+            f"{path} has no usable query ({rejects.count} rejected, see {rejects.path}); embed its images again"
+        )
+    return usable
+
+
+def _recognize(recognizer: Recognizer, pairs: Sequence[Pair], rejects: RejectLog) -> Iterator[Recognition | None]:
+    images: list[bytes | EmbeddingQuery | str] = []
+    for pair in pairs:
+        if pair.embedding is not None:
+            images.append(EmbeddingQuery(embedding=list(pair.embedding.values), encoder=pair.embedding.encoder))
+            continue
         try:
             images.append(pair.image.path.read_bytes())
         except OSError as error:
             images.append(f"image {pair.image.path} cannot be read ({error.strerror}); it counts as wrong")
-    readable = [image for image in images if isinstance(image, bytes)]
+    readable = [image for image in images if not isinstance(image, str)]
     answers = iter(recognizer.recognize_many(readable, RecognizeOptions(top_k=max(RECALL_AT))))
     for pair, image in zip(pairs, images, strict=True):
-        answer = next(answers) if isinstance(image, bytes) else image
+        answer = image if isinstance(image, str) else next(answers)
         if isinstance(answer, Recognition):
             yield answer
         else:

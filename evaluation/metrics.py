@@ -46,6 +46,7 @@ class AnsweredQuery:
     rank: int | None
     in_catalog: bool = True
     image: Path | None = None
+    embedding: Sequence[float] | None = None  # instead of the image
     entity: StoredEntity | None = None
     best: Prediction | None = None
     in_catalog_probability: float | None = None

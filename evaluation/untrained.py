@@ -50,8 +50,14 @@ def answer_untrained(
     top_k = max(RECALL_AT)
     searched = [number for number, each in enumerate(answered) if each.in_catalog and each.best]
     with recognizer.acquire() as view, _open_embedder(recognizer, view.loaded) as embed:
-        embeddings = embed([str(answered[number].image) for number in searched])
-        queries = {number: each_D for number, each_D in zip(searched, embeddings, strict=True) if each_D is not None}
+        images = {number: str(answered[number].image) for number in searched if answered[number].embedding is None}
+        embedded = dict(zip(images, embed([*images.values()]), strict=True))
+        embedded |= {
+            number: normalised(np.array([answered[number].embedding], np.float32))[0]
+            for number in searched
+            if number not in images
+        }
+        queries = {number: each_D for number, each_D in embedded.items() if each_D is not None}
         queries_QD = np.array([*queries.values()], np.float32)
         rows_QK = np.full((len(queries), top_k), -1, np.int64)
         scores_QK = np.full(rows_QK.shape, -np.inf, np.float32)

@@ -22,22 +22,27 @@ from tqdm import tqdm
 from catalog import is_url
 from catalog.images import ImageReader, UnusableImage
 from core.arrays import BoolArray, Float32Array, Float64Array, Int64Array, Pixels
-from core.errors import TooLarge, UndecodableImage, UnknownEntity, UserError
+from core.errors import BadParameter, TooLarge, UndecodableImage, UnknownEntity, UserError
 from core.jsonl import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
 from export.decode import image_decoder
 from export.model import ExportModel
 from export.open_set import Examples, fit_open_set_model, fit_scores_model, minimise, outlier_images
+from export.query_embeddings import QueryEmbeddings
 from imaging import Preprocessing
 from index.calibration import CANDIDATES, Calibration, background
 from index.search import EntityIndex
 from index.store import EntityStore
+from model.data import QueryEmbedding, has_embedding
 
 _MIN_RIGHT = _MIN_WRONG = 5
 _RIDGE = 1e-4  # keeps the optimum finite if scores separate right from wrong; too small to matter otherwise
 _CEILING, _CEILING_RIDGE = 3.0, 0.25  # the prior of its logit: mean and inverse variance
 _TINY = 1e-12
 _QUERIES_PER_OUTLIER, _MIN_OUTLIERS, _MAX_OUTLIERS = 10, 64, 512
+
+
+QueryImage = Pixels | Float32Array  # the pixels [H, W, 3] of a query, or its embedding [D] if only that was kept
 
 
 class NotFitted(UserError):
@@ -92,7 +97,7 @@ class LabelledSearch:
 class Validation:
     """Embedded validation queries with the row of each one's entity, or -1, and those that could not be used.
 
-    `hashes` has the `hash_pixels` of each.
+    `hashes` has the `hash_query` of each.
     """
 
     entity_ids: Sequence[str]
@@ -102,17 +107,19 @@ class Validation:
     rejected: Sequence[Rejected]
 
 
-def embed_validation(queries: Path, config: ExportConfig, model: ExportModel, store: EntityStore) -> Validation:
+def embed_validation(
+    queries: Path, config: ExportConfig, model: ExportModel, store: EntityStore, embeddings: QueryEmbeddings
+) -> Validation:
     """Read and embed validation queries. Raise `CatalogError` if the file cannot be read."""
     rejected: list[Rejected] = []
     entity_ids: list[str] = []
     hashes: set[bytes] = set()
 
-    def images() -> Iterator[Pixels]:
-        for entity_id, pixels_HW3 in read_queries(queries, model.image_encoder.preprocessing, rejected):
+    def images() -> Iterator[QueryImage]:
+        for entity_id, image in read_queries(queries, model.image_encoder.preprocessing, rejected, embeddings):
             entity_ids.append(entity_id)
-            hashes.add(hash_pixels(pixels_HW3))
-            yield pixels_HW3
+            hashes.add(hash_query(image))
+            yield image
 
     shown = tqdm(images(), desc="validation", unit="query", disable=not config.progress)
     embeddings_ND = embed_images(shown, config, model)
@@ -302,12 +309,14 @@ def add_open_set_model(
     return replace(calibration, open_set_model=model, abstain_below=threshold)
 
 
-def embed_images(images: Iterable[Pixels], config: ExportConfig, model: ExportModel) -> Float32Array:
+def embed_images(images: Iterable[QueryImage], config: ExportConfig, model: ExportModel) -> Float32Array:
     """Return the query embeddings [N, D] of images."""
     embeddings = [np.zeros((0, model.image_encoder.embedding_dim), np.float32)]
     remaining = iter(images)
     while batch := list(islice(remaining, config.batch_size)):
-        embeddings.append(model.embed_queries(np.stack(batch)))
+        pixels = [each for each in batch if each.dtype == np.uint8]
+        embedded = iter(model.embed_queries(np.stack(pixels)) if pixels else ())
+        embeddings.append(np.stack([next(embedded) if each.dtype == np.uint8 else each for each in batch]))
     return np.concatenate(embeddings)
 
 
@@ -374,9 +383,9 @@ def _youden_threshold(values_N: Float64Array, positive_N: BoolArray) -> float:
     return float((below + above) / 2)
 
 
-def hash_pixels(pixels_HW3: Pixels) -> bytes:
+def hash_query(image: QueryImage) -> bytes:
     """Return a hash that equal images have in common, whatever their files."""
-    return hashlib.blake2b(pixels_HW3.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
 def row_of(entity_id: str, store: EntityStore) -> int:
@@ -387,20 +396,29 @@ def row_of(entity_id: str, store: EntityStore) -> int:
         return -1
 
 
-def read_queries(path: Path, preprocessing: Preprocessing, rejected: list[Rejected]) -> Iterator[tuple[str, Pixels]]:
-    """Yield the right entity and the pixels [H, W, 3] of each query. Add those that cannot be used to `rejected`."""
+def read_queries(
+    path: Path, preprocessing: Preprocessing, rejected: list[Rejected], embeddings: QueryEmbeddings | None = None
+) -> Iterator[tuple[str, QueryImage]]:
+    """Yield the right entity of each query and its pixels [H, W, 3], or its embedding [D] if there are `embeddings`.
+
+    Add those that cannot be used to `rejected`.
+    """
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             rejected.append(Rejected(line=item.line, reason=f"{path.name}: {item.reason}", record=item.record))
             continue
         line, row = item
         image, entity_id = row.get("image"), row.get("entity_id")
+        query: QueryImage
         try:
-            if not isinstance(image, str) or not isinstance(entity_id, str):
+            if embeddings is not None and has_embedding(row) and isinstance(entity_id, str):
+                query = embeddings.read(QueryEmbedding.of(row))
+            elif isinstance(image, str) and isinstance(entity_id, str):
+                data = ImageReader().read(image if is_url(image) else str(path.parent / image))
+                query = image_decoder().load_pixels(data, preprocessing)
+            else:
                 raise UnusableImage("`image` and `entity_id` must be strings")
-            data = ImageReader().read(image if is_url(image) else str(path.parent / image))
-            pixels_HW3 = image_decoder().load_pixels(data, preprocessing)
-        except (UnusableImage, UndecodableImage, TooLarge) as error:
+        except (UnusableImage, UndecodableImage, TooLarge, BadParameter) as error:
             rejected.append(Rejected(line=line, reason=f"{path.name}: {error}", record=excerpt(row)))
             continue
-        yield entity_id, pixels_HW3
+        yield entity_id, query

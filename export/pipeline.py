@@ -35,7 +35,8 @@ from export.local import embed_shards
 from export.model import ExportModel, ImageModel, describe_model, load_model
 from export.onnx import INPUT, export_image_encoder, output_names
 from export.pooling import choose_pooling, pooling_folds
-from export.precision import add_float16, add_int8
+from export.precision import add_float16, measure_int8, write_int8
+from export.query_embeddings import QueryEmbeddings
 from export.remember import remember
 from export.reuse import open_base
 from export.shards import EntityImages, Shard, StageTimes, read_shards
@@ -289,7 +290,12 @@ def _assemble(
     int8: Int8Entry | None = None
     remembered: RememberedEntry | None = None
     with EntityStore(bundle / STORE_FILE) as store:
-        validation = None if config.validation is None else embed_validation(config.validation, config, model, store)
+        # Before the queries are read: embeddings by the int8 encoder may be among them.
+        quantised = write_int8(config, model, bundle, sample) if config.int8 else None
+        embeddings = QueryEmbeddings(model, bundle)
+        validation = None
+        if config.validation is not None:
+            validation = embed_validation(config.validation, config, model, store, embeddings)
         folds = pooling_folds(config, model, images, sample, validation)
         default: Pooling = "nearest" if config.checkpoint else "mean"
         pooling = choose_pooling(images, folds, default=default, progress=config.progress)
@@ -298,7 +304,16 @@ def _assemble(
         index = EntityIndex.read(bundle / INDEX_FILE, searched, index_manifest.parameters)
         if config.remember is not None:
             kept = remember(
-                config.remember, bundle / REMEMBERED_FOLDER, config, model, images, index, store, log, validation
+                config.remember,
+                bundle / REMEMBERED_FOLDER,
+                config,
+                model,
+                images,
+                index,
+                store,
+                log,
+                validation,
+                embeddings,
             )
             if kept is not None:
                 index.remembered, remembered = kept
@@ -325,8 +340,8 @@ def _assemble(
                 )
         if calibration is not None and calibration.open_set_model is not None:
             calibration.open_set_model.write(bundle / OPEN_SET_FILE)
-        if config.int8:
-            int8 = add_int8(config, model, bundle, sample, index, store)
+        if quantised is not None:
+            int8 = measure_int8(config, model, bundle, quantised, index, store)
     entry = ImageEncoderEntry(
         file=IMAGE_ENCODER_FILE,
         input=INPUT,

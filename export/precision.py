@@ -113,29 +113,43 @@ def add_float16(encoder: ImageEncoder, bundle: Path, centre_D: torch.Tensor | No
     return Float16Entry(file=FLOAT16_ENCODER_FILE, **asdict(parity))
 
 
-def add_int8(
-    config: ExportConfig,
-    model: ExportModel,
-    bundle: Path,
-    sample: Sequence[EntityImages],
-    index: EntityIndex,
-    store: EntityStore,
-) -> Int8Entry:
-    """Write `image_encoder.int8.onnx` into a bundle with encoder, index and store, and measure what it costs.
+def write_int8(
+    config: ExportConfig, model: ExportModel, bundle: Path, sample: Sequence[EntityImages]
+) -> tuple[int, list[LabelledImage]]:
+    """Write `image_encoder.int8.onnx` into a bundle with an encoder.
 
-    Every other image of the sample calibrates the ranges. Raises `UserError` if the sample has no usable image,
-    `EncoderSpecError` if the int8 encoder is too inaccurate.
+    Return how many images of the sample calibrated the ranges, every other one, and the images to measure the cost on.
+    Raises `UserError` if the sample has no usable image.
     """
     preprocessing = model.image_encoder.preprocessing
     images = list(catalog_images(ImageReader(config.images), preprocessing, sample))
     if not images:
         raise UserError("--int8 needs catalog images, and none is usable; continue with --resume, without --int8")
-    calibration = images[::2]
+    calibration = [pixels for _, pixels in images[::2]]
+    quantise(
+        bundle / IMAGE_ENCODER_FILE, bundle / INT8_ENCODER_FILE, calibration, preprocessing, progress=config.progress
+    )
+    return len(calibration), images[1::2] or images
+
+
+def measure_int8(
+    config: ExportConfig,
+    model: ExportModel,
+    bundle: Path,
+    written: tuple[int, list[LabelledImage]],
+    index: EntityIndex,
+    store: EntityStore,
+) -> Int8Entry:
+    """Measure what the int8 encoder of a bundle with index and store costs, given what `write_int8` returned.
+
+    Raises `EncoderSpecError` if it is too inaccurate.
+    """
+    preprocessing = model.image_encoder.preprocessing
     source, target = bundle / IMAGE_ENCODER_FILE, bundle / INT8_ENCODER_FILE
-    judged_on, judged = "catalog images", images[1::2] or images
+    calibrated_on, judged = written
+    judged_on = "catalog images"
     if config.validation is not None and (queries := _queries(config.validation, preprocessing, store)):
         judged_on, judged = "validation queries", queries
-    quantise(source, target, [pixels for _, pixels in calibration], preprocessing, progress=config.progress)
     cost = measure_cost(source, target, judged, preprocessing, index, progress=config.progress)
     if not cost["mean_cosine"] >= MIN_MEAN_COSINE:
         raise EncoderSpecError(
@@ -143,7 +157,7 @@ def add_int8(
             f"required {MIN_MEAN_COSINE}; continue with --resume, without --int8"
         )
     return Int8Entry(
-        file=INT8_ENCODER_FILE, calibrated_on=len(calibration), judged_on=judged_on, images=len(judged), **cost
+        file=INT8_ENCODER_FILE, calibrated_on=calibrated_on, judged_on=judged_on, images=len(judged), **cost
     )
 
 
@@ -164,8 +178,8 @@ def catalog_images(
 def _queries(path: Path, preprocessing: Preprocessing, store: EntityStore) -> list[LabelledImage]:
     """Return a sample of the validation queries."""
     sample: Reservoir[tuple[str, Pixels]] = Reservoir(_MAX_QUERIES)
-    for query in read_queries(path, preprocessing, []):
-        sample.add(query)
+    for entity_id, image in read_queries(path, preprocessing, []):  # without embeddings, all are pixels
+        sample.add((entity_id, np.asarray(image, np.uint8)))
     return [(row_of(entity_id, store), pixels_HW3) for entity_id, pixels_HW3 in sample.items]
 
 

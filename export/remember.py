@@ -28,14 +28,15 @@ import numpy as np
 from tqdm import tqdm
 
 from catalog.images import ImageReader
-from core.arrays import Float16Array, Float32Array, Float64Array, Int64Array, Pixels, normalised
-from core.errors import UserError
+from core.arrays import Float16Array, Float32Array, Float64Array, Int64Array, normalised
+from core.errors import BadParameter, UserError
 from core.jsonl import Rejected, RejectLog
 from core.reservoir import Reservoir
-from export.calibrate import Validation, hash_pixels, row_of, search_embeddings
+from export.calibrate import QueryImage, Validation, embed_images, hash_query, row_of, search_embeddings
 from export.config import ExportConfig
 from export.decode import DecodePool, ImageJob, default_workers
 from export.model import ExportModel, ImageModel
+from export.query_embeddings import QueryEmbeddings
 from index.embeddings import Embeddings, write_shard
 from index.manifest import Gain, RememberedEntry
 from index.remembered import Remembered
@@ -97,6 +98,7 @@ def remember(
     store: EntityStore,
     log: RejectLog,
     validation: Validation | None,
+    embeddings: QueryEmbeddings,
 ) -> tuple[Remembered, RememberedEntry] | None:
     """Write the remembered vectors of the pairs at `path` into the new `folder`, unless no handicap helps.
 
@@ -110,12 +112,12 @@ def remember(
     pictures = LabelledPictures()
     known: set[tuple[int, bytes]] = set()
     shared = 0
-    decoded = _decoded(_labelled(path, config, images, store, reject), config, model, reject)
+    decoded = _decoded(_labelled(path, config, images, store, reject), config, model, embeddings, reject)
     labelled = iter(tqdm(decoded, desc="remember", unit="picture", disable=not config.progress))
     while batch := list(islice(labelled, config.batch_size)):
-        embeddings_BD = model.embed_queries(np.stack([pixels_HW3 for _, _, pixels_HW3 in batch]))
-        for (pair, row, pixels_HW3), embedding_D in zip(batch, embeddings_BD, strict=True):
-            digest = hash_pixels(pixels_HW3)
+        embeddings_BD = embed_images([image for _, _, image in batch], config, model)
+        for (pair, row, image), embedding_D in zip(batch, embeddings_BD, strict=True):
+            digest = hash_query(image)
             shared += validation is not None and digest in validation.hashes
             # Without a checkpoint, the catalog's images are embedded like queries.
             if isinstance(model, ImageModel) and np.any(images.images_of(row) @ embedding_D > _SAME_IMAGE):
@@ -206,7 +208,7 @@ def _labelled(
 ) -> Iterator[tuple[Pair, int]]:
     """Yield the pairs whose entity has an embedding, with its row."""
     find = cache(lambda entity_id: row_of(entity_id, store))
-    for pair in read_pairs(path, config.image_root):
+    for pair in read_pairs(path, config.image_root, embeddings=True):
         if isinstance(pair, Rejected):
             reject(pair)
         elif (row := find(pair.entity_id)) < 0:
@@ -218,11 +220,15 @@ def _labelled(
 
 
 def _decoded(
-    labelled: Iterator[tuple[Pair, int]], config: ExportConfig, model: ExportModel, reject: Callable[[Rejected], None]
-) -> Iterator[tuple[Pair, int, Pixels]]:
-    """Yield the pairs whose picture can be decoded, with its pixels."""
+    labelled: Iterator[tuple[Pair, int]],
+    config: ExportConfig,
+    model: ExportModel,
+    embeddings: QueryEmbeddings,
+    reject: Callable[[Rejected], None],
+) -> Iterator[tuple[Pair, int, QueryImage]]:
+    """Yield the pairs whose picture can be decoded, with its pixels, or that have an embedding instead."""
     labelled, same = tee(labelled)
-    jobs = (ImageJob(images=[pair.image.image], text_hash=b"") for pair, _ in same)
+    jobs = (ImageJob(images=[] if pair.embedding else [pair.image.image], text_hash=b"") for pair, _ in same)
     workers = config.workers or default_workers()
     with DecodePool(ImageReader(), model.image_encoder.preprocessing, thumbnail_px=0, workers=workers) as pool:
         for (pair, row), picture in zip(labelled, pool.map(jobs), strict=True):
@@ -230,6 +236,13 @@ def _decoded(
                 reject(_rejected(pair, reason))
             for pixels_HW3 in picture.pixels:
                 yield pair, row, pixels_HW3
+            if pair.embedding is not None:
+                try:
+                    embedding_D = embeddings.read(pair.embedding)
+                except BadParameter as error:
+                    reject(_rejected(pair, error.detail))
+                else:
+                    yield pair, row, embedding_D
 
 
 def _rejected(pair: Pair, reason: str) -> Rejected:

@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from core.arrays import Float16Array, Float32Array, Int64Array, normalised
-from core.errors import BundleAltered, BundleIncomplete
+from core.errors import BadParameter, BundleAltered, BundleIncomplete
 from core.files import atomic_write
 
 Scalar = TypeVar("Scalar", bound=np.generic)
 Pooling = Literal["nearest", "mean"]  # an entity is found by its nearest image, or by the mean of its images
 
 _ENTITIES_AT_ONCE = 4096
+_MIN_NORM = 1e-12
 
 
 def vectors_file(shard: int) -> str:
@@ -36,6 +37,16 @@ def write_shard(folder: Path, shard: int, rows_n: Int64Array, embeddings_nD: Flo
     for name, array in ((rows_file(shard), rows_n), (vectors_file(shard), embeddings_nD.astype(np.float16))):
         with atomic_write(folder / name) as temporary, temporary.open("wb") as file:
             np.save(file, array, allow_pickle=False)
+
+
+def read_embedding(values: Sequence[float], dim: int) -> Float32Array:
+    """Return an embedding [D], not normalised. Raises `BadParameter` if the numbers are none."""
+    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite and is refused below
+        embedding_D = np.array(values, np.float32)
+        norm = float(np.linalg.norm(embedding_D))
+    if embedding_D.shape != (dim,) or not np.isfinite(norm) or norm < _MIN_NORM:
+        raise BadParameter(f"embedding must be {dim} finite numbers, not all of them 0")
+    return embedding_D
 
 
 class Embeddings:

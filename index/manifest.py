@@ -217,6 +217,10 @@ class Manifest(Record):
         """Whether entities have the embeddings of their images, and their texts were not embedded."""
         return "text_encoder" in self.model and self.model["text_encoder"] is None
 
+    def encoder_hash(self, file: str) -> str:
+        """Return the `encoder_hash` of one of the bundle's image encoders."""
+        return encoder_hash(self.files, self.image_encoder, self.preprocessing, file)
+
     @classmethod
     def parse(cls, content: bytes, source: str) -> Self:
         """Read a manifest. Raise `BundleSchemaMismatch`, or `BundleAltered` if it is malformed."""
@@ -261,6 +265,20 @@ def schema_version(
     """
     newer = entry.outputs[0] is None or "resize_px" in preprocessing or pooling == "mean" or remembered is not None
     return 2 if newer else SCHEMA_VERSION
+
+
+def encoder_hash(
+    files: Mapping[str, FileEntry], entry: ImageEncoderEntry, preprocessing: Mapping[str, Any], file: str
+) -> str:
+    """Return a hash of all that an image's embedding depends on: the encoder's `file` and the preprocessing.
+
+    `files` are those of the bundle. Bundles with the same encoder have the same hash, whatever else differs.
+    """
+    others = [STORE_FILE, f"{EMBEDDINGS_FOLDER}/", f"{REMEMBERED_FOLDER}/", OPEN_SET_FILE]
+    others += [each for each in (INT8_ENCODER_FILE, FLOAT16_ENCODER_FILE) if each != file]
+    own = {name: each.sha256 for name, each in files.items() if not name.startswith(tuple(others))}
+    content = [own, dict(preprocessing), file, entry.input, list(entry.outputs)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def fingerprint(manifest: Manifest, index_manifest: IndexManifest) -> str:

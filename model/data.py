@@ -3,19 +3,21 @@
 import csv
 import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Container, Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, Self
 
 import numpy as np
 
 from catalog import EntityRecord, read_catalog
-from core.errors import CatalogError
+from core.errors import BadParameter, CatalogError
 from core.jsonl import Rejected, RejectLog, excerpt, read_jsonl
 from core.reservoir import Reservoir
 
 OVEN_TABLE = "ovenid2impath.csv"
 _QUESTION_ID = "oven_query_"  # how the ids of OVEN's query split start
+_NEEDS_IMAGE = "it has an embedding instead of an image, and training needs images"
 _STREAM = 2  # of random numbers; streams 0 and 1 are those of `model.train` and `model.trainer`
 
 
@@ -33,13 +35,33 @@ class ImageSource:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueryEmbedding:
+    """The embedding of a query image that was not kept, and the content hash of its encoder, if it is known."""
+
+    values: tuple[float, ...]
+    encoder: str | None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Self:
+        """Read it from a row of a JSONL file. Raises `BadParameter`, whose message is a reason to reject the row."""
+        values, encoder = row.get("embedding"), row.get("encoder")
+        is_list = isinstance(values, list) and values and all(type(each) in (int, float) for each in values)
+        if not isinstance(values, list) or not is_list:
+            raise BadParameter("embedding must be a list of numbers")
+        if encoder is not None and not isinstance(encoder, str):
+            raise BadParameter("encoder must be a string")
+        return cls(values=tuple(values), encoder=encoder)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A query image and the entity in it."""
+    """A query image and the entity in it. If there is only its embedding, `image` has no path."""
 
     data_id: str
     entity_id: str
     data_split: str
     image: ImageSource
+    embedding: QueryEmbedding | None = None
 
     @property
     def seen(self) -> bool | None:
@@ -81,13 +103,19 @@ def _find_oven_image(image_root: Path, image_id: str, listed: str) -> Path | Non
 
 
 def read_pairs(
-    path: Path, image_root: Path | None = None, ovenid2impath: Path | None = None, *, missing_ok: bool = False
+    path: Path,
+    image_root: Path | None = None,
+    ovenid2impath: Path | None = None,
+    *,
+    missing_ok: bool = False,
+    embeddings: bool = False,
 ) -> Iterator[Pair | Rejected]:
     """Yield the pairs of a JSONL file, and a `Rejected` for each bad line and, unless `missing_ok`, missing image.
 
     Image paths are relative to `image_root`, by default the file's folder. Rows of OVEN's own files have an `image_id`
     instead, which the table `ovenid2impath` maps to a path. By default the table is searched in the file's folder and
-    in the image root. Raises `CatalogError` if a file cannot be read at all.
+    in the image root. With `embeddings`, a row may have an `embedding` instead of an image, as the service's feedback.
+    Raises `CatalogError` if a file cannot be read at all.
     """
     folder = image_root or path.parent
     tables = (parent / OVEN_TABLE for parent in (path.parent, folder))
@@ -99,6 +127,9 @@ def read_pairs(
             continue
         line, row = item
         record = excerpt(row)
+        if has_embedding(row):
+            yield _embedded_pair(row, line) if embeddings else Rejected(line=line, reason=_NEEDS_IMAGE, record=record)
+            continue
         image_field = "image_id" if "image_id" in row and "image" not in row else "image"
         fields = [row.get(name) for name in ("data_id", image_field, "entity_id", "data_split")]
         if not all(map(_is_text, fields)):
@@ -117,6 +148,24 @@ def read_pairs(
         yield Pair(data_id=data_id, entity_id=entity_id, data_split=data_split, image=source)
 
 
+def has_embedding(row: Mapping[str, Any]) -> bool:
+    """Return whether a row has an embedding instead of an image."""
+    return "embedding" in row and not {"image", "image_id"} & row.keys()
+
+
+def _embedded_pair(row: Mapping[str, Any], line: int) -> Pair | Rejected:
+    source = ImageSource(image="", line=line, record=excerpt(row))
+    fields = {name: row.get(name) for name in ("data_id", "entity_id", "data_split")}
+    if not all(map(_is_text, fields.values())):
+        reason = "data_id, entity_id and data_split must be non-empty strings"
+        return Rejected(line=line, reason=reason, record=source.record)
+    try:
+        embedding = QueryEmbedding.of(row)
+    except BadParameter as error:
+        return Rejected(line=line, reason=error.detail, record=source.record)
+    return Pair(**{name: str(value) for name, value in fields.items()}, image=source, embedding=embedding)
+
+
 def _is_text(value: object) -> bool:
     """Return whether a value is a non-empty string that UTF-8 can encode."""
     return isinstance(value, str) and value != "" and value.encode(errors="ignore").decode() == value
@@ -130,6 +179,7 @@ def load_pairs(
     ovenid2impath: Path | None = None,
     limit: int | None = None,
     missing_ok: bool = False,
+    embeddings: bool = False,
 ) -> list[Pair]:
     """Return all pairs of a file and log its rejects. With `limit`, stop at that number, with two per entity at most.
 
@@ -137,7 +187,7 @@ def load_pairs(
     """
     pairs: list[Pair] = []
     of_entity: Counter[str] = Counter()
-    for item in read_pairs(path, image_root, ovenid2impath, missing_ok=missing_ok):
+    for item in read_pairs(path, image_root, ovenid2impath, missing_ok=missing_ok, embeddings=embeddings):
         if isinstance(item, Rejected):
             rejects.add(item)
         elif limit is None or of_entity[item.entity_id] < 2:

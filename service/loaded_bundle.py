@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import threading
@@ -23,7 +21,7 @@ from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
 from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
-from index.manifest import EMBEDDINGS_FOLDER, MANIFEST_FILE, STORE_FILE
+from index.manifest import MANIFEST_FILE
 from index.overlay import EntityView, LiveChanges, OverlayView
 from service.encoder import open_encoder
 from service.engine import Encoder, Engine
@@ -88,7 +86,7 @@ class LoadedBundle:
             file = encoder.file
         self.encoder = encoder
         self.precision = next(name for name, each in bundle.manifest.image_encoder.files.items() if each == file)
-        self.encoder_hash = encoder_hash(bundle, file)
+        self.encoder_hash = bundle.manifest.encoder_hash(file)
         self._store = bundle.store()
         self.search_device: tuple[str, str]  # where the search runs, and why there
         self._entity_view: Callable[[], EntityView]
@@ -263,17 +261,3 @@ class BundleView:
         """Return the label of the same bundle at another revision."""
         bundle = self.loaded.bundle
         return f"{bundle.name}@{bundle.fingerprint}+{revision}"
-
-
-def encoder_hash(bundle: Bundle, file: str) -> str:
-    """Return a hash of all that an image's embedding depends on: the encoder's `file` and the preprocessing.
-
-    Bundles with the same encoder have the same hash, whatever their entities.
-    """
-    manifest = bundle.manifest
-    entry = manifest.image_encoder
-    others = [STORE_FILE, f"{EMBEDDINGS_FOLDER}/"]
-    others += [each for each in entry.files.values() if each not in (file, entry.file)]
-    files = {name: each.sha256 for name, each in manifest.files.items() if not name.startswith(tuple(others))}
-    content = [files, dict(manifest.preprocessing), file, entry.input, list(entry.outputs)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

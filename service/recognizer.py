@@ -37,6 +37,7 @@ from core.errors import (
 from core.runtime import returnable_memory
 from imaging import Decoder, automatic_budget
 from index.bundle import Bundle
+from index.embeddings import read_embedding
 from index.transfer import local_bundle
 from service.cache import Cache, SingleFlight, cache_key
 from service.engine import Encoder
@@ -46,7 +47,6 @@ from service.loaded_bundle import BundleView, LoadedBundle, opening
 from service.pipeline import PipelineResult, RecognitionPipeline, timings_ms
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
-from service.updates import read_embedding
 from wikiclip.answers import (
     Box,
     Embedding,
@@ -220,13 +220,17 @@ class Recognizer:
         self.metrics.bundle.labels(self._current.model, self.label).set(1)
 
     def recognize_many(
-        self, images: Sequence[bytes], options: RecognizeOptions | None = None
+        self, images: Sequence[bytes | EmbeddingQuery], options: RecognizeOptions | None = None
     ) -> list[Recognition | WikiclipError]:
-        """Recognise images in batches. Returns one outcome per image, in order: a bad image does not affect others."""
+        """Recognise images, or those of embeddings, in batches.
+
+        Returns one outcome per image, in order: a bad image does not affect others.
+        """
         options = options or RecognizeOptions()
 
-        async def recognize(image: bytes, view: BundleView) -> Recognition:
-            recognition, _ = await self._compute(image, options, view)
+        async def recognize(image: bytes | EmbeddingQuery, view: BundleView) -> Recognition:
+            query = _checked_embedding(image, options, view) if isinstance(image, EmbeddingQuery) else image
+            recognition, _ = await self._compute(query, options, view)
             return _with_total(recognition, sum(recognition.timings_ms.values()))
 
         return self._map(recognize, images)

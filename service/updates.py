@@ -21,6 +21,7 @@ from core.extras import needed_by
 from core.pool import Pool
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
+from index.embeddings import read_embedding
 from index.entity_encoder import (
     ADAPTOR_FILE,
     ADAPTOR_INPUTS,
@@ -41,7 +42,6 @@ from wikiclip.answers import EmbeddingQuery, EntityRequest
 
 NO_ENTITY_ENCODER = "this bundle has no entity encoder; serve one made with `wikiclip export --live`"
 _THREADS = 1  # one thread leaves the cores to queries
-_MIN_NORM = 1e-12
 
 log = logging.getLogger("wikiclip.updates")
 
@@ -106,16 +106,6 @@ def open_embedder(bundle: Bundle, image_encoder: Encoder) -> EntityEmbedder | Im
         return ImageEmbedder(image_encoder)
     entity_encoder = bundle.entity_encoder()
     return None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, image_encoder)
-
-
-def read_embedding(values: Sequence[float], dim: int) -> Float32Array:
-    """Return an embedding [D], not normalised. Raises `BadParameter` if the numbers are none."""
-    with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite and is refused below
-        embedding_D = np.array(values, np.float32)
-        norm = float(np.linalg.norm(embedding_D))
-    if embedding_D.shape != (dim,) or not np.isfinite(norm) or norm < _MIN_NORM:
-        raise BadParameter(f"embedding must be {dim} finite numbers, not all of them 0")
-    return embedding_D
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from index.bundle import Bundle, list_files
 from index.manifest import FLOAT16_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
 from service import encoder
 from service.encoder import open_encoder
-from service.loaded_bundle import encoder_hash
 from service.recognizer import Recognizer
 from service.settings import Settings
 
@@ -56,7 +55,7 @@ def test_int8_on_a_cpu_and_float_where_it_is_asked_for(with_int8: Bundle, small_
     assert found["float"][0] == "float"
     np.testing.assert_allclose(found["auto"][2], -found["float"][2], atol=1e-6)
     # An embedding of the float file is worth as much as one of the same bundle without int8, and no other is.
-    without = encoder_hash(Bundle.open(small_bundle), "image_encoder.onnx")
+    without = Bundle.open(small_bundle).manifest.encoder_hash("image_encoder.onnx")
     assert found["float"][1] == without != found["auto"][1]
 
 
@@ -137,11 +136,11 @@ def test_where_cuda_was_wanted_and_not_got_the_file_is_a_cpus(
 def test_each_file_has_its_own_place_in_the_cache(with_both: Bundle, with_int8: Bundle, small_bundle: Path) -> None:
     files = with_both.manifest.image_encoder.files
     assert set(files) == {"float", "int8", "float16"}
-    hashes = {precision: encoder_hash(with_both, file) for precision, file in files.items()}
+    hashes = {precision: with_both.manifest.encoder_hash(file) for precision, file in files.items()}
     assert len(set(hashes.values())) == 3
     # Other files in the bundle do not change a file's hash.
-    assert hashes["float"] == encoder_hash(Bundle.open(small_bundle), "image_encoder.onnx")
-    assert hashes["int8"] == encoder_hash(with_int8, INT8_ENCODER_FILE)
+    assert hashes["float"] == Bundle.open(small_bundle).manifest.encoder_hash("image_encoder.onnx")
+    assert hashes["int8"] == with_int8.manifest.encoder_hash(INT8_ENCODER_FILE)
 
 
 def test_a_file_in_float16_that_is_not_listed_is_refused(with_both: Bundle) -> None:
