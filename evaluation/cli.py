@@ -20,7 +20,7 @@ _FILE, _FOLDER = click.Path(path_type=Path, dir_okay=False), click.Path(path_typ
     required=True,
     multiple=True,
     type=_FILE,
-    help="Labelled queries, JSONL; may be given several times.",
+    help="Labelled queries, JSONL, or a service's feedback; may be given several times.",
 )
 @click.option("--out", required=True, type=_FILE, help="Predictions to write, JSONL.")
 @click.option("--image-root", type=_FOLDER, help="Folder of the images. [default: that of the query file]")

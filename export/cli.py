@@ -31,7 +31,11 @@ _COUNT = click.IntRange(min=1)
 @click.option("--limit", type=_COUNT, help="Export only the first entities of the catalog.  [default: all]")
 @click.option("--shard-size", type=_COUNT, default=4096, help="Entities per shard. An interruption loses at most one.")
 @click.option("--batch-size", type=_COUNT, default=32, help="Images per batch of the models.")
-@click.option("--validation", type=_PATH, help="Labelled queries (JSONL) to fit confidence on.  [default: none]")
+@click.option(
+    "--validation",
+    type=_PATH,
+    help="Labelled queries (JSONL), or a service's feedback, to fit confidence on.  [default: none]",
+)
 @click.option(
     "--remember",
     type=_PATH,

@@ -45,12 +45,14 @@ class QueryEmbedding:
     def of(cls, row: Mapping[str, Any]) -> Self:
         """Read it from a row of a JSONL file. Raises `BadParameter`, whose message is a reason to reject the row."""
         values, encoder = row.get("embedding"), row.get("encoder")
-        is_list = isinstance(values, list) and values and all(type(each) in (int, float) for each in values)
-        if not isinstance(values, list) or not is_list:
-            raise BadParameter("embedding must be a list of numbers")
         if encoder is not None and not isinstance(encoder, str):
             raise BadParameter("encoder must be a string")
-        return cls(values=tuple(values), encoder=encoder)
+        if not isinstance(values, list) or not all(type(each) in (int, float) for each in values):
+            raise BadParameter("embedding must be a list of numbers")
+        try:
+            return cls(values=tuple(map(float, values)), encoder=encoder)
+        except OverflowError as error:
+            raise BadParameter("embedding must have finite numbers") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,13 @@ from tests.conftest import FIXTURE_ENTITIES, add_remembered, draw_png, embed, po
 def _wikiclip(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "wikiclip", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def serve() -> Any:
+    from tests.service.conftest import served
+
+    return served
 
 
 @pytest.fixture
@@ -80,6 +88,50 @@ def oven_scores(references: list[dict[str, str]], predictions: list[dict[str, st
         scores[part] = 100 * right / len(rows)
     scores["hm"] = 2 / (1 / scores["seen"] + 1 / scores["unseen"])
     return scores
+
+
+def test_feedback_is_evaluated_as_its_images_are(
+    serve: Any, small_bundle: Path, small_images: dict[str, bytes], queries: Path, tmp_path: Path
+) -> None:
+    feedback = tmp_path / "feedback.jsonl"
+    with serve(small_bundle, feedback_file=feedback) as client:
+        for entity_id, data in small_images.items():
+            given = {"Q140": "Q89"}.get(entity_id, entity_id)  # one is wrong
+            answer = client.post(
+                "/feedback", params={"entity_id": given}, content=data, headers={"Content-Type": "image/png"}
+            )
+            assert answer.status_code == 201
+    rows = [json.loads(line) for line in feedback.read_text().splitlines()]
+    bad = [
+        {**rows[0], "encoder": "0" * 64}, {**rows[0], "embedding": rows[0]["embedding"][:-1]},
+        {**rows[0], "embedding": [0.0] * 16}, {**rows[0], "embedding": "text"},
+    ]  # fmt: skip
+    with feedback.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in bad)
+    out = tmp_path / "out" / "predictions.jsonl"
+    out.parent.mkdir()
+    report = out.with_name("report.html")
+    done = _wikiclip(
+        "evaluate", "--bundle", small_bundle, "--queries", feedback, "--out", out, "--report", report, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    count = len(small_images)
+    assert (figures["queries"], figures["rejected"]) == (count, 4)
+    predictions = [json.loads(line) for line in out.read_text().splitlines()]
+    assert predictions == [
+        {"data_id": row["data_id"], "pred_entity_id": entity_id}
+        for row, entity_id in zip(rows, small_images, strict=True)
+    ]
+    rejected = [json.loads(line) for line in out.with_name("rejected.jsonl").read_text().splitlines()]
+    assert {row["line"] for row in rejected} == {count + number for number in (1, 2, 3, 4)}
+    reasons = " ".join(row["reason"] for row in rejected)
+    for reason in ("by the encoder 000", "16 finite numbers", "not all of them 0", "a list of numbers"):
+        assert reason in reasons
+    assert "Lion" in report.read_text()
+    feedback.write_text(json.dumps(bad[0]) + "\n")
+    none = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", feedback, "--out", out)
+    assert (none.returncode, "no usable query" in none.stderr) == (2, True)
 
 
 def test_held_out_entities_are_unknown_and_never_found(

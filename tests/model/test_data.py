@@ -11,7 +11,16 @@ import pytest
 
 from core.errors import CatalogError
 from core.jsonl import RejectLog
-from model.data import OVEN_TABLE, ImageSource, Pair, balance_pairs, draw_entities, load_entities, load_pairs
+from model.data import (
+    OVEN_TABLE,
+    ImageSource,
+    Pair,
+    QueryEmbedding,
+    balance_pairs,
+    draw_entities,
+    load_entities,
+    load_pairs,
+)
 from model.features import EntityKeys, KeyedPair, catalog_pairs
 
 
@@ -59,6 +68,27 @@ def test_a_strange_pair_is_one_reject(tmp_path: Path) -> None:
     rejects = RejectLog(tmp_path / "rejected.jsonl")
     assert len(load_pairs(pairs, None, rejects)) == 1
     assert [json.loads(line)["line"] for line in rejects.path.read_text().splitlines()] == [2, 3, 4, 5, 6, 7]
+
+
+def test_rows_with_an_embedding_are_read_where_they_are_of_use(tmp_path: Path) -> None:
+    row = {"data_id": "1", "embedding": [0.5, 1, -2e-3], "entity_id": "Q1", "data_split": "feedback", "encoder": "abc"}
+    strange = [
+        {"embedding": "0.5"}, {"embedding": [0.5, "1"]}, {"embedding": [True]}, {"embedding": [10**400]},
+        {"encoder": 5}, {"entity_id": ""}, {"data_split": None}, {"embedding": None},
+    ]  # fmt: skip
+    (tmp_path / "a.png").write_bytes(b"x")
+    pictured = {**row, "image": "a.png"}
+    pairs = write(tmp_path / "p.jsonl", row, *({**row, **each} for each in strange), pictured)
+    rejects = RejectLog(tmp_path / "rejected.jsonl")
+    embedded, plain = load_pairs(pairs, None, rejects, embeddings=True)
+    assert embedded.embedding == QueryEmbedding(values=(0.5, 1.0, -0.002), encoder="abc")
+    assert (plain.embedding, plain.image.path, embedded.image.line) == (None, tmp_path / "a.png", 1)
+    assert [json.loads(line)["line"] for line in rejects.path.read_text().splitlines()] == list(range(2, 10))
+    rejects = RejectLog(tmp_path / "rejected.jsonl")
+    assert [pair.image.line for pair in load_pairs(pairs, None, rejects)] == [10]
+    reasons = [json.loads(line)["reason"] for line in rejects.path.read_text().splitlines()]
+    assert len(reasons) == 9
+    assert all("training needs images" in reason for reason in reasons)
 
 
 def test_only_selected_entities(tmp_path: Path) -> None:
