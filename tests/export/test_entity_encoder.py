@@ -94,21 +94,27 @@ def test_an_entity_put_with_an_image_is_found_by_it(live_bundle: Path, catalog: 
             editor = held.loaded.editor
             assert editor is not None
             request = EntityRequest(title="New title", text="Thing number 4 is a thing.")
-            entity, created, _ = editor.put("new", request, image).result()
-        assert created
-        assert entity.has_thumbnail
+            put = editor.put("new", request, [image]).result()
+        assert put.created
+        assert put.entity.has_thumbnail
         with recognizer.acquire() as held:
             assert held.entities.thumbnail("new") is not None
             assert held.entities.get("new").title == "New title"
             assert held.entities.get("new").has_thumbnail
-            text_only, _, _ = held.loaded.editor.put("words", request, None).result()  # type: ignore[union-attr]
-            assert not text_only.has_thumbnail
+            text_only = held.loaded.editor.put("words", request, []).result()  # type: ignore[union-attr]
+            assert not text_only.entity.has_thumbnail
             with pytest.raises(UndecodableImage, match="fax coding"):
-                held.loaded.editor.put("fax", request, tiff_fax(10**6)).result()  # type: ignore[union-attr]
+                held.loaded.editor.put("fax", request, [tiff_fax(10**6)]).result()  # type: ignore[union-attr]
             embedding_D = held.loaded.embed_text(request.text)
+            for entity_id in ("words", "Q4"):  # an image is embedded with the text, as if it had been put
+                editor.add_image(entity_id, image, request.text).result()
         with recognizer.acquire() as held:
-            put_1D = held.entities.images_of(held.entities.get("words").row)
-    np.testing.assert_allclose(put_1D[0], embedding_D, atol=2e-3)
+            put_1D, with_image_2D, of_bundle_ID = (
+                held.entities.images_of(held.entities.get(entity_id).row) for entity_id in ("new", "words", "Q4")
+            )
+    np.testing.assert_allclose(with_image_2D[0], embedding_D, atol=2e-3)
+    np.testing.assert_array_equal(with_image_2D[1:], put_1D)
+    np.testing.assert_array_equal(of_bundle_ID[-1:], put_1D)
     with Recognizer.open(live_bundle, Settings(threads=1)) as recognizer, recognizer.acquire() as held:
         np.testing.assert_array_equal(held.loaded.embed_text(request.text), embedding_D)
 
@@ -125,7 +131,7 @@ def test_entities_are_embedded_in_float32_when_queries_use_int8_or_float16(
             editor = held.loaded.editor
             assert editor is not None
             request = EntityRequest(title="Again", text=row["text"])
-            editor.put("again", request, catalog.images["Q4"].read_bytes()).result()
+            editor.put("again", request, [catalog.images["Q4"].read_bytes()]).result()
         with recognizer.acquire() as held:
             exported_row, put_row = (held.entities.get(entity_id).row for entity_id in ("Q4", "again"))
             exported_1D, put_1D = held.entities.images_of(exported_row), held.entities.images_of(put_row)

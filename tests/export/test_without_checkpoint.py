@@ -16,6 +16,7 @@ from export.local import ImageEmbedder
 from export.pipeline import export_bundle
 from imaging import load_pixels
 from index.bundle import Bundle
+from index.compact import compact
 from index.report import describe, describe_lines
 from model.encoders import ImageEncoder
 from service.recognizer import Recognizer
@@ -125,16 +126,28 @@ def test_an_entity_is_put_by_its_image(config: ExportConfig, catalog: CatalogFil
         with recognizer.acquire() as held:
             editor = held.loaded.editor
             assert editor is not None
-            editor.put("new", EntityRequest(title="New"), image).result()
+            editor.put("new", EntityRequest(title="New"), [image]).result()
             with pytest.raises(NoEntitySide, match="does not embed texts"):
-                editor.put("words", EntityRequest(title="Words", text="Only words."), None).result()
+                editor.put("words", EntityRequest(title="Words", text="Only words."), []).result()
         with recognizer.acquire() as held:
             exported, put = (held.entities.images_of(held.entities.get(each).row) for each in ("Q4", "new"))
             assert len(held.entities.images_of(held.entities.get("Q3").row)) == 0
             assert held.entities.entity_count == catalog.entities + 1
-            editor.delete("Q3").result()  # it has no image
+            image_id, _ = editor.add_image("Q3", image, "").result()  # it has no image
+        with recognizer.acquire() as held:
+            assert len(held.entities.images_of(held.entities.get("Q3").row)) == 1
+            assert {each.entity_id for each in recognizer.recognize_many([image])[0].predictions} >= {"Q3", "new"}
+        with_images = compact(config.out, tmp_path / "live", tmp_path / "compacted")
+        with recognizer.acquire() as held:
+            editor.remove_image("Q3", image_id).result()
+        with recognizer.acquire() as held:
+            assert len(held.entities.images_of(held.entities.get("Q3").row)) == 0
+            assert held.entities.entity_count == catalog.entities + 1
+            editor.delete("Q3").result()
         with recognizer.acquire() as held:
             assert held.entities.entity_count == catalog.entities
+    with with_images.store() as store:
+        np.testing.assert_allclose(with_images.embeddings().images_of(store.get("Q3").row), put, atol=1e-3)
     np.testing.assert_allclose(put[0], exported[0], atol=2e-3)
 
 

@@ -12,7 +12,7 @@ from index.bundle import Bundle
 from index.milvus import connect, load_bundle
 from service.recognizer import Recognizer
 from service.settings import Settings, load_settings
-from tests.conftest import EMBEDDING_DIM
+from tests.conftest import EMBEDDING_DIM, draw_png
 
 TOKEN = "the admin token"
 ADMIN = {"Authorization": f"Bearer {TOKEN}"}
@@ -64,19 +64,46 @@ def test_a_change_at_one_host_is_in_the_answers_of_the_other(serve, small_bundle
         assert answer.json()["bundle"].endswith("+1")
         assert one.delete("/entities/Q15083", headers=ADMIN).status_code == 204
         assert one.get("/entities/Q15083").status_code == 404
-        asked, waiting = recognized(other, giraffe, top_k=12), threading.Event()
-        for _ in range(10 * WAIT_S):
-            if asked["bundle"].endswith("+2"):
-                break
-            waiting.wait(0.1)
-            asked = recognized(other, giraffe, top_k=12)
-        assert asked["bundle"].endswith("+2")
+        asked = until(other, giraffe, "+2")
         found = [each["entity_id"] for each in asked["predictions"]]
         assert "Q15083" not in found
         assert "Q82037" in found
         assert len(found) == 12
         assert other.get("/entities/Q82037").json()["title"] == "Okapi"
         assert other.get("/info").json()["entities"] == 12
+
+
+def test_an_image_that_is_added_at_one_host_is_found_at_the_other_until_it_is_removed(
+    serve, small_bundle, address, small_images
+):
+    unlike = draw_png(seed=4242)
+    with (
+        serve(small_bundle, index=address, admin_token=TOKEN) as one,
+        serve(small_bundle, index=address) as other,
+    ):
+        before = recognized(other, unlike, top_k=12)
+        image = one.post("/embed", content=unlike, headers={"Content-Type": "image/png"}).json()
+        answer = one.post("/entities/Q140/images", json={"embedding": image["embedding"]}, headers=ADMIN)
+        assert answer.status_code == 201, answer.text
+        image_id = answer.json()["image_id"]
+        assert one.get("/entities/Q140").json()["image_ids"] == ["base-0", image_id]
+        assert until(other, unlike, "+1")["predictions"][0]["entity_id"] == "Q140"
+        assert recognized(other, small_images["Q140"])["predictions"][0]["entity_id"] == "Q140"
+        for removed, status in (("base-0", 409), ("0", 404), (image_id, 204), (image_id, 404)):
+            assert one.delete(f"/entities/Q140/images/{removed}", headers=ADMIN).status_code == status
+        assert ranking(until(other, unlike, "+2")) == ranking(before)
+        assert other.get("/entities/Q140").json()["image_ids"] == ["base-0"]
+
+
+def until(client, image: bytes, version: str):
+    """Return the answer for an image from a state that another host has made."""
+    waiting = threading.Event()
+    for _ in range(10 * WAIT_S):
+        answer = recognized(client, image, top_k=12)
+        if answer["bundle"].endswith(version):
+            return answer
+        waiting.wait(0.1)
+    raise AssertionError(f"{version} was never seen")
 
 
 def test_a_bundle_that_is_not_in_milvus_is_not_served(small_bundle, tmp_path):
