@@ -147,7 +147,7 @@ async def embed(request: Request, options: Annotated[EmbedOptions, Query()], rec
     responses=problems(400, 401, 403, 404, 408, 409, 413, 415, 422, 429, 503, 504),
     openapi_extra=uploads.image_body(EmbeddingQuery),
 )
-async def give_feedback(
+async def feedback(
     request: Request, options: Annotated[FeedbackOptions, Query()], recognizer: ReadyRecognizer
 ) -> Feedback:
     if recognizer.settings.feedback_file is None:
