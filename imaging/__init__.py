@@ -2,7 +2,16 @@
 
 from imaging.decode import canonical_type, decode, make_thumbnail, readable_types, sniff
 from imaging.decoder import Decoder, automatic_budget
-from imaging.preprocess import Box, Preprocessing, check_box, load_pixels, load_region, normalise, to_pixels
+from imaging.preprocess import (
+    Box,
+    Preprocessing,
+    check_box,
+    load_pixels,
+    load_region,
+    load_squares,
+    normalise,
+    to_pixels,
+)
 
 __all__ = [
     "Box",
@@ -14,6 +23,7 @@ __all__ = [
     "decode",
     "load_pixels",
     "load_region",
+    "load_squares",
     "make_thumbnail",
     "normalise",
     "readable_types",

@@ -9,7 +9,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from core.pool import Pool
 from core.runtime import usable_cores, usable_memory
 from imaging.decode import decode, make_thumbnail
 from imaging.header import read_header
-from imaging.preprocess import Box, Preprocessing, load_pixels, load_region, needed_px, resize_bytes
+from imaging.preprocess import Box, Preprocessing, load_pixels, load_region, load_squares, needed_px, resize_bytes
 from imaging.process import DecoderProcess
 
 _MEMORY_SHARE = 0.4  # of what the process may use; index, encoder and request bodies need the rest
@@ -89,12 +89,28 @@ class Decoder:
         With a `deadline_s`, an image ends in nine tenths of it, and one that is not begun in time gets
         `TooManyRequests`.
         """
-        job, future = self._begin(
-            load_region, data, needed_px(preprocessing, box), deadline_s, preprocessing=preprocessing, box=box
+        target_px = needed_px(preprocessing, box)
+        (pixels_HW3, region), stage = await self._load(
+            load_region, data, target_px, deadline_s, preprocessing=preprocessing, box=box
         )
+        return pixels_HW3, region, stage
+
+    async def load_squares(
+        self, data: bytes, preprocessing: Preprocessing, boxes: Sequence[Box], *, deadline_s: float = math.inf
+    ) -> list[tuple[Box, Pixels]]:
+        """Do what `imaging.load_squares` does, as `load_region` does."""
+        target_px = max(needed_px(preprocessing, box) for box in boxes)
+        squares, _ = await self._load(
+            load_squares, data, target_px, deadline_s, preprocessing=preprocessing, boxes=boxes
+        )
+        return squares
+
+    async def _load(
+        self, function: Callable[..., T], data: bytes, target_px: int, deadline_s: float, **arguments: Any
+    ) -> tuple[T, Stage]:
+        job, future = self._begin(function, data, target_px, deadline_s, **arguments)
         try:
-            (pixels_HW3, region), stage = await asyncio.wrap_future(future)
-            return pixels_HW3, region, stage
+            return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
             with self._kill_lock:
                 job.cancelled = True

@@ -4,8 +4,8 @@ Shapes: B batch, H = W = size_px.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
@@ -71,6 +71,10 @@ class Preprocessing:
         mean, std = _three_numbers("mean", values["mean"]), _three_numbers("std", values["std"], positive=True)
         return cls(**{**values, "mean": mean, "std": std})
 
+    def whole(self) -> Self:
+        """Return the preprocessing that keeps all of an image, but not its proportions."""
+        return replace(self, resize="squash", crop="none", resize_px=None)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON form, which `from_dict` reads."""
         values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
@@ -114,6 +118,27 @@ def load_region(
     """Return what `load_pixels` returns, and the region of the upright image that the pixels show."""
     image = decode(data, max_pixels=max_pixels, target_px=needed_px(preprocessing, box))
     return to_pixels(image, preprocessing, box), covered_region(image, preprocessing, box)
+
+
+def load_squares(
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int, boxes: Sequence[Box]
+) -> list[tuple[Box, Pixels]]:
+    """Return the smallest square around each box, as far as it fits into the image, and what `load_pixels` does for it.
+
+    The image is decoded once. Raises as `load_pixels` does.
+    """
+    image = decode(data, max_pixels=max_pixels, target_px=max(needed_px(preprocessing, box) for box in boxes))
+    squares = [_square_around(box, image.width, image.height) for box in boxes]
+    return [(square, to_pixels(image, preprocessing, square)) for square in squares]
+
+
+def _square_around(box: Box, image_width: int, image_height: int) -> Box:
+    x, y, width, height = box
+    side_px = max(width * image_width, height * image_height)
+    square_width, square_height = min(side_px / image_width, 1.0), min(side_px / image_height, 1.0)
+    left = min(max(x + (width - square_width) / 2, 0.0), 1.0 - square_width)
+    top = min(max(y + (height - square_height) / 2, 0.0), 1.0 - square_height)
+    return left, top, square_width, square_height
 
 
 def needed_px(preprocessing: Preprocessing, box: Box | None) -> int:

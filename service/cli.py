@@ -108,6 +108,7 @@ def serve(**flags: Any) -> None:
 @click.option(
     "--explain", is_flag=True, help="Explain each prediction: where in the image it matches, and which words matter."
 )
+@click.option("--regions", is_flag=True, help="Find the things in each image, and name each of them, too.")
 @click.option("--together", is_flag=True, help="All images show one thing: give one answer.")
 @click.option("--out", type=click.Path(dir_okay=False), help="Write JSON Lines to this file, one line per image.")
 @_device_option
@@ -122,6 +123,7 @@ def recognize(
     types: str,
     lang: str | None,
     explain: bool,
+    regions: bool,
     together: bool,
     out: str | None,
     device: str,
@@ -136,7 +138,9 @@ def recognize(
     from wikiclip.answers import RecognizeOptions
 
     try:
-        options = RecognizeOptions.model_validate({"top_k": top_k, "types": types, "lang": lang, "explain": explain})
+        options = RecognizeOptions.model_validate(
+            {"top_k": top_k, "types": types, "lang": lang, "explain": explain, "regions": "auto" if regions else None}
+        )
     except ValidationError as error:
         first = error.errors()[0]
         raise click.UsageError(f"{first['loc'][0]}: {first['msg']}") from error
@@ -431,6 +435,9 @@ def _lines(name: str, recognition: Recognition) -> Iterator[str]:
             yield from _explanation_lines(each.explanation)
     if recognition.level is not None:
         yield f"       surely: {recognition.level.title}"
+    for region in recognition.regions or ():
+        best, box = region.predictions[0], ",".join(f"{side:.2f}" for side in region.box)
+        yield f"  at {box}  {best.score:.3f}  {best.symbol or ' '} {best.title}  [{best.entity_id}]"
 
 
 def _explanation_lines(explanation: Explanation) -> Iterator[str]:

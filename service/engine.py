@@ -261,7 +261,14 @@ class Engine:
             assert job.embedding_D is not None
             stages = {"queue": (job.queued_at, started_at), "encode": (started_at, encoded_at)}
             rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
-            results.append((job, Found(embedding_D=job.embedding_D, rows=rows, scores=scores, stages=stages)))
+            encoded = Found(
+                embedding_D=job.embedding_D,
+                rows=rows,
+                scores=scores,
+                stages=stages,
+                patch_tokens_PC=job.patch_tokens_PC,
+            )
+            results.append((job, encoded))
         for group in _search_groups([job for job in batch if job.top_k > 0]):
             search_started_at = time.monotonic()
             rows_BK, scores_BK = _search(group, group[0].selection)

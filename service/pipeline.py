@@ -16,6 +16,7 @@ from imaging import Decoder
 from service.engine import Found
 from service.loaded_bundle import BundleView
 from service.ranking import Ranking
+from service.regions import propose
 from wikiclip.answers import Box, RecognizeOptions
 
 _LOOKUP_THREADS = 2
@@ -53,13 +54,13 @@ class RecognitionPipeline:
 
     async def run(
         self,
-        image: bytes | Float32Array,
+        image: bytes | Pixels | Float32Array,
         options: RecognizeOptions,
         view: BundleView,
         deadline_s: float = math.inf,
         views: int = 1,
     ) -> PipelineResult:
-        """Recognise an image, or an embedding [D], which may combine several `views` of one thing.
+        """Recognise an image, pixels [H, W, 3] or an embedding [D], which may combine several `views` of one thing.
 
         The decoder refuses an image that would miss the deadline.
 
@@ -103,6 +104,28 @@ class RecognitionPipeline:
             )
             found = await asyncio.wrap_future(view.loaded.engine.submit(pixels_HW3, 0))
             return replace(found, stages={"decode": decode, **found.stages})
+
+    async def propose_regions(
+        self, image: bytes, view: BundleView, deadline_s: float, limit: int
+    ) -> list[tuple[Box, Pixels]]:
+        """Return up to `limit` squares that may show one thing each, and their pixels. Cancels and raises as `run`.
+
+        The encoder must have patch tokens.
+        """
+        with view.loaded.in_use():
+            preprocessing = view.loaded.preprocessing
+            pixels_HW3, _, _ = await self._decoder.load_region(image, preprocessing.whole(), deadline_s=deadline_s)
+            encodings = (
+                asyncio.wrap_future(view.loaded.engine.submit(each_HW3, 0, explain=True))
+                for each_HW3 in (pixels_HW3, pixels_HW3[::-1, ::-1])
+            )
+            upright, turned = await asyncio.gather(*encodings)
+            assert upright.patch_tokens_PC is not None
+            assert turned.patch_tokens_PC is not None
+            boxes = propose(upright.patch_tokens_PC, turned.patch_tokens_PC, limit)
+            if not boxes:
+                return []
+            return await self._decoder.load_squares(image, preprocessing, boxes, deadline_s=deadline_s)
 
     def stuck_reason(self, after_s: float) -> str | None:
         """Return which threads have been stuck for longer than `after_s`, None if there are free ones of each kind."""

@@ -45,6 +45,7 @@ from service.feedback import append_row
 from service.limits import Admission
 from service.loaded_bundle import BundleView, LoadedBundle, opening
 from service.pipeline import PipelineResult, RecognitionPipeline, timings_ms
+from service.regions import choose
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from wikiclip.answers import (
@@ -63,6 +64,7 @@ Edit = TypeVar("Edit")
 Query = TypeVar("Query")
 T = TypeVar("T")
 
+_WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _MAX_REASON = 1000  # characters of a manifest's errors
 _NORM_TOLERANCE = 1e-4
 _MAX_NORM = 1e6  # of an embedding from the cache; most encoders give about 1
@@ -91,7 +93,9 @@ class Recognizer:
         self._deadline_s = settings.deadline_ms / 1000
         self.admission = Admission(
             settings.queue_limit,
-            minimum=max(settings.batch_limit("cuda"), settings.max_batch_images, settings.view_limit),
+            minimum=max(
+                settings.batch_limit("cuda"), settings.max_batch_images, settings.view_limit, 1 + settings.region_limit
+            ),
             deadline_s=self._deadline_s,
             on_refusal=partial(self.metrics.count_images, "full"),
         )
@@ -230,10 +234,14 @@ class Recognizer:
 
         async def recognize(image: bytes | EmbeddingQuery, view: BundleView) -> Recognition:
             query = _checked_embedding(image, options, view) if isinstance(image, EmbeddingQuery) else image
-            recognition, _ = await self._compute(query, options, view)
+            recognition = await self._recognize_uncached(query, options, view, math.inf)
             return _with_total(recognition, sum(recognition.timings_ms.values()))
 
-        return self._map(recognize, images)
+        return self._map(recognize, images, jobs=self.images_of(options))
+
+    def images_of(self, options: RecognizeOptions) -> int:
+        """Return how many images a request for one image counts as: its regions count, too."""
+        return 1 if options.regions is None else 1 + self.settings.region_limit
 
     def recognize_together(self, images: Sequence[bytes], options: RecognizeOptions | None = None) -> Recognition:
         """Recognise the one thing that several images show, at most `MAX_VIEWS`. Raises as `recognize_views` does."""
@@ -259,9 +267,9 @@ class Recognizer:
         return self._map(embed, images)
 
     def _map(
-        self, work: Callable[[Query, BundleView], Awaitable[T]], images: Sequence[Query]
+        self, work: Callable[[Query, BundleView], Awaitable[T]], images: Sequence[Query], jobs: int = 1
     ) -> list[T | WikiclipError]:
-        """Run `work` on images, or lists of images, in batches, all with one view."""
+        """Run `work` on images, or lists of images, in batches, with one view. Each gives the engine `jobs` jobs."""
         outcomes: list[T | WikiclipError] = []
         # In a thread of its own, because the calling thread of a notebook already runs an event loop.
         with self.acquire() as view, ThreadPoolExecutor(1) as executor:
@@ -275,7 +283,8 @@ class Recognizer:
             async def chunk_outcomes(chunk: Sequence[Query]) -> list[T | WikiclipError]:
                 return await asyncio.gather(*map(outcome, chunk))
 
-            size = min(2 * self.settings.batch_limit(view.loaded.encoder.device), self.settings.queue_limit)
+            most = min(2 * self.settings.batch_limit(view.loaded.encoder.device), self.settings.queue_limit)
+            size = max(1, most // jobs)
             for start in range(0, len(images), size):
                 outcomes += executor.submit(asyncio.run, chunk_outcomes(images[start : start + size])).result()
         return outcomes
@@ -299,7 +308,7 @@ class Recognizer:
             elif self.settings.cache == "on" and not options.explain:  # explanations are large and need the pixels
                 recognition = await self._recognize_cached(query, options, view)
             else:
-                recognition, _ = await self._compute(query, options, view, self._deadline_s)
+                recognition = await self._recognize_uncached(query, options, view, self._deadline_s)
         self.metrics.observe_image("answered", recognition.timings_ms)
         return _with_total(recognition, 1000 * (time.monotonic() - started_at))
 
@@ -414,6 +423,11 @@ class Recognizer:
         if answer is not None:
             self.metrics.cache_lookups.labels("answer").inc()
             return answer
+        if options.regions is not None:
+            self.metrics.cache_lookups.labels("miss").inc()
+            recognition = await self._recognize_uncached(image, options, view, self._deadline_s)
+            await self._cache.put(answer_key, _write_answer(recognition))
+            return recognition
         embedding_D = _read_embedding(await self._cache.get(embedding_key), view.loaded.bundle.manifest.embedding_dim)
         self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
         if embedding_D is None:
@@ -432,12 +446,39 @@ class Recognizer:
         await self._cache.put(answer_key, _write_answer(recognition))
         return recognition
 
+    async def _recognize_uncached(
+        self, image: bytes | Float32Array, options: RecognizeOptions, view: BundleView, deadline_s: float
+    ) -> Recognition:
+        """Recognise an image, and its regions if the options ask for them, or an embedding."""
+        if options.regions is None or not isinstance(image, bytes):
+            return (await self._compute(image, options, view, deadline_s))[0]
+        if view.loaded.bundle.manifest.image_encoder.outputs[0] is None:
+            raise BadParameter("this bundle's image encoder has no patch tokens to find things with; leave out regions")
+        if options.box is not None:
+            raise BadParameter("box is one region and regions finds them; leave out one of the two")
+        recognition, result = await self._compute(image, options, view, deadline_s)
+        started_at = time.monotonic()
+        proposed = await self._pipeline.propose_regions(image, view, deadline_s, self.settings.region_limit)
+        unexplained = options.model_copy(update={"explain": False})
+        results = await asyncio.gather(
+            *(self._pipeline.run(pixels_HW3, unexplained, view, deadline_s) for _, pixels_HW3 in proposed)
+        )
+        stage = (started_at, time.monotonic())
+        record_stages({"regions": stage})
+        rankings = [(box, each.ranking) for (box, _), each in zip(proposed, results, strict=True)]
+        return recognition.model_copy(
+            update={
+                "regions": choose([(_WHOLE, result.ranking), *rankings]),
+                "timings_ms": {**recognition.timings_ms, **timings_ms({"regions": stage})},
+            }
+        )
+
     async def _answer_views(
         self, images: Sequence[bytes | UserError], options: RecognizeOptions, view: BundleView, *, cache: bool
     ) -> Recognition:
         """Answer as `recognize_views` does, without the total time. Equal images count once."""
-        if options.box is not None or options.explain:
-            raise BadParameter("several images have one answer; leave out box and explain, or send one image")
+        if options.box is not None or options.explain or options.regions is not None:
+            raise BadParameter("several images have one answer; leave out box, explain and regions, or send one image")
         hashed = [(hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else "", image) for image in images]
         # By content, so that rounding does not depend on the order of the images.
         distinct = sorted((each, image) for each, image in dict(hashed).items() if isinstance(image, bytes))
@@ -552,8 +593,8 @@ def _skipped(
 
 def _checked_embedding(query: EmbeddingQuery, options: RecognizeOptions, view: BundleView) -> Float32Array:
     """Return the embedding of a query [D], of length 1. Raises `BadParameter`, or `Conflict` for another encoder."""
-    if options.explain or options.box is not None:
-        raise BadParameter("an embedding has no pixels; leave out explain and box, or send the image")
+    if options.explain or options.box is not None or options.regions is not None:
+        raise BadParameter("an embedding has no pixels; leave out explain, box and regions, or send the image")
     view.loaded.check_encoder(query.encoder)
     embedding_D = read_embedding(query.embedding, view.loaded.bundle.manifest.embedding_dim)
     norm = float(np.linalg.norm(embedding_D))

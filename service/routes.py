@@ -99,12 +99,12 @@ async def recognize(request: Request, response: Response, options: Options, reco
     content_type = request.headers.get("content-type", "")
     is_form = uploads.is_form(content_type)  # it may have several images
     if not is_form:
-        await _apply_rate_limit(request, recognizer, 1)
+        await _apply_rate_limit(request, recognizer, recognizer.images_of(options))
     body = await _read_body(request, recognizer)
     read = partial(uploads.query_of, max_images=recognizer.settings.view_limit)
     query = await uploads.parse(read, body, content_type)
-    images = len(query) if isinstance(query, list) else 1
-    recognizer.check_views(images)
+    images = len(query) if isinstance(query, list) else recognizer.images_of(options)
+    recognizer.check_views(len(query) if isinstance(query, list) else 1)
     if is_form:
         await _apply_rate_limit(request, recognizer, images)
 
@@ -172,6 +172,8 @@ async def feedback(
     openapi_extra=uploads.images_body(),
 )
 async def recognize_batch(request: Request, options: Options, recognizer: ReadyRecognizer) -> BatchRecognition:
+    if options.regions is not None:
+        raise BadParameter("regions are found in one image at a time; leave out regions, or send each to /recognize")
     body = await _read_body(request, recognizer)
     max_images = recognizer.settings.max_batch_images
     read = partial(uploads.images_of, max_images=max_images)

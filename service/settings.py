@@ -25,6 +25,7 @@ from service.limits import Rate
 ENV_PREFIX = "WIKICLIP_"
 MILVUS = "milvus:"
 _MAX_BATCH, _MAX_BATCH_PER_THREAD = 32, 8  # the second applies on a CPU
+_MAX_REGIONS = 16  # encoded for one image
 
 _URL_PREFIXES = {
     "index": (MILVUS,),
@@ -206,6 +207,11 @@ class Settings(BaseSettings):
     def view_limit(self) -> int:
         """Return how many images of one thing a request may have. More than the queue takes would never be accepted."""
         return min(self.max_views, self.queue_limit)
+
+    @property
+    def region_limit(self) -> int:
+        """Return how many regions of an image are encoded. They and the image itself must fit into the queue."""
+        return min(_MAX_REGIONS, self.queue_limit - 1)
 
     def batch_limit(self, device: str) -> int:
         """Return the maximum images encoded together on `cuda` or `cpu`.

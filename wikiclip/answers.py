@@ -62,6 +62,9 @@ class RecognizeOptions(EmbedOptions):
     lang: str | None = Field(
         default=None, max_length=35, description="Language of the titles, a code such as fr, where the catalog has it."
     )
+    regions: Literal["auto"] | None = Field(
+        default=None, description="`auto` finds the things in the image, and answers for each of them, too."
+    )
     explain: bool = Field(
         default=False, description="Explain each prediction: where in the image it matches, and which words matter."
     )
@@ -196,6 +199,18 @@ class SkippedImage(Answer):
     detail: str = Field(description="Why it does not decode, and what to do.")
 
 
+class Region(Answer):
+    """A thing in the image."""
+
+    box: Box = Field(description="Where it is: x, y, width, height as fractions of the upright image.")
+    predictions: tuple[Prediction, ...]
+    in_catalog_probability: float | None = Field(
+        validation_alias="known",
+        serialization_alias="known",
+        description="Probability that its entity is in the catalog; null without calibration.",
+    )
+
+
 class Recognition(Reply):
     """Predictions for one image, or for several photographs of one thing, best first."""
 
@@ -223,9 +238,14 @@ class Recognition(Reply):
         exclude_if=lambda skipped: skipped is None,
         description="Of several images, those that do not decode; they have no other effect. Left out for one image.",
     )
+    regions: tuple[Region, ...] | None = Field(
+        default=None,
+        exclude_if=lambda regions: regions is None,
+        description="The things in the image, the most certain first. Left out unless `regions` asks for it.",
+    )
     timings_ms: dict[str, float] = Field(
         default={},
-        description="Milliseconds of the stages that took place (decode, queue, encode, search), and in total. "
+        description="Milliseconds of the stages that took place (decode, queue, encode, search, regions) and in total. "
         "Of several images, those of the one that took longest.",
     )
 
@@ -331,6 +351,7 @@ class Info(Reply):
     search_device_why: str = Field(description="Why the search runs there.")
     calibrated: bool
     heat_maps: bool = Field(default=False, description="Whether explanations have heat maps.")
+    regions: bool = Field(default=False, description="Whether the things in an image can be found.")
     image_types: tuple[str, ...]
     limits: dict[str, int]
 

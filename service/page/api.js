@@ -68,10 +68,11 @@ async function requestJson(path, options = {}) {
  * the whole image.
  * Returns the answer and the time of the request as `roundTripMs`.
  */
-export async function recognize(images, { topK, types, box, explain, signal }) {
+export async function recognize(images, { topK, types, box, regions, explain, signal }) {
   const parameters = new URLSearchParams({ top_k: String(topK) });
   for (const type of types) parameters.append("types", type);
   if (box) parameters.set("box", [box.x, box.y, box.w, box.h].map((side) => side.toFixed(4)).join(","));
+  if (regions) parameters.set("regions", "auto");
   if (explain) parameters.set("explain", "true");
   const form = new FormData();
   for (const image of images) form.append("image", image, image.name ?? "image");

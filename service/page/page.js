@@ -4,6 +4,7 @@ import { Problem, recognize, serviceInfo } from "./api.js";
 import { startCatalogSearch } from "./catalog.js";
 import { Board } from "./draw.js";
 import { showExamples } from "./examples.js";
+import { FoundBoxes } from "./found.js";
 import { HeatMap } from "./heat.js";
 import { takeDropsAndPastes } from "./intake.js";
 import { Region } from "./region.js";
@@ -39,10 +40,14 @@ async function recognizeImage() {
   const types = $("types").value.split(",").map((type) => type.trim()).filter(Boolean);
   showWaiting(topK);
   try {
+    const one = image === photo && !others.length;
     const { answer, roundTripMs } = await recognize(images, {
-      topK, types, box: region.box, explain: image === photo && !others.length && $("explain").checked, signal: controller.signal,
+      topK, types, box: region.box, regions: one && !region.box && $("find").checked, explain: one && $("explain").checked, signal: controller.signal,
     });
-    showAnswer(answer, roundTripMs, { onType: filterByType, onExplain: (prediction) => heat.show(prediction) });
+    found.show(answer.regions ?? []);
+    showAnswer(answer, roundTripMs, {
+      onType: filterByType, onExplain: (prediction) => heat.show(prediction), onRegion: (index) => found.mark(index),
+    });
     learnTypes(answer.predictions);
     if (images.length > 1) showViews(images, answer.skipped);
   } catch (error) {
@@ -90,6 +95,7 @@ function explainRefusal(problem) {
 function showRefusal(problem) {
   pending?.abort(); // its answer is for an earlier image
   heat.hide();
+  found.hide();
   showProblem(problem, recognizeImage);
 }
 
@@ -131,6 +137,8 @@ const region = new Region({
 
 const heat = new HeatMap({ stage: $("stage"), image: $("preview"), canvas: $("heat"), legend: $("heat-legend") });
 
+const found = new FoundBoxes({ stage: $("stage"), image: $("preview"), layer: $("found") });
+
 const board = new Board($("board"), {
   palette: $("palette"),
   shapes: $("shapes"),
@@ -148,6 +156,7 @@ const board = new Board($("board"), {
 function setMode(mode) {
   const isDrawing = mode === "draw";
   heat.hide();
+  found.hide();
   image = isDrawing ? drawing : photo;
   $("stage").dataset.mode = isDrawing ? "draw" : photo ? "image" : "empty";
   $("mode-image").setAttribute("aria-pressed", String(!isDrawing));
@@ -218,7 +227,7 @@ $("undo").addEventListener("click", () => board.undo());
 $("clear").addEventListener("click", () => board.clear());
 $("mark-region").addEventListener("click", () => region.start());
 $("clear-region").addEventListener("click", () => region.clear());
-for (const id of ["top-k", "explain", "types"]) $(id).addEventListener("change", recognizeImage);
+for (const id of ["top-k", "explain", "find", "types"]) $(id).addEventListener("change", recognizeImage);
 
 // ---- the bundle ----
 
@@ -235,6 +244,7 @@ async function showInfo() {
     $("model-name").textContent = `${model} on ${device}`;
     $("modes").hidden = model !== "tiny"; // other encoders are for photographs
     $("explain-label").hidden = !info.heat_maps;
+    $("find-label").hidden = !info.regions;
   } catch (error) {
     if (!(error instanceof Problem)) throw error;
     chip.dataset.state = "unready";

@@ -105,13 +105,29 @@ export function showAnswer(answer, roundTripMs, options) {
   keepFocus(() => renderAnswer(answer, roundTripMs, options));
 }
 
-function renderAnswer(answer, roundTripMs, { onType, onExplain }) {
+/** List the best entity of each thing that was found. `onRegion(index)` emphasises its box, -1 none. */
+function renderRegions(answer, onType, onRegion) {
+  const { regions } = answer;
+  $("found-heading").hidden = $("whole-heading").hidden = !regions;
+  $("found-list").hidden = !regions?.length;
+  $("found-heading").textContent = regions?.length ? "Things in the image" : "No single thing stands out.";
+  $("found-list").replaceChildren(...(regions ?? []).map(({ predictions: [best] }, index) => {
+    const item = predictionItem({ ...best, rank: index + 1 }, false, onType);
+    item.addEventListener("pointerenter", () => onRegion(index));
+    item.addEventListener("focusin", () => onRegion(index));
+    item.addEventListener("pointerleave", () => onRegion(-1));
+    return item;
+  }));
+}
+
+function renderAnswer(answer, roundTripMs, { onType, onExplain, onRegion }) {
   settle("answered");
   $("problem").hidden = true;
   $("problem").replaceChildren();
   $("abstained").hidden = !answer.abstained;
   $("level").hidden = !answer.level;
   $("level").textContent = answer.level ? `Surely: ${answer.level.title}` : "";
+  renderRegions(answer, onType, onRegion);
   const list = $("predictions");
   const item = (prediction) => predictionItem(prediction, answer.abstained, onType, onExplain);
   list.replaceChildren(...answer.predictions.map(item));
@@ -164,6 +180,7 @@ function renderProblem(problem, onRetry) {
   $("abstained").hidden = $("level").hidden = true;
   $("predictions").replaceChildren();
   $("predictions").hidden = true;
+  renderRegions({});
   $("times").hidden = true;
   $("status").textContent = "";
   showEmpty("No results", "Try another image or other options.");

@@ -169,6 +169,32 @@ const SCENARIOS = {
     return { body, first, second, off: await look() };
   },
 
+  async found(page) {
+    await pick(page, "giraffe.png");
+    const real = await asking(page, () => page.check("#find"));
+    const regions = [[0.5, 0.25, 0.25, 0.5], [0, 0, 0.5, 0.5]].map((box, index) => ({ box, known: 0.9, predictions: real.body.predictions.slice(index) }));
+    await page.route("**/recognize?*", (route) => route.fulfill({ json: { ...real.body, regions } }));
+    await pick(page, "lion.png");
+    const look = () => page.evaluate(() => {
+      const image = document.getElementById("preview").getBoundingClientRect();
+      return {
+        boxes: [...document.querySelectorAll(".found-box")].map((box) => {
+          const { x, y, width, height } = box.getBoundingClientRect();
+          return { text: box.textContent, marked: box.classList.contains("marked"), x: (x - image.x) / image.width, y: (y - image.y) / image.height, width: width / image.width, height: height / image.height };
+        }),
+        titles: [...document.querySelectorAll("#found-list .title")].map((title) => title.firstChild.textContent),
+        heading: document.getElementById("found-heading").textContent,
+        whole: document.querySelectorAll("#predictions > li").length,
+      };
+    });
+    const first = await look();
+    await page.locator("#found-list > li").nth(1).hover();
+    const marked = (await look()).boxes.map((box) => box.marked);
+    await page.unroute("**/recognize?*");
+    const off = await asking(page, () => page.uncheck("#find"));
+    return { real, regions, first, marked, off: { parameters: off.parameters, ...await look() } };
+  },
+
   async pasted(page) {
     await asking(page, () => hand(page, "paste", "giraffe.png"));
     return { shown: await shown(page) };

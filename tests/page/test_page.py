@@ -108,6 +108,24 @@ def test_the_heat_map_covers_the_image(browsed: dict[str, dict[str, Any]]) -> No
     assert seen["off"]["hidden"] is True
 
 
+def test_what_was_found_is_boxed_and_listed(browsed: dict[str, dict[str, Any]]) -> None:
+    seen = see(browsed, "found")
+    assert seen["real"]["parameters"]["regions"] == "auto"
+    assert isinstance(seen["real"]["body"]["regions"], list)
+    assert seen["first"]["heading"] == "Things in the image"
+    assert seen["first"]["titles"] == [region["predictions"][0]["title"] for region in seen["regions"]]
+    assert seen["first"]["whole"] == 5
+    assert [box["text"] for box in seen["first"]["boxes"]] == ["1", "2"]
+    share = 40 / 48  # of the square stage's height that the image covers
+    for box, region in zip(seen["first"]["boxes"], seen["regions"], strict=True):
+        x, y, width, height = region["box"]
+        expected = (x, (1 - share) / 2 + y * share, width, height * share)
+        assert (box["x"], box["y"], box["width"], box["height"]) == pytest.approx(expected, abs=0.02)
+    assert seen["marked"] == [False, True]
+    assert "regions" not in seen["off"]["parameters"]
+    assert (seen["off"]["boxes"], seen["off"]["titles"]) == ([], [])
+
+
 def test_an_abstention_shows_no_confidence(browsed: dict[str, dict[str, Any]]) -> None:
     shown = see(browsed, "abstained")["shown"]
     assert (shown["abstained"], shown["level"]) == (True, "Surely: animal")
