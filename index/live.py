@@ -282,11 +282,9 @@ class LiveSegment:
             return
         added_before = "SELECT 1 FROM reference WHERE entity_id = ? AND image_id = ? AND removed IS NULL"
         compacted = connection.execute(added_before, (entity_id, image_id)).fetchone() is not None
-        raise (
-            of_bundle(image_id)
-            if compacted or image_id in all_image_ids(entity.image_count, added)
-            else (no_such_image(image_id))
-        )
+        if compacted or image_id in all_image_ids(entity.image_count, added):
+            raise of_bundle(image_id)
+        raise no_such_image(image_id)
 
     def _read_base_revision(self, connection: sqlite3.Connection) -> int:
         """Return up to which revision this bundle contains the changes."""

@@ -247,6 +247,10 @@ class MilvusEntities:
         self._records[row] = entity = ENTITY_JSON.validate_json(record)
         return entity
 
+    def forget(self, row: int) -> None:
+        """Drop a record from the cache."""
+        self._records.pop(row, None)
+
     def by_row(self, row: int) -> StoredEntity:
         """Return an entity that was put, as it was when it was found. Raise `UnknownEntity`."""
         if (cached := self._records.get(row)) is not None:
@@ -294,7 +298,9 @@ class MilvusEntities:
             embedding_D = self._pooled(np.stack(vectors))
             if record == row["record"] and np.allclose(embedding_D, row["embedding"], rtol=0, atol=_SAME):
                 return
-            self._client.upsert(self._name, [{**row, "record": record, "embedding": embedding_D}], timeout=TIMEOUT_S)
+            changed = {**row, "record": record, "embedding": embedding_D}
+            with milvus_errors():
+                self._client.upsert(self._name, [changed], timeout=TIMEOUT_S)
 
     def _rows_of(self, entity_id: str) -> list[dict[str, Any]]:
         return self.query(key_filter(entity_id), ["row", "record"])
@@ -442,13 +448,19 @@ class MilvusView:
     def _rank(self, hits: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
         """Return each row once, with its best score, best first. Equal scores are in row order."""
         best: dict[int, float] = {}
+        records: dict[int, str] = {}
         for hit in hits:
             row = int(hit["row"])
             if row < 0:
                 continue  # an image of which only the mean is searched
-            if row >= FIRST_PUT_ROW and hit["record"]:
-                self._entities.cache(row, hit["record"])
+            if hit["record"]:
+                records[row] = hit["record"]
             best[row] = max(best.get(row, -2.0), min(1.0, float(hit["score"])))
+        for row in best:
+            if row in records:
+                self._entities.cache(row, records[row])
+            elif row >= FIRST_PUT_ROW:  # found by an image: its record may be another one by now
+                self._entities.forget(row)
         return sorted(best.items(), key=lambda item: (-item[1], item[0]))
 
     def _scan(self, query_D: Float32Array, condition: str, found: list[tuple[int, float]]) -> list[tuple[int, float]]:

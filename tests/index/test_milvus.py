@@ -396,6 +396,20 @@ class TestChanges:
             hosts[0].put(entity("long", text="x" * 70_000), vectors(1, seed=62)[0], None)
         assert hosts[0].refresh().revision == 0
 
+    def test_an_entity_that_is_found_by_an_image_has_its_current_record(
+        self, hosts: tuple[MilvusEntities, MilvusEntities], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(milvus_view, "_SPARE", 0)  # the image is a hit, the row with the record is none
+        one, other = hosts
+        (image_D,) = vectors(1, seed=64)
+        for title in ("First", "Second"):
+            one.put(entity("changing", title, image_count=0), -image_D, None)
+            one.add_image("changing", new_image_id(), image_D)
+            other.refresh()
+            view = MilvusView(other)
+            (row,) = view.search(image_D[None], 1)[0][0].tolist()
+            assert [each.title for each in view.by_rows([row])] == [title]
+
     def test_records_dropped_from_the_cache_are_read_again(
         self, hosts: tuple[MilvusEntities, MilvusEntities], monkeypatch: pytest.MonkeyPatch
     ) -> None:
