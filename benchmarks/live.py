@@ -31,7 +31,7 @@ from service.settings import Settings
 QUERIES, TOP_K = 12, 5
 TOLERANCE = 1e-4  # of a cosine
 SEEN_TIMEOUT_S = 30
-KILL_WITHIN_S = 0.02  # of the start of a change, which takes about as long
+KILL_WITHIN_S = 0.006  # of the start of a change, which takes about as long
 TOKEN = "benchmark"
 _KINDS = {"put": 0.2, "delete": 0.15, "add": 0.2, "remove": 0.15, "search": 0.3}
 
