@@ -110,14 +110,20 @@ def test_feedback_is_evaluated_as_its_images_are(
         file.writelines(json.dumps(row) + "\n" for row in bad)
     out = tmp_path / "out" / "predictions.jsonl"
     out.parent.mkdir()
-    report = out.with_name("report.html")
+    report, catalog = out.with_name("report.html"), tmp_path / "catalog.jsonl"
+    asked = [json.loads(line) for line in queries.read_text().splitlines()[: len(small_images)]]
+    records = ({"entity_id": each["entity_id"], "title": "A", "images": [each["image"]]} for each in asked)
+    catalog.write_text("".join(json.dumps(record) + "\n" for record in records))
     done = _wikiclip(
-        "evaluate", "--bundle", small_bundle, "--queries", feedback, "--out", out, "--report", report, "--json"
-    )
+        "evaluate", "--bundle", small_bundle, "--queries", feedback, "--out", out, "--report", report, "--json",
+        "--catalog", catalog,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     count = len(small_images)
     assert (figures["queries"], figures["rejected"]) == (count, 4)
+    for found in (figures, figures["untrained"]):
+        assert found["recall"]["feedback"]["recall_at_1"] == pytest.approx(100 * (count - 1) / count)
     predictions = [json.loads(line) for line in out.read_text().splitlines()]
     assert predictions == [
         {"data_id": row["data_id"], "pred_entity_id": entity_id}
