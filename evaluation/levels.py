@@ -57,8 +57,9 @@ def summarise_levels(answered: Sequence[AnsweredQuery]) -> dict[str, Any]:
 
     `answered`, `right` (of the answered ones) and `entity` (answered with an entity) are in percent. `entities_left` is
     the median size of a level. `curve` has the same for several thresholds, and for the best entities alone.
-    `at_90_right` has the largest shares of queries that can be answered with nine in ten right: at `any` level, and
-    with an entity, ranked by this probability or by its `confidence`, whichever answers more.
+    `at_90_right` has the largest shares of queries that can be answered with nine in ten right: at `any` level, that is
+    the most certain one, at the `most_specific` one that reaches a threshold, as the service answers, and with an
+    `entity`, ranked by this probability or by its `confidence`, whichever answers more. `ratio` is any / entity.
     """
     queries = [each for each in answered if each.levels is not None]
     steps_N = [each.levels or () for each in queries]
@@ -67,16 +68,21 @@ def summarise_levels(answered: Sequence[AnsweredQuery]) -> dict[str, Any]:
     curve = _Curve(steps_N)
     confidences = [each.best.confidence or 0.0 if each.best else 0.0 for each in queries]
     right_N = np.array([each.rank == 1 for each in queries])
-    by_level_N = np.where(np.isfinite(curve.confidence_NS[:, 0]), curve.confidence_NS[:, 0], 0.0)
+    by_level_N = np.array([steps[0].confidence if steps else 0.0 for steps in steps_N])
     entity = max(_coverage(each, right_N) for each in (np.array(confidences), by_level_N))
+    most_certain = [steps[-1] if steps else Step(0.0, 0, False) for steps in steps_N]
+    any_level = _coverage(
+        *(np.array([getattr(each, name) for each in most_certain]) for name in ("confidence", "right"))
+    )
     return {
         "queries": len(queries),
         **curve.at(CERTAIN),
         "curve": [curve.at(threshold) for threshold in THRESHOLDS],
         "at_90_right": {
-            "any": round(100 * curve.best_coverage(), 2),
+            "any": round(100 * any_level, 2),
+            "most_specific": round(100 * curve.best_coverage(), 2),
             "entity": round(100 * entity, 2),
-            "ratio": round(curve.best_coverage() / entity, 3) if entity else None,
+            "ratio": round(any_level / entity, 3) if entity else None,
         },
     }
 

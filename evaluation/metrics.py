@@ -338,7 +338,10 @@ def level_lines(levels: Mapping[str, Any]) -> Iterator[str]:
         )
     at_90 = levels["at_90_right"]
     ratio = "" if at_90["ratio"] is None else f" ({at_90['ratio']:.2f} times as many)"
-    yield f"at 90 % right: {at_90['any']:.1f} % answered at some level, {at_90['entity']:.1f} % with an entity{ratio}"
+    yield (
+        f"at 90 % right: {at_90['any']:.1f} % answered at some level, {at_90['entity']:.1f} % with an entity{ratio}; "
+        f"{at_90['most_specific']:.1f} % at the most specific level that reaches a threshold"
+    )
 
 
 def format_ratios(ratios: Mapping[str, Mapping[str, Any]]) -> str:

@@ -1,8 +1,8 @@
 """Fit `index.levels.LevelModel` to searched queries, and to the same queries with their own entity left out.
 
 A query whose entity is left out still has its types right. Such queries weigh as a fifth of all. Cross-validation over
-the entities chooses the slope, and then an offset: the level chosen is the most specific of many, so it is right less
-often than one drawn at random. The offset makes those that are chosen right as often as they claim.
+the entities chooses the slope, and then an offset: the level chosen is the most specific of many, so it may be right
+less often than its probability says. The offset lowers all probabilities until nine in ten of those chosen are right.
 
 Shapes: N queries, K candidates, M levels of all queries, F features.
 """
@@ -28,7 +28,7 @@ _MIN_CHOSEN = 30  # queries with a level
 _LEFT_OUT_WEIGHT = 0.25
 _FOLDS = 5
 _RIDGE = 1.0  # for features of mean 0 and deviation 1
-_OFFSETS = np.arange(4.0, -4.0, -0.05)
+_OFFSETS = np.arange(0.0, -4.0, -0.05)
 _TINY = 1e-9
 _SEED = 7
 
@@ -144,7 +144,7 @@ def _fit(levels: _Levels) -> Float64Array:
 
 
 def _offset(levels: _Levels, logit_M: Float64Array) -> float | None:
-    """Return the largest offset of the logits with which the levels that are chosen are right often enough."""
+    """Return the offset of the logits, the highest up to 0 with which the levels chosen are right often enough."""
     certain = math.log(CERTAIN / (1 - CERTAIN))
     for offset in _OFFSETS:
         certain_M = np.flatnonzero(logit_M + offset >= certain)

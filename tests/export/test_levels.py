@@ -84,7 +84,7 @@ def test_nine_in_ten_of_the_levels_chosen_are_right_on_other_entities(store: Ent
                 right += weight * (kept[0][0] == own)
             else:
                 right += weight * (chosen[0].key in store.types.ancestors(store.by_rows([own])[0].types))
-    assert right / answered == pytest.approx(0.9, abs=0.05)
+    assert 0.87 < right / answered < 1
     assert answered > 1.2 * entities > 0
     assert max(sizes) <= ENTITIES / 10
 
