@@ -17,7 +17,6 @@ import numpy as np
 
 from core.arrays import BoolArray, Float64Array, Int64Array
 from export.calibrate import LabelledSearch
-from export.open_set import fit_logistic
 from index.calibration import CANDIDATES, Calibration, background
 from index.levels import CERTAIN, LevelModel, SizedType, summed
 from index.store import EntityStore
@@ -30,6 +29,7 @@ _FOLDS = 5
 _RIDGE = 1.0  # for features of mean 0 and deviation 1
 _OFFSETS = np.arange(0.0, -4.0, -0.05)
 _TINY = 1e-9
+_NEWTON_STEPS = 50
 _SEED = 7
 
 
@@ -132,13 +132,23 @@ def _held_out_logits(levels: _Levels) -> Float64Array:
 
 
 def _fit(levels: _Levels) -> Float64Array:
-    """Return the weights `[F]` of a logistic regression. The first feature is 1."""
+    """Return the weights `[F]` of a logistic regression with a ridge, by Newton's method. The first feature is 1."""
     mean_F, deviation_F = levels.features_MF.mean(axis=0), levels.features_MF.std(axis=0)
     mean_F[0], deviation_F[deviation_F < _TINY] = 0.0, 1.0
-    ridge_F = np.full(len(mean_F), _RIDGE)
-    ridge_F[0] = 1e-4
     standard_MF = (levels.features_MF - mean_F) / deviation_F
-    weights_F: Float64Array = fit_logistic(standard_MF, levels.right_M, levels.weight_M, ridge_F) / deviation_F
+    ridge_F = np.full(len(mean_F), _RIDGE)
+    ridge_F[0] = _TINY
+    weights_F = np.zeros(len(mean_F))
+    for _ in range(_NEWTON_STEPS):
+        probability_M = 1.0 / (1.0 + np.exp(-np.clip(standard_MF @ weights_F, -30, 30)))
+        curvature_M = levels.weight_M * probability_M * (1.0 - probability_M)
+        gradient_F = (levels.weight_M * (probability_M - levels.right_M)) @ standard_MF + ridge_F * weights_F
+        hessian_FF = (standard_MF * curvature_M[:, None]).T @ standard_MF + np.diag(ridge_F)
+        step_F = np.linalg.solve(hessian_FF, gradient_F)
+        weights_F -= step_F
+        if np.abs(step_F).max() < _TINY:
+            break
+    weights_F /= deviation_F
     weights_F[0] -= weights_F @ mean_F
     return weights_F
 

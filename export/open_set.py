@@ -79,14 +79,14 @@ def fit_open_set_model(
         logit_N = np.empty(len(fold_N))
         for fold in range(_FOLDS):
             out_N = fold_N == fold
-            weights_F = fit_logistic(
+            weights_F = _fit_logistic(
                 features_NF[~out_N], in_catalog_N[~out_N], weight_N[~out_N], features.ridge(candidate)
             )
             logit_N[out_N] = features_NF[out_N] @ weights_F
         loss = float(weight_N @ np.logaddexp(0.0, np.where(in_catalog_N, -logit_N, logit_N)))
         if loss < best_loss:
             best_loss, ridge, held_out_N = loss, candidate, logit_N
-    weights_F = fit_logistic(features_NF, in_catalog_N, weight_N, features.ridge(ridge))
+    weights_F = _fit_logistic(features_NF, in_catalog_N, weight_N, features.ridge(ridge))
     probability_N = np.full(total, np.nan)
     probability_N[used_N] = 1.0 / (1.0 + np.exp(-np.clip(held_out_N, -500, 500)))
     return features.model(weights_F), probability_N
@@ -97,7 +97,7 @@ def fit_scores_model(examples: Examples) -> OpenSetModel:
     mean_2, deviation_2 = examples.scores.mean(axis=0), np.maximum(examples.scores.std(axis=0), 1e-6)
     features_NF = np.column_stack([np.ones(len(examples.scores)), (examples.scores - mean_2) / deviation_2])
     ridge_F = np.array([1e-4, _SCORES_RIDGE, _SCORES_RIDGE])
-    weights_F = fit_logistic(features_NF, examples.in_catalog_N, examples.weight_N, ridge_F)
+    weights_F = _fit_logistic(features_NF, examples.in_catalog_N, examples.weight_N, ridge_F)
     best, background = (weights_F[1:] / deviation_2).tolist()
     offset = float(weights_F[0] - weights_F[1:] @ (mean_2 / deviation_2))
     return OpenSetModel.of_scores(offset, best, background)
@@ -160,7 +160,7 @@ class _Features:
         )
 
 
-def fit_logistic(
+def _fit_logistic(
     features_NF: Float64Array, positive_N: BoolArray, weight_N: Float64Array, ridge_F: Float64Array
 ) -> Float64Array:
     """Return the weights `[F]` of a weighted logistic regression with a ridge."""
