@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from operator import mul
 from typing import Any, NamedTuple, Self
 
 from core.errors import BundleAltered
@@ -70,7 +71,7 @@ class LevelModel:
             yield level, self._confidence(level, background)
 
     def _confidence(self, level: Level, background: float) -> float:
-        logit = math.fsum(map(math.prod, zip(self.weights, level.features(background), strict=True)))
+        logit = sum(map(mul, self.weights, level.features(background)))
         power = math.exp(-abs(logit))  # cannot overflow
         return (1.0 if logit >= 0 else power) / (1.0 + power)
 
