@@ -175,6 +175,8 @@ def record_of(body: bytes, content_type: str) -> tuple[Any, list[bytes | str]]:
         record = _json(body)
         image = record.pop("image", None) if isinstance(record, dict) else None
         images = image if isinstance(image, list) else [] if image is None else [image]
+        if len(images) > _MAX_REFERENCES:
+            raise TooLarge(f"{len(images)} images of one entity; send at most {_MAX_REFERENCES}")
         return record, [image_in_json(each) for each in images]
     if not is_form(content_type):
         raise UnsupportedMediaType("send application/json, or multipart/form-data with the parts record and image")
