@@ -124,7 +124,8 @@ function renderAnswer(answer, roundTripMs, { onType, onExplain, onRegion }) {
   settle("answered");
   $("problem").hidden = true;
   $("problem").replaceChildren();
-  $("abstained").hidden = !answer.abstained;
+  const found = answer.regions?.length ?? 0;
+  $("abstained").hidden = !answer.abstained || found > 0; // it is about the image as a whole
   $("level").hidden = !answer.level;
   $("level").textContent = answer.level ? `Surely: ${answer.level.title}` : "";
   renderRegions(answer, onType, onRegion);
@@ -140,7 +141,8 @@ function renderAnswer(answer, roundTripMs, { onType, onExplain, onRegion }) {
   const [best] = answer.predictions;
   if (best?.explanation) explain(list.firstElementChild, best, onExplain);
   else onExplain(null);
-  const prefix = answer.abstained ? "Probably not in the catalog. " : "";
+  const prefix = found ? `Found ${answer.regions.map(({ predictions }) => predictions[0].title).join(", ")}. `
+    : answer.abstained ? "Probably not in the catalog. " : "";
   $("status").textContent = best
     ? `${prefix}Best match: ${best.title}, score ${best.score.toFixed(2)}. ${answer.predictions.length} shown.`
     : "No entity of this type.";
