@@ -1,0 +1,89 @@
+"""One, two, three and five photographs of one drawing by a held-out artist: `python -m demo.views`.
+
+Each photograph is made independently, as the photographed queries are. The demo bundle answers for the set as the
+service does (`Recognizer.recognize_together`).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from core.cli import run
+from core.statistics import wilson_interval
+from demo.build import PHOTO_PX, build_option, read_drawings
+from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
+from evaluation.metrics import calibration_error, format_interval, ratio_interval, reliability
+from index.bundle import Bundle
+from service.recognizer import Recognizer
+from service.settings import Settings
+from wikiclip.answers import RecognizeOptions
+
+DEMO = Path(__file__).parent
+VIEWS = (1, 2, 3, 5)
+_SEED = 31
+_BINS, _RESAMPLINGS = 10, 500
+_BATCH = 32
+
+
+def photographs(drawings: Sequence[Path], count: int) -> Iterator[list[bytes]]:
+    """Yield `count` JPEG files for each drawing."""
+    for start in range(0, len(drawings), _BATCH):
+        images = [Image.open(path) for path in drawings[start : start + _BATCH]]
+        batch_B4HW = premultiply(torch.stack(list(map(to_tensor, images))))
+        taken: list[list[bytes]] = []
+        for number in range(count):
+            photographer = Photographer(_SEED + start + number * 10**6)
+            strength_B = 0.4 + 0.6 * torch.rand(len(batch_B4HW), generator=photographer.generator)
+            qualities = (95 - 60 * strength_B).int().tolist()
+            photos = photographer.photograph(batch_B4HW, PHOTO_PX, strength_B)
+            taken.append([to_jpeg(photo, quality) for photo, quality in zip(photos, qualities, strict=True)])
+        yield from map(list, zip(*taken, strict=True))
+
+
+def error_interval(confidences: Sequence[float], right: Sequence[bool]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the expected calibration error."""
+    rng, confidence_N, right_N = np.random.default_rng(0), np.array(confidences), np.array(right)
+    errors = []
+    for _ in range(_RESAMPLINGS):
+        drawn_N = rng.integers(len(right_N), size=len(right_N))
+        errors.append(calibration_error(reliability(confidence_N[drawn_N].tolist(), right_N[drawn_N].tolist(), _BINS)))
+    low, high = np.percentile(errors, (2.5, 97.5))
+    return float(low), float(high)
+
+
+@click.command()
+@build_option
+def main(build: Path) -> None:
+    """Measure top-1 and the calibration error of confidence for several photographs of one drawing."""
+    bundle = Bundle.open(DEMO / "bundle")
+    drawings = [each for each in read_drawings(build) if each.role == "query" and each.split.startswith("test")]
+    right: dict[int, list[bool]] = {views: [] for views in VIEWS}
+    confidences: dict[int, list[float]] = {views: [] for views in VIEWS}
+    with Recognizer(bundle, Settings(cache="off")) as recognizer:
+        taken = photographs([build / each.image for each in drawings], max(VIEWS))
+        shown = tqdm(zip(drawings, taken, strict=True), total=len(drawings), unit="drawing", disable=None)
+        for drawing, photos in shown:
+            for views in VIEWS:
+                answer = recognizer.recognize_together(photos[:views], RecognizeOptions(top_k=1))
+                [best] = answer.predictions
+                right[views].append(best.entity_id == drawing.entity_id)
+                confidences[views].append(best.confidence or 0.0)
+    click.echo("| photographs | top-1 | times as many right | error of confidence |\n| --- | --- | --- | --- |")
+    for views in VIEWS:
+        low, high = wilson_interval(sum(right[views]), len(drawings))
+        top_1 = f"{100 * np.mean(right[views]):.1f} ({format_interval((100 * low, 100 * high))})"
+        times = ""
+        if views > 1 and (interval := ratio_interval(right[views], right[1], [each.entity_id for each in drawings])):
+            times = f"{sum(right[views]) / sum(right[1]):.2f} ({format_interval(interval, 2)})"
+        error = calibration_error(reliability(confidences[views], right[views], _BINS))
+        spread = format_interval(error_interval(confidences[views], right[views]), 3)
+        click.echo(f"| {views} | {top_1} | {times} | {error:.3f} ({spread}) |")
+
+
+if __name__ == "__main__":
+    run(main, name="python -m demo.views")
