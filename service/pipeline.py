@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from core.arrays import Float32Array, Pixels
@@ -112,6 +113,8 @@ class RecognitionPipeline:
 
         The encoder must have patch tokens.
         """
+        if limit == 0:
+            return []
         with view.loaded.in_use():
             preprocessing = view.loaded.preprocessing
             pixels_HW3, _, _ = await self._decoder.load_region(image, preprocessing.whole(), deadline_s=deadline_s)
@@ -122,7 +125,8 @@ class RecognitionPipeline:
             upright, turned = await asyncio.gather(*encodings)
             assert upright.patch_tokens_PC is not None
             assert turned.patch_tokens_PC is not None
-            boxes = propose(upright.patch_tokens_PC, turned.patch_tokens_PC, limit)
+            find = partial(propose, upright.patch_tokens_PC, turned.patch_tokens_PC, limit)
+            boxes = await self._lookup(view, find)
             if not boxes:
                 return []
             return await self._decoder.load_squares(image, preprocessing, boxes, deadline_s=deadline_s)
