@@ -297,7 +297,7 @@ from index import cli
 from index.transfer import Remote
 
 def put(self, name, source):
-    print("begun", flush=True)
+    print("begun\\n", end="", flush=True)  # in one piece: several threads are here
     threading.Event().wait()
 
 Remote.put = put

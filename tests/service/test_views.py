@@ -90,7 +90,7 @@ def test_one_usable_image_has_the_answer_of_that_image(client, giraffe):
         (9, {}, 413, "9 images of one thing; send at most 8"),
         (40, {}, 413, "parts"),
         (2, {"box": "0,0,0.5,0.5"}, 422, "leave out box"),
-        (2, {"explain": "true"}, 422, "leave out box and explain"),
+        (2, {"explain": "true"}, 422, "leave out box, explain and regions"),
     ],
 )
 def test_refused(service, giraffe, count, parameters, status, detail):
@@ -244,7 +244,7 @@ def test_the_command(run, service, small_bundle, three, tmp_path, way):  # noqa:
     assert "3 images recognised together, 2 skipped" in ended.stderr
     for arguments, reason in (
         ((tmp_path / "3.png", tmp_path / "4.png"), "none of the 2 images decodes"),
-        ((tmp_path, "--explain"), "leave out box and explain"),
+        ((tmp_path, "--explain"), "leave out box, explain and regions"),
         ((tmp_path, tmp_path), "at most 8"),
     ):
         ended = run("recognize", *arguments, "--together", way, place)
