@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from operator import mul
 from typing import Any, NamedTuple, Self
 
@@ -47,13 +47,18 @@ class TypeLevels:
     def __init__(self, types: TypeHierarchy, sizes: Mapping[str, int], entities: int) -> None:
         """`sizes` has how many of the `entities` a type covers, by its key, with those of its descendants."""
         self.types = types
-        self._sizes, self._max_size = sizes, MAX_SHARE * entities
-        self.of = lru_cache(maxsize=_CACHED)(self._of)
+        self._of = lru_cache(maxsize=_CACHED)(partial(_sized, types, sizes, MAX_SHARE * entities))  # no reference cycle
 
-    def _of(self, types: tuple[str, ...]) -> tuple[SizedType, ...]:
+    def of(self, types: tuple[str, ...]) -> tuple[SizedType, ...]:
         """Return the types of a record, given by name, and their ancestors, without those that cover too much."""
-        sized = ((key, self._sizes.get(key, 0)) for key in sorted(self.types.ancestors(types)))
-        return tuple((key, size) for key, size in sized if size <= self._max_size)
+        return self._of(types)
+
+
+def _sized(
+    hierarchy: TypeHierarchy, sizes: Mapping[str, int], max_size: float, types: tuple[str, ...]
+) -> tuple[SizedType, ...]:
+    sized = ((key, sizes.get(key, 0)) for key in sorted(hierarchy.ancestors(types)))
+    return tuple((key, size) for key, size in sized if size <= max_size)
 
 
 @dataclass(frozen=True, kw_only=True)

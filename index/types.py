@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 _CACHED = 8192  # lists of types
 
@@ -42,8 +42,9 @@ class TypeHierarchy:
         for key in self._parents.keys() | self._children.keys():
             for name in self._names(key):
                 self._named.setdefault(name, []).append(key)
-        self.ancestors = lru_cache(maxsize=_CACHED)(self._ancestors)
-        self.names_below = lru_cache(maxsize=64)(self._names_below)
+        # Not caches of methods, which would be reference cycles: swapped bundles would wait for the garbage collector.
+        self._reached = lru_cache(maxsize=_CACHED)(partial(_reached, self._parents, self._named))
+        self._reached_below = lru_cache(maxsize=64)(partial(_reached, self._children, self._named))
 
     def rows(self) -> list[TypeParents]:
         """Return one row per type that has parents or a label, as the constructor takes them."""
@@ -64,24 +65,23 @@ class TypeHierarchy:
         """Return every name by which some types of a record, or their ancestors, can be asked for."""
         return frozenset(types).union(*map(self._names, self.ancestors(types)))
 
-    def _ancestors(self, types: tuple[str, ...]) -> frozenset[str]:
+    def ancestors(self, types: tuple[str, ...]) -> frozenset[str]:
         """Return the keys of some types, given by name, and of all their ancestors."""
-        return _reachable(self._parents, self._keys(types))
+        return self._reached(types)
 
-    def _names_below(self, types: tuple[str, ...]) -> frozenset[str]:
+    def names_below(self, types: tuple[str, ...]) -> frozenset[str]:
         """Return every name by which a record can have one of some types, or a descendant of one."""
-        return frozenset(types).union(*map(self._names, _reachable(self._children, self._keys(types))))
-
-    def _keys(self, names: Iterable[str]) -> list[str]:
-        return [key for name in names for key in self._named.get(name, (name,))]
+        return frozenset(types).union(*map(self._names, self._reached_below(types)))
 
     def _names(self, key: str) -> Collection[str]:
         return {key, self.label(key), self.title(key)}
 
 
-def _reachable(edges: Mapping[str, Iterable[str]], starts: Iterable[str]) -> frozenset[str]:
-    """Return the starts and everything that edges lead to from them."""
-    found = set(starts)
+def _reached(
+    edges: Mapping[str, Iterable[str]], named: Mapping[str, Iterable[str]], names: tuple[str, ...]
+) -> frozenset[str]:
+    """Return the keys of some types, given by name, and everything that edges lead to from them."""
+    found = {key for name in names for key in named.get(name, (name,))}
     waiting = list(found)
     while waiting:
         new = set(edges.get(waiting.pop(), ())) - found
