@@ -14,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from export.config import ExportConfig
 from export.onnx import export_image_encoder
+from export.pipeline import export_bundle
 from imaging import Preprocessing
 from model.adaptor import Adaptor, AdaptorConfig
 from model.checkpoint import save_checkpoint
@@ -156,3 +158,12 @@ def write_catalog(folder: Path) -> CatalogFiles:
         without_image=without_image,
         without_text=without_text,
     )
+
+
+@pytest.fixture(scope="session")
+def int8_config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
+    """An export with an int8 encoder, which is done. It is shared: no test may alter its bundle."""
+    out = tmp_path_factory.mktemp("int8") / "things"
+    config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=out, shard_size=9, device="cpu", int8=True)
+    export_bundle(config)
+    return config

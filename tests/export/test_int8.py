@@ -27,14 +27,6 @@ from service.settings import Settings
 CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
-    out = tmp_path_factory.mktemp("int8") / "things"
-    config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=out, shard_size=9, device="cpu", int8=True)
-    export_bundle(config)
-    return config
-
-
 def embed(bundle: Bundle, images: list[Path], precision: str) -> np.ndarray[Any, Any]:
     encoder = open_encoder(bundle, preprocessing := _preprocessing(bundle), Settings(threads=1, precision=precision))
     pixels = [load_pixels(path.read_bytes(), preprocessing, max_pixels=10_000) for path in images]
@@ -47,8 +39,8 @@ def _preprocessing(bundle: Bundle) -> Any:
     return Preprocessing.from_dict(bundle.manifest.preprocessing)
 
 
-def test_its_cost_is_in_the_manifest(config: ExportConfig, catalog: CatalogFiles) -> None:
-    bundle = Bundle.open(config.out, verify="full")
+def test_its_cost_is_in_the_manifest(int8_config: ExportConfig, catalog: CatalogFiles) -> None:
+    bundle = Bundle.open(int8_config.out, verify="full")
     entry = bundle.manifest.image_encoder.int8
     assert entry is not None
     assert entry.judged_on == "catalog images"
@@ -58,18 +50,20 @@ def test_its_cost_is_in_the_manifest(config: ExportConfig, catalog: CatalogFiles
     float_ND, int8_ND = (embed(bundle, images, precision) for precision in ("float", "auto"))
     cosines_N = (float_ND * int8_ND).sum(1) / np.linalg.norm(int8_ND, axis=1)
     assert entry.min_cosine - 0.02 < cosines_N.mean() < 0.99999
-    model = onnx.load(config.out / INT8_ENCODER_FILE)
+    model = onnx.load(int8_config.out / INT8_ENCODER_FILE)
     types = {node.op_type for node in model.graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= types
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     assert any(len(onnx.numpy_helper.to_array(tensor)) > 1 for tensor in weights)
-    data = (config.out / INT8_ENCODER_FILE).read_bytes()
+    data = (int8_config.out / INT8_ENCODER_FILE).read_bytes()
     assert str(Path.cwd()).encode() not in data
     assert b"/tmp/" not in data
 
 
-def test_a_resume_may_add_or_drop_it(config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    again = dataclasses.replace(config, out=tmp_path / "things", resume=True)
+def test_a_resume_may_add_or_drop_it(
+    int8_config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = dataclasses.replace(int8_config, out=tmp_path / "things", resume=True)
 
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("killed")
@@ -86,14 +80,14 @@ def test_a_resume_may_add_or_drop_it(config: ExportConfig, tmp_path: Path, monke
     assert not (again.out / ".partial" / "bundle" / INT8_ENCODER_FILE).exists()
     (again.out / ".partial" / "bundle" / "manifest.json").unlink()
     assert export_bundle(again).int8 is not None
-    assert (again.out / INT8_ENCODER_FILE).read_bytes() == (config.out / INT8_ENCODER_FILE).read_bytes()
-    assert Bundle.open(again.out, verify="full").fingerprint == Bundle.open(config.out).fingerprint
+    assert (again.out / INT8_ENCODER_FILE).read_bytes() == (int8_config.out / INT8_ENCODER_FILE).read_bytes()
+    assert Bundle.open(again.out, verify="full").fingerprint == Bundle.open(int8_config.out).fingerprint
     with pytest.raises(UserError, match="was made with another int8"):
         export_bundle(dataclasses.replace(again, int8=False))
 
 
 def test_it_is_judged_on_validation_queries(
-    config: ExportConfig, catalog: CatalogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int8_config: ExportConfig, catalog: CatalogFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [
         {"data_id": entity_id, "image": str(path), "entity_id": entity_id, "data_split": "val_seen"}
@@ -105,7 +99,7 @@ def test_it_is_judged_on_validation_queries(
         slope=20.0, none_offset=10.0, none_slope=0.0, abstain_below=0.5, queries=1, correct=1, unknown=0
     )
     monkeypatch.setattr("export.pipeline.calibrate_on", lambda *_: calibration)
-    summary = export_bundle(dataclasses.replace(config, out=tmp_path / "b", validation=validation))
+    summary = export_bundle(dataclasses.replace(int8_config, out=tmp_path / "b", validation=validation))
     assert summary.int8 is not None
     assert summary.int8.judged_on == "validation queries"
     assert summary.int8.images == len(rows)
@@ -114,21 +108,21 @@ def test_it_is_judged_on_validation_queries(
 
 
 def test_an_encoder_that_cannot_be_quantised_is_refused_and_shards_are_kept(
-    config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    int8_config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"entity_id": "Q1", "title": "One", "text": "One.", "images": []}\n')
-    change = dataclasses.replace(config, catalog=texts, out=tmp_path / "texts")
+    change = dataclasses.replace(int8_config, catalog=texts, out=tmp_path / "texts")
     with pytest.raises(UserError, match="--int8 needs catalog images"):
         export_bundle(change)
     assert export_bundle(dataclasses.replace(change, int8=False, resume=True)).resumed_shards == 1
     monkeypatch.setattr(precision, "MIN_MEAN_COSINE", 1.1)
     with pytest.raises(EncoderSpecError, match=r"loses too much in int8: mean cosine 0\.9"):
-        export_bundle(dataclasses.replace(config, out=tmp_path / "b"))
+        export_bundle(dataclasses.replace(int8_config, out=tmp_path / "b"))
 
 
 def test_large_weights_are_external_data(
-    config: ExportConfig,
+    int8_config: ExportConfig,
     catalog: CatalogFiles,
     torch_checkpoint: Path,
     tmp_path: Path,
@@ -136,11 +130,11 @@ def test_large_weights_are_external_data(
 ) -> None:
     """The limit is lowered to simulate a model of gigabytes."""
     monkeypatch.setattr(onnx_step, "EXTERNAL_FROM_BYTES", 1000)
-    large = dataclasses.replace(config, checkpoint=torch_checkpoint, out=tmp_path / "large")
+    large = dataclasses.replace(int8_config, checkpoint=torch_checkpoint, out=tmp_path / "large")
     export_bundle(large)
     names = {path.name for path in large.out.iterdir()}
     assert {f"image_encoder{kind}.onnx{data}" for kind in ("", ".int8") for data in ("", ".data")} <= names
-    bundle, small = Bundle.open(large.out, verify="full"), Bundle.open(config.out)
+    bundle, small = Bundle.open(large.out, verify="full"), Bundle.open(int8_config.out)
     assert bundle.unlisted_files() == []
     images = list(catalog.images.values())
     for kind in ("float", "auto"):

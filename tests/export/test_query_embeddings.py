@@ -21,14 +21,6 @@ from wikiclip.answers import Embedding
 CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, catalog: CatalogFiles, checkpoint: Path) -> ExportConfig:
-    out = tmp_path_factory.mktemp("served") / "things"
-    config = ExportConfig(catalog=catalog.path, checkpoint=checkpoint, out=out, shard_size=9, device="cpu", int8=True)
-    export_bundle(config)
-    return config
-
-
 def rows_of(bundle: Path, images: list[tuple[str, bytes]], precision: str) -> list[dict[str, Any]]:
     """Return rows as the service appends them to its file."""
     with Recognizer.open(bundle, Settings(threads=1, precision=precision)) as recognizer:
@@ -71,13 +63,13 @@ def pictured(images: list[tuple[str, bytes]], tmp_path: Path) -> list[dict[str, 
 
 @pytest.mark.parametrize("precision", ["auto", "float"])  # auto is int8
 def test_they_fit_the_confidence_that_their_images_fit(
-    config: ExportConfig,
+    int8_config: ExportConfig,
     images: list[tuple[str, bytes]],
     pictured: list[dict[str, Any]],
     tmp_path: Path,
     precision: str,
 ) -> None:
-    rows = rows_of(config.out, images, precision)
+    rows = rows_of(int8_config.out, images, precision)
     bad = [
         {**rows[0], "encoder": "0" * 64}, {**rows[0], "embedding": [1.0]}, {**rows[0], "embedding": None},
         {**rows[0], "entity_id": 5},
@@ -86,7 +78,7 @@ def test_they_fit_the_confidence_that_their_images_fit(
     calibrations = []
     for name, queries in (("pictured", pictured), ("embedded", mixed)):
         path = write(tmp_path / f"{name}.jsonl", queries)
-        export_bundle(dataclasses.replace(config, out=tmp_path / name / "b", validation=path))
+        export_bundle(dataclasses.replace(int8_config, out=tmp_path / name / "b", validation=path))
         calibrations.append(Bundle.open(tmp_path / name / "b").calibration)
     expected, found = calibrations
     assert expected is not None
@@ -103,11 +95,11 @@ def test_they_fit_the_confidence_that_their_images_fit(
 
 
 def test_a_bundle_that_was_calibrated_on_feedback_has_the_same_encoder(
-    config: ExportConfig, images: list[tuple[str, bytes]], tmp_path: Path
+    int8_config: ExportConfig, images: list[tuple[str, bytes]], tmp_path: Path
 ) -> None:
-    path = write(tmp_path / "feedback.jsonl", rows_of(config.out, images, "auto"))
-    export_bundle(dataclasses.replace(config, out=tmp_path / "b", validation=path))
-    served, calibrated = Bundle.open(config.out).manifest, Bundle.open(tmp_path / "b").manifest
+    path = write(tmp_path / "feedback.jsonl", rows_of(int8_config.out, images, "auto"))
+    export_bundle(dataclasses.replace(int8_config, out=tmp_path / "b", validation=path))
+    served, calibrated = Bundle.open(int8_config.out).manifest, Bundle.open(tmp_path / "b").manifest
     assert served.calibration is None
     for file in served.image_encoder.files.values():
         assert calibrated.encoder_hash(file) == served.encoder_hash(file)

@@ -450,8 +450,8 @@ def test_images_changed_during_and_after_a_compaction_hold_for_both_bundles(
 
 
 def test_a_file_of_version_1_is_read(edited: Opened, small_bundle: Path, live_dir: Path) -> None:
-    edited.live.put(entity("shown"), vector(1), None)
-    edited.live.put(entity("told", image_count=0), vector(2), b"webp")
+    edited.live.put(entity("with image"), vector(1), None)
+    edited.live.put(entity("without image", image_count=0), vector(2), b"webp")
     with sqlite3.connect(live_dir / LIVE_FILE) as connection:
         connection.executescript("""
             CREATE TABLE embedding (row INTEGER PRIMARY KEY, vector BLOB NOT NULL);
@@ -461,10 +461,10 @@ def test_a_file_of_version_1_is_read(edited: Opened, small_bundle: Path, live_di
         """)
     connection.close()
     after = opened(small_bundle, live_dir)
-    assert [found_ids(after.view, vector(seed), 1) for seed in (1, 2)] == [["shown"], ["told"]]
-    assert [len(after.view.image_ids(each)) for each in ("shown", "told")] == [1, 0]
-    after.live.add_image("told", "added", vector(3))
-    assert found_ids(after.view, vector(3), 1) == found_ids(after.view, vector(2), 1) == ["told"]
+    assert [found_ids(after.view, vector(seed), 1) for seed in (1, 2)] == [["with image"], ["without image"]]
+    assert [len(after.view.image_ids(each)) for each in ("with image", "without image")] == [1, 0]
+    after.live.add_image("without image", "added", vector(3))
+    assert found_ids(after.view, vector(3), 1) == found_ids(after.view, vector(2), 1) == ["without image"]
     after.close()
 
 

@@ -86,6 +86,12 @@ def entity(entity_id: str, title: str = "A thing", **fields: Any) -> StoredEntit
     )  # fmt: skip
 
 
+def load_into(uri: str, opened: Bundle) -> None:
+    client = connect(uri)
+    load_bundle(client, opened, "Flat")
+    client.close()
+
+
 @pytest.fixture(scope="module")
 def loaded(uri: str, bundle: Bundle) -> str:
     client = connect(uri)
@@ -211,9 +217,7 @@ class TestChanges:
     @pytest.fixture
     def hosts(self, small_bundle: Path, tmp_path: Path) -> Iterator[tuple[MilvusEntities, MilvusEntities]]:
         opened, path = Bundle.open(small_bundle), str(tmp_path / "own.db")
-        client = connect(path)
-        load_bundle(client, opened, "Flat")
-        client.close()
+        load_into(path, opened)
         with opened.store() as store:
             hosts = MilvusEntities(path, opened, store), MilvusEntities(path, opened, store)
             yield hosts
@@ -272,9 +276,7 @@ class TestChanges:
         self, small_bundle: Path, pooled_bundle: Path, tmp_path: Path, kind: str
     ) -> None:
         opened, uri = Bundle.open(pooled_bundle if kind == "mean" else small_bundle), str(tmp_path / "own.db")
-        client = connect(uri)
-        load_bundle(client, opened, "Flat")
-        client.close()
+        load_into(uri, opened)
         rng = np.random.default_rng(3)
         base, rows_N = np.concatenate(list(opened.embeddings())), opened.embeddings().rows_N
         with opened.store() as store:
@@ -328,9 +330,7 @@ class TestChanges:
         self, small_bundle: Path, pooled_bundle: Path, tmp_path: Path, kind: str
     ) -> None:
         opened, uri = Bundle.open(pooled_bundle if kind == "mean" else small_bundle), str(tmp_path / "own.db")
-        client = connect(uri)
-        load_bundle(client, opened, "Flat")
-        client.close()
+        load_into(uri, opened)
         with opened.store() as store:
             host, queries_BD = MilvusEntities(uri, opened, store), vectors(20, seed=501)
             host.put(entity("put", image_count=0), queries_BD[1], None)
@@ -365,9 +365,7 @@ class TestChanges:
         shutil.copytree(bundle.path, path)
         add_remembered(path, range(0, ENTITIES, 3), handicap=0.02)
         opened = Bundle.open(path)
-        client = connect(uri)
-        load_bundle(client, opened, "Flat")
-        client.close()
+        load_into(uri, opened)
         queries_BD = EmbeddingShards(path / "remembered", DIM).part(0)[:12]  # of rows 0, 3, ... 33
         with opened.store() as store:
             one, other = MilvusEntities(uri, opened, store), MilvusEntities(uri, opened, store)
