@@ -14,10 +14,16 @@ from PIL import Image
 from tqdm import tqdm
 
 from core.cli import run
-from core.statistics import wilson_interval
 from demo.build import PHOTO_PX, build_option, read_drawings
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
-from evaluation.metrics import calibration_error, format_interval, ratio_interval, reliability
+from evaluation.metrics import (
+    calibration_error,
+    format_interval,
+    percentile_interval,
+    ratio_interval,
+    reliability,
+    share_interval,
+)
 from index.bundle import Bundle
 from service.recognizer import Recognizer
 from service.settings import Settings
@@ -52,8 +58,7 @@ def error_interval(confidences: Sequence[float], right: Sequence[bool]) -> tuple
     for _ in range(_RESAMPLINGS):
         drawn_N = rng.integers(len(right_N), size=len(right_N))
         errors.append(calibration_error(reliability(confidence_N[drawn_N].tolist(), right_N[drawn_N].tolist(), _BINS)))
-    low, high = np.percentile(errors, (2.5, 97.5))
-    return float(low), float(high)
+    return percentile_interval(np.array(errors))
 
 
 @click.command()
@@ -75,8 +80,9 @@ def main(build: Path) -> None:
                 confidences[views].append(best.confidence or 0.0)
     click.echo("| photographs | top-1 | times as many right | error of confidence |\n| --- | --- | --- | --- |")
     for views in VIEWS:
-        low, high = wilson_interval(sum(right[views]), len(drawings))
-        top_1 = f"{100 * np.mean(right[views]):.1f} ({format_interval((100 * low, 100 * high))})"
+        top_1 = (
+            f"{100 * np.mean(right[views]):.1f} ({format_interval(share_interval(sum(right[views]), len(drawings)))})"
+        )
         times = ""
         if views > 1 and (interval := ratio_interval(right[views], right[1], [each.entity_id for each in drawings])):
             times = f"{sum(right[views]) / sum(right[1]):.2f} ({format_interval(interval, 2)})"

@@ -15,20 +15,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
-import orjson
 from PIL import Image
 from tqdm import tqdm
 
 from core.arrays import Float64Array
 from core.cli import run
 from core.errors import UserError
-from core.statistics import wilson_interval
-from evaluation.metrics import format_interval, ratio_interval
+from evaluation.metrics import format_interval, ratio_interval, share_interval
 from imaging import decode
+from model.data import Pair, read_pairs
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import Recognition, RecognizeOptions
@@ -108,7 +106,7 @@ class Pages:
             scale = max(width / image.width, height / image.height)
             box = (0.0, 0.0, width / scale, height / scale)
             return image.resize((width, height), box=box)
-        # Noise at several scales around a colour, more or less of it.
+        # Noise at several scales around a colour. Not `export.open_set.outlier_images`: `known` is fitted to those.
         values_HW3: Float64Array = np.zeros((height, width, 3)) + self._rng.uniform(40, 230, 3)
         strength = self._rng.choice((0.0, 10.0, 40.0))
         for octave in range(2, 8):
@@ -127,11 +125,10 @@ def _read(path: Path) -> Image.Image:
     return decode(path.read_bytes(), max_pixels=_MAX_PIXELS)
 
 
-def recognise(recognizer: Recognizer, page: Image.Image, regions: str | None) -> tuple[Recognition, float]:
+def recognise(recognizer: Recognizer, page: Image.Image, options: RecognizeOptions) -> tuple[Recognition, float]:
     """Return the answer for a page, and how long it took in milliseconds."""
     buffer = io.BytesIO()
     page.save(buffer, "PNG")
-    options = RecognizeOptions.model_validate({"top_k": MAX_THINGS, "regions": regions})
     started_at = time.perf_counter()
     [answer] = recognizer.recognize_many([buffer.getvalue()], options)
     elapsed_ms = 1000 * (time.perf_counter() - started_at)
@@ -145,8 +142,8 @@ def measure(recognizer: Recognizer, pages: Pages, count: int, things: int, *, sm
     figures = Figures()
     for number in tqdm(range(count), desc=f"{things} things", unit="page", disable=None, leave=False):
         page, entity_ids = pages.draw(things, _SMALL if small else _AREAS)
-        answer, elapsed_ms = recognise(recognizer, page, "auto")
-        whole, whole_ms = recognise(recognizer, page, None)
+        answer, elapsed_ms = recognise(recognizer, page, RecognizeOptions(top_k=MAX_THINGS, regions="auto"))
+        whole, whole_ms = recognise(recognizer, page, RecognizeOptions(top_k=MAX_THINGS))
         regions = [region.predictions[0].entity_id for region in answer.regions or ()]
         if small:
             regions = regions[:1] or [answer.predictions[0].entity_id]
@@ -179,16 +176,15 @@ def row(name: str, figures: Figures) -> str:
 def _share(count: int, total: int) -> str:
     if total == 0:
         return ""
-    low, high = wilson_interval(count, total)
-    return f"{100 * count / total:.0f} ({format_interval((100 * low, 100 * high))})"
+    return f"{100 * count / total:.0f} ({format_interval(share_interval(count, total))})"
 
 
 def read_queries(path: Path) -> list[tuple[str, Path]]:
-    """Return the entity and the image of each query. Raises `UserError` if the file has none."""
-    rows: list[dict[str, Any]] = [orjson.loads(line) for line in path.read_bytes().splitlines()]
-    if not rows:
+    """Return the entity and the image of each valid query. Raises `UserError` if the file has none."""
+    pairs = [item for item in read_pairs(path) if isinstance(item, Pair)]
+    if not pairs:
         raise UserError(f"{path} has no queries")
-    return [(each["entity_id"], path.parent / each["image"]) for each in rows]
+    return [(pair.entity_id, pair.image.path) for pair in pairs]
 
 
 @click.command(context_settings={"show_default": True})
