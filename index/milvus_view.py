@@ -278,12 +278,12 @@ class MilvusEntities:
         return _Rows(entity=entity[-1], references=references)
 
     def _pooled(self, images_ID: Float32Array) -> Float32Array:
-        """Return the embedding [D] of a row that stands for several images."""
+        """Return the embedding [D] that an entity's own row has: of its first image, or their mean."""
         pooled_1D = pooled_images(images_ID, "nearest" if self.images is None else "mean")[:1]
         return pooled_1D.reshape(-1)
 
     def _pool(self, entity_id: str) -> None:
-        """Bring the row that stands for an entity's images up to date, if there is one. Raise `UnknownEntity`."""
+        """Update the pooled embedding and the record in an entity's own row, if it has these. Raise `UnknownEntity`."""
         while True:  # until no other host has changed it since it was read
             found = self.references_of(entity_id)
             if not found.is_put and self.images is None:
