@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -103,6 +104,11 @@ class Delta:
             references=references,
             latest=latest,
         )
+
+    @cached_property
+    def gone(self) -> frozenset[int]:
+        """The rows of `gone_H`."""
+        return frozenset(self.gone_H.tolist())
 
     def with_types(self, types: Set[str]) -> BoolArray:
         """Return bool [M]: which entities have any of `types`."""

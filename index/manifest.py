@@ -130,6 +130,10 @@ class ImageEncoderEntry(Record):
     float16: Float16Entry | None = Field(default=None, exclude_if=lambda entry: entry is None)
 
     @property
+    def has_patch_tokens(self) -> bool:
+        return self.outputs[0] is not None
+
+    @property
     def files(self) -> dict[str, str]:
         """The files by precision: `float`, and `int8` and `float16` if the bundle has them."""
         others = {"int8": self.int8, "float16": self.float16}
@@ -263,7 +267,7 @@ def schema_version(
 
     Readers of version 1 need patch tokens, and know no `resize_px`, no mean and no remembered vectors.
     """
-    newer = entry.outputs[0] is None or "resize_px" in preprocessing or pooling == "mean" or remembered is not None
+    newer = not entry.has_patch_tokens or "resize_px" in preprocessing or pooling == "mean" or remembered is not None
     return 2 if newer else SCHEMA_VERSION
 
 

@@ -235,5 +235,4 @@ class OverlayView:
     @staticmethod
     def _present(entities: Iterable[StoredEntity], delta: Delta) -> list[StoredEntity]:
         """Return entities of the bundle as they are now, without those deleted or replaced."""
-        gone = set(delta.gone_H.tolist())
-        return [delta.entities.get(entity.row, entity) for entity in entities if entity.row not in gone]
+        return [delta.entities.get(entity.row, entity) for entity in entities if entity.row not in delta.gone]

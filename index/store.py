@@ -218,11 +218,7 @@ class EntityStore:
             self._has_attended_words, self._has_credits = "heard" in tables, "credit" in tables
             self.types = TypeHierarchy(self._read_types() if "type" in tables else ())
             self._max_statement_s = _MAX_STATEMENT_S
-        except (
-            sqlite3.DatabaseError,
-            TypeError,
-            ValueError,
-        ) as error:  # the last two: malformed types
+        except (sqlite3.DatabaseError, TypeError, ValueError) as error:  # the last two: malformed types
             self.close()
             raise BundleAltered(f"{path} is not an entity store: {error}; export the bundle again") from error
 

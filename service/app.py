@@ -155,7 +155,7 @@ def _add_operations(app: FastAPI) -> None:
             search_device_why=loaded.search_device[1],
             calibrated=loaded.bundle.calibration is not None,
             heat_maps=loaded.encoder.heat_maps,
-            regions=loaded.bundle.manifest.image_encoder.outputs[0] is not None,
+            regions=loaded.bundle.manifest.image_encoder.has_patch_tokens,
             image_types=tuple(readable_types()),
             limits={
                 name: getattr(recognizer.settings, name)

@@ -452,7 +452,7 @@ class Recognizer:
         """Recognise an image, and its regions if the options ask for them, or an embedding."""
         if options.regions is None or not isinstance(image, bytes):
             return (await self._compute(image, options, view, deadline_s))[0]
-        if view.loaded.bundle.manifest.image_encoder.outputs[0] is None:
+        if not view.loaded.bundle.manifest.image_encoder.has_patch_tokens:
             raise BadParameter("this bundle's image encoder has no patch tokens to find things with; leave out regions")
         if options.box is not None:
             raise BadParameter("box is one region and regions finds them; leave out one of the two")
@@ -525,7 +525,7 @@ class Recognizer:
         deadline_s: float = math.inf,
         views: int = 1,
     ) -> tuple[Recognition, PipelineResult]:
-        if options.explain and view.loaded.bundle.manifest.image_encoder.outputs[0] is None:
+        if options.explain and not view.loaded.bundle.manifest.image_encoder.has_patch_tokens:
             raise BadParameter("this bundle's image encoder has no patch tokens to explain with; leave out explain")
         result = await self._pipeline.run(image, options, view, deadline_s, views)
         record_stages(result.stages)

@@ -57,31 +57,28 @@ def choose(rankings: Sequence[tuple[Box, Ranking]]) -> tuple[Region, ...]:
     Background is what is probably not in the catalog, or whose best prediction is more likely wrong than right. Without
     calibration nothing is taken for background.
     """
-    certain = []
-    for box, ranking in rankings:
-        if ranking.abstained or not ranking.predictions:
-            continue
-        best = ranking.predictions[0]
-        if best.confidence is None:
-            certain.append((best.score, box, ranking))
-        elif best.confidence >= _MIN_CONFIDENCE:
-            certain.append((best.confidence, box, ranking))
-    certain.sort(key=lambda each: -each[0])
+    regions = [
+        Region(box=box, predictions=each.predictions, in_catalog_probability=each.in_catalog_probability)
+        for box, each in rankings
+        if each.predictions and not each.abstained
+    ]
     chosen: list[Region] = []
-    for _, box, ranking in certain:
-        if len(chosen) < MAX_REGIONS and not any(_overlap(box, other.box) for other in chosen):
-            chosen.append(
-                Region(
-                    box=box,
-                    predictions=ranking.predictions,
-                    in_catalog_probability=ranking.in_catalog_probability,
-                )
-            )
-    return tuple(chosen)
+    for region in sorted(regions, key=_certainty, reverse=True):
+        calibrated = region.predictions[0].confidence is not None
+        if calibrated and _certainty(region) < _MIN_CONFIDENCE:
+            break
+        if not any(_overlap(region.box, other.box) for other in chosen):
+            chosen.append(region)
+    return tuple(chosen[:MAX_REGIONS])
+
+
+def _certainty(region: Region) -> float:
+    best = region.predictions[0]
+    return best.score if best.confidence is None else best.confidence
 
 
 def _coarse(tokens_SSC: Float32Array) -> Float32Array:
-    """Return the tokens [P, C] of a grid with sides of at most `_MAX_SIDE`: means of squares of patches."""
+    """Return the tokens [P, C] of a grid with sides of at most `_MAX_SIDE`: normalised means of squares of patches."""
     side = len(tokens_SSC)
     cells = math.ceil(side / math.ceil(side / _MAX_SIDE))
     starts = np.arange(cells) * side // cells
@@ -118,7 +115,7 @@ def _windows(side: int) -> tuple[list[Box], Float32Array, BoolArray]:
 
 
 def _overlap(box: Box, other: Box) -> bool:
-    """Return whether two boxes share most of the smaller one."""
+    """Return whether two boxes share too much of the smaller one for both to be chosen."""
     width, height = (
         min(box[axis] + box[axis + 2], other[axis] + other[axis + 2]) - max(box[axis], other[axis]) for axis in (0, 1)
     )

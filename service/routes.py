@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Annotated, Any, TypeVar
@@ -103,8 +103,10 @@ async def recognize(request: Request, response: Response, options: Options, reco
     body = await _read_body(request, recognizer)
     read = partial(uploads.query_of, max_images=recognizer.settings.view_limit)
     query = await uploads.parse(read, body, content_type)
-    images = len(query) if isinstance(query, list) else recognizer.images_of(options)
-    recognizer.check_views(len(query) if isinstance(query, list) else 1)
+    images = recognizer.images_of(options)
+    if isinstance(query, list):
+        images = len(query)
+        recognizer.check_views(images)
     if is_form:
         await _apply_rate_limit(request, recognizer, images)
 
@@ -127,11 +129,7 @@ async def recognize(request: Request, response: Response, options: Options, reco
     openapi_extra=uploads.image_body(TextQuery),
 )
 async def embed(request: Request, options: Annotated[EmbedOptions, Query()], recognizer: ReadyRecognizer) -> Embedding:
-    if options.box is not None:
-        check_box(options.box)
-    await _apply_rate_limit(request, recognizer, 1)
-    body = await _read_body(request, recognizer)
-    query = await uploads.parse(uploads.embeddable_of, body, request.headers.get("content-type", ""))
+    query = await _read_query(request, recognizer, options, uploads.embeddable_of)
 
     async def embed_query(view: BundleView) -> Embedding:
         return await recognizer.embed(await _fetched(request, query), options.box, view)
@@ -152,11 +150,7 @@ async def feedback(
 ) -> Feedback:
     if recognizer.settings.feedback_file is None:
         raise Forbidden("feedback is off; set WIKICLIP_FEEDBACK_FILE to keep it")
-    if options.box is not None:
-        check_box(options.box)
-    await _apply_rate_limit(request, recognizer, 1)
-    body = await _read_body(request, recognizer)
-    query = await uploads.parse(uploads.reference_of, body, request.headers.get("content-type", ""))
+    query = await _read_query(request, recognizer, options, uploads.reference_of)
 
     async def keep(view: BundleView) -> Feedback:
         return await recognizer.keep_feedback(await _fetched(request, query), options, view)
@@ -376,6 +370,17 @@ async def _fetched(request: Request, image: str | AnyQuery) -> bytes | AnyQuery:
     fetcher: ImageFetcher = request.app.state.fetcher
     with timed("fetch"):
         return await fetcher.fetch(image)
+
+
+async def _read_query(
+    request: Request, recognizer: Recognizer, options: EmbedOptions, read: Callable[[bytes, str], T]
+) -> T:
+    """Return what `read` makes of a body with one image, which is counted against the rate limit."""
+    if options.box is not None:
+        check_box(options.box)
+    await _apply_rate_limit(request, recognizer, 1)
+    body = await _read_body(request, recognizer)
+    return await uploads.parse(read, body, request.headers.get("content-type", ""))
 
 
 async def _read_body(request: Request, recognizer: Recognizer) -> bytes:
