@@ -90,13 +90,15 @@ tiny: symbols  ## train the tiny image encoder on Symbols, then further with ico
 demo-bundle: symbols  ## train the demo's adaptor and write demo/checkpoint and demo/bundle
 	$(BIN)/python -m demo.bundle $(ARGS)
 
-ablation: symbols  ## train small adaptors with each part of the method and without; writes docs/ablation.md's table
+ablation: symbols  ## train small adaptors with each part of the method and without; writes docs/ablation.md's tables
 	$(BIN)/python -m demo.ablation $(ARGS)
+	$(BIN)/python .ci/figures.py
 
-photographs: $(ALL)  ## measure each part of the method on photographs (PHOTOS=FOLDER, MOBILENET=FILE.onnx); writes docs/method.md's tables
-	@test -n "$(PHOTOS)" || { echo "error: name a folder of photographs with PHOTOS=FOLDER; docs/method.md says what is in it" >&2; exit 2; }
+photographs: $(ALL)  ## measure each part of the method on photographs (PHOTOS=FOLDER, MOBILENET=FILE.onnx); writes docs/ablation.md's tables
+	@test -n "$(PHOTOS)" || { echo "error: name a folder of photographs with PHOTOS=FOLDER; docs/ablation.md says what is in it" >&2; exit 2; }
 	@$(if $(MOBILENET),:,echo "no MOBILENET=FILE.onnx given: measuring the encoder photo alone")
 	$(BIN)/python -m evaluation.photographs --photos "$(PHOTOS)" --encoder photo $(if $(MOBILENET),--encoder "onnx:$(MOBILENET)") $(ARGS)
+	$(BIN)/python .ci/figures.py
 
 images:  ## build the container images with docker or podman, and run each that this machine can run
 	@deploy/images.sh build run
@@ -115,8 +117,8 @@ docs: $(ALL)  ## build the documents as a site in site/; broken links fail
 cli-docs: $(ALL)  ## rewrite docs/cli.md from the commands' help
 	$(BIN)/python .ci/cli_reference.py > docs/cli.md
 
-figures: $(ALL)  ## rewrite the table of figures in README.md from demo/accuracy.json and docs/figures/
-	$(BIN)/python .ci/readme_figures.py
+figures: $(ALL)  ## rewrite the figures in README.md and docs/ (RESULTS="FILE.json ...": and replace those in docs/figures/ first)
+	$(BIN)/python .ci/figures.py $(RESULTS)
 
 licences: $(ALL)  ## rewrite the table of docs/licences.md from the packages of requirements-serving.lock
 	sed -i '/<!-- serving licences -->/q' docs/licences.md

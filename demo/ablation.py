@@ -4,7 +4,7 @@ As in the paper, an entity has one photograph, here of its first drawing. A quar
 image encoder was trained on, is held out from the adaptor, so there are three kinds of entities (`STRATA`). Each arm
 trains on cached features, with several seeds, until the accuracy on the validation drawings is flat. Test queries are
 drawings of the held-out artists, searched in the whole catalog. Finished runs are lines of `runs.jsonl` and are not
-repeated. Figures go to `demo/ablation.json` and, as tables, into `docs/ablation.md`.
+repeated. Figures go to `demo/ablation.json`.
 """
 
 import json
@@ -22,7 +22,6 @@ from tqdm import tqdm
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.jsonl import RejectLog, to_jsonl
-from core.markdown import fill_in
 from core.runtime import describe_run
 from demo.build import BUILD, SPLIT_SEED, build_option, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
@@ -37,7 +36,6 @@ from model.trainer import TrainSettings
 from model.validation import right_answers
 
 DEMO = Path(__file__).parent
-PAGE = DEMO.parent / "docs" / "ablation.md"
 KNOWN_SHARE = 0.25  # of the seen entities
 STRATA = {
     "trained": "trained on",
@@ -45,18 +43,14 @@ STRATA = {
     "unseen": "unseen by both",
 }
 _CPU = torch.device("cpu")
-_VIEWS = {"clean": "Clean drawings", "photo": "Photographed drawings"}
+_VIEWS = ("clean", "photo")  # of the test drawings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One row of the tables: the modalities that the adaptor sees, and how it is trained (`trained`: whether it is).
-
-    `paper` is its accuracy in percent on InfoSeek with a knowledge base of 100 k: unseen, seen, overall.
-    """
+    """One row of the tables: the modalities that the adaptor sees, and how it is trained (`trained`: whether it is)."""
 
     name: str
-    paper: tuple[float, float, float] | None = None
     default: bool = True
     trained: bool = True
     image: bool = True
@@ -73,13 +67,13 @@ class Arm:
 BASELINE = Arm(name="image alone, untrained", trained=False, text=False, layers=0)
 ARMS = (
     BASELINE,
-    Arm(name="image only", paper=(39.5, 60.4, 44.8), text=False),
-    Arm(name="text only", paper=(47.9, 59.1, 50.8), image=False),
+    Arm(name="image only", text=False),
+    Arm(name="text only", image=False),
     Arm(name="ridge", layers=0),
-    Arm(name="VGKA", paper=(56.8, 68.0, 59.7)),
-    Arm(name="VGKA, both negatives", paper=(58.5, 69.3, 61.2), hard_negatives="both"),
-    Arm(name="VGKA, clusters", paper=(56.8, 68.2, 59.7), default=False, hard_negatives="clusters"),
-    Arm(name="VGKA, synthesis", paper=(57.0, 64.6, 58.9), default=False, hard_negatives="synthesis"),
+    Arm(name="VGKA"),
+    Arm(name="VGKA, both negatives", hard_negatives="both"),
+    Arm(name="VGKA, clusters", default=False, hard_negatives="clusters"),
+    Arm(name="VGKA, synthesis", default=False, hard_negatives="synthesis"),
     Arm(name="VGKA, both, images of others", default=False, hard_negatives="both", synthetic_image="other"),
     Arm(name="text only, ridge", default=False, image=False, layers=0),
     Arm(name="VGKA, start without text", default=False, start="patches"),
@@ -245,38 +239,15 @@ def run_all(
     return results
 
 
-def tables(figures: Mapping[str, Any]) -> str:
-    """Return the figures as Markdown: a table for each view of the test drawings.
-
-    Top-1 in percent, mean over the seeds ± standard deviation.
-    """
-    paper = {arm.name: arm.paper for arm in ARMS}
-    blocks = []
-    for view, title in _VIEWS.items():
-        lines = [
-            f"| {title} | {' | '.join(STRATA.values())} | all | paper: unseen | seen | overall | steps | kept |",
-            f"| --- |{' --- |' * (len(STRATA) + 6)}",
-        ]
-        for name, runs in figures["arms"].items():
-            cells = [_cell([100 * run["accuracy"][view][part] for run in runs]) for part in (*STRATA, "all")]
-            reported = [f"{share:.1f}" for share in paper.get(name) or ()] or ["", "", ""]
-            steps = " / ".join(str(run["steps"]) for run in runs) if runs[0]["steps"] else ""
-            kept = " / ".join(_kept(run["kept"]) for run in runs) if steps else ""
-            lines.append(f"| {name} | {' | '.join([*cells, *reported, steps, kept])} |")
-        blocks.append("\n".join(lines))
-    settings = figures["settings"]
-    counts = ", ".join(f"{settings['queries'][name]} queries {title}" for name, title in STRATA.items())
-    blocks.append(
-        f"{counts}. {settings['seeds']} seed(s), "
-        f"{settings['pairs']} pairs in batches of {settings['batch_size']}, n-sync {settings['n_sync']}, learning rate "
-        f"{settings['lr']}, width {settings['width']}; {figures['hardware']['name']}, {figures['date']}, "
-        f"`{figures['commit']}`."
-    )
-    return "\n\n".join(blocks)
-
-
-def _kept(kept: Mapping[str, Any]) -> str:
-    return f"epoch {kept['epoch']} x {kept['strength']}" if kept["epoch"] else "start"
+def summarise(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return top-1 in percent by view of the test drawings and arm: mean over the seeds ± standard deviation."""
+    return {
+        view: {
+            arm: {part: _cell([100 * run["accuracy"][view][part] for run in runs]) for part in (*STRATA, "all")}
+            for arm, runs in results.items()
+        }
+        for view in _VIEWS
+    }
 
 
 def _cell(percents: Sequence[float]) -> str:
@@ -298,10 +269,9 @@ def _cell(percents: Sequence[float]) -> str:
 @build_option
 @click.option("--work", type=PATH, default=BUILD / "ablation", help="Folder of cached features and finished runs.")
 @click.option("--out", type=PATH, default=DEMO / "ablation.json", help="Figures, JSON.")
-@click.option("--page", type=PATH, default=PAGE, help="Page whose tables are replaced.")
 def main(
     every: bool, only: tuple[str, ...], seeds: int, max_per_entity: int, width: int, image_encoder: str,
-    build: Path, work: Path, out: Path, page: Path, **training: Any,
+    build: Path, work: Path, out: Path, **training: Any,
 ) -> None:  # fmt: skip
     """Train every arm on Symbols, measure it and write the figures. An interrupted command resumes."""
     settings = TrainSettings(**training, cluster_size=training["batch_size"] // 4)
@@ -314,10 +284,9 @@ def main(
          "image_encoder": image_encoder.partition(":")[0], "pairs": len(symbols.pairs),
          "unfamiliar_pairs": len(symbols.unfamiliar), "queries": symbols.query_counts(), "data": symbols.digest}
     )  # fmt: skip
-    figures = {**described, "arms": results}
+    figures = {**described, "summary": summarise(results), "arms": results}
     atomic_write_bytes(out, (json.dumps(figures, indent=1) + "\n").encode())
-    fill_in(page, "ablation", tables(figures))
-    click.echo(tables(figures))
+    click.echo(f"written to {out}")
 
 
 if __name__ == "__main__":

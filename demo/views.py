@@ -4,6 +4,7 @@ Each photograph is made independently, as the photographed queries are. The demo
 service does (`Recognizer.recognize_together`).
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from core.cli import run
+from core.files import atomic_write_bytes
+from core.runtime import describe_run
 from demo.build import PHOTO_PX, build_option, read_drawings
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 from evaluation.metrics import (
@@ -63,7 +66,8 @@ def error_interval(confidences: Sequence[float], right: Sequence[bool]) -> tuple
 
 @click.command()
 @build_option
-def main(build: Path) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Figures, JSON.")
+def main(build: Path, out: Path | None) -> None:
     """Measure top-1 and the calibration error of confidence for several photographs of one drawing."""
     bundle = Bundle.open(DEMO / "bundle")
     drawings = [each for each in read_drawings(build) if each.role == "query" and each.split.startswith("test")]
@@ -78,17 +82,30 @@ def main(build: Path) -> None:
                 [best] = answer.predictions
                 right[views].append(best.entity_id == drawing.entity_id)
                 confidences[views].append(best.confidence or 0.0)
+    figures = {}
     click.echo("| photographs | top-1 | times as many right | error of confidence |\n| --- | --- | --- | --- |")
     for views in VIEWS:
-        top_1 = (
-            f"{100 * np.mean(right[views]):.1f} ({format_interval(share_interval(sum(right[views]), len(drawings)))})"
-        )
-        times = ""
-        if views > 1 and (interval := ratio_interval(right[views], right[1], [each.entity_id for each in drawings])):
-            times = f"{sum(right[views]) / sum(right[1]):.2f} ({format_interval(interval, 2)})"
-        error = calibration_error(reliability(confidences[views], right[views], _BINS))
-        spread = format_interval(error_interval(confidences[views], right[views]), 3)
-        click.echo(f"| {views} | {top_1} | {times} | {error:.3f} ({spread}) |")
+        ratio_of_one = ratio_interval(right[views], right[1], [each.entity_id for each in drawings])
+        each = figures[str(views)] = {
+            "top_1": 100 * float(np.mean(right[views])),
+            "interval": share_interval(sum(right[views]), len(drawings)),
+            "ratio": sum(right[views]) / sum(right[1]),
+            "ratio_interval": ratio_of_one,
+            "error": calibration_error(reliability(confidences[views], right[views], _BINS)),
+            "error_interval": error_interval(confidences[views], right[views]),
+        }
+        cells = [
+            f"{each[key]:.{digits}f} ({format_interval(each[interval], digits)})"
+            for key, interval, digits in (
+                ("top_1", "interval", 1),
+                ("ratio", "ratio_interval", 2),
+                ("error", "error_interval", 3),
+            )
+        ]
+        click.echo(f"| {views} | {' | '.join(cells)} |")
+    if out is not None:
+        described = describe_run({"bundle": bundle.name, "drawings": len(drawings)})
+        atomic_write_bytes(out, json.dumps({**described, "figures": figures}, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -37,11 +37,10 @@ from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.jsonl import to_jsonl
-from core.markdown import fill_in
 from core.runtime import describe_run
 from core.statistics import wilson_interval
 from evaluation.evaluate import HoldoutBundle, answer_queries
-from evaluation.metrics import format_interval, ratio_interval
+from evaluation.metrics import ratio_interval
 from imaging import Preprocessing
 from index.bundle import Bundle
 from service.encoder import OnnxEncoder, open_encoder
@@ -50,11 +49,9 @@ from service.settings import Settings
 from wikiclip.cli import load
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "method.md"
 _PATH = click.Path(path_type=Path)
 PHOTOGRAPHS = 5
 _TRAINING, _SEEN_QUERIES, _UNSEEN_QUERIES = (1, 2), (3, 4), (1, 2, 3, 4)
-_NAMES = {"small": "small catalog", "full": "full catalog"}
 
 Searched = Literal["small", "full"]
 SEARCHED: tuple[Searched, ...] = ("small", "full")
@@ -201,37 +198,6 @@ def pool(answers: Sequence[Answer], baseline: Sequence[Answer], searched: Search
 
 def _percent(flags: Sequence[bool]) -> float:
     return round(100 * sum(flags) / len(flags), 2)
-
-
-def table(figures: Mapping[str, Any]) -> str:
-    """Return the figures as Markdown."""
-    blocks = []
-    for encoder, by_catalog in figures["encoders"].items():
-        for searched, by_arm in by_catalog.items():
-            lines = [
-                f"| {encoder}, {_NAMES[searched]} | seen | times image alone | recall@5 | unseen | times image alone "
-                "| recall@5 |",
-                "| --- | --- | --- | --- | --- | --- | --- |",
-            ]
-            for arm, parts in by_arm.items():
-                cells = [cell for part in ("seen", "unseen") for cell in _cells(parts[part], arm)]
-                lines.append(f"| {arm} | {' | '.join(cells)} |")
-            blocks.append("\n".join(lines))
-    settings = figures["settings"]
-    blocks.append(
-        f"Top-1 in percent over {settings['folds']} folds, with 95 % intervals. Small catalog: "
-        f"{settings['queried']} entities with five photographs; full: {settings['entities']}. "
-        f"{figures['hardware']['name']}, {figures['minutes']:.0f} minutes, {figures['date']}, `{figures['commit']}`."
-    )
-    return "\n\n".join(blocks)
-
-
-def _cells(part: Mapping[str, Any], arm: str) -> list[str]:
-    accuracy = f"{part['top_1']:.1f} ({format_interval(tuple(part['interval']))})"
-    ratio = ""
-    if arm != BASELINE.name and part["ratio_interval"] is not None:
-        ratio = f"{part['ratio']:.2f} ({format_interval(tuple(part['ratio_interval']), 2)})"
-    return [accuracy, ratio, f"{part['recall_at_5']:.1f}"]
 
 
 # ---- runs ----
@@ -393,7 +359,6 @@ def _command(name: str, *arguments: str | Path) -> dict[str, Any]:
     "--work", type=_PATH, default=ROOT / "build" / "photographs", help="Folder of features and finished runs."
 )
 @click.option("--out", type=_PATH, default=ROOT / "evaluation" / "photographs.json", help="Figures, JSON.")
-@click.option("--page", type=_PATH, default=PAGE, help="Page whose table is replaced.")
 @click.option("--smoke", is_flag=True, help="Run one fold with one epoch, and write WORK/smoke.json instead.")
 def main(
     photos: Path,
@@ -402,7 +367,6 @@ def main(
     folds: int,
     work: Path,
     out: Path,
-    page: Path,
     smoke: bool,
 ) -> None:
     """Measure every arm on photographs, and write the figures. An interrupted command resumes."""
@@ -423,10 +387,8 @@ def main(
     figures = {**described, **summarise_runs(rows)}
     if smoke:
         out = work / "smoke.json"
-    else:
-        fill_in(page, "photographs", table(figures))
     atomic_write_bytes(out, (json.dumps(figures, indent=1) + "\n").encode())
-    click.echo(table(figures))
+    click.echo(f"written to {out}")
 
 
 def run_all(

@@ -10,11 +10,13 @@ best region's entity, or the page's where there is no region.
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -24,6 +26,8 @@ from tqdm import tqdm
 from core.arrays import Float64Array
 from core.cli import run
 from core.errors import UserError
+from core.files import atomic_write_bytes
+from core.runtime import describe_run
 from evaluation.metrics import format_interval, ratio_interval, share_interval
 from imaging import decode
 from model.data import Pair, read_pairs
@@ -32,6 +36,7 @@ from service.settings import Settings
 from wikiclip.answers import Recognition, RecognizeOptions
 
 MAX_THINGS = 5
+SMALL = "1 on 10 to 30 %, top-1"  # the last row
 _SHAPES = ((640, 480), (480, 640), (640, 640))  # of pages, in pixels
 _AREAS, _SMALL = (0.1, 0.6), (0.1, 0.3)  # of a thing, as a share of the page
 _CROWDED = 0.75  # of the page at most, covered by things
@@ -159,24 +164,32 @@ def measure(recognizer: Recognizer, pages: Pages, count: int, things: int, *, sm
     return figures
 
 
-def row(name: str, figures: Figures) -> str:
+def summarise(counted: Figures) -> dict[str, Any]:
+    """Return shares in percent with their intervals, and median times."""
+    found, found_whole = sum(counted.found), sum(counted.found_whole)
+    return {
+        "recall": 100 * found / counted.things,
+        "recall_interval": share_interval(found, counted.things),
+        "recall_whole": 100 * found_whole / counted.things,
+        "recall_whole_interval": share_interval(found_whole, counted.things),
+        "ratio": found / found_whole if found_whole else None,
+        "ratio_interval": ratio_interval(counted.found, counted.found_whole, counted.pages),
+        "precision": 100 * counted.right_regions / counted.regions if counted.regions else None,
+        "precision_interval": share_interval(counted.right_regions, counted.regions) if counted.regions else None,
+        "p50_ms": float(np.median(counted.milliseconds)),
+        "p50_ms_whole": float(np.median(counted.milliseconds_whole)),
+    }
+
+
+def row(name: str, figures: Mapping[str, Any]) -> str:
     """Return a line of the table."""
-    recall, whole = (_share(sum(found), len(found)) for found in (figures.found, figures.found_whole))
-    interval = ratio_interval(figures.found, figures.found_whole, figures.pages)
-    ratio = (
-        ""
-        if interval is None
-        else (f"{sum(figures.found) / sum(figures.found_whole):.1f} ({format_interval(interval, 1)})")
-    )
-    times = [f"{np.median(each):.0f}" for each in (figures.milliseconds, figures.milliseconds_whole)]
-    precision = _share(figures.right_regions, figures.regions)
-    return f"| {name} | {recall} | {whole} | {ratio} | {precision} | {times[0]} | {times[1]} |"
-
-
-def _share(count: int, total: int) -> str:
-    if total == 0:
-        return ""
-    return f"{100 * count / total:.0f} ({format_interval(share_interval(count, total))})"
+    shares = [
+        "" if figures[key] is None else f"{figures[key]:.0f} ({format_interval(figures[f'{key}_interval'])})"
+        for key in ("recall", "recall_whole", "precision")
+    ]
+    times = figures["ratio_interval"] and f"{figures['ratio']:.1f} ({format_interval(figures['ratio_interval'])})"
+    shares.insert(2, times or "")
+    return f"| {name} | {' | '.join(shares)} | {figures['p50_ms']:.0f} | {figures['p50_ms_whole']:.0f} |"
 
 
 def read_queries(path: Path) -> list[tuple[str, Path]]:
@@ -193,16 +206,22 @@ def read_queries(path: Path) -> list[tuple[str, Path]]:
 @click.option("--backgrounds", type=click.Path(path_type=Path), help="Folder of photographs for half of the pages.")
 @click.option("--pages", "count", default=60, type=click.IntRange(1), help="Pages for each number of things.")
 @click.option("--seed", default=0, help="Of the pages.")
-def main(bundle: Path, queries: Path, backgrounds: Path | None, count: int, seed: int) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Figures, JSON.")
+def main(bundle: Path, queries: Path, backgrounds: Path | None, count: int, seed: int, out: Path | None) -> None:
     """Measure how well the things on a page are found."""
     photographs = [] if backgrounds is None else sorted(backgrounds.rglob("*.jpg"))
     pages = Pages(read_queries(queries), photographs, seed)
+    figures = {}
     click.echo("| things | recall | whole page | times | precision | ms | ms, whole page |")
     click.echo("| --- | --- | --- | --- | --- | --- | --- |")
     with Recognizer.open(bundle, Settings(cache="off")) as recognizer:
-        for things in range(1, MAX_THINGS + 1):
-            click.echo(row(str(things), measure(recognizer, pages, count, things)))
-        click.echo(row("1 on 10 to 30 %, top-1", measure(recognizer, pages, count, 1, small=True)))
+        for name in (*map(str, range(1, MAX_THINGS + 1)), SMALL):
+            things = 1 if name == SMALL else int(name)
+            figures[name] = summarise(measure(recognizer, pages, count, things, small=name == SMALL))
+            click.echo(row(name, figures[name]))
+    if out is not None:
+        settings = {"bundle": bundle.name, "queries": queries.name, "pages": count, "seed": seed}
+        atomic_write_bytes(out, json.dumps({**describe_run(settings), "figures": figures}, indent=1).encode())
 
 
 if __name__ == "__main__":

@@ -14,10 +14,12 @@ Shapes: N queries, E entities of a catalog, F best ones, D embedding width, S se
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -26,6 +28,8 @@ from tqdm import tqdm
 
 from core.arrays import Float32Array, Pixels
 from core.cli import run
+from core.files import atomic_write_bytes
+from core.runtime import describe_run
 from core.statistics import wilson_interval
 from evaluation.metrics import calibration_error, format_interval, reliability
 from evaluation.photographs import PHOTOGRAPHS, Photographs
@@ -176,20 +180,37 @@ def embed_photographs(photographs: Photographs, spec: str) -> tuple[dict[str, Fl
 
 @click.command()
 @click.option("--photos", required=True, type=click.Path(path_type=Path), help="Folder with entities.jsonl.")
-@click.option("--encoder", required=True, help="Image encoder, such as photo or onnx:FILE.onnx.")
+@click.option(
+    "--encoder", "specs", required=True, multiple=True, help="Image encoder, such as photo or onnx:FILE.onnx."
+)
 @click.option("--draws", default=10, show_default=True, type=click.IntRange(1), help="Halves of the entities to draw.")
-def main(photos: Path, encoder: str, draws: int) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Figures, JSON.")
+def main(photos: Path, specs: tuple[str, ...], draws: int, out: Path | None) -> None:
     """Measure top-1, and the calibration errors of confidence and `known`, for one to four photographs."""
     photographs = Photographs(photos)
-    embeddings, outliers_ND = embed_photographs(photographs, encoder)
-    for catalog in (photographs.queried, list(photographs.records)):
-        accuracies = top_1(embeddings, catalog)
-        errors = calibration_errors(embeddings, catalog, outliers_ND, draws)
-        click.echo(f"\n| {len(catalog)} entities | top-1 | error of confidence | error of `known` |")
-        click.echo("| --- | --- | --- | --- |")
-        for views, (accuracy, interval) in accuracies.items():
-            cells = " | ".join(f"{error:.3f} ({perfect:.3f})" for error, perfect in errors[views])
-            click.echo(f"| {views} | {accuracy:.1f} ({format_interval(interval)}) | {cells} |")
+    described = describe_run({"draws": draws, "photographs": photographs.digest})
+    figures: dict[str, dict[str, dict[str, Any]]] = {}  # by size of the catalog, number of photographs and encoder
+    for spec in specs:
+        encoder = Path(spec).name.removesuffix(".onnx")
+        embeddings, outliers_ND = embed_photographs(photographs, spec)
+        for catalog in (photographs.queried, list(photographs.records)):
+            by_views = figures.setdefault(str(len(catalog)), {})
+            errors = calibration_errors(embeddings, catalog, outliers_ND, draws)
+            click.echo(f"\n| {encoder}, {len(catalog)} entities | top-1 | error of confidence | error of `known` |")
+            click.echo("| --- | --- | --- | --- |")
+            for views, (accuracy, interval) in top_1(embeddings, catalog).items():
+                cells = " | ".join(f"{error:.3f} ({perfect:.3f})" for error, perfect in errors[views])
+                click.echo(f"| {views} | {accuracy:.1f} ({format_interval(interval)}) | {cells} |")
+                by_views.setdefault(str(views), {})[encoder] = {
+                    "top_1": accuracy,
+                    "interval": interval,
+                    "confidence_error": errors[views][0][0],
+                    "confidence_error_of_perfect": errors[views][0][1],
+                    "known_error": errors[views][1][0],
+                    "known_error_of_perfect": errors[views][1][1],
+                }
+    if out is not None:
+        atomic_write_bytes(out, json.dumps({**described, "figures": figures}, indent=1).encode())
 
 
 if __name__ == "__main__":

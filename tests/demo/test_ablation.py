@@ -14,11 +14,9 @@ from PIL import Image
 
 import demo
 from core.errors import UserError
-from core.markdown import fill_in
-from demo.ablation import ARMS, STRATA, Symbols, main, tables
+from demo.ablation import ARMS, STRATA, Symbols, main, summarise
 
 DEMO = Path(demo.__file__).parent
-START, END = "<!-- ablation: written by `make ablation` -->", "<!-- /ablation -->"
 SOME = ["image alone, untrained", "text only", "VGKA, both negatives", "VGKA, unfamiliar artists"]
 
 
@@ -70,15 +68,12 @@ def build(tmp_path: Path) -> Path:
 
 
 def ablate(build: Path, out: Path, arms: list[str]) -> dict[str, Any]:
-    page = out.with_suffix(".md")
-    page.write_text(f"before\n{START}\nold\n{END}\nafter\n")
     small = ["--seeds", 2, "--epochs", 1, "--batch-size", 8, "--width", 16, "--max-per-entity", 3]
     chosen = [word for arm in arms for word in ("--arm", arm)]
-    arguments = ["--build", build, "--work", out.parent / "work", "--out", out, "--page", page, *small, *chosen]
+    arguments = ["--build", build, "--work", out.parent / "work", "--out", out, *small, *chosen]
     done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     figures: dict[str, Any] = json.loads(out.read_text())
-    assert page.read_text() == f"before\n{START}\n\n{tables(figures)}\n\n{END}\nafter\n"
     return figures
 
 
@@ -91,8 +86,10 @@ def test_finished_runs_are_not_repeated(build: Path, tmp_path: Path) -> None:
     assert runs.read_text().splitlines()[:3] == lines
     assert len(runs.read_text().splitlines()) == 3 + 2 + 2
     assert {name: every["arms"][name] for name in SOME[:2]} == first["arms"]
-    rows = [line.split(" | ")[0] for line in tables(every).splitlines()]
-    assert rows[2:6] == [f"| {name}" for name in SOME]
+    assert [*every["summary"]["clean"]] == [*every["summary"]["photo"]] == SOME
+    untrained, trained = (every["summary"]["clean"][name]["all"] for name in (SOME[0], SOME[1]))
+    assert "±" not in untrained
+    assert "±" in trained
 
 
 def test_a_held_out_entity_is_in_no_pair_and_a_test_entity_not_in_training(build: Path, tmp_path: Path) -> None:
@@ -115,25 +112,17 @@ def test_a_held_out_entity_is_in_no_pair_and_a_test_entity_not_in_training(build
 
 
 def test_missing_symbols_are_an_error(tmp_path: Path) -> None:
-    (tmp_path / "page.md").write_text("")
-    arguments = ["--build", str(tmp_path), "--out", str(tmp_path / "o.json"), "--page", str(tmp_path / "page.md")]
+    arguments = ["--build", str(tmp_path), "--out", str(tmp_path / "o.json")]
     done = CliRunner().invoke(main, arguments)
     assert isinstance(done.exception, UserError)
     assert "make symbols" in str(done.exception)
 
 
-def test_a_page_without_markers_is_an_error(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text(f"text\n{START}\n")
-    with pytest.raises(UserError, match="no place for the table"):
-        fill_in(page, "ablation", "table")
-
-
 def test_all_arms_differ() -> None:
-    trained = {json.dumps({**asdict(arm), "name": "", "paper": None, "default": True}) for arm in ARMS}
+    trained = {json.dumps({**asdict(arm), "name": "", "default": True}) for arm in ARMS}
     assert len(trained) == len({arm.name for arm in ARMS}) == len(ARMS)
 
 
-def test_the_page_shows_the_figures_of_the_last_run() -> None:
+def test_the_committed_summary_is_that_of_the_runs() -> None:
     figures = json.loads((DEMO / "ablation.json").read_bytes())
-    assert tables(figures) in (DEMO.parent / "docs" / "ablation.md").read_text(encoding="utf-8")
+    assert summarise(figures["arms"]) == figures["summary"]

@@ -10,7 +10,7 @@ import pytest
 
 from core.errors import UserError
 from core.statistics import wilson_interval
-from evaluation.photographs import ARMS, SEARCHED, Answer, Photographs, pool, split_folds, split_queries, table
+from evaluation.photographs import Answer, Photographs, pool, split_folds, split_queries
 
 
 @pytest.fixture
@@ -79,21 +79,3 @@ def test_answers_are_pooled_over_folds() -> None:
     assert pooled["unseen"]["ratio"] == 1.0
     assert pooled["unseen"]["ratio_interval"] is None  # d alone has nothing right in either
     assert pool(arm, baseline, "full")["seen"]["ratio"] is None
-
-
-def test_the_table_has_a_row_for_each_arm() -> None:
-    pooled = pool(*[answers({("a", 3): (1,)}, seen=True) + answers({("b", 3): (1,)}, seen=False)] * 2, "small")
-    figures = {
-        "encoders": {"photo": {searched: {arm.name: pooled for arm in ARMS} for searched in SEARCHED}},
-        "settings": {"folds": 5, "queried": 2, "entities": 3},
-        "hardware": {"name": "some machine"},
-        "minutes": 1.0,
-        "date": "2026-01-01",
-        "commit": "abc",
-    }
-    rows = [line.split(" | ") for line in table(figures).splitlines() if line.startswith("|")]
-    assert [row[0] for row in rows if row[0].strip("| ") in {arm.name for arm in ARMS}] == [
-        f"| {arm.name}" for _ in SEARCHED for arm in ARMS
-    ]
-    assert "| image alone | 100.0 (20.6 to 100.0) |  | 100.0 |" in table(figures)
-    assert "| ridge | 100.0 (20.6 to 100.0) | 1.00 (1.00 to 1.00) | 100.0 |" in table(figures)

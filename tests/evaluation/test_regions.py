@@ -56,12 +56,14 @@ def test_the_command_prints_a_row_for_each_number_of_things(tmp_path):
     rows[0]["entity_id"] = "flag:SE"
     (tmp_path / "queries.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = ["--bundle", str(DEMO / "bundle"), "--queries", str(tmp_path / "queries.jsonl"), "--pages", "2"]
-    done = CliRunner().invoke(main, arguments)
+    out = tmp_path / "regions.json"
+    done = CliRunner().invoke(main, [*arguments, "--out", str(out)])
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["1", "2", "3", "4", "5", "1 on 10 to 30 %, top-1"]
     five = lines[6].split("|")[2].strip()
     assert five.startswith("20 "), "only one of the five has its own entity, and it is on every page of five"
+    assert json.loads(out.read_text())["figures"]["5"]["recall"] == 20
 
 
 def test_queries_without_rows_are_refused(tmp_path):
