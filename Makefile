@@ -27,7 +27,7 @@ test quick: export OMP_NUM_THREADS := 1
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-photos setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation photographs docs cli-docs figures licences lock clean
+.PHONY: help demo demo-photos setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation photographs docs settings-docs figures licences lock clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -114,15 +114,15 @@ demo-live: $(ALL)  ## serve the demo bundle with live edits (needs WIKICLIP_ADMI
 docs: $(ALL)  ## build the documents as a site in site/; broken links fail
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-cli-docs: $(ALL)  ## rewrite docs/cli.md from the commands' help
-	$(BIN)/python .ci/cli_reference.py > docs/cli.md
+settings-docs: $(ALL)  ## rewrite the tables of docs/settings.md from the code
+	$(BIN)/python .ci/settings_tables.py
 
 figures: $(ALL)  ## rewrite the figures in README.md and docs/ (RESULTS="FILE.json ...": and replace those in docs/figures/ first)
 	$(BIN)/python .ci/figures.py $(RESULTS)
 
-licences: $(ALL)  ## rewrite the table of docs/licences.md from the packages of requirements-serving.lock
-	sed -i '/<!-- serving licences -->/q' docs/licences.md
-	{ echo; .ci/serving-licences; } >> docs/licences.md
+licences: $(ALL)  ## rewrite the table of THIRD_PARTY_LICENCES.md from the packages of requirements-serving.lock
+	sed -i '/<!-- serving licences -->/q' THIRD_PARTY_LICENCES.md
+	{ echo; .ci/serving-licences; } >> THIRD_PARTY_LICENCES.md
 
 lock:  ## rewrite both lock files with the newest versions that pyproject.toml allows; test before you commit them
 	$(PYTHON) -m venv --clear build/lock-venv

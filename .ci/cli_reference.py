@@ -1,4 +1,4 @@
-"""Print docs/cli.md: the help of every command as one page (`make cli-docs`)."""
+"""Write the command-line page of the site: the help of every command. `make docs` calls it through `site_pages.py`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WIDTH = 110  # columns, whatever the width of the terminal
 
 def cli_reference() -> str:
     """Return a Markdown page with the help of `wikiclip` and of each command."""
-    intro = f"# Command line\n\nWritten by `make cli-docs` from the commands themselves.\n\n{_block(help_text())}"
+    intro = f"# Command line\n\n`wikiclip COMMAND --help` prints the same in a terminal.\n\n{_block(help_text())}"
     return "\n".join([intro, *(section for name in COMMANDS for section in _sections(load(name), f"wikiclip {name}"))])
 
 

@@ -1,4 +1,4 @@
-"""A mkdocs hook that adds pages from outside docs/, and copies of the files that pages link to.
+"""A mkdocs hook that adds the command-line page, pages from outside docs/, and copies of the files that pages link to.
 
 mkdocs reads pages from one folder only. In the repository the same links lead to the files themselves.
 """
@@ -9,6 +9,7 @@ import posixpath
 import re
 from pathlib import Path
 
+from cli_reference import cli_reference  # next to this file: mkdocs finds it there
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -19,6 +20,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
     "SECURITY.md": "security.md",
+    "THIRD_PARTY_LICENCES.md": "licences.md",
     "demo/README.md": "demo.md",
     "demo/icon_sets.md": "icon-sets.md",
 }
@@ -28,6 +30,7 @@ LINK = re.compile(r"(?<=\]\()([^)#:\s]+)(?=[)#])")
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for source, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    files.append(File.generated(config, "cli.md", content=cli_reference()))
     linked = {
         place(in_repository(file.src_uri, target))
         for file in files.documentation_pages()

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN_BLOCK = re.compile(r"^```sh\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-IN_A_CLONE = ("demo", "examples", "docs", "docker-compose.yml")
+IN_A_CLONE = ("demo", "examples", "docs", "tests", "docker-compose.yml")
 SHOWN_ADDRESS = "http://127.0.0.1:8000"
 BLOCK_TIMEOUT_S = 900  # generous: a busy machine is no failure
 

@@ -320,7 +320,7 @@ def test_commands_take_their_options_as_words() -> None:
 
 def shown(program: str) -> list[list[str]]:
     """The command lines of a program in the documents and in compose's own comment, in fences or between backticks."""
-    pages = [ROOT / "README.md", ROOT / "docs" / "deployment.md", ROOT / "docs" / "service.md"]
+    pages = [ROOT / "README.md", ROOT / "docs" / "deployment.md"]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     comments = (ROOT / "docker-compose.yml").read_text(encoding="utf-8").replace("#   ", "")
     lines = re.findall(rf"^{program} .*$", f"{text}\n{comments}", flags=re.MULTILINE)

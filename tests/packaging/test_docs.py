@@ -1,4 +1,4 @@
-"""docs/service.md lists every setting, route, parameter and metric, with its real default."""
+"""docs/service.md lists every route and parameter, docs/settings.md every setting, its default and every metric."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ from service.telemetry import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "service.md").read_text(encoding="utf-8")
-SETTING_ROW = re.compile(r"^\| `--([\w-]+)` \| `(\w+)` \| .+ \| (.+) \|$", flags=re.MULTILINE)
+SETTINGS_PAGE = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
 
 
-def test_settings_table_is_the_settings() -> None:
-    rows = [(flag, variable) for flag, variable, _ in SETTING_ROW.findall(PAGE)]
-    assert rows == [(name.replace("_", "-"), ENV_PREFIX + name.upper()) for name in Settings.model_fields]
+def test_tables_of_settings_and_metrics_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / ".ci")
+    updated = importlib.import_module("settings_tables").updated
+    assert updated(SETTINGS_PAGE) == SETTINGS_PAGE, "settings or metrics changed: run `make settings-docs`"
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
-def test_default_of_a_setting_is_the_real_one(name: str) -> None:
-    documented = {flag.replace("-", "_"): default for flag, _, default in SETTING_ROW.findall(PAGE)}[name]
-    default = Settings.model_fields[name].default
-    if default in (None, ()):
-        assert documented.startswith("none")
-    else:
-        assert documented == f"`{default}`"
+def test_every_setting_is_documented_with_its_default(name: str) -> None:
+    (default,) = re.findall(rf"^\| `{ENV_PREFIX}{name.upper()}` \| .+ \| (.+) \|$", SETTINGS_PAGE, flags=re.MULTILINE)
+    real = Settings.model_fields[name].default
+    assert default == ("none" if real in (None, ()) else f"`{real}`")
 
 
 def test_every_route_is_documented() -> None:
@@ -54,7 +52,15 @@ def test_every_parameter_of_recognize_is_documented() -> None:
 def test_every_metric_is_documented() -> None:
     families = [family.name for family in Metrics().registry.collect() if family.name.startswith("wikiclip_")]
     assert families
-    assert [name for name in families if not re.search(rf"`{name}(_total)?`", PAGE)] == []
+    assert [name for name in families if not re.search(rf"`{name}(_total)?`", SETTINGS_PAGE)] == []
+
+
+def test_the_tests_that_the_threat_model_names_exist() -> None:
+    page = (ROOT / "docs" / "threat-model.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:\w+/)*test_\w+\.py)`", page)
+    assert named
+    folders = (ROOT / "tests", ROOT / "tests" / "service")
+    assert [name for name in named if not any((folder / name).is_file() for folder in folders)] == []
 
 
 def test_readme_names_every_make_target_of_a_fresh_machine() -> None:

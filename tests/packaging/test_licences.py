@@ -1,4 +1,4 @@
-"""docs/licences.md lists the packages of the serving image, and all of them have licences that we accept."""
+"""THIRD_PARTY_LICENCES.md lists the packages of the serving image, and all of them have licences that we accept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACCEPTED = re.compile(
 
 @pytest.fixture(scope="module")
 def written() -> str:
-    page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    page = (ROOT / "THIRD_PARTY_LICENCES.md").read_text(encoding="utf-8")
     return page.partition("<!-- serving licences -->\n")[2]
 
 

@@ -35,8 +35,7 @@ STAND_IN = re.compile(r"[A-Z][A-Z_]*|\.\.\.")
 
 def texts() -> Iterator[str]:
     for document in DOCUMENTS:
-        if document.name != "cli.md":
-            yield document.read_text(encoding="utf-8")
+        yield document.read_text(encoding="utf-8")
 
 
 def shown_commands(program: str) -> Iterator[list[str]]:
@@ -62,6 +61,8 @@ def check(words: list[str], *, whole: bool = True) -> None:
 
     Paths are not looked for, and values that stand for others are not looked at.
     """
+    if not whole and STAND_IN.fullmatch(words[1]):  # `wikiclip COMMAND --help`
+        return
     if words[1] not in COMMANDS:
         raise click.UsageError(f"no command {words[1]!r}")
     command: click.Command | None = load(words[1])

@@ -13,7 +13,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHER_PAGES = ("index.md", "changelog.md", "contributing.md", "security.md", "demo.md", "icon-sets.md")
+OTHER_PAGES = (
+    "index.md", "changelog.md", "cli.md", "contributing.md", "demo.md", "icon-sets.md", "licences.md", "security.md",
+)  # fmt: skip
+# What is outside docs/ and in the menu.
+SOURCES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "THIRD_PARTY_LICENCES.md")
 LOADED = re.compile(
     r"""<(?:script|img|iframe)[^>]+src=["'](https?:)?//|<link[^>]+rel=["']?stylesheet[^>]+href=["']https?:"""
 )
@@ -34,9 +38,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_site_has_every_page(site: Path) -> None:
-    pages = {f"{path.stem}.html" for path in (ROOT / "docs").glob("*.md")} | {"index.html", "demo.html"}
+    pages = {f"{path.stem}.html" for path in [*(ROOT / "docs").glob("*.md"), *map(Path, OTHER_PAGES)]}
     assert pages <= {path.name for path in site.glob("*.html")}
     assert "make demo" in (site / "index.html").read_text(encoding="utf-8")
+    assert "--queue-limit" in (site / "cli.html").read_text(encoding="utf-8")
 
 
 def test_site_loads_nothing_from_other_hosts(site: Path) -> None:
@@ -55,7 +60,7 @@ def test_links_to_files_of_the_repository_lead_to_copies(site: Path) -> None:
 def test_a_broken_link_fails_the_build(tmp_path: Path, link: str) -> None:
     for name in ("docs", ".ci"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "demo", "examples", "LICENSE"):
+    for name in (*SOURCES, "demo", "examples", "LICENSE"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     with (tmp_path / "docs" / "catalog.md").open("a", encoding="utf-8") as page:

@@ -1,4 +1,4 @@
-"""The clients of docs/service.md: its examples, and a client that is generated from /openapi.json."""
+"""The clients of docs/clients.md: its examples, and a client that is generated from /openapi.json."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 from wikiclip import Client
 
-PAGE = (Path(__file__).resolve().parents[2] / "docs" / "service.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
 def example(language: str, service) -> str:
