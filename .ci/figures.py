@@ -7,8 +7,8 @@ follow its header, below a comment that names them, and gives a cell of each col
     {name}|{row[ratio][faithful]:.0f} ({row[ratio_interval][faithful]:.0f})
     -->
 
-Cells are format strings; a list is written with "to" between its items. Arguments are files that `wikiclip bench` and
-others wrote: they first replace those of the same name in docs/figures/.
+Cells are format strings; an interval, a list of two, is written as 1.0–2.0. Arguments are files that `wikiclip bench`
+and others wrote: they first replace those of the same name in docs/figures/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
 OTHERS = (ROOT / "demo" / "accuracy.json", ROOT / "demo" / "ablation.json", ROOT / "evaluation" / "photographs.json")
 PAGES = (ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-SPAN = re.compile(r"(<!-- (\{[^>]*\}) -->).*?(<!-- / -->)")
+SPAN = re.compile(r"(<!-- (\{[^>]*) -->).*?(<!-- / -->)")
 TABLE = re.compile(r"(<!-- rows: (.+)\n(.+)\n-->\n\n(?:\|.*\n){2})(?:\|.*\n)*")
 RECALL = 0.98  # that the index is chosen for, and that its peers should reach
 
@@ -33,7 +33,7 @@ RECALL = 0.98  # that the index is chosen for, and that its peers should reach
 class _Formatter(string.Formatter):
     def format_field(self, value: Any, spec: str) -> str:
         if isinstance(value, list):
-            return " to ".join(format(each, spec) for each in value)
+            return "–".join(format(each, spec) for each in value)
         return format(value, spec)
 
 

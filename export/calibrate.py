@@ -341,7 +341,7 @@ def _fit_softmax(scores_NK: Float64Array, right_NK: BoolArray, *, with_ceiling: 
     """Return `slope`, `none_offset`, `none_slope` and `ceiling`.
 
     The likelihood is that of which candidate is right. With a ceiling, it is that of whether the best one is: otherwise
-    the lower candidates decide how sure the fit is of the best (docs/LOG.md).
+    the lower candidates decide how sure the fit is of the best (docs/experiments.md).
     """
     queries, candidates = scores_NK.shape
     present_NK = torch.from_numpy(~np.isnan(scores_NK))

@@ -1,7 +1,7 @@
 """Reduced-precision image encoders: float16 for queries on a GPU, int8 for queries on a CPU. The cost is measured.
 
 int8 uses ONNX Runtime's static quantisation, with activations u8 and weights s8 per channel. Ranges are the mean of the
-batches' minima and maxima, which a few extreme values do not stretch (docs/LOG.md compares the methods).
+batches' minima and maxima, which a few extreme values do not stretch (docs/experiments.md compares the methods).
 
 Shapes: B batch, N images, P patches, C patch channels, D embedding width, H = W = size_px.
 """

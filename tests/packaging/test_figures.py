@@ -50,7 +50,7 @@ def test_changed_figures_change_a_page(figures: ModuleType) -> None:
     )
     rows = {"one": {"x": 1, "y": [1, 2]}, "two": {"x": 2, "y": [2.5, 3]}}
     assert figures.updated(page, {"a": {"b": 2.04, "c": rows}}) == page.replace(">1.0<", ">2.0<").replace(
-        "| old | 0 |\n", "| one | 1 (1.0 to 2.0) |\n| two | 2 (2.5 to 3.0) |\n"
+        "| old | 0 |\n", "| one | 1 (1.0–2.0) |\n| two | 2 (2.5–3.0) |\n"
     )
 
 
