@@ -35,7 +35,7 @@ from index.store import EntityStore
 _MAX_IMAGES = 4096  # searched with themselves left out
 _MAX_VIEWED = 256  # entities with a single image
 _VIEWS = 2  # of each of them
-# Milder views are far easier than other photographs: the service would abstain from most of these (docs/experiments.md).
+# Milder views are far easier than photographs: the service would abstain from most of these (docs/experiments.md).
 _VIEW_SIDES = (0.25, 0.5)
 _MIN_QUERIES = 30
 _PAIRS = 5
