@@ -16,7 +16,7 @@ def updated(page: str) -> str:
     """Return the page with the current tables. Each heading must be followed by one table."""
     for header, rows in {
         "| variable | meaning | default |\n| --- | --- | --- |\n": settings(),
-        "| metric | type | meaning |\n| --- | --- | --- |\n": metrics(),
+        "| metric | meaning |\n| --- | --- |\n": metrics(),
     }.items():
         table = header + "".join(f"| {' | '.join(row)} |\n" for row in rows)
         page, count = re.subn(rf"{re.escape(header)}(\|.*\n)*", lambda _, table=table: table, page)
@@ -30,11 +30,11 @@ def settings() -> Iterator[tuple[str, str, str]]:
         yield f"`{ENV_PREFIX}{name.upper()}`", field.description or "", default
 
 
-def metrics() -> Iterator[tuple[str, str, str]]:
+def metrics() -> Iterator[tuple[str, str]]:
     for family in Metrics().registry.collect():
         if family.name.startswith("wikiclip_"):
             name = f"{family.name}_total" if family.type == "counter" else family.name
-            yield f"`{name}`", family.type, family.documentation
+            yield f"`{name}`", family.documentation
 
 
 if __name__ == "__main__":
