@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generator import service_process, split_cores
-from core.errors import UserError
-from core.extras import missing_extra
+from core.errors import UserError, missing_extra
 from evaluation.pages import Lines, Report
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")

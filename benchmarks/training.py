@@ -14,7 +14,7 @@ import torch
 from benchmarks.export import WORDS
 from benchmarks.synthetic import write_photographs
 from catalog import EntityRecord
-from core.jsonl import Rejected
+from core.lines import Rejected
 from model.adaptor import AdaptorConfig
 from model.data import ImageSource
 from model.distributed import Group

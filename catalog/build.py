@@ -25,8 +25,7 @@ from catalog.records import BadRecord, EntityRecord, to_native
 from catalog.wikidata import CLASS_CLAIMS, number_of, parse_item
 from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes, report_disk_full
-from core.jsonl import RejectLog, to_jsonl
-from core.lines import START, OnBytes, Position, read_lines
+from core.lines import START, OnBytes, Position, RejectLog, read_lines, to_jsonl
 
 COMMONS = "https://commons.wikimedia.org"
 NO_ENTITIES = (4167410, 13406463, 4167836, 11266439)  # disambiguation pages, lists, categories, templates

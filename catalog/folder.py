@@ -21,7 +21,7 @@ from catalog.records import BadRecord
 from catalog.table import ENTITY_COLUMNS, Row, read_table
 from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes
-from core.jsonl import Rejected, RejectLog, rejects_path, to_jsonl
+from core.lines import Rejected, RejectLog, rejects_path, to_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)

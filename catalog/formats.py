@@ -24,7 +24,7 @@ from catalog.records import (
 )
 from core.errors import CatalogError, UserError
 from core.files import atomic_write, atomic_write_bytes
-from core.jsonl import Rejected, excerpt, read_jsonl
+from core.lines import Rejected, excerpt, read_jsonl
 
 _PARQUET_BATCH_ROWS = 1024
 _BLOCK_BYTES = 1 << 20

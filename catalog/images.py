@@ -25,7 +25,7 @@ from typing import Any, Self
 from catalog.records import is_url
 from core.errors import CatalogError
 from core.files import atomic_write, locked
-from core.jsonl import Rejected
+from core.lines import Rejected
 
 INDEX_FILE = "images.sqlite"
 MAX_PIXELS = 200_000_000  # catalogs are trusted; this only keeps one file from exhausting memory

@@ -18,8 +18,7 @@ from typing import Any
 from catalog.cirrus import Page, PageImage
 from catalog.wikidata import Item
 from core.errors import UserError
-from core.jsonl import Rejected, excerpt
-from core.lines import START, Position
+from core.lines import START, Position, Rejected, excerpt
 
 _SCHEMA = """
 CREATE TABLE settings (value TEXT NOT NULL);

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from catalog.images import MAX_PIXELS, ImageReader, UnusableImage
 from core.errors import TooLarge, UndecodableImage
-from core.jsonl import Rejected
+from core.lines import Rejected
 from core.runtime import usable_cores
 from imaging import Decoder, automatic_budget, readable_types, sniff
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import CatalogError
-from core.jsonl import Rejected, excerpt
+from core.lines import Rejected, excerpt
 
 ENTITY_COLUMNS = ("text", "description", "types", "url", "symbol")
 COLUMNS = ("image", "title", "entity_id", *ENTITY_COLUMNS)

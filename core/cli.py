@@ -8,8 +8,7 @@ from typing import Any
 
 import click
 
-from core.errors import WikiclipError
-from core.extras import needed_by
+from core.errors import WikiclipError, needed_by
 
 CONTEXT: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 120, "show_default": True}
 

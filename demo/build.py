@@ -31,7 +31,7 @@ from tqdm import tqdm
 from catalog.formats import types_path
 from core.arrays import Pixels
 from core.files import atomic_write, atomic_write_bytes
-from core.jsonl import to_jsonl
+from core.lines import to_jsonl
 from demo.entities import Symbol, build_symbols, type_parents
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 from demo.sources import IconSet, fetch, render

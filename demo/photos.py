@@ -28,7 +28,7 @@ from catalog.records import EntityRecord
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
-from core.jsonl import Rejected, to_jsonl
+from core.lines import Rejected, to_jsonl
 from demo.sources import WordNet, fetch_debian_package
 from demo.stamps import build_entities, find_sense, read_stamps
 from index.manifest import MANIFEST_FILE

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from core.arrays import Float32Array, Int64Array
 from core.errors import BadParameter, CatalogError, Conflict, UnknownEntity
 from core.files import atomic_write
-from core.jsonl import Rejected, RejectLog
+from core.lines import Rejected, RejectLog
 from evaluation.levels import level_steps
 from evaluation.metrics import RECALL_AT, AnsweredQuery, rank_of
 from index.bundle import Bundle

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from catalog import EntityRecord, is_url, read_catalog
 from catalog.images import MAX_PIXELS
-from core.errors import TooLarge, UndecodableImage
-from core.extras import missing_extra
+from core.errors import TooLarge, UndecodableImage, missing_extra
 from core.files import atomic_write_bytes
 from evaluation.metrics import (
     RECALL_AT,

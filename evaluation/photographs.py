@@ -36,7 +36,7 @@ from core.arrays import Float32Array, Pixels
 from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
-from core.jsonl import to_jsonl
+from core.lines import to_jsonl
 from core.runtime import describe_run
 from core.statistics import wilson_interval
 from evaluation.evaluate import HoldoutBundle, answer_queries

@@ -23,7 +23,7 @@ from catalog import is_url
 from catalog.images import ImageReader, UnusableImage
 from core.arrays import BoolArray, Float32Array, Float64Array, Int64Array, Pixels
 from core.errors import BadParameter, TooLarge, UndecodableImage, UnknownEntity, UserError
-from core.jsonl import Rejected, excerpt, read_jsonl
+from core.lines import Rejected, excerpt, read_jsonl
 from export.config import ExportConfig
 from export.decode import image_decoder
 from export.model import ExportModel

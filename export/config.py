@@ -11,7 +11,7 @@ from catalog.formats import types_path
 from catalog.images import ImageReader
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
-from core.jsonl import Rejected
+from core.lines import Rejected
 
 
 @dataclass(frozen=True, kw_only=True)

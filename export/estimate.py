@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from catalog import EntityRecord
 from core.errors import CatalogError
-from core.jsonl import Rejected
-from core.reservoir import Reservoir
+from core.lines import Rejected
+from core.statistics import Reservoir
 from export.config import ExportConfig, check_inputs
 from export.decode import HASH_BYTES
 from export.local import WAITING, embed_shards

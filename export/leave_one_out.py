@@ -25,7 +25,7 @@ from export.model import ImageModel
 from export.pooling import image_numbers
 from export.precision import catalog_images
 from export.shards import EntityImages
-from imaging.views import changed_view
+from imaging.preprocess import changed_view
 from index.calibration import CANDIDATES, Calibration
 from index.embeddings import Embeddings, Pooling
 from index.manifest import ConfusedPair, SelfCheck, Share

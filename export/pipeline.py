@@ -20,8 +20,8 @@ from tqdm import tqdm
 from catalog.formats import count_hint
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
-from core.jsonl import RejectLog, rejects_path
-from core.reservoir import Reservoir
+from core.lines import RejectLog, rejects_path
+from core.statistics import Reservoir
 from export.calibrate import calibrate_on, embed_validation, search_validation
 from export.config import (
     ExportConfig,

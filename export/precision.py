@@ -27,8 +27,8 @@ from catalog.images import ImageReader, UnusableImage
 from core.arrays import Pixels
 from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
 from core.files import atomic_write, sync
-from core.reservoir import Reservoir
 from core.runtime import onnxruntime
+from core.statistics import Reservoir
 from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
 from export.decode import image_decoder

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from catalog import EntityRecord
 from catalog.images import ImageReader
 from core.arrays import Pixels
-from core.jsonl import Rejected
+from core.lines import Rejected
 from export.config import ExportConfig
 from export.decode import DecodePool, ImageJob, default_workers, hash_text
 from export.reuse import BaseEntities, BaseEntity

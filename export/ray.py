@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from core.errors import UserError
-from core.extras import needed_by
+from core.errors import UserError, needed_by
 from export.config import ExportConfig
 from export.local import chunk_size, open_embedder
 from export.model import ExportModel, load_model

@@ -30,8 +30,8 @@ from tqdm import tqdm
 from catalog.images import ImageReader
 from core.arrays import Float16Array, Float32Array, Float64Array, Int64Array, normalised
 from core.errors import BadParameter, UserError
-from core.jsonl import Rejected, RejectLog
-from core.reservoir import Reservoir
+from core.lines import Rejected, RejectLog
+from core.statistics import Reservoir
 from export.calibrate import QueryImage, Validation, embed_images, hash_query, row_of, search_embeddings
 from export.config import ExportConfig
 from export.decode import DecodePool, ImageJob, default_workers

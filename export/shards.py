@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from catalog import EntityRecord, read_catalog
-from core.jsonl import Rejected
+from core.lines import Rejected
 from export.config import ExportConfig
 from index.store import StoredEntity
 

@@ -27,7 +27,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from core.errors import UserError
 from core.files import atomic_write_bytes, locked, sync
-from core.jsonl import Rejected
+from core.lines import Rejected
 from export.config import ExportConfig, check_image_root
 from export.onnx import Parity
 from export.reuse import write_hashes

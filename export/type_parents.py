@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from catalog.records import BadRecord, optional_string, required_string, strings
-from core.jsonl import Rejected, excerpt, read_jsonl
+from core.lines import Rejected, excerpt, read_jsonl
 from index.types import TypeHierarchy, TypeParents
 
 

@@ -27,7 +27,7 @@ from catalog.formats import check_catalog_name, copy_types, write_catalog
 from catalog.records import ImageCredit
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
-from core.jsonl import RejectLog
+from core.lines import RejectLog
 from fetch.download import Downloader, FetchLimits, NotFetched
 from fetch.run import user_agent
 

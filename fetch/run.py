@@ -19,7 +19,7 @@ from catalog import EntityRecord, is_url, read_catalog
 from catalog.images import TarShards
 from core.errors import CatalogError, TooLarge, UndecodableImage, UserError
 from core.files import report_disk_full
-from core.jsonl import Rejected, RejectLog
+from core.lines import Rejected, RejectLog
 from core.runtime import usable_cores
 from fetch.download import WORKERS, Downloader, FetchLimits, NotFetched
 from imaging import Decoder, automatic_budget, sniff

@@ -1,4 +1,4 @@
-"""Turn an image into the input of an image encoder: resize, crop, normalise.
+"""Turn an image into the input of an image encoder: resize, crop, normalise. For training, change it at random.
 
 Shapes: B batch, H = W = size_px.
 """
@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, Literal, Self, get_args
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from core.arrays import Float32Array, Float64Array, Pixels
 from core.errors import BadParameter, EncoderSpecError
@@ -25,6 +25,8 @@ Interpolation = Literal["bicubic", "bilinear"]
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _CHOICES = {"resize": get_args(Resize), "crop": get_args(Crop), "interpolation": get_args(Interpolation)}
 _SMALLEST_BOX_SIDE = 0.001
+_COLOUR = 0.5  # brightness, contrast and saturation change by up to this share
+_MAX_BLUR = 0.02  # radius, as a share of the image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,3 +214,22 @@ def _tables(preprocessing: Preprocessing) -> Float32Array:
     mean, std = np.array(preprocessing.mean)[:, None], np.array(preprocessing.std)[:, None]
     tables: Float64Array = (values - mean) / std
     return tables.astype(np.float32)
+
+
+def changed_view(pixels_HW3: Pixels, seed: tuple[int, int], sides: tuple[float, float]) -> Pixels:
+    """Return a square crop with other colours, blurred, and mirrored half of the time. Equal seeds give equal views.
+
+    Views are queries for an entity that has no other image. `sides` are the least and the greatest side of the crop, as
+    shares of the image's.
+    """
+    rng = np.random.default_rng(seed)
+    size_px = len(pixels_HW3)
+    side = rng.uniform(*sides) * size_px
+    left, top = rng.uniform(0, size_px - side, 2)
+    image = Image.fromarray(pixels_HW3)
+    image = image.resize((size_px, size_px), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    for enhancer in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhancer(image).enhance(rng.uniform(1 - _COLOUR, 1 + _COLOUR))
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, _MAX_BLUR) * size_px)))

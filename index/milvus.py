@@ -22,8 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from core.arrays import Float32Array
-from core.errors import BadParameter, Unavailable, UserError
-from core.extras import needed_by
+from core.errors import BadParameter, Unavailable, UserError, needed_by
 from index.bundle import Bundle
 from index.embeddings import Embeddings
 from index.manifest import content_fingerprint

@@ -22,8 +22,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError, UserError
-from core.extras import missing_extra
+from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError, UserError, missing_extra
 from core.files import atomic_write, is_uri, locked, report_disk_full, sha256_file, sync
 from index.bundle import Bundle, check_names
 from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder

@@ -12,8 +12,8 @@ import numpy as np
 
 from catalog import EntityRecord, read_catalog
 from core.errors import BadParameter, CatalogError
-from core.jsonl import Rejected, RejectLog, excerpt, read_jsonl
-from core.reservoir import Reservoir
+from core.lines import Rejected, RejectLog, excerpt, read_jsonl
+from core.statistics import Reservoir
 
 OVEN_TABLE = "ovenid2impath.csv"
 _QUESTION_ID = "oven_query_"  # how the ids of OVEN's query split start

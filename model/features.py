@@ -22,9 +22,9 @@ from catalog import EntityRecord
 from catalog.images import ImageReader, UnusableImage
 from core.arrays import Float32Array, Pixels
 from core.errors import CatalogError, TooLarge, UndecodableImage, UserError
-from core.jsonl import Rejected, RejectLog, excerpt
+from core.lines import Rejected, RejectLog, excerpt
 from imaging import load_pixels
-from imaging.views import changed_view
+from imaging.preprocess import changed_view
 from model.adaptor import EntityBatch
 from model.data import ImageSource, Pair
 from model.encoders import ImageEncoder, TextEncoder

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from core.errors import CatalogError, CheckpointError, UserError
-from core.jsonl import RejectLog
+from core.lines import RejectLog
 from model.adaptor import AdaptorConfig
 from model.checkpoint import save_checkpoint
 from model.data import balance_pairs, draw_entities, known_pairs, load_entities, load_pairs, question_warning

@@ -19,7 +19,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from core.extras import needed_by
+from core.errors import needed_by
 from service.settings import Settings
 
 if TYPE_CHECKING:

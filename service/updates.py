@@ -16,8 +16,7 @@ from functools import partial
 import numpy as np
 
 from core.arrays import BoolArray, Float32Array, Pixels
-from core.errors import BadParameter, LiveDirError, NoEntitySide, TooLarge, Unavailable, UndecodableImage
-from core.extras import needed_by
+from core.errors import BadParameter, LiveDirError, NoEntitySide, TooLarge, Unavailable, UndecodableImage, needed_by
 from core.pool import Pool
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle

@@ -76,7 +76,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name in _APPLICATION:
-        from core.extras import needed_by
+        from core.errors import needed_by
 
         with needed_by(f"wikiclip.{name}"):
             return getattr(importlib.import_module(_APPLICATION[name]), name)

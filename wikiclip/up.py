@@ -36,7 +36,7 @@ def up(
     from catalog.folder import FolderConfig, check_folder, read_folder, report_lines
     from core.errors import UserError
     from core.files import atomic_write_bytes
-    from core.jsonl import to_jsonl
+    from core.lines import to_jsonl
     from index.manifest import MANIFEST_FILE
 
     check_folder(folder)

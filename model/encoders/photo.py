@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.extras import needed_by
+from core.errors import needed_by
 from imaging.preprocess import Preprocessing
 from model.encoders.torch_module import TorchImageEncoder
 

@@ -18,8 +18,7 @@ import pytest
 from catalog import EntityRecord, formats, is_url, read_catalog
 from catalog.formats import SeenIds
 from core.errors import CatalogError
-from core.jsonl import Rejected, read_jsonl
-from core.lines import MAX_LINE_BYTES
+from core.lines import MAX_LINE_BYTES, Rejected, read_jsonl
 
 FULL = {
     "entity_id": "Q1",
@@ -254,7 +253,7 @@ _READ_BOTH = """
 import json, re, sys
 from pathlib import Path
 from core.lines import read_lines
-from core.jsonl import read_jsonl
+from core.lines import read_jsonl
 rejected, (number, _) = read_jsonl(Path(sys.argv[1]))
 for line, position in read_lines(Path(sys.argv[2])):
     pass

@@ -17,7 +17,7 @@ from PIL import Image
 from catalog import EntityRecord, read_catalog
 from catalog.folder import FolderCatalog, FolderConfig, build_folder_catalog
 from core.errors import UserError
-from core.jsonl import Rejected
+from core.lines import Rejected
 from imaging import readable_types
 
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 from core.errors import EncoderSpecError, UserError
-from core.reservoir import Reservoir
+from core.statistics import Reservoir
 from export import onnx as onnx_step
 from export import pipeline, precision
 from export.config import ExportConfig

@@ -10,7 +10,7 @@ import pytest
 from core.statistics import wilson_interval
 from export.config import ExportConfig
 from export.leave_one_out import OwnQueries, confused_pairs, search_own
-from imaging.views import changed_view
+from imaging.preprocess import changed_view
 from index.build import build_index
 from index.embeddings import EmbeddingShards, Pooling, pooled, write_shard
 from index.manifest import INDEX_FILE

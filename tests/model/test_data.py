@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import CatalogError
-from core.jsonl import RejectLog
+from core.lines import RejectLog
 from model.data import (
     OVEN_TABLE,
     ImageSource,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from catalog.images import TarShards
 from core.arrays import Pixels
 from core.errors import CatalogError, EncoderSpecError, UserError
-from core.jsonl import Rejected, RejectLog
+from core.lines import Rejected, RejectLog
 from model.adaptor import AdaptorConfig
 from model.checkpoint import Checkpoint
 from model.cli import train

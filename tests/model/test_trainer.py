@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.jsonl import Rejected, RejectLog
+from core.lines import Rejected, RejectLog
 from model.adaptor import Adaptor, AdaptorConfig
 from model.data import load_entities
 from model.distributed import Group

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from core.jsonl import Rejected, RejectLog
+from core.lines import Rejected, RejectLog
 from model.adaptor import Adaptor, AdaptorConfig
 from model.data import ImageSource, Pair, load_entities
 from model.encoders import open_image_encoder, open_text_encoder

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from core.extras import EXTRAS, needed_by
+from core.errors import EXTRAS, needed_by
 from wikiclip.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ NOT_IMPORTED = {"gpu", "docs", "test"}  # `gpu` has the modules of `cpu`; no cod
 PROBE = """
 import contextlib, io, json, sys
 
-from core.extras import EXTRAS
+from core.errors import EXTRAS
 
 modules = {name for names in EXTRAS.values() for name in names}
 # FastAPI depends on opentelemetry's interface; the extra adds the rest of it.
