@@ -1,6 +1,6 @@
 """Write the figures of the pages from the files that commands wrote: `make figures`.
 
-In a sentence, `<!-- {claim[date]} -->2026-11-25<!-- / -->` is a figure of docs/figures/claim.json. The rows of a table
+In a sentence, `<!--{claim[date]}-->2026-11-25<!--/-->` is a figure of docs/figures/claim.json. The rows of a table
 follow its header, below a comment that names them, and gives a cell of each column for a `row` and its `name`:
 
     <!-- rows: claim[figures][precisions]
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
 OTHERS = (ROOT / "demo" / "accuracy.json", ROOT / "demo" / "ablation.json", ROOT / "evaluation" / "photographs.json")
 PAGES = (ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-SPAN = re.compile(r"(<!-- (\{[^>]*) -->).*?(<!-- / -->)")
+SPAN = re.compile(r"(<!--(\{[^>]*?)-->).*?(<!--/-->)")
 TABLE = re.compile(r"(<!-- rows: (.+)\n(.+)\n-->\n\n(?:\|.*\n){2})(?:\|.*\n)*")
 RECALL = 0.98  # that the index is chosen for, and that its peers should reach
 
@@ -34,7 +34,16 @@ class _Formatter(string.Formatter):
     def format_field(self, value: Any, spec: str) -> str:
         if isinstance(value, list):
             return "–".join(format(each, spec) for each in value)
-        return format(value, spec)
+        return "—" if value is None else format(value, spec)
+
+
+class _Object(dict[str, Any]):
+    """A JSON object. Format strings turn digits in brackets into numbers, which are no keys of JSON."""
+
+    def __missing__(self, key: object) -> Any:
+        if isinstance(key, int):
+            return self[str(key)]
+        raise KeyError(key)
 
 
 _FORMATTER = _Formatter()
@@ -53,12 +62,14 @@ def updated(page: str, files: Mapping[str, Any]) -> str:
 
 
 def read_files() -> dict[str, Any]:
-    """Return each file by its name, with its hardware, date and commit as `run`, and the `index` by size."""
-    files = {path.stem: json.loads(path.read_bytes()) for path in (*sorted(FOLDER.glob("*.json")), *OTHERS)}
+    """Return each file by its name, with its hardware, date and commit as `run`, and tables of the index by size."""
+    paths = (*sorted(FOLDER.glob("*.json")), *OTHERS)
+    files = {path.stem: json.loads(path.read_bytes(), object_hook=_Object) for path in paths}
     for file in files.values():
         if "hardware" in file:
-            parts = [file["hardware"]["name"], file["date"], f"commit `{file['commit']}`"]
-            file["run"] = ", ".join([*parts, "transcribed"] if file.get("transcribed") else parts)
+            commit = "" if file["commit"] == "unknown" else f", commit `{file['commit']}`"
+            transcribed = ", transcribed" if file.get("transcribed") else ""
+            file["run"] = f"{file['hardware']['name']}, {file['date']}{commit}{transcribed}"
     index = files["index"]
     index["sizes"] = {f"{size['vectors']:,}": size for size in index["figures"]["made_up"]["sizes"]}
     index["with_peers"] = {
@@ -67,6 +78,7 @@ def read_files() -> dict[str, Any]:
         if size["peers"]
     }
     [*_, index["largest"]] = index["sizes"].values()
+    files["faults"]["answered"] = sum(part["answered"] for part in files["faults"]["figures"]["parts"].values())
     return files
 
 
