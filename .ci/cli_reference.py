@@ -10,7 +10,7 @@ import click
 from core.cli import CONTEXT
 from wikiclip.cli import COMMANDS, help_text, load
 
-WIDTH = 110  # columns, whatever the width of the terminal
+WIDTH = 76  # columns, whatever the width of the terminal
 
 
 def cli_reference() -> str:
