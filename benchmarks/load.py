@@ -42,7 +42,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
         ramp = run_locust(url, generator, "Cold", shape="ramp", rate=20, step_s=step_s, growth=growth)
         knee = find_knee(ramp)
         if knee is None:
-            raise UserError("the service did not keep up with the lowest load; docs/service.md describes its settings")
+            raise UserError("the service did not keep up with the lowest load; docs/settings.md describes its settings")
         half = knee["offered_per_s"] / 2
         kinds = ("Cold", "Hot", "Batch", "Hostile")
         mixed = run_locust(url, generator, *kinds, shape="steady", rate=half / 2, minutes=0.1 if smoke else 0.5)

@@ -16,7 +16,7 @@ from imaging.preprocess import Preprocessing
 from model.encoders.torch_module import TorchImageEncoder
 
 _NETWORK = "efficientnet-lite2"
-# The network takes (x - 127) / 128 of bytes, at 260 px. Cropping was chosen by measurement (docs/encoders.md).
+# The network takes (x - 127) / 128 of bytes, at 260 px. Cropping was chosen by measurement (docs/experiments.md).
 _PREPROCESSING = Preprocessing(
     size_px=260,
     resize="shortest",
