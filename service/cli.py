@@ -6,9 +6,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, TypeVar
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
     from service.recognizer import Recognizer
-    from wikiclip.answers import Explanation, Recognition
+    from wikiclip.answers import Embedding, Explanation, Recognition, RecognizeOptions
     from wikiclip.client import Client
 
 T = TypeVar("T")
@@ -32,14 +32,21 @@ _CONCURRENT_REQUESTS = 4
 _SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif"))
 _SHADES = " ░▒▓█"
 
+_bundle_option = click.option("--bundle", type=click.Path(), help="The bundle to answer from, a folder or a URI.")
 _url_option = click.option("--url", help="The service to use instead of a bundle, such as http://127.0.0.1:8000.")
+_key_option = click.option(
+    "--api-key-file",
+    "api_key",
+    type=click.File(),
+    callback=lambda context, parameter, file: file and file.read().strip(),
+    help="File with the API key for the service at --url.",
+)
 _device_option = click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
     default="auto",
     help="Where the image encoder runs, with --bundle.",
 )
-_key_option = click.option("--api-key-file", type=click.File(), help="File with the API key for the service at --url.")
 
 
 class ServeCommand(click.Command):
@@ -88,7 +95,7 @@ def serve(**flags: Any) -> None:
 
 @click.command()
 @click.argument("paths", metavar="IMAGE_OR_FOLDER...", nargs=-1, required=True, type=click.Path())
-@click.option("--bundle", type=click.Path(), help="The bundle to recognise with, a folder or a URI.")
+@_bundle_option
 @_url_option
 @_key_option
 @click.option(
@@ -118,16 +125,13 @@ def recognize(
     paths: tuple[str, ...],
     bundle: str | None,
     url: str | None,
-    api_key_file: IO[str] | None,
-    top_k: int,
-    types: str,
-    lang: str | None,
-    explain: bool,
+    api_key: str | None,
     regions: bool,
     together: bool,
     out: str | None,
     device: str,
     as_json: bool,
+    **others: Any,
 ) -> None:
     """Name the entities in images, with a bundle (--bundle) or through a service (--url).
 
@@ -138,29 +142,20 @@ def recognize(
     from wikiclip.answers import RecognizeOptions
 
     try:
-        options = RecognizeOptions.model_validate(
-            {"top_k": top_k, "types": types, "lang": lang, "explain": explain, "regions": "auto" if regions else None}
-        )
+        options = RecognizeOptions.model_validate({**others, "regions": "auto" if regions else None})
     except ValidationError as error:
         first = error.errors()[0]
         raise click.UsageError(f"{first['loc'][0]}: {first['msg']}") from error
-    answerer = _Answerer(bundle, url, api_key_file, device)
+    _check_source(bundle, url)
     images = find_images(paths)
-    if together:
-        answer = answerer.answer(
-            lambda recognizer: recognizer.recognize_together(list(map(_contents, images)), options),
-            lambda client: client.recognize_views(map(_contents, images), options),
-        )
-        with _Printer(total=1, out=out, as_json=as_json) as printer:
-            printer.print_together(images, answer)
-        return
-    outcomes = answerer.outcomes(
-        images,
-        lambda recognizer, contents: recognizer.recognize_many(contents, options),
-        lambda client, content: client.recognize(content, options),
-    )
-    with _Printer(total=len(images), out=out, as_json=as_json) as printer:
-        for path, outcome in outcomes:
+    with (
+        _Printer(total=1 if together else len(images), out=out, as_json=as_json) as printer,
+        _opened(bundle, url, api_key, device) as source,
+    ):
+        if together:
+            printer.print_together(images, source.recognize_together(list(map(_contents, images)), options))
+            return
+        for path, outcome in _outcomes(images, lambda contents: source.recognize_many(contents, options)):
             printer.print(path, outcome)
     if printer.recognized == 0:
         raise UserError(f"none of {len(images)} image(s) was recognised; see the reasons above")
@@ -168,7 +163,7 @@ def recognize(
 
 @click.command()
 @click.argument("paths", metavar="FILES...", nargs=-1, required=True, type=click.Path())
-@click.option("--bundle", type=click.Path(), help="The bundle to embed with, a folder or a URI.")
+@_bundle_option
 @_url_option
 @_key_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="File of the embeddings, such as X.npy.")
@@ -179,7 +174,7 @@ def embed(
     paths: tuple[str, ...],
     bundle: str | None,
     url: str | None,
-    api_key_file: IO[str] | None,
+    api_key: str | None,
     out: Path,
     device: str,
     as_json: bool,
@@ -193,22 +188,21 @@ def embed(
 
     from core.files import atomic_write
 
-    answerer = _Answerer(bundle, url, api_key_file, device)
+    _check_source(bundle, url)
     if out.suffix != ".npy":
         raise UserError(f"{out} does not end in .npy, as files of arrays do; choose another --out")
     if not out.parent.is_dir():
         raise UserError(f"the folder {out.parent} does not exist; make it, or choose another --out")
     images = find_images(paths)
-    outcomes = answerer.outcomes(
-        images,
-        lambda recognizer, contents: recognizer.embed_many(contents),
-        lambda client, content: client.embed(content),
-    )
     embeddings_ND: np.ndarray[Any, np.dtype[np.float32]] | None = None
     failed = 0
     with atomic_write(out) as array_file, atomic_write(out.with_suffix(".jsonl")) as lines_file:
-        with lines_file.open("wb") as lines, tqdm(total=len(images), unit="image", disable=None, leave=False) as bar:
-            for row, (path, outcome) in enumerate(outcomes):
+        with (
+            lines_file.open("wb") as lines,
+            tqdm(total=len(images), unit="image", disable=None, leave=False) as bar,
+            _opened(bundle, url, api_key, device) as source,
+        ):
+            for row, (path, outcome) in enumerate(_outcomes(images, source.embed_many)):
                 line: dict[str, Any] = {"file": str(path), "encoder": None, "error": None}
                 if isinstance(outcome, WikiclipError):
                     failed += 1
@@ -231,7 +225,7 @@ def embed(
 
 
 @click.command()
-@click.option("--bundle", type=click.Path(), help="The bundle to answer from, a folder or a URI.")
+@_bundle_option
 @_url_option
 @_key_option
 @click.option(
@@ -241,16 +235,16 @@ def embed(
     type=click.IntRange(0, 65535),
     help="Serve on this TCP port of 127.0.0.1, without paths of files; 0 picks a free one.  [default: stdio]",
 )
-def mcp(*, bundle: str | None, url: str | None, api_key_file: IO[str] | None, http_port: int | None) -> None:
+def mcp(*, bundle: str | None, url: str | None, api_key: str | None, http_port: int | None) -> None:
     """Let agents recognise images, describe entities and search titles (Model Context Protocol).
 
     The answers come from a bundle (--bundle) or a service (--url). The settings WIKICLIP_* of `wikiclip serve` apply.
     """
-    answerer = _Answerer(bundle, url, api_key_file, "auto")
+    _check_source(bundle, url)
 
     from service.agents import serve_agents
 
-    serve_agents(bundle=bundle, url=url, api_key=answerer.api_key, http_port=http_port)
+    serve_agents(bundle=bundle, url=url, api_key=api_key, http_port=http_port)
 
 
 def find_images(paths: Sequence[str]) -> list[Path]:
@@ -270,75 +264,66 @@ def find_images(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-class _Answerer:
-    """A bundle or a service. Raises `click.UsageError` unless exactly one of them is given."""
+def _check_source(bundle: str | None, url: str | None) -> None:
+    if (bundle is None) == (url is None):
+        raise click.UsageError("give one of --bundle and --url")
 
-    def __init__(self, bundle: str | None, url: str | None, api_key_file: IO[str] | None, device: str) -> None:
-        if (bundle is None) == (url is None):
-            raise click.UsageError("give one of --bundle and --url")
-        self._bundle, self._url, self._device = bundle, url, device
-        self.api_key = None if api_key_file is None else api_key_file.read().strip()
 
-    def answer(self, ask_bundle: Callable[[Recognizer], T], ask_service: Callable[[Client], T]) -> T:
-        """Return one answer. Raises `WikiclipError`."""
-        with ExitStack() as stack:
-            if self._bundle is not None:
-                return ask_bundle(stack.enter_context(self._recognizer(self._bundle)))
-            from wikiclip.client import Client
-
-            assert self._url is not None
-            return ask_service(stack.enter_context(Client(self._url, api_key=self.api_key)))
-
-    def _recognizer(self, bundle: str) -> Recognizer:
+@contextmanager
+def _opened(bundle: str | None, url: str | None, api_key: str | None, device: str) -> Iterator[Recognizer | _Service]:
+    """Yield what answers: the bundle, or the service at the URL."""
+    if bundle is not None:
         from service.recognizer import Recognizer
         from service.settings import load_settings
 
-        return Recognizer.open(bundle, load_settings(device=self._device, cache="off", redis_url=None))
-
-    def outcomes(
-        self,
-        images: Sequence[Path],
-        ask_bundle: Callable[[Recognizer, Sequence[bytes]], Sequence[T | WikiclipError]],
-        ask_service: Callable[[Client, bytes], T],
-    ) -> Iterator[tuple[Path, T | WikiclipError]]:
-        """Yield each image and its answer, or why there is none, in order."""
-        if self._bundle is not None:
-            return self._from_bundle(images, self._bundle, ask_bundle)
-        assert self._url is not None
-        return self._from_service(images, self._url, ask_service)
-
-    def _from_bundle(
-        self,
-        images: Sequence[Path],
-        bundle: str,
-        ask: Callable[[Recognizer, Sequence[bytes]], Sequence[T | WikiclipError]],
-    ) -> Iterator[tuple[Path, T | WikiclipError]]:
-        with self._recognizer(bundle) as recognizer:
-            for start in range(0, len(images), _CHUNK_IMAGES):
-                chunk = images[start : start + _CHUNK_IMAGES]
-                contents = [_read(path) for path in chunk]
-                answers = iter(ask(recognizer, [content for content in contents if isinstance(content, bytes)]))
-                for path, content in zip(chunk, contents, strict=True):
-                    yield path, content if isinstance(content, UserError) else next(answers)
-
-    def _from_service(
-        self, images: Sequence[Path], url: str, ask: Callable[[Client, bytes], T]
-    ) -> Iterator[tuple[Path, T | WikiclipError]]:
+        with Recognizer.open(bundle, load_settings(device=device, cache="off", redis_url=None)) as recognizer:
+            yield recognizer
+    else:
         from wikiclip.client import Client
 
-        with Client(url, api_key=self.api_key) as client, ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+        assert url is not None
+        with Client(url, api_key=api_key) as client:
+            yield _Service(client)
 
-            def request(path: Path) -> tuple[Path, T | WikiclipError]:
-                content = _read(path)
-                if isinstance(content, UserError):
-                    return path, content
-                try:
-                    return path, ask(client, content)
-                except WikiclipError as error:
-                    return path, error
 
-            for start in range(0, len(images), _CHUNK_IMAGES):
-                yield from pool.map(request, images[start : start + _CHUNK_IMAGES])
+class _Service:
+    """The methods of `Recognizer` that the commands call, through a service."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def recognize_together(self, images: Sequence[bytes], options: RecognizeOptions) -> Recognition:
+        return self._client.recognize_views(images, options)
+
+    def recognize_many(
+        self, images: Sequence[bytes], options: RecognizeOptions
+    ) -> Iterator[Recognition | WikiclipError]:
+        return self._map(lambda image: self._client.recognize(image, options), images)
+
+    def embed_many(self, images: Sequence[bytes]) -> Iterator[Embedding | WikiclipError]:
+        return self._map(self._client.embed, images)
+
+    def _map(self, ask: Callable[[bytes], T], images: Sequence[bytes]) -> Iterator[T | WikiclipError]:
+        def outcome(image: bytes) -> T | WikiclipError:
+            try:
+                return ask(image)
+            except WikiclipError as error:
+                return error
+
+        with ThreadPoolExecutor(_CONCURRENT_REQUESTS) as pool:
+            yield from pool.map(outcome, images)
+
+
+def _outcomes(
+    images: Sequence[Path], answer: Callable[[Sequence[bytes]], Iterable[T | WikiclipError]]
+) -> Iterator[tuple[Path, T | WikiclipError]]:
+    """Yield each image and its answer, or why there is none, in order."""
+    for start in range(0, len(images), _CHUNK_IMAGES):
+        chunk = images[start : start + _CHUNK_IMAGES]
+        contents = [_read(path) for path in chunk]
+        answers = iter(answer([content for content in contents if isinstance(content, bytes)]))
+        for path, content in zip(chunk, contents, strict=True):
+            yield path, content if isinstance(content, UserError) else next(answers)
 
 
 def _contents(path: Path) -> bytes:
@@ -362,40 +347,36 @@ class _Printer:
     """Prints outcomes as text or JSON, or writes them to a file, with a progress bar on a terminal."""
 
     def __init__(self, *, total: int, out: str | None, as_json: bool) -> None:
-        self.recognized = 0
-        self.failed = 0
-        self._together = False
+        self.recognized = self.failed = 0
+        self._summary = "{} recognised, {} failed"
         self._as_json = as_json
-        self._stack = ExitStack()
         self._out: IO[bytes] | None = None
         if out is not None:
             try:
-                self._out = self._stack.enter_context(Path(out).open("wb"))  # noqa: SIM115 - the stack closes it
+                self._out = Path(out).open("wb")  # noqa: SIM115 - closed at the end
             except OSError as error:
                 raise UserError(f"{out} cannot be written ({error.strerror}); choose another --out") from error
-        self._bar = self._stack.enter_context(tqdm(total=total, unit="image", disable=None, leave=False))
+        self._bar = tqdm(total=total, unit="image", disable=None, leave=False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._stack.close()
+        self._bar.close()
+        where = ""
+        if self._out is not None:
+            self._out.close()
+            where = f", answers in {self._out.name}"
         if kind is None or self.recognized + self.failed:
-            where = f", answers in {self._out.name}" if self._out else ""
-            click.echo(f"{self._counts}{where}", err=True)
-
-    @property
-    def _counts(self) -> str:
-        if self._together:
-            return f"{self.recognized} images recognised together, {self.failed} skipped"
-        return f"{self.recognized} recognised, {self.failed} failed"
+            click.echo(self._summary.format(self.recognized, self.failed) + where, err=True)
 
     def print_together(self, paths: Sequence[Path], recognition: Recognition) -> None:
         """Print the one answer to several images."""
         skipped = recognition.skipped or ()
         for each in skipped:
             self._bar.write(f"{paths[each.index]}: {each.detail}", file=sys.stderr)
-        self._together, self.failed, self.recognized = True, len(skipped), len(paths) - len(skipped)
+        self._summary = "{} images recognised together, {} skipped"
+        self.recognized, self.failed = len(paths) - len(skipped), len(skipped)
         name = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
         self._write({"images": list(map(str, paths))}, name, recognition)
 
