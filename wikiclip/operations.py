@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import (
     IO,
@@ -77,9 +77,27 @@ class Request(Generic[T]):
     method: str
     url: str
     read: Callable[[httpx.Response], T]
-    content: dict[str, Any] = field(default_factory=dict)
+    content: dict[str, Any]
     admin: bool = False
     retries: Retries = _IDEMPOTENT
+
+
+def _request(
+    method: str,
+    url: str,
+    answer: type[AnyReply],
+    *,
+    admin: bool = False,
+    retries: Retries = _IDEMPOTENT,
+    **content: Any,
+) -> Request[AnyReply]:
+    """Return a request whose answer is JSON. `content` has arguments of httpx."""
+
+    def read(response: httpx.Response) -> AnyReply:
+        reply = answer.model_validate_json(response.content)
+        return reply.model_copy(update={"request_id": response.headers.get(REQUEST_ID_HEADER, reply.request_id)})
+
+    return Request(method=method, url=url, read=read, content=content, admin=admin, retries=retries)
 
 
 class _Operation(Generic[P, T]):
@@ -114,7 +132,7 @@ class Operations:
     @_Operation
     def recognize(self, image: Image, options: RecognizeOptions | None = None) -> Request[Recognition]:
         """Recognise one image."""
-        return _recognition(_image_body(image), options)
+        return _request("POST", "/recognize", Recognition, params=_query(options), **_image_body(image))
 
     @_Operation
     def recognize_views(self, images: Iterable[Image], options: RecognizeOptions | None = None) -> Request[Recognition]:
@@ -122,7 +140,8 @@ class Operations:
 
         A service takes at most `info().limits["max_views"]` images, and no URLs.
         """
-        return _recognition({"files": [_image_part(image) for image in images]}, options)
+        files = [_image_part(image) for image in images]
+        return _request("POST", "/recognize", Recognition, params=_query(options), files=files)
 
     @_Operation
     def recognize_batch(
@@ -132,26 +151,20 @@ class Operations:
 
         A service takes at most `info().limits["max_batch_images"]` images, and no URLs.
         """
-        return Request(
-            method="POST",
-            url="/recognize/batch",
-            read=_reader(BatchRecognition),
-            content={"params": _query(options), "files": [_image_part(image) for image in images]},
-        )
+        files = [_image_part(image) for image in images]
+        return _request("POST", "/recognize/batch", BatchRecognition, params=_query(options), files=files)
 
     @_Operation
     def recognize_embedding(
         self, embedding: Embedding | Iterable[float], options: RecognizeOptions | None = None
     ) -> Request[Recognition]:
         """Recognise the image of an embedding. Raises `Conflict` if an `Embedding` is by another encoder."""
-        query = _embedding_query(embedding).model_dump(exclude_none=True)
-        return _recognition({"json": query}, options)
+        return _request("POST", "/recognize", Recognition, params=_query(options), **_embedding_body(embedding))
 
     @_Operation
     def embed(self, image: Image, options: EmbedOptions | None = None) -> Request[Embedding]:
         """Return the query embedding of an image."""
-        content = {"params": _query(options), **_image_body(image)}
-        return Request(method="POST", url="/embed", read=_reader(Embedding), content=content)
+        return _request("POST", "/embed", Embedding, params=_query(options), **_image_body(image))
 
     @_Operation
     def embed_text(self, text: str) -> Request[Embedding]:
@@ -159,28 +172,28 @@ class Operations:
 
         Raises `Unprocessable` if the bundle cannot embed texts.
         """
-        return Request(method="POST", url="/embed", read=_reader(Embedding), content={"json": {"text": text}})
+        return _request("POST", "/embed", Embedding, json={"text": text})
 
     @_Operation
     def get_entity(self, entity_id: str) -> Request[EntityDetails]:
         """Return the record of an entity. Raises `NotFound`."""
-        return Request(method="GET", url=_entity_url(entity_id), read=_reader(EntityDetails))
+        return _request("GET", _entity_url(entity_id), EntityDetails)
 
     @_Operation
     def search_entities(self, query: str, *, limit: int = 20) -> Request[Entities]:
         """Search entities by words of their titles. The last word may be incomplete."""
-        params = {"query": query, "limit": limit}
-        return Request(method="GET", url="/entities", read=_reader(Entities), content={"params": params})
+        return _request("GET", "/entities", Entities, params={"query": query, "limit": limit})
 
     @_Operation
     def sample_entities(self, *, limit: int = 20) -> Request[Entities]:
         """Return entities spread evenly over the catalog."""
-        return Request(method="GET", url="/examples", read=_reader(Entities), content={"params": {"limit": limit}})
+        return _request("GET", "/examples", Entities, params={"limit": limit})
 
     @_Operation
     def get_thumbnail(self, entity_id: str) -> Request[bytes]:
         """Return the thumbnail of an entity, a WebP file. Raises `NotFound` if it has none."""
-        return Request(method="GET", url=f"{_entity_url(entity_id)}/thumbnail", read=lambda response: response.content)
+        url = f"{_entity_url(entity_id)}/thumbnail"
+        return Request(method="GET", url=url, read=lambda response: response.content, content={})
 
     @_Operation
     def put_entity(
@@ -188,18 +201,16 @@ class Operations:
     ) -> Request[EditedEntity]:
         """Add or replace an entity, with any number of images, while serving. Needs the admin token."""
         record = entity.model_dump_json(exclude_defaults=True)
-        content: dict[str, Any] = {"content": record, "headers": {"Content-Type": "application/json"}}
         several = image if isinstance(image, list | tuple) else [] if image is None else [image]
         images = cast(Sequence[Image], several)
-        if images and all(map(_is_url, images)):
-            urls = [{"url": each} for each in images]
-            content = {"json": {**entity.model_dump(exclude_defaults=True), "image": urls}}
-        elif images:
-            parts = [_image_part(each) for each in images]
-            content = {"files": [("record", (None, record, "application/json")), *parts]}
-        return Request(
-            method="PUT", url=_entity_url(entity_id), read=_reader(EditedEntity), content=content, admin=True
-        )
+        body: dict[str, Any]
+        if not images:
+            body = {"content": record, "headers": {"Content-Type": "application/json"}}
+        elif all(map(_is_url, images)):
+            body = {"json": {**entity.model_dump(exclude_defaults=True), "image": [{"url": each} for each in images]}}
+        else:
+            body = {"files": [("record", (None, record, "application/json")), *map(_image_part, images)]}
+        return _request("PUT", _entity_url(entity_id), EditedEntity, admin=True, **body)
 
     @_Operation
     def add_image(
@@ -210,14 +221,8 @@ class Operations:
         Raises `NotFound` if there is no such entity, `Conflict` if an `Embedding` is by another encoder. A request that
         may have been received is not sent again.
         """
-        return Request(
-            method="POST",
-            url=f"{_entity_url(entity_id)}/images",
-            read=_reader(AddedImage),
-            content=_image_or_embedding(image, embedding),
-            admin=True,
-            retries=_NOT_BEGUN,
-        )
+        url, body = f"{_entity_url(entity_id)}/images", _image_or_embedding(image, embedding)
+        return _request("POST", url, AddedImage, admin=True, retries=_NOT_BEGUN, **body)
 
     @_Operation
     def remove_image(self, entity_id: str, image_id: str) -> Request[None]:
@@ -227,7 +232,7 @@ class Operations:
         if there is none, which may be because an attempt whose answer was lost has removed it.
         """
         url = f"{_entity_url(entity_id)}/images/{quote(image_id, safe='')}"
-        return Request(method="DELETE", url=url, read=lambda _: None, admin=True)
+        return Request(method="DELETE", url=url, read=lambda _: None, content={}, admin=True)
 
     @_Operation
     def delete_entity(self, entity_id: str) -> Request[None]:
@@ -235,7 +240,7 @@ class Operations:
 
         Raises `NotFound` if there is none, which may be because an attempt whose answer was lost has deleted it.
         """
-        return Request(method="DELETE", url=_entity_url(entity_id), read=lambda _: None, admin=True)
+        return Request(method="DELETE", url=_entity_url(entity_id), read=lambda _: None, content={}, admin=True)
 
     @_Operation
     def swap_bundle(self, path: str, *, timeout_s: float = 600.0) -> Request[BundleChange]:
@@ -243,14 +248,8 @@ class Operations:
 
         Loading may take `timeout_s` seconds. A swap that may have begun is not sent again.
         """
-        return Request(
-            method="POST",
-            url="/admin/bundle",
-            read=_reader(BundleChange),
-            content={"json": {"path": path}, "timeout": timeout_s},
-            admin=True,
-            retries=_NOT_BEGUN,
-        )
+        body = {"json": {"path": path}, "timeout": timeout_s}
+        return _request("POST", "/admin/bundle", BundleChange, admin=True, retries=_NOT_BEGUN, **body)
 
     @_Operation
     def feedback(
@@ -266,51 +265,39 @@ class Operations:
         Raises `NotFound` if there is no such entity, `Forbidden` if the service keeps no feedback. A request that may
         have been received is not sent again.
         """
-        content = {"params": {**_query(options), "entity_id": entity_id}, **_image_or_embedding(image, embedding)}
-        return Request(method="POST", url="/feedback", read=_reader(Feedback), content=content, retries=_NOT_BEGUN)
+        params, body = {**_query(options), "entity_id": entity_id}, _image_or_embedding(image, embedding)
+        return _request("POST", "/feedback", Feedback, retries=_NOT_BEGUN, params=params, **body)
 
     @_Operation
     def info(self) -> Request[Info]:
         """Return what is served, and its limits."""
-        return Request(method="GET", url="/info", read=_reader(Info))
+        return _request("GET", "/info", Info)
 
     @_Operation
     def live(self) -> Request[Liveness]:
         """Check once that the process answers."""
-        return Request(method="GET", url="/livez", read=_reader(Liveness), retries=_ONCE)
+        return _request("GET", "/livez", Liveness, retries=_ONCE)
 
     @_Operation
     def ready(self) -> Request[Readiness]:
         """Check once that images can be recognised now. Raises `Unavailable` with the reason if not."""
-        return Request(method="GET", url="/readyz", read=_reader(Readiness), retries=_ONCE)
+        return _request("GET", "/readyz", Readiness, retries=_ONCE)
 
 
-def _reader(kind: type[AnyReply]) -> Callable[[httpx.Response], AnyReply]:
-    def read(response: httpx.Response) -> AnyReply:
-        reply = kind.model_validate_json(response.content)
-        return reply.model_copy(update={"request_id": response.headers.get(REQUEST_ID_HEADER, reply.request_id)})
-
-    return read
-
-
-def _recognition(body: dict[str, Any], options: RecognizeOptions | None) -> Request[Recognition]:
-    content = {"params": _query(options), **body}
-    return Request(method="POST", url="/recognize", read=_reader(Recognition), content=content)
-
-
-def _embedding_query(embedding: Embedding | Iterable[float]) -> EmbeddingQuery:
+def _embedding_body(embedding: Embedding | Iterable[float]) -> dict[str, Any]:
     if isinstance(embedding, Embedding):
-        return EmbeddingQuery(embedding=list(embedding.embedding), encoder=embedding.encoder)
-    return EmbeddingQuery(embedding=[float(value) for value in embedding])
+        query = EmbeddingQuery(embedding=list(embedding.embedding), encoder=embedding.encoder)
+    else:
+        query = EmbeddingQuery(embedding=[float(value) for value in embedding])
+    return {"json": query.model_dump(exclude_none=True)}
 
 
 def _image_or_embedding(image: Image | None, embedding: Embedding | Iterable[float] | None) -> dict[str, Any]:
-    if (image is None) == (embedding is None):
-        raise UserError("give either an image or an embedding")
-    if embedding is None:
-        assert image is not None
+    if image is not None and embedding is None:
         return _image_body(image)
-    return {"json": _embedding_query(embedding).model_dump(exclude_none=True)}
+    if embedding is not None and image is None:
+        return _embedding_body(embedding)
+    raise UserError("give either an image or an embedding")
 
 
 def _query(options: EmbedOptions | None) -> dict[str, Any]:
