@@ -1,21 +1,34 @@
 """A cache of embeddings and answers by the hash of their image. It never holds an image.
 
 Each process has an LRU cache of bounded size. With Redis, processes share a second one.
+
+Shapes: D embedding width.
 """
+
+from __future__ import annotations
 
 import asyncio
 import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import numpy as np
 import redis.asyncio
+from pydantic import ValidationError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from core.arrays import Float32Array
+from wikiclip.answers import Box, Recognition, RecognizeOptions
+
+if TYPE_CHECKING:
+    from service.loaded_bundle import BundleView
+
+_MAX_NORM = 1e6  # of a cached embedding; most encoders give about 1
 _REDIS_TTL_S = 24 * 3600
 _ENTRY_OVERHEAD_BYTES = 200
 _PAUSE_S = 2.0  # a slow Redis costs one timeout in this time, not one for each request
@@ -109,6 +122,8 @@ class RedisLink:
 class Cache:
     """The LRU cache, and Redis behind it. A Redis that is slow, full or down delays a request by `redis_timeout_s`.
 
+    A damaged embedding [D] or answer counts as missing.
+
     `on_redis_error` is called after each failure. For one event loop. Close it when done.
     """
 
@@ -138,9 +153,49 @@ class Cache:
         if self._redis is not None:
             await self._redis.ask(lambda redis: redis.set(key, value, ex=_REDIS_TTL_S))
 
+    async def get_embedding(self, key: str, dim: int) -> Float32Array | None:
+        value = await self.get(key)
+        if value is None or len(value) != 4 * dim:
+            return None
+        embedding_D = np.frombuffer(value, "<f4").astype(np.float32)
+        norm = np.linalg.norm(embedding_D.astype(np.float64))
+        return embedding_D if 0 < norm < _MAX_NORM else None  # false for NaN
+
+    async def put_embedding(self, key: str, embedding_D: Float32Array) -> None:
+        await self.put(key, embedding_D.astype("<f4").tobytes())
+
+    async def get_answer(self, key: str, label: str) -> Recognition | None:
+        """Return an answer of the bundle `label`, as `put_answer` stores it."""
+        value = await self.get(key)
+        if value is None:
+            return None
+        try:
+            answer = Recognition.model_validate_json(value)
+            if (answer.bundle, answer.cached, answer.timings_ms) == (label, True, {}):
+                return answer
+        except ValidationError:
+            pass
+        log.warning("an answer in the cache is damaged and is computed again")
+        return None
+
+    async def put_answer(self, key: str, recognition: Recognition) -> None:
+        stored = recognition.model_copy(update={"cached": True, "timings_ms": {}})
+        await self.put(key, stored.model_dump_json().encode())
+
     async def close(self) -> None:
         if self._redis is not None:
             await self._redis.close()
+
+
+def embedding_key(image_sha256: str, box: Box | None, view: BundleView) -> str:
+    """Return the key of an embedding. Another bundle with the same encoder can use it, too."""
+    return cache_key("embedding", image_sha256, view.loaded.encoder_hash, repr(box))
+
+
+def answer_key(images_sha256: Sequence[str], options: RecognizeOptions, view: BundleView) -> str:
+    """Return the key of the answer to a set of images, given by their sorted hashes."""
+    # Services of one bundle that share a Redis may run encoders of different precisions.
+    return cache_key("answer", " ".join(images_sha256), f"{view.label} {view.loaded.encoder_hash}", repr(options))
 
 
 class SingleFlight(Generic[T]):

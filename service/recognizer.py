@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 import numpy as np
-from pydantic import ValidationError
 
 from core.arrays import Float32Array, combined
 from core.errors import (
@@ -39,7 +38,7 @@ from imaging import Decoder, automatic_budget
 from index.bundle import Bundle
 from index.embeddings import read_embedding
 from index.transfer import local_bundle
-from service.cache import Cache, SingleFlight, cache_key
+from service.cache import Cache, SingleFlight, answer_key, embedding_key
 from service.engine import Encoder
 from service.feedback import append_row
 from service.limits import Admission
@@ -67,7 +66,6 @@ T = TypeVar("T")
 _WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _MAX_REASON = 1000  # characters of a manifest's errors
 _NORM_TOLERANCE = 1e-4
-_MAX_NORM = 1e6  # of an embedding from the cache; most encoders give about 1
 
 _OUTCOMES: dict[type[BaseException], str] = {  # as the metric names them
     UndecodableImage: "undecodable",
@@ -387,17 +385,25 @@ class Recognizer:
         self, image: bytes, image_sha256: str, box: Box | None, view: BundleView, *, cache: bool
     ) -> tuple[Float32Array, Mapping[str, float]]:
         """Return the embedding of an image [D], and how long each stage took, in milliseconds."""
-        key = _embedding_key(image_sha256, box, view)
-        if cache:
-            embedding_D = _read_embedding(await self._cache.get(key), view.loaded.bundle.manifest.embedding_dim)
-            self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
-            if embedding_D is not None:
-                return embedding_D, {}
+        key = embedding_key(image_sha256, box, view)
+        if cache and (embedding_D := await self._cached_embedding(key, view)) is not None:
+            return embedding_D, {}
         found = await self._pipeline.embed(image, box, view, self._deadline_s)
         record_stages(found.stages)
         if cache:
-            await self._cache.put(key, found.embedding_D.astype("<f4").tobytes())
+            await self._cache.put_embedding(key, found.embedding_D)
         return found.embedding_D, timings_ms(found.stages)
+
+    async def _cached_embedding(self, key: str, view: BundleView) -> Float32Array | None:
+        embedding_D = await self._cache.get_embedding(key, view.loaded.bundle.manifest.embedding_dim)
+        self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
+        return embedding_D
+
+    async def _cached_answer(self, key: str, view: BundleView) -> Recognition | None:
+        answer = await self._cache.get_answer(key, view.label)
+        if answer is not None:
+            self.metrics.cache_lookups.labels("answer").inc()
+        return answer
 
     @asynccontextmanager
     async def _in_time(self, images: int = 1) -> AsyncIterator[None]:
@@ -417,33 +423,30 @@ class Recognizer:
 
     async def _recognize_cached(self, image: bytes, options: RecognizeOptions, view: BundleView) -> Recognition:
         image_sha256 = hashlib.sha256(image).hexdigest()
-        embedding_key = _embedding_key(image_sha256, options.box, view)
-        answer_key = _answer_key([image_sha256], options, view)
-        answer = _read_answer(await self._cache.get(answer_key), view.label)
-        if answer is not None:
-            self.metrics.cache_lookups.labels("answer").inc()
+        key = answer_key([image_sha256], options, view)
+        if (answer := await self._cached_answer(key, view)) is not None:
             return answer
         if options.regions is not None:
             self.metrics.cache_lookups.labels("miss").inc()
             recognition = await self._recognize_uncached(image, options, view, self._deadline_s)
-            await self._cache.put(answer_key, _write_answer(recognition))
+            await self._cache.put_answer(key, recognition)
             return recognition
-        embedding_D = _read_embedding(await self._cache.get(embedding_key), view.loaded.bundle.manifest.embedding_dim)
-        self.metrics.cache_lookups.labels("miss" if embedding_D is None else "embedding").inc()
+        encoding = embedding_key(image_sha256, options.box, view)
+        embedding_D = await self._cached_embedding(encoding, view)
         if embedding_D is None:
 
             async def encode() -> tuple[RecognizeOptions, Recognition, Float32Array]:
                 recognition, result = await self._compute(image, options, view, self._deadline_s)
-                await self._cache.put(embedding_key, result.embedding_D.astype("<f4").tobytes())
-                await self._cache.put(answer_key, _write_answer(recognition))
+                await self._cache.put_embedding(encoding, result.embedding_D)
+                await self._cache.put_answer(key, recognition)
                 return options, recognition, result.embedding_D
 
             # Concurrent requests for one image encode it once, whatever their options.
-            encoded_for, recognition, embedding_D = await self._encodings.run(embedding_key + view.label, encode)
+            encoded_for, recognition, embedding_D = await self._encodings.run(encoding + view.label, encode)
             if encoded_for == options:
                 return recognition
         recognition, _ = await self._compute(embedding_D, options, view)
-        await self._cache.put(answer_key, _write_answer(recognition))
+        await self._cache.put_answer(key, recognition)
         return recognition
 
     async def _recognize_uncached(
@@ -482,31 +485,24 @@ class Recognizer:
         hashed = [(hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else "", image) for image in images]
         # By content, so that rounding does not depend on the order of the images.
         distinct = sorted((each, image) for each, image in dict(hashed).items() if isinstance(image, bytes))
-        answer_key = _answer_key([image_sha256 for image_sha256, _ in distinct], options, view)
-        if cache and (answer := _read_answer(await self._cache.get(answer_key), view.label)) is not None:
-            self.metrics.cache_lookups.labels("answer").inc()
+        hashes = [image_sha256 for image_sha256, _ in distinct]
+        if cache and (answer := await self._cached_answer(answer_key(hashes, options, view), view)) is not None:
             return answer.model_copy(update={"skipped": _skipped(hashed, {})})
         outcomes = await asyncio.gather(*(self._embed_view(*each, view, cache=cache) for each in distinct))
-        pairs = [(image_sha256, outcome) for (image_sha256, _), outcome in zip(distinct, outcomes, strict=True)]
+        pairs = list(zip(hashes, outcomes, strict=True))
         errors = {image_sha256: outcome for image_sha256, outcome in pairs if isinstance(outcome, UserError)}
-        embedded = [outcome for outcome in outcomes if not isinstance(outcome, UserError)]
+        embedded = {image_sha256: outcome for image_sha256, outcome in pairs if not isinstance(outcome, UserError)}
         skipped = _skipped(hashed, errors)
         if not embedded:
             raise UndecodableImage(f"none of the {len(images)} images decodes; the first: {skipped[0].detail}")
-        embeddings_VD = np.stack([embedding_D for embedding_D, _ in embedded])
+        embeddings_VD = np.stack([embedding_D for embedding_D, _ in embedded.values()])
         embedding_D = embeddings_VD[0] if len(embedded) == 1 else combined(embeddings_VD)
         recognition, _ = await self._compute(embedding_D, options, view, views=len(embedded))
         if cache:
-            used = [image_sha256 for image_sha256, _ in distinct if image_sha256 not in errors]
-            await self._cache.put(_answer_key(used, options, view), _write_answer(recognition))
-        slowest = max((timings_ms for _, timings_ms in embedded), key=lambda each: sum(each.values()))
-        return recognition.model_copy(
-            update={
-                "cached": not any(timings_ms for _, timings_ms in embedded),
-                "skipped": skipped,
-                "timings_ms": {**recognition.timings_ms, **slowest},
-            }
-        )
+            await self._cache.put_answer(answer_key(list(embedded), options, view), recognition)
+        slowest = max((timings_ms for _, timings_ms in embedded.values()), key=lambda each: sum(each.values()))
+        timings = {**recognition.timings_ms, **slowest}
+        return recognition.model_copy(update={"cached": not slowest, "skipped": skipped, "timings_ms": timings})
 
     async def _embed_view(
         self, image_sha256: str, image: bytes, view: BundleView, *, cache: bool
@@ -570,17 +566,6 @@ def _embedding(embedding_D: Float32Array, view: BundleView) -> Embedding:
     )
 
 
-def _embedding_key(image_sha256: str, box: Box | None, view: BundleView) -> str:
-    """An embedding depends on the encoder only: another bundle with the same encoder can use it."""
-    return cache_key("embedding", image_sha256, view.loaded.encoder_hash, repr(box))
-
-
-def _answer_key(images_sha256: Sequence[str], options: RecognizeOptions, view: BundleView) -> str:
-    """Return the key of the answer to a set of images, given by their sorted hashes."""
-    # Services of one bundle that share a Redis may run encoders of different precisions.
-    return cache_key("answer", " ".join(images_sha256), f"{view.label} {view.loaded.encoder_hash}", repr(options))
-
-
 def _skipped(
     hashed: Sequence[tuple[str, bytes | UserError]], errors: Mapping[str, UserError]
 ) -> tuple[SkippedImage, ...]:
@@ -600,29 +585,3 @@ def _checked_embedding(query: EmbeddingQuery, options: RecognizeOptions, view: B
     norm = float(np.linalg.norm(embedding_D))
     # One that was normalised gives the same scores as its image only if it is not changed again.
     return embedding_D if abs(norm - 1) < _NORM_TOLERANCE else embedding_D / np.float32(norm)
-
-
-def _read_embedding(value: bytes | None, dim: int) -> Float32Array | None:
-    """Return an embedding [D] from the cache, None if it is missing or damaged."""
-    if value is None or len(value) != 4 * dim:
-        return None
-    embedding_D = np.frombuffer(value, "<f4").astype(np.float32)
-    return embedding_D if 0 < np.linalg.norm(embedding_D.astype(np.float64)) < _MAX_NORM else None  # false for NaN
-
-
-def _write_answer(recognition: Recognition) -> bytes:
-    return recognition.model_copy(update={"cached": True, "timings_ms": {}}).model_dump_json().encode()
-
-
-def _read_answer(value: bytes | None, label: str) -> Recognition | None:
-    """Return an answer from the cache, None if it is missing or not as `_write_answer` writes those of this bundle."""
-    if value is None:
-        return None
-    try:
-        answer = Recognition.model_validate_json(value)
-        if (answer.bundle, answer.cached, answer.timings_ms) == (label, True, {}):
-            return answer
-    except ValidationError:
-        pass
-    log.warning("an answer in the cache is damaged and is computed again")
-    return None
