@@ -13,6 +13,8 @@ QUICK := tests/catalog tests/evaluation tests/fetch tests/imaging tests/index/te
          tests/service/test_errors_http.py tests/service/test_pipeline.py tests/service/test_recognize_http.py
 BIN  := $(VENV)/bin
 # Python compiles each module when it is first imported: compiling all of them would take longer than installing them.
+# Processes share the result, so it is kept even where the environment (a container) says not to write it.
+unexport PYTHONDONTWRITEBYTECODE
 PIP  := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 NODE_MODULES := tests/page/node_modules/.package-lock.json
 

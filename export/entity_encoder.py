@@ -37,8 +37,6 @@ from model.adaptor import Adaptor
 from model.checkpoint import Checkpoint
 from model.encoders.text import MAX_CHARACTERS_PER_TOKEN, TokenStateEncoder
 
-_PER_BATCH: Mapping[int, Any] = {0: torch.export.Dim("batch")}  # dynamic dimensions
-_PER_TOKEN: Mapping[int, Any] = {**_PER_BATCH, 1: torch.export.Dim("tokens")}
 _SIZES = ((1, 1), (1, 9), (3, 17))  # batch, tokens
 
 
@@ -88,7 +86,8 @@ def _export_adaptor(checkpoint: Checkpoint, path: Path) -> dict[str, float]:
             F.normalize(torch.randn(batch, adaptor.config.embedding_dim, generator=generator), dim=1),
         )
 
-    shapes = (_PER_BATCH, _PER_BATCH, _PER_TOKEN, _PER_TOKEN, _PER_BATCH)
+    per_batch, per_token = _dynamic_dimensions()
+    shapes = (per_batch, per_batch, per_token, per_token, per_batch)
     return _export(adaptor, path, sample, ADAPTOR_INPUTS, ADAPTOR_OUTPUT, shapes, "the adaptor")
 
 
@@ -119,7 +118,17 @@ def _export_text_encoder(encoder: TokenStateEncoder, path: Path) -> dict[str, fl
         return ids, torch.ones_like(ids)
 
     name = f"text encoder {encoder.spec}"
-    return _export(model, path, sample, TEXT_INPUTS, TEXT_OUTPUT, (_PER_TOKEN, _PER_TOKEN), name)
+    _, per_token = _dynamic_dimensions()
+    return _export(model, path, sample, TEXT_INPUTS, TEXT_OUTPUT, (per_token, per_token), name)
+
+
+def _dynamic_dimensions() -> tuple[Mapping[int, Any], Mapping[int, Any]]:
+    """Return the dynamic dimensions of arrays [B, ...] and [B, T, ...].
+
+    This is a function because `torch.export` imports slowly, and most exports do not need it.
+    """
+    batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
+    return {0: batch}, {0: batch, 1: tokens}
 
 
 @torch.no_grad()
