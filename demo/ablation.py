@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from core.errors import UserError
 from core.files import atomic_write_bytes
-from core.lines import RejectLog, to_jsonl
+from core.lines import RejectLog
 from core.runtime import describe_run
 from demo.build import BUILD, SPLIT_SEED, build_option, read_drawings
 from model.adaptor import Adaptor, AdaptorConfig
@@ -30,7 +30,7 @@ from model.data import balance_pairs, known_pairs, load_entities, load_pairs
 from model.encoders import open_image_encoder, open_text_encoder
 from model.encoders.base import widths
 from model.features import EntityKeys, FeatureStore, KeyedPair
-from model.resume import fingerprint
+from model.resume import FinishedRuns, fingerprint
 from model.train import TrainingData, train_adaptor
 from model.trainer import TrainSettings
 from model.validation import right_answers
@@ -224,18 +224,15 @@ def run_all(
     arms: Sequence[Arm], symbols: Symbols, settings: TrainSettings, width: int, seeds: int, runs: Path
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the results of every arm with every seed, by the arm's name. Finished ones are read from `runs`."""
-    rows = [json.loads(line) for line in runs.read_bytes().splitlines()] if runs.exists() else []
-    finished = {row["run"]: row["result"] for row in rows}
+    finished = FinishedRuns(runs)
     results: dict[str, list[dict[str, Any]]] = {}
     plan = [(arm, seed) for seed in range(seeds) for arm in arms if arm.trained or seed == 0]
     for arm, seed in tqdm(plan, desc="runs", unit="run"):
         seeded = replace(settings, seed=seed)
         key = fingerprint({"arm": asdict(arm), "settings": asdict(seeded), "width": width, "data": symbols.digest})
         if key not in finished:
-            finished[key] = run(arm, symbols, seeded, width)
-            rows.append({"run": key, "arm": arm.name, "seed": seed, "result": finished[key]})
-            atomic_write_bytes(runs, to_jsonl(rows))
-        results.setdefault(arm.name, []).append(finished[key])
+            finished.add(key, {"arm": arm.name, "seed": seed, "result": run(arm, symbols, seeded, width)})
+        results.setdefault(arm.name, []).append(finished[key]["result"])
     return results
 
 

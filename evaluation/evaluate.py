@@ -172,6 +172,11 @@ def hold_out(bundle: Bundle, share: float) -> HoldoutBundle:
     """
     with bundle.store() as store:
         held_out = frozenset(each.row for each in store.by_rows(range(len(store))) if _hash(each.entity_id) < share)
+    return without(bundle, held_out)
+
+
+def without(bundle: Bundle, held_out: frozenset[int]) -> HoldoutBundle:
+    """Return the bundle without these entity rows."""
     return HoldoutBundle(**{each.name: getattr(bundle, each.name) for each in fields(bundle)}, held_out=held_out)
 
 

@@ -18,13 +18,13 @@ import hashlib
 import io
 import json
 import math
-import shutil
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import click
@@ -39,7 +39,7 @@ from core.files import atomic_write_bytes
 from core.lines import to_jsonl
 from core.runtime import describe_run
 from core.statistics import wilson_interval
-from evaluation.evaluate import HoldoutBundle, answer_queries
+from evaluation.evaluate import answer_queries, without
 from evaluation.metrics import ratio_interval
 from imaging import Preprocessing
 from index.bundle import Bundle
@@ -225,80 +225,72 @@ class _OnceEncoder:
 
 
 class Runs:
-    """The runs of one encoder. `work` has the cached features, and in `run` what only one run needs."""
+    """The runs of one encoder. `features` has cached features, and `folder` is for what only these runs need."""
 
-    def __init__(self, photographs: Photographs, spec: str, work: Path, *, smoke: bool) -> None:
+    def __init__(self, photographs: Photographs, spec: str, features: Path, folder: Path, *, smoke: bool) -> None:
         self._photographs = photographs
         self._spec = spec
-        self._features = work / "features"
-        self._folder = work / "run"
+        self._features = features
         self._smoke = smoke
-        self._catalog = self._folder / "catalog.jsonl"
+        self._catalog, self._image_bundle = folder / "catalog.jsonl", folder / "image"
         self._encoders: dict[str, _OnceEncoder] = {}
-        shutil.rmtree(self._folder, ignore_errors=True)  # of an earlier encoder, or an interrupted command
-        self._folder.mkdir(parents=True)
         photographs.write_catalog(self._catalog)
 
-    def run_fold(self, unseen: frozenset[str], arms: Sequence[Arm]) -> Generator[dict[str, Any]]:
-        """Run the arms of a fold. Yield the answers of each, how long each step took, and what the steps chose."""
-        folder = self._folder / "fold"
-        folder.mkdir()
+    def begin_fold(self, unseen: frozenset[str], folder: Path) -> None:
+        """Let the next runs be of this fold. `folder` is for what only these need."""
+        self._fold, self._pairs = folder, folder / "pairs.jsonl"
         self._photographs.write_catalog(folder / "training.jsonl", without=unseen)
-        pairs = folder / "pairs.jsonl"
-        pairs.write_bytes(to_jsonl(self._photographs.pairs(unseen)))
-        queries = list(self._photographs.queries(unseen))
-        checkpoints: dict[tuple[str, ...], Path] = {}
-        bundles: dict[tuple[str, ...], Path] = {}
-        try:
-            for number, arm in enumerate(arms):
-                seconds: dict[str, float] = defaultdict(float)
-                chosen: dict[str, Any] = {}
-                answers: list[Answer] = []
-                if arm.training is not None and arm.training not in checkpoints:
-                    checkpoints[arm.training] = folder / f"checkpoint_{number}"
-                    with _timed(seconds, "train"):
-                        chosen |= self._train(arm.training, pairs, checkpoints[arm.training])
-                for asked, validation in split_queries(queries, unseen) if arm.remember else [(queries, [])]:
-                    bundle = self._folder / "image"  # the same in every fold
-                    flags: list[str | Path] = ["--image-encoder", self._spec]
-                    if arm.training is not None:
-                        bundle = folder / f"bundle_{number}_{len(answers)}"
-                        flags = ["--checkpoint", checkpoints[arm.training]]
-                        if arm.training in bundles:
-                            flags += ["--base", bundles[arm.training]]
-                        bundles[arm.training] = bundle
-                    if arm.remember:
-                        (path := folder / "validation.jsonl").write_bytes(to_jsonl(validation))
-                        flags += ["--remember", pairs, "--validation", path]
-                    if not bundle.exists():
-                        with _timed(seconds, "export"):
-                            summary = _command("export", "--catalog", self._catalog, "--out", bundle, "--json", *flags)
-                        if arm.remember:
-                            chosen.setdefault("remembered", []).append(summary["remembered"])
-                    with _timed(seconds, "evaluate"):
-                        answers += self._answer(bundle, asked, folder / "queries.jsonl")
-                yield {
-                    "arm": arm.name,
-                    "seconds": {step: round(each, 1) for step, each in seconds.items()},
-                    "chosen": chosen,
-                    "answers": [asdict(answer) for answer in sorted(answers, key=Answer.query)],
-                }
-        finally:
-            shutil.rmtree(folder)
+        self._pairs.write_bytes(to_jsonl(self._photographs.pairs(unseen)))
+        self._unseen, self._queries = unseen, list(self._photographs.queries(unseen))
 
-    def _train(self, flags: Sequence[str], pairs: Path, out: Path) -> dict[str, Any]:
+    def run(self, arm: Arm) -> dict[str, Any]:
+        """Return the arm's answers, how long each step took, and what the steps chose.
+
+        Arms with the same training share a checkpoint, and the bundle without memory is the base of that with it.
+        """
+        seconds: dict[str, float] = defaultdict(float)
+        chosen: dict[str, Any] = {}
+        answers: list[Answer] = []
+        base, flags = self._image_bundle, ["--image-encoder", self._spec]
+        if arm.training is not None:
+            checkpoint, base = (self._fold / " ".join([name, *arm.training]) for name in ("checkpoint", "bundle"))
+            flags = ["--checkpoint", str(checkpoint)]
+            if not checkpoint.exists():
+                with _timed(seconds, "train"):
+                    chosen |= self._train(arm.training, checkpoint)
+        for asked, validation in split_queries(self._queries, self._unseen) if arm.remember else [(self._queries, [])]:
+            bundle, memory = base, list[str | Path]()
+            if arm.remember:
+                bundle, queries = self._fold / f"memory {len(answers)}", self._fold / "validation.jsonl"
+                queries.write_bytes(to_jsonl(validation))
+                memory = ["--remember", self._pairs, "--validation", queries]
+                memory += ["--base", base] if base.exists() else []
+            if not bundle.exists():
+                with _timed(seconds, "export"):
+                    summary = _command("export", "--catalog", self._catalog, "--out", bundle, "--json", *flags, *memory)
+                if arm.remember:
+                    chosen.setdefault("remembered", []).append(summary["remembered"])
+            with _timed(seconds, "evaluate"):
+                answers += self._answer(bundle, asked)
+        return {
+            "seconds": {step: round(each, 1) for step, each in seconds.items()},
+            "chosen": chosen,
+            "answers": [asdict(answer) for answer in sorted(answers, key=Answer.query)],
+        }
+
+    def _train(self, flags: Sequence[str], out: Path) -> dict[str, Any]:
         """Train an adaptor. Return what the training chose."""
-        catalog = pairs.with_name("training.jsonl")
         report = _command(
-            "train", "--catalog", catalog, "--pairs", pairs, "--catalog-pairs", "--image-encoder", self._spec,
-            "--text-encoder", "minilm", "--cache-dir", self._features, "--out", out, "--json", *flags,
-            *(["--epochs", "1"] if self._smoke else []),
+            "train", "--catalog", self._fold / "training.jsonl", "--pairs", self._pairs, "--catalog-pairs",
+            "--image-encoder", self._spec, "--text-encoder", "minilm", "--cache-dir", self._features, "--out", out,
+            "--json", *flags, *(["--epochs", "1"] if self._smoke else []),
         )  # fmt: skip
         text_share = (report.get("ridge") or {}).get("text_share")
         return {"text_share": text_share, **{name: report.get(name) for name in ("best_epoch", "strength")}}
 
-    def _answer(self, path: Path, rows: Sequence[Mapping[str, str]], queries: Path) -> list[Answer]:
-        """Answer queries in both catalogs. Their rows are written to the file `queries`."""
+    def _answer(self, path: Path, rows: Sequence[Mapping[str, str]]) -> list[Answer]:
+        """Answer queries in both catalogs."""
+        queries = self._fold / "queries.jsonl"
         queries.write_bytes(to_jsonl(rows))
         bundle = Bundle.open(path)
         settings = Settings(cache="off")
@@ -311,9 +303,7 @@ class Runs:
         singles = frozenset(row for row, entity_id in enumerate(ids) if entity_id not in set(self._photographs.queried))
         ranks: dict[str, list[int | None]] = {}
         for searched, held_out in zip(SEARCHED, (singles, frozenset[int]()), strict=True):
-            parts = {each.name: getattr(bundle, each.name) for each in fields(Bundle)}
-            searched_bundle = HoldoutBundle(**parts, held_out=held_out)
-            with Recognizer(searched_bundle, settings, self._encoders[entry.sha256]) as recognizer:
+            with Recognizer(without(bundle, held_out), settings, self._encoders[entry.sha256]) as recognizer:
                 answered, rejected = answer_queries(
                     recognizer, [queries], queries.with_name("predictions.jsonl"), image_root=None, batch_size=64
                 )
@@ -404,41 +394,29 @@ def run_all(
     `key` is what else results depend on.
     """
     from model.encoders import open_image_encoder
-    from model.resume import fingerprint
+    from model.resume import FinishedRuns, fingerprint
 
     work.mkdir(parents=True, exist_ok=True)
-    log = work / "runs.jsonl"
-    finished = [json.loads(line) for line in log.read_bytes().splitlines()] if log.exists() else []
+    finished = FinishedRuns(work / "runs.jsonl")
     results = []
     for spec in specs:
         encoder = spec if ":" not in spec else f"{spec.partition(':')[0]}:{Path(spec).name}"
-        content_hash = open_image_encoder(spec).content_hash
-        runs = Runs(photographs, spec, work, smoke=bool(key["smoke"]))
-        baseline: list[Answer] = []
-        for fold, unseen_ids in enumerate(unseen):
-            keys = {
-                arm.name: fingerprint(
-                    {
-                        **key,
-                        "encoder": content_hash,
-                        "data": photographs.digest,
-                        "unseen": sorted(unseen_ids),
-                        **asdict(arm),
-                    }
-                )
-                for arm in arms
-            }
-            done = {row["arm"]: row for row in finished if keys.get(row["arm"]) == row["run"]}
-            with closing(runs.run_fold(unseen_ids, [arm for arm in arms if arm.name not in done])) as new:
-                for arm in arms:
-                    if (row := done.get(arm.name)) is None:
-                        row = {"run": keys[arm.name], "encoder": encoder, "fold": fold, **next(new)}
-                        finished.append(row)
-                        atomic_write_bytes(log, to_jsonl(finished))
-                    results.append(row)
-                    if arm is BASELINE:
-                        baseline = _answers(row)
-                    click.echo(f"{encoder}, fold {fold + 1} of {len(unseen)}, {arm.name}: {_line(row, baseline)}")
+        key = {**key, "encoder": open_image_encoder(spec).content_hash, "data": photographs.digest}
+        with TemporaryDirectory(dir=work) as folder:
+            runs = Runs(photographs, spec, work / "features", Path(folder), smoke=bool(key["smoke"]))
+            for fold, unseen_ids in enumerate(unseen):
+                baseline: list[Answer] = []
+                with TemporaryDirectory(dir=folder) as fold_folder:
+                    runs.begin_fold(unseen_ids, Path(fold_folder))
+                    for arm in arms:
+                        run_key = fingerprint({**key, "unseen": sorted(unseen_ids), **asdict(arm)})
+                        if run_key not in finished:
+                            about = {"encoder": encoder, "fold": fold, "arm": arm.name}
+                            finished.add(run_key, {**about, **runs.run(arm)})
+                        row = finished[run_key]
+                        results.append(row)
+                        baseline = baseline or _answers(row)  # of the first arm
+                        click.echo(f"{encoder}, fold {fold + 1} of {len(unseen)}, {arm.name}: {_line(row, baseline)}")
     return results
 
 

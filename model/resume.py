@@ -1,4 +1,4 @@
-"""Snapshots of a training run on disk, from which an interrupted run resumes."""
+"""Snapshots and results of runs on disk, from which an interrupted run or experiment resumes."""
 
 import hashlib
 import json
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from core.errors import CheckpointError
-from core.files import atomic_write
+from core.files import atomic_write, atomic_write_bytes
+from core.lines import to_jsonl
 from model.features import EntityKeys, KeyedPair
 
 
@@ -55,6 +56,26 @@ class Snapshots:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+
+
+class FinishedRuns:
+    """The results of an experiment's finished runs by their fingerprints, one per line of a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+        self._rows: dict[str, dict[str, Any]] = {row["run"]: row for row in rows}
+
+    def __contains__(self, run: str) -> bool:
+        return run in self._rows
+
+    def __getitem__(self, run: str) -> dict[str, Any]:
+        return self._rows[run]
+
+    def add(self, run: str, result: Mapping[str, Any]) -> None:
+        """Add a result, on disk too."""
+        self._rows[run] = {"run": run, **result}
+        atomic_write_bytes(self._path, to_jsonl(self._rows.values()))
 
 
 def fingerprint(settings: Mapping[str, Any], *data: Iterable[EntityKeys | KeyedPair]) -> str:
