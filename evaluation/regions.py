@@ -14,7 +14,6 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +41,6 @@ _AREAS, _SMALL = (0.1, 0.6), (0.1, 0.3)  # of a thing, as a share of the page
 _CROWDED = 0.75  # of the page at most, covered by things
 _ATTEMPTS = 60
 _MAX_PIXELS = 64_000_000
-
-
-@dataclass(kw_only=True)
-class Figures:
-    """What was counted on pages with the same number of things."""
-
-    things: int = 0
-    regions: int = 0
-    found: list[bool] = field(default_factory=list)  # by a region, for each thing
-    found_whole: list[bool] = field(default_factory=list)  # by the whole page
-    right_regions: int = 0
-    milliseconds: list[float] = field(default_factory=list)
-    milliseconds_whole: list[float] = field(default_factory=list)
-    pages: list[str] = field(default_factory=list)  # of each thing
 
 
 class Pages:
@@ -142,10 +127,16 @@ def recognise(recognizer: Recognizer, page: Image.Image, options: RecognizeOptio
     return answer, elapsed_ms
 
 
-def measure(recognizer: Recognizer, pages: Pages, count: int, things: int, *, small: bool = False) -> Figures:
-    """Recognise `count` pages with so many things. With `small`, only the first region and prediction count."""
-    figures = Figures()
-    for number in tqdm(range(count), desc=f"{things} things", unit="page", disable=None, leave=False):
+def measure(recognizer: Recognizer, pages: Pages, count: int, things: int, *, small: bool = False) -> dict[str, Any]:
+    """Recognise `count` pages with so many things. Return shares in percent with their intervals, and median times.
+
+    With `small`, only the first region and prediction count.
+    """
+    found: list[bool] = []  # by a region, for each thing
+    found_whole: list[bool] = []  # by the whole page
+    right_regions: list[bool] = []
+    times_ms: list[tuple[float, float]] = []
+    for _ in tqdm(range(count), desc=f"{things} things", unit="page", disable=None, leave=False):
         page, entity_ids = pages.draw(things, _SMALL if small else _AREAS)
         answer, elapsed_ms = recognise(recognizer, page, RecognizeOptions(top_k=MAX_THINGS, regions="auto"))
         whole, whole_ms = recognise(recognizer, page, RecognizeOptions(top_k=MAX_THINGS))
@@ -153,31 +144,30 @@ def measure(recognizer: Recognizer, pages: Pages, count: int, things: int, *, sm
         if small:
             regions = regions[:1] or [answer.predictions[0].entity_id]
         predicted = [prediction.entity_id for prediction in whole.predictions[:things]]
-        figures.things += things
-        figures.regions += len(regions)
-        figures.right_regions += sum(each in entity_ids for each in regions)
-        figures.found += [each in regions for each in entity_ids]
-        figures.found_whole += [each in predicted for each in entity_ids]
-        figures.pages += [str(number)] * things
-        figures.milliseconds.append(elapsed_ms)
-        figures.milliseconds_whole.append(whole_ms)
-    return figures
-
-
-def summarise(counted: Figures) -> dict[str, Any]:
-    """Return shares in percent with their intervals, and median times."""
-    found, found_whole = sum(counted.found), sum(counted.found_whole)
+        right_regions += [each in entity_ids for each in regions]
+        found += [each in regions for each in entity_ids]
+        found_whole += [each in predicted for each in entity_ids]
+        times_ms.append((elapsed_ms, whole_ms))
+    p50_ms, p50_ms_whole = np.median(times_ms, axis=0).tolist()
     return {
-        "recall": 100 * found / counted.things,
-        "recall_interval": share_interval(found, counted.things),
-        "recall_whole": 100 * found_whole / counted.things,
-        "recall_whole_interval": share_interval(found_whole, counted.things),
-        "ratio": found / found_whole if found_whole else None,
-        "ratio_interval": ratio_interval(counted.found, counted.found_whole, counted.pages),
-        "precision": 100 * counted.right_regions / counted.regions if counted.regions else None,
-        "precision_interval": share_interval(counted.right_regions, counted.regions) if counted.regions else None,
-        "p50_ms": float(np.median(counted.milliseconds)),
-        "p50_ms_whole": float(np.median(counted.milliseconds_whole)),
+        **_share("recall", found),
+        **_share("recall_whole", found_whole),
+        "ratio": sum(found) / sum(found_whole) if any(found_whole) else None,
+        "ratio_interval": ratio_interval(
+            found, found_whole, np.repeat([str(number) for number in range(count)], things)
+        ),
+        **_share("precision", right_regions),
+        "p50_ms": p50_ms,
+        "p50_ms_whole": p50_ms_whole,
+    }
+
+
+def _share(name: str, flags: Sequence[bool]) -> dict[str, Any]:
+    """Return the percentage of what is true, and its interval. Without flags both are None."""
+    right, count = sum(flags), len(flags)
+    return {
+        name: 100 * right / count if count else None,
+        f"{name}_interval": share_interval(right, count) if count else None,
     }
 
 
@@ -217,7 +207,7 @@ def main(bundle: Path, queries: Path, backgrounds: Path | None, count: int, seed
     with Recognizer.open(bundle, Settings(cache="off")) as recognizer:
         for name in (*map(str, range(1, MAX_THINGS + 1)), SMALL):
             things = 1 if name == SMALL else int(name)
-            figures[name] = summarise(measure(recognizer, pages, count, things, small=name == SMALL))
+            figures[name] = measure(recognizer, pages, count, things, small=name == SMALL)
             click.echo(row(name, figures[name]))
     if out is not None:
         settings = {"bundle": bundle.name, "queries": queries.name, "pages": count, "seed": seed}
