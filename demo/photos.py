@@ -105,7 +105,7 @@ def photograph(records: Sequence[EntityRecord], queries: Path) -> None:
     for start in tqdm(range(0, len(records), _BATCH), desc="photographs", unit="batch"):
         batch = records[start : start + _BATCH]
         cut_outs = premultiply(
-            torch.stack([to_tensor(_fit_square(Path(record.images[0]), _PHOTO_PX)) for record in batch])
+            torch.stack([to_tensor(fit_square(Path(record.images[0]), _PHOTO_PX)) for record in batch])
         )
         photographer = Photographer(start)
         strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
@@ -116,7 +116,7 @@ def photograph(records: Sequence[EntityRecord], queries: Path) -> None:
     atomic_write_bytes(queries, to_jsonl(rows))
 
 
-def _fit_square(path: Path, size_px: int) -> Image.Image:
+def fit_square(path: Path, size_px: int) -> Image.Image:
     """Return a cut-out picture in the middle of a transparent square."""
     with Image.open(path) as image:
         cut_out = image.convert("RGBA")
@@ -138,7 +138,7 @@ def _with_squares(record: EntityRecord, folder: Path) -> EntityRecord:
     images = []
     for number, image in enumerate(record.images):
         square = folder / f"{record.entity_id}_{number}.png"
-        _fit_square(Path(image), _PICTURE_PX).save(square, compress_level=1)
+        fit_square(Path(image), _PICTURE_PX).save(square, compress_level=1)
         images.append(f"{folder.name}/{square.name}")
     return replace(record, images=tuple(images))
 
