@@ -272,4 +272,4 @@ def _embed(bundle: Bundle, images: list[bytes]) -> Float64Array:
     preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
     encoder = open_encoder(bundle, preprocessing, Settings(threads=1))
     pixels = [load_pixels(image, preprocessing, max_pixels=10**6) for image in images]
-    return np.stack([encoder.encode(each[None])[0] for each in pixels]).astype(np.float64)
+    return np.concatenate([np.asarray(encoder.encode(each[None])) for each in pixels]).astype(np.float64)

@@ -59,7 +59,7 @@ def _in_process(bundle: Bundle) -> Iterator[Probe]:
     pixels = np.stack([decode(data) for data in images])
     yield Probe(name="encode/1 image", call=lambda i: encoder.encode(pixels[i % BATCH][None]))
     yield Probe(name=f"encode/{BATCH} images, each", call=lambda _: encoder.encode(pixels), items=BATCH)
-    queries = encoder.encode(pixels)
+    queries = np.asarray(encoder.encode(pixels))
     yield Probe(name="search/1 query", call=lambda i: index.search(queries[i % BATCH][None], TOP_K))
     many = np.repeat(queries, 8, axis=0)
     yield Probe(name=f"search/{len(many)} queries, each", call=lambda _: index.search(many, TOP_K), items=len(many))

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import io
 import os
 import platform
 import re
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +48,26 @@ def configure_native_libraries() -> None:
     """Set the environment variables that faiss and ONNX Runtime read when they are loaded. Values already set win.
 
     - `ORT_DISABLE_TELEMETRY`: since 1.32, ONNX Runtime sends usage data to its maker unless this is set before import.
+    - `CUDA_DEVICE_ORDER`: NVML, which says how much memory a GPU has, counts GPUs by their place on the bus.
     - `OPENBLAS_CORETYPE`: the OpenBLAS in faiss's wheels dates from 2021. It does not recognise newer processors and
       falls back to SSE3 kernels, which multiply matrices four times as slowly.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     kernels = blas_kernels(_cpu_flags())
     if kernels is not None:
         os.environ.setdefault("OPENBLAS_CORETYPE", kernels)
+
+
+@cache
+def load_cuda_libraries() -> str:
+    """Load CUDA and cuDNN from pip's `nvidia-*` wheels, which the linker does not search. Return the error, if any."""
+    from core.runtime import onnxruntime
+
+    output = io.StringIO()
+    with redirect_stdout(output):  # stdout is for answers
+        onnxruntime.preload_dlls()
+    return output.getvalue().partition("\n")[0].strip()
 
 
 def blas_kernels(cpu_flags: set[str]) -> str | None:

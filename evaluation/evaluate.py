@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from core.arrays import Float32Array, Int64Array
+from core.arrays import Float32Array, Int64Array, Queries
 from core.errors import BadParameter, CatalogError, Conflict, UnknownEntity
 from core.files import atomic_write
 from core.lines import Rejected, RejectLog
@@ -141,7 +141,7 @@ class HoldoutIndex(EntityIndex):
 
     def search(
         self,
-        query_embeddings_BD: Float32Array,
+        query_embeddings_BD: Queries,
         top_k: int,
         parameters: Mapping[str, Any] | None = None,
         selection: Selection | None = None,

@@ -219,7 +219,7 @@ class _OnceEncoder:
         new = [number for number, key in enumerate(keys) if key not in self._embeddings]
         if new:
             self._embeddings |= zip(
-                (keys[number] for number in new), self._encoder.encode(pixels_BHW3[new]), strict=True
+                (keys[number] for number in new), np.asarray(self._encoder.encode(pixels_BHW3[new])), strict=True
             )
         return np.stack([self._embeddings[key] for key in keys])
 

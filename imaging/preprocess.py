@@ -199,7 +199,7 @@ def normalise(pixels_BHW3: Pixels, preprocessing: Preprocessing) -> Float32Array
     """Subtract the mean and divide by the standard deviation: uint8 `[B, H, W, 3]` to float32 `[B, 3, H, W]`."""
     batch, height, width, _ = pixels_BHW3.shape
     normalised = np.empty((batch, 3, height, width), np.float32)
-    tables = _tables(preprocessing)
+    tables = normalised_values(preprocessing)
     for pixels_HW3, normalised_3HW in zip(pixels_BHW3, normalised, strict=True):
         for channel, table in enumerate(tables):
             # A byte is never out of range, but mode="clip" lets numpy write to a contiguous `out` without a buffer.
@@ -208,7 +208,7 @@ def normalise(pixels_BHW3: Pixels, preprocessing: Preprocessing) -> Float32Array
 
 
 @lru_cache(maxsize=16)
-def _tables(preprocessing: Preprocessing) -> Float32Array:
+def normalised_values(preprocessing: Preprocessing) -> Float32Array:
     """Return float32 `[3, 256]`: the normalised value of each byte. A lookup is 3 times as fast as arithmetic."""
     values = np.arange(256, dtype=np.float64) / 255
     mean, std = np.array(preprocessing.mean)[:, None], np.array(preprocessing.std)[:, None]

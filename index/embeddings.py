@@ -74,7 +74,11 @@ class Embeddings:
 
     def part(self, number: int) -> Float32Array:
         """Return the normalised embeddings [n, D] of a part. Thread-safe."""
-        return normalised(self._vectors[number])
+        return normalised(self.stored_part(number))
+
+    def stored_part(self, number: int) -> Float16Array:
+        """Return the stored vectors [n, D] of a part. Thread-safe."""
+        return self._vectors[number]
 
     def at(self, positions_K: Int64Array) -> Float32Array:
         """Return the normalised embeddings [K, D] at those positions."""
@@ -119,8 +123,8 @@ class PooledEmbeddings(Embeddings):
     def parts(self) -> int:
         return self._images.parts
 
-    def part(self, number: int) -> Float32Array:
-        return normalised(means(*self.images_in(number)))
+    def stored_part(self, number: int) -> Float16Array:
+        return means(*self.images_in(number))
 
     def images_in(self, number: int) -> tuple[Float32Array, Int64Array]:
         """Return the normalised embeddings [n, D] of the images of a part's entities, and where each entity begins."""
@@ -187,10 +191,10 @@ class EmbeddingShards(Embeddings):
         if np.any(np.diff(self.rows_N) < 0):
             raise BundleAltered(f"the embeddings in {folder} are not in row order; export the bundle again")
 
-    def part(self, number: int) -> Float32Array:
-        """Return the normalised embeddings [n, D] of a shard. Thread-safe."""
+    def stored_part(self, number: int) -> Float16Array:
         # Not from the memory map: every page that was touched once would stay in memory.
-        return normalised(np.load(self._folder / vectors_file(number), allow_pickle=False))
+        vectors_nD: Float16Array = np.load(self._folder / vectors_file(number), allow_pickle=False)
+        return vectors_nD
 
 
 def _map(path: Path, dtype: np.dtype[Scalar]) -> npt.NDArray[Scalar]:

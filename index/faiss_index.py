@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from core.arrays import BoolArray, Float32Array, Int64Array
+from core.arrays import BoolArray, Float32Array, Int64Array, Queries
 from core.errors import UserError
 from core.runtime import faiss
 from index.embeddings import Embeddings
@@ -44,7 +44,7 @@ class Candidates(Protocol):
     def efforts(self) -> list[dict[str, float]]: ...
 
     def search(
-        self, queries_QD: Float32Array, count: int, parameters: Parameters, allowed_N: BoolArray | None, effort: float
+        self, queries_QD: Queries, count: int, parameters: Parameters, allowed_N: BoolArray | None, effort: float
     ) -> tuple[Float32Array, Int64Array]: ...
 
 
@@ -62,12 +62,12 @@ class CpuCandidates:
         self._selector: tuple[BoolArray, Any] | None = None
 
     def search(
-        self, queries_QD: Float32Array, count: int, parameters: Parameters, allowed_N: BoolArray | None, effort: float
+        self, queries_QD: Queries, count: int, parameters: Parameters, allowed_N: BoolArray | None, effort: float
     ) -> tuple[Float32Array, Int64Array]:
         self._set_parallelism(len(queries_QD))
         selector = None if allowed_N is None or not self.filters else self._selector_of(allowed_N)
         settings = search_parameters(self._index, parameters, selector, effort)
-        found: tuple[Float32Array, Int64Array] = self._index.search(queries_QD, count, params=settings)
+        found: tuple[Float32Array, Int64Array] = self._index.search(np.asarray(queries_QD), count, params=settings)
         return found
 
     def efforts(self) -> list[dict[str, float]]:

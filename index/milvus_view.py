@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from core.arrays import Float32Array, Int64Array, normalised
+from core.arrays import Float32Array, Int64Array, Queries, normalised
 from core.errors import BundleError, UnknownEntity
 from index import milvus
 from index.bundle import Bundle
@@ -346,10 +346,10 @@ class MilvusView:
         return Selection(types, np.empty(0, np.bool_))
 
     def search(
-        self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None = None
+        self, query_embeddings_BD: Queries, top_k: int, *, selection: Selection | None = None
     ) -> tuple[Int64Array, Float32Array]:
         """Search as `EntityIndex.search` does."""
-        queries_BD = normalised(np.atleast_2d(query_embeddings_BD))
+        queries_BD = normalised(np.atleast_2d(np.asarray(query_embeddings_BD)))
         condition = "" if selection is None else milvus.types_filter(selection.types)
         rows_BK = np.full((len(queries_BD), top_k), -1, np.int64)
         scores_BK = np.zeros((len(queries_BD), top_k), np.float32)

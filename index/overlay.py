@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from core.arrays import BoolArray, Float32Array, Int64Array, normalised
+from core.arrays import BoolArray, Float32Array, Int64Array, Queries, normalised
 from core.errors import UnknownEntity
 from index.delta import Delta
 from index.levels import TypeLevels
@@ -54,7 +54,7 @@ class EntityView(Protocol):
     def select(self, types: tuple[str, ...]) -> Selection: ...
 
     def search(
-        self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None = None
+        self, query_embeddings_BD: Queries, top_k: int, *, selection: Selection | None = None
     ) -> tuple[Int64Array, Float32Array]: ...
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]: ...
@@ -140,7 +140,7 @@ class OverlayView:
         return _OverlaySelection(types, base.allowed_E, base, allowed_M)
 
     def search(
-        self, query_embeddings_BD: Float32Array, top_k: int, *, selection: Selection | None = None
+        self, query_embeddings_BD: Queries, top_k: int, *, selection: Selection | None = None
     ) -> tuple[Int64Array, Float32Array]:
         """Search as `EntityIndex.search` does. `selection` comes from this view's `select`."""
         base = selection.base if isinstance(selection, _OverlaySelection) else selection
@@ -148,13 +148,13 @@ class OverlayView:
             return self._index.search(query_embeddings_BD, top_k, selection=base)
         allowed_M = selection.allowed_M if isinstance(selection, _OverlaySelection) else None
         base_rows_BF, base_scores_BF = self._search_base(query_embeddings_BD, top_k, self.delta.hidden_H, base)
-        rows_BM, scores_BM = self.delta.search(normalised(query_embeddings_BD), top_k, allowed_M)
+        rows_BM, scores_BM = self.delta.search(normalised(np.asarray(query_embeddings_BD)), top_k, allowed_M)
         rows_BF = np.concatenate([base_rows_BF, rows_BM], axis=1)
         scores_BF = np.concatenate([base_scores_BF, scores_BM], axis=1)
         return best(rows_BF, scores_BF, top_k)
 
     def _search_base(
-        self, queries_BD: Float32Array, top_k: int, hidden_H: Int64Array, selection: Selection | None
+        self, queries_BD: Queries, top_k: int, hidden_H: Int64Array, selection: Selection | None
     ) -> tuple[Int64Array, Float32Array]:
         """Return at least the best `top_k` of the base. Hidden ones are replaced by row -1 with score 0."""
         fetch = top_k + min(len(hidden_H), _SPARE)

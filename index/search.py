@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from core.arrays import BoolArray, Float32Array, Int64Array, normalised
+from core.arrays import BoolArray, DeviceArray, Float32Array, Int64Array, Queries, normalised
 from core.errors import BundleAltered
 from core.runtime import faiss
 from index.embeddings import Embeddings, concatenate_ranges
@@ -102,7 +102,7 @@ class EntityIndex:
 
     def search(
         self,
-        query_embeddings_BD: Float32Array,
+        query_embeddings_BD: Queries,
         top_k: int,
         parameters: Mapping[str, Any] | None = None,
         selection: Selection | None = None,
@@ -112,12 +112,14 @@ class EntityIndex:
         Queries need not be normalised. With fewer entities, row -1 and score 0 pad. Equal scores are in row order. All
         entities of `selection` can be found. `parameters` (`nprobe`, `efSearch`, `k_factor`) override the bundle's.
         """
-        queries_BD = normalised(np.ascontiguousarray(query_embeddings_BD))
+        queries_BD = query_embeddings_BD
+        if not (isinstance(queries_BD, DeviceArray) and self.candidates.exact):
+            queries_BD = normalised(np.ascontiguousarray(queries_BD))
         allowed = self._all if selection is None else self._allowed_by(selection)
         count = min(top_k, allowed.entities)
         ranked: list[Ranked] = []
         if count and allowed.mask_N is not None and allowed.embeddings <= _MAX_SCANNED:
-            ranked = self._scan(queries_BD, allowed)
+            ranked = self._scan(_on_host(queries_BD), allowed)
         elif count:
             ranked = self._search_candidates(queries_BD, count, allowed, {**self._parameters, **(parameters or {})})
         rows_BK = np.full((len(queries_BD), top_k), -1, np.int64)
@@ -125,7 +127,8 @@ class EntityIndex:
         for query, (rows, scores) in enumerate(ranked):
             rows_BK[query, : len(rows)], scores_BK[query, : len(rows)] = rows[:top_k], scores[:top_k]
         if self.remembered is not None:
-            return self.remembered.merge(queries_BD, rows_BK, scores_BK, self.remembered.allowed_by(selection))
+            allowed_M = self.remembered.allowed_by(selection)
+            return self.remembered.merge(_on_host(queries_BD), rows_BK, scores_BK, allowed_M)
         return rows_BK, scores_BK
 
     def images_of(self, row: int) -> Float32Array:
@@ -133,7 +136,7 @@ class EntityIndex:
         return self._embeddings.images_of(row)
 
     def _search_candidates(
-        self, queries_BD: Float32Array, count: int, allowed: _Allowed, settings: Mapping[str, Any]
+        self, queries_BD: Queries, count: int, allowed: _Allowed, settings: Mapping[str, Any]
     ) -> list[Ranked]:
         """Fetch candidates, and twice as many for those queries whose candidates have too few entities."""
         candidates, mask_N = self.candidates, allowed.mask_N
@@ -151,19 +154,20 @@ class EntityIndex:
             pending = [query for query in range(len(queries_BD)) if query not in ranked]
             last = fetch >= candidates.limit
             fetch = min(fetch, candidates.limit)
+            queries_QD = queries_BD if not ranked else _on_host(queries_BD)[pending]
             scores_QF, positions_QF = candidates.search(
-                queries_BD[pending], fetch, settings, mask_N, math.inf if fetch == len(self) else effort
+                queries_QD, fetch, settings, mask_N, math.inf if fetch == len(self) else effort
             )
             for query, scores_F, positions_F in zip(pending, scores_QF, positions_QF, strict=True):
                 found_F = positions_F >= 0
                 if mask_N is not None and not candidates.filters:
                     found_F &= mask_N[positions_F]
-                best = self._best(queries_BD[query], positions_F[found_F], scores_F[found_F], count)
+                best = self._best(_on_host(queries_BD)[query], positions_F[found_F], scores_F[found_F], count)
                 # There may be too few: images of one entity fill the candidates, or a filter removes most of them.
                 if len(best[0]) >= count:
                     ranked[query] = best
                 elif last:
-                    (ranked[query],) = self._scan(queries_BD[query : query + 1], allowed)
+                    (ranked[query],) = self._scan(_on_host(queries_BD)[query : query + 1], allowed)
             fetch, effort = 2 * fetch, 2 * effort
         return [ranked[query] for query in range(len(queries_BD))]
 
@@ -215,6 +219,10 @@ class EntityIndex:
         allowed = _Allowed(mask_N, int(np.count_nonzero(mask_N)), _count_distinct(self._rows_N[mask_N]))
         self._allowed[selection] = allowed
         return allowed
+
+
+def _on_host(queries_BD: Queries) -> Float32Array:
+    return queries_BD if isinstance(queries_BD, np.ndarray) else normalised(np.asarray(queries_BD))
 
 
 def _count_distinct(sorted_rows_N: Int64Array) -> int:

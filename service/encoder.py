@@ -1,24 +1,32 @@
 """The bundle's image encoder on ONNX Runtime.
 
+On a GPU, pixels are normalised there, and embeddings stay there for `index.graph`: only bytes are copied to the device.
+
 Shapes: B batch, H/W pixels, P patches, C patch channels, D embedding width.
 """
 
 from __future__ import annotations
 
-import io
 import logging
-from contextlib import redirect_stdout
-from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from core.arrays import Device as OrtDevice
+from core.arrays import DeviceArray, Float32Array, Pixels, Queries
 from core.errors import BundleAltered, UserError
-from core.runtime import onnxruntime
+from core.extras import needed_by
+from core.runtime import load_cuda_libraries, onnxruntime
 from imaging import Preprocessing, normalise
+from imaging.preprocess import normalised_values
 from index.bundle import Bundle
+from index.graph import make_model, open_graph
 from service.settings import Device, Settings
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _FASTEST_PRECISION = {"cpu": "int8", "cuda": "float16"}
@@ -47,6 +55,7 @@ class OnnxEncoder:
         device: Device,
         threads: int,
         max_batch: int = 32,
+        stay_on_device: bool = False,
     ) -> None:
         self.file = path.name
         self.preprocessing = preprocessing
@@ -55,6 +64,9 @@ class OnnxEncoder:
         self._embedding_name = embedding_name
         self._session = open_session(path, device, threads)
         self.device = "cuda" if _CUDA in self._session.get_providers() else "cpu"
+        self._pixels_session: onnxruntime.InferenceSession | None = None
+        if stay_on_device or self.device == "cuda":
+            self._pixels_session = open_graph(pixels_graph(preprocessing), OrtDevice(self.device))
         inputs = {node.name for node in self._session.get_inputs()}
         outputs = {node.name: node.shape for node in self._session.get_outputs()}
         expected = [name for name in (patches_name, embedding_name) if name is not None]
@@ -69,30 +81,76 @@ class OnnxEncoder:
         blank_BHW3 = np.zeros((max_batch, preprocessing.size_px, preprocessing.size_px, 3), np.uint8)
         if self.device == "cuda":
             self.encode(blank_BHW3)
-        shape = self.encode(blank_BHW3[:1]).shape
+        shape = np.asarray(self.encode(blank_BHW3[:1])).shape
         if shape != (1, embedding_dim):
             raise BundleAltered(
                 f"{path} outputs embeddings of shape {shape}, but the manifest says width {embedding_dim}; export again"
             )
 
-    def encode(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Return the L2-normalised embeddings [B, D]. An `onnx:` encoder in a bundle need not normalise them."""
-        embeddings_BD = self._run(self._embedding_name, pixels_BHW3)
-        lengths_B1 = np.linalg.norm(embeddings_BD, axis=1, keepdims=True)
-        # Not those that are normalised up to rounding: their last digits, and so the answers, would change.
-        lengths_B1[(np.abs(lengths_B1 - 1) < _ROUNDING) | (lengths_B1 == 0)] = 1
-        embeddings_BD /= lengths_B1
-        return embeddings_BD
+    def encode(self, pixels_BHW3: Pixels) -> Queries:
+        """Return the L2-normalised embeddings [B, D]. Thread-safe."""
+        value = self._run(self._embedding_name, pixels_BHW3)
+        if isinstance(value, np.ndarray):
+            return _unit_length(value)
+        return DeviceArray(value, OrtDevice(self.device), lambda: _unit_length(value.numpy()))
 
-    def patch_tokens(self, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    def patch_tokens(self, pixels_BHW3: Pixels) -> Float32Array:
         """Return the patch tokens [B, P, C]. Thread-safe."""
         assert self._patches_name is not None
-        return self._run(self._patches_name, pixels_BHW3)
+        value = self._run(self._patches_name, pixels_BHW3)
+        return value if isinstance(value, np.ndarray) else np.asarray(value.numpy(), np.float32)
 
-    def _run(self, output_name: str, pixels_BHW3: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        pixels_B3HW = normalise(pixels_BHW3, self.preprocessing)
-        (output,) = self._session.run([output_name], {self._input_name: pixels_B3HW})
-        return np.asarray(output, np.float32)
+    def _run(self, output_name: str, pixels_BHW3: Pixels) -> Float32Array | onnxruntime.OrtValue:
+        if self._pixels_session is None:
+            pixels_B3HW = normalise(pixels_BHW3, self.preprocessing)
+            (output,) = self._session.run([output_name], {self._input_name: pixels_B3HW})
+            return np.asarray(output, np.float32)
+        binding = self._pixels_session.io_binding()
+        binding.bind_cpu_input("pixels", pixels_BHW3)
+        pixel_values = self._run_bound(self._pixels_session, binding, "pixel_values")
+        binding = self._session.io_binding()
+        binding.bind_ortvalue_input(self._input_name, pixel_values)
+        return self._run_bound(self._session, binding, output_name)
+
+    def _run_bound(self, session: Any, binding: Any, output_name: str) -> onnxruntime.OrtValue:
+        binding.bind_output(output_name, self.device)
+        session.run_with_iobinding(binding)
+        return binding.get_outputs()[0]
+
+
+def _unit_length(embeddings_BD: npt.NDArray[Any]) -> Float32Array:
+    """Return the embeddings with length 1. An `onnx:` encoder in a bundle need not normalise them."""
+    embeddings_BD = np.asarray(embeddings_BD, np.float32)
+    lengths_B1 = np.linalg.norm(embeddings_BD, axis=1, keepdims=True)
+    # Not those that are normalised up to rounding: their last digits, and so the answers, would change.
+    lengths_B1[(np.abs(lengths_B1 - 1) < _ROUNDING) | (lengths_B1 == 0)] = 1
+    unit_BD: Float32Array = embeddings_BD / lengths_B1
+    return unit_BD
+
+
+def pixels_graph(preprocessing: Preprocessing) -> ModelProto:
+    """Build the graph that does what `imaging.normalise` does: `pixels` uint8 [B, H, W, 3] to `pixel_values`."""
+    with needed_by("an image encoder on a GPU"):
+        from onnx import TensorProto, helper, numpy_helper
+    nodes = [
+        helper.make_node("Transpose", ["pixels"], ["channels"], perm=[0, 3, 1, 2]),
+        helper.make_node("Cast", ["channels"], ["bytes"], to=TensorProto.INT32),
+        helper.make_node("Add", ["bytes", "starts"], ["places"]),
+        helper.make_node("Gather", ["values", "places"], ["pixel_values"]),
+    ]
+    constants = {
+        "starts": np.array([0, 256, 512], np.int32).reshape(3, 1, 1),
+        "values": normalised_values(preprocessing).reshape(-1),
+    }
+    size_px = preprocessing.size_px
+    graph = helper.make_graph(
+        nodes,
+        "pixels",
+        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["B", size_px, size_px, 3])],
+        [helper.make_tensor_value_info("pixel_values", TensorProto.FLOAT, ["B", 3, size_px, size_px])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    return make_model(graph)
 
 
 def open_encoder(bundle: Bundle, preprocessing: Preprocessing, settings: Settings) -> OnnxEncoder:
@@ -121,6 +179,7 @@ def _open_file(bundle: Bundle, file: str, preprocessing: Preprocessing, settings
         device=settings.device,
         threads=settings.thread_count,
         max_batch=settings.batch_limit("cuda"),  # only used on a GPU
+        stay_on_device=settings.search_device == "graph",
     )
 
 
@@ -160,12 +219,3 @@ def open_session(path: Path, device: Device, threads: int) -> onnxruntime.Infere
             raise UserError(f"device cuda: CUDA's libraries or driver do not load{why}; fix that or use --device cpu")
         log.warning("CUDA is compiled in but does not load%s: the encoder runs on the CPU", why)
     return session
-
-
-@cache
-def load_cuda_libraries() -> str:
-    """Load CUDA and cuDNN from pip's `nvidia-*` wheels, which the linker does not search. Return the error, if any."""
-    output = io.StringIO()
-    with redirect_stdout(output):  # stdout is for answers
-        onnxruntime.preload_dlls()
-    return output.getvalue().partition("\n")[0].strip()

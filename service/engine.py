@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from core.arrays import Float32Array, Int64Array, Pixels
+from core.arrays import Float32Array, Int64Array, Pixels, Queries
 from core.errors import TooManyRequests, Unavailable
 from index.overlay import EntityView
 from index.store import Selection
@@ -34,7 +34,7 @@ class Encoder(Protocol):
     device: str
     heat_maps: bool  # whether patch tokens can be compared with entities
 
-    def encode(self, pixels_BHW3: Pixels) -> Float32Array: ...
+    def encode(self, pixels_BHW3: Pixels) -> Queries: ...
 
     def patch_tokens(self, pixels_BHW3: Pixels) -> Float32Array: ...
 
@@ -59,7 +59,7 @@ class Found:
 @dataclass(kw_only=True, eq=False)
 class _Job:
     pixels_HW3: Pixels | None  # None for a query that is an embedding
-    embedding_D: Float32Array | None  # None for an image until it is encoded
+    embedding_D: Float32Array | None  # None for an image until its batch is done
     top_k: int
     selection: Selection | None
     index: EntityView
@@ -250,19 +250,30 @@ class Engine:
 
     def _process(self, batch: Sequence[_Job]) -> None:
         started_at = time.monotonic()
-        self._encode(batch)
+        images = [job for job in batch if job.pixels_HW3 is not None]
+        encoded_BD = self._encode(images)
         encoded_at = time.monotonic()
+
+        def search(group: Sequence[_Job], selection: Selection | None) -> tuple[Int64Array, Float32Array]:
+            queries_BD = encoded_BD if group == images else _stack([embedding_of(job) for job in group])
+            return group[0].index.search(queries_BD, max(job.top_k for job in group), selection=selection)
+
+        def embedding_of(job: _Job) -> Float32Array:
+            """Return a job's embedding [D]. Of an image, it is copied from the device."""
+            if job.embedding_D is None:
+                job.embedding_D = np.asarray(encoded_BD)[images.index(job)]
+            return job.embedding_D
+
         for group in _search_groups([job for job in batch if job.unfiltered], by_selection=False):
-            _, scores_BK = _search(group, None)
+            _, scores_BK = search(group, None)
             for job, scores_K in zip(group, scores_BK, strict=True):
                 job.unfiltered_scores_K = scores_K[: job.top_k]
         results: list[tuple[_Job, Found]] = []
         for job in (job for job in batch if job.top_k == 0):
-            assert job.embedding_D is not None
             stages = {"queue": (job.queued_at, started_at), "encode": (started_at, encoded_at)}
             rows, scores = np.empty(0, np.int64), np.empty(0, np.float32)
             encoded = Found(
-                embedding_D=job.embedding_D,
+                embedding_D=embedding_of(job),
                 rows=rows,
                 scores=scores,
                 stages=stages,
@@ -271,19 +282,18 @@ class Engine:
             results.append((job, encoded))
         for group in _search_groups([job for job in batch if job.top_k > 0]):
             search_started_at = time.monotonic()
-            rows_BK, scores_BK = _search(group, group[0].selection)
-            search = (search_started_at, time.monotonic())
+            rows_BK, scores_BK = search(group, group[0].selection)
+            search_took = (search_started_at, time.monotonic())
             for job, rows_K, scores_K in zip(group, rows_BK, scores_BK, strict=True):
-                assert job.embedding_D is not None
                 found_K = rows_K[: job.top_k] >= 0
                 stages = {"queue": (job.queued_at, started_at)}
                 if job.pixels_HW3 is not None:
                     stages["encode"] = (started_at, encoded_at)
                 found = Found(
-                    embedding_D=job.embedding_D,
+                    embedding_D=embedding_of(job),
                     rows=rows_K[: job.top_k][found_K],
                     scores=scores_K[: job.top_k][found_K],
-                    stages={**stages, "search": search},
+                    stages={**stages, "search": search_took},
                     unfiltered_scores=job.unfiltered_scores_K,
                     patch_tokens_PC=job.patch_tokens_PC,
                 )
@@ -292,23 +302,18 @@ class Engine:
         for job, found in results:
             job.future.set_result(found)
 
-    def _encode(self, batch: Sequence[_Job]) -> None:
-        to_encode = [job for job in batch if job.pixels_HW3 is not None]
-        if to_encode:
-            embeddings_BD = self._encoder.encode(_stack([job.pixels_HW3 for job in to_encode]))
-            for job, embedding_D in zip(to_encode, embeddings_BD, strict=True):
-                job.embedding_D = embedding_D
-            self._on_batch(len(to_encode))
-        to_explain = [job for job in to_encode if job.explain]
+    def _encode(self, images: Sequence[_Job]) -> Queries:
+        """Return the embeddings of some images, and keep the patch tokens of those that are to be explained."""
+        if not images:
+            return np.empty((0, 0), np.float32)
+        embeddings_BD = self._encoder.encode(_stack([job.pixels_HW3 for job in images]))
+        self._on_batch(len(images))
+        to_explain = [job for job in images if job.explain]
         if to_explain:
             patch_tokens_BPC = self._encoder.patch_tokens(_stack([job.pixels_HW3 for job in to_explain]))
             for job, patch_tokens_PC in zip(to_explain, patch_tokens_BPC, strict=True):
                 job.patch_tokens_PC = patch_tokens_PC
-
-
-def _search(group: Sequence[_Job], selection: Selection | None) -> tuple[Int64Array, Float32Array]:
-    queries_BD = _stack([job.embedding_D for job in group])
-    return group[0].index.search(queries_BD, max(job.top_k for job in group), selection=selection)
+        return embeddings_BD
 
 
 def _stack(arrays: Sequence[npt.NDArray[Scalar] | None]) -> npt.NDArray[Scalar]:

@@ -82,8 +82,9 @@ class Settings(BaseSettings):
         default="auto",
         description="Precision of the image encoder; auto uses int8 on a CPU and float16 on a GPU if available.",
     )
-    search_device: Literal["same", "auto", "cpu", "cuda"] = Field(
-        default="same", description="Where the search runs; same means on the image encoder's device."
+    search_device: Literal["same", "auto", "cpu", "cuda", "graph"] = Field(
+        default="same",
+        description="Where the search runs; same is the image encoder's device, graph runs a GPU's search on the CPU.",
     )
     threads: int = Field(
         default=0, ge=0, le=1024, description="Threads for the encoder and the search; 0 is one per core."

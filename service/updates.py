@@ -66,7 +66,7 @@ class EntityEmbedder:
         image_embedding_1D = np.zeros((1, self._embedding_dim), np.float32)
         if pixels_HW3 is not None:
             patch_tokens_1PC = self._image_encoder.patch_tokens(pixels_HW3[None])
-            image_embedding_1D = self._image_encoder.encode(pixels_HW3[None])
+            image_embedding_1D = np.asarray(self._image_encoder.encode(pixels_HW3[None]))
         inputs = (
             patch_tokens_1PC, np.array([pixels_HW3 is not None]), *self._text_tokens(text), image_embedding_1D
         )  # fmt: skip
@@ -96,7 +96,8 @@ class ImageEmbedder:
         """Return the embedding [D]. Raises `NoEntitySide` without an image."""
         if pixels_HW3 is None:
             raise NoEntitySide("this bundle does not embed texts; send an image or an embedding")
-        return np.asarray(self._image_encoder.encode(pixels_HW3[None])[0], np.float32)
+        embedding_D: Float32Array = np.asarray(self._image_encoder.encode(pixels_HW3[None]))[0]
+        return embedding_D
 
 
 def open_embedder(bundle: Bundle, image_encoder: Encoder) -> EntityEmbedder | ImageEmbedder | None:
