@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from core.arrays import BoolArray, Device, Float32Array, Int64Array, Queries
-from core.errors import MissingExtra, UserError
-from core.extras import needed_by
+from core.errors import MissingExtra, UserError, WikiclipError
 from core.runtime import faiss, onnxruntime
 from index.embeddings import Embeddings
 from index.faiss_index import Candidates, CpuCandidates, Parameters, faiss_reason, list_efforts, visible_gpus
@@ -24,6 +23,7 @@ from index.graph import CPU, GraphCandidates
 
 SCRATCH_BYTES = 2 * 1024**3  # per GPU, for intermediate results of a search
 RESERVED_BYTES = 2 * 1024**3  # per GPU, for the encoder, whose memory grows with the batches
+_WARM_UP_QUERIES = 32
 _MAX_RESULTS = 2048  # results, and lists visited, per query on a GPU
 _MODE_IDS_MODULO = 1  # faiss's `shard_type`: each GPU gets every n-th vector of each list
 
@@ -82,7 +82,7 @@ def placement(index: Any, embeddings: Embeddings, device: str) -> Placement:
         if (ivf := clonable(index)) is not None:
             return _place_ivf(ivf, free_bytes)
         return _place_flat(embeddings, free_bytes)
-    except (NotOnGpuError, MissingExtra, RuntimeError) as error:  # faiss and ONNX Runtime raise RuntimeError
+    except (NotOnGpuError, MissingExtra, RuntimeError) as error:  # faiss raises RuntimeError
         reason = faiss_reason(error)
         if device == "cuda":
             raise UserError(
@@ -117,15 +117,22 @@ def _place_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:
     gpus = equal_shares(free_bytes, len(embeddings), 2 * embeddings.dim)  # float16
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         raise NotOnGpuError("this onnxruntime has no CUDA; its extra is `gpu`")
-    candidates = GraphCandidates(embeddings, [Device("cuda", gpu) for gpu in gpus])
+    try:
+        candidates = GraphCandidates(embeddings, [Device("cuda", gpu) for gpu in gpus])
+        # Allocate the memory for a batch now, not at the first request.
+        candidates.search(np.zeros((_WARM_UP_QUERIES, embeddings.dim), np.float32), 1, {}, None, 1.0)
+    except WikiclipError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        raise NotOnGpuError(faiss_reason(error)) from error
     return Placement(candidates=candidates, device="cuda", why=f"exact over float16 on {len(gpus)} GPU(s)")
 
 
 def _place_ivf(index: Any, free_bytes: Sequence[int]) -> Placement:
-    if visible_gpus() != len(free_bytes):
-        raise NotOnGpuError("this faiss sees no GPU; its extra is `gpu`")
     # A code and an id per vector, and a quarter more because lists grow in steps. Each GPU has all centroids.
     gpus = equal_shares(free_bytes, index.ntotal, math.ceil(1.25 * (index.code_size + 8)), 4 * index.d * index.nlist)
+    if visible_gpus() != len(free_bytes):
+        raise NotOnGpuError(f"this faiss sees {visible_gpus()} of {len(free_bytes)} GPU(s); its extra is `gpu`")
     resources = [faiss.StandardGpuResources() for _ in gpus]
     for each in resources:
         each.setTempMemory(SCRATCH_BYTES)
@@ -140,8 +147,10 @@ def _place_ivf(index: Any, free_bytes: Sequence[int]) -> Placement:
 
 def _free_bytes() -> list[int]:
     """Return the free memory of each visible GPU, in CUDA's order. Raise `NotOnGpuError` if there is none."""
-    with needed_by("search on a GPU"):
+    try:
         import pynvml
+    except ModuleNotFoundError as error:
+        raise NotOnGpuError("nvidia-ml-py is not installed; its extra is `gpu`") from error
     try:
         pynvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")

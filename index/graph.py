@@ -181,17 +181,20 @@ def _load(embeddings: Embeddings, start: int, end: int, block_RD: Float16Array) 
 
 
 def open_graph(graph: ModelProto, device: Device) -> onnxruntime.InferenceSession:
-    """Open a session for a graph of this project on a device."""
+    """Open a session for a graph of this project on a device. Raise `RuntimeError` if CUDA does not load."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if device.kind == "cuda":
-        load_cuda_libraries()
+        reason = load_cuda_libraries()
         # TF32 has 10 bits of mantissa. It is the default for float32.
         settings = {"device_id": str(device.number), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
         providers.insert(0, ("CUDAExecutionProvider", settings))
-    return onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=providers)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=providers)
+    if len(session.get_providers()) < len(providers):  # ONNX Runtime continues on the CPU
+        raise RuntimeError(f"CUDA's libraries or driver do not load ({reason})")
+    return session
 
 
 def search_graph(dim: int, rows: int, blocks: int, *, masked: bool) -> ModelProto:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import faiss
 import numpy as np
@@ -15,10 +17,9 @@ from index import gpu
 from index.build import build_index
 from index.embeddings import Embeddings, EmbeddingShards, write_shard
 from index.faiss_index import CpuCandidates, one_thread
-from index.gpu import GpuCandidates, NotOnGpuError, equal_shares, placement, sharded_flat
+from index.gpu import GpuCandidates, NotOnGpuError, equal_shares, placement
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
-from index.store import Selection
 
 DIM = 16
 RESERVED = gpu.SCRATCH_BYTES + gpu.RESERVED_BYTES
@@ -71,60 +72,6 @@ class TestSharing:
             equal_shares([RESERVED + 1100], 100, 10, 101)
 
 
-@pytest.mark.parametrize("counts", [[100], [60, 40], [0, 33, 67]])
-def test_blocks_give_the_results_of_one_index(counts: list[int]) -> None:
-    embeddings, placed = made(100), []
-    index = sharded_flat(
-        embeddings,
-        counts,
-        lambda on: placed.append(on) or faiss.IndexFlatIP(DIM),  # type: ignore[func-returns-value]
-        block_bytes=17 * 4 * DIM,
-    )
-    one = faiss.IndexFlatIP(DIM)
-    one.add(np.concatenate(list(embeddings)))
-    found, expected = GpuCandidates(index, None).search(queries(), 100, {}, None, 1), one.search(queries(), 100)
-    np.testing.assert_array_equal(found[1], expected[1])
-    np.testing.assert_allclose(found[0], expected[0], atol=1e-6)
-    assert [placed.count(on) for on in range(len(counts))] == [-(-count // 17) for count in counts]
-
-
-@pytest.mark.parametrize(
-    ("count", "blocks"), [(0, 0), (1, 1), (99_999, 1), (100_000, 2), (350_001, 7), (6_063_945, 8), (60_000_000, 43)]
-)
-def test_many_vectors_are_divided_into_several_blocks(count: int, blocks: int) -> None:
-    sizes = gpu._block_sizes(count, 768)
-    assert (len(sizes), sum(sizes)) == (blocks, count)
-    assert all(4 * 768 * size <= gpu._BLOCK_BYTES for size in sizes)
-
-
-def test_blocks_are_searched_in_parallel() -> None:
-    embeddings = made(150_000, parts=7)
-    one = faiss.IndexFlatIP(DIM)
-    one.add(np.concatenate(list(embeddings)))
-    index = sharded_flat(embeddings, [150_000], lambda _: faiss.IndexFlatIP(DIM))
-    blocks = faiss.downcast_index(index.at(0))
-    assert (blocks.count(), index.ntotal) == (3, 150_000)
-    found, expected = GpuCandidates(index, None).search(queries(5), 50, {}, None, 1), one.search(queries(5), 50)
-    np.testing.assert_array_equal(found[1], expected[1])
-
-
-def test_shards_give_the_results_of_the_cpu(bundle: EmbeddingShards) -> None:
-    flat = faiss.IndexFlatIP(DIM)
-    flat.add(np.concatenate(list(bundle)))
-    cpu = EntityIndex(CpuCandidates(flat), bundle, {})
-    shared = EntityIndex(
-        GpuCandidates(sharded_flat(bundle, [2000, 1000], lambda _: faiss.IndexFlatIP(DIM)), None), bundle, {}
-    )
-    few, many = np.zeros(1500, bool), np.zeros(1500, bool)
-    few[::700], many[::2] = True, True
-    for selection in (None, Selection(("few",), few), Selection(("many",), many)):
-        for top_k in (1, 7, 1500):
-            found = shared.search(queries(4), top_k, selection=selection)
-            expected = cpu.search(queries(4), top_k, selection=selection)
-            np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
-            assert np.mean(found[0] == expected[0]) > 0.99  # sums are rounded differently, so near ties may swap
-
-
 def test_nprobe_is_chosen_for_each_call() -> None:
     vectors_ND = np.concatenate(list(made(2000)))
     shards = faiss.IndexShards(DIM, False, False)
@@ -146,7 +93,7 @@ def test_nprobe_is_chosen_for_each_call() -> None:
 def test_a_gpu_is_not_asked_for_more_results_than_its_limit() -> None:
     index = faiss.IndexFlatIP(DIM)
     index.add(np.concatenate(list(made(3000))))
-    assert GpuCandidates(index, None).limit == 2048
+    assert GpuCandidates(index, 1).limit == 2048
 
 
 @pytest.mark.parametrize(
@@ -167,16 +114,80 @@ def test_only_types_that_faiss_has_on_gpus_are_cloned(factory: str, cloned: bool
     assert (gpu.clonable(index) is not None) is cloned
 
 
-@pytest.mark.skipif(GPUS > 0, reason="faiss sees a GPU")
-class TestWithoutGpu:
-    def test_cuda_is_refused(self) -> None:
-        with pytest.raises(UserError, match=r"device cuda: .* this faiss sees no GPU; .*--search-device cpu"):
-            placement(faiss.IndexFlatIP(DIM), made(10), "cuda")
+class Nvml(ModuleType):
+    """The part of nvidia-ml-py that is used, with made-up GPUs."""
 
-    def test_auto_falls_back_to_the_cpu(self) -> None:
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, free_bytes: dict[str, int]) -> None:
+        super().__init__("pynvml")
+        self.free_bytes = free_bytes
+        self.error = ""
+
+    def nvmlInit(self) -> None:  # noqa: N802 - the library's names
+        if self.error:
+            raise self.NVMLError(self.error)
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self.free_bytes)
+
+    def nvmlDeviceGetHandleByIndex(self, number: int) -> str:  # noqa: N802
+        return list(self.free_bytes)[number]
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        if uuid not in self.free_bytes:
+            raise self.NVMLError("Not Found")
+        return uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(free=self.free_bytes[handle])
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Nvml:
+    """A machine with three GPUs."""
+    machine = Nvml({"GPU-a": 10, "GPU-b": 20, "GPU-c": 30})
+    monkeypatch.setitem(sys.modules, "pynvml", machine)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return machine
+
+
+class TestFreeMemory:
+    @pytest.mark.parametrize(
+        ("visible", "free"), [(None, [10, 20, 30]), ("2,0", [30, 10]), ("GPU-b, 0", [20, 10]), ("1", [20])]
+    )
+    def test_it_is_that_of_the_visible_gpus_in_their_order(
+        self, nvml: Nvml, monkeypatch: pytest.MonkeyPatch, visible: str | None, free: list[int]
+    ) -> None:
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert gpu._free_bytes() == free
+
+    def test_no_gpu_is_visible(self, nvml: Nvml, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        placed = placement(faiss.IndexFlatIP(DIM), made(10), "auto")
+        assert (placed.device, placed.why) == ("cpu", "there is no GPU, or its driver does not work (Not Found)")
+
+    def test_without_a_driver_cuda_is_refused_and_auto_falls_back_to_the_cpu(self, nvml: Nvml) -> None:
+        nvml.error = "NVML Shared Library Not Found"
+        with pytest.raises(UserError, match=r"device cuda: .* Library Not Found\); .*--search-device cpu"):
+            placement(faiss.IndexFlatIP(DIM), made(10), "cuda")
         placed = placement(faiss.IndexFlatIP(DIM), made(10), "auto")
         assert (placed.device, type(placed.candidates)) == ("cpu", CpuCandidates)
-        assert "sees no GPU" in placed.why
+
+    def test_without_the_extra_the_reason_names_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+        assert "its extra is `gpu`" in placement(faiss.IndexFlatIP(DIM), made(10), "auto").why
+
+
+@pytest.mark.skipif(GPUS > 0, reason="faiss sees a GPU")
+@pytest.mark.parametrize(("factory", "library"), [("Flat", "onnxruntime"), ("IVF4,Flat", "faiss")])
+def test_wheels_without_cuda_are_named(monkeypatch: pytest.MonkeyPatch, factory: str, library: str) -> None:
+    monkeypatch.setattr(gpu, "_free_bytes", lambda: [RESERVED + 10**6])
+    placed = placement(faiss.index_factory(DIM, factory, faiss.METRIC_INNER_PRODUCT), made(10), "auto")
+    assert placed.device == "cpu"
+    assert f"this {library}" in placed.why
 
 
 class TestVectorsThatDoNotFit:
