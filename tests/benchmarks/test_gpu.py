@@ -9,11 +9,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from benchmarks.generator import split_cores
-from benchmarks.gpu import busy, shares
+from benchmarks.gpu import SyntheticEmbeddings, busy
 
 
 @pytest.mark.parametrize(
@@ -25,17 +26,6 @@ def test_cores_are_split(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(cores))
     assert split_cores(4) == (generator, service)
-
-
-def test_shares_of_the_encoder_and_of_the_gpus_time() -> None:
-    found = shares(
-        {
-            "encoder_alone": {"batches": {"32": {"session_per_s": 500.0, "encode_per_s": 400.0}}},
-            "search_alone": {"batches": {"32": {"candidates": {"p50_ms": 16.0}}}},
-            "services": {"full": {"per_s": 250.0}},
-        }
-    )
-    assert found == {"of_encoder_loop": 0.625, "gpu_work_share": 0.625}  # 2 ms and 0.5 ms for an image
 
 
 def test_busy_between_two_snapshots() -> None:
@@ -55,29 +45,47 @@ def test_busy_between_two_snapshots() -> None:
     assert found["stages_ms"] == {"decode": 30.0, "queue": 10.0, "encode": 40.0, "search": 10.0}
 
 
+def test_synthetic_embeddings_are_made_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.gpu._PART", 300)
+    embeddings = SyntheticEmbeddings(700, 16)
+    parts = [embeddings.stored_part(number) for number in range(embeddings.parts)]
+    assert [len(part) for part in parts] == [300, 300, 100]
+    assert len(np.unique(np.concatenate(parts), axis=0)) == 700
+
+
 def test_a_small_run_on_the_cpu(small_bundle: Path) -> None:
     command = [
-        sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cpu",
-        "--seconds", "1.5", "--services", "2", "--connections", "4",
+        sys.executable, "-m", "benchmarks.gpu", "--folder", str(small_bundle), "--device", "cpu",
+        "--seconds", "1", "--services", "2", "--connections", "4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    outcome = json.loads(done.stdout)
-    figures = outcome["figures"]
-    assert figures["encoder_alone"]["batches"]["32"]["session_per_s"] > 0
-    assert figures["search_alone"]["batches"]["32"]["search"]["p99_ms"] > 0
-    full = figures["services"]["full"]
-    assert full["per_s"] > 0
-    assert full["failures"] == {}
-    assert figures["shares"]["of_encoder_loop"] > 0
-    assert figures["services"]["one_at_a_time"]["stages_ms"]["encode"] > 0
+    figures = json.loads(done.stdout)["figures"]
+    assert figures["encoder"]["16"]["batches"]["32"]["session_per_s"] > 0
+    assert figures["search"]["768"]["32"]["times_reading"] > 0
+    assert figures["search"]["faiss"] == {"left_out": "this faiss has no GPU"}
+    assert figures["claim"]["13B"] == {"left_out": "it needs a GPU"}
+    services = figures["services"]["2"]
+    assert services["full"]["per_s"] > 0
+    assert services["full"]["failures"] == {}
+    assert services["of_encoder_loop"] > 0
+    assert services["one_at_a_time"]["stages_ms"]["encode"] > 0
+
+
+def test_phases_without_time_are_left_out(small_bundle: Path) -> None:
+    command = [
+        sys.executable, "-m", "benchmarks.gpu", "--folder", str(small_bundle), "--device", "cpu", "--minutes", "0",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["figures"]["services"]["4"] == {"left_out": "no time was left"}
 
 
 @pytest.mark.skipif(
     "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="this onnxruntime has CUDA"
 )
 def test_a_missing_gpu_is_one_line_of_error(small_bundle: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu", "measure", "--folder", str(small_bundle), "--device", "cuda"]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--folder", str(small_bundle), "--device", "cuda"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "error: device cuda" in done.stderr.splitlines()[-1]
