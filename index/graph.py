@@ -20,8 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from core.arrays import BoolArray, Device, DeviceArray, Float16Array, Float32Array, Int64Array, Queries
-from core.errors import BadParameter, BundleAltered
-from core.extras import needed_by
+from core.errors import BadParameter, BundleAltered, needed_by
 from core.runtime import load_cuda_libraries, onnxruntime, usable_cores
 from index.embeddings import Embeddings
 from index.top_k import best

@@ -16,8 +16,7 @@ import numpy.typing as npt
 
 from core.arrays import Device as OrtDevice
 from core.arrays import DeviceArray, Float32Array, Pixels, Queries
-from core.errors import BundleAltered, UserError
-from core.extras import needed_by
+from core.errors import BundleAltered, UserError, needed_by
 from core.runtime import load_cuda_libraries, onnxruntime
 from imaging import Preprocessing, normalise
 from imaging.preprocess import normalised_values
