@@ -39,8 +39,11 @@ class PageRun:
 
 @pytest.fixture(scope="session")
 def run_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., PageRun]]:
-    """Runs the ```sh blocks of a page, after `prepare` of its folder. A block that is `wikiclip serve ...` or `wikiclip up ...` stays up until all
-    pages have been run. It gets a free port, and later blocks ask there instead of at port 8000."""
+    """Runs the ```sh blocks of a page, after `prepare` of its folder.
+
+    A block that is `wikiclip serve ...` or `wikiclip up ...` stays up until all pages have been run. It gets a free
+    port, and later blocks ask there instead of at port 8000.
+    """
     with ExitStack() as services:
 
         def run(page: str, prepare: Callable[[Path], None] | None = None, **environment: str) -> PageRun:
