@@ -7,8 +7,9 @@ follow its header, below a comment that names them, and gives a cell of each col
     {name}|{row[ratio][faithful]:.0f} ({row[ratio_interval][faithful]:.0f})
     -->
 
-Cells are format strings; an interval, a list of two, is written as 1.0–2.0. Arguments are files that `wikiclip bench`
-and others wrote: they first replace those of the same name in docs/figures/.
+Cells are format strings; a row that has only the reason why it was `left_out` gets dashes. An interval, a list of two,
+is written as 1.0–2.0. Arguments are files that `wikiclip bench` and others wrote: they first replace those of the same
+name in docs/figures/.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ def updated(page: str, files: Mapping[str, Any]) -> str:
 
     def rows(match: re.Match[str]) -> str:
         found, _ = _FORMATTER.get_field(match[2], (), files)
-        lines = [_FORMATTER.format(match[3], name=name, row=row) for name, row in found.items()]
+        unknown = "{name}" + match[3].count("|") * "|—"
+        lines = [
+            _FORMATTER.format(unknown if "left_out" in row else match[3], name=name, row=row)
+            for name, row in found.items()
+        ]
         return match[1] + "".join(f"| {' | '.join(line.split('|'))} |\n" for line in lines)
 
     page = TABLE.sub(rows, page)
@@ -78,6 +83,7 @@ def read_files() -> dict[str, Any]:
         if size["peers"]
     }
     [*_, index["largest"]] = index["sizes"].values()
+    files["gpu"]["graph"] = {width: row for width, row in files["gpu"]["figures"]["search"].items() if width.isdigit()}
     files["faults"]["answered"] = sum(part["answered"] for part in files["faults"]["figures"]["parts"].values())
     return files
 

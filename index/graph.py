@@ -83,12 +83,11 @@ class GraphCandidates:
         self, queries: Queries, count: int, fetch: int, allowed_N: BoolArray | None
     ) -> tuple[Float32Array, Int64Array, BoolArray]:
         """Return the best scores and positions [Q, count], and for which queries these are proven to be the best."""
-        searches = [partial.search for partial in self._shares]
-        if len(searches) == 1:
-            fetched = [searches[0](queries, fetch, allowed_N)]
+        if len(self._shares) == 1:
+            fetched = [self._shares[0].search(queries, fetch, allowed_N)]
         else:
             host_QD = np.asarray(queries)
-            fetched = list(self._pool.map(lambda search: search(host_QD, fetch, allowed_N), searches))
+            fetched = list(self._pool.map(lambda share: share.search(host_QD, fetch, allowed_N), self._shares))
         cosines_QA, positions_QA = (np.concatenate([each[i] for each in fetched], axis=1) for i in range(2))
         if not np.isfinite(cosines_QA).all():
             raise BadParameter("the query embedding holds a number that is not finite; send other images")
