@@ -33,11 +33,12 @@ from core.runtime import describe_run
 from core.statistics import wilson_interval
 from evaluation.metrics import calibration_error, format_interval, reliability
 from evaluation.photographs import PHOTOGRAPHS, Photographs
-from export.calibrate import LabelledSearch, SearchedQueries, embed_images, fit
+from export.calibrate import add_open_set_model, fit_softmax
 from export.config import ExportConfig
 from export.decode import image_decoder
 from export.model import ImageModel
 from export.open_set import outlier_images
+from export.queries import LabelledSearch, embed_images
 from export.views import MAX_FITTED, combine_sets, fit_views, sets_of
 from index.calibration import CANDIDATES, Calibration, background
 from model.encoders import open_image_encoder
@@ -65,7 +66,6 @@ class Search:
             rows_NF=rows_NF,
             scores_NF=np.take_along_axis(scores_NE, rows_NF, axis=1),
             embeddings_ND=queries_ND,
-            made_up=False,
         )
 
     def sets(self, photographs: Mapping[str, Float32Array], views: int) -> LabelledSearch:
@@ -115,7 +115,7 @@ def calibration_errors(
             queries, tests = _photographs(drawn, fitted_on), _photographs(drawn, tested_on)
             outliers = search(outliers_ND, [""] * len(outliers_ND))
             single = search.sets(queries, 1)
-            calibration = fit(single, SearchedQueries(scores_NK=outliers.scores, embeddings_ND=outliers_ND))
+            calibration = add_open_set_model(fit_softmax(single), single, outliers)
             calibration = fit_views(calibration, single, partial(search.sets, queries))
             for views in range(1, MAX_FITTED + 1):
                 found = search.sets(tests, views)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from catalog.formats import types_path
 from catalog.images import ImageReader
+from catalog.records import BadRecord, optional_string, required_string, strings
 from core.errors import CatalogError, UserError
 from core.files import sha256_file
-from core.lines import Rejected
+from core.lines import Rejected, excerpt, read_jsonl
+from index.types import TypeHierarchy, TypeParents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,27 @@ def check_inputs(config: ExportConfig) -> None:
     if config.base is not None and config.base.resolve() == config.out.resolve():
         raise UserError(f"--base and --out are both {config.out}; a bundle never changes, choose another --out")
     check_image_root(config)
+
+
+def read_type_parents(path: Path | None, reject: Callable[[Rejected], None]) -> list[TypeParents]:
+    """Return one row per type, with the parents of all its lines. Raises `CatalogError` if the file cannot be read."""
+    rows: list[TypeParents] = []
+    for item in () if path is None else read_jsonl(path):
+        if isinstance(item, Rejected):
+            rejected = item
+        else:
+            line, row = item
+            try:
+                if row.get("parents") is None:
+                    raise BadRecord("`parents` is missing")
+                type_, label = required_string(row, "type"), optional_string(row, "label") or ""
+                rows.append(TypeParents(type=type_, parents=strings(row, "parents"), label=label))
+                continue
+            except BadRecord as error:
+                rejected = Rejected(line=line, reason=str(error), record=excerpt(row))
+        assert path is not None
+        reject(replace(rejected, reason=f"{path.name}: {rejected.reason}"))
+    return TypeHierarchy(rows).rows()
 
 
 def check_image_root(config: ExportConfig) -> None:

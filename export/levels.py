@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from core.arrays import BoolArray, Float64Array, Int64Array
-from export.calibrate import LabelledSearch
+from export.queries import LabelledSearch
 from index.calibration import CANDIDATES, Calibration, background
 from index.levels import CERTAIN, LevelModel, SizedType, summed
 from index.store import EntityStore

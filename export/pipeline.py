@@ -22,27 +22,25 @@ from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from core.lines import RejectLog, rejects_path
 from core.statistics import Reservoir
-from export.calibrate import calibrate_on, embed_validation, search_validation
 from export.config import (
     ExportConfig,
     check_inputs,
     content_settings,
+    read_type_parents,
     refuse_differences,
 )
 from export.entity_encoder import export_entity_encoder
-from export.leave_one_out import check_catalog, own_queries, search_own
+from export.leave_one_out import check_catalog, choose_pooling, own_queries, pooling_folds
 from export.local import embed_shards
 from export.model import ExportModel, ImageModel, describe_model, load_model
 from export.onnx import INPUT, export_image_encoder, output_names
-from export.pooling import choose_pooling, pooling_folds
 from export.precision import add_float16, measure_int8, write_int8
-from export.query_embeddings import QueryEmbeddings
+from export.queries import LabelledQueries, QueryEmbeddings, embed_validation
 from export.remember import remember
 from export.reuse import open_base
 from export.shards import EntityImages, Shard, StageTimes, read_shards
 from export.staging import StagingDir, check_output, is_unfinished, write_shards
-from export.type_parents import read_type_parents
-from export.views import fit_views, own_sets, validation_sets
+from export.views import calibrate_on
 from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.calibration import Calibration
@@ -274,17 +272,16 @@ def _assemble(
     parity = staging.parity()
     assert parity is not None, "the image encoder is written before the shards"
     bundle, encoder = staging.bundle, model.image_encoder
-    hidden = not config.progress
     for file in (INT8_ENCODER_FILE, OPEN_SET_FILE):
         staging.discard(file)
     shutil.rmtree(bundle / REMEMBERED_FOLDER, ignore_errors=True)
-    types, rejected_types = read_type_parents(config.type_parents_file)
-    write_store(bundle / STORE_FILE, tqdm(staging.entities(), desc="store", unit="entity", disable=hidden), types)
     images = EmbeddingShards(staging.embeddings, encoder.embedding_dim)
     log = _reject_log(config)
     counts = _count_and_log(staging, log, len(images))
-    for rejected in rejected_types:
-        log.add(rejected)
+    types = read_type_parents(config.type_parents_file, log.add)
+    entities = tqdm(staging.entities(), desc="store", unit="entity", disable=not config.progress)
+    write_store(bundle / STORE_FILE, entities, types)
+    validation: LabelledQueries | None = None
     calibration: Calibration | None = None
     self_check: SelfCheck | None = None
     int8: Int8Entry | None = None
@@ -293,51 +290,29 @@ def _assemble(
         # Before the queries are read: embeddings by the int8 encoder may be among them.
         quantised = write_int8(config, model, bundle, sample) if config.int8 else None
         embeddings = QueryEmbeddings(model, bundle)
-        validation = None
         if config.validation is not None:
-            validation = embed_validation(config.validation, config, model, store, embeddings)
-        folds = pooling_folds(config, model, images, sample, validation)
-        default: Pooling = "nearest" if config.checkpoint else "mean"
-        pooling = choose_pooling(images, folds, default=default, progress=config.progress)
+            validation = embed_validation(config.validation, config, model, store, embeddings, log.add)
+        pooling = choose_pooling(
+            images,
+            pooling_folds(config, model, images, sample, validation),
+            default="nearest" if config.checkpoint else "mean",
+            progress=config.progress,
+        )
         searched = pooled(images, pooling)
         index_manifest = build_index(bundle, searched, device="cpu", created_at=created_at, progress=config.progress)
         index = EntityIndex.read(bundle / INDEX_FILE, searched, index_manifest.parameters)
         if config.remember is not None:
+            folder = bundle / REMEMBERED_FOLDER
             kept = remember(
-                config.remember,
-                bundle / REMEMBERED_FOLDER,
-                config,
-                model,
-                images,
-                index,
-                store,
-                log,
-                validation,
-                embeddings,
-            )
+                config.remember, folder, config, model, images, index, store, log, validation, embeddings
+            )  # fmt: skip
             if kept is not None:
                 index.remembered, remembered = kept
         if validation is not None:
-            found = search_validation(validation, config, index)
-            calibration = fit_views(
-                calibrate_on(found, config, model, index),
-                found,
-                lambda views: search_validation(validation_sets(validation, views), config, index),
-                store,
-            )
-            for rejected in validation.rejected:
-                log.add(rejected)
+            calibration = calibrate_on(validation, config, model, index, store)
         elif isinstance(model, ImageModel):
             queries = own_queries(config, model, images, sample)
-            found = search_own(queries, config, index, images, pooling)
-            self_check, calibration = check_catalog(queries, found, config, model, index, store)
-            if calibration is not None:
-                calibration = fit_views(
-                    calibration,
-                    found,
-                    lambda views: search_own(own_sets(queries, views), config, index, images, pooling),
-                    store,
-                )
+            self_check, calibration = check_catalog(queries, config, model, index, images, pooling, store)
         if calibration is not None and calibration.open_set_model is not None:
             calibration.open_set_model.write(bundle / OPEN_SET_FILE)
         if quantised is not None:

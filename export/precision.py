@@ -23,15 +23,12 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from catalog.images import ImageReader, UnusableImage
 from core.arrays import Pixels
-from core.errors import EncoderSpecError, TooLarge, UndecodableImage, UserError
+from core.errors import EncoderSpecError, UserError
 from core.files import atomic_write, sync
 from core.runtime import onnxruntime
 from core.statistics import Reservoir
-from export.calibrate import read_queries, row_of
 from export.config import ExportConfig
-from export.decode import image_decoder
 from export.model import ExportModel
 from export.onnx import (
     INPUT,
@@ -46,6 +43,7 @@ from export.onnx import (
     quiet,
     torch_module,
 )
+from export.queries import catalog_images, read_queries, row_of
 from export.shards import EntityImages
 from imaging import Preprocessing, normalise
 from index.manifest import FLOAT16_ENCODER_FILE, IMAGE_ENCODER_FILE, INT8_ENCODER_FILE, Float16Entry, Int8Entry
@@ -122,7 +120,7 @@ def write_int8(
     Raises `UserError` if the sample has no usable image.
     """
     preprocessing = model.image_encoder.preprocessing
-    images = list(catalog_images(ImageReader(config.images), preprocessing, sample))
+    images = list(catalog_images(config, preprocessing, sample))
     if not images:
         raise UserError("--int8 needs catalog images, and none is usable; continue with --resume, without --int8")
     calibration = [pixels for _, pixels in images[::2]]
@@ -161,24 +159,12 @@ def measure_int8(
     )
 
 
-def catalog_images(
-    reader: ImageReader, preprocessing: Preprocessing, sample: Sequence[EntityImages]
-) -> Iterator[LabelledImage]:
-    """Yield the first usable image of each sampled entity. Unusable ones are in the reject log already."""
-    for row, images in sample:
-        for image in images:
-            try:
-                pixels_HW3 = image_decoder().load_pixels(reader.read(image), preprocessing)
-            except (UnusableImage, UndecodableImage, TooLarge):
-                continue
-            yield row, pixels_HW3
-            break
-
-
 def _queries(path: Path, preprocessing: Preprocessing, store: EntityStore) -> list[LabelledImage]:
-    """Return a sample of the validation queries."""
+    """Return a sample of the validation queries that are images."""
     sample: Reservoir[tuple[str, Pixels]] = Reservoir(_MAX_QUERIES)
-    for entity_id, image in read_queries(path, preprocessing, []):  # without embeddings, all are pixels
+    for entity_id, image in read_queries(
+        path, preprocessing, lambda rejected: None
+    ):  # without embeddings, all are pixels
         sample.add((entity_id, np.asarray(image, np.uint8)))
     return [(row_of(entity_id, store), pixels_HW3) for entity_id, pixels_HW3 in sample.items]
 

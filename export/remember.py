@@ -18,7 +18,7 @@ Shapes: M remembered entities, Q queries, H handicaps, D embedding width.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice, tee
@@ -32,11 +32,19 @@ from core.arrays import Float16Array, Float32Array, Float64Array, Int64Array, no
 from core.errors import BadParameter, UserError
 from core.lines import Rejected, RejectLog
 from core.statistics import Reservoir
-from export.calibrate import QueryImage, Validation, embed_images, hash_query, row_of, search_embeddings
 from export.config import ExportConfig
 from export.decode import DecodePool, ImageJob, default_workers
 from export.model import ExportModel, ImageModel
-from export.query_embeddings import QueryEmbeddings
+from export.queries import (
+    LabelledQueries,
+    QueryEmbeddings,
+    QueryImage,
+    Reject,
+    embed_images,
+    hash_query,
+    row_of,
+    search_embeddings,
+)
 from index.embeddings import Embeddings, write_shard
 from index.manifest import Gain, RememberedEntry
 from index.remembered import Remembered
@@ -97,7 +105,7 @@ def remember(
     index: EntityIndex,
     store: EntityStore,
     log: RejectLog,
-    validation: Validation | None,
+    validation: LabelledQueries | None,
     embeddings: QueryEmbeddings,
 ) -> tuple[Remembered, RememberedEntry] | None:
     """Write the remembered vectors of the pairs at `path` into the new `folder`, unless no handicap helps.
@@ -149,7 +157,7 @@ def remember(
     return Remembered(vectors, handicap), entry
 
 
-def _validation_queries(validation: Validation, vectors: Embeddings) -> Queries:
+def _validation_queries(validation: LabelledQueries, vectors: Embeddings) -> Queries:
     known_N = validation.own_N >= 0
     own_Q, embeddings_QD = validation.own_N[known_N], validation.embeddings_ND[known_N]
     remembered = Remembered(vectors, 0.0)
@@ -204,7 +212,7 @@ def _gain(queries: int, before: int, after: int) -> Gain:
 
 
 def _labelled(
-    path: Path, config: ExportConfig, images: Embeddings, store: EntityStore, reject: Callable[[Rejected], None]
+    path: Path, config: ExportConfig, images: Embeddings, store: EntityStore, reject: Reject
 ) -> Iterator[tuple[Pair, int]]:
     """Yield the pairs whose entity has an embedding, with its row."""
     find = cache(lambda entity_id: row_of(entity_id, store))
@@ -224,7 +232,7 @@ def _decoded(
     config: ExportConfig,
     model: ExportModel,
     embeddings: QueryEmbeddings,
-    reject: Callable[[Rejected], None],
+    reject: Reject,
 ) -> Iterator[tuple[Pair, int, QueryImage]]:
     """Yield the pairs whose picture can be decoded, with its pixels, or that have an embedding instead."""
     labelled, same = tee(labelled)

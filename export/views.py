@@ -15,15 +15,33 @@ from math import comb
 import numpy as np
 
 from core.arrays import Float32Array, Int64Array, combined
-from export.calibrate import LabelledSearch, NotFitted, Validation, fit_to_scores
-from export.leave_one_out import OwnQueries
+from core.errors import UserError
+from export.calibrate import NotFitted, calibrate, fit_to_scores
+from export.config import ExportConfig
 from export.levels import add_level_model
+from export.model import ExportModel
+from export.queries import LabelledQueries, LabelledSearch, search_labelled
 from index.calibration import Calibration
+from index.search import EntityIndex
 from index.store import EntityStore
 
 MAX_FITTED = 4  # photographs of a set; more of them have the fit of four
 _SETS_OF_ENTITY = 6
 _MIN_SETS, _MAX_SETS = 30, 4096
+
+
+def calibrate_on(
+    validation: LabelledQueries, config: ExportConfig, model: ExportModel, index: EntityIndex, store: EntityStore
+) -> Calibration:
+    """Fit a calibration to validation queries, and to sets of them. Raise `UserError` if nothing can be fitted."""
+    found = search_labelled(validation, config, index)
+    try:
+        calibration = calibrate(found, config, model, index)
+    except NotFitted as error:
+        raise UserError(f"{error}; give more validation queries, or leave --validation out") from error
+    return fit_views(
+        calibration, found, lambda views: search_labelled(validation_sets(validation, views), config, index), store
+    )
 
 
 def fit_views(
@@ -77,28 +95,13 @@ def sets_of(group_N: Int64Array, views: int, *, spare: int = 0) -> Int64Array:
     return np.array(sets, np.int64).reshape(-1, views)
 
 
-def validation_sets(validation: Validation, views: int) -> Validation:
+def validation_sets(validation: LabelledQueries, views: int) -> LabelledQueries:
     """Return sets of several validation queries for one entity, as queries."""
-    sets_SV = sets_of(np.unique(validation.entity_ids, return_inverse=True)[1], views)
-    return replace(
-        validation,
-        entity_ids=[validation.entity_ids[first] for first in sets_SV[:, 0]],
+    sets_SV = sets_of(validation.group_N, views)
+    return LabelledQueries(
         own_N=validation.own_N[sets_SV[:, 0]],
+        group_N=validation.group_N[sets_SV[:, 0]],
         embeddings_ND=combine_sets(validation.embeddings_ND, sets_SV),
-    )
-
-
-def own_sets(queries: OwnQueries, views: int) -> OwnQueries:
-    """Return sets of a catalog's images of one entity, which has one image more, as queries.
-
-    Changed views of an image are used alone only: of several, each would show the same.
-    """
-    several_N = np.flatnonzero(queries.position_NV[:, 0] >= 0)
-    sets_SV = several_N[sets_of(queries.own_N[several_N], views, spare=1)]
-    return OwnQueries(
-        own_N=queries.own_N[sets_SV[:, 0]],
-        position_NV=queries.position_NV[sets_SV, 0],
-        embeddings_ND=combine_sets(queries.embeddings_ND, sets_SV),
     )
 
 

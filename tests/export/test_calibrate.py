@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from core.errors import UserError
-from export.calibrate import SearchedQueries, add_open_set_model, fit_calibration
+from export.calibrate import add_open_set_model, fit_softmax
+from export.queries import LabelledSearch
 from index.calibration import CANDIDATES, Calibration, background
 
 TRUTH = Calibration(slope=12.0, none_offset=2.0, none_slope=9.0, abstain_below=0.5, queries=1, correct=1, unknown=0)
@@ -29,12 +30,21 @@ def _draw(count: int) -> tuple[Any, Any]:
     return scores_NK, right_NK
 
 
-def _fit(scores_NK: Any, right_NK: Any, in_catalog_N: Any = None) -> Calibration:
-    without_NK = np.where(right_NK, np.nan, scores_NK)
-    without_NK = -np.sort(-without_NK, axis=1)  # numpy sorts NaN last
-    return fit_calibration(
-        scores_NK, right_NK, np.ones(len(scores_NK), bool) if in_catalog_N is None else in_catalog_N, without_NK
+def _searched(scores_NK: Any, right_NK: Any, in_catalog_N: Any = None, embeddings_ND: Any = None) -> LabelledSearch:
+    """Return searches for ten entities each. An entity of the catalog that is not among them has row 99."""
+    nothing_N1 = np.full((len(scores_NK), 1), -1)
+    elsewhere_N = 99 if in_catalog_N is None else np.where(in_catalog_N, 99, -1)
+    return LabelledSearch(
+        own_N=np.where(right_NK.any(axis=1), right_NK.argmax(axis=1), elsewhere_N),
+        group_N=np.arange(len(scores_NK)),
+        rows_NF=np.concatenate([np.where(np.isnan(scores_NK), -1, np.arange(CANDIDATES)), nothing_N1], axis=1),
+        scores_NF=np.concatenate([scores_NK, nothing_N1 * np.nan], axis=1),
+        embeddings_ND=np.ones((len(scores_NK), 1), np.float32) if embeddings_ND is None else embeddings_ND,
     )
+
+
+def _fit(scores_NK: Any, right_NK: Any, in_catalog_N: Any = None) -> Calibration:
+    return fit_softmax(_searched(scores_NK, right_NK, in_catalog_N))
 
 
 def _in_catalog(calibration: Calibration, scores: list[float]) -> float:
@@ -100,51 +110,53 @@ def test_perfectly_separated_scores_stay_finite() -> None:
     assert max(confidences[:10]) < 0.5 < min(confidences[10:])
 
 
-def _search(count: int, in_catalog_N: Any, seed: int) -> tuple[SearchedQueries, Any, Any]:
-    """Return queries, which score is right, and the scores without it. Unknown queries score as left-out ones do."""
+def _search(count: int, in_catalog_N: Any, seed: int) -> LabelledSearch:
+    """Return searches that find the entity first, if the catalog has it. Without it, known queries score as unknown."""
     rng = np.random.default_rng(seed)
     embeddings_ND = rng.normal(size=(count, 4))
     embeddings_ND /= np.linalg.norm(embeddings_ND, axis=1, keepdims=True)
-    scores_NK = np.tile(np.linspace(0.3, 0.2, CANDIDATES), (count, 1))
-    without_NK = scores_NK.copy()
-    without_NK[:, 0] = 0.55 - 0.2 * embeddings_ND[:, 0] + rng.normal(0, 0.05, count)
-    scores_NK[:, 0] = np.where(in_catalog_N, without_NK[:, 0] + 0.2, without_NK[:, 0])
-    right_NK = np.zeros(scores_NK.shape, bool)
-    right_NK[:, 0] = in_catalog_N & (rng.random(count) < 0.8)
-    return SearchedQueries(scores_NK=scores_NK, embeddings_ND=embeddings_ND.astype(np.float32)), right_NK, without_NK
+    scores_NF = np.tile(np.linspace(0.3, 0.2, CANDIDATES + 1), (count, 1))
+    without_N = 0.55 - 0.2 * embeddings_ND[:, 0] + rng.normal(0, 0.05, count)
+    scores_NF[:, 0] = np.where(in_catalog_N, without_N + 0.2, without_N)
+    scores_NF[in_catalog_N, 1] = without_N[in_catalog_N]
+    return LabelledSearch(
+        own_N=np.where(in_catalog_N, 0, -1),
+        group_N=np.arange(count),
+        rows_NF=np.tile(np.arange(CANDIDATES + 1), (count, 1)),
+        scores_NF=scores_NF,
+        embeddings_ND=embeddings_ND.astype(np.float32),
+    )
+
+
+def _outliers(count: int, score: float) -> LabelledSearch:
+    nowhere_ND = np.tile(np.eye(4, dtype=np.float32)[3], (count, 1))
+    none_NK = np.zeros((count, CANDIDATES), bool)
+    return _searched(np.full((count, CANDIDATES), score), none_NK, np.zeros(count, bool), nowhere_ND)
 
 
 def test_the_open_set_model_learns_from_queries_left_out_ones_and_outliers() -> None:
-    in_catalog_N = np.arange(600) >= 60
-    queries, right_NK, without_NK = _search(600, in_catalog_N, seed=1)
-    plain = fit_calibration(queries.scores_NK, right_NK, in_catalog_N, without_NK)
-    nowhere_ND = np.tile(np.array([0.0, 0.0, 0.0, 1.0], np.float32), (60, 1))
-    outliers = SearchedQueries(scores_NK=np.full((60, CANDIDATES), 0.7), embeddings_ND=nowhere_ND)
-    fitted = add_open_set_model(plain, queries, in_catalog_N, without_NK, np.arange(600), outliers)
+    queries, outliers = _search(600, np.arange(600) >= 60, seed=1), _outliers(60, 0.7)
+    plain = fit_softmax(queries)
+    fitted = add_open_set_model(plain, queries, outliers)
     assert replace(fitted, open_set_model=None, abstain_below=plain.abstain_below) == plain
 
     def abstains(scores_NK: Any, embeddings_ND: Any) -> Any:
         searched = zip(scores_NK.tolist(), embeddings_ND, strict=True)
         return np.array([fitted.abstains(fitted.judge(row, background(row), each_D)[1]) for row, each_D in searched])
 
-    others, _, others_without_NK = _search(500, np.ones(500, bool), seed=2)
-    wrong = abstains(others.scores_NK, others.embeddings_ND).mean()
-    wrong += 1 - abstains(others_without_NK, others.embeddings_ND).mean()
+    others = _search(500, np.ones(500, bool), seed=2)
+    wrong = abstains(others.scores, others.embeddings_ND).mean()
+    wrong += 1 - abstains(others.scores_without, others.embeddings_ND).mean()
     assert wrong / 2 < 0.1  # 0.023 is the least possible with this noise, without outliers
-    known_at_07 = np.abs(others.scores_NK[:, 0] - 0.7) < 0.05
-    assert abstains(outliers.scores_NK, outliers.embeddings_ND).all()
-    assert abstains(others.scores_NK[known_at_07], others.embeddings_ND[known_at_07]).mean() < 0.2
+    known_at_07 = np.abs(others.scores[:, 0] - 0.7) < 0.05
+    assert abstains(outliers.scores, outliers.embeddings_ND).all()
+    assert abstains(others.scores[known_at_07], others.embeddings_ND[known_at_07]).mean() < 0.2
 
 
 def test_outliers_do_not_move_the_threshold() -> None:
     """The threshold is for queries. Outliers can outnumber those of a small validation file."""
-    everything = np.ones(40, bool)
-    queries, right_NK, without_NK = _search(40, everything, seed=3)
-    plain = fit_calibration(queries.scores_NK, right_NK, everything, without_NK)
-    outliers = SearchedQueries(
-        scores_NK=np.full((64, CANDIDATES), -0.9), embeddings_ND=np.tile(np.eye(4, dtype=np.float32)[3], (64, 1))
-    )
-    fitted = add_open_set_model(plain, queries, everything, without_NK, np.arange(40), outliers)
+    queries = _search(40, np.ones(40, bool), seed=3)
+    fitted = add_open_set_model(fit_softmax(queries), queries, _outliers(64, -0.9))
     known, unknown = (
         np.array(
             [
@@ -152,7 +164,7 @@ def test_outliers_do_not_move_the_threshold() -> None:
                 for row, each_D in zip(rows.tolist(), queries.embeddings_ND, strict=True)
             ]
         )
-        for rows in (queries.scores_NK, without_NK)
+        for rows in (queries.scores, queries.scores_without)
     )
 
     def youden(cut: float) -> float:
@@ -166,10 +178,9 @@ def test_a_catalog_of_one_entity_has_no_open_set_model() -> None:
     scores_NK[:, 0] = np.linspace(0.5, 0.9, 20)
     right_NK = np.zeros(scores_NK.shape, bool)
     right_NK[:, 0] = True
-    plain = _fit(scores_NK, right_NK)
-    queries = SearchedQueries(scores_NK=scores_NK, embeddings_ND=np.ones((20, 1), np.float32))
-    without_NK = np.full(scores_NK.shape, np.nan)
-    assert add_open_set_model(plain, queries, np.ones(20, bool), without_NK, np.arange(20), queries) is plain
+    queries = _searched(scores_NK, right_NK)
+    plain = fit_softmax(queries)
+    assert add_open_set_model(plain, queries, queries) is plain
     assert not plain.abstains(_in_catalog(plain, [0.8]))
 
 

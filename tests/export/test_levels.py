@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from export.calibrate import LabelledSearch
 from export.levels import add_level_model
+from export.queries import LabelledSearch
 from index.calibration import CANDIDATES, Calibration, background
 from index.levels import most_specific
 from index.store import EntityStore, StoredEntity, write_store
@@ -59,7 +59,6 @@ def searched(store: EntityStore, rows: npt.NDArray[Any], *, seed: int) -> Labell
         rows_NF=order_NF,
         scores_NF=np.take_along_axis(scores_NE, order_NF, axis=1),
         embeddings_ND=queries_ND.astype(np.float32),
-        made_up=False,
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from export.pooling import Fold, choose_pooling, stored_folds
+from export.leave_one_out import Fold, choose_pooling, stored_folds
 from index.embeddings import Embeddings, Pooling
 
 DIM = 24

@@ -12,10 +12,10 @@ import pytest
 
 from catalog.formats import types_path
 from core.errors import CatalogError, UserError
+from core.lines import Rejected
 from export.cli import summary_lines
-from export.config import ExportConfig
+from export.config import ExportConfig, read_type_parents
 from export.pipeline import export_bundle
-from export.type_parents import read_type_parents
 from index.bundle import Bundle
 from index.manifest import STORE_FILE
 from index.types import TypeParents
@@ -36,7 +36,8 @@ LINES = [
 def test_bad_lines_are_rejected_with_their_numbers(tmp_path: Path) -> None:
     path = tmp_path / "parents.jsonl"
     path.write_text("\n".join(LINES))
-    rows, rejected = read_type_parents(path)
+    rejected: list[Rejected] = []
+    rows = read_type_parents(path, rejected.append)
     assert rows == [
         TypeParents(type="thing", parents=("object", "idea", "matter"), label="a thing"),
         TypeParents(type="object", parents=("thing",)),
@@ -50,7 +51,7 @@ def test_bad_lines_are_rejected_with_their_numbers(tmp_path: Path) -> None:
         "`parents` must be a list of strings",
         "`parents` contains a lone surrogate, which is not a character",
     ]
-    assert read_type_parents(None) == ([], [])
+    assert read_type_parents(None, rejected.append) == []
 
 
 def test_an_export_keeps_the_parents_given_or_those_next_to_the_catalog(

@@ -11,9 +11,10 @@ import pytest
 
 from core.arrays import combined
 from core.errors import BundleAltered
-from export.calibrate import LabelledSearch, NotFitted, Validation, fit_to_scores
-from export.leave_one_out import OwnQueries
-from export.views import combine_sets, fit_views, own_sets, sets_of, validation_sets
+from export.calibrate import NotFitted, fit_to_scores
+from export.leave_one_out import OwnQueries, own_sets
+from export.queries import LabelledQueries, LabelledSearch
+from export.views import combine_sets, fit_views, sets_of, validation_sets
 from index.calibration import CANDIDATES, Calibration, OpenSetModel, background
 
 SINGLE = Calibration(slope=20.0, none_offset=10.0, none_slope=0.0, abstain_below=0.5, queries=20, correct=10, unknown=5)
@@ -31,7 +32,6 @@ def searched(queries: int, *, slope: float = 12.0, seed: int = 0) -> LabelledSea
         rows_NF=np.tile(np.arange(CANDIDATES + 1), (queries, 1)),
         scores_NF=scores_NF,
         embeddings_ND=np.eye(queries, 3, dtype=np.float32),
-        made_up=False,
     )
 
 
@@ -51,14 +51,13 @@ def test_sets_are_of_one_entity() -> None:
 
 def test_sets_become_queries() -> None:
     embeddings_ND = np.array([[1, 0], [0, 1], [0, 1], [0.6, 0.8]], np.float32)
-    validation = Validation(
-        entity_ids=["a", "b", "a", "b"], hashes=frozenset(), own_N=np.array([3, -1, 3, -1]),
-        embeddings_ND=embeddings_ND, rejected=(),
+    validation = LabelledQueries(
+        own_N=np.array([3, -1, 3, -1]), group_N=np.array([0, 1, 0, 1]), embeddings_ND=embeddings_ND
     )  # fmt: skip
     pairs = validation_sets(validation, 2)
-    found = dict(zip(pairs.entity_ids, pairs.embeddings_ND.tolist(), strict=True))
-    assert found["a"] == pytest.approx([math.sqrt(0.5)] * 2)
-    assert dict(zip(pairs.entity_ids, pairs.own_N.tolist(), strict=True)) == {"a": 3, "b": -1}
+    found = dict(zip(pairs.own_N.tolist(), pairs.embeddings_ND.tolist(), strict=True))
+    assert found[3] == pytest.approx([math.sqrt(0.5)] * 2)
+    assert dict(zip(pairs.group_N.tolist(), pairs.own_N.tolist(), strict=True)) == {0: 3, 1: -1}
     assert len(validation_sets(validation, 3).own_N) == 0
 
     queries = OwnQueries(
