@@ -1,14 +1,18 @@
-"""Lines of large compressed files, JSON Lines among them, and a log of the records that had to be skipped."""
+"""Lines of large compressed files, and JSON Lines: to read, to append durably, and to log records that were skipped."""
 
 import bz2
+import errno
+import fcntl
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from core.errors import CatalogError
+from core.errors import CatalogError, FeedbackFileError
+from core.files import sync
 
 MAX_LINE_BYTES = 16 * 1024**2  # the largest articles and items of Wikimedia's dumps have about 5 MB
 LINE_TOO_LONG = f"the line is over {MAX_LINE_BYTES} bytes"
@@ -170,3 +174,37 @@ class RejectLog:
 def rejects_path(out: Path) -> Path:
     """Return the path of the reject log next to an output."""
     return out.resolve().parent / "rejected.jsonl"
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Append a row to a file of feedback. It is on disk when this returns. Processes may share the file.
+
+    Raises `FeedbackFileError` if it cannot be written. Then nothing of the row is left.
+    """
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            size_bytes = os.fstat(descriptor).st_size
+            if size_bytes and os.pread(descriptor, 1, size_bytes - 1) != b"\n":
+                line = b"\n" + line  # after a line that a crash cut off
+            _write(descriptor, line, size_bytes)
+        finally:
+            os.close(descriptor)
+        if size_bytes == 0:
+            sync(path.parent)
+    except OSError as error:
+        raise FeedbackFileError(
+            f"the feedback cannot be written ({error.strerror}) and was not kept; check FEEDBACK_FILE and its disk"
+        ) from error
+
+
+def _write(descriptor: int, line: bytes, size_bytes: int) -> None:
+    try:
+        if os.write(descriptor, line) < len(line):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, size_bytes)
+        raise

@@ -33,6 +33,7 @@ from core.errors import (
     UserError,
     WikiclipError,
 )
+from core.lines import append_row
 from core.runtime import returnable_memory
 from imaging import Decoder, automatic_budget
 from index.bundle import Bundle
@@ -40,7 +41,6 @@ from index.embeddings import read_embedding
 from index.transfer import local_bundle
 from service.cache import Cache, SingleFlight, answer_key, embedding_key
 from service.engine import Encoder
-from service.feedback import append_row
 from service.limits import Admission
 from service.loaded_bundle import BundleView, LoadedBundle, opening
 from service.pipeline import PipelineResult, RecognitionPipeline, timings_ms

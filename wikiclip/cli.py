@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import click
 
 COMMANDS = {
-    "up": ("wikiclip.up:up", "Go from a folder of pictures to a service, in one command."),
+    "up": ("wikiclip.commands:up", "Go from a folder of pictures to a service, in one command."),
     "catalog": ("catalog.cli:catalog", "Build a catalog from a folder of pictures or from Wikimedia's dumps."),
     "fetch-images": ("fetch.cli:fetch_images", "Download a catalog's images into tar shards, politely."),
     "credits": ("fetch.cli:add_credits", "Add authors and licences of Wikimedia's images to a catalog."),
@@ -24,7 +24,7 @@ COMMANDS = {
     "embed": ("service.cli:embed", "Write the query embeddings of images, without or through a service."),
     "mcp": ("service.cli:mcp", "Let agents recognise images and look up entities, over stdio or HTTP."),
     "evaluate": ("evaluation.cli:evaluate", "Measure accuracy on labelled queries: seen, unseen, HM, recall@k."),
-    "inspect": ("wikiclip.inspect:inspect", "Check and describe a bundle, or an ONNX file as an image encoder."),
+    "inspect": ("wikiclip.commands:inspect", "Check and describe a bundle, or an ONNX file as an image encoder."),
     "bundle": ("index.cli:bundle", "Copy a bundle to or from a folder or an S3-compatible store."),
     "bench": ("benchmarks.cli:bench", "Run one benchmark."),
 }

@@ -24,7 +24,7 @@ from model.encoders import open_image_encoder
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import Recognition, RecognizeOptions
-from wikiclip.inspect import inspect
+from wikiclip.commands import inspect
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "encoders.md").read_text(encoding="utf-8")
 BLOCKS = {"timm": 0, "torchvision": 1}

@@ -117,7 +117,8 @@ def test_packages_without_torch_name_none(package: str) -> None:
         ("service.app, service.recognizer, service.cli, wikiclip.client, index.bundle", HEAVY | {"model", "export"}),
         # Printing help stays quick because the commands' modules are light.
         (
-            "wikiclip.cli, wikiclip.up, catalog.cli, service.cli, index.cli, model.cli, export.cli, benchmarks.cli",
+            "wikiclip.cli, wikiclip.commands, "
+            "catalog.cli, service.cli, index.cli, model.cli, export.cli, benchmarks.cli",
             HEAVY | {"numpy", "fastapi", "onnxruntime", "faiss", "PIL", "pydantic"},
         ),
     ],

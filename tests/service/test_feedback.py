@@ -15,8 +15,8 @@ import pytest
 
 import wikiclip
 from core.errors import FeedbackFileError, UserError
+from core.lines import append_row
 from service.app import create_app
-from service.feedback import append_row
 from service.settings import Settings
 from tests.conftest import EMBEDDING_DIM
 
@@ -145,7 +145,7 @@ def test_a_line_that_a_crash_cut_off_does_not_spoil_the_next(tmp_path):
 WRITER = """
 import sys
 from pathlib import Path
-from service.feedback import append_row
+from core.lines import append_row
 
 for number in range(10**9):
     append_row(Path(sys.argv[1]), {"writer": sys.argv[2], "number": number, "padding": [0.123456789] * 400})
