@@ -15,8 +15,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from core.errors import BadParameter, BadRequest, Forbidden, NotFound, TooManyRequests, Unavailable, WikiclipError
-from imaging import check_box
-from index.store import matched_language
+from imaging import canonical_type, check_box
+from index.store import StoredEntity, matched_language
 from service import uploads
 from service.auth import require_admin, require_key
 from service.errors import problem_of, problems
@@ -48,6 +48,7 @@ from wikiclip.answers import (
 )
 
 _MAX_BUNDLE_REQUEST_BYTES = 64 * 1024
+_INLINE_BYTES = 1024**2  # parsed in some milliseconds; a thread costs half of one
 _MAX_ID_CHARACTERS = 2000  # Encyclopedic-VQA's ids are URLs
 _OTHER_ROUTES = re.compile(r"/(thumbnail|images/[^/]*)$")
 _ADMIN_ONLY: dict[str, Any] = {"security": [{"admin": []}]}
@@ -96,14 +97,11 @@ Options = Annotated[RecognizeOptions, Depends(checked_options)]
     openapi_extra=uploads.image_body(EmbeddingQuery, several=True),
 )
 async def recognize(request: Request, response: Response, options: Options, recognizer: ReadyRecognizer) -> Recognition:
-    content_type = request.headers.get("content-type", "")
-    is_form = uploads.is_form(content_type)  # it may have several images
-    if not is_form:
-        await _apply_rate_limit(request, recognizer, recognizer.images_of(options))
-    body = await _read_body(request, recognizer)
-    read = partial(uploads.query_of, max_images=recognizer.settings.view_limit)
-    query = await uploads.parse(read, body, content_type)
     images = recognizer.images_of(options)
+    is_form = uploads.is_form(_content_type(request))  # it may have several images
+    if not is_form:
+        await _apply_rate_limit(request, recognizer, images)
+    query = await _read(request, recognizer, partial(uploads.query_of, max_images=recognizer.settings.view_limit))
     if isinstance(query, list):
         images = len(query)
         recognizer.check_views(images)
@@ -168,10 +166,8 @@ async def feedback(
 async def recognize_batch(request: Request, options: Options, recognizer: ReadyRecognizer) -> BatchRecognition:
     if options.regions is not None:
         raise BadParameter("regions are found in one image at a time; leave out regions, or send each to /recognize")
-    body = await _read_body(request, recognizer)
     max_images = recognizer.settings.max_batch_images
-    read = partial(uploads.images_of, max_images=max_images)
-    images = await uploads.parse(read, body, request.headers.get("content-type", ""))
+    images = await _read(request, recognizer, partial(uploads.images_of, max_images=max_images))
     if len(images) > max_images:
         raise BadRequest(f"{len(images)} images; send at most {max_images} at a time")
     await _apply_rate_limit(request, recognizer, len(images))
@@ -209,13 +205,7 @@ def search_entities(
 ) -> Entities:
     with recognizer.acquire() as view:
         found = view.entities.search_titles(query, limit)
-    entities = (FoundEntity.model_validate(entity, from_attributes=True) for entity in found)
-    return Entities(
-        entities=tuple(
-            each.model_copy(update={"matched_language": matched_language(entity, query)})
-            for each, entity in zip(entities, found, strict=True)
-        )
-    )
+    return Entities(entities=tuple(_found_entity(each, matched_language(each, query)) for each in found))
 
 
 @entity_router.get(
@@ -227,7 +217,12 @@ def sample_entities(
 ) -> Entities:
     with recognizer.acquire() as view:
         found = view.entities.sample(limit)
-    return Entities(entities=tuple(FoundEntity.model_validate(entity, from_attributes=True) for entity in found))
+    return Entities(entities=tuple(_found_entity(each, None) for each in found))
+
+
+def _found_entity(entity: StoredEntity, matched: str | None) -> FoundEntity:
+    found = FoundEntity.model_validate(entity, from_attributes=True)
+    return found.model_copy(update={"matched_language": matched})
 
 
 @entity_router.get(
@@ -301,8 +296,7 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
             f"an entity id has 1 to {_MAX_ID_CHARACTERS} characters and does not end in /thumbnail or /images/...; "
             "choose another"
         )
-    body = await _read_body(request, recognizer)
-    record, images = await uploads.parse(uploads.record_of, body, request.headers.get("content-type", ""))
+    record, images = await _read(request, recognizer, uploads.record_of)
     entity = uploads.validated(EntityRequest, record, "; see PUT /entities in /docs")
     with recognizer.admission.admit(1), recognizer.acquire() as view:
         editor = _editor(view)
@@ -324,8 +318,7 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
     openapi_extra={**_ADMIN_ONLY, **uploads.image_body(EmbeddingQuery)},
 )
 async def add_image(request: Request, entity_id: str, recognizer: ReadyRecognizer) -> AddedImage:
-    body = await _read_body(request, recognizer)
-    image = await uploads.parse(uploads.reference_of, body, request.headers.get("content-type", ""))
+    image = await _read(request, recognizer, uploads.reference_of)
     with recognizer.admission.admit(1), recognizer.acquire() as view:
         editor = _editor(view)
         if isinstance(image, EmbeddingQuery):
@@ -379,18 +372,25 @@ async def _read_query(
     if options.box is not None:
         check_box(options.box)
     await _apply_rate_limit(request, recognizer, 1)
-    body = await _read_body(request, recognizer)
-    return await uploads.parse(read, body, request.headers.get("content-type", ""))
+    return await _read(request, recognizer, read)
 
 
-async def _read_body(request: Request, recognizer: Recognizer) -> bytes:
-    settings = recognizer.settings
+async def _read(request: Request, recognizer: Recognizer, read: Callable[[bytes, str], T]) -> T:
+    """Return what `read` makes of a request's body, in a thread if it is so large that others would wait."""
+    settings, content_type = recognizer.settings, _content_type(request)
     with timed("body"):
         try:
-            return await uploads.read_body(request, settings.max_body_bytes, settings.receive_timeout_ms / 1000)
+            body = await uploads.read_body(request, settings.max_body_bytes, settings.receive_timeout_ms / 1000)
         except TooManyRequests:
             recognizer.metrics.count_images("full")
             raise
+    if len(body) <= _INLINE_BYTES or canonical_type(content_type) is not None:  # an image is not parsed here
+        return read(body, content_type)
+    return await asyncio.to_thread(read, body, content_type)
+
+
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "")
 
 
 async def _apply_rate_limit(request: Request, recognizer: Recognizer, images: int) -> None:

@@ -6,7 +6,7 @@ import binascii
 import io
 import math
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -25,13 +25,11 @@ _DRAIN_BYTES = 8 * 1024**2  # read beyond the limit before the connection is clo
 _MAX_REFERENCES = 1000  # images of an entity in one form
 _OTHER_PARTS = 16  # parts of a form besides those that the service reads
 _MAX_JSON_VALUES = 100_000  # 20 MB of empty lists take seconds to parse, in one call that stops all threads
-_INLINE_BYTES = 1024**2  # parsed in some milliseconds; a thread costs half of one
 _UNKNOWN_TYPE = "application/octet-stream"  # clients send it for a file whose type they do not know
 _WHITESPACE = string.whitespace.encode()
 _JSON_EXAMPLE = '{"image": {"base64": "..."}}'
 
 
-T = TypeVar("T")
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
@@ -40,13 +38,6 @@ class _Part:
     name: bytes | None
     content_type: str | None
     data: bytes
-
-
-async def parse(reader: Callable[[bytes, str], T], body: bytes, content_type: str) -> T:
-    """Call a function of this module that reads a body, in a thread if it is so large that others would wait."""
-    if len(body) <= _INLINE_BYTES or canonical_type(content_type) is not None:  # an image is not parsed here
-        return reader(body, content_type)
-    return await asyncio.to_thread(reader, body, content_type)
 
 
 async def read_body(request: Request, max_body_bytes: int, timeout_s: float) -> bytes:

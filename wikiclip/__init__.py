@@ -2,75 +2,26 @@
 
     from wikiclip import Client, Recognizer
 
-Importing this package loads nothing else. Clients and answers need httpx and pydantic only.
+The public names are `Client`, `AsyncClient`, `Recognizer`, `Bundle`, and all classes of `wikiclip.answers` and
+`wikiclip.errors`. Importing this package loads nothing else. Clients and answers need httpx and pydantic only.
 """
 
-# ruff: noqa: F403, F405
+# ruff: noqa: F403
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from index.bundle import Bundle
-    from service.recognizer import Recognizer
+    from index.bundle import Bundle as Bundle
+    from service.recognizer import Recognizer as Recognizer
     from wikiclip.answers import *
-    from wikiclip.client import AsyncClient, Client
+    from wikiclip.client import AsyncClient as AsyncClient
+    from wikiclip.client import Client as Client
     from wikiclip.errors import *
 
 _APPLICATION = {"Bundle": "index.bundle", "Recognizer": "service.recognizer"}
-_LIGHT = ("wikiclip.errors", "wikiclip.answers", "wikiclip.client")
-
-__all__ = [
-    "AddedImage",
-    "AsyncClient",
-    "AttendedWord",
-    "BadGateway",
-    "BadRequest",
-    "BatchRecognition",
-    "Bundle",
-    "BundleChange",
-    "Client",
-    "Conflict",
-    "DeadlineExceeded",
-    "EditedEntity",
-    "EmbedOptions",
-    "Embedding",
-    "EmbeddingQuery",
-    "Entities",
-    "Entity",
-    "EntityDetails",
-    "EntityRequest",
-    "Explanation",
-    "Feedback",
-    "Forbidden",
-    "FoundEntity",
-    "HeadTooLarge",
-    "ImageCredit",
-    "Info",
-    "InternalError",
-    "Level",
-    "Liveness",
-    "NotFound",
-    "Prediction",
-    "Problem",
-    "Readiness",
-    "Recognition",
-    "RecognizeOptions",
-    "Recognizer",
-    "ServiceError",
-    "SkippedImage",
-    "SlowRequest",
-    "TextQuery",
-    "TooLarge",
-    "TooManyRequests",
-    "Unauthorized",
-    "Unavailable",
-    "Unprocessable",
-    "UnsupportedMediaType",
-    "UserError",
-    "WikiclipError",
-]
 
 
 def __getattr__(name: str) -> Any:
@@ -80,12 +31,25 @@ def __getattr__(name: str) -> Any:
 
         with needed_by(f"wikiclip.{name}"):
             return getattr(importlib.import_module(_APPLICATION[name]), name)
-    if name in __all__:
-        for module in map(importlib.import_module, _LIGHT):
-            if hasattr(module, name):
-                return getattr(module, name)
+    if name == "__all__":
+        return __dir__()
+    # Other names, such as those of modules, must not load pydantic.
+    if name[:1].isupper() and name in (classes := _light_classes()):
+        return classes[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted([*_APPLICATION, *_light_classes()])
+
+
+@cache
+def _light_classes() -> dict[str, type]:
+    """Return the public classes that need neither index nor service, by name."""
+    modules = map(importlib.import_module, ("wikiclip.errors", "wikiclip.answers", "wikiclip.client"))
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__ == module.__name__ and not name.startswith("_")
+    }
