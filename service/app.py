@@ -26,6 +26,7 @@ from wikiclip.answers import Info, Liveness, Problem, Readiness
 
 _PAGE = Path(__file__).parent / "page"
 _DOCS = Path(__file__).parent / "docs"
+_LIMITS = ("max_body_bytes", "max_pixels", "max_batch_images", "max_views", "queue_limit", "deadline_ms")
 
 
 def create_app(
@@ -157,17 +158,7 @@ def _add_operations(app: FastAPI) -> None:
             heat_maps=loaded.encoder.heat_maps,
             regions=loaded.bundle.manifest.image_encoder.has_patch_tokens,
             image_types=tuple(readable_types()),
-            limits={
-                name: getattr(recognizer.settings, name)
-                for name in (
-                    "max_body_bytes",
-                    "max_pixels",
-                    "max_batch_images",
-                    "max_views",
-                    "queue_limit",
-                    "deadline_ms",
-                )
-            },
+            limits={name: getattr(recognizer.settings, name) for name in _LIMITS},
         )
 
 

@@ -27,33 +27,27 @@ def digest_of(key: str) -> str:
 
 
 async def require_key(request: Request) -> None:
-    """Check a request's API key and store its digest in `request.state.key_digest`. Raises `Unauthorized`."""
-    request.state.key_digest = check_key(request.headers, request.app.state.api_keys)
+    """Check a request's API key and store its digest in `request.state.key_digest`, None if the service needs no key.
 
-
-async def require_admin(request: Request) -> None:
-    """Check a request's admin token. Raises `Forbidden` or `Unauthorized`."""
-    check_admin_token(request.headers, request.app.state.admin_token)
-
-
-def check_key(headers: Headers, known: Sequence[str]) -> str | None:
-    """Return the digest of a request's API key, None if the service needs no key. Raises `Unauthorized`."""
+    Raises `Unauthorized`.
+    """
+    known: Sequence[str] = request.app.state.api_keys
+    request.state.key_digest = digest = _digest_in(request.headers) if known else None
     if not known:
-        return None
-    digest = _digest_in(headers)
+        return
     if digest is None:
         raise Unauthorized("an API key is needed; send it as Authorization: Bearer KEY or as X-API-Key: KEY")
     # A list, not a generator: every digest is compared, so the time does not depend on which one matches.
     if not any([hmac.compare_digest(digest, each) for each in known]):  # noqa: C419
         raise Unauthorized("the API key is unknown; check it, or ask the operator for one")
-    return digest
 
 
-def check_admin_token(headers: Headers, known: str | None) -> None:
+async def require_admin(request: Request) -> None:
     """Raise `Forbidden` if the service has no admin token, `Unauthorized` if the request's token is not it."""
+    known: str | None = request.app.state.admin_token
     if known is None:
         raise Forbidden("changes are off: the service has no admin token; set WIKICLIP_ADMIN_TOKEN to allow them")
-    digest = _digest_in(headers)
+    digest = _digest_in(request.headers)
     if digest is None:
         raise Unauthorized("the admin token is needed; send it as Authorization: Bearer TOKEN")
     if not hmac.compare_digest(digest, known):

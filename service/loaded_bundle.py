@@ -6,11 +6,12 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -132,7 +133,7 @@ class LoadedBundle:
         revision = self._revision
         if self.editor is not None and self.editor.live.delta is not revision.entities.delta:
             revision = self._revision = self._current_revision()
-        return BundleView(loaded=self, entities=revision.entities, ranker=revision.ranker, label=revision.label)
+        return BundleView(loaded=self, **revision._asdict())
 
     def check_encoder(self, content_hash: str | None) -> None:
         """Raise `Conflict` if an embedding is by another encoder. None: not known."""
@@ -187,6 +188,11 @@ class LoadedBundle:
         with self._unused:
             self._users -= 1
             self._unused.notify_all()
+
+    def keep_open(self, pending: Future[Any]) -> None:
+        """Keep it open until the future is done."""
+        self.acquire()
+        pending.add_done_callback(lambda _: self.release())
 
     def retire(self, timeout_s: float) -> None:
         """Close it in the background once every user has released it. There must be no new users."""

@@ -147,8 +147,7 @@ class RecognitionPipeline:
     async def _lookup(self, view: BundleView, work: Callable[[], T]) -> T:
         """Run `work` in the lookup pool. The bundle stays open until it ends, even if the caller is cancelled."""
         pending = self._lookup_pool.submit(work)
-        view.loaded.acquire()
-        pending.add_done_callback(lambda _: view.loaded.release())
+        view.loaded.keep_open(pending)
         try:
             return await asyncio.wrap_future(pending)
         finally:

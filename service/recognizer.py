@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -59,7 +59,6 @@ from wikiclip.answers import (
     TextQuery,
 )
 
-Edit = TypeVar("Edit")
 Query = TypeVar("Query")
 T = TypeVar("T")
 
@@ -307,7 +306,7 @@ class Recognizer:
                 recognition = await self._recognize_cached(query, options, view)
             else:
                 recognition = await self._recognize_uncached(query, options, view, self._deadline_s)
-        self.metrics.observe_image("answered", recognition.timings_ms)
+        self.metrics.observe_answer(recognition.timings_ms)
         return _with_total(recognition, 1000 * (time.monotonic() - started_at))
 
     def check_views(self, images: int) -> None:
@@ -333,7 +332,7 @@ class Recognizer:
         async with self._in_time(len(images)):
             recognition = await self._answer_views(images, options, view, cache=self.settings.cache == "on")
         skipped = len(recognition.skipped or ())
-        self.metrics.observe_image("answered", recognition.timings_ms, len(images) - skipped)
+        self.metrics.observe_answer(recognition.timings_ms, len(images) - skipped)
         self.metrics.count_images("undecodable", skipped)
         return _with_total(recognition, 1000 * (time.monotonic() - started_at))
 
@@ -351,7 +350,7 @@ class Recognizer:
                 image_sha256 = hashlib.sha256(query).hexdigest()
                 cache = self.settings.cache == "on"
                 embedding_D, timings = await self._embed_image(query, image_sha256, box, view, cache=cache)
-        self.metrics.observe_image("answered", timings)
+        self.metrics.observe_answer(timings)
         return _embedding(embedding_D, view)
 
     async def keep_feedback(
@@ -537,13 +536,14 @@ class Recognizer:
         )
         return recognition, result
 
-    async def edit(self, view: BundleView, pending: Future[Edit]) -> Edit:
-        """Wait for a change to the entities of `view`, which the caller keeps open.
+    async def edit(self, view: BundleView, change: Callable[[], T]) -> T:
+        """Make a change with the editor of `view`, which the caller keeps open.
 
         Raises what the change raises, or `DeadlineExceeded`: then it may still be made.
         """
-        view.loaded.acquire()
-        pending.add_done_callback(lambda _: view.loaded.release())
+        assert view.loaded.editor is not None
+        pending = view.loaded.editor.submit(change)
+        view.loaded.keep_open(pending)
         try:
             async with asyncio.timeout(self._deadline_s):
                 return await asyncio.wrap_future(pending)

@@ -302,8 +302,8 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
         editor = _editor(view)
         view.loaded.check_encoder(entity.encoder)
         fetched = [await _fetched(request, image) for image in images]
-        change = recognizer.edit(view, editor.put(entity_id, entity, fetched))
-        put = await _while_connected(request, change)
+        change = partial(editor.put, entity_id, entity, fetched)
+        put = await _while_connected(request, recognizer.edit(view, change))
     if put.created:
         response.status_code = HTTPStatus.CREATED
     stored = Entity.model_validate(put.entity, from_attributes=True)
@@ -324,8 +324,8 @@ async def add_image(request: Request, entity_id: str, recognizer: ReadyRecognize
         if isinstance(image, EmbeddingQuery):
             view.loaded.check_encoder(image.encoder)
         text = (await asyncio.to_thread(view.entities.get, entity_id)).text or ""
-        change = recognizer.edit(view, editor.add_image(entity_id, await _fetched(request, image), text))
-        image_id, revision = await _while_connected(request, change)
+        change = partial(editor.add_image, entity_id, await _fetched(request, image), text)
+        image_id, revision = await _while_connected(request, recognizer.edit(view, change))
     return AddedImage(entity_id=entity_id, image_id=image_id, bundle=view.label_at(revision))
 
 
@@ -339,7 +339,7 @@ async def add_image(request: Request, entity_id: str, recognizer: ReadyRecognize
 )
 async def remove_image(entity_id: str, image_id: str, recognizer: ReadyRecognizer) -> Response:
     with recognizer.admission.admit(1), recognizer.acquire() as view:
-        await recognizer.edit(view, _editor(view).remove_image(entity_id, image_id))
+        await recognizer.edit(view, partial(_editor(view).live.remove_image, entity_id, image_id))
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
@@ -352,7 +352,7 @@ async def remove_image(entity_id: str, image_id: str, recognizer: ReadyRecognize
 )
 async def delete_entity(entity_id: str, recognizer: ReadyRecognizer) -> Response:
     with recognizer.admission.admit(1), recognizer.acquire() as view:
-        await recognizer.edit(view, _editor(view).delete(entity_id))
+        await recognizer.edit(view, partial(_editor(view).live.delete, entity_id))
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 

@@ -77,9 +77,9 @@ class Metrics:
     def count_images(self, outcome: str, images: int = 1) -> None:
         self.images.labels(outcome).inc(images)
 
-    def observe_image(self, outcome: str, timings_ms: Mapping[str, float], images: int = 1) -> None:
-        """Count an image, or several with one answer, by outcome and observe the time of each of its stages."""
-        self.count_images(outcome, images)
+    def observe_answer(self, timings_ms: Mapping[str, float], images: int = 1) -> None:
+        """Count an image, or several with one answer, as answered, and observe the time of each stage."""
+        self.count_images("answered", images)
         for stage, value_ms in timings_ms.items():
             self.stage_seconds.labels(stage).observe(value_ms / 1000)
 

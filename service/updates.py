@@ -8,10 +8,10 @@ from __future__ import annotations
 import logging
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -38,6 +38,8 @@ from index.store import StoredEntity, describe
 from service.encoder import open_session
 from service.engine import Encoder
 from wikiclip.answers import EmbeddingQuery, EntityRequest
+
+T = TypeVar("T")
 
 NO_ENTITY_ENCODER = "this bundle has no entity encoder; serve one made with `wikiclip export --live`"
 _THREADS = 1  # one thread leaves the cores to queries
@@ -147,30 +149,15 @@ class Editor:
         self._sync_thread.join()
         self.live.close()
 
-    def put(self, entity_id: str, record: EntityRequest, images: Sequence[bytes]) -> Future[PutEntity]:
+    def submit(self, change: Callable[[], T]) -> Future[T]:
+        """Run a change, `put` or another, in the thread that embeds and writes."""
+        return self._pool.submit(change)
+
+    def put(self, entity_id: str, record: EntityRequest, images: Sequence[bytes]) -> PutEntity:
         """Add or replace an entity.
 
-        The future raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, or as `LiveChanges.put` does.
+        Raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, and as `LiveChanges.put` does.
         """
-        return self._pool.submit(partial(self._put, entity_id, record, images))
-
-    def add_image(self, entity_id: str, image: bytes | EmbeddingQuery, text: str) -> Future[tuple[str, int]]:
-        """Add an image, or its embedding, to an entity with this text, which may be "".
-
-        Returns the image's id and the first revision that contains it. The future raises as that of `put`, or
-        `UnknownEntity`.
-        """
-        return self._pool.submit(partial(self._add_image, entity_id, image, text))
-
-    def remove_image(self, entity_id: str, image_id: str) -> Future[None]:
-        """Remove an image. The future raises as `LiveChanges.remove_image` does."""
-        return self._pool.submit(partial(self.live.remove_image, entity_id, image_id))
-
-    def delete(self, entity_id: str) -> Future[None]:
-        """Delete an entity. The future raises as `LiveChanges.delete` does."""
-        return self._pool.submit(partial(self.live.delete, entity_id))
-
-    def _put(self, entity_id: str, record: EntityRequest, images: Sequence[bytes]) -> PutEntity:
         embeddings_ID = self._embeddings(record, images)
         thumbnail = None
         if images and self._thumbnail_px:
@@ -193,6 +180,20 @@ class Editor:
         created = self.live.put(entity, embeddings_ID, thumbnail, image_ids)
         return PutEntity(entity=entity, created=created, image_ids=image_ids, revision=self.live.delta.revision)
 
+    def add_image(self, entity_id: str, image: bytes | EmbeddingQuery, text: str) -> tuple[str, int]:
+        """Add an image, or its embedding, to an entity with this text, which may be "".
+
+        Returns the image's id and the first revision that contains it. Raises as `put` does, and `UnknownEntity`.
+        """
+        if isinstance(image, EmbeddingQuery):
+            embedding_D = read_embedding(image.embedding, self._dim)
+        else:
+            pixels_HW3 = self._decoder.load_pixels(image, self._preprocessing)
+            embedding_D = self._image_embedder.embed(pixels_HW3, text)
+        image_id = new_image_id()
+        self.live.add_image(entity_id, image_id, embedding_D)
+        return image_id, self.live.delta.revision
+
     def _embeddings(self, record: EntityRequest, images: Sequence[bytes]) -> Float32Array:
         if record.embedding is not None:
             if images:
@@ -212,16 +213,6 @@ class Editor:
                 raise type(error)(f"image {number + 1} of {len(images)}: {error}") from error
             embeddings.append(self.embedder.embed(pixels_HW3, record.text))
         return np.stack(embeddings)
-
-    def _add_image(self, entity_id: str, image: bytes | EmbeddingQuery, text: str) -> tuple[str, int]:
-        if isinstance(image, EmbeddingQuery):
-            embedding_D = read_embedding(image.embedding, self._dim)
-        else:
-            pixels_HW3 = self._decoder.load_pixels(image, self._preprocessing)
-            embedding_D = self._image_embedder.embed(pixels_HW3, text)
-        image_id = new_image_id()
-        self.live.add_image(entity_id, image_id, embedding_D)
-        return image_id, self.live.delta.revision
 
     def _sync(self) -> None:
         while not self._closing.wait(self.live.poll_interval_s):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 
 import pytest
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.requests import Request
 
 from core.errors import Forbidden, Unauthorized, UserError
-from service.auth import check_admin_token
+from service.auth import require_admin
 from service.settings import Settings, load_settings
 from wikiclip.client import Client
 
@@ -98,7 +101,9 @@ def test_the_client_sends_its_key(guarded, giraffe):
 
 
 def check(headers: dict[str, str], token: str | None) -> None:
-    check_admin_token(Headers(headers), Settings(admin_token=token).admin_token)
+    app = Starlette()
+    app.state.admin_token = Settings(admin_token=token).admin_token
+    asyncio.run(require_admin(Request({"type": "http", "app": app, "headers": Headers(headers).raw})))
 
 
 @pytest.mark.parametrize("setting", [TOKEN, DIGEST, DIGEST.upper().replace("SHA256", "sha256")])
