@@ -1,4 +1,4 @@
-"""One image from bytes to predictions: decode, encode, search, rank.
+"""One image from bytes to an answer: decode, encode, search, rank, and the same for its regions.
 
 Shapes: H/W pixels, D embedding width.
 """
@@ -12,15 +12,18 @@ from functools import partial
 from typing import TypeVar
 
 from core.arrays import Float32Array, Pixels
+from core.errors import BadParameter
 from core.pool import Pool
 from imaging import Decoder
 from service.engine import Found
 from service.loaded_bundle import BundleView
 from service.ranking import Ranking
-from service.regions import propose
-from wikiclip.answers import Box, RecognizeOptions
+from service.regions import choose, propose
+from service.telemetry import record_stages
+from wikiclip.answers import Box, Recognition, RecognizeOptions
 
 _LOOKUP_THREADS = 2
+_WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 T = TypeVar("T")
 
@@ -41,6 +44,16 @@ class PipelineResult:
 def timings_ms(stages: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return the time of each stage but `join`, which only counts towards the total."""
     return {name: round(1000 * (end - start), 3) for name, (start, end) in stages.items() if name != "join"}
+
+
+def _recognition(result: PipelineResult, view: BundleView, *, cached: bool) -> Recognition:
+    return Recognition(
+        model=view.loaded.model,
+        bundle=view.label,
+        cached=cached,
+        timings_ms=timings_ms(result.stages),
+        **vars(result.ranking),
+    )
 
 
 class RecognitionPipeline:
@@ -65,8 +78,11 @@ class RecognitionPipeline:
 
         The decoder refuses an image that would miss the deadline.
 
-        Cancelling it drops stages that have not begun. Raises what a stage raises, for example `UndecodableImage`.
+        Cancelling it drops stages that have not begun. Raises what a stage raises, for example `UndecodableImage`, and
+        `BadParameter` if the bundle cannot explain.
         """
+        if options.explain and not view.loaded.bundle.manifest.image_encoder.has_patch_tokens:
+            raise BadParameter("this bundle's image encoder has no patch tokens to explain with; leave out explain")
         with view.loaded.in_use():
             ranker = view.ranker
             selection = await self._lookup(view, lambda: ranker.selection(options)) if options.types else None
@@ -106,15 +122,48 @@ class RecognitionPipeline:
             found = await asyncio.wrap_future(view.loaded.engine.submit(pixels_HW3, 0))
             return replace(found, stages={"decode": decode, **found.stages})
 
-    async def propose_regions(
-        self, image: bytes, view: BundleView, deadline_s: float, limit: int
-    ) -> list[tuple[Box, Pixels]]:
-        """Return up to `limit` squares that may show one thing each, and their pixels. Cancels and raises as `run`.
+    async def recognize(
+        self,
+        query: bytes | Float32Array,
+        options: RecognizeOptions,
+        view: BundleView,
+        deadline_s: float = math.inf,
+        views: int = 1,
+    ) -> tuple[Recognition, Float32Array]:
+        """Return the answer to a query, and its embedding [D]. Raises as `run` does."""
+        result = await self.run(query, options, view, deadline_s, views)
+        record_stages(result.stages)
+        return _recognition(result, view, cached=not isinstance(query, bytes)), result.embedding_D
 
-        The encoder must have patch tokens.
-        """
-        if limit == 0:
-            return []
+    async def recognize_regions(
+        self, image: bytes, options: RecognizeOptions, view: BundleView, deadline_s: float, limit: int
+    ) -> Recognition:
+        """Recognise an image, and up to `limit` regions of it. Raises as `run` does, and `BadParameter`."""
+        if not view.loaded.bundle.manifest.image_encoder.has_patch_tokens:
+            raise BadParameter("this bundle's image encoder has no patch tokens to find things with; leave out regions")
+        if options.box is not None:
+            raise BadParameter("box is one region and regions finds them; leave out one of the two")
+        whole = await self.run(image, options, view, deadline_s)
+        record_stages(whole.stages)
+        started_at = time.monotonic()
+        proposed = [] if limit == 0 else await self._propose(image, view, deadline_s, limit)
+        unexplained = options.model_copy(update={"explain": False})
+        results = await asyncio.gather(
+            *(self.run(pixels_HW3, unexplained, view, deadline_s) for _, pixels_HW3 in proposed)
+        )
+        stages = {"regions": (started_at, time.monotonic())}
+        record_stages(stages)
+        rankings = [(box, each.ranking) for (box, _), each in zip(proposed, results, strict=True)]
+        recognition = _recognition(whole, view, cached=False)
+        return recognition.model_copy(
+            update={
+                "regions": choose([(_WHOLE, whole.ranking), *rankings]),
+                "timings_ms": {**recognition.timings_ms, **timings_ms(stages)},
+            }
+        )
+
+    async def _propose(self, image: bytes, view: BundleView, deadline_s: float, limit: int) -> list[tuple[Box, Pixels]]:
+        """Return up to `limit` squares that may show one thing each, and their pixels."""
         with view.loaded.in_use():
             preprocessing = view.loaded.preprocessing
             pixels_HW3, _, _ = await self._decoder.load_region(image, preprocessing.whole(), deadline_s=deadline_s)

@@ -24,7 +24,10 @@ MAX_CACHED_SELECTIONS = 32  # one byte per entity each
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """`in_catalog_probability` and `abstained` are None without calibration, `level` also if none is certain."""
+    """What a search tells of an answer; the fields are those of `Recognition`.
+
+    `in_catalog_probability` and `abstained` are None without calibration, `level` also if none is certain.
+    """
 
     predictions: tuple[Prediction, ...]
     in_catalog_probability: float | None

@@ -43,8 +43,7 @@ from service.cache import Cache, SingleFlight, answer_key, embedding_key
 from service.engine import Encoder
 from service.limits import Admission
 from service.loaded_bundle import BundleView, LoadedBundle, opening
-from service.pipeline import PipelineResult, RecognitionPipeline, timings_ms
-from service.regions import choose
+from service.pipeline import RecognitionPipeline, timings_ms
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from wikiclip.answers import (
@@ -62,7 +61,6 @@ from wikiclip.answers import (
 Query = TypeVar("Query")
 T = TypeVar("T")
 
-_WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 _MAX_REASON = 1000  # characters of a manifest's errors
 _NORM_TOLERANCE = 1e-4
 
@@ -301,7 +299,7 @@ class Recognizer:
         started_at = time.monotonic()
         async with self._in_time():
             if isinstance(query, EmbeddingQuery):
-                recognition, _ = await self._compute(_checked_embedding(query, options, view), options, view)
+                recognition, _ = await self._pipeline.recognize(_checked_embedding(query, options, view), options, view)
             elif self.settings.cache == "on" and not options.explain:  # explanations are large and need the pixels
                 recognition = await self._recognize_cached(query, options, view)
             else:
@@ -435,16 +433,16 @@ class Recognizer:
         if embedding_D is None:
 
             async def encode() -> tuple[RecognizeOptions, Recognition, Float32Array]:
-                recognition, result = await self._compute(image, options, view, self._deadline_s)
-                await self._cache.put_embedding(encoding, result.embedding_D)
+                recognition, embedding_D = await self._pipeline.recognize(image, options, view, self._deadline_s)
+                await self._cache.put_embedding(encoding, embedding_D)
                 await self._cache.put_answer(key, recognition)
-                return options, recognition, result.embedding_D
+                return options, recognition, embedding_D
 
             # Concurrent requests for one image encode it once, whatever their options.
             encoded_for, recognition, embedding_D = await self._encodings.run(encoding + view.label, encode)
             if encoded_for == options:
                 return recognition
-        recognition, _ = await self._compute(embedding_D, options, view)
+        recognition, _ = await self._pipeline.recognize(embedding_D, options, view)
         await self._cache.put_answer(key, recognition)
         return recognition
 
@@ -453,27 +451,9 @@ class Recognizer:
     ) -> Recognition:
         """Recognise an image, and its regions if the options ask for them, or an embedding."""
         if options.regions is None or not isinstance(image, bytes):
-            return (await self._compute(image, options, view, deadline_s))[0]
-        if not view.loaded.bundle.manifest.image_encoder.has_patch_tokens:
-            raise BadParameter("this bundle's image encoder has no patch tokens to find things with; leave out regions")
-        if options.box is not None:
-            raise BadParameter("box is one region and regions finds them; leave out one of the two")
-        recognition, result = await self._compute(image, options, view, deadline_s)
-        started_at = time.monotonic()
-        proposed = await self._pipeline.propose_regions(image, view, deadline_s, self.settings.region_limit)
-        unexplained = options.model_copy(update={"explain": False})
-        results = await asyncio.gather(
-            *(self._pipeline.run(pixels_HW3, unexplained, view, deadline_s) for _, pixels_HW3 in proposed)
-        )
-        stage = (started_at, time.monotonic())
-        record_stages({"regions": stage})
-        rankings = [(box, each.ranking) for (box, _), each in zip(proposed, results, strict=True)]
-        return recognition.model_copy(
-            update={
-                "regions": choose([(_WHOLE, result.ranking), *rankings]),
-                "timings_ms": {**recognition.timings_ms, **timings_ms({"regions": stage})},
-            }
-        )
+            recognition, _ = await self._pipeline.recognize(image, options, view, deadline_s)
+            return recognition
+        return await self._pipeline.recognize_regions(image, options, view, deadline_s, self.settings.region_limit)
 
     async def _answer_views(
         self, images: Sequence[bytes | UserError], options: RecognizeOptions, view: BundleView, *, cache: bool
@@ -496,7 +476,7 @@ class Recognizer:
             raise UndecodableImage(f"none of the {len(images)} images decodes; the first: {skipped[0].detail}")
         embeddings_VD = np.stack([embedding_D for embedding_D, _ in embedded.values()])
         embedding_D = embeddings_VD[0] if len(embedded) == 1 else combined(embeddings_VD)
-        recognition, _ = await self._compute(embedding_D, options, view, views=len(embedded))
+        recognition, _ = await self._pipeline.recognize(embedding_D, options, view, views=len(embedded))
         if cache:
             await self._cache.put_answer(answer_key(list(embedded), options, view), recognition)
         slowest = max((timings_ms for _, timings_ms in embedded.values()), key=lambda each: sum(each.values()))
@@ -511,30 +491,6 @@ class Recognizer:
             return await self._embed_image(image, image_sha256, None, view, cache=cache)
         except (UndecodableImage, TooLarge) as error:
             return error.with_traceback(None)  # a traceback would keep the image in memory
-
-    async def _compute(
-        self,
-        image: bytes | Float32Array,
-        options: RecognizeOptions,
-        view: BundleView,
-        deadline_s: float = math.inf,
-        views: int = 1,
-    ) -> tuple[Recognition, PipelineResult]:
-        if options.explain and not view.loaded.bundle.manifest.image_encoder.has_patch_tokens:
-            raise BadParameter("this bundle's image encoder has no patch tokens to explain with; leave out explain")
-        result = await self._pipeline.run(image, options, view, deadline_s, views)
-        record_stages(result.stages)
-        recognition = Recognition(
-            model=view.loaded.model,
-            bundle=view.label,
-            cached=not isinstance(image, bytes),
-            in_catalog_probability=result.ranking.in_catalog_probability,
-            abstained=result.ranking.abstained,
-            level=result.ranking.level,
-            predictions=result.ranking.predictions,
-            timings_ms=timings_ms(result.stages),
-        )
-        return recognition, result
 
     async def edit(self, view: BundleView, change: Callable[[], T]) -> T:
         """Make a change with the editor of `view`, which the caller keeps open.
