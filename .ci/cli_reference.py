@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import click
 
-from core.cli import CONTEXT
-from wikiclip.cli import COMMANDS, help_text, load
+from wikiclip.cli import COMMANDS, CONTEXT, help_text, load
 
 WIDTH = 76  # columns, whatever the width of the terminal
 

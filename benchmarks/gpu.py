@@ -42,7 +42,6 @@ from benchmarks.generator import (
 from benchmarks.measure import percentiles_ms
 from benchmarks.synthetic import Population, write_photographs, write_vit_bundle
 from core.arrays import Device, Float16Array, Float32Array
-from core.cli import run
 from core.runtime import describe_run, faiss, onnxruntime
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
@@ -51,6 +50,7 @@ from index.graph import GraphCandidates, make_model, open_graph
 from index.search import DEFAULT_K_FACTOR
 from service.encoder import open_encoder
 from service.settings import Settings
+from wikiclip.cli import run
 
 BASE = Path(__file__).parents[1] / "demo" / "bundle"
 ENTITIES = 6_063_945

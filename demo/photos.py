@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from catalog.formats import read_catalog, write_catalog
 from catalog.records import EntityRecord
-from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.lines import Rejected, to_jsonl
 from demo.sources import WordNet, fetch_debian_package
 from demo.stamps import build_entities, find_sense, read_stamps
 from index.manifest import MANIFEST_FILE
+from wikiclip.cli import run
 
 BUILD = Path("build/photos")
 _STAMPS, _WORDNET = "tuxpaint-stamps-default", "wordnet-base"

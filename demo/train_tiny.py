@@ -25,7 +25,6 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from core.cli import run
 from core.errors import UserError
 from core.files import sha256_file
 from demo.build import Drawing, build_option, read_drawings, visible
@@ -47,6 +46,7 @@ from model.encoders.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, sa
 from model.encoders.torch_module import TorchImageEncoder
 from model.resume import Snapshots, fingerprint
 from model.validation import Accuracy
+from wikiclip.cli import run
 
 _SHOWN_EVERY = 50  # steps
 _PARTS = ("encoder", "average", "objective", "optimizer")  # of `Training`

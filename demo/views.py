@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from core.cli import run
 from core.files import atomic_write_bytes
 from core.runtime import describe_run
 from demo.build import PHOTO_PX, build_option, read_drawings
@@ -31,6 +30,7 @@ from index.bundle import Bundle
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import RecognizeOptions
+from wikiclip.cli import run
 
 DEMO = Path(__file__).parent
 VIEWS = (1, 2, 3, 5)

@@ -33,7 +33,6 @@ import numpy as np
 from catalog import EntityRecord, read_catalog
 from catalog.formats import write_catalog
 from core.arrays import Float32Array, Pixels
-from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.lines import to_jsonl
@@ -46,7 +45,7 @@ from index.bundle import Bundle
 from service.encoder import OnnxEncoder, open_encoder
 from service.recognizer import Recognizer
 from service.settings import Settings
-from wikiclip.cli import load
+from wikiclip.cli import load, run
 
 ROOT = Path(__file__).parents[1]
 _PATH = click.Path(path_type=Path)

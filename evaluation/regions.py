@@ -23,7 +23,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from core.arrays import Float64Array
-from core.cli import run
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.runtime import describe_run
@@ -33,6 +32,7 @@ from model.data import Pair, read_pairs
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import Recognition, RecognizeOptions
+from wikiclip.cli import run
 
 MAX_THINGS = 5
 SMALL = "1 on 10 to 30 %, top-1"  # the last row

@@ -27,7 +27,6 @@ import torch
 from tqdm import tqdm
 
 from core.arrays import Float32Array, Pixels
-from core.cli import run
 from core.files import atomic_write_bytes
 from core.runtime import describe_run
 from core.statistics import wilson_interval
@@ -42,6 +41,7 @@ from export.queries import LabelledSearch, embed_images
 from export.views import MAX_FITTED, combine_sets, fit_views, sets_of
 from index.calibration import CANDIDATES, Calibration, background
 from model.encoders import open_image_encoder
+from wikiclip.cli import run
 
 _OUTLIERS = 64
 _BINS = 10

@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 import torch
 
-from core.cli import run
 from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
 from demo.photos import BUILD, fit_square
 from demo.sources import fetch_debian_package
+from wikiclip.cli import run
 
 PHOTOS_EACH = 5
 SIZE_PX = 320

@@ -28,8 +28,7 @@ import click
 import numpy as np
 from PIL import Image
 
-from core.cli import run
-from wikiclip.cli import load
+from wikiclip.cli import load, run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "wikipedia.md"
 ENCODER = "hf:google/siglip2-base-patch16-224"

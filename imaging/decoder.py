@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 from core.arrays import Pixels
 from core.errors import TooLarge, TooManyRequests
-from core.pool import Pool
-from core.runtime import usable_cores, usable_memory
+from core.runtime import Pool, usable_cores, usable_memory
 from imaging.decode import decode, make_thumbnail
 from imaging.header import read_header
 from imaging.preprocess import Box, Preprocessing, load_pixels, load_region, load_squares, needed_px, resize_bytes

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from core.arrays import Float32Array, Pixels
 from core.errors import BadParameter
-from core.pool import Pool
+from core.runtime import Pool
 from imaging import Decoder
 from service.engine import Found
 from service.loaded_bundle import BundleView

@@ -17,7 +17,7 @@ import numpy as np
 
 from core.arrays import BoolArray, Float32Array, Pixels
 from core.errors import BadParameter, LiveDirError, NoEntitySide, TooLarge, Unavailable, UndecodableImage, needed_by
-from core.pool import Pool
+from core.runtime import Pool
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
 from index.embeddings import read_embedding

@@ -292,7 +292,7 @@ def test_no_transfer_is_running_after_an_error(small_bundle, tmp_path, monkeypat
 # Pushes to a store that never answers, and reports when it is asked.
 STUCK = """
 import sys, threading
-from core.cli import run
+from wikiclip.cli import run
 from index import cli
 from index.transfer import Remote
 

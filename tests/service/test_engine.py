@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from core.errors import TooManyRequests, Unavailable
-from core.pool import Pool
+from core.runtime import Pool
 from index.store import Selection
 from service.engine import Engine
 
