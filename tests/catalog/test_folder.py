@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,7 @@ from catalog.folder import FolderCatalog, FolderConfig, build_folder_catalog
 from core.errors import UserError
 from core.lines import Rejected
 from imaging import readable_types
-
-
-def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "wikiclip", "catalog", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+from tests.commands import run_wikiclip
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -136,7 +130,7 @@ def test_other_pictures_of_the_same_names_give_another_catalog(pictures: Path) -
 def test_some_images_become_queries(pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "mine" / "catalog.jsonl"
     aside = [argument for name in ("pairs", "test") for argument in ("--set-aside", f"{name}=1")]
-    done = wikiclip("--folder", pictures, "--out", out, *aside)
+    done = run_wikiclip("catalog", "--folder", pictures, "--out", out, *aside)
     assert done.returncode == 0, done.stderr
     assert "3 entities, 4 images; 2 pairs; 1 test" in done.stdout
     assert "test.jsonl lacks 2 image(s)" in done.stdout
@@ -162,7 +156,9 @@ def test_tables_from_spreadsheets(pictures: Path, tmp_path: Path, delimiter: str
     quoted = [delimiter.join(f'"{value}"' if "," in value else value for value in row) for row in rows]
     table = pictures / "table.csv"
     table.write_text("\r\n".join(quoted) + "\r\n", encoding=encoding)
-    done = wikiclip("--folder", pictures, "--table", table, "--out", tmp_path / "catalog.jsonl", "--json")
+    done = run_wikiclip(
+        "catalog", "--folder", pictures, "--table", table, "--out", tmp_path / "catalog.jsonl", "--json"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["entities"], report["images"], report["rejected"]) == (2, 3, 4)
@@ -242,7 +238,7 @@ def with_table(*rows: str, encoding: str = "utf-8") -> Callable[[Path], list[str
 def test_an_error_is_one_line(
     pictures: Path, tmp_path: Path, prepare: Callable[[Path], list[str | Path]], reason: str
 ) -> None:
-    done = wikiclip(*prepare(pictures), "--out", tmp_path / "out" / "catalog.jsonl")
+    done = run_wikiclip("catalog", *prepare(pictures), "--out", tmp_path / "out" / "catalog.jsonl")
     assert (done.returncode, done.stdout) == (2, "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("error: ")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,8 @@ from evaluation.cli import evaluate
 from evaluation.evaluate import hold_out
 from index.bundle import Bundle
 from index.manifest import MANIFEST_FILE, Manifest
+from tests.commands import run_wikiclip
 from tests.conftest import FIXTURE_ENTITIES, add_remembered, draw_png, embed, pool_by_mean
-
-
-def _wikiclip(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "wikiclip", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture
@@ -56,7 +50,7 @@ def test_evaluate_answers_every_query_and_counts_unreadable_ones_as_wrong(
     small_bundle: Path, small_images: dict[str, bytes], queries: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "predictions.jsonl"
-    done = _wikiclip(
+    done = run_wikiclip(
         "evaluate", "--bundle", small_bundle, "--queries", queries, "--out", out, "--json", "--batch-size", 5
     )
     assert done.returncode == 0, done.stderr
@@ -114,7 +108,7 @@ def test_feedback_is_evaluated_as_its_images_are(
     asked = [json.loads(line) for line in queries.read_text().splitlines()[: len(small_images)]]
     records = ({"entity_id": each["entity_id"], "title": "A", "images": [each["image"]]} for each in asked)
     catalog.write_text("".join(json.dumps(record) + "\n" for record in records))
-    done = _wikiclip(
+    done = run_wikiclip(
         "evaluate", "--bundle", small_bundle, "--queries", feedback, "--out", out, "--report", report, "--json",
         "--catalog", catalog,
     )  # fmt: skip
@@ -136,7 +130,7 @@ def test_feedback_is_evaluated_as_its_images_are(
         assert reason in reasons
     assert "Lion" in report.read_text()
     feedback.write_text(json.dumps(bad[0]) + "\n")
-    none = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", feedback, "--out", out)
+    none = run_wikiclip("evaluate", "--bundle", small_bundle, "--queries", feedback, "--out", out)
     assert (none.returncode, "no usable query" in none.stderr) == (2, True)
 
 
@@ -144,7 +138,7 @@ def test_held_out_entities_are_unknown_and_never_found(
     small_bundle: Path, small_images: dict[str, bytes], queries: Path, tmp_path: Path
 ) -> None:
     out, report = tmp_path / "predictions.jsonl", tmp_path / "report.html"
-    done = _wikiclip(
+    done = run_wikiclip(
         "evaluate", "--bundle", small_bundle, "--queries", queries, "--out", out, "--leave-out", "0.5",
         "--report", report, "--json",
     )  # fmt: skip
@@ -188,7 +182,7 @@ def test_a_holdout_search_returns_the_other_entities_in_order(
 
 def test_a_missing_query_file_is_an_error(small_bundle: Path, tmp_path: Path) -> None:
     missing = tmp_path / "nowhere.jsonl"
-    done = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", missing, "--out", tmp_path / "p.jsonl")
+    done = run_wikiclip("evaluate", "--bundle", small_bundle, "--queries", missing, "--out", tmp_path / "p.jsonl")
     assert done.returncode == 2
     assert str(missing) in done.stderr.splitlines()[-1]
     assert not (tmp_path / "p.jsonl").exists()
@@ -209,7 +203,7 @@ def test_evaluate_reads_ovens_own_files(small_bundle: Path, small_images: dict[s
     queries = tmp_path / "oven_entity_val.jsonl"
     queries.write_text("".join(json.dumps(row) + "\n" for row in rows))
     where = ["--image-root", images, "--ovenid2impath", table, "--out", tmp_path / "predictions.jsonl"]
-    done = _wikiclip("evaluate", "--bundle", small_bundle, "--queries", queries, *where, "--json")
+    done = run_wikiclip("evaluate", "--bundle", small_bundle, "--queries", queries, *where, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert (figures["queries"], figures["rejected"], figures["seen"]) == (4, 0, 100.0)

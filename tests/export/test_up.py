@@ -18,22 +18,21 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from index.bundle import Bundle
+from tests.commands import run_wikiclip
 
 VIEWS = 3
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "wikiclip", "up", "--image-encoder", "tiny", *map(str, arguments)]
+UP = ("up", "--image-encoder", "tiny")
 
 
 def up(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=300, check=False)
+    return run_wikiclip(*UP, *arguments)
 
 
 @contextmanager
 def running(*arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
     """The command as a process, which is killed at the end."""
-    with subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    command = [sys.executable, "-m", "wikiclip", *UP, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             yield process
         finally:

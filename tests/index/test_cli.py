@@ -1,27 +1,16 @@
-"""`wikiclip index` and `wikiclip inspect`, run as subprocesses."""
+"""`wikiclip index` and `wikiclip inspect`."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from index.bundle import Bundle
 from index.live import LiveSegment
-
-
-def wikiclip(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "wikiclip", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+from tests.commands import run_wikiclip
 
 
 @pytest.fixture
@@ -31,7 +20,7 @@ def bundle_copy(small_bundle: Path, tmp_path: Path) -> Path:
 
 def test_index_can_be_rebuilt_with_another_factory(bundle_copy: Path) -> None:
     before = Bundle.open(bundle_copy).fingerprint
-    done = wikiclip("index", "--bundle", bundle_copy, "--factory", "HNSW8", "--json")
+    done = run_wikiclip("index", "--bundle", bundle_copy, "--factory", "HNSW8", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["factory"] == "HNSW8"
     bundle = Bundle.open(bundle_copy, verify="full")
@@ -41,7 +30,7 @@ def test_index_can_be_rebuilt_with_another_factory(bundle_copy: Path) -> None:
 
 def test_index_repairs_a_missing_index(bundle_copy: Path) -> None:
     shutil.rmtree(bundle_copy / "index")
-    done = wikiclip("index", "--bundle", bundle_copy)
+    done = run_wikiclip("index", "--bundle", bundle_copy)
     assert done.returncode == 0, done.stderr
     assert "14 embeddings of width 16 as SQfp16" in done.stdout
     assert sorted(file.name for file in (bundle_copy / "index").iterdir()) == ["entity.faiss", "manifest.json"]
@@ -58,7 +47,7 @@ def test_index_repairs_a_missing_index(bundle_copy: Path) -> None:
 )
 def test_a_refused_index_leaves_the_old_one(bundle_copy: Path, arguments: tuple[str, ...], reason: str) -> None:
     before = Bundle.open(bundle_copy).fingerprint
-    done = wikiclip("index", "--bundle", bundle_copy, *arguments)
+    done = run_wikiclip("index", "--bundle", bundle_copy, *arguments)
     assert done.returncode == 2
     assert reason in done.stderr
     assert ".cpp" not in done.stderr  # the source location in faiss
@@ -66,7 +55,7 @@ def test_a_refused_index_leaves_the_old_one(bundle_copy: Path, arguments: tuple[
 
 
 def test_inspect_describes_a_bundle(small_bundle: Path) -> None:
-    done = wikiclip("inspect", small_bundle)
+    done = run_wikiclip("inspect", small_bundle)
     assert done.returncode == 0, done.stderr
     assert f"small@{Bundle.open(small_bundle).fingerprint}" in done.stdout
     assert "12, 1 without an image" in done.stdout
@@ -74,14 +63,14 @@ def test_inspect_describes_a_bundle(small_bundle: Path) -> None:
 
 def test_inspect_names_what_an_encoder_lacks(tmp_path: Path) -> None:
     (tmp_path / "encoder.onnx").write_bytes(b"junk")
-    done = wikiclip("inspect", tmp_path / "encoder.onnx")
+    done = run_wikiclip("inspect", tmp_path / "encoder.onnx")
     assert done.returncode == 2
     assert "encoder.json is missing" in done.stdout
     assert "encoder.onnx is not an ONNX file" in done.stdout
 
 
 def test_inspect_as_json(small_bundle: Path) -> None:
-    report = json.loads(wikiclip("inspect", small_bundle, "--verify", "--json").stdout)
+    report = json.loads(run_wikiclip("inspect", small_bundle, "--verify", "--json").stdout)
     assert report["counts"]["entities"] == report["stored_entities"] == 12
     assert report["verified"] == "full"
 
@@ -89,7 +78,7 @@ def test_inspect_as_json(small_bundle: Path) -> None:
 def test_inspect_refuses_an_altered_bundle_in_one_line(bundle_copy: Path) -> None:
     path = bundle_copy / "image_encoder.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
-    done = wikiclip("inspect", bundle_copy)
+    done = run_wikiclip("inspect", bundle_copy)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "image_encoder.onnx is altered" in done.stderr
@@ -97,7 +86,7 @@ def test_inspect_refuses_an_altered_bundle_in_one_line(bundle_copy: Path) -> Non
 
 def test_live_changes_are_compacted_into_a_new_bundle(small_bundle: Path, tmp_path: Path) -> None:
     folder = ("--live-dir", tmp_path / "live", "--out", tmp_path / "new")
-    refused = wikiclip("index", "--bundle", small_bundle, "--compact", *folder)
+    refused = run_wikiclip("index", "--bundle", small_bundle, "--compact", *folder)
     assert refused.returncode == 2
     assert "has no changes" in refused.stderr
     bundle = Bundle.open(small_bundle)
@@ -105,9 +94,9 @@ def test_live_changes_are_compacted_into_a_new_bundle(small_bundle: Path, tmp_pa
         live = LiveSegment(tmp_path / "live", bundle, store)
         live.delete("Q140")
         live.close()
-    done = wikiclip("index", "--bundle", small_bundle, "--compact", *folder)
+    done = run_wikiclip("index", "--bundle", small_bundle, "--compact", *folder)
     assert done.returncode == 0, done.stderr
     assert "11 entities" in done.stdout
     assert Bundle.open(tmp_path / "new", "full").manifest.counts.entities == 11
     for wrong in (("--compact",), ("--live-dir", tmp_path), ("--compact", *folder, "--factory", "HNSW8")):
-        assert wikiclip("index", "--bundle", small_bundle, *wrong).returncode == 2
+        assert run_wikiclip("index", "--bundle", small_bundle, *wrong).returncode == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,11 @@ import pytest
 from benchmarks.generator import service_process
 from imaging import normalise
 from model.encoders import open_image_encoder
+from tests.commands import run_wikiclip
 
 
-def wikiclip(*arguments: str | Path | int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "wikiclip", *map(str, arguments), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+def figures_of(*arguments: str | Path | float) -> dict[str, Any]:
+    done = run_wikiclip(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
@@ -33,13 +31,13 @@ def test_an_onnx_encoder_goes_from_training_to_the_service(
     checkpoint, bundle = tmp_path / "checkpoint", tmp_path / "bundle"
     encoders = ["--image-encoder", onnx_spec, "--text-encoder", text_spec]
     size = ["--epochs", 4, "--lr", 0.003, "--batch-size", 8, "--width", 16, "--heads", 2, "--max-tokens", 16]
-    trained = wikiclip(
+    trained = figures_of(
         "train", "--catalog", dataset.catalog, "--pairs", dataset.pairs, "--validation", dataset.validation, *encoders,
         "--out", checkpoint, "--cache-dir", tmp_path / "cache", "--device", "cpu", centring, *size,
     )  # fmt: skip
-    wikiclip("export", "--catalog", dataset.catalog, "--checkpoint", checkpoint, "--out", bundle, *encoders)
+    figures_of("export", "--catalog", dataset.catalog, "--checkpoint", checkpoint, "--out", bundle, *encoders)
     predictions = tmp_path / "predictions.jsonl"
-    evaluated = wikiclip("evaluate", "--bundle", bundle, "--queries", dataset.validation, "--out", predictions)
+    evaluated = figures_of("evaluate", "--bundle", bundle, "--queries", dataset.validation, "--out", predictions)
     for part in ("seen", "unseen"):
         assert evaluated[part] == pytest.approx(100 * trained["validation"][part])
 

@@ -19,6 +19,7 @@ from mcp import Client, StdioServerParameters
 
 from service import agents
 from service.settings import Settings
+from tests.commands import run_wikiclip
 from wikiclip.client import AsyncClient
 
 COMMAND = ["-m", "wikiclip", "mcp"]
@@ -263,8 +264,7 @@ def test_ctrl_c_ends_it(small_bundle):
 )
 def test_bad_usage_is_one_line_and_exit_2(arguments, reason, service):
     port = str(service.base_url.port)
-    command = [sys.executable, *COMMAND, *(each.format(port=port) for each in arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    done = run_wikiclip("mcp", *(each.format(port=port) for each in arguments))
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"error: .+\n", done.stderr)
     assert reason.format(port=port) in done.stderr

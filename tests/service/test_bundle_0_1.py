@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from index.bundle import Bundle
+from tests.commands import run_wikiclip
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "bundle_0.1"
@@ -31,10 +30,8 @@ def test_fingerprint_is_unchanged() -> None:
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: " ".join(run["options"]) or "default")
 def test_answers_are_unchanged(run: dict[str, Any]) -> None:
     images = sorted((FIXTURE / "queries").glob("*.png"))
-    command = [sys.executable, "-m", "wikiclip", "recognize", *map(str, images), "--json", *run["options"]]
-    done = subprocess.run(
-        [*command, "--bundle", str(FIXTURE / "bundle")], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = run_wikiclip("recognize", *images, "--json", *run["options"], "--bundle", FIXTURE / "bundle")
+    assert done.returncode == 0, done.stderr
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     for answer in answers:
         answer["image"] = Path(answer["image"]).name
