@@ -24,7 +24,6 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from core.arrays import Pixels
 from core.files import atomic_write, atomic_write_bytes
 from core.lines import to_jsonl
 from demo.entities import Symbol, build_symbols, type_parents
-from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
+from demo.photograph import take_photographs
 from demo.sources import IconSet, fetch, render
 
 BUILD = Path(__file__).parent / "build"
@@ -177,12 +176,9 @@ def _photograph_all(drawn: list[Drawing], build: Path, seed: int, number: int = 
         batch = drawn[start : start + 32]
         if all((build / drawing.photo(number)).exists() for drawing in batch):
             continue
-        photographer = Photographer(seed + start)
-        drawings = premultiply(torch.stack([to_tensor(Image.open(build / d.image)) for d in batch]))
-        strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
-        photos = photographer.photograph(drawings, PHOTO_PX, strength)
-        for drawing, photo, quality in zip(batch, photos, (95 - 60 * strength).int().tolist(), strict=True):
-            atomic_write_bytes(build / drawing.photo(number), to_jpeg(photo, quality))
+        files = take_photographs((Image.open(build / drawing.image) for drawing in batch), PHOTO_PX, seed + start)
+        for drawing, file in zip(batch, files, strict=True):
+            atomic_write_bytes(build / drawing.photo(number), file)
 
 
 def _labelled(drawing: Drawing, how: str, data_split: str, number: int = 1) -> dict[str, object]:

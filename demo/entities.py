@@ -156,7 +156,7 @@ def _emoji(facts: Facts) -> dict[str, Symbol]:
         if group == "components" or entry["label"].startswith("keycap: ") or _is_flag(entry):
             continue
         label, subgroup = entry["label"].replace("flag: ", "Flag of "), facts.subgroups[entry["subgroup"]]
-        title, tags = _capitalised(label), entry.get("tags", [])
+        title, tags = capitalised(label), entry.get("tags", [])
         sense = facts.wordnet.noun(label.lower())
         knowledge = f"{title}: an emoji of {group}, {subgroup}."
         if tags:
@@ -199,7 +199,7 @@ def _depicted(label: str, group: str, subgroup: str, wordnet: WordNet) -> int | 
     return next((sense.offset for sense in found if sense is not None), None)
 
 
-def _capitalised(text: str) -> str:
+def capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
@@ -328,7 +328,7 @@ def _brands(sets: dict[str, IconSet]) -> list[Symbol]:
 
 
 def _brand(brand: str, words: list[str], drawn: dict[str, str]) -> Symbol:
-    title = " ".join(word.upper() if _INITIALS.match(word) else _capitalised(word) for word in words)
+    title = " ".join(word.upper() if _INITIALS.match(word) else capitalised(word) for word in words)
     software = "devicon" in drawn or "skill-icons" in drawn
     kind = "software and programming" if software else "company or product"
     return Symbol(

@@ -9,6 +9,7 @@ premultiplied by alpha (`premultiply`). Photographs are float32 `[B, 3, S, S]` f
 
 import io
 import math
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -248,6 +249,21 @@ class Photographer:
             files = pool.map(to_jpeg, photos[chosen].cpu(), quality_B[chosen].tolist())
             loaded = [to_tensor(Image.open(io.BytesIO(file))) for file in files]
         return photos.index_put((chosen,), torch.stack(loaded).to(self.device))
+
+
+def take_photographs(
+    drawings: Iterable[Image.Image], size_px: int, seed: int, *, quality: int | None = None
+) -> list[bytes]:
+    """Return a JPEG file of each RGBA drawing, photographed with a strength from 0.4 to 1.
+
+    Without a `quality`, stronger photographs have a lower one.
+    """
+    photographer = Photographer(seed)
+    drawings_B4HW = premultiply(torch.stack([to_tensor(drawing) for drawing in drawings]))
+    strength_B = 0.4 + 0.6 * torch.rand(len(drawings_B4HW), generator=photographer.generator)
+    photos = photographer.photograph(drawings_B4HW, size_px, strength_B)
+    qualities = (95 - 60 * strength_B).int().tolist()
+    return [to_jpeg(photo, quality or own) for photo, own in zip(photos, qualities, strict=True)]
 
 
 def _is_black(drawings_B4HW: torch.Tensor) -> torch.Tensor:

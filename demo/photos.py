@@ -96,22 +96,17 @@ def photograph(records: Sequence[EntityRecord], queries: Path) -> None:
     On white, where they are cut out, they would be much easier to recognise than natural photographs, and confidence
     far too high.
     """
-    import torch
-
-    from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
+    from demo.photograph import take_photographs
 
     (queries.parent / "made_up").mkdir(exist_ok=True)
     rows = []
     for start in tqdm(range(0, len(records), _BATCH), desc="photographs", unit="batch"):
         batch = records[start : start + _BATCH]
-        cut_outs = premultiply(
-            torch.stack([to_tensor(fit_square(Path(record.images[0]), _PHOTO_PX)) for record in batch])
-        )
-        photographer = Photographer(start)
-        strength = 0.4 + 0.6 * torch.rand(len(batch), generator=photographer.generator)
-        for record, photo in zip(batch, photographer.photograph(cut_outs, _PHOTO_PX, strength), strict=True):
+        cut_outs = (fit_square(Path(record.images[0]), _PHOTO_PX) for record in batch)
+        files = take_photographs(cut_outs, _PHOTO_PX, start, quality=_JPEG_QUALITY)
+        for record, file in zip(batch, files, strict=True):
             image = f"made_up/{record.entity_id}.jpg"
-            (queries.parent / image).write_bytes(to_jpeg(photo, _JPEG_QUALITY))
+            (queries.parent / image).write_bytes(file)
             rows.append({"image": image, "entity_id": record.entity_id})
     atomic_write_bytes(queries, to_jsonl(rows))
 

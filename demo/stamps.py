@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from catalog.records import EntityRecord
-from demo.entities import slug
+from demo.entities import capitalised, slug
 from demo.sources import Sense, WordNet
 
 # Folders of drawings, letters and signs, and two drawings elsewhere that look like photographs to `is_photograph`.
@@ -103,7 +103,7 @@ def build_entities(stamps: Iterable[Stamp], wordnet: WordNet) -> list[EntityReco
     for title, same in by_title.items():
         folders = same[0].name.removeprefix("symbols/").split("/")[:-1]
         sense = find_sense(title, folders[0], wordnet)
-        gloss = _capitalised(sense.gloss) if sense else None
+        gloss = capitalised(sense.gloss) if sense else None
         record = EntityRecord(
             entity_id=slug(title),
             title=title,
@@ -127,7 +127,7 @@ def find_title(stamp: Stamp) -> str:
     most_words = _MAX_WORDS_WITHOUT_ARTICLE if thing == phrase else _MAX_WORDS
     if stamp.sentence[-1] in "!?" or len(phrase.split()) > most_words:
         thing = re.sub("[-_]+", " ", stamp.name.rpartition("/")[2].strip("-_0123456789"))
-    return _capitalised(thing)
+    return capitalised(thing)
 
 
 def find_sense(phrase: str, folder: str, wordnet: WordNet) -> Sense | None:
@@ -170,9 +170,5 @@ def _translate_title(title: str, stamp: Stamp, articles: Collection[tuple[str, s
             del words[0]
         if 0 < len(words) <= len(title.split()) + _MAX_MORE_WORDS:
             tag = language.replace("_", "-").replace("@latin", "-Latn").replace("@", "-")
-            titles[tag] = _capitalised(" ".join(words))
+            titles[tag] = capitalised(" ".join(words))
     return titles
-
-
-def _capitalised(text: str) -> str:
-    return text[:1].upper() + text[1:]

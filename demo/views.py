@@ -10,14 +10,13 @@ from pathlib import Path
 
 import click
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from core.files import atomic_write_bytes
 from core.runtime import describe_run
 from demo.build import PHOTO_PX, build_option, read_drawings
-from demo.photograph import Photographer, premultiply, to_jpeg, to_tensor
+from demo.photograph import take_photographs
 from evaluation.metrics import (
     calibration_error,
     format_interval,
@@ -43,14 +42,7 @@ def photographs(drawings: Sequence[Path], count: int) -> Iterator[list[bytes]]:
     """Yield `count` JPEG files for each drawing."""
     for start in range(0, len(drawings), _BATCH):
         images = [Image.open(path) for path in drawings[start : start + _BATCH]]
-        batch_B4HW = premultiply(torch.stack(list(map(to_tensor, images))))
-        taken: list[list[bytes]] = []
-        for number in range(count):
-            photographer = Photographer(_SEED + start + number * 10**6)
-            strength_B = 0.4 + 0.6 * torch.rand(len(batch_B4HW), generator=photographer.generator)
-            qualities = (95 - 60 * strength_B).int().tolist()
-            photos = photographer.photograph(batch_B4HW, PHOTO_PX, strength_B)
-            taken.append([to_jpeg(photo, quality) for photo, quality in zip(photos, qualities, strict=True)])
+        taken = [take_photographs(images, PHOTO_PX, _SEED + start + number * 10**6) for number in range(count)]
         yield from map(list, zip(*taken, strict=True))
 
 
