@@ -138,9 +138,8 @@ class _Service:
             len(predictions) == TOP_K
             and np.allclose(scores, model.best_scores(query_D), rtol=0, atol=TOLERANCE)
             and all(
-                model[each["entity_id"]].title == each["title"] for each in predictions if each["entity_id"] in model
+                each["entity_id"] in model and model[each["entity_id"]].title == each["title"] for each in predictions
             )
-            and all(each["entity_id"] in model for each in predictions)
         )
 
 

@@ -61,14 +61,8 @@ def fetch_package(package: str, version: str, folder: Path) -> None:
     if target.is_dir():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", "--silent", f"{package}@{version}", "--pack-destination", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except FileNotFoundError:
-        raise UserError("npm is not installed; install nodejs and npm, then run this again") from None
-    except subprocess.CalledProcessError as error:
-        raise UserError(f"npm could not fetch {package}@{version}: {error.stderr.strip()[-300:]}") from error
-    archive = folder / done.stdout.split()[-1]
+    output = _run(["npm", "pack", "--silent", f"{package}@{version}"], folder, "install nodejs and npm")
+    archive = folder / output.split()[-1]
     partial = folder / f".{target.name}.partial"
     with tarfile.open(archive) as tar:
         tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.3 and older have none
@@ -88,21 +82,22 @@ def fetch_debian_package(package: str, folder: Path) -> Path:
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as partial:
-        _run(["apt-get", "download", "-q", package], partial)
-        _run(["dpkg-deb", "-x", *os.listdir(partial), "content"], partial)
+        _run(["apt-get", "download", "-q", package], partial, "packages of Debian need it")
+        _run(["dpkg-deb", "-x", *os.listdir(partial), "content"], partial, "packages of Debian need it")
         (Path(partial) / "content").rename(target)
     return target
 
 
-def _run(command: list[str], folder: str) -> None:
-    """Run a tool of Debian in a folder. Raises `UserError`."""
+def _run(command: list[str], folder: Path | str, missing: str) -> str:
+    """Run a tool in a folder and return its output. Raises `UserError`, which ends with `missing` without the tool."""
     try:
-        subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
-        raise UserError(f"{command[0]} is not installed, so packages of Debian cannot be fetched") from None
+        raise UserError(f"{command[0]} is not installed; {missing}") from None
     except subprocess.CalledProcessError as error:
-        reason = " ".join(error.stderr.strip().splitlines()[-1:])
-        raise UserError(f"{' '.join(command)} failed: {reason} (`apt-get update` may help)") from error
+        reason = " ".join(error.stderr.split())[-300:]
+        hint = " (`apt-get update` may help)" if command[0] == "apt-get" else ""
+        raise UserError(f"{' '.join(command)} failed: {reason}{hint}") from error
 
 
 @dataclass(frozen=True)

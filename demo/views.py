@@ -19,7 +19,6 @@ from demo.build import PHOTO_PX, build_option, read_drawings
 from demo.photograph import take_photographs
 from evaluation.metrics import (
     calibration_error,
-    format_interval,
     percentile_interval,
     ratio_interval,
     reliability,
@@ -74,30 +73,22 @@ def main(build: Path, out: Path | None) -> None:
                 [best] = answer.predictions
                 right[views].append(best.entity_id == drawing.entity_id)
                 confidences[views].append(best.confidence or 0.0)
-    figures = {}
-    click.echo("| photographs | top-1 | times as many right | error of confidence |\n| --- | --- | --- | --- |")
-    for views in VIEWS:
-        ratio_of_one = ratio_interval(right[views], right[1], [each.entity_id for each in drawings])
-        each = figures[str(views)] = {
+    figures = {
+        str(views): {
             "top_1": 100 * float(np.mean(right[views])),
             "interval": share_interval(sum(right[views]), len(drawings)),
             "ratio": sum(right[views]) / sum(right[1]),
-            "ratio_interval": ratio_of_one,
+            "ratio_interval": ratio_interval(right[views], right[1], [each.entity_id for each in drawings]),
             "error": calibration_error(reliability(confidences[views], right[views], _BINS)),
             "error_interval": error_interval(confidences[views], right[views]),
         }
-        cells = [
-            f"{each[key]:.{digits}f} ({format_interval(each[interval], digits)})"
-            for key, interval, digits in (
-                ("top_1", "interval", 1),
-                ("ratio", "ratio_interval", 2),
-                ("error", "error_interval", 3),
-            )
-        ]
-        click.echo(f"| {views} | {' | '.join(cells)} |")
+        for views in VIEWS
+    }
+    settings = {"bundle": bundle.name, "drawings": len(drawings)}
+    report = json.dumps({**describe_run(settings), "figures": figures}, indent=1)
+    click.echo(report)
     if out is not None:
-        described = describe_run({"bundle": bundle.name, "drawings": len(drawings)})
-        atomic_write_bytes(out, json.dumps({**described, "figures": figures}, indent=1).encode())
+        atomic_write_bytes(out, report.encode())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import io
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from core.arrays import Float64Array
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.runtime import describe_run
-from evaluation.metrics import format_interval, ratio_interval, share_interval
+from evaluation.metrics import ratio_interval, share_interval
 from imaging import decode
 from model.data import Pair, read_pairs
 from service.recognizer import Recognizer
@@ -35,7 +35,7 @@ from wikiclip.answers import Recognition, RecognizeOptions
 from wikiclip.cli import run
 
 MAX_THINGS = 5
-SMALL = "1 on 10 to 30 %, top-1"  # the last row
+SMALL = "1 on 10 to 30 %, top-1"  # the last figures
 _SHAPES = ((640, 480), (480, 640), (640, 640))  # of pages, in pixels
 _AREAS, _SMALL = (0.1, 0.6), (0.1, 0.3)  # of a thing, as a share of the page
 _CROWDED = 0.75  # of the page at most, covered by things
@@ -171,17 +171,6 @@ def _share(name: str, flags: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def row(name: str, figures: Mapping[str, Any]) -> str:
-    """Return a line of the table."""
-    shares = [
-        "" if figures[key] is None else f"{figures[key]:.0f} ({format_interval(figures[f'{key}_interval'])})"
-        for key in ("recall", "recall_whole", "precision")
-    ]
-    times = figures["ratio_interval"] and f"{figures['ratio']:.1f} ({format_interval(figures['ratio_interval'])})"
-    shares.insert(2, times or "")
-    return f"| {name} | {' | '.join(shares)} | {figures['p50_ms']:.0f} | {figures['p50_ms_whole']:.0f} |"
-
-
 def read_queries(path: Path) -> list[tuple[str, Path]]:
     """Return the entity and the image of each valid query. Raises `UserError` if the file has none."""
     pairs = [item for item in read_pairs(path) if isinstance(item, Pair)]
@@ -198,20 +187,19 @@ def read_queries(path: Path) -> list[tuple[str, Path]]:
 @click.option("--seed", default=0, help="Of the pages.")
 @click.option("--out", type=click.Path(path_type=Path), help="Figures, JSON.")
 def main(bundle: Path, queries: Path, backgrounds: Path | None, count: int, seed: int, out: Path | None) -> None:
-    """Measure how well the things on a page are found."""
+    """Measure how well the things on a page are found, and print the figures."""
     photographs = [] if backgrounds is None else sorted(backgrounds.rglob("*.jpg"))
     pages = Pages(read_queries(queries), photographs, seed)
     figures = {}
-    click.echo("| things | recall | whole page | times | precision | ms | ms, whole page |")
-    click.echo("| --- | --- | --- | --- | --- | --- | --- |")
     with Recognizer.open(bundle, Settings(cache="off")) as recognizer:
         for name in (*map(str, range(1, MAX_THINGS + 1)), SMALL):
             things = 1 if name == SMALL else int(name)
             figures[name] = measure(recognizer, pages, count, things, small=name == SMALL)
-            click.echo(row(name, figures[name]))
+    settings = {"bundle": bundle.name, "queries": queries.name, "pages": count, "seed": seed}
+    report = json.dumps({**describe_run(settings), "figures": figures}, indent=1)
+    click.echo(report)
     if out is not None:
-        settings = {"bundle": bundle.name, "queries": queries.name, "pages": count, "seed": seed}
-        atomic_write_bytes(out, json.dumps({**describe_run(settings), "figures": figures}, indent=1).encode())
+        atomic_write_bytes(out, report.encode())
 
 
 if __name__ == "__main__":

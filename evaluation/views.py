@@ -30,7 +30,7 @@ from core.arrays import Float32Array, Pixels
 from core.files import atomic_write_bytes
 from core.runtime import describe_run
 from core.statistics import wilson_interval
-from evaluation.metrics import calibration_error, format_interval, reliability
+from evaluation.metrics import calibration_error, reliability
 from evaluation.photographs import PHOTOGRAPHS, Photographs
 from export.calibrate import add_open_set_model, fit_softmax
 from export.config import ExportConfig
@@ -196,21 +196,20 @@ def main(photos: Path, specs: tuple[str, ...], draws: int, out: Path | None) -> 
         for catalog in (photographs.queried, list(photographs.records)):
             by_views = figures.setdefault(str(len(catalog)), {})
             errors = calibration_errors(embeddings, catalog, outliers_ND, draws)
-            click.echo(f"\n| {encoder}, {len(catalog)} entities | top-1 | error of confidence | error of `known` |")
-            click.echo("| --- | --- | --- | --- |")
             for views, (accuracy, interval) in top_1(embeddings, catalog).items():
-                cells = " | ".join(f"{error:.3f} ({perfect:.3f})" for error, perfect in errors[views])
-                click.echo(f"| {views} | {accuracy:.1f} ({format_interval(interval)}) | {cells} |")
+                (confidence_error, confidence_of_perfect), (known_error, known_of_perfect) = errors[views]
                 by_views.setdefault(str(views), {})[encoder] = {
                     "top_1": accuracy,
                     "interval": interval,
-                    "confidence_error": errors[views][0][0],
-                    "confidence_error_of_perfect": errors[views][0][1],
-                    "known_error": errors[views][1][0],
-                    "known_error_of_perfect": errors[views][1][1],
+                    "confidence_error": confidence_error,
+                    "confidence_error_of_perfect": confidence_of_perfect,
+                    "known_error": known_error,
+                    "known_error_of_perfect": known_of_perfect,
                 }
+    report = json.dumps({**described, "figures": figures}, indent=1)
+    click.echo(report)
     if out is not None:
-        atomic_write_bytes(out, json.dumps({**described, "figures": figures}, indent=1).encode())
+        atomic_write_bytes(out, report.encode())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from core.statistics import wilson_interval
 from evaluation.regions import MAX_THINGS, Pages, main
 
 DEMO = Path(__file__).parents[2] / "demo"
@@ -45,7 +46,7 @@ def test_equal_seeds_give_equal_pages(queries):
     assert drawn[0][0].tobytes() == drawn[1][0].tobytes()
 
 
-def test_the_command_prints_a_row_for_each_number_of_things(tmp_path):
+def test_the_command_prints_figures_for_each_number_of_things(tmp_path):
     rows = []
     for number in range(MAX_THINGS):
         with Image.open(DEMO / "example.jpg") as example:
@@ -59,11 +60,12 @@ def test_the_command_prints_a_row_for_each_number_of_things(tmp_path):
     out = tmp_path / "regions.json"
     done = CliRunner().invoke(main, [*arguments, "--out", str(out)])
     assert done.exit_code == 0, done.output
-    lines = done.output.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1", "2", "3", "4", "5", "1 on 10 to 30 %, top-1"]
-    five = lines[6].split("|")[2].strip()
-    assert five.startswith("20 "), "only one of the five has its own entity, and it is on every page of five"
-    assert json.loads(out.read_text())["figures"]["5"]["recall"] == 20
+    assert done.stdout.strip() == out.read_text()
+    figures = json.loads(out.read_text())["figures"]
+    assert [*figures] == ["1", "2", "3", "4", "5", "1 on 10 to 30 %, top-1"]
+    assert figures["5"]["recall"] == 20, "only one of the five has its own entity, and it is on every page of five"
+    assert figures["5"]["recall_interval"] == [pytest.approx(100 * bound) for bound in wilson_interval(2, 10)]
+    assert 0 <= figures["5"]["precision_interval"][0] <= figures["5"]["precision"] <= 100
 
 
 def test_queries_without_rows_are_refused(tmp_path):
