@@ -8,8 +8,6 @@ catalogs are searched: the entities with five photographs (`small`), and all (`f
 Every arm runs `wikiclip train` and `wikiclip export` with their defaults (but `_NEGATIVES`), and the recogniser of
 `wikiclip evaluate`. The handicap of memory is chosen on queries of the other half of the entities (`split_queries`).
 Finished runs are lines of `runs.jsonl` in the work folder and are not repeated.
-
-Shapes: B batch, D embedding width, H/W pixels.
 """
 
 from __future__ import annotations
@@ -28,11 +26,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import click
-import numpy as np
 
 from catalog import EntityRecord, read_catalog
 from catalog.formats import write_catalog
-from core.arrays import Float32Array, Pixels
 from core.errors import UserError
 from core.files import atomic_write_bytes
 from core.lines import to_jsonl
@@ -40,11 +36,10 @@ from core.runtime import describe_run
 from core.statistics import wilson_interval
 from evaluation.evaluate import answer_queries, without
 from evaluation.metrics import ratio_interval
-from imaging import Preprocessing
 from index.bundle import Bundle
-from service.encoder import OnnxEncoder, open_encoder
 from service.recognizer import Recognizer
 from service.settings import Settings
+from wikiclip.answers import Embedding
 from wikiclip.cli import load, run
 
 ROOT = Path(__file__).parents[1]
@@ -202,27 +197,6 @@ def _percent(flags: Sequence[bool]) -> float:
 # ---- runs ----
 
 
-class _OnceEncoder:
-    """The image encoder of several bundles. It encodes each picture once."""
-
-    heat_maps = False
-
-    def __init__(self, encoder: OnnxEncoder) -> None:
-        self.device = encoder.device
-        self.patch_tokens = encoder.patch_tokens
-        self._encoder = encoder
-        self._embeddings: dict[bytes, Float32Array] = {}
-
-    def encode(self, pixels_BHW3: Pixels) -> Float32Array:
-        keys = [hashlib.sha256(pixels_HW3.tobytes()).digest() for pixels_HW3 in pixels_BHW3]
-        new = [number for number, key in enumerate(keys) if key not in self._embeddings]
-        if new:
-            self._embeddings |= zip(
-                (keys[number] for number in new), np.asarray(self._encoder.encode(pixels_BHW3[new])), strict=True
-            )
-        return np.stack([self._embeddings[key] for key in keys])
-
-
 class Runs:
     """The runs of one encoder. `features` has cached features, and `folder` is for what only these runs need."""
 
@@ -232,7 +206,7 @@ class Runs:
         self._features = features
         self._smoke = smoke
         self._catalog, self._image_bundle = folder / "catalog.jsonl", folder / "image"
-        self._encoders: dict[str, _OnceEncoder] = {}
+        self._embeddings: dict[str, Sequence[float]] = {}  # by image
         photographs.write_catalog(self._catalog)
 
     def begin_fold(self, unseen: frozenset[str], folder: Path) -> None:
@@ -289,25 +263,18 @@ class Runs:
 
     def _answer(self, path: Path, rows: Sequence[Mapping[str, str]]) -> list[Answer]:
         """Answer queries in both catalogs."""
-        queries = self._fold / "queries.jsonl"
-        queries.write_bytes(to_jsonl(rows))
         bundle = Bundle.open(path)
-        settings = Settings(cache="off")
-        entry = bundle.manifest.files[bundle.manifest.image_encoder.file]
-        if entry.sha256 not in self._encoders:
-            preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
-            self._encoders[entry.sha256] = _OnceEncoder(open_encoder(bundle, preprocessing, settings))
+        queries = self._fold / "queries.jsonl"
+        queries.write_bytes(to_jsonl(self._embed(bundle, rows)))
         with bundle.store() as store:
             ids = [each.entity_id for each in store.by_rows(range(len(store)))]
         singles = frozenset(row for row, entity_id in enumerate(ids) if entity_id not in set(self._photographs.queried))
         ranks: dict[str, list[int | None]] = {}
         for searched, held_out in zip(SEARCHED, (singles, frozenset[int]()), strict=True):
-            with Recognizer(without(bundle, held_out), settings, self._encoders[entry.sha256]) as recognizer:
-                answered, rejected = answer_queries(
+            with Recognizer(without(bundle, held_out), Settings(cache="off")) as recognizer:
+                answered, _ = answer_queries(
                     recognizer, [queries], queries.with_name("predictions.jsonl"), image_root=None, batch_size=64
                 )
-            if rejected:
-                raise UserError(f"{rejected} photographs cannot be used, see {queries.with_name('rejected.jsonl')}")
             ranks[searched] = [each.rank for each in answered]
         return [
             Answer(
@@ -319,6 +286,20 @@ class Runs:
             )
             for row, small, full in zip(rows, ranks["small"], ranks["full"], strict=True)
         ]
+
+    def _embed(self, bundle: Bundle, rows: Sequence[Mapping[str, str]]) -> Iterator[dict[str, Any]]:
+        """Yield queries with the embedding of each image, which all bundles share. Raise `UserError` without one."""
+        new = [row["image"] for row in rows if row["image"] not in self._embeddings]
+        if new:
+            with Recognizer(bundle, Settings(cache="off")) as recognizer:
+                embeddings = recognizer.embed_many([Path(image).read_bytes() for image in new])
+            for image, found in zip(new, embeddings, strict=True):
+                if not isinstance(found, Embedding):
+                    raise UserError(f"{image} cannot be used: {found.detail}")
+                self._embeddings[image] = found.embedding
+        for row in rows:
+            query = {name: value for name, value in row.items() if name != "image"}
+            yield {**query, "embedding": self._embeddings[row["image"]]}
 
 
 @contextmanager
