@@ -195,6 +195,7 @@ def serve_agents(*, bundle: str | None, url: str | None, api_key: str | None, ht
             body_bytes = settings.max_body_bytes * 3 // 2 + 65_536  # an image in base64, and the rest of the JSON
             app = server.streamable_http_app(stateless_http=True, json_response=True, max_request_body_size=body_bytes)
             with bind("127.0.0.1", http_port) as listener:  # there are no keys, so no other machine may reach it
+                listener.listen()  # connections wait until the server starts
                 log.info("serving agents on %s/mcp", url_of(*listener.getsockname()[:2]))
                 await uvicorn.Server(server_config(settings, app)).serve(sockets=[listener])
         finally:
