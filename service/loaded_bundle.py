@@ -219,7 +219,7 @@ class LoadedBundle:
     def _current_revision(self) -> _Revision:
         entities = self._entity_view()
         label = f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}"
-        return _Revision(entities, Ranker(entities, self._calibration), label)
+        return _Revision(entities, Ranker(entities, self._calibration, self.model, label), label)
 
     def _open_index(self, settings: Settings) -> LiveChanges | None:
         """Search the bundle's own index, with the changes in LIVE_DIR. Return None if entities cannot be changed."""

@@ -17,7 +17,6 @@ from core.runtime import Pool
 from imaging import Decoder
 from service.engine import Found
 from service.loaded_bundle import BundleView
-from service.ranking import Ranking
 from service.regions import choose, propose
 from service.telemetry import record_stages
 from wikiclip.answers import Box, Recognition, RecognizeOptions
@@ -36,7 +35,7 @@ class PipelineResult:
     start and end, by `time.monotonic`.
     """
 
-    ranking: Ranking
+    recognition: Recognition
     embedding_D: Float32Array
     stages: Mapping[str, tuple[float, float]]
 
@@ -44,16 +43,6 @@ class PipelineResult:
 def timings_ms(stages: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     """Return the time of each stage but `join`, which only counts towards the total."""
     return {name: round(1000 * (end - start), 3) for name, (start, end) in stages.items() if name != "join"}
-
-
-def _recognition(result: PipelineResult, view: BundleView, *, cached: bool) -> Recognition:
-    return Recognition(
-        model=view.loaded.model,
-        bundle=view.label,
-        cached=cached,
-        timings_ms=timings_ms(result.stages),
-        **vars(result.ranking),
-    )
 
 
 class RecognitionPipeline:
@@ -107,11 +96,12 @@ class RecognitionPipeline:
             )
             join_started_at = time.monotonic()
             if ranker.needs_file_access(found, options):
-                ranking = await self._lookup(view, lambda: ranker.rank(found, options, region, views))
+                recognition = await self._lookup(view, lambda: ranker.rank(found, options, region, views))
             else:
-                ranking = ranker.rank(found, options, views=views)
+                recognition = ranker.rank(found, options, views=views)
             stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
-            return PipelineResult(ranking=ranking, embedding_D=found.embedding_D, stages=stages)
+            recognition = recognition.model_copy(update={"timings_ms": timings_ms(stages)})
+            return PipelineResult(recognition=recognition, embedding_D=found.embedding_D, stages=stages)
 
     async def embed(self, image: bytes, box: Box | None, view: BundleView, deadline_s: float) -> Found:
         """Encode an image without a search. Cancels and raises as `run` does."""
@@ -133,7 +123,7 @@ class RecognitionPipeline:
         """Return the answer to a query, and its embedding [D]. Raises as `run` does."""
         result = await self.run(query, options, view, deadline_s, views)
         record_stages(result.stages)
-        return _recognition(result, view, cached=not isinstance(query, bytes)), result.embedding_D
+        return result.recognition, result.embedding_D
 
     async def recognize_regions(
         self, image: bytes, options: RecognizeOptions, view: BundleView, deadline_s: float, limit: int
@@ -153,14 +143,10 @@ class RecognitionPipeline:
         )
         stages = {"regions": (started_at, time.monotonic())}
         record_stages(stages)
-        rankings = [(box, each.ranking) for (box, _), each in zip(proposed, results, strict=True)]
-        recognition = _recognition(whole, view, cached=False)
-        return recognition.model_copy(
-            update={
-                "regions": choose([(_WHOLE, whole.ranking), *rankings]),
-                "timings_ms": {**recognition.timings_ms, **timings_ms(stages)},
-            }
-        )
+        answers = [(box, each.recognition) for (box, _), each in zip(proposed, results, strict=True)]
+        regions = choose([(_WHOLE, whole.recognition), *answers])
+        timings = {**whole.recognition.timings_ms, **timings_ms(stages)}
+        return whole.recognition.model_copy(update={"regions": regions, "timings_ms": timings})
 
     async def _propose(self, image: bytes, view: BundleView, deadline_s: float, limit: int) -> list[tuple[Box, Pixels]]:
         """Return up to `limit` squares that may show one thing each, and their pixels."""

@@ -1,11 +1,10 @@
-"""From search results to predictions: records, confidence, abstention, explanations.
+"""From search results to an answer: records, confidence, abstention, explanations.
 
 Shapes: P patches, D embedding width (also the width of patches that can be compared with entities), I images.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -17,29 +16,17 @@ from index.overlay import EntityView
 from index.store import Selection, StoredEntity
 from service.engine import Found
 from wikiclip import answers
-from wikiclip.answers import AttendedWord, Box, Explanation, Prediction, RecognizeOptions
+from wikiclip.answers import AttendedWord, Box, Explanation, Prediction, Recognition, RecognizeOptions
 
 MAX_CACHED_SELECTIONS = 32  # one byte per entity each
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranking:
-    """What a search tells of an answer; the fields are those of `Recognition`.
-
-    `in_catalog_probability` and `abstained` are None without calibration, `level` also if none is certain.
-    """
-
-    predictions: tuple[Prediction, ...]
-    in_catalog_probability: float | None
-    abstained: bool | None
-    level: answers.Level | None
-
-
 class Ranker:
-    """Turns what a search of `entities` found into predictions. Thread-safe."""
+    """Turns what a search of `entities` found into an answer by `model` and the bundle `label`. Thread-safe."""
 
-    def __init__(self, entities: EntityView, calibration: Calibration | None) -> None:
+    def __init__(self, entities: EntityView, calibration: Calibration | None, model: str, label: str) -> None:
         self._entities = entities
+        self._model, self._label = model, label
         self._calibration = calibration
         self._select = lru_cache(maxsize=MAX_CACHED_SELECTIONS)(entities.select)
         self._has_levels = calibration is not None and calibration.level is not None
@@ -66,8 +53,8 @@ class Ranker:
         """Return how many records `rank` reads: those of the predictions, and the candidates for a level."""
         return max(options.top_k, CANDIDATES if self._has_levels else 0)
 
-    def rank(self, found: Found, options: RecognizeOptions, region: Box | None = None, views: int = 1) -> Ranking:
-        """Return the predictions, for patch tokens that cover `region` of the image.
+    def rank(self, found: Found, options: RecognizeOptions, region: Box | None = None, views: int = 1) -> Recognition:
+        """Return the answer, without timings, for patch tokens that cover `region` of the image.
 
         `views` is the number of images that the query combines. Confidence and abstention are judged before `min_score`
         drops predictions.
@@ -105,7 +92,10 @@ class Ranker:
             )
             for rank, (record, score, confidence) in enumerate(shown, start=1)
         )
-        return Ranking(
+        return Recognition(
+            model=self._model,
+            bundle=self._label,
+            cached="encode" not in found.stages,
             predictions=predictions,
             in_catalog_probability=in_catalog_probability,
             abstained=abstained,

@@ -16,8 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from core.arrays import BoolArray, Float32Array, normalised
-from service.ranking import Ranking
-from wikiclip.answers import Box, Region
+from wikiclip.answers import Box, Recognition, Region
 
 MAX_REGIONS = 8
 _MIN_CONFIDENCE = 0.5
@@ -51,7 +50,7 @@ def propose(patch_tokens_PC: Float32Array, turned_PC: Float32Array, limit: int) 
     return proposed
 
 
-def choose(rankings: Sequence[tuple[Box, Ranking]]) -> tuple[Region, ...]:
+def choose(answers: Sequence[tuple[Box, Recognition]]) -> tuple[Region, ...]:
     """Return up to `MAX_REGIONS` regions, the most certain first, without background and without overlaps.
 
     Background is what is probably not in the catalog, or whose best prediction is more likely wrong than right. Without
@@ -59,7 +58,7 @@ def choose(rankings: Sequence[tuple[Box, Ranking]]) -> tuple[Region, ...]:
     """
     regions = [
         Region(box=box, predictions=each.predictions, in_catalog_probability=each.in_catalog_probability)
-        for box, each in rankings
+        for box, each in answers
         if each.predictions and not each.abstained
     ]
     chosen: list[Region] = []

@@ -91,7 +91,7 @@ def test_words_are_shown_where_the_bundle_has_texts(
     write_store(tmp_path / "entities.sqlite", ((entity, None) for entity in entities))
     with EntityStore(tmp_path / "entities.sqlite") as store:
         view = OverlayView(bundle.index(), store)
-        ranker = Ranker(view, None)
+        ranker = Ranker(view, None, "model", "bundle@1")
         rows, scores = view.search(bundle.embeddings().at(np.arange(1)), 12)
         patch_tokens_PC = np.ones((4, 16), np.float32)
         found = Found(embedding_D=EMBEDDING_D, rows=rows[0], scores=scores[0], patch_tokens_PC=patch_tokens_PC)

@@ -94,14 +94,14 @@ def test_stages_follow_each_other(pipeline, giraffe):
     moments = [moment for stage in result.stages.values() for moment in stage]
     assert moments == sorted(moments)
     assert list(timings_ms(result.stages)) == ["decode", "queue", "encode", "search"]
-    assert len(result.ranking.predictions) == 3
+    assert len(result.recognition.predictions) == 3
     assert pipeline.users == 0
 
 
 def test_records_in_memory_need_no_thread(pipeline, giraffe):
     first = asyncio.run(pipeline.run(giraffe))
     pipeline.lookup_pool.close()
-    assert asyncio.run(pipeline.run(giraffe)).ranking == first.ranking
+    assert asyncio.run(pipeline.run(giraffe)).recognition.predictions == first.recognition.predictions
     with pytest.raises(Unavailable):  # an explanation is read from files
         asyncio.run(pipeline.run(giraffe, explain=True))
 
@@ -110,14 +110,16 @@ def test_an_embedding_starts_at_the_search_and_finds_the_same(pipeline, giraffe)
     first = asyncio.run(pipeline.run(giraffe))
     again = asyncio.run(pipeline.run(first.embedding_D))
     assert list(again.stages) == ["queue", "search", "join"]
-    assert again.ranking == first.ranking
+    assert (first.recognition.cached, again.recognition.cached) == (False, True)
+    changes = {"cached": True, "timings_ms": again.recognition.timings_ms}
+    assert again.recognition == first.recognition.model_copy(update=changes)
     assert sum(pipeline.encoder.sizes) == 1
 
 
 def test_types_select_before_the_search(pipeline, giraffe):
-    everything = asyncio.run(pipeline.run(giraffe, top_k=100)).ranking
+    everything = asyncio.run(pipeline.run(giraffe, top_k=100)).recognition
     kind = everything.predictions[-1].types[0]
-    some = asyncio.run(pipeline.run(giraffe, types=(kind,), top_k=100)).ranking
+    some = asyncio.run(pipeline.run(giraffe, types=(kind,), top_k=100)).recognition
     assert 0 < len(some.predictions) < len(everything.predictions)
     assert all(kind in prediction.types for prediction in some.predictions)
     assert pipeline.users == 0
@@ -129,7 +131,7 @@ def test_a_bad_image_fails_alone(pipeline, giraffe):
 
     bad, good = asyncio.run(run())
     assert isinstance(bad, UndecodableImage)
-    assert good.ranking.predictions
+    assert good.recognition.predictions
     assert pipeline.users == 0
 
 
@@ -169,7 +171,7 @@ def test_an_image_cancelled_in_the_queue_is_never_encoded(pipeline, giraffe):
         await queued(pipeline, 1)
         await pipeline.cancelled(second)
         pipeline.encoder.gate.set()
-        assert (await first).ranking.predictions
+        assert (await first).recognition.predictions
         await pipeline.idle()
 
     asyncio.run(run())
@@ -186,7 +188,7 @@ def test_an_image_cancelled_while_it_is_encoded_harms_no_other(pipeline, giraffe
         pipeline.encoder.gate.set()
         return await pipeline.run(giraffe)
 
-    assert asyncio.run(run()).ranking.predictions
+    assert asyncio.run(run()).recognition.predictions
     assert pipeline.users == 0
 
 

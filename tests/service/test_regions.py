@@ -14,12 +14,11 @@ from PIL import Image
 from core.errors import BadParameter
 from index.bundle import Bundle
 from index.manifest import MANIFEST_FILE, Manifest
-from service.ranking import Ranking
 from service.recognizer import Recognizer
 from service.regions import MAX_REGIONS, choose, propose
 from service.settings import Settings
 from tests.service.test_cli import run  # noqa: F401
-from wikiclip.answers import Prediction, RecognizeOptions
+from wikiclip.answers import Prediction, Recognition, RecognizeOptions
 
 DEMO = Path(__file__).parents[2] / "demo"
 PNG = {"Content-Type": "image/png"}
@@ -237,7 +236,13 @@ def ranking(confidence, *, abstained=False, score=0.5):
         rank=1, entity_id="Q1", title="t", score=score, confidence=confidence, description=None, url=None,
         symbol=None, types=(), has_thumbnail=False,
     )  # fmt: skip
-    return Ranking(predictions=(best,), in_catalog_probability=0.9, abstained=abstained, level=None)
+    return recognition(best, abstained=abstained)
+
+
+def recognition(*predictions, abstained=False):
+    return Recognition(
+        model="m", bundle="b@1", cached=False, predictions=predictions, in_catalog_probability=0.9, abstained=abstained
+    )
 
 
 def test_the_choice_is_certain_known_and_without_overlaps():
@@ -247,7 +252,7 @@ def test_the_choice_is_certain_known_and_without_overlaps():
         ((0.5, 0.5, 0.4, 0.4), ranking(0.9)),
         ((0.0, 0.6, 0.3, 0.3), ranking(0.95, abstained=True)),
         ((0.6, 0.0, 0.3, 0.3), ranking(0.4)),
-        ((0.6, 0.1, 0.3, 0.3), Ranking(predictions=(), in_catalog_probability=0.9, abstained=False, level=None)),
+        ((0.6, 0.1, 0.3, 0.3), recognition()),
     ]
     assert [region.box for region in choose(rankings)] == [(0.5, 0.5, 0.4, 0.4), (0.0, 0.0, 0.5, 0.5)]
 
