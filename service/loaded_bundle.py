@@ -262,8 +262,3 @@ class BundleView:
     entities: EntityView
     ranker: Ranker
     label: str
-
-    def label_at(self, revision: int) -> str:
-        """Return the label of the same bundle at another revision."""
-        bundle = self.loaded.bundle
-        return f"{bundle.name}@{bundle.fingerprint}+{revision}"

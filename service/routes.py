@@ -303,11 +303,10 @@ async def put_entity(request: Request, response: Response, entity_id: str, recog
         view.loaded.check_encoder(entity.encoder)
         fetched = [await _fetched(request, image) for image in images]
         change = partial(editor.put, entity_id, entity, fetched)
-        put = await _while_connected(request, recognizer.edit(view, change))
-    if put.created:
+        edited, created = await _while_connected(request, recognizer.edit(view, change))
+    if created:
         response.status_code = HTTPStatus.CREATED
-    stored = Entity.model_validate(put.entity, from_attributes=True)
-    return EditedEntity(**dict(stored), image_ids=tuple(put.image_ids), bundle=view.label_at(put.revision))
+    return edited
 
 
 @admin_router.post(
@@ -325,8 +324,7 @@ async def add_image(request: Request, entity_id: str, recognizer: ReadyRecognize
             view.loaded.check_encoder(image.encoder)
         text = (await asyncio.to_thread(view.entities.get, entity_id)).text or ""
         change = partial(editor.add_image, entity_id, await _fetched(request, image), text)
-        image_id, revision = await _while_connected(request, recognizer.edit(view, change))
-    return AddedImage(entity_id=entity_id, image_id=image_id, bundle=view.label_at(revision))
+        return await _while_connected(request, recognizer.edit(view, change))
 
 
 @admin_router.delete(

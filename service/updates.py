@@ -10,7 +10,6 @@ import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -37,7 +36,7 @@ from index.references import new_image_id
 from index.store import StoredEntity, describe
 from service.encoder import open_session
 from service.engine import Encoder
-from wikiclip.answers import EmbeddingQuery, EntityRequest
+from wikiclip.answers import AddedImage, EditedEntity, EmbeddingQuery, Entity, EntityRequest
 
 T = TypeVar("T")
 
@@ -110,16 +109,6 @@ def open_embedder(bundle: Bundle, image_encoder: Encoder) -> EntityEmbedder | Im
     return None if entity_encoder is None else EntityEmbedder(bundle, entity_encoder, image_encoder)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PutEntity:
-    """An entity as stored, with the ids of its images. `created`: it is new. `revision` is the first to contain it."""
-
-    entity: StoredEntity
-    created: bool
-    image_ids: Sequence[str]
-    revision: int
-
-
 class Editor:
     """Makes live changes to one bundle and follows those of other processes, in two threads.
 
@@ -129,6 +118,7 @@ class Editor:
     def __init__(self, bundle: Bundle, live: LiveChanges, image_encoder: Encoder, decoder: Decoder) -> None:
         self.live = live
         self.sync_error: str | None = None  # why changes of other processes cannot be read at the moment
+        self._bundle = f"{bundle.name}@{bundle.fingerprint}"
         self._decoder = decoder
         self._dim = bundle.manifest.embedding_dim
         self._preprocessing = Preprocessing.from_dict(bundle.manifest.preprocessing)
@@ -153,8 +143,8 @@ class Editor:
         """Run a change, `put` or another, in the thread that embeds and writes."""
         return self._pool.submit(change)
 
-    def put(self, entity_id: str, record: EntityRequest, images: Sequence[bytes]) -> PutEntity:
-        """Add or replace an entity.
+    def put(self, entity_id: str, record: EntityRequest, images: Sequence[bytes]) -> tuple[EditedEntity, bool]:
+        """Add or replace an entity. Return it, and whether it is new.
 
         Raises `BadParameter`, `UndecodableImage`, `TooLarge`, `NoEntitySide`, and as `LiveChanges.put` does.
         """
@@ -178,12 +168,13 @@ class Editor:
         )
         image_ids = tuple(new_image_id() for _ in images)
         created = self.live.put(entity, embeddings_ID, thumbnail, image_ids)
-        return PutEntity(entity=entity, created=created, image_ids=image_ids, revision=self.live.delta.revision)
+        stored = Entity.model_validate(entity, from_attributes=True)
+        return EditedEntity(**dict(stored), image_ids=image_ids, bundle=self._label()), created
 
-    def add_image(self, entity_id: str, image: bytes | EmbeddingQuery, text: str) -> tuple[str, int]:
+    def add_image(self, entity_id: str, image: bytes | EmbeddingQuery, text: str) -> AddedImage:
         """Add an image, or its embedding, to an entity with this text, which may be "".
 
-        Returns the image's id and the first revision that contains it. Raises as `put` does, and `UnknownEntity`.
+        Raises as `put` does, and `UnknownEntity`.
         """
         if isinstance(image, EmbeddingQuery):
             embedding_D = read_embedding(image.embedding, self._dim)
@@ -192,7 +183,11 @@ class Editor:
             embedding_D = self._image_embedder.embed(pixels_HW3, text)
         image_id = new_image_id()
         self.live.add_image(entity_id, image_id, embedding_D)
-        return image_id, self.live.delta.revision
+        return AddedImage(entity_id=entity_id, image_id=image_id, bundle=self._label())
+
+    def _label(self) -> str:
+        """Return the bundle that answers, with the change that was just made."""
+        return f"{self._bundle}+{self.live.delta.revision}"
 
     def _embeddings(self, record: EntityRequest, images: Sequence[bytes]) -> Float32Array:
         if record.embedding is not None:
