@@ -48,6 +48,7 @@ from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from wikiclip.answers import (
     Box,
+    BundleChange,
     Embedding,
     EmbeddingQuery,
     Feedback,
@@ -173,7 +174,7 @@ class Recognizer:
         finally:
             loaded.release()
 
-    async def swap(self, bundle: Path | str) -> LoadedBundle:
+    async def swap(self, bundle: Path | str) -> BundleChange:
         """Load and check another bundle (a folder or a URI) and answer from it.
 
         Requests that have begun finish with the old bundle, which is then closed. Raises `BundleRefused` if the other
@@ -196,11 +197,14 @@ class Recognizer:
             raise Unavailable("the service is stopping; retry elsewhere")
         with self._current_lock:
             old, self._current = self._current, new
+        current, previous = new.view(), old.view().label
         old.retire(self._deadline_s)
         self.metrics.bundle_swaps.labels("loaded").inc()
         self._publish_bundle()
-        log.info("%s answers instead of %s", self.label, old.view().label)
-        return new
+        log.info("%s answers instead of %s", current.label, previous)
+        return BundleChange(
+            bundle=current.label, previous=previous, model=new.model, entities=current.entities.entity_count
+        )
 
     def _load(self, bundle: Path | str) -> LoadedBundle:
         with opening(bundle):

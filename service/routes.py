@@ -273,12 +273,7 @@ async def swap_bundle(request: Request, recognizer: AnyRecognizer) -> BundleChan
         path = BundleRequest.model_validate_json(body).path
     except ValidationError as error:
         raise BadParameter(f'{error.errors()[0]["msg"]}; send {{"path": "..."}}') from error
-    previous = recognizer.label
-    new = await recognizer.swap(path)
-    current = new.view()
-    return BundleChange(
-        bundle=current.label, previous=previous, model=new.model, entities=current.entities.entity_count
-    )
+    return await recognizer.swap(path)
 
 
 @admin_router.put(
