@@ -7,7 +7,7 @@ status of 500 or more or a leak. All should be 0. `own_memory_mib` is the servic
 which should differ by little. Needs redis-server.
 
 Then a second service, limited to 1 GiB of memory, is sent images and connections that are valid and extreme
-(`benchmarks.extreme`, `benchmarks.extreme_connections`), each case under the same load. See `_measure_extremes`.
+(`benchmarks.extreme`), each case under the same load. See `_measure_extremes`.
 
 `python -m benchmarks.faults serve ...` is `wikiclip serve` with an engine that can be killed by SIGUSR1.
 """
@@ -32,7 +32,7 @@ from typing import Any, Self
 
 import httpx
 
-from benchmarks import extreme, extreme_connections
+from benchmarks import extreme
 from benchmarks.generator import ANSWERED, free_port, scrape_metrics, service_process, wait_for
 from benchmarks.measure import process_memory_bytes
 from benchmarks.synthetic import hostile_bodies, photograph
@@ -207,13 +207,13 @@ def _extremes(url: str, share: float) -> Iterator[tuple[str, Callable[[], dict[s
     target = httpx.URL(url)
 
     def connect(name: str) -> dict[str, Any]:
-        received = extreme_connections.connect(name, target.host, target.port or 80)
-        return _counted((status, "") for status in extreme_connections.statuses(received))
+        received = extreme.connect(name, target.host, target.port or 80)
+        return _counted((status, "") for status in extreme.statuses(received))
 
     for case in extreme.cases(share):
         bodies = [(body, case.content_type) for body in case.bodies]
         yield case.name, partial(_send, url, bodies, clients=len(bodies))
-    for name in extreme_connections.CASES:
+    for name in extreme.CONNECTIONS:
         yield name, partial(connect, name)
 
 
@@ -281,7 +281,7 @@ class _Load:
     @staticmethod
     def _disconnect_early(url: httpx.URL, image: bytes) -> None:
         """Send a complete request and close the connection before the answer."""
-        head = extreme_connections.POST % b"image/jpeg" + b"Content-Length: %d\r\n\r\n" % len(image)
+        head = extreme.POST % b"image/jpeg" + b"Content-Length: %d\r\n\r\n" % len(image)
         with socket.create_connection((url.host, url.port), TIMEOUT_S) as connection:
             connection.sendall(head + image)
 

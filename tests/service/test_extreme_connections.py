@@ -1,4 +1,4 @@
-"""Extreme connections of `benchmarks.extreme_connections`: each gets a 4xx with a reason or is closed, and other
+"""Extreme connections of `benchmarks.extreme`: each gets a 4xx with a reason or is closed, and other
 clients are answered meanwhile.
 """
 
@@ -18,7 +18,7 @@ import httpx
 import pytest
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from benchmarks import extreme_connections as extreme
+from benchmarks import extreme
 
 RECEIVE_MS = 500
 LONGEST_SILENCE_S = 1.0  # of /livez, on an idle machine some milliseconds
