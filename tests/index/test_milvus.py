@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from index.milvus import connect, load_bundle
 from index.milvus_view import MilvusEntities, MilvusView
 from index.references import new_image_id
 from index.store import Selection, StoredEntity, write_store
+from tests.commands import run_wikiclip
 from tests.conftest import add_remembered, add_type_parents, pool_by_mean, write_small_bundle
 
 Vector = npt.NDArray[np.float32]
@@ -502,11 +501,10 @@ def test_a_milvus_that_stops_answering_is_unavailable(bundle: Bundle, tmp_path: 
 
 
 def test_the_command_loads_a_bundle_once(small_bundle: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "wikiclip", "index", "--bundle", str(small_bundle), "--backend", "milvus"]
-    command += ["--uri", str(tmp_path / "cli.db"), "--json"]
-    first, second = (
-        subprocess.run(command, capture_output=True, text=True, check=False, timeout=300) for _ in range(2)
-    )
+    path = tmp_path / "cli.db"
+    arguments = ("index", "--bundle", small_bundle, "--backend", "milvus", "--uri", path, "--json")
+    first, second = (run_wikiclip(*arguments) for _ in range(2))
+    server_manager_instance.release_server(str(path))
     assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["embeddings"] == len(Bundle.open(small_bundle).embeddings())
     assert second.returncode == 2

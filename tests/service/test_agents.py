@@ -24,6 +24,8 @@ from wikiclip.client import AsyncClient
 
 COMMAND = ["-m", "wikiclip", "mcp"]
 TIMEOUT_S = 120  # generous: a busy machine is no failure
+INPUTS = {"base64", "url", "top_k", "types", "lang"}  # of the tool `recognise`
+OTHER_TOOLS = {"describe_entity": {"entity_id"}, "search_titles": {"query", "limit"}}
 INITIALIZE = {
     "jsonrpc": "2.0",
     "id": 1,
@@ -36,10 +38,14 @@ def stdio(*arguments: str, **env: str) -> StdioServerParameters:
     return StdioServerParameters(command=sys.executable, args=[*COMMAND, *arguments], env=env)
 
 
+async def answers_in(client: Client, calls: Sequence[tuple[str, dict]]) -> list:
+    results = [await client.call_tool(name, arguments) for name, arguments in calls]
+    return [each.content[0].text if each.is_error else each.structured_content for each in results]
+
+
 async def answers_of(server, calls: Sequence[tuple[str, dict]]) -> list:
     async with Client(server, read_timeout_seconds=TIMEOUT_S) as client:
-        results = [await client.call_tool(name, arguments) for name, arguments in calls]
-    return [each.content[0].text if each.is_error else each.structured_content for each in results]
+        return await answers_in(client, calls)
 
 
 def call(server, *calls: tuple[str, dict]) -> list:
@@ -47,16 +53,16 @@ def call(server, *calls: tuple[str, dict]) -> list:
     return asyncio.run(answers_of(server, calls))
 
 
-def parameters_of(server) -> dict[str, set[str]]:
-    """The names of each tool's parameters."""
+def list_and_call(server, *calls: tuple[str, dict]) -> tuple[dict[str, set[str]], list]:
+    """List the tools and call some, in one session. Returns the names of each tool's parameters, and the answers."""
 
-    async def list_tools() -> list:
+    async def ask() -> tuple[list, list]:
         async with Client(server, read_timeout_seconds=TIMEOUT_S) as client:
-            return (await client.list_tools()).tools
+            return (await client.list_tools()).tools, await answers_in(client, calls)
 
-    tools = asyncio.run(list_tools())
+    tools, answers = asyncio.run(ask())
     assert all(tool.description and tool.output_schema and tool.annotations.read_only_hint for tool in tools)
-    return {tool.name: set(tool.input_schema["properties"]) for tool in tools}
+    return {tool.name: set(tool.input_schema["properties"]) for tool in tools}, answers
 
 
 @contextmanager
@@ -90,7 +96,7 @@ def source(request, small_bundle) -> list[str]:
 
 def test_tools_answer_over_stdio(source, picture, giraffe):
     encoded = base64.b64encode(giraffe).decode()
-    by_path, by_base64, fruit, entity, found = call(
+    parameters, (by_path, by_base64, fruit, entity, found) = list_and_call(
         stdio(*source),
         ("recognise", {"path": str(picture)}),
         ("recognise", {"base64": encoded, "top_k": 1, "lang": "fr"}),
@@ -98,6 +104,7 @@ def test_tools_answer_over_stdio(source, picture, giraffe):
         ("describe_entity", {"entity_id": "Q15083"}),
         ("search_titles", {"query": "giraf", "limit": 3}),
     )
+    assert parameters == {"recognise": {*INPUTS, "path"}, **OTHER_TOOLS}
     assert set(by_path) == {"predictions", "known", "abstained"}
     assert by_path["abstained"] is False
     best = by_path["predictions"][0]
@@ -155,32 +162,42 @@ def test_an_image_over_the_limit_is_refused(small_bundle, picture):
         assert "the image has over 100 bytes; give a smaller one" in error
 
 
-def test_over_http_no_path_is_read(source, picture, giraffe):
-    inputs = {"base64", "url", "top_k", "types", "lang"}
-    others = {"describe_entity": {"entity_id"}, "search_titles": {"query", "limit"}}
-    assert parameters_of(stdio(*source)) == {"recognise": {*inputs, "path"}, **others}
+@pytest.fixture(scope="module")
+def bundle_over_http(small_bundle) -> Iterator[str]:
+    """The URL of the command with a bundle."""
+    with over_http("--bundle", str(small_bundle)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def service_over_http(service) -> Iterator[str]:
+    """The URL of the command with a service."""
+    with over_http("--url", str(service.base_url)) as url:
+        yield url
+
+
+@pytest.mark.parametrize("source", ["bundle_over_http", "service_over_http"])
+def test_over_http_no_path_is_read(source, request, picture, giraffe):
     encoded = base64.b64encode(giraffe).decode()
     paths = [{"path": str(picture)}, {"url": str(picture)}, {"url": f"file://{picture}"}, {"base64": str(picture)}]
-    with over_http(*source) as url:
-        assert parameters_of(url) == {"recognise": inputs, **others}
-        *errors, answer, entity = call(
-            url,
-            *(("recognise", given) for given in paths),
-            ("recognise", {"base64": encoded, "path": "/etc/passwd", "top_k": 1}),
-            ("describe_entity", {"entity_id": "flag:JP"}),
-        )
+    parameters, (*errors, answer, entity) = list_and_call(
+        request.getfixturevalue(source),
+        *(("recognise", given) for given in paths),
+        ("recognise", {"base64": encoded, "path": "/etc/passwd", "top_k": 1}),
+        ("describe_entity", {"entity_id": "flag:JP"}),
+    )
+    assert parameters == {"recognise": INPUTS, **OTHER_TOOLS}
     assert [type(error) for error in errors] == [str] * len(paths)
     assert [each["entity_id"] for each in answer["predictions"]] == ["Q15083"]
     assert entity["title"] == "Flag of Japan"
 
 
-def test_over_http_pages_of_other_sites_are_refused(small_bundle):
+def test_over_http_pages_of_other_sites_are_refused(bundle_over_http):
     accept = {"Accept": "application/json, text/event-stream"}
-    with over_http("--bundle", str(small_bundle)) as url:
-        for headers, status in (({}, 200), ({"Origin": "http://evil.example"}, 403), ({"Host": "evil.example"}, 421)):
-            assert httpx.post(url, json=INITIALIZE, headers=accept | headers).status_code == status
-        large = httpx.post(url, content=b"x" * 32_000_000, headers={"Content-Type": "application/json", **accept})
-        assert large.status_code == 413
+    for headers, status in (({}, 200), ({"Origin": "http://evil.example"}, 403), ({"Host": "evil.example"}, 421)):
+        assert httpx.post(bundle_over_http, json=INITIALIZE, headers=accept | headers).status_code == status
+    headers = {"Content-Type": "application/json", **accept}
+    assert httpx.post(bundle_over_http, content=b"x" * 32_000_000, headers=headers).status_code == 413
 
 
 def test_an_image_by_url_where_the_service_allows_it(serve, small_bundle, giraffe, monkeypatch):
