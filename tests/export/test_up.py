@@ -125,7 +125,8 @@ def test_an_interrupted_run_continues(pictures: Path, onnx_encoder: str) -> None
     arguments = [pictures, "--out", bundle, "--image-encoder", onnx_encoder, "--no-serve"]
     with running(*arguments) as process:
         read_until(process, "catalog ")
-        assert interrupt(process) == 130
+        # A shell reports both as 130. Python ends by the signal if it came while `exec` ran, as imports of classes do.
+        assert interrupt(process) in (130, -signal.SIGINT)
     assert not (bundle / "manifest.json").exists()
     done = up(*arguments)
     assert done.returncode == 0, done.stderr
