@@ -96,17 +96,19 @@ def free_port() -> int:
 
 def wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
     """Return once `/readyz` answers 200. Raise `UserError` if the process ends or the time runs out."""
+    # One client for all polls: a new one loads certificates, and the service that is starting needs the processor.
+    with httpx.Client(timeout=2) as client:
 
-    def is_ready() -> bool:
-        if process.poll() is not None:
-            code = process.returncode
-            raise UserError(f"the service ended with exit code {code} before it was ready; see its message above")
-        try:
-            return httpx.get(f"{url}/readyz", timeout=2).status_code == httpx.codes.OK
-        except httpx.TransportError:
-            return False
+        def is_ready() -> bool:
+            if process.poll() is not None:
+                code = process.returncode
+                raise UserError(f"the service ended with exit code {code} before it was ready; see its message above")
+            try:
+                return client.get(f"{url}/readyz").status_code == httpx.codes.OK
+            except httpx.TransportError:
+                return False
 
-    wait_for(is_ready, "the service was not ready")
+        wait_for(is_ready, "the service was not ready")
 
 
 def wait_for(condition: Callable[[], bool], failure: str) -> None:

@@ -95,6 +95,7 @@ class Replica:
             sys.executable, "-m", "wikiclip", "serve", "--bundle", str(bundle), "--port", str(self.port), *flags,
             "--deadline-ms", "60000",  # a busy machine is no failure
         ]  # fmt: skip
+        self._client = httpx.Client(base_url=self.url, timeout=TIMEOUT_S)
         self.process = subprocess.Popen(self._command)
 
     def wait_until_ready(self) -> None:
@@ -104,12 +105,17 @@ class Replica:
         self.process.send_signal(how)
         self.process.wait(TIMEOUT_S)
 
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._client.close()
+
     def start_again(self) -> None:
         self.process = subprocess.Popen(self._command)
         self.wait_until_ready()
 
     def answered(self, route: str = "/recognize") -> float:
-        lines = httpx.get(f"{self.url}/metrics", timeout=TIMEOUT_S).text.splitlines()
+        lines = self._client.get("/metrics").text.splitlines()
         counted = [line for line in lines if line.startswith(f'wikiclip_requests_total{{route="{route}"')]
         return sum(float(line.rpartition(" ")[2]) for line in counted)
 
@@ -177,7 +183,7 @@ def test_a_replica_may_be_killed_under_load(small_bundle, redis_server, tmp_path
     with ExitStack() as ended:
         replicas = [Replica(small_bundle, redis_url) for _ in range(2)]
         for replica in replicas:
-            ended.callback(lambda replica=replica: (replica.process.kill(), replica.process.wait()))
+            ended.callback(replica.close)
         for replica in replicas:
             replica.wait_until_ready()
         configuration = nginx_configuration(tmp_path, listen, [replica.port for replica in replicas])
