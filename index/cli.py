@@ -110,13 +110,12 @@ def index(
 
 def _load_into_milvus(path: Path, uri: str, factory: str, *, as_json: bool) -> None:
     from index.bundle import Bundle
-    from index.milvus import collection_name, connect, load_bundle
+    from index.milvus import Collection, connect
 
-    bundle = Bundle.open(path)
-    count = load_bundle(connect(uri), bundle, factory, progress=True)
-    collection = collection_name(bundle)
-    text = f"collection {collection} holds {count} embeddings"
-    _print({"collection": collection, "embeddings": count}, text, as_json=as_json)
+    collection = Collection(connect(uri), Bundle.open(path))
+    count = collection.load(factory, progress=True)
+    text = f"collection {collection.name} holds {count} embeddings"
+    _print({"collection": collection.name, "embeddings": count}, text, as_json=as_json)
 
 
 def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ MAX_RESULTS = 16_384  # Milvus's limit for a search or query
 FIRST_OWN_KEY = 2**60  # the embedding of an entity that was put without images, once it has images too
 # From FIRST_IMAGE_KEY on: images that were added.
 FIRST_PUT_ROW = END_IMAGE_KEY  # rows below it are rows of the bundle, rows from it on were put while serving
-TIMEOUT_S = 10.0
+_TIMEOUT_S = 10.0
+_LOAD_TIMEOUT_S = 60.0
 _LOADED = "loaded"
 _WITH_ANCESTORS = "ancestors"  # a row of the second collection, as `_LOADED`: older versions stored types alone
 _MAX_VARCHAR = 65_535  # bytes
@@ -59,17 +61,9 @@ def connect(uri: str) -> MilvusClient:
     if address.endswith(".db"):
         logging.getLogger("grpc._server").setLevel(logging.CRITICAL)  # logs missing timestamps of embedded Milvus
     try:
-        return MilvusClient(address, token=token, timeout=TIMEOUT_S)
+        return MilvusClient(address, token=token, timeout=_TIMEOUT_S)
     except (MilvusException, OSError, ValueError) as error:
         raise UserError(f"Milvus at {address} cannot be reached ({_reason(error)}); check the URI, start it") from error
-
-
-def collection_name(bundle: Bundle) -> str:
-    return f"wikiclip_{content_fingerprint(bundle.manifest)}"
-
-
-def counters_name(bundle: Bundle) -> str:
-    return f"{collection_name(bundle)}_changes"
 
 
 def hash63(text: str) -> int:
@@ -81,7 +75,7 @@ _type_hash = lru_cache(maxsize=65_536)(hash63)
 
 
 @contextmanager
-def milvus_errors() -> Iterator[None]:
+def _errors() -> Iterator[None]:
     """Turn Milvus's errors into `Unavailable`."""
     try:
         yield
@@ -89,61 +83,145 @@ def milvus_errors() -> Iterator[None]:
         raise Unavailable(f"Milvus does not answer ({_reason(error)}); try again later") from error
 
 
-def is_loaded(client: MilvusClient, bundle: Bundle) -> bool:
-    """Return whether the bundle is loaded completely."""
-    counters = counters_name(bundle)
-    with milvus_errors():
-        if not client.has_collection(counters, timeout=TIMEOUT_S) or not client.list_indexes(counters):
+class Collection:
+    """The collection of a bundle, with the one that counts its changes. Thread-safe. Methods raise `Unavailable`."""
+
+    def __init__(self, client: MilvusClient, bundle: Bundle) -> None:
+        self._client = client
+        self._bundle = bundle
+        self.name = f"wikiclip_{content_fingerprint(bundle.manifest)}"
+        self.counters = f"{self.name}_changes"
+
+    def close(self) -> None:
+        self._client.close()
+
+    @_errors()
+    def is_loaded(self) -> bool:
+        """Return whether the bundle is loaded completely."""
+        exists = self._client.has_collection(self.counters, timeout=_TIMEOUT_S)
+        if not exists or not self._client.list_indexes(self.counters):
             return False
-        client.load_collection(counters, timeout=TIMEOUT_S)  # a restarted Milvus has nothing loaded
-        return _has_row(client, counters, _LOADED)
+        self._client.load_collection(self.counters, timeout=_TIMEOUT_S)  # a restarted Milvus has nothing loaded
+        return self._has_counter(_LOADED)
 
+    @_errors()
+    def has_ancestors(self) -> bool:
+        """Return whether a loaded bundle was loaded with the ancestors of types."""
+        return self._has_counter(_WITH_ANCESTORS)
 
-def has_ancestors(client: MilvusClient, bundle: Bundle) -> bool:
-    """Return whether a loaded bundle was loaded with the ancestors of types."""
-    with milvus_errors():
-        return _has_row(client, counters_name(bundle), _WITH_ANCESTORS)
+    def _has_counter(self, writer: str) -> bool:
+        found = self._client.get(self.counters, writer, ["writer"], timeout=_TIMEOUT_S, consistency_level="Strong")
+        return bool(found)
 
+    def load(self, factory: str = "auto", *, progress: bool = False) -> int:
+        """Load what the bundle searches and return the number of embeddings. Replace an interrupted load.
 
-def _has_row(client: MilvusClient, counters: str, key: str) -> bool:
-    return bool(client.get(counters, key, ["writer"], timeout=TIMEOUT_S, consistency_level="Strong"))
-
-
-def load_bundle(client: MilvusClient, bundle: Bundle, factory: str = "auto", *, progress: bool = False) -> int:
-    """Load what a bundle searches into its collection and return the number of embeddings. Replace an interrupted load.
-
-    `factory` is `Flat`, `HNSW32`, `IVF1024,Flat`, or `auto` for HNSW32. Raise `UserError` for any other, and if the
-    collection is loaded already, because it may have changes, or if an entity has no embedding.
-    """
-    index = _index(factory)
-    name, counters = collection_name(bundle), counters_name(bundle)
-    if is_loaded(client, bundle):
-        raise UserError(f"collection {name} holds this bundle already; serve it, or drop it in Milvus to load it again")
-    embeddings = bundle.searched()
-    if without := bundle.manifest.counts.entities - len(np.unique(embeddings.rows_N)):
-        raise UserError(
-            f"{without} entities have no image and so no embedding, and Milvus holds no entity without one; leave them "
-            "out of the catalog, or serve the bundle's own index"
-        )
-    with milvus_errors():
-        for each in (counters, name):
-            if client.has_collection(each):
-                client.drop_collection(each)
-        client.create_collection(name, schema=_schema(client, bundle.manifest.embedding_dim))
-        _insert_all(client, name, bundle, embeddings, progress)
-        client.flush(name)
-        _index_and_load(client, name, "embedding", index, inverted=("key", "row"))
-        client.create_collection(counters, schema=_counters_schema(client))
-        _index_and_load(client, counters, _DUMMY, ("FLAT", {}))
+        `factory` is `Flat`, `HNSW32`, `IVF1024,Flat`, or `auto` for HNSW32. Raise `UserError` for any other, and if the
+        collection is loaded already, because it may have changes, or if an entity has no embedding.
+        """
+        index = _index(factory)
+        if self.is_loaded():
+            raise UserError(
+                f"collection {self.name} holds this bundle already; serve it, or drop it in Milvus to load it again"
+            )
+        embeddings = self._bundle.searched()
+        if without := self._bundle.manifest.counts.entities - len(np.unique(embeddings.rows_N)):
+            raise UserError(
+                f"{without} entities have no image and so no embedding, and Milvus holds no entity without one; leave "
+                "them out of the catalog, or serve the bundle's own index"
+            )
+        with _errors():
+            for each in (self.counters, self.name):
+                if self._client.has_collection(each):
+                    self._client.drop_collection(each)
+            self._client.create_collection(self.name, schema=_schema(self._client, embeddings.dim))
+            self._insert_all(embeddings, progress)
+            self._client.flush(self.name)
+            indexes = self._client.prepare_index_params("embedding", metric_type="COSINE", **index)
+            for field in ("key", "row"):
+                indexes.add_index(field, index_type="INVERTED")
+            self._client.create_index(self.name, indexes)
+            self._client.load_collection(self.name)
+            indexes = self._client.prepare_index_params(_DUMMY, metric_type="COSINE", index_type="FLAT")
+            self._client.create_collection(self.counters, schema=_counters_schema(self._client), index_params=indexes)
         for key in (_WITH_ANCESTORS, _LOADED):
-            write_counter(client, counters, key, changes=0, added=0)
-    return len(embeddings)
+            self.count(key, changes=0, added=0)
+        return len(embeddings)
 
+    def _insert_all(self, embeddings: Embeddings, progress: bool) -> None:
+        step = max(1, _INSERT_BYTES // (4 * embeddings.dim))
+        with self._bundle.store() as store:
+            for start in tqdm(range(0, len(embeddings), step), desc="load", unit="batch", disable=not progress):
+                positions = np.arange(start, min(start + step, len(embeddings)))
+                entities = store.by_rows(embeddings.rows_N[positions].tolist())
+                batch = zip(positions.tolist(), entities, embeddings.at(positions), strict=True)
+                self._client.insert(self.name, [_row(*each, store.types) for each in batch])
 
-def write_counter(client: MilvusClient, counters: str, writer: str, *, changes: int, added: int) -> None:
-    """Record how many changes `writer` made, and how many entities they added."""
-    row = {"writer": writer, "changes": changes, "added": added, _DUMMY: [1.0] * _DUMMY_DIM}
-    client.upsert(counters, [row], timeout=TIMEOUT_S)
+    @_errors()
+    def open(self) -> None:
+        """Load a collection that Milvus has on disk into its memory, for `search` and `query`."""
+        for each in (self.name, self.counters):
+            self._client.load_collection(each, timeout=_LOAD_TIMEOUT_S)
+        described = self._client.describe_index(self.name, "embedding")
+        self._parameters: dict[str, int] = {}  # these favour recall
+        if described["index_type"] == "IVF_FLAT":
+            self._parameters["nprobe"] = max(1, round(2 * math.sqrt(int(described.get("nlist", 1024)))))
+        elif described["index_type"] == "HNSW":
+            self._parameters["ef"] = 256
+
+    @_errors()
+    def search(
+        self, queries_BD: Float32Array, count: int, condition: str, consistency: str
+    ) -> list[list[dict[str, Any]]]:
+        """Return up to `count` hits per query, nearest first, each with `row`, `record` and `score`."""
+        parameters = {**self._parameters, "ef": max(count, self._parameters.get("ef", 0))}
+        found = self._client.search(
+            self.name,
+            data=list(queries_BD),
+            filter=condition,
+            limit=count,
+            output_fields=["row", "record"],
+            search_params={"metric_type": "COSINE", "params": parameters},
+            consistency_level=consistency,
+            timeout=_TIMEOUT_S,
+        )
+        return [[dict(hit["entity"], score=hit["distance"]) for hit in hits] for hits in found]
+
+    @_errors()
+    def query(
+        self, condition: str, fields: Sequence[str], consistency: str = "Strong", *, name: str | None = None
+    ) -> list[dict[str, Any]]:
+        """Return up to `MAX_RESULTS` rows that meet a condition."""
+        found = self._client.query(
+            name or self.name,
+            filter=condition,
+            output_fields=list(fields),
+            limit=MAX_RESULTS,
+            consistency_level=consistency,
+            timeout=_TIMEOUT_S,
+        )
+        return [dict(row) for row in found]
+
+    def counted(self) -> tuple[int, int]:
+        """Return how many changes all processes made, and how many entities they added."""
+        rows = self.query("changes >= 0", ("changes", "added"), name=self.counters)
+        return sum(int(row["changes"]) for row in rows), sum(int(row["added"]) for row in rows)
+
+    @_errors()
+    def upsert(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows, or replace those with the same keys."""
+        self._client.upsert(self.name, list(rows), timeout=_TIMEOUT_S)
+
+    @_errors()
+    def delete(self, condition: str) -> None:
+        """Delete the rows that meet a condition."""
+        self._client.delete(self.name, filter=condition, timeout=_TIMEOUT_S)
+
+    @_errors()
+    def count(self, writer: str, *, changes: int, added: int) -> None:
+        """Record how many changes `writer` made, and how many entities they added."""
+        row = {"writer": writer, "changes": changes, "added": added, _DUMMY: [1.0] * _DUMMY_DIM}
+        self._client.upsert(self.counters, [row], timeout=_TIMEOUT_S)
 
 
 def put_row(entity: StoredEntity, embedding_D: Float32Array, thumbnail: str, types: TypeHierarchy) -> dict[str, Any]:
@@ -194,16 +272,6 @@ def types_filter(types: Sequence[str]) -> str:
     return f"array_contains_any(types, [{', '.join(str(hash63(kind)) for kind in types)}])"
 
 
-def _insert_all(client: MilvusClient, name: str, bundle: Bundle, embeddings: Embeddings, progress: bool) -> None:
-    step = max(1, _INSERT_BYTES // (4 * embeddings.dim))
-    with bundle.store() as store:
-        for start in tqdm(range(0, len(embeddings), step), desc="load", unit="batch", disable=not progress):
-            positions = np.arange(start, min(start + step, len(embeddings)))
-            entities = store.by_rows(embeddings.rows_N[positions].tolist())
-            batch = zip(positions.tolist(), entities, embeddings.at(positions), strict=True)
-            client.insert(name, [_row(*each, store.types) for each in batch])
-
-
 def _row(primary_key: int, entity: StoredEntity, embedding_D: Float32Array, types: TypeHierarchy) -> dict[str, Any]:
     """Return a row. Titles, records and thumbnails of the bundle's entities are in its own store."""
     return {
@@ -239,19 +307,7 @@ def _counters_schema(client: MilvusClient) -> Any:
     return schema
 
 
-def _index_and_load(
-    client: MilvusClient, name: str, vector: str, index: tuple[str, dict[str, int]], inverted: Sequence[str] = ()
-) -> None:
-    index_type, parameters = index
-    indexes = client.prepare_index_params()
-    indexes.add_index(field_name=vector, index_type=index_type, metric_type="COSINE", params=parameters)
-    for field in inverted:
-        indexes.add_index(field_name=field, index_type="INVERTED")
-    client.create_index(name, indexes)
-    client.load_collection(name)
-
-
-def _index(factory: str) -> tuple[str, dict[str, int]]:
+def _index(factory: str) -> dict[str, Any]:
     """Return Milvus's index type and parameters. Only indexes that keep the vectors give true cosines."""
     match = re.fullmatch(r"(auto|HNSW(\d+)?)|Flat|IVF(\d+),Flat", factory)
     if match is None:
@@ -259,8 +315,8 @@ def _index(factory: str) -> tuple[str, dict[str, int]]:
             f"--factory {factory!r} does not keep true cosines in Milvus; use auto, Flat, HNSW32 or IVF1024,Flat"
         )
     if match[1]:
-        return "HNSW", {"M": int(match[2] or 32), "efConstruction": 200}
-    return ("IVF_FLAT", {"nlist": int(match[3])}) if match[3] else ("FLAT", {})
+        return {"index_type": "HNSW", "params": {"M": int(match[2] or 32), "efConstruction": 200}}
+    return {"index_type": "IVF_FLAT", "params": {"nlist": int(match[3])}} if match[3] else {"index_type": "FLAT"}
 
 
 def _address(uri: str) -> tuple[str, str]:

@@ -24,7 +24,7 @@ from core.errors import BundleError, UnknownEntity
 from index import milvus
 from index.bundle import Bundle
 from index.levels import TypeLevels
-from index.milvus import FIRST_OWN_KEY, FIRST_PUT_ROW, MAX_RESULTS, TIMEOUT_S, key_filter, milvus_errors
+from index.milvus import FIRST_OWN_KEY, FIRST_PUT_ROW, MAX_RESULTS, Collection, connect, key_filter
 from index.references import (
     FIRST_IMAGE_KEY,
     all_image_ids,
@@ -46,7 +46,6 @@ from index.store import (
     words,
 )
 
-_LOAD_TIMEOUT_S = 60.0
 _STRONG_FOR_S = 10.0  # after a change. `Bounded` consistency is faster and at most 5 s behind
 _CACHED_RECORDS = 10_000
 _CACHED_SELECTIONS = 32
@@ -93,18 +92,17 @@ class MilvusEntities:
     poll_interval_s = 0.5
 
     def __init__(self, uri: str, bundle: Bundle, store: EntityStore) -> None:
-        self._client = milvus.connect(uri)
-        if not milvus.is_loaded(self._client, bundle):
-            self._client.close()
+        self.collection = Collection(connect(uri), bundle)
+        if not self.collection.is_loaded():
+            self.close()
             raise BundleError(
                 f"bundle {bundle.name} is not loaded in Milvus; load it with `wikiclip index --backend milvus`"
             )
-        self._name, self._counters = milvus.collection_name(bundle), milvus.counters_name(bundle)
         self.store = store
-        if store.types.rows() and not milvus.has_ancestors(self._client, bundle):
+        if store.types.rows() and not self.collection.has_ancestors():
             log.warning(
                 "collection %s was loaded by an older version: `types` finds no ancestors; drop it and load it again",
-                milvus.collection_name(bundle),
+                self.collection.name,
             )
         counts = bundle.manifest.counts
         self.base_count = counts.entities
@@ -116,24 +114,25 @@ class MilvusEntities:
         self.images_each = 1.0 if self.images else max(1.0, counts.embeddings / max(1, counts.entities))
         self._records: dict[int, StoredEntity] = {}
         self._writer, self._changes, self._added = uuid.uuid4().hex, 0, 0
-        with milvus_errors():
-            for each in (self._name, self._counters):
-                self._client.load_collection(each, timeout=_LOAD_TIMEOUT_S)
-            self._search_parameters = self._untuned_parameters()
+        self.collection.open()
         self._changed_at = time.monotonic()
         self.delta = MilvusState(revision=0, added=0)
         self.refresh()
 
     def close(self) -> None:
-        self._client.close()
+        self.collection.close()
 
     def refresh(self) -> MilvusState:
         """Look for changes of all processes. Raise `Unavailable`."""
-        rows = self.query("changes >= 0", ["changes", "added"], collection=self._counters)
-        changes, added = (sum(int(row[each]) for row in rows) for each in ("changes", "added"))
+        changes, added = self.collection.counted()
         if (state := MilvusState(revision=changes, added=added)) != self.delta:
             self.delta, self._changed_at = state, time.monotonic()
         return state
+
+    @property
+    def consistency(self) -> str:
+        """The consistency of searches, which need not see what another host did a moment ago."""
+        return "Strong" if time.monotonic() - self._changed_at < _STRONG_FOR_S else "Bounded"
 
     def put(
         self, entity: StoredEntity, embeddings_ID: Float32Array, thumbnail: bytes | None, image_ids: Sequence[str] = ()
@@ -147,11 +146,9 @@ class MilvusEntities:
         rows = [milvus.put_row(entity, self._pooled(vectors_ID), encoded, self.store.types)]
         for image_id, vector_D in zip(image_ids, vectors_ID, strict=bool(image_ids)):
             rows.append(milvus.reference_row(image_key(image_id), rows[0], vector_D, searched=self.images is None))
-        others = f"{key_filter(entity.entity_id)} and pk not in {[row['pk'] for row in rows]}"
-        with milvus_errors():
-            created = not self._rows_of(entity.entity_id)
-            self._client.upsert(self._name, rows, timeout=TIMEOUT_S)
-            self._client.delete(self._name, filter=others, timeout=TIMEOUT_S)
+        created = not self._exists(entity.entity_id)
+        self.collection.upsert(rows)
+        self.collection.delete(f"{key_filter(entity.entity_id)} and pk not in {[row['pk'] for row in rows]}")
         self._count_change(added=int(created))
         return created
 
@@ -163,13 +160,12 @@ class MilvusEntities:
         if found.is_put and not found.references:
             own_D = np.array(found.entity["embedding"], np.float32)
             rows.append(milvus.reference_row(milvus.own_key(entity_id), found.entity, own_D, searched=False))
-        with milvus_errors():
-            self._client.upsert(self._name, rows, timeout=TIMEOUT_S)
-            try:
-                self._pool(entity_id)
-            except UnknownEntity:  # another host has just deleted it
-                self._client.delete(self._name, filter=f"pk == {image_key(image_id)}", timeout=TIMEOUT_S)
-                raise
+        self.collection.upsert(rows)
+        try:
+            self._pool(entity_id)
+        except UnknownEntity:  # another host has just deleted it
+            self.collection.delete(f"pk == {image_key(image_id)}")
+            raise
         self._count_change(added=0)
 
     def remove_image(self, entity_id: str, image_id: str) -> None:
@@ -183,49 +179,16 @@ class MilvusEntities:
             raise of_bundle(image_id) if image_id in known else no_such_image(image_id)
         if found.is_put and len(found.references) == 1:
             raise only_image(image_id)
-        with milvus_errors():
-            self._client.delete(self._name, filter=f"pk == {image_key(image_id)}", timeout=TIMEOUT_S)
+        self.collection.delete(f"pk == {image_key(image_id)}")
         self._pool(entity_id)
         self._count_change(added=0)
 
     def delete(self, entity_id: str) -> None:
         """Delete an entity for all hosts. Raise `UnknownEntity`, `Unavailable`."""
-        with milvus_errors():
-            if not self._rows_of(entity_id):
-                raise unknown_entity(entity_id)
-            self._client.delete(self._name, filter=key_filter(entity_id), timeout=TIMEOUT_S)
+        if not self._exists(entity_id):
+            raise unknown_entity(entity_id)
+        self.collection.delete(key_filter(entity_id))
         self._count_change(added=-1)
-
-    def search(self, queries_BD: Float32Array, count: int, condition: str) -> list[list[dict[str, Any]]]:
-        """Return up to `count` hits per query, nearest first. Raise `Unavailable`."""
-        parameters = {**self._search_parameters, "ef": max(count, self._search_parameters.get("ef", 0))}
-        with milvus_errors():
-            found = self._client.search(
-                self._name,
-                data=list(queries_BD),
-                filter=condition,
-                limit=count,
-                output_fields=["row", "record"],
-                search_params={"metric_type": "COSINE", "params": parameters},
-                consistency_level=self._consistency(),
-                timeout=TIMEOUT_S,
-            )
-        return [[dict(hit["entity"], score=hit["distance"]) for hit in hits] for hits in found]
-
-    def query(
-        self, condition: str, fields: Sequence[str], *, strong: bool = True, collection: str | None = None
-    ) -> list[dict[str, Any]]:
-        """Return up to `MAX_RESULTS` rows that meet a condition, of entities by default. Raise `Unavailable`."""
-        with milvus_errors():
-            found = self._client.query(
-                collection or self._name,
-                filter=condition,
-                output_fields=list(fields),
-                limit=MAX_RESULTS,
-                consistency_level="Strong" if strong else self._consistency(),
-                timeout=TIMEOUT_S,
-            )
-        return [dict(row) for row in found]
 
     def gone(self, rows: Sequence[int]) -> set[int]:
         """Return which of the bundle's rows were deleted or replaced. Raise `Unavailable`."""
@@ -233,7 +196,7 @@ class MilvusEntities:
             return set()
         unknown = [row for row in rows if row not in self._gone]
         if unknown:
-            found = self.query(f"row in {unknown}", ["row"], strong=False)
+            found = self.collection.query(f"row in {unknown}", ["row"], self.consistency)
             if len(found) == MAX_RESULTS and len(unknown) > 1:  # images of the first rows filled it
                 half = len(rows) // 2
                 return self.gone(rows[:half]) | self.gone(rows[half:])
@@ -255,7 +218,7 @@ class MilvusEntities:
         """Return an entity that was put, as it was when it was found. Raise `UnknownEntity`."""
         if (cached := self._records.get(row)) is not None:
             return cached
-        found = self.query(f"pk == {row}", ["record"])
+        found = self.collection.query(f"pk == {row}", ["record"])
         if not found:
             raise UnknownEntity("the entity has been deleted; ask again")
         return self.cache(row, found[0]["record"])
@@ -270,7 +233,7 @@ class MilvusEntities:
 
     def references_of(self, entity_id: str) -> _Rows:
         """Return an entity's rows. Raise `UnknownEntity`, `Unavailable`."""
-        rows = sorted(self.query(key_filter(entity_id), _FIELDS), key=lambda row: int(row["pk"]))
+        rows = sorted(self.collection.query(key_filter(entity_id), _FIELDS), key=lambda row: int(row["pk"]))
         entity = [row for row in rows if row["pk"] < FIRST_OWN_KEY or row["pk"] >= FIRST_PUT_ROW]
         if not entity:
             raise unknown_entity(entity_id)
@@ -299,27 +262,15 @@ class MilvusEntities:
             if record == row["record"] and np.allclose(embedding_D, row["embedding"], rtol=0, atol=_SAME):
                 return
             changed = {**row, "record": record, "embedding": embedding_D}
-            with milvus_errors():
-                self._client.upsert(self._name, [changed], timeout=TIMEOUT_S)
+            self.collection.upsert([changed])
 
-    def _rows_of(self, entity_id: str) -> list[dict[str, Any]]:
-        return self.query(key_filter(entity_id), ["row", "record"])
+    def _exists(self, entity_id: str) -> bool:
+        return bool(self.collection.query(key_filter(entity_id), ["row"]))
 
     def _count_change(self, added: int) -> None:
         self._changes, self._added = self._changes + 1, self._added + added
-        with milvus_errors():
-            milvus.write_counter(self._client, self._counters, self._writer, changes=self._changes, added=self._added)
+        self.collection.count(self._writer, changes=self._changes, added=self._added)
         self.refresh()
-
-    def _consistency(self) -> str:
-        return "Strong" if time.monotonic() - self._changed_at < _STRONG_FOR_S else "Bounded"
-
-    def _untuned_parameters(self) -> dict[str, int]:
-        """Return search parameters that favour recall."""
-        described = self._client.describe_index(self._name, "embedding")
-        if described["index_type"] == "IVF_FLAT":
-            return {"nprobe": max(1, round(2 * math.sqrt(int(described.get("nlist", 1024)))))}
-        return {"ef": 256} if described["index_type"] == "HNSW" else {}
 
 
 class MilvusView:
@@ -330,6 +281,7 @@ class MilvusView:
 
     def __init__(self, entities: MilvusEntities) -> None:
         self._entities = entities
+        self._collection = entities.collection
         self._store = entities.store
         self.delta = entities.delta
         self.entity_count = entities.base_count + self.delta.added
@@ -356,7 +308,7 @@ class MilvusView:
         pending = list(range(len(queries_BD)))
         fetch = min(MAX_RESULTS, math.ceil(self._entities.images_each * top_k) + _SPARE)
         while pending:
-            hits = self._entities.search(queries_BD[pending], fetch, condition)
+            hits = self._collection.search(queries_BD[pending], fetch, condition, self._entities.consistency)
             incomplete = []
             for query, found in zip(pending, hits, strict=True):
                 best = self._rank(found)
@@ -400,7 +352,7 @@ class MilvusView:
         return None
 
     def images_of(self, row: int) -> Float32Array:
-        rows = self._entities.query(f"row in {[int(row), ~int(row)]}", ["row", "embedding"])
+        rows = self._collection.query(f"row in {[int(row), ~int(row)]}", ["row", "embedding"])
         base = self._entities.images
         if base is not None:  # the mean is no image
             rows = [each for each in rows if each["row"] < 0] or ([] if row < FIRST_PUT_ROW else rows)
@@ -421,7 +373,7 @@ class MilvusView:
         row = self._entities.get(entity_id).row
         if row < FIRST_PUT_ROW:
             return self._store.thumbnail(entity_id)
-        found = self._entities.query(f"pk == {row}", ["thumbnail"])
+        found = self._collection.query(f"pk == {row}", ["thumbnail"])
         return base64.b64decode(found[0]["thumbnail"]) if found and found[0]["thumbnail"] else None
 
     def sample(self, count: int) -> list[StoredEntity]:
@@ -432,7 +384,7 @@ class MilvusView:
         visible = self._present(self._store.search_titles(query, 2 * limit))
         put: list[StoredEntity] = []
         if query_words := words(query):
-            rows = self._entities.query(milvus.prefixes_filter(query_words), ["record"])
+            rows = self._collection.query(milvus.prefixes_filter(query_words), ["record"])
             put = sorted((ENTITY_JSON.validate_json(each["record"]) for each in rows), key=lambda each: len(each.title))
         return distinct([*visible, *put], limit)
 
@@ -442,7 +394,7 @@ class MilvusView:
         if not by_key:
             return []
         condition = f"key in {json.dumps(sorted(by_key))} and pk < {FIRST_OWN_KEY}"
-        present = {int(each["key"]) for each in self._entities.query(condition, ["key"])}
+        present = {int(each["key"]) for each in self._collection.query(condition, ["key"])}
         return [entity for key, entity in by_key.items() if key in present]
 
     def _rank(self, hits: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -465,7 +417,8 @@ class MilvusView:
 
     def _scan(self, query_D: Float32Array, condition: str, found: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Rank all rows that meet the condition exactly, or return `found` if they exceed Milvus's limit."""
-        rows = self._entities.query(condition or "pk >= 0", ["row", "record", "embedding"], strong=False)
+        consistency = self._entities.consistency
+        rows = self._collection.query(condition or "pk >= 0", ["row", "record", "embedding"], consistency)
         if not rows or len(rows) == MAX_RESULTS:
             return found
         scores = normalised(np.array([each["embedding"] for each in rows], np.float32)) @ query_D

@@ -16,12 +16,12 @@ import pytest
 from milvus_lite.server_manager import server_manager_instance
 
 from core.errors import BadParameter, BundleError, Conflict, NotFound, Unavailable, UnknownEntity, UserError
-from index import milvus, milvus_view
+from index import milvus_view
 from index.build import build_index
 from index.bundle import Bundle, list_files, open_embeddings
 from index.embeddings import EmbeddingShards, write_shard
 from index.manifest import MANIFEST_FILE, Counts, Manifest
-from index.milvus import connect, load_bundle
+from index.milvus import Collection, connect
 from index.milvus_view import MilvusEntities, MilvusView
 from index.references import new_image_id
 from index.store import Selection, StoredEntity, write_store
@@ -87,14 +87,14 @@ def entity(entity_id: str, title: str = "A thing", **fields: Any) -> StoredEntit
 
 def load_into(uri: str, opened: Bundle) -> None:
     client = connect(uri)
-    load_bundle(client, opened, "Flat")
+    Collection(client, opened).load("Flat")
     client.close()
 
 
 @pytest.fixture(scope="module")
 def loaded(uri: str, bundle: Bundle) -> str:
     client = connect(uri)
-    assert load_bundle(client, bundle) == bundle.manifest.counts.embeddings
+    assert Collection(client, bundle).load() == bundle.manifest.counts.embeddings
     client.close()
     return uri
 
@@ -135,7 +135,7 @@ def test_types_are_found_by_their_ancestors(
     add_type_parents(folder, {"odd": ["number"], "rare": ["find"], "even": ["number"], "find": ["thing", "rare"]})
     typed = Bundle.open(folder)
     client = connect(uri)
-    load_bundle(client, typed)
+    Collection(client, typed).load()
     (new_D,) = vectors(1, seed=61)
     queries_BD = np.concatenate([vectors(10, seed=52), new_D[None]])
     with typed.store() as store:
@@ -153,10 +153,10 @@ def test_types_are_found_by_their_ancestors(
             assert (scores_BK[0, 0] > 0.99) == found_new
         entities.close()
         assert not caplog.records
-        client.delete(milvus.counters_name(typed), ids=["ancestors"])  # as a version without ancestors leaves it
+        client.delete(Collection(client, typed).counters, ids=["ancestors"])  # as a version without ancestors leaves it
         MilvusEntities(uri, typed, store).close()
         assert [each.getMessage() for each in caplog.records] == [
-            f"collection {milvus.collection_name(typed)} was loaded by an older version: `types` finds no ancestors; "
+            f"collection {Collection(client, typed).name} was loaded by an older version: `types` finds no ancestors; "
             "drop it and load it again"
         ]
     client.close()
@@ -178,11 +178,11 @@ def test_a_pooled_bundle_has_the_results_of_faiss(uri: str, bundle: Bundle, tmp_
     shutil.copytree(bundle.path, tmp_path / "pooled")
     pool_by_mean(tmp_path / "pooled")
     pooled, client = Bundle.open(tmp_path / "pooled"), connect(uri)
-    assert load_bundle(client, pooled, "Flat") == ENTITIES < pooled.manifest.counts.embeddings
+    assert Collection(client, pooled).load("Flat") == ENTITIES < pooled.manifest.counts.embeddings
     counts = pooled.manifest.counts.model_copy(update={"entities": ENTITIES + 1})
     lacking = replace(pooled, manifest=pooled.manifest.model_copy(update={"counts": counts, "name": "lacking"}))
     with pytest.raises(UserError, match="1 entities have no image"):
-        load_bundle(client, lacking)
+        Collection(client, lacking).load()
     client.close()
     queries_BD = vectors(20, seed=52)
     with pooled.store() as store:
@@ -446,7 +446,7 @@ class TestLoading:
     def test_loading_twice_is_refused(self, loaded: str, bundle: Bundle) -> None:
         client = connect(loaded)
         with pytest.raises(UserError, match="holds this bundle already"):
-            load_bundle(client, bundle)
+            Collection(client, bundle).load()
         client.close()
 
     def test_an_interrupted_load_is_not_served_and_can_be_repeated(
@@ -455,13 +455,13 @@ class TestLoading:
         opened = Bundle.open(small_bundle)
         client = connect(uri)
         with monkeypatch.context() as patched:
-            patched.setattr(milvus, "_insert_all", _interrupted)
+            patched.setattr(Collection, "_insert_all", _interrupted)
             with pytest.raises(KeyboardInterrupt):
-                load_bundle(client, opened)
+                Collection(client, opened).load()
         with opened.store() as store:
             with pytest.raises(BundleError, match="wikiclip index --backend milvus"):
                 MilvusEntities(uri, opened, store)
-            load_bundle(client, opened, "IVF4,Flat")
+            Collection(client, opened).load("IVF4,Flat")
             entities = MilvusEntities(uri, opened, store)
             rows_BK, _ = MilvusView(entities).search(vectors(1, seed=70), 12)
             assert sorted(rows_BK[0].tolist()) == list(range(12))
@@ -472,7 +472,7 @@ class TestLoading:
     def test_an_index_without_true_cosines_is_refused(self, uri: str, bundle: Bundle, factory: str) -> None:
         client = connect(uri)
         with pytest.raises(UserError, match="true cosines"):
-            load_bundle(client, bundle, factory)
+            Collection(client, bundle).load(factory)
         client.close()
 
     def test_an_unreachable_server(self) -> None:
@@ -489,10 +489,10 @@ class TestLoading:
 def test_a_milvus_that_stops_answering_is_unavailable(bundle: Bundle, tmp_path: Path) -> None:
     path = str(tmp_path / "gone.db")
     client = connect(path)
-    load_bundle(client, bundle, "Flat")
+    Collection(client, bundle).load("Flat")
     with bundle.store() as store:
         entities = MilvusEntities(path, bundle, store)
-        client.drop_collection(milvus.collection_name(bundle))
+        client.drop_collection(Collection(client, bundle).name)
         with pytest.raises(Unavailable, match="Milvus does not answer"):
             MilvusView(entities).search(vectors(1, seed=80), 1)
         entities.close()

@@ -9,7 +9,7 @@ from milvus_lite.server_manager import server_manager_instance
 
 from core.errors import UserError
 from index.bundle import Bundle
-from index.milvus import connect, load_bundle
+from index.milvus import Collection, connect
 from service.recognizer import Recognizer
 from service.settings import Settings, load_settings
 from tests.conftest import EMBEDDING_DIM, draw_png
@@ -23,7 +23,7 @@ WAIT_S = 60
 def address(small_bundle, tmp_path):
     path = str(tmp_path / "milvus.db")
     client = connect(path)
-    load_bundle(client, Bundle.open(small_bundle), "Flat")
+    Collection(client, Bundle.open(small_bundle)).load("Flat")
     client.close()
     yield f"milvus:{path}"
     server_manager_instance.release_server(path)
