@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from catalog.cirrus import LeftOut, file_url, parse_page, read_documents, read_page_images, site_of, wiki_of
-from catalog.dumps import check_kind
 from catalog.formats import check_catalog_name, copy_types, read_catalog, types_path, write_catalog
 from catalog.joins import JoinedPage, Joins, open_joins
 from catalog.records import BadRecord, EntityRecord, to_native
@@ -32,6 +33,13 @@ NO_ENTITIES = (4167410, 13406463, 4167836, 11266439)  # disambiguation pages, li
 _COMMIT_EVERY = 2_000
 _FROM_BASE = ("images", "image_credits", "types", "titles", "symbol", "description")
 _CONTENT_FILES = ("*.json", "*.json.gz", "*.json.bz2")
+_DUMPS = {  # with how each begins, by the option that takes it; None: no option does
+    "--content": ("a CirrusSearch dump", re.compile(rb'\{"index": *\{')),
+    "--wikidata": ("a Wikidata dump", re.compile(rb'\{("id": *"[QPL]\d+", *)?"type": *"(item|property|lexeme)"')),
+    "--page-props": ("a page_props dump", re.compile(rb"CREATE TABLE `page_props`")),
+    None: ("a dump that no option takes", re.compile(rb"<mediawiki |CREATE TABLE `")),
+}
+_KIND_LINES = 100
 
 Item = TypeVar("Item")
 
@@ -98,7 +106,7 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
         ("--wikidata", [config.wikidata]),
     ):
         for path in filter(None, paths):
-            check_kind(path, option)
+            _check_kind(path, option)
     with report_disk_full(config.out), open_joins(work, settings) as joins:
         if config.base is not None:
             _read_base(joins, config.base)
@@ -125,6 +133,17 @@ def _check(config: CatalogConfig, work: Path) -> None:
     for path in (*config.content, *config.page_props, config.wikidata, config.base):
         if path is not None and not path.exists():
             raise CatalogError(f"{path} does not exist; check the path")
+
+
+def _check_kind(path: Path, option: str) -> None:
+    """Raise `CatalogError` if a file is known to be another dump than the option takes."""
+    for line, _ in islice(read_lines(path), _KIND_LINES):
+        for wanted_by, (kind, beginning) in _DUMPS.items():
+            if beginning.match(line):
+                if wanted_by == option:
+                    return
+                advice = f"give it as {wanted_by}" if wanted_by else f"{option} takes {_DUMPS[option][0]}"
+                raise CatalogError(f"{path} is {kind}, which {option} cannot read; {advice}")
 
 
 def _content_files(paths: Iterable[Path]) -> list[Path]:
@@ -248,21 +267,21 @@ def _write(joins: Joins, config: CatalogConfig, content_names: Collection[str]) 
 
     def records() -> Iterator[EntityRecord]:
         total = joins.count("pages")
-        for joined in tqdm(joins.joined(), desc="writing", unit="entity", total=total, disable=not config.progress):
-            if joins.has_type_in("unwanted_types", joined.page.item):
+        for page in tqdm(joins.joined(), desc="writing", unit="entity", total=total, disable=not config.progress):
+            if joins.has_type_in("unwanted_types", page.item):
                 left_out["of an excluded type"] += 1
                 continue
-            if config.types and not joins.has_type_in("wanted_types", joined.page.item):
+            if config.types and not joins.has_type_in("wanted_types", page.item):
                 left_out["of none of the requested types"] += 1
                 continue
-            record = _record(joined, config)
+            record = _record(page, config)
             counts["entities"] += 1
             counts["with_image"] += bool(record.images)
             counts["with_text"] += bool(record.text.strip())
-            if joined.base_digest is None:
+            if page.base_digest is None:
                 counts["added"] += 1
             else:
-                counts["unchanged" if _digest(to_native(record)) == joined.base_digest else "changed"] += 1
+                counts["unchanged" if _digest(to_native(record)) == page.base_digest else "changed"] += 1
             yield record
         if counts["entities"] == 0:
             reasons = ", ".join(f"{count} {reason}" for reason, count in [*left_out.items(), ("rejected", log.count)])
@@ -290,10 +309,9 @@ def _write(joins: Joins, config: CatalogConfig, content_names: Collection[str]) 
     )
 
 
-def _record(joined: JoinedPage, config: CatalogConfig) -> EntityRecord:
-    page = joined.page
-    page_image = joined.free_image or (None if config.free_images else joined.other_image)
-    item_image = joined.item_image
+def _record(page: JoinedPage, config: CatalogConfig) -> EntityRecord:
+    page_image = page.free_image or (None if config.free_images else page.other_image)
+    item_image = page.item_image
     images = []
     if page_image is not None:
         images.append(file_url(site_of(page.wiki), page_image, config.image_width_px))
@@ -305,11 +323,11 @@ def _record(joined: JoinedPage, config: CatalogConfig) -> EntityRecord:
         text=page.text,
         images=tuple(images),
         url=page.url,
-        types=joined.types,
-        titles={language: joined.labels[language] for language in config.titles if language in joined.labels},
-        description=joined.description,
+        types=page.types,
+        titles={language: page.labels[language] for language in config.titles if language in page.labels},
+        description=page.description,
     )
-    base = joined.base
+    base = page.base
     if base is None:
         return record
     record = replace(record, symbol=base["symbol"])

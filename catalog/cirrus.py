@@ -110,26 +110,28 @@ def site_of(wiki: str) -> str:
     return f"https://{code[1].replace('_', '-')}.wikipedia.org"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PageImage:
-    """The best image of a page: a file name without `File:`, and whether its licence is free."""
+def read_page_images(
+    path: Path, start: Position, on_bytes: OnBytes
+) -> Iterator[tuple[list[tuple[int, bool, str]], Position]]:
+    """Yield the page images of each line with the position after it. Raises `CatalogError`.
 
-    page_id: int
-    file: str
-    free: bool
-
-
-def read_page_images(path: Path, start: Position, on_bytes: OnBytes) -> Iterator[tuple[list[PageImage], Position]]:
-    """Yield the page images of each line with the position after it. Raises `CatalogError`."""
+    An image is a page id, whether its licence is free, and a file name without `File:`.
+    """
     for line, position in read_lines(path, start, on_bytes):
         if len(line) > MAX_LINE_BYTES:
             raise CatalogError(f"{path}, line {position.line}: {LINE_TOO_LONG}; give Wikimedia's own dump")
-        images = [
-            PageImage(page_id=int(page_id), file=name, free=prop == b"page_image_free")
-            for page_id, prop, value in _PAGE_IMAGE.findall(line)
-            if (name := _ESCAPED.sub(lambda match: _SPECIAL.get(match[1], match[1]), value).decode("utf-8", "replace"))
-        ]
-        yield images, position
+        yield (
+            [
+                (int(page_id), prop == b"page_image_free", name)
+                for page_id, prop, value in _PAGE_IMAGE.findall(line)
+                if (
+                    name := _ESCAPED.sub(lambda match: _SPECIAL.get(match[1], match[1]), value).decode(
+                        "utf-8", "replace"
+                    )
+                )
+            ],
+            position,
+        )
 
 
 def wiki_of(path: Path) -> str:

@@ -6,6 +6,8 @@ as `birds/kingfisher`, and `text.txt` or `text.md` in it is its text. With a tab
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import re
 import unicodedata
@@ -18,10 +20,12 @@ from catalog.formats import write_rows
 from catalog.images import UnusableImage
 from catalog.pictures import FolderReader, check_pictures
 from catalog.records import BadRecord
-from catalog.table import ENTITY_COLUMNS, Row, read_table
 from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes
-from core.lines import Rejected, RejectLog, rejects_path, to_jsonl
+from core.lines import Rejected, RejectLog, excerpt, rejects_path, to_jsonl
+
+ENTITY_COLUMNS = ("text", "description", "types", "url", "symbol")
+COLUMNS = ("image", "title", "entity_id", *ENTITY_COLUMNS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,19 +194,20 @@ def _entities_of_table(config: FolderConfig, table: Path, reader: FolderReader) 
     entities: dict[str, _Entity] = {}
     line_of: dict[str, int] = {}
     rows: list[tuple[int, _Entity, Path]] = []
-    for row in read_table(table):
-        if isinstance(row, Rejected):
-            reader.rejected.append(row)
+    for item in _read_table(table):
+        if isinstance(item, Rejected):
+            reader.rejected.append(item)
             continue
-        image = Path(row.cells["image"]).as_posix()
+        line, row = item
+        image = Path(row["image"]).as_posix()
         try:
             if image not in files:
                 raise BadRecord("picture that is not in the folder")
-            if line_of.setdefault(image, row.line) != row.line:
+            if line_of.setdefault(image, line) != line:
                 raise BadRecord(f"picture that was named before: on line {line_of[image]}")
-            rows.append((row.line, _describe(entities, row), files[image]))
+            rows.append((line, _describe(entities, row), files[image]))
         except BadRecord as error:
-            reader.rejected.append(Rejected(line=row.line, reason=str(error), record=image))
+            reader.rejected.append(Rejected(line=line, reason=str(error), record=image))
     for image, path in files.items():
         if image not in line_of:
             reader.reject(path, "not in the table")
@@ -212,17 +217,54 @@ def _entities_of_table(config: FolderConfig, table: Path, reader: FolderReader) 
     return entities
 
 
-def _describe(entities: dict[str, _Entity], row: Row) -> _Entity:
+def _read_table(path: Path) -> Iterator[tuple[int, dict[str, str]] | Rejected]:
+    """Yield line and cells of each row of a table in UTF-8 with commas, semicolons or tabs, without empty rows.
+
+    Cells that are not there are empty.
+
+    Raises `CatalogError` if the file cannot be read, or its first line lacks a column or has an unknown one.
+    """
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CatalogError(f"{path} cannot be read: {error.strerror}; name a CSV file with --table") from error
+    except UnicodeDecodeError:
+        raise CatalogError(f"{path} is not UTF-8; save it again as CSV with that encoding") from None
+    header = content.partition("\n")[0].strip()
+    delimiter = max(",;\t", key=header.count)
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, restkey="", restval="")
+    names = [name.strip() for name in reader.fieldnames or ()]
+    if missing := [name for name in ("image", "title") if name not in names]:
+        raise CatalogError(f"{path} has no column {' and no column '.join(missing)}; its first line reads {header!r}")
+    if unknown := [name for name in names if name not in COLUMNS]:
+        raise CatalogError(
+            f"{path} has an unknown column {unknown[0]!r}; rename it to one of {', '.join(COLUMNS)}, or remove it"
+        )
+    reader.fieldnames = names
+    try:
+        for row in reader:
+            if "" in row:
+                reason = "row with more cells than the first line: quote commas in texts"
+                yield Rejected(line=reader.line_num, reason=reason, record=excerpt(row))
+                continue
+            cells = {name: value.strip() for name, value in row.items()}
+            if any(cells.values()):
+                yield reader.line_num, cells
+    except csv.Error as error:
+        raise CatalogError(f"line {reader.line_num} of {path} is not CSV: {error}; save it again as CSV") from error
+
+
+def _describe(entities: dict[str, _Entity], row: Mapping[str, str]) -> _Entity:
     """Return the entity of a row with the cells of the row added. Raises `BadRecord` if they contradict others."""
-    title = unicodedata.normalize("NFC", row.cells["title"])
-    key = row.cells.get("entity_id") or entity_id_of(title)
+    title = unicodedata.normalize("NFC", row["title"])
+    key = row.get("entity_id") or entity_id_of(title)
     known = entities.get(key)
     if known is None and not title:
         raise BadRecord("row without a title")
     entity = known or _Entity(title=title)
     if title and entity_id_of(title) != entity_id_of(entity.title):
         raise BadRecord(f"row with another title: entity {key} has {entity.title!r}; give it one")
-    cells = {name: value for name in ENTITY_COLUMNS if (value := row.cells.get(name))}
+    cells = {name: value for name in ENTITY_COLUMNS if (value := row.get(name))}
     if differing := [name for name, value in cells.items() if entity.cells.get(name, value) != value]:
         raise BadRecord(f"row with another {differing[0]}: give entity {key} one")
     entity.cells |= cells

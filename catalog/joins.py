@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from catalog.cirrus import Page, PageImage
+from catalog.cirrus import Page
 from catalog.wikidata import Item
 from core.errors import UserError
 from core.lines import START, Position, Rejected, excerpt
@@ -46,10 +46,9 @@ BEGIN IMMEDIATE;
 
 
 @dataclass(frozen=True, kw_only=True)
-class JoinedPage:
+class JoinedPage(Page):
     """A page with its images, its item and its base record. Images are file names of the page's wiki or of Commons."""
 
-    page: Page
     free_image: str | None
     other_image: str | None
     item_image: str | None
@@ -130,11 +129,11 @@ class Joins:
         row = (page.item, page.wiki, page.page_id, page.title, page.url, text)
         return self._db.execute("INSERT OR IGNORE INTO pages VALUES (NULL, ?, ?, ?, ?, ?, ?)", row).rowcount == 1
 
-    def add_page_images(self, wiki: str, images: Iterable[PageImage]) -> None:
-        """Add the images of known pages."""
+    def add_page_images(self, wiki: str, images: Iterable[tuple[int, bool, str]]) -> None:
+        """Add the images of known pages, as `read_page_images` yields them."""
         self._db.executemany(
-            "INSERT OR REPLACE INTO page_images SELECT item, ?, ? FROM pages WHERE wiki = ? AND page_id = ?",
-            ((image.free, image.file, wiki, image.page_id) for image in images),
+            "INSERT OR REPLACE INTO page_images SELECT item, ?2, ?3 FROM pages WHERE wiki = ?4 AND page_id = ?1",
+            ((*image, wiki) for image in images),
         )
 
     def has_item(self, item: int) -> bool:
@@ -221,26 +220,24 @@ class Joins:
         )
 
     def _join(self, pages: str) -> Iterator[JoinedPage]:
-        query = "SELECT pages.*, digest, record, items.*, free.file, other.file FROM " + pages.format(
+        query = (
+            "SELECT pages.item, wiki, page_id, title, url, text, digest AS base_digest, record AS base, labels, "
+            "description, image AS item_image, free.file AS free_image, other.file AS other_image FROM "
+        ) + pages.format(
             "LEFT JOIN items ON items.item = pages.item "
             "LEFT JOIN page_images AS free ON free.item = pages.item AND free.free = 1 "
             "LEFT JOIN page_images AS other ON other.item = pages.item AND other.free = 0"
         )
-        for row in self._db.execute(query):
-            _, item, wiki, page_id, title, url, text, digest, record, _, image, labels, description, free, other = row
+        cursor = self._db.cursor()
+        cursor.row_factory = sqlite3.Row
+        for row in cursor.execute(query):
             types = self._db.execute(
-                "SELECT name FROM types JOIN type_names USING (type) WHERE item = ? ORDER BY place", (item,)
+                "SELECT name FROM types JOIN type_names USING (type) WHERE item = ? ORDER BY place", (row["item"],)
             )
-            yield JoinedPage(
-                page=Page(
-                    item=item, wiki=wiki, page_id=page_id, title=title, url=url, text=zlib.decompress(text).decode()
-                ),
-                free_image=free,
-                other_image=other,
-                item_image=image,
-                labels=json.loads(labels or "{}"),
-                description=description,
-                types=tuple(dict.fromkeys(name for (name,) in types)),
-                base=None if record is None else json.loads(zlib.decompress(record)),
-                base_digest=digest,
-            )
+            parsed = {
+                "text": zlib.decompress(row["text"]).decode(),
+                "labels": json.loads(row["labels"] or "{}"),
+                "types": tuple(dict.fromkeys(name for (name,) in types)),
+                "base": None if row["base"] is None else json.loads(zlib.decompress(row["base"])),
+            }
+            yield JoinedPage(**{**dict(row), **parsed})
