@@ -104,6 +104,10 @@ class LiveSegment:
             self.close()
             raise
 
+    @property
+    def revision(self) -> int:
+        return self.delta.revision
+
     def close(self) -> None:
         """Close the file. No thread may be using it."""
         self.store.close()

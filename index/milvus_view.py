@@ -14,7 +14,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -48,20 +47,11 @@ from index.store import (
 
 _STRONG_FOR_S = 10.0  # after a change. `Bounded` consistency is faster and at most 5 s behind
 _CACHED_RECORDS = 10_000
-_CACHED_SELECTIONS = 32
 _SPARE = 20  # embeddings fetched beyond the expected number
 _SAME = 1e-6  # of a vector's coordinate
 _FIELDS = ("pk", "row", "key", "types", "words", "record", "thumbnail", "embedding")
 
 log = logging.getLogger("wikiclip.milvus")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MilvusState:
-    """How many changes all processes made, and how many entities they added."""
-
-    revision: int
-    added: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,25 +99,26 @@ class MilvusEntities:
         # With pooling, Milvus has one embedding per entity. Those of its images are in the bundle.
         self.images = bundle.embeddings() if bundle.manifest.pooling == "mean" else None
         self.remembered = bundle.remembered()
-        self.select = lru_cache(maxsize=_CACHED_SELECTIONS)(store.select)  # for remembered vectors only
         self._gone: set[int] = set()  # rows of the bundle; none comes back
         self.images_each = 1.0 if self.images else max(1.0, counts.embeddings / max(1, counts.entities))
         self._records: dict[int, StoredEntity] = {}
         self._writer, self._changes, self._added = uuid.uuid4().hex, 0, 0
         self.collection.open()
         self._changed_at = time.monotonic()
-        self.delta = MilvusState(revision=0, added=0)
+        self.counted = (0, 0)
         self.refresh()
+
+    @property
+    def revision(self) -> int:
+        return self.counted[0]
 
     def close(self) -> None:
         self.collection.close()
 
-    def refresh(self) -> MilvusState:
+    def refresh(self) -> None:
         """Look for changes of all processes. Raise `Unavailable`."""
-        changes, added = self.collection.counted()
-        if (state := MilvusState(revision=changes, added=added)) != self.delta:
-            self.delta, self._changed_at = state, time.monotonic()
-        return state
+        if (counted := self.collection.counted()) != self.counted:
+            self.counted, self._changed_at = counted, time.monotonic()
 
     @property
     def consistency(self) -> str:
@@ -192,7 +183,7 @@ class MilvusEntities:
 
     def gone(self, rows: Sequence[int]) -> set[int]:
         """Return which of the bundle's rows were deleted or replaced. Raise `Unavailable`."""
-        if not self.delta.revision:
+        if not self.revision:
             return set()
         unknown = [row for row in rows if row not in self._gone]
         if unknown:
@@ -276,16 +267,16 @@ class MilvusEntities:
 class MilvusView:
     """A collection as `EntityView`: its methods do what those of `OverlayView` do. Entities are always current.
 
-    `delta` is the state when the view was made.
+    `revision` and `entity_count` are those when the view was made.
     """
 
     def __init__(self, entities: MilvusEntities) -> None:
         self._entities = entities
         self._collection = entities.collection
         self._store = entities.store
-        self.delta = entities.delta
-        self.entity_count = entities.base_count + self.delta.added
-        self.version = f"+{self.delta.revision}" if self.delta.revision else ""
+        self.revision, added = entities.counted
+        self.entity_count = entities.base_count + added
+        self.version = f"+{self.revision}" if self.revision else ""
 
     @property
     def type_levels(self) -> TypeLevels:
@@ -294,7 +285,7 @@ class MilvusView:
     def select(self, types: tuple[str, ...]) -> Selection:
         """Return a selection. Milvus filters by types and ancestors; it has rows only for remembered vectors."""
         if self._entities.remembered is not None:
-            return self._entities.select(types)
+            return self._store.select(types)
         return Selection(types, np.empty(0, np.bool_))
 
     def search(

@@ -9,7 +9,7 @@ H hidden rows of the base, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Protocol
@@ -29,21 +29,14 @@ from index.top_k import best
 _SPARE = 32  # hidden entities that the first search of the base allows for
 
 
-class LiveState(Protocol):
-    """One immutable state of the live changes."""
-
-    @property
-    def revision(self) -> int: ...
-
-
 class EntityView(Protocol):
     """One state of the entities. Only the engine's thread calls `search`; any thread may call the rest.
 
-    `delta` is None if nothing can change. `version` is appended to the bundle's label.
+    `revision` is that of the live changes, or None if nothing can change. `version` is appended to the bundle's label.
     """
 
     @property
-    def delta(self) -> LiveState | None: ...
+    def revision(self) -> int | None: ...
     @property
     def type_levels(self) -> TypeLevels: ...
     @property
@@ -71,16 +64,16 @@ class EntityView(Protocol):
 class LiveChanges(Protocol):
     """Puts and deletes entities, and adds and removes images of them, while serving.
 
-    `delta` is the state at the last `refresh`, which is due every `poll_interval_s` for changes of other processes.
-    `put` returns whether the entity is new. A change is in `delta` when the call that makes it returns.
+    `revision` is that of the last `refresh`, which is due every `poll_interval_s` for changes of other processes. `put`
+    returns whether the entity is new. A call that makes a change refreshes before it returns.
     """
 
     @property
     def poll_interval_s(self) -> float: ...
     @property
-    def delta(self) -> LiveState: ...
+    def revision(self) -> int: ...
 
-    def refresh(self) -> LiveState: ...
+    def refresh(self) -> object: ...
     def put(
         self, entity: StoredEntity, embeddings_ID: Float32Array, thumbnail: bytes | None, image_ids: Sequence[str] = ()
     ) -> bool: ...
@@ -109,16 +102,13 @@ class OverlayView:
         index: EntityIndex,
         store: EntityStore,
         live: LiveSegment | None = None,
-        *,
-        select: Callable[[tuple[str, ...]], Selection] | None = None,
     ) -> None:
-        """`select` may cache what `store.select` returns, for all states of the bundle."""
         self._index = index
         self._store = store
         self._live = live
-        self._select = select or store.select
         self._base_count = len(store)
-        self.delta: Delta | None = None if live is None else live.delta
+        self.delta = None if live is None else live.delta
+        self.revision = None if self.delta is None else self.delta.revision
         self.entity_count = self._base_count  # some may have no embedding
         self.version = ""
         if live is not None and self.delta is not None:
@@ -133,7 +123,7 @@ class OverlayView:
 
     def select(self, types: tuple[str, ...]) -> Selection:
         """Select the entities with any of `types`, or a descendant of one, for searches of this view."""
-        base = self._select(types)
+        base = self._store.select(types)
         if self.delta is None:
             return base
         allowed_M = self.delta.with_types(self._store.types.names_below(types))

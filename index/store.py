@@ -61,6 +61,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
 _MAX_RANKED = 10_000  # title matches
 _LISTED = "IN (SELECT value FROM json_each(?))"  # no limit, as there is on the variables of a statement
 _CACHED_ENTITIES, _CACHED_TEXT = 2048, 4096  # characters
+_CACHED_SELECTIONS = 32  # one byte per entity each
 # Only a file made for it has a statement that takes so long, or values so large.
 _MAX_OPENING_S, _MAX_STATEMENT_S = 10.0, 60.0
 _STEPS = 1_000_000  # of SQLite's virtual machine between two looks at the clock
@@ -203,6 +204,7 @@ class EntityStore:
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
         self._cache: dict[int, StoredEntity] = {}
+        self._selections: dict[tuple[str, ...], Selection] = {}
         self._max_statement_s = _MAX_OPENING_S
         if not path.is_file():
             raise BundleIncomplete(f"{path} is missing; export the bundle again")
@@ -316,16 +318,21 @@ class EntityStore:
         )
 
     def select(self, types: Sequence[str]) -> Selection:
-        """Select the entities with any of `types`, or a descendant of one.
+        """Select the entities with any of `types`, or a descendant of one. Recent selections are cached.
 
-        Takes about a second for millions of entities: cache the result.
+        The first call takes about a second for millions of entities.
         """
-        names = self.types.names_below(tuple(types))
+        types = tuple(types)
+        if (cached := self._selections.get(types)) is not None:
+            return cached
+        names = self.types.names_below(types)
         matching = [text for text in self._type_lists if not names.isdisjoint(json.loads(text))]
         allowed_E = np.zeros(len(self), np.bool_)
         found = self._execute(f"SELECT row FROM entity WHERE types {_LISTED}", (json.dumps(matching),))
         allowed_E[np.fromiter((values[0] for values in found), np.int64)] = True
-        return Selection(tuple(types), allowed_E)
+        if len(self._selections) >= _CACHED_SELECTIONS:
+            self._selections.clear()
+        return self._selections.setdefault(types, Selection(types, allowed_E))
 
     def _read_types(self) -> Iterator[TypeParents]:
         for key, label, parents in self._execute("SELECT type, label, parents FROM type ORDER BY rowid"):

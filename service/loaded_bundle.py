@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from index.manifest import MANIFEST_FILE
 from index.overlay import EntityView, LiveChanges, OverlayView
 from service.encoder import open_encoder
 from service.engine import Encoder, Engine
-from service.ranking import MAX_CACHED_SELECTIONS, Ranker
+from service.ranking import Ranker
 from service.settings import MILVUS, Settings
 from service.telemetry import Metrics
 from service.updates import NO_ENTITY_ENCODER, Editor, EntityEmbedder, ImageEmbedder, open_embedder
@@ -131,7 +130,7 @@ class LoadedBundle:
     def view(self) -> BundleView:
         """Return the current view. Later changes to entities do not affect it."""
         revision = self._revision
-        if self.editor is not None and self.editor.live.delta is not revision.entities.delta:
+        if self.editor is not None and self.editor.live.revision != revision.entities.revision:
             revision = self._revision = self._current_revision()
         return BundleView(loaded=self, **revision._asdict())
 
@@ -227,8 +226,7 @@ class LoadedBundle:
         index, store = self.bundle.index(device), self._store
         live = None if settings.live_dir is None else LiveSegment(settings.live_dir, self.bundle, store)
         self.search_device = (index.device, index.device_why)
-        select = lru_cache(maxsize=MAX_CACHED_SELECTIONS)(store.select)
-        self._entity_view = lambda: OverlayView(index, store, live, select=select)
+        self._entity_view = lambda: OverlayView(index, store, live)
         return live
 
     def _open_milvus(self, index: str) -> LiveChanges:

@@ -238,7 +238,7 @@ def get_thumbnail(entity_id: str, recognizer: ReadyRecognizer) -> Response:
     if thumbnail is None:
         raise NotFound("the bundle has no thumbnail of this entity; show its symbol or title")
     # With live changes, the thumbnail may change at any time.
-    cache_control = "public, max-age=3600" if view.entities.delta is None else "no-cache"
+    cache_control = "public, max-age=3600" if view.entities.revision is None else "no-cache"
     headers = {"Cache-Control": cache_control, "ETag": f'"{view.label.rpartition("@")[2]}"'}
     return Response(thumbnail, media_type="image/webp", headers=headers)
 

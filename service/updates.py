@@ -187,7 +187,7 @@ class Editor:
 
     def _label(self) -> str:
         """Return the bundle that answers, with the change that was just made."""
-        return f"{self._bundle}+{self.live.delta.revision}"
+        return f"{self._bundle}+{self.live.revision}"
 
     def _embeddings(self, record: EntityRequest, images: Sequence[bytes]) -> Float32Array:
         if record.embedding is not None:
