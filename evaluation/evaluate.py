@@ -73,7 +73,7 @@ def answer_queries(
                     predicted_ids = [prediction.entity_id for prediction in predictions]
                     levels = None
                     if level_model is not None and entity is not None:
-                        levels = level_steps(level_model, loaded.entities.type_levels, predictions, entity)
+                        levels = level_steps(level_model, loaded.entities.store.type_levels, predictions, entity)
                     row = {"data_id": pair.data_id, "pred_entity_id": predicted_ids[0] if predicted_ids else ""}
                     out.write(json.dumps(row) + "\n")
                     answered.append(

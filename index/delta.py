@@ -1,22 +1,48 @@
 """Live changes in memory: the entities that were put or given images, and the rows of the base that they hide.
 
-Shapes: M entities, N vectors that they are found by, D embedding width, H rows of the base, B queries, K results.
+Shapes: M entities, N vectors that they are found by, I images of an entity, R remembered vectors of it (0 or 1), V
+vectors of it that are searched, D embedding width, H rows of the base, B queries, K results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import secrets
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
 
 import numpy as np
 
-from core.arrays import BoolArray, Float32Array, Int64Array
-from index.embeddings import Pooling
-from index.references import References
+from core.arrays import BoolArray, Float16Array, Float32Array, Int64Array, normalised
+from core.errors import Conflict, NotFound
+from index.embeddings import Pooling, means
 from index.store import StoredEntity
 from index.top_k import largest
+
+# As a number, the id of an image that was added is in this range. Milvus uses it as the primary key.
+FIRST_IMAGE_KEY, END_IMAGE_KEY = 2**61, 2**62
+
+
+@dataclass(frozen=True, kw_only=True)
+class References:
+    """What an entity is found by: the embeddings of its images, and the remembered vector that it may have.
+
+    `image_ids` are of the last images, those that were added while serving and can be removed.
+    """
+
+    images_ID: Float16Array
+    image_ids: tuple[str, ...] = ()
+    remembered_RD: Float32Array | None = None
+    handicap: float = 0.0
+
+    def searched(self, pooling: Pooling) -> tuple[Float32Array, Float32Array]:
+        """Return the vectors that are searched, and what is subtracted from the cosine of each."""
+        images_ID = pooled_images(normalised(self.images_ID), pooling)
+        if self.remembered_RD is None:
+            return images_ID, np.zeros(len(images_ID), np.float32)
+        handicaps = [0.0] * len(images_ID) + [self.handicap] * len(self.remembered_RD)
+        return np.concatenate([images_ID, self.remembered_RD]), np.array(handicaps, np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +149,45 @@ class Delta:
             starts_M = np.searchsorted(self.vector_rows_N, self.rows_M)
             scores_BM = np.maximum.reduceat(scores_BM, starts_M, axis=1)
         return largest(scores_BM, self.rows_M, top_k, allowed_M)
+
+
+def rounded(embeddings_ID: Float32Array) -> Float16Array:
+    """Return embeddings as they are stored: normalised, in float16."""
+    return normalised(embeddings_ID).astype(np.float16)
+
+
+def pooled_images(images_ID: Float32Array, pooling: Pooling) -> Float32Array:
+    """Return the vectors [V, D] that are searched for normalised embeddings of images, as a bundle has them."""
+    if pooling == "nearest" or not len(images_ID):
+        return images_ID
+    return normalised(means(images_ID, np.zeros(1, np.int64)))
+
+
+def new_image_id() -> str:
+    """Return an id that no other image has."""
+    return f"{FIRST_IMAGE_KEY + secrets.randbelow(END_IMAGE_KEY - FIRST_IMAGE_KEY):x}"
+
+
+def image_key(image_id: str) -> int:
+    return int(image_id, 16)
+
+
+def all_image_ids(image_count: int, added: Sequence[str]) -> tuple[str, ...]:
+    """Return the ids of an entity's images: first those of the bundle, which are numbered, then those `added`."""
+    return (*(f"base-{number}" for number in range(image_count - len(added))), *added)
+
+
+def check_removable(image_id: str, known: Collection[str | None], added: Sequence[str], *, is_only: bool) -> None:
+    """Raise `NotFound` or `Conflict` unless an entity's image can be removed.
+
+    `known` are the ids of its images, and `added` those of the ones that were added while serving. `is_only` says that
+    the entity was put and would have no other vector.
+    """
+    if image_id not in known:
+        raise NotFound(
+            f"the entity has no image {image_id[:100]!r}; GET /entities/{{entity_id}} lists those that it has"
+        )
+    if image_id not in added:
+        raise Conflict(f"{image_id} is an image of the bundle, which does not change; replace the entity instead")
+    if is_only:
+        raise Conflict(f"{image_id} is the entity's only image; add another one first, or delete the entity")

@@ -26,13 +26,12 @@ from pathlib import Path
 import numpy as np
 
 from core.arrays import Float16Array, Float32Array
-from core.errors import LiveDirError, Unavailable, UnknownEntity
+from core.errors import LiveDirError, Unavailable
 from core.files import locked, sync
 from index.bundle import Bundle
-from index.delta import Delta
+from index.delta import Delta, References, all_image_ids, check_removable, rounded
 from index.embeddings import Embeddings, EmbeddingShards
 from index.manifest import REMEMBERED_FOLDER, content_fingerprint
-from index.references import References, all_image_ids, no_such_image, of_bundle, only_image, rounded
 from index.store import (
     INDEXES,
     SCHEMA,
@@ -141,7 +140,7 @@ class LiveSegment:
         """
         vectors_ID = rounded(np.atleast_2d(embeddings_ID))
         with self._transaction() as connection:
-            created = not self._exists(entity.entity_id)
+            created = self._find(entity.entity_id) is None
             row = self._next_revision(connection)
             self._forget(connection, entity.entity_id)
             insert_entity(connection, replace(entity, row=row), thumbnail)
@@ -156,7 +155,7 @@ class LiveSegment:
         Raise `UnknownEntity`, otherwise as `put` does.
         """
         with self._transaction() as connection:
-            if not self._exists(entity_id):
+            if self._find(entity_id) is None:
                 raise unknown_entity(entity_id)
             revision = self._next_revision(connection)
             if connection.execute("SELECT 1 FROM reference WHERE entity_id = ?", (entity_id,)).fetchone() is None:
@@ -173,9 +172,14 @@ class LiveSegment:
         that was put, otherwise as `put` does.
         """
         with self._transaction() as connection:
-            if not self._exists(entity_id):
+            if (entity := self._find(entity_id)) is None:
                 raise unknown_entity(entity_id)
-            self._check_removable(connection, entity_id, image_id)
+            present = "SELECT image_id, generation FROM reference WHERE entity_id = ? AND removed IS NULL"
+            images = connection.execute(present, (entity_id,)).fetchall()
+            added = [each for each, since in images if each is not None and since > self.base_revision]
+            known = [*all_image_ids(entity.image_count, added), *(each for each, _ in images)]
+            is_only = entity.row >= self._base_count and len(images) == 1
+            check_removable(image_id, known, added, is_only=is_only)
             revision = self._next_revision(connection)
             connection.execute(
                 "UPDATE reference SET removed = ?, vector = x'' WHERE image_id = ?", (revision, image_id)
@@ -185,7 +189,7 @@ class LiveSegment:
     def delete(self, entity_id: str) -> None:
         """Delete an entity. Raise `UnknownEntity` if there is none, otherwise as `put` does."""
         with self._transaction() as connection:
-            if not self._exists(entity_id):
+            if self._find(entity_id) is None:
                 raise unknown_entity(entity_id)
             revision = self._next_revision(connection)
             self._forget(connection, entity_id)
@@ -235,8 +239,7 @@ class LiveSegment:
                 restored.append(entity_id)
             else:
                 changes.append(self._with_images(entity or self._base.get(entity_id), rows))
-        base_rows = map(self._base_row, [*(entity.entity_id for entity, _ in changes), *deleted])
-        hidden = [row for row in base_rows if row is not None]
+        hidden = [each.row for each in self._base.by_ids([*(each.entity_id for each, _ in changes), *deleted]).values()]
         self.delta = self.delta.changed(revision, changes, deleted, hidden, restored)
 
     def _is_as_in_base(self, rows: Sequence[sqlite3.Row]) -> bool:
@@ -274,22 +277,6 @@ class LiveSegment:
     def _remembered(self) -> Embeddings:
         return EmbeddingShards(self._bundle.path / REMEMBERED_FOLDER, self._bundle.manifest.embedding_dim)
 
-    def _check_removable(self, connection: sqlite3.Connection, entity_id: str, image_id: str) -> None:
-        """Raise `NotFound` or `Conflict` if an entity has no such image, or has to keep it."""
-        row = self.delta.latest.get(entity_id)
-        entity = self._base.get(entity_id) if row is None else self.delta.entities[row]
-        references = None if row is None else self.delta.references[row]
-        added = () if references is None else references.image_ids
-        if references is not None and image_id in added:
-            if entity.row >= self._base_count and len(references.images_ID) == 1:
-                raise only_image(image_id)
-            return
-        added_before = "SELECT 1 FROM reference WHERE entity_id = ? AND image_id = ? AND removed IS NULL"
-        compacted = connection.execute(added_before, (entity_id, image_id)).fetchone() is not None
-        if compacted or image_id in all_image_ids(entity.image_count, added):
-            raise of_bundle(image_id)
-        raise no_such_image(image_id)
-
     def _read_base_revision(self, connection: sqlite3.Connection) -> int:
         """Return up to which revision this bundle contains the changes."""
         bases = connection.execute("SELECT content, name, from_generation FROM base").fetchall()
@@ -301,16 +288,13 @@ class LiveSegment:
             )
         return mine[0] if mine else 0
 
-    def _base_row(self, entity_id: str) -> int | None:
-        try:
-            return self._base.get(entity_id).row
-        except UnknownEntity:
-            return None
-
-    def _exists(self, entity_id: str) -> bool:
-        """Return whether an entity exists. In a transaction, no other process can change that."""
-        latest = self.refresh().latest
-        return (latest[entity_id] if entity_id in latest else self._base_row(entity_id)) is not None
+    def _find(self, entity_id: str) -> StoredEntity | None:
+        """Return an entity as it is now, if it exists. In a transaction, no other process can change that."""
+        delta = self.refresh()
+        if entity_id not in delta.latest:
+            return self._base.by_ids([entity_id]).get(entity_id)
+        row = delta.latest[entity_id]
+        return None if row is None else delta.entities[row]
 
     def _next_revision(self, connection: sqlite3.Connection) -> int:
         self._read_base_revision(connection)

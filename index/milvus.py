@@ -25,9 +25,9 @@ from tqdm import tqdm
 from core.arrays import Float32Array
 from core.errors import BadParameter, Unavailable, UserError, needed_by
 from index.bundle import Bundle
+from index.delta import END_IMAGE_KEY
 from index.embeddings import Embeddings
 from index.manifest import content_fingerprint
-from index.references import END_IMAGE_KEY
 from index.store import ENTITY_JSON, StoredEntity, words
 from index.types import TypeHierarchy
 

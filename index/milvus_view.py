@@ -22,21 +22,12 @@ from core.arrays import Float32Array, Int64Array, Queries, normalised
 from core.errors import BundleError, UnknownEntity
 from index import milvus
 from index.bundle import Bundle
-from index.levels import TypeLevels
+from index.delta import FIRST_IMAGE_KEY, all_image_ids, check_removable, image_key, pooled_images
 from index.milvus import FIRST_OWN_KEY, FIRST_PUT_ROW, MAX_RESULTS, Collection, connect, key_filter
-from index.references import (
-    FIRST_IMAGE_KEY,
-    all_image_ids,
-    image_key,
-    no_such_image,
-    of_bundle,
-    only_image,
-    pooled_images,
-)
+from index.overlay import EntityView
 from index.remembered import Remembered
 from index.store import (
     ENTITY_JSON,
-    AttendedWords,
     EntityStore,
     Selection,
     StoredEntity,
@@ -165,11 +156,9 @@ class MilvusEntities:
         Raise `UnknownEntity`, `NotFound`, `Conflict`, `Unavailable`.
         """
         found = self.references_of(entity_id)
-        if image_id not in found.image_ids:
-            known = all_image_ids(self.get(entity_id).image_count, found.image_ids)
-            raise of_bundle(image_id) if image_id in known else no_such_image(image_id)
-        if found.is_put and len(found.references) == 1:
-            raise only_image(image_id)
+        known = all_image_ids(self._entity(found).image_count, found.image_ids)
+        is_only = found.is_put and len(found.references) == 1
+        check_removable(image_id, known, found.image_ids, is_only=is_only)
         self.collection.delete(f"pk == {image_key(image_id)}")
         self._pool(entity_id)
         self._count_change(added=0)
@@ -216,10 +205,12 @@ class MilvusEntities:
 
     def get(self, entity_id: str) -> StoredEntity:
         """Return the entity with that id as it is now. Raise `UnknownEntity`, `Unavailable`."""
-        found = self.references_of(entity_id)
+        return self._entity(self.references_of(entity_id))
+
+    def _entity(self, found: _Rows) -> StoredEntity:
         if found.is_put:
             return ENTITY_JSON.validate_json(found.entity["record"])
-        entity = self.store.get(entity_id)
+        (entity,) = self.store.by_rows([int(found.entity["row"])])
         return replace(entity, image_count=entity.image_count + len(found.image_ids))
 
     def references_of(self, entity_id: str) -> _Rows:
@@ -264,34 +255,28 @@ class MilvusEntities:
         self.refresh()
 
 
-class MilvusView:
-    """A collection as `EntityView`: its methods do what those of `OverlayView` do. Entities are always current.
+class MilvusView(EntityView):
+    """A collection. `revision` and `entity_count` are those when the view was made. Entities are always current."""
 
-    `revision` and `entity_count` are those when the view was made.
-    """
+    first_put_row = FIRST_PUT_ROW
 
     def __init__(self, entities: MilvusEntities) -> None:
         self._entities = entities
         self._collection = entities.collection
-        self._store = entities.store
+        self.store = entities.store
         self.revision, added = entities.counted
         self.entity_count = entities.base_count + added
         self.version = f"+{self.revision}" if self.revision else ""
 
-    @property
-    def type_levels(self) -> TypeLevels:
-        return self._store.type_levels
-
     def select(self, types: tuple[str, ...]) -> Selection:
         """Return a selection. Milvus filters by types and ancestors; it has rows only for remembered vectors."""
         if self._entities.remembered is not None:
-            return self._store.select(types)
+            return self.store.select(types)
         return Selection(types, np.empty(0, np.bool_))
 
     def search(
         self, query_embeddings_BD: Queries, top_k: int, *, selection: Selection | None = None
     ) -> tuple[Int64Array, Float32Array]:
-        """Search as `EntityIndex.search` does."""
         queries_BD = normalised(np.atleast_2d(np.asarray(query_embeddings_BD)))
         condition = "" if selection is None else milvus.types_filter(selection.types)
         rows_BK = np.full((len(queries_BD), top_k), -1, np.int64)
@@ -335,12 +320,11 @@ class MilvusView:
             allowed_M = current_M if allowed_M is None else allowed_M & current_M
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
-        base = {entity.row: entity for entity in self._store.by_rows([row for row in rows if row < FIRST_PUT_ROW])}
+        base = {entity.row: entity for entity in self.store.by_rows([row for row in rows if row < FIRST_PUT_ROW])}
         return [base[row] if row < FIRST_PUT_ROW else self._entities.by_row(int(row)) for row in rows]
 
     def cached(self, rows: Sequence[int]) -> list[StoredEntity] | None:
-        """Return None: entities must always be read."""
-        return None
+        return None  # entities must always be read
 
     def images_of(self, row: int) -> Float32Array:
         rows = self._collection.query(f"row in {[int(row), ~int(row)]}", ["row", "embedding"])
@@ -353,26 +337,16 @@ class MilvusView:
     def image_ids(self, entity_id: str) -> tuple[str, ...]:
         return all_image_ids(self.get(entity_id).image_count, self._entities.references_of(entity_id).image_ids)
 
-    def attended_words(self, row: int) -> AttendedWords:
-        """Return what `EntityStore.attended_words` does. Entities that were put have none."""
-        return self._store.attended_words(row) if row < FIRST_PUT_ROW else ()
-
     def get(self, entity_id: str) -> StoredEntity:
         return self._entities.get(entity_id)
 
-    def thumbnail(self, entity_id: str) -> bytes | None:
-        row = self._entities.get(entity_id).row
-        if row < FIRST_PUT_ROW:
-            return self._store.thumbnail(entity_id)
+    def _put_thumbnail(self, row: int) -> bytes | None:
         found = self._collection.query(f"pk == {row}", ["thumbnail"])
         return base64.b64decode(found[0]["thumbnail"]) if found and found[0]["thumbnail"] else None
 
-    def sample(self, count: int) -> list[StoredEntity]:
-        return self._present(self._store.sample(count))
-
     def search_titles(self, query: str, limit: int = 20) -> list[StoredEntity]:
         """Search the bundle as `EntityStore.search_titles` does, then entities put while serving by word prefixes."""
-        visible = self._present(self._store.search_titles(query, 2 * limit))
+        visible = self._present(self.store.search_titles(query, 2 * limit))
         put: list[StoredEntity] = []
         if query_words := words(query):
             rows = self._collection.query(milvus.prefixes_filter(query_words), ["record"])
@@ -380,7 +354,6 @@ class MilvusView:
         return distinct([*visible, *put], limit)
 
     def _present(self, entities: Sequence[StoredEntity]) -> list[StoredEntity]:
-        """Return those of the bundle's entities that were neither deleted nor replaced."""
         by_key = {milvus.hash63(each.entity_id): each for each in entities}
         if not by_key:
             return []

@@ -31,7 +31,7 @@ class Ranker:
         self._select = lru_cache(maxsize=MAX_CACHED_SELECTIONS)(entities.select)
         self._has_levels = calibration is not None and calibration.level is not None
         if self._has_levels:
-            entities.type_levels  # noqa: B018  counted now, because the first query would wait
+            entities.store.type_levels  # noqa: B018  counted now, because the first query would wait
 
     def selection(self, options: RecognizeOptions) -> Selection | None:
         """Return the entities to search, None for all. The first call for some types may take a second."""
@@ -113,7 +113,7 @@ class Ranker:
         model = None if self._calibration is None else self._calibration.of_views(views).level
         if model is None or not len(found.scores):
             return
-        type_levels = self._entities.type_levels
+        type_levels = self._entities.store.type_levels
         implied = [type_levels.types.ancestors((each,)) for each in options.types]
         known = frozenset.intersection(*implied) if implied else frozenset()
         scores = found.scores[:CANDIDATES].tolist()
@@ -133,7 +133,7 @@ class Ranker:
             return answers.Level(
                 id=best.entity_id, title=_title(best, options), kind="entity", confidence=round(confidence, 6)
             )
-        title = self._entities.type_levels.types.title(level.key)
+        title = self._entities.store.type_levels.types.title(level.key)
         return answers.Level(id=level.key, title=title, kind="type", confidence=round(confidence, 6))
 
     def _explain(self, record: StoredEntity, found: Found, region: Box | None) -> Explanation | None:

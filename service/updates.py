@@ -19,6 +19,7 @@ from core.errors import BadParameter, LiveDirError, NoEntitySide, TooLarge, Unav
 from core.runtime import Pool
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
+from index.delta import new_image_id
 from index.embeddings import read_embedding
 from index.entity_encoder import (
     ADAPTOR_FILE,
@@ -32,7 +33,6 @@ from index.entity_encoder import (
     EntityEncoder,
 )
 from index.overlay import LiveChanges
-from index.references import new_image_id
 from index.store import StoredEntity, describe
 from service.encoder import open_session
 from service.engine import Encoder

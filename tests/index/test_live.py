@@ -18,12 +18,11 @@ import pytest
 
 from core.errors import Conflict, LiveDirError, NotFound, Unavailable, UnknownEntity, UserError
 from index.bundle import Bundle
-from index.delta import Delta
+from index.delta import Delta, References, new_image_id
 from index.embeddings import EmbeddingShards
 from index.live import LIVE_FILE, LiveSegment
 from index.manifest import REMEMBERED_FOLDER
 from index.overlay import OverlayView
-from index.references import References, new_image_id
 from index.search import EntityIndex
 from index.store import EntityStore, StoredEntity
 from tests.conftest import add_remembered

@@ -19,11 +19,11 @@ from core.errors import BadParameter, BundleError, Conflict, NotFound, Unavailab
 from index import milvus_view
 from index.build import build_index
 from index.bundle import Bundle, list_files, open_embeddings
+from index.delta import new_image_id
 from index.embeddings import EmbeddingShards, write_shard
 from index.manifest import MANIFEST_FILE, Counts, Manifest
 from index.milvus import Collection, connect
 from index.milvus_view import MilvusEntities, MilvusView
-from index.references import new_image_id
 from index.store import Selection, StoredEntity, write_store
 from tests.commands import run_wikiclip
 from tests.conftest import add_remembered, add_type_parents, pool_by_mean, write_small_bundle
