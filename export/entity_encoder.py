@@ -19,20 +19,19 @@ from core.errors import EncoderSpecError
 from core.files import atomic_write_bytes
 from core.runtime import onnxruntime
 from export.onnx import MIN_COSINE, export_module
-from index.entity_encoder import (
+from index.manifest import (
     ADAPTOR_FILE,
     ADAPTOR_INPUTS,
     ADAPTOR_OUTPUT,
     ENTITY_ENCODER_FOLDER,
     ENTITY_ENCODER_MANIFEST_FILE,
-    FORMAT_VERSION,
     TEXT_ENCODER_FILE,
     TEXT_INPUTS,
     TEXT_OUTPUT,
     TOKENIZER_FILE,
     EntityEncoder,
+    FileEntry,
 )
-from index.manifest import FileEntry
 from model.adaptor import Adaptor
 from model.checkpoint import Checkpoint
 from model.encoders.text import MAX_CHARACTERS_PER_TOKEN, TokenStateEncoder
@@ -56,7 +55,7 @@ def export_entity_encoder(checkpoint: Checkpoint, bundle: Path) -> EntityEncoder
     }
     atomic_write_bytes(folder / TOKENIZER_FILE, text_encoder.tokenizer.to_str().encode())
     encoder = EntityEncoder(
-        format_version=FORMAT_VERSION,
+        format_version=1,
         checkpoint_sha256=checkpoint.sha256,
         text_encoder=text_encoder.spec.rpartition("/")[2],
         patches=checkpoint.image_encoder.patches,

@@ -45,7 +45,6 @@ from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.calibration import Calibration
 from index.embeddings import EmbeddingShards, Pooling, pooled
-from index.entity_encoder import EntityEncoder
 from index.manifest import (
     FLOAT16_ENCODER_FILE,
     IMAGE_ENCODER_FILE,
@@ -56,6 +55,7 @@ from index.manifest import (
     REMEMBERED_FOLDER,
     STORE_FILE,
     Counts,
+    EntityEncoder,
     Float16Entry,
     ImageEncoderEntry,
     Int8Entry,

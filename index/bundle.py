@@ -12,15 +12,16 @@ from typing import Literal
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing
 from index.calibration import Calibration, OpenSetModel
 from index.embeddings import Embeddings, EmbeddingShards, pooled
-from index.entity_encoder import ENTITY_ENCODER_FOLDER, EntityEncoder
 from index.manifest import (
     EMBEDDINGS_FOLDER,
+    ENTITY_ENCODER_FOLDER,
     INDEX_FILE,
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
     OPEN_SET_FILE,
     REMEMBERED_FOLDER,
     STORE_FILE,
+    EntityEncoder,
     FileEntry,
     IndexManifest,
     Manifest,

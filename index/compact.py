@@ -23,10 +23,10 @@ from index.build import build_index
 from index.bundle import Bundle, list_files
 from index.delta import Delta
 from index.embeddings import Embeddings, EmbeddingShards, pooled, write_shard
-from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
 from index.manifest import (
     EMBEDDINGS_FOLDER,
+    ENTITY_ENCODER_FOLDER,
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
     REMEMBERED_FOLDER,

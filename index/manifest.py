@@ -1,4 +1,4 @@
-"""The manifests of a bundle: `manifest.json`, and `index/manifest.json` of its search index.
+"""The manifests of a bundle: `manifest.json`, and those of its search index and of its entity encoder.
 
 How the format grows: a new entry has a default, and is left out if it equals the default. Readers ignore entries that
 they do not know, but keep them, so that the fingerprint does not depend on the version of the reader. A bundle that
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +31,16 @@ OPEN_SET_FILE = "familiarity.npz"  # only in calibrated bundles
 IMAGE_ENCODER_FILE = "image_encoder.onnx"
 INT8_ENCODER_FILE = "image_encoder.int8.onnx"
 FLOAT16_ENCODER_FILE = "image_encoder.float16.onnx"
+# The folder of the entity encoder and the files in it.
+ENTITY_ENCODER_FOLDER = "entity_side"
+ENTITY_ENCODER_MANIFEST_FILE = f"{ENTITY_ENCODER_FOLDER}/manifest.json"
+ADAPTOR_FILE = "adaptor.onnx"  # patch tokens, text tokens and the query embedding of the image in, entity embedding out
+TEXT_ENCODER_FILE = "text_encoder.onnx"  # and external data
+TOKENIZER_FILE = "tokenizer.json"
+ADAPTOR_INPUTS = ("patch_tokens", "image_mask", "text_tokens", "text_mask", "image_embedding")  # 0.1: without the last
+ADAPTOR_OUTPUT = "entity_embedding"
+TEXT_INPUTS = ("input_ids", "attention_mask")
+TEXT_OUTPUT = "text_tokens"
 
 _NOT_FINGERPRINTED = {"created_at", "elapsed_s", "choice"}  # times differ between equal bundles
 
@@ -258,6 +268,43 @@ class IndexManifest(Record):
     @property
     def file(self) -> FileEntry:
         return FileEntry(bytes=self.bytes, sha256=self.sha256)
+
+
+class EntityEncoder(Record):
+    """`entity_side/manifest.json`: the encoder of entities that are put while serving. Written last in its folder.
+
+    Like the index, it is not part of the fingerprint: `wikiclip export --live` can add it to a finished bundle.
+    `max_characters` is where a text is cut before tokenising. `parity` compares each file with its original:
+    `min_cosine` and `max_abs_diff`.
+    """
+
+    remedy: ClassVar[str] = f"remove {ENTITY_ENCODER_FOLDER}/ and make it again with `wikiclip export --live --resume`"
+
+    format_version: Literal[1]
+    checkpoint_sha256: str | None  # None in synthetic bundles
+    text_encoder: str
+    patches: int
+    patch_dim: int
+    text_dim: int
+    max_characters: int
+    parity: Mapping[str, Mapping[str, float]]
+    files: Mapping[str, FileEntry]
+
+    @classmethod
+    def open(cls, bundle: Path, checkpoint_sha256: object) -> Self | None:
+        """Check all files and that they were made from that checkpoint. Return None if the bundle has no encoder.
+
+        Raise `BundleIncomplete` or `BundleAltered`.
+        """
+        folder = bundle / ENTITY_ENCODER_FOLDER
+        if not (bundle / ENTITY_ENCODER_MANIFEST_FILE).is_file():
+            return None
+        encoder = cls.read(bundle / ENTITY_ENCODER_MANIFEST_FILE)
+        if encoder.checkpoint_sha256 != checkpoint_sha256:
+            raise BundleAltered(f"{folder} and the bundle were made from different checkpoints; {cls.remedy}")
+        for name, entry in encoder.files.items():
+            entry.check(folder / name, cls.remedy)
+        return encoder
 
 
 def schema_version(

@@ -25,11 +25,13 @@ from tqdm import tqdm
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError, UserError, missing_extra
 from core.files import atomic_write, is_uri, locked, report_disk_full, sha256_file, sync
 from index.bundle import Bundle, check_names
-from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder
 from index.manifest import (
+    ENTITY_ENCODER_FOLDER,
+    ENTITY_ENCODER_MANIFEST_FILE,
     INDEX_FILE,
     INDEX_MANIFEST_FILE,
     MANIFEST_FILE,
+    EntityEncoder,
     FileEntry,
     IndexManifest,
     Manifest,

@@ -19,9 +19,8 @@ from core.errors import BundleAltered, Conflict, NoEntitySide, WikiclipError
 from core.runtime import faiss
 from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
-from index.entity_encoder import ENTITY_ENCODER_FOLDER
 from index.live import LiveSegment
-from index.manifest import MANIFEST_FILE
+from index.manifest import ENTITY_ENCODER_FOLDER, MANIFEST_FILE
 from index.overlay import EntityView, LiveChanges, OverlayView
 from service.encoder import open_encoder
 from service.engine import Encoder, Engine

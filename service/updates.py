@@ -21,7 +21,7 @@ from imaging import Decoder, Preprocessing
 from index.bundle import Bundle
 from index.delta import new_image_id
 from index.embeddings import read_embedding
-from index.entity_encoder import (
+from index.manifest import (
     ADAPTOR_FILE,
     ADAPTOR_INPUTS,
     ADAPTOR_OUTPUT,

@@ -20,7 +20,7 @@ from export.entity_encoder import export_entity_encoder
 from export.pipeline import export_bundle
 from imaging import load_pixels
 from index.bundle import Bundle
-from index.entity_encoder import ENTITY_ENCODER_FOLDER
+from index.manifest import ENTITY_ENCODER_FOLDER
 from model.checkpoint import Checkpoint
 from service import encoder
 from service.recognizer import Recognizer

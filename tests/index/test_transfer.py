@@ -20,8 +20,7 @@ import pytest
 from core.errors import BundleAltered, BundleIncomplete, BundleMissing, TransferError
 from index import transfer
 from index.bundle import Bundle
-from index.entity_encoder import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder
-from index.manifest import FileEntry
+from index.manifest import ENTITY_ENCODER_FOLDER, ENTITY_ENCODER_MANIFEST_FILE, EntityEncoder, FileEntry
 from index.transfer import Remote, local_bundle, pull, push
 from tests.conftest import write_small_bundle
 
