@@ -100,7 +100,7 @@ def fit_scores_model(examples: Examples) -> OpenSetModel:
     weights_F = _fit_logistic(features_NF, examples.in_catalog_N, examples.weight_N, ridge_F)
     best, background = (weights_F[1:] / deviation_2).tolist()
     offset = float(weights_F[0] - weights_F[1:] @ (mean_2 / deviation_2))
-    return OpenSetModel.of_scores(offset, best, background)
+    return OpenSetModel(offset=offset, best=best, background=background)
 
 
 @dataclass(frozen=True, kw_only=True)

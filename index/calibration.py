@@ -20,7 +20,7 @@ Shapes: D embedding width, L landmarks.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -30,11 +30,11 @@ import numpy as np
 from core.arrays import Float32Array, Float64Array
 from core.errors import BundleAltered
 from core.files import atomic_write
-from index.levels import LevelModel
+from index.levels import LevelModel, sigmoid
 
 CANDIDATES = 10  # scores that the softmax and the background are taken over
-_SCALARS = ("offset", "best", "background", "width")
-_OF_SCORES = frozenset(("offset", "best", "background"))  # of an `OpenSetModel` without landmarks
+_OF_SCORES = ("offset", "best", "background")  # of an `OpenSetModel` without landmarks
+_SCALARS = (*_OF_SCORES, "width")
 _NOT_NUMBERS = frozenset(("open_set_model", "views", "level"))
 
 
@@ -48,37 +48,24 @@ class OpenSetModel:
 
         logit = offset + best * s + background * mean + sum_l exp((q . c_l - 1) / width) * (level_l + slope_l * s)
 
-    The sum is a Gaussian process on the sphere in the Nyström approximation (Williams and Seeger, NeurIPS 2000).
+    The sum is a Gaussian process on the sphere in the Nyström approximation (Williams and Seeger, NeurIPS 2000). There
+    are no landmarks if scores have to be enough.
     """
 
     offset: float
     best: float
     background: float
-    width: float
-    landmarks_LD: Float32Array
-    level_L: Float64Array
-    slope_L: Float64Array
-
-    @classmethod
-    def of_scores(cls, offset: float, best: float, background: float) -> Self:
-        """Return a model without landmarks."""
-        none_L = np.zeros(0)
-        return cls(
-            offset=offset,
-            best=best,
-            background=background,
-            width=1.0,
-            landmarks_LD=np.zeros((0, 0), np.float32),
-            level_L=none_L,
-            slope_L=none_L,
-        )
+    width: float = 1.0
+    landmarks_LD: Float32Array = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    level_L: Float64Array = field(default_factory=lambda: np.zeros(0))
+    slope_L: Float64Array = field(default_factory=lambda: np.zeros(0))
 
     def probability(self, best: float, background: float, embedding_D: Float32Array) -> float:
-        if not len(self.landmarks_LD):
-            return _sigmoid(self.offset + self.best * best + self.background * background)
-        nearness_L = np.exp((self.landmarks_LD @ embedding_D - 1.0) / self.width)
-        of_query = float(nearness_L @ self.level_L) + best * float(nearness_L @ self.slope_L)
-        return _sigmoid(self.offset + self.best * best + self.background * background + of_query)
+        logit = self.offset + self.best * best + self.background * background
+        if len(self.landmarks_LD):
+            nearness_L = np.exp((self.landmarks_LD @ embedding_D - 1.0) / self.width)
+            logit += float(nearness_L @ self.level_L) + best * float(nearness_L @ self.slope_L)
+        return sigmoid(logit)
 
     def write(self, path: Path) -> None:
         """Write an `.npz` file. Equal models give equal bytes."""
@@ -143,24 +130,21 @@ class Calibration:
         return in_catalog_probability < self.abstain_below
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but `open_set_model`, which has its own file. That of several photographs is included."""
+        """Return everything but an `open_set_model` with landmarks, which has its own file."""
         content = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _NOT_NUMBERS}
         if self.ceiling == 1.0:
             del content["ceiling"]
         if self.level is not None:
             content["level"] = self.level.to_dict()
         if self.views:
-            content["views"] = {str(number): each._with_scores() for number, each in self.views.items()}
+            content["views"] = {str(number): each.to_dict() for number, each in self.views.items()}
+        if (model := self.open_set_model) is not None and not len(model.landmarks_LD):
+            content |= {name: getattr(model, name) for name in _OF_SCORES}
         return content
-
-    def _with_scores(self) -> dict[str, Any]:
-        model = self.open_set_model
-        of_scores = model is not None and not len(model.landmarks_LD)
-        return {**self.to_dict(), **({name: getattr(model, name) for name in _OF_SCORES} if of_scores else {})}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], open_set_model: OpenSetModel | None = None) -> Self:
-        """Read what `to_dict` returns. Unknown entries are ignored.
+        """Read what `to_dict` returns. Unknown entries are ignored. `open_set_model` is the one with landmarks.
 
         The oldest bundles have a sigmoid of the best score with parameters `a` and `b`. That is a softmax of one
         candidate.
@@ -169,29 +153,20 @@ class Calibration:
             sigmoid = {"slope": content["a"], "none_offset": -content["b"], "none_slope": 0.0}
             content = {**sigmoid, "unknown": 0, "candidates": 1, **content}
         known = ({each.name for each in fields(cls)} - _NOT_NUMBERS) & content.keys()
-        _check_numbers(content, known)
+        for name in sorted(known | set(_OF_SCORES) & content.keys()):
+            if not isinstance(content[name], int | float):
+                raise BundleAltered(f"calibration.{name} must be a number; export the bundle again")
         try:
             views = {
-                int(number): cls._of_views(each, open_set_model) for number, each in content.get("views", {}).items()
+                int(number): cls.from_dict(each, open_set_model) for number, each in content.get("views", {}).items()
             }
         except (AttributeError, TypeError, ValueError) as error:
             raise BundleAltered("calibration.views is malformed; export the bundle again") from error
         level = LevelModel.from_dict(content["level"]) if "level" in content else None
+        if content.keys() >= set(_OF_SCORES):
+            open_set_model = OpenSetModel(**{name: content[name] for name in _OF_SCORES})
         numbers = {name: content[name] for name in known}
         return cls(**numbers, open_set_model=open_set_model, views=views, level=level)
-
-    @classmethod
-    def _of_views(cls, content: Mapping[str, Any], open_set_model: OpenSetModel | None) -> Self:
-        _check_numbers(content, _OF_SCORES & content.keys())
-        if content.keys() >= _OF_SCORES:
-            open_set_model = OpenSetModel.of_scores(**{name: content[name] for name in _OF_SCORES})
-        return cls.from_dict(content, open_set_model)
-
-
-def _check_numbers(content: Mapping[str, Any], names: Collection[str]) -> None:
-    for name in sorted(names):
-        if not isinstance(content[name], int | float):
-            raise BundleAltered(f"calibration.{name} must be a number; export the bundle again")
 
 
 def background(scores: Sequence[float]) -> float:
@@ -203,8 +178,3 @@ def background(scores: Sequence[float]) -> float:
 def _log_sum_exp(values: Sequence[float]) -> float:
     most = max(values)
     return most + math.log(sum([math.exp(value - most) for value in values]))
-
-
-def _sigmoid(logit: float) -> float:
-    power = math.exp(-abs(logit))  # cannot overflow
-    return (1.0 if logit >= 0 else power) / (1.0 + power)

@@ -73,12 +73,7 @@ class LevelModel:
     ) -> Iterator[tuple[Level, float]]:
         """Yield each level of `summed` with the probability that it is right."""
         for level in summed(self.slope, scores, types):
-            yield level, self._confidence(level, background)
-
-    def _confidence(self, level: Level, background: float) -> float:
-        logit = sum(map(mul, self.weights, level.features(background)))
-        power = math.exp(-abs(logit))  # cannot overflow
-        return (1.0 if logit >= 0 else power) / (1.0 + power)
+            yield level, sigmoid(sum(map(mul, self.weights, level.features(background))))
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "weights": list(self.weights)}
@@ -93,6 +88,11 @@ class LevelModel:
         if len(weights) != len(Level(None, 1, 1.0, 0.0).features(0.0)):
             raise BundleAltered(f"calibration.level has {len(weights)} weights; export the bundle again")
         return cls(slope=slope, weights=weights)
+
+
+def sigmoid(logit: float) -> float:
+    power = math.exp(-abs(logit))  # cannot overflow
+    return (1.0 if logit >= 0 else power) / (1.0 + power)
 
 
 def summed(slope: float, scores: Sequence[float], types: Sequence[Sequence[SizedType]]) -> Iterator[Level]:

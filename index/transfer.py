@@ -202,17 +202,6 @@ class Transferred:
     kept_files: int
     kept_bytes: int
 
-    @classmethod
-    def of(cls, release: Release, moved: list[FileEntry]) -> Self:
-        moved_bytes = sum(entry.bytes for entry in moved)
-        return cls(
-            bundle=release.label,
-            files=len(moved),
-            bytes=moved_bytes,
-            kept_files=len(release.files) - len(moved),
-            kept_bytes=release.total_bytes - moved_bytes,
-        )
-
 
 def push(bundle_path: Path, uri: str, *, verify: bool = False, progress: bool = False) -> Transferred:
     """Copy a bundle to a URI, or finish an interrupted push.
@@ -242,7 +231,7 @@ def push(bundle_path: Path, uri: str, *, verify: bool = False, progress: bool = 
         sent = _for_each_file(release, send, "push", progress)
         if verify:
             _for_each_file(release, check, "verify", progress)
-    return Transferred.of(release, sent)
+    return sent
 
 
 def pull(uri: str, folder: Path, *, progress: bool = False) -> Transferred:
@@ -291,7 +280,7 @@ def _pull(remote: Remote, release: Release, folder: Path, *, hash_complete: bool
             return True
 
         received = _for_each_file(release, receive, "pull", progress)
-    return Transferred.of(release, received)
+    return received
 
 
 def _receive(remote: Remote, name: str, entry: FileEntry, path: Path) -> None:
@@ -342,12 +331,12 @@ def _unfinished(release: Release, target: Remote) -> Iterator[Mapping[str, int]]
 
 def _for_each_file(
     release: Release, transfer: Callable[[str, FileEntry], bool], action: str, progress: bool
-) -> list[FileEntry]:
-    """Call `transfer` for every file, many small ones at a time. Return the files for which it returns True.
+) -> Transferred:
+    """Call `transfer` for every file, many small ones at a time. It returns whether the file was not there.
 
     After an error, no transfer is running. After Ctrl-C, they run until the process ends: its threads are daemons.
     """
-    moved: list[FileEntry] = []
+    files = moved_bytes = 0
     large = [file for file in release.files.items() if file[1].bytes > CHUNK_BYTES]
     small = [file for file in release.files.items() if file[1].bytes <= CHUNK_BYTES]
     description = f"{action} {release.label}"
@@ -362,10 +351,16 @@ def _for_each_file(
         try:
             for entry, is_moved in chain(pool.imap_unordered(run, small), map(run, large)):
                 bar.update(entry.bytes)
-                if is_moved:
-                    moved.append(entry)
+                files += is_moved
+                moved_bytes += is_moved * entry.bytes
         except Exception:
             pool.terminate()
             pool.join()
             raise
-    return moved
+    return Transferred(
+        bundle=release.label,
+        files=files,
+        bytes=moved_bytes,
+        kept_files=len(release.files) - files,
+        kept_bytes=release.total_bytes - moved_bytes,
+    )

@@ -170,7 +170,7 @@ def fitted_bundle(small_bundle, tmp_path):
     manifest = Manifest.read(bundle / MANIFEST_FILE)
     of_two = Calibration(
         slope=1.0, none_offset=-50.0, none_slope=0.0, abstain_below=0.5, queries=30, correct=20, unknown=0,
-        open_set_model=OpenSetModel.of_scores(-2.0, 0.0, 0.0),
+        open_set_model=OpenSetModel(offset=-2.0, best=0.0, background=0.0),
     )  # fmt: skip
     single = Calibration.from_dict(manifest.calibration)
     changed = Calibration(**{**vars(single), "views": {2: of_two}}).to_dict()
