@@ -26,9 +26,12 @@ from catalog.records import is_url
 from core.errors import CatalogError
 from core.files import atomic_write, locked
 from core.lines import Rejected
+from core.runtime import usable_cores
+from imaging import Decoder, automatic_budget
 
 INDEX_FILE = "images.sqlite"
 MAX_PIXELS = 200_000_000  # catalogs are trusted; this only keeps one file from exhausting memory
+_DECODE_TIMEOUT_S = 30.0
 # Errors of a disk or mount. Every later image would seem missing too.
 _MACHINE_ERRORS = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _SCHEMA = """
@@ -36,6 +39,13 @@ CREATE TABLE IF NOT EXISTS images (url TEXT PRIMARY KEY, shard INTEGER, "offset"
 CREATE TABLE IF NOT EXISTS failed (url TEXT PRIMARY KEY, line INTEGER, reason TEXT, entity_id TEXT) WITHOUT ROWID;
 """
 _EXTENSIONS = {"image/jpeg": "jpg", "image/tiff": "tif"}
+
+
+def image_checker() -> Decoder:
+    """Return a decoder whose `check` tells whether images of a catalog can be used."""
+    return Decoder(
+        max_pixels=MAX_PIXELS, budget_bytes=automatic_budget(), timeout_s=_DECODE_TIMEOUT_S, threads=usable_cores()
+    )
 
 
 class UnusableImage(Exception):

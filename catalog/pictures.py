@@ -16,13 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from catalog.images import MAX_PIXELS, ImageReader, UnusableImage
+from catalog.images import ImageReader, UnusableImage, image_checker
 from core.errors import TooLarge, UndecodableImage
 from core.lines import Rejected
 from core.runtime import usable_cores
-from imaging import Decoder, automatic_budget, readable_types, sniff
+from imaging import Decoder, readable_types, sniff
 
-_DECODE_TIMEOUT_S = 30.0
 _HEAD_BYTES = 512
 _TEXT_NAMES = ("text.txt", "text.md")
 _MAX_TEXT_BYTES = 2**20
@@ -133,10 +132,7 @@ def check_pictures(paths: Collection[Path], *, progress: bool) -> dict[Path, str
 
     Raises `CatalogError` if the disk fails.
     """
-    cores = usable_cores()
-    decoder = Decoder(
-        max_pixels=MAX_PIXELS, budget_bytes=automatic_budget(), timeout_s=_DECODE_TIMEOUT_S, threads=cores
-    )
+    decoder = image_checker()
 
     def check(path: Path) -> str | UnusableImage:
         try:
@@ -144,7 +140,7 @@ def check_pictures(paths: Collection[Path], *, progress: bool) -> dict[Path, str
         except UnusableImage as error:
             return error
 
-    with closing(decoder), ThreadPoolExecutor(cores) as pool:
+    with closing(decoder), ThreadPoolExecutor(usable_cores()) as pool:
         hidden = None if progress else True  # None: shown on terminals only
         checked = tqdm(pool.map(check, paths), desc="pictures", unit="file", total=len(paths), disable=hidden)
         return dict(zip(paths, checked, strict=True))

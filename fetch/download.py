@@ -20,8 +20,6 @@ from core.network import PublicNetwork
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _TRANSIENT = frozenset((408, 425, 429, 500, 502, 503, 504))
-
-
 WORKERS = 16  # downloads at once, over all hosts
 
 
@@ -36,7 +34,6 @@ class FetchLimits:
     requests_per_s: float = 5.0
     bits_per_s: float = 25e6
     max_bytes: int = 20 * 2**20
-    max_pixels: int = 200_000_000
     timeout_s: float = 60.0
     retries: int = 5
     redirects: int = 5
@@ -45,36 +42,29 @@ class FetchLimits:
 
 
 class _Host:
-    def __init__(self, limits: FetchLimits) -> None:
-        self.connections = asyncio.Semaphore(limits.connections)
-        self.next_start = 0.0
-
-
-class Pace:
-    """Delays requests to keep each host's rate limits. Belongs to one event loop."""
+    """Delays the requests to a host to keep its rate limits. Belongs to one event loop."""
 
     def __init__(self, limits: FetchLimits) -> None:
         self._limits = limits
-        self._hosts: defaultdict[str, _Host] = defaultdict(lambda: _Host(limits))
+        self._connections = asyncio.Semaphore(limits.connections)
+        self._next_start = 0.0
 
     @asynccontextmanager
-    async def turn(self, host: str) -> AsyncIterator[None]:
+    async def turn(self) -> AsyncIterator[None]:
         """Wait until the host accepts another request, and occupy one of its connections meanwhile."""
-        state = self._hosts[host]
-        async with state.connections:
-            while (wait_s := state.next_start - time.monotonic()) > 0:
+        async with self._connections:
+            while (wait_s := self._next_start - time.monotonic()) > 0:
                 await asyncio.sleep(wait_s)
-            state.next_start = time.monotonic() + 1 / self._limits.requests_per_s
+            self._next_start = time.monotonic() + 1 / self._limits.requests_per_s
             yield
 
-    def count_bytes(self, host: str, count: int) -> None:
-        """Delay the host's next request for as long as its bandwidth limit needs for `count` bytes."""
-        self._hosts[host].next_start += 8 * count / self._limits.bits_per_s
+    def count_bytes(self, count: int) -> None:
+        """Delay the next request for as long as the bandwidth limit needs for `count` bytes."""
+        self._next_start += 8 * count / self._limits.bits_per_s
 
-    def pause(self, host: str, wait_s: float) -> None:
-        """Delay every further request to the host by `wait_s`."""
-        state = self._hosts[host]
-        state.next_start = max(state.next_start, time.monotonic() + wait_s)
+    def pause(self, wait_s: float) -> None:
+        """Delay every further request by `wait_s`."""
+        self._next_start = max(self._next_start, time.monotonic() + wait_s)
 
 
 class NotFetched(Exception):
@@ -98,8 +88,8 @@ class Downloader:
             (b"Accept", accept.encode("ascii")),
             (b"Accept-Encoding", b"identity"),  # so that the size limit counts the file's own bytes
         ]
-        self._pace = Pace(limits)
         self._limits = limits
+        self._hosts: defaultdict[str, _Host] = defaultdict(lambda: _Host(limits))
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=httpcore.default_ssl_context(),
             network_backend=PublicNetwork(allow_private=allow_private),
@@ -130,7 +120,7 @@ class Downloader:
     async def _follow(self, target: httpx.URL, timeout: asyncio.Timeout) -> bytes:
         for _ in range(self._limits.redirects + 1):
             timeout.reschedule(None)  # waiting for the rate limit does not count
-            async with self._pace.turn(target.host):
+            async with self._hosts[target.host].turn():
                 timeout.reschedule(asyncio.get_running_loop().time() + self._limits.timeout_s)
                 response = await self._request(target)
             if isinstance(response, bytes):
@@ -148,16 +138,16 @@ class Downloader:
                 if response.status in _REDIRECTS and b"location" in headers:
                     return _target(headers[b"location"].decode("latin-1"), target)
                 if response.status in _TRANSIENT:
-                    raise self._refused(target.host, response.status, headers.get(b"retry-after"))
+                    raise self._refused(self._hosts[target.host], response.status, headers.get(b"retry-after"))
                 if response.status != 200:
                     raise NotFetched(f"the server answered {response.status}")
-                return await self._body(target.host, response)
+                return await self._body(self._hosts[target.host], response)
         except FetchFailed as error:  # the name has no address; DNS failures may be temporary
             raise _Transient(error.detail.partition(";")[0]) from error
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
             raise _Transient(f"the connection failed ({type(error).__name__})") from error
 
-    async def _body(self, host: str, response: httpcore.Response) -> bytes:
+    async def _body(self, host: _Host, response: httpcore.Response) -> bytes:
         chunks: list[bytes] = []
         size = 0
         try:
@@ -167,16 +157,16 @@ class Downloader:
                     raise TooLarge(f"is over {self._limits.max_bytes} bytes")
                 chunks.append(chunk)
         finally:
-            self._pace.count_bytes(host, size)
+            host.count_bytes(size)
         return b"".join(chunks)
 
-    def _refused(self, host: str, status: int, retry_after: bytes | None) -> Exception:
+    def _refused(self, host: _Host, status: int, retry_after: bytes | None) -> Exception:
         wait_s = None if retry_after is None else _seconds(retry_after.decode("latin-1"))
         if wait_s is None:
             return _Transient(f"the server answered {status}")
         if wait_s > self._limits.longest_wait_s:
             return NotFetched(f"the server answered {status} and asks to wait {wait_s:.0f} s; try again later")
-        self._pace.pause(host, wait_s)
+        host.pause(wait_s)
         return _Transient(f"the server answered {status}", wait_s)
 
 

@@ -16,15 +16,13 @@ import httpcore
 from tqdm import tqdm
 
 from catalog import EntityRecord, is_url, read_catalog
-from catalog.images import TarShards
+from catalog.images import TarShards, image_checker
 from core.errors import CatalogError, TooLarge, UndecodableImage, UserError
 from core.files import report_disk_full
 from core.lines import Rejected, RejectLog
-from core.runtime import usable_cores
 from fetch.download import WORKERS, Downloader, FetchLimits, NotFetched
-from imaging import Decoder, automatic_budget, sniff
+from imaging import Decoder, sniff
 
-_DECODE_TIMEOUT_S = 30.0
 _CONTACT = re.compile(r"(https?://[!-'*-~]+|[!-'*-?A-~]+@[!-'*-~]+\.[!-'*-~]+)")
 
 
@@ -96,12 +94,7 @@ def fetch_images(config: FetchConfig) -> FetchReport:
 
 
 async def _fetch_all(config: FetchConfig, agent: str, shards: TarShards, log: RejectLog, counts: Counter[str]) -> None:
-    decoder = Decoder(
-        max_pixels=config.limits.max_pixels,
-        budget_bytes=automatic_budget(),
-        timeout_s=_DECODE_TIMEOUT_S,
-        threads=usable_cores(),
-    )
+    decoder = image_checker()
     downloader = Downloader(agent, config.limits, accept="image/*", allow_private=config.allow_private)
     images = _images(config, log)
     in_progress: set[str] = set()
