@@ -40,8 +40,8 @@ def s3_server():
 
 
 @pytest.fixture
-def s3(s3_server, monkeypatch):
-    """Return a URI in a bucket, with AWS's variables in the environment."""
+def s3_environment(s3_server, monkeypatch):
+    """Set AWS's variables in the environment, for the local S3 server."""
     environment = {
         "AWS_ENDPOINT_URL": s3_server,
         "AWS_ACCESS_KEY_ID": "nobody",
@@ -51,6 +51,11 @@ def s3(s3_server, monkeypatch):
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def s3(s3_environment):
+    """Return a URI in a new bucket."""
     bucket = f"bundles-{os.urandom(4).hex()}"
     filesystem = fsspec.filesystem("s3", skip_instance_cache=True)
     filesystem.mkdir(bucket)
@@ -386,7 +391,7 @@ def test_a_manifest_cannot_name_a_file_outside(small_bundle, tmp_path):
         ("s3://", "cannot be used"),
     ],
 )
-def test_an_unusable_uri_gives_a_one_line_error(s3, small_bundle, uri, said):
+def test_an_unusable_uri_gives_a_one_line_error(s3_environment, small_bundle, uri, said):
     with pytest.raises(TransferError) as refused:
         push(small_bundle, uri)
     assert said in str(refused.value)
