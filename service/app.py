@@ -15,7 +15,6 @@ from starlette.staticfiles import StaticFiles
 from core.errors import UserError
 from imaging import readable_types
 from service import errors, routes
-from service.cache import RedisLink
 from service.image_fetcher import ImageFetcher
 from service.limits import BodyBudget, RateLimiter
 from service.middleware import RequestContext
@@ -48,7 +47,11 @@ def create_app(
 
     limiter = None
     if settings.rate_limit is not None:
-        redis = None if settings.redis_url is None else RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
+        redis = None
+        if settings.redis_url is not None:
+            from service.redis_link import RedisLink
+
+            redis = RedisLink(settings.redis_url, settings.redis_timeout_ms / 1000)
         limiter = RateLimiter(settings.rate_limit, redis)
     tracing = tracing or open_tracing(settings)
 

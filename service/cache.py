@@ -10,28 +10,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
-import redis.asyncio
 from pydantic import ValidationError
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
 
 from core.arrays import Float32Array
 from wikiclip.answers import Box, Recognition, RecognizeOptions
 
 if TYPE_CHECKING:
     from service.loaded_bundle import BundleView
+    from service.redis_link import RedisLink
 
 _MAX_NORM = 1e6  # of a cached embedding; most encoders give about 1
 _REDIS_TTL_S = 24 * 3600
 _ENTRY_OVERHEAD_BYTES = 200
-_PAUSE_S = 2.0  # a slow Redis costs one timeout in this time, not one for each request
 
 log = logging.getLogger("wikiclip.redis")
 
@@ -75,50 +70,6 @@ def _cost_bytes(key: str, value: bytes) -> int:
     return len(key) + len(value) + _ENTRY_OVERHEAD_BYTES
 
 
-class RedisLink:
-    """A Redis that may be slow, full or down. A call takes at most `timeout_s`. After a failure, calls pause for 2 s,
-    but not if Redis answers that it refuses the command.
-
-    `on_error` is called after each failure. For one event loop. Close it when done.
-    """
-
-    def __init__(self, url: str, timeout_s: float, on_error: Callable[[], None] = lambda: None) -> None:
-        self._timeout_s = timeout_s
-        self._on_error = on_error
-        self._paused_until = 0.0
-        self._refused = False
-        self._client = redis.asyncio.Redis.from_url(
-            url, socket_timeout=timeout_s, socket_connect_timeout=timeout_s, retry=Retry(NoBackoff(), 0)
-        )
-
-    async def ask(self, call: Callable[[Any], Awaitable[T]]) -> T | None:
-        """Return what `call` returns, given a client, or None if Redis does not answer in time."""
-        if time.monotonic() < self._paused_until:
-            return None
-        try:
-            # The client's own timeouts are for each read and write. This one is for all of them together.
-            answer = await asyncio.wait_for(call(self._client), self._timeout_s)
-        except ResponseError as error:  # of this command only, for example because another program uses its key
-            if not self._refused:
-                log.warning("Redis refuses a command (%s): continuing without it", error)
-            self._refused = True
-            self._on_error()
-            return None
-        except (RedisError, OSError, TimeoutError) as error:
-            if self._paused_until == 0.0:
-                log.warning("Redis does not answer (%s): continuing without it", error or type(error).__name__)
-            self._paused_until = time.monotonic() + _PAUSE_S
-            self._on_error()
-            return None
-        if self._paused_until:
-            log.info("Redis answers again")
-            self._paused_until = 0.0
-        return answer
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-
 class Cache:
     """The LRU cache, and Redis behind it. A Redis that is slow, full or down delays a request by `redis_timeout_s`.
 
@@ -135,7 +86,11 @@ class Cache:
         on_redis_error: Callable[[], None] = lambda: None,
     ) -> None:
         self._lru = Lru(max_bytes)
-        self._redis = None if redis_url is None else RedisLink(redis_url, redis_timeout_s, on_redis_error)
+        self._redis: RedisLink | None = None
+        if redis_url is not None:
+            from service.redis_link import RedisLink
+
+            self._redis = RedisLink(redis_url, redis_timeout_s, on_redis_error)
 
     async def get(self, key: str) -> bytes | None:
         """Return the value of a key, None if it is not cached."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from core.errors import TooManyRequests
 
 if TYPE_CHECKING:
-    from service.cache import RedisLink
+    from service.redis_link import RedisLink
 
 _THROUGHPUT_WINDOW_S = 10.0
 _MIN_BUSY_S = 0.5  # a throughput measured over less time means nothing

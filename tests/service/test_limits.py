@@ -8,8 +8,8 @@ import time
 import pytest
 
 from core.errors import TooManyRequests
-from service.cache import RedisLink
 from service.limits import Admission, Buckets, Rate, RateLimiter, client_name
+from service.redis_link import RedisLink
 
 
 class Clock:
