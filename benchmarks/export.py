@@ -134,7 +134,7 @@ def _throughput(config: ExportConfig, root: Path, rounds: int) -> dict[str, Any]
     counted = [*read_shards(config)][_WARM_UP_SHARDS:]
     with decode_pool(config, checkpoint.image_encoder.preprocessing) as pool:
         size = chunk_size(checkpoint, config.batch_size)
-        chunks = list(prepare_chunks(config, pool, checkpoint.text_encoder, counted, chunk_size=size))
+        chunks = list(prepare_chunks(config, pool, checkpoint.text_encoder.tokenize, counted, chunk_size=size))
     entities = sum(len(shard.records) for shard in counted)
     seconds: dict[str, list[float]] = {}
     _stage_seconds(checkpoint, chunks[:1], config.batch_size)  # warm up

@@ -42,8 +42,8 @@ from demo.tiny_data import (
 )
 from imaging.preprocess import Preprocessing
 from model.encoders import resolve_device
+from model.encoders.base import TorchImageEncoder
 from model.encoders.tiny import BUILT_IN, TinyConfig, TinyEncoder, read_tiny, save_tiny
-from model.encoders.torch_module import TorchImageEncoder
 from model.resume import Snapshots, fingerprint
 from model.validation import Accuracy
 from wikiclip.cli import run

@@ -33,7 +33,6 @@ _SAMPLE_ENTITIES = 2048
 _MEASURED_S = 10.0
 _WARM_UP_SHARDS = 3
 _NPY_HEADER_BYTES = 128
-_STORE = "store"
 _STAGE_NAMES = {WAITING: "reading, decoding and tokenising", WRITING: "writing shards"}
 
 
@@ -78,21 +77,33 @@ def estimate_export(config: ExportConfig) -> ExportEstimate:
             with_image += bool(item.images)
     if not sample.seen:
         raise CatalogError(f"{config.catalog} has no usable entity record; see the interface of catalogs in the docs")
-    measured = _measure(config, model, sample.items)
+    with TemporaryDirectory(prefix="plan.") as name:
+        folder = Path(name)
+        staging = StagingDir(folder)
+        staging.begin({})
+        measured, sampled, sampled_embeddings, stages_s = _export_sample(config, model, sample.items, staging)
+        started = time.monotonic()
+        write_store(folder / STORE_FILE, staging.entities())
+        store_s = time.monotonic() - started
+        store_bytes = (folder / STORE_FILE).stat().st_size
+        work_bytes = sum(file.stat().st_size for file in (folder / STAGING_FOLDER / "shards").iterdir())
     entities, shards = sample.seen, -(-sample.seen // config.shard_size)
-    embeddings = round(entities * measured.embeddings_per_entity)
+    embeddings = round(entities * (sampled_embeddings / sampled))
     encoder, dim = model.image_encoder, model.image_encoder.embedding_dim
     disk_bytes = {
         "embeddings": embeddings * (2 * dim + 8) + entities * HASH_BYTES + 3 * shards * _NPY_HEADER_BYTES,
         "index": embeddings * 4 * dim,
-        "store": round(entities * measured.store_bytes_per_entity),
+        "store": round(entities * (store_bytes / sampled)),
         "image encoder": stored_bytes(encoder, half=config.half),
     }
     if config.int8:
         disk_bytes["int8 encoder"] = stored_bytes(encoder, half=False) // 4
     if config.float16:
         disk_bytes["float16 encoder"] = stored_bytes(encoder, half=False) // 2
-    seconds = {stage: round(entities * each_s, 3) for stage, each_s in measured.seconds_per_entity.items()}
+    seconds = {
+        _STAGE_NAMES.get(stage, stage): round(entities * (stage_s / measured), 3) for stage, stage_s in stages_s.items()
+    }
+    seconds["store"] = round(entities * (store_s / sampled), 3)
     total_s = sum(seconds.values())
     return ExportEstimate(
         entities=entities,
@@ -101,27 +112,24 @@ def estimate_export(config: ExportConfig) -> ExportEstimate:
         embeddings=embeddings,
         shards=shards,
         disk_bytes=disk_bytes,
-        work_bytes=round(entities * measured.work_bytes_per_entity),
+        work_bytes=round(entities * (work_bytes / sampled)),
         seconds=seconds,
         total_s=round(total_s, 3),
         entities_per_s=round(entities / total_s, 2) if total_s else 0.0,
         bottleneck=max(seconds, key=seconds.__getitem__),
-        measured_entities=measured.entities,
+        measured_entities=measured,
         device=device.type,
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    entities: int
-    embeddings_per_entity: float
-    seconds_per_entity: dict[str, float]
-    store_bytes_per_entity: float
-    work_bytes_per_entity: float
+def _export_sample(
+    config: ExportConfig, model: ExportModel, records: list[EntityRecord], staging: StagingDir
+) -> tuple[int, int, int, dict[str, float]]:
+    """Export the records as small shards, until they took long enough.
 
-
-def _measure(config: ExportConfig, model: ExportModel, records: list[EntityRecord]) -> _Measured:
-    """Export the records as small shards. The first shards warm up processes and memory, and are not counted."""
+    The first shards warm up processes and memory. Return how many entities came after them, how many entities and
+    embeddings there were in all, and the seconds of each stage without the first shards.
+    """
     times = StageTimes()
     size = config.batch_size
     shards = [
@@ -131,13 +139,9 @@ def _measure(config: ExportConfig, model: ExportModel, records: list[EntityRecor
     warm_up = min(_WARM_UP_SHARDS, len(shards) // 2)
     measured = all_entities = embeddings = 0
     with (
-        TemporaryDirectory(prefix="plan.") as name,
         open_base(config, model) as base,
         tqdm(desc="sample", unit="entity", total=len(records), disable=not config.progress) as bar,
     ):
-        folder = Path(name)
-        staging = StagingDir(folder)
-        staging.begin({})
         started = time.monotonic()
         embedded_shards = embed_shards(config, model, shards, times, base=base)
         with closing(write_shards(config, model.text_encoder, staging, embedded_shards, times)) as written:
@@ -153,19 +157,7 @@ def _measure(config: ExportConfig, model: ExportModel, records: list[EntityRecor
                 elif number == warm_up:
                     times.seconds.clear()
                     started = time.monotonic()
-        started = time.monotonic()
-        write_store(folder / STORE_FILE, staging.entities())
-        store_s = time.monotonic() - started
-        store_bytes = (folder / STORE_FILE).stat().st_size
-        work_bytes = sum(file.stat().st_size for file in (folder / STAGING_FOLDER / "shards").iterdir())
-    seconds = {_STAGE_NAMES.get(stage, stage): each_s / measured for stage, each_s in times.seconds.items()}
-    return _Measured(
-        entities=measured,
-        embeddings_per_entity=embeddings / all_entities,
-        seconds_per_entity={**seconds, _STORE: store_s / all_entities},
-        store_bytes_per_entity=store_bytes / all_entities,
-        work_bytes_per_entity=work_bytes / all_entities,
-    )
+    return measured, all_entities, embeddings, times.seconds
 
 
 def estimate_lines(estimate: ExportEstimate, config: ExportConfig) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 
 from export.config import ExportConfig
 from export.model import ExportModel, ImageModel
-from export.prepare import Chunk, NoTokenizer, decode_pool, prepare_chunks
+from export.prepare import Chunk, decode_pool, prepare_chunks
 from export.reuse import BaseEntities
 from export.shards import EmbeddedChunk, EmbeddedShard, Shard, StageTimes, join_chunks, prefetch
 from model.adaptor import EntityBatch, embed_with_attention
@@ -42,10 +42,10 @@ def embed_shards(
     Unchanged entities of `base` are copied. `on_row` is called with the last entity row of each embedded chunk.
     """
     embedder = open_embedder(config, model, times)
-    tokenizer = model.text_encoder or NoTokenizer()
+    tokenize = model.text_encoder.tokenize if model.text_encoder else list
     with decode_pool(config, model.image_encoder.preprocessing) as pool:
         size = chunk_size(model, config.batch_size)
-        prepared = prepare_chunks(config, pool, tokenizer, shards, chunk_size=size, base=base)
+        prepared = prepare_chunks(config, pool, tokenize, shards, chunk_size=size, base=base)
         embedded: list[EmbeddedChunk] = []
         with closing(prefetch(prepared, _CHUNKS_AHEAD)) as chunks:
             while (chunk := times.next(WAITING, chunks)) is not None:

@@ -143,19 +143,41 @@ def measure_int8(
     Raises `EncoderSpecError` if it is too inaccurate.
     """
     preprocessing = model.image_encoder.preprocessing
-    source, target = bundle / IMAGE_ENCODER_FILE, bundle / INT8_ENCODER_FILE
     calibrated_on, judged = written
     judged_on = "catalog images"
     if config.validation is not None and (queries := _queries(config.validation, preprocessing, store)):
         judged_on, judged = "validation queries", queries
-    cost = measure_cost(source, target, judged, preprocessing, index, progress=config.progress)
-    if not cost["mean_cosine"] >= MIN_MEAN_COSINE:
+    own_N = np.array([row for row, _ in judged])
+    images = [pixels_HW3 for _, pixels_HW3 in judged]
+
+    def embed(file: str, step: str) -> npt.NDArray[np.float32]:
+        """Return embeddings [N, D], L2-normalised."""
+        session = onnxruntime.InferenceSession(str(bundle / file), providers=["CPUExecutionProvider"])
+        batches = _batches(images, preprocessing, step, progress=config.progress)
+        all_ND: npt.NDArray[np.float32] = np.concatenate([session.run([OUTPUTS[1]], inputs)[0] for inputs in batches])
+        all_ND /= np.linalg.norm(all_ND, axis=1, keepdims=True)
+        return all_ND
+
+    float_ND = embed(IMAGE_ENCODER_FILE, "int8: float32 embeddings")
+    int8_ND = embed(INT8_ENCODER_FILE, "int8: int8 embeddings")
+    cosines_N = (float_ND * int8_ND).sum(axis=1)
+    float_N, int8_N = (index.search(embeddings_ND, 1)[0][:, 0] for embeddings_ND in (float_ND, int8_ND))
+    mean_cosine = round(float(cosines_N.mean()), 6)
+    if not mean_cosine >= MIN_MEAN_COSINE:
         raise EncoderSpecError(
-            f"the encoder loses too much in int8: mean cosine {cost['mean_cosine']:.3f} to its own embeddings, "
+            f"the encoder loses too much in int8: mean cosine {mean_cosine:.3f} to its own embeddings, "
             f"required {MIN_MEAN_COSINE}; continue with --resume, without --int8"
         )
     return Int8Entry(
-        file=INT8_ENCODER_FILE, calibrated_on=calibrated_on, judged_on=judged_on, images=len(judged), **cost
+        file=INT8_ENCODER_FILE,
+        calibrated_on=calibrated_on,
+        judged_on=judged_on,
+        images=len(judged),
+        min_cosine=round(float(cosines_N.min()), 6),
+        mean_cosine=mean_cosine,
+        same_top_1=_percent(float_N == int8_N),
+        top_1_float=_percent(float_N == own_N),
+        top_1_int8=_percent(int8_N == own_N),
     )
 
 
@@ -218,39 +240,6 @@ def _batches(
     """Yield images as inputs of an encoder, in batches."""
     for start in tqdm(range(0, len(images), _BATCH), desc=step, unit="batch", disable=not progress):
         yield {INPUT: normalise(np.stack(images[start : start + _BATCH]), preprocessing)}
-
-
-def measure_cost(
-    source: Path,
-    target: Path,
-    judged: Sequence[LabelledImage],
-    preprocessing: Preprocessing,
-    index: EntityIndex,
-    *,
-    progress: bool = False,
-) -> dict[str, float]:
-    """Compare the embeddings and the best entities of two encoder files: cosines, and percentages."""
-    own_N = np.array([row for row, _ in judged])
-    images = [pixels_HW3 for _, pixels_HW3 in judged]
-
-    def embed(path: Path, step: str) -> npt.NDArray[np.float32]:
-        """Return embeddings [N, D], L2-normalised."""
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        batches = _batches(images, preprocessing, step, progress=progress)
-        all_ND: npt.NDArray[np.float32] = np.concatenate([session.run([OUTPUTS[1]], inputs)[0] for inputs in batches])
-        all_ND /= np.linalg.norm(all_ND, axis=1, keepdims=True)
-        return all_ND
-
-    float_ND, int8_ND = embed(source, "int8: float32 embeddings"), embed(target, "int8: int8 embeddings")
-    cosines_N = (float_ND * int8_ND).sum(axis=1)
-    float_N, int8_N = (index.search(embeddings_ND, 1)[0][:, 0] for embeddings_ND in (float_ND, int8_ND))
-    return {
-        "min_cosine": round(float(cosines_N.min()), 6),
-        "mean_cosine": round(float(cosines_N.mean()), 6),
-        "same_top_1": _percent(float_N == int8_N),
-        "top_1_float": _percent(float_N == own_N),
-        "top_1_int8": _percent(int8_N == own_N),
-    }
 
 
 def _percent(hits_N: npt.NDArray[np.bool_]) -> float:

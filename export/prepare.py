@@ -5,9 +5,9 @@ A sample is an image with its entity's text, or the text alone for an entity wit
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from catalog import EntityRecord
 from catalog.images import ImageReader
@@ -35,28 +35,14 @@ class Chunk:
     ends: ShardRecords | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Sample:
-    row: int
-    text: str
-    pixels: Pixels | None
-
-
-class Tokenizer(Protocol):
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]: ...
-
-
-class NoTokenizer:
-    """Returns texts unchanged: where no text encoder is loaded, they are tokenised later or not at all."""
-
-    def tokenize(self, texts: Sequence[str]) -> Any:
-        return list(texts)
+Tokenize = Callable[[Sequence[str]], Sequence[Any]]  # `list` where texts are tokenised later or not at all
+_Sample = tuple[int, str, Pixels | None]  # entity row, text, image
 
 
 def prepare_chunks(
     config: ExportConfig,
     pool: DecodePool,
-    tokenizer: Tokenizer,
+    tokenize: Tokenize,
     shards: Iterable[Shard],
     *,
     chunk_size: int,
@@ -71,19 +57,19 @@ def prepare_chunks(
         samples: list[_Sample] = []
         for sample in _samples(config, pool, base, records):
             if len(samples) == chunk_size:
-                yield _chunk(samples, tokenizer)
+                yield _chunk(samples, tokenize)
                 samples = []
             samples.append(sample)
-        yield _chunk(samples, tokenizer, ends=records)
+        yield _chunk(samples, tokenize, ends=records)
 
 
-def _chunk(samples: Sequence[_Sample], tokenizer: Tokenizer, ends: ShardRecords | None = None) -> Chunk:
-    texts = {text: number for number, text in enumerate(dict.fromkeys(sample.text for sample in samples))}
+def _chunk(samples: Sequence[_Sample], tokenize: Tokenize, ends: ShardRecords | None = None) -> Chunk:
+    texts = {text: number for number, text in enumerate(dict.fromkeys(text for _, text, _ in samples))}
     return Chunk(
-        rows=[sample.row for sample in samples],
-        pixels=[sample.pixels for sample in samples],
-        tokens=tokenizer.tokenize(list(texts)),  # once for all images of an entity
-        text_of=[texts[sample.text] for sample in samples],
+        rows=[row for row, _, _ in samples],
+        pixels=[pixels for _, _, pixels in samples],
+        tokens=tokenize(list(texts)),  # once for all images of an entity
+        text_of=[texts[text] for _, text, _ in samples],
         ends=ends,
     )
 
@@ -112,9 +98,7 @@ def _samples(config: ExportConfig, pool: DecodePool, base: BaseEntities | None, 
             image_count=len(decoded.pixels),
             has_text=bool(record.text.strip()),
             text=record.text if config.store_text else None,
-            image_credits=tuple(credits.get(image) for image in record.images if image not in failed)
-            if credits
-            else (),
+            image_credits=tuple(credits.get(image) for image in record.images if credits and image not in failed),
         )
         if decoded.unchanged:
             copied = known[record.entity_id]
@@ -124,8 +108,7 @@ def _samples(config: ExportConfig, pool: DecodePool, base: BaseEntities | None, 
             out.entities.append((entity, copied.thumbnail))
             continue
         images: Sequence[Pixels | None] = decoded.pixels or [None]
-        for pixels in images:
-            yield _Sample(row=row, text=record.text, pixels=pixels)
+        yield from ((row, record.text, pixels) for pixels in images)
         out.entities.append((entity, decoded.thumbnail))
 
 

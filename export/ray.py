@@ -25,7 +25,7 @@ from core.errors import UserError, needed_by
 from export.config import ExportConfig
 from export.local import chunk_size, open_embedder
 from export.model import ExportModel, load_model
-from export.prepare import Chunk, NoTokenizer, decode_pool, prepare_chunks
+from export.prepare import Chunk, decode_pool, prepare_chunks
 from export.reuse import BaseEntities
 from export.shards import EmbeddedChunk, EmbeddedShard, join_chunks, read_shards
 from imaging import Preprocessing
@@ -103,7 +103,7 @@ class _Prepare:
     def __init__(self, config: ExportConfig, preprocessing: Preprocessing, size: int) -> None:
         pool = decode_pool(replace(config, workers=1), preprocessing)
         base = None if config.base is None else BaseEntities(config.base)
-        self._chunks = partial(prepare_chunks, config, pool, NoTokenizer(), chunk_size=size, base=base)
+        self._chunks = partial(prepare_chunks, config, pool, list, chunk_size=size, base=base)
 
     def __call__(self, batch: Batch) -> Iterator[Batch]:
         shard = pickle.loads(batch[_DATA][0])

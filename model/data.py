@@ -17,7 +17,6 @@ from core.statistics import Reservoir
 
 OVEN_TABLE = "ovenid2impath.csv"
 _QUESTION_ID = "oven_query_"  # how the ids of OVEN's query split start
-_NEEDS_IMAGE = "it has an embedding instead of an image, and training needs images"
 _STREAM = 2  # of random numbers; streams 0 and 1 are those of `model.train` and `model.trainer`
 
 
@@ -123,31 +122,37 @@ def read_pairs(
     tables = (parent / OVEN_TABLE for parent in (path.parent, folder))
     table = ovenid2impath or next((table for table in tables if table.is_file()), None)
     oven_paths: dict[str, str] | None = None
+
+    def find_image(field: str, image: str) -> Path:
+        nonlocal oven_paths
+        file = folder / image
+        if field == "image_id":
+            oven_paths = _read_oven_table(table) if oven_paths is None else oven_paths
+            file = (_find_oven_image(folder, image, oven_paths[image]) if image in oven_paths else None) or file
+        if not missing_ok and not os.path.isfile(file):  # unlike is_file, without an error for a long name
+            raise BadParameter(f"image {image} does not exist in {folder}")
+        return file
+
     for item in read_jsonl(path):
         if isinstance(item, Rejected):
             yield item
             continue
         line, row = item
         record = excerpt(row)
-        if has_embedding(row):
-            yield _embedded_pair(row, line) if embeddings else Rejected(line=line, reason=_NEEDS_IMAGE, record=record)
-            continue
-        image_field = "image_id" if "image_id" in row and "image" not in row else "image"
-        fields = [row.get(name) for name in ("data_id", image_field, "entity_id", "data_split")]
-        if not all(map(_is_text, fields)):
-            reason = f"data_id, {image_field}, entity_id and data_split must be non-empty strings"
-            yield Rejected(line=line, reason=reason, record=record)
-            continue
-        data_id, image, entity_id, data_split = (str(value) for value in fields)
-        file = folder / image
-        if image_field == "image_id":
-            oven_paths = _read_oven_table(table) if oven_paths is None else oven_paths
-            file = (_find_oven_image(folder, image, oven_paths[image]) if image in oven_paths else None) or file
-        if not missing_ok and not os.path.isfile(file):  # unlike is_file, without an error for a long name
-            yield Rejected(line=line, reason=f"image {image} does not exist in {folder}", record=record)
-            continue
-        source = ImageSource(image=str(file), line=line, record=record)
-        yield Pair(data_id=data_id, entity_id=entity_id, data_split=data_split, image=source)
+        try:
+            if not has_embedding(row):
+                field = "image_id" if "image_id" in row and "image" not in row else "image"
+                texts = _texts(row, "data_id", field, "entity_id", "data_split")
+                image, embedding = str(find_image(field, texts.pop(field))), None
+            elif not embeddings:
+                raise BadParameter("it has an embedding instead of an image, and training needs images")
+            else:
+                texts, image = _texts(row, "data_id", "entity_id", "data_split"), ""
+                embedding = QueryEmbedding.of(row)
+        except BadParameter as error:
+            yield Rejected(line=line, reason=error.detail, record=record)
+        else:
+            yield Pair(**texts, image=ImageSource(image=image, line=line, record=record), embedding=embedding)
 
 
 def has_embedding(row: Mapping[str, Any]) -> bool:
@@ -155,22 +160,13 @@ def has_embedding(row: Mapping[str, Any]) -> bool:
     return "embedding" in row and not {"image", "image_id"} & row.keys()
 
 
-def _embedded_pair(row: Mapping[str, Any], line: int) -> Pair | Rejected:
-    source = ImageSource(image="", line=line, record=excerpt(row))
-    fields = {name: row.get(name) for name in ("data_id", "entity_id", "data_split")}
-    if not all(map(_is_text, fields.values())):
-        reason = "data_id, entity_id and data_split must be non-empty strings"
-        return Rejected(line=line, reason=reason, record=source.record)
-    try:
-        embedding = QueryEmbedding.of(row)
-    except BadParameter as error:
-        return Rejected(line=line, reason=error.detail, record=source.record)
-    return Pair(**{name: str(value) for name, value in fields.items()}, image=source, embedding=embedding)
-
-
-def _is_text(value: object) -> bool:
-    """Return whether a value is a non-empty string that UTF-8 can encode."""
-    return isinstance(value, str) and value != "" and value.encode(errors="ignore").decode() == value
+def _texts(row: Mapping[str, Any], *names: str) -> dict[str, str]:
+    """Return some fields. Raises `BadParameter` unless all are non-empty strings that UTF-8 can encode."""
+    for name in names:
+        value = row.get(name)
+        if not isinstance(value, str) or value == "" or value.encode(errors="ignore").decode() != value:
+            raise BadParameter(f"{', '.join(names[:-1])} and {names[-1]} must be non-empty strings")
+    return {name: row[name] for name in names}
 
 
 def load_pairs(

@@ -7,12 +7,13 @@ import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +30,8 @@ from model.adaptor import EntityBatch
 from model.data import ImageSource, Pair
 from model.encoders import ImageEncoder, TextEncoder
 from model.feature_cache import FeatureCache, content_key
+
+Item = TypeVar("Item")
 
 MAX_PIXELS = 64_000_000
 _BATCH = 64  # images or texts
@@ -105,12 +108,8 @@ class FeatureStore:
     ) -> list[bytes | None]:
         """Encode the images that are not cached. Return the key of each, None for a rejected one."""
         keys: list[bytes | None] = []
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(sources), desc=description, unit="image", leave=False) as progress,
-        ):
-            for start in range(0, len(sources), _BATCH):
-                chunk = sources[start : start + _BATCH]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for chunk in _batches(sources, _BATCH, description, "image"):
                 new: dict[bytes, Pixels] = {}
                 for source, (key, result) in zip(chunk, pool.map(self._read, chunk), strict=True):
                     keys.append(key)
@@ -119,7 +118,6 @@ class FeatureStore:
                     elif key is not None and result is not None:
                         new[key] = result
                 self._encode(new)
-                progress.update(len(chunk))
         self._images.flush()
         return keys
 
@@ -147,16 +145,12 @@ class FeatureStore:
         """Encode the texts that are not cached. Return the key of each, None for a blank one."""
         keys = [content_key(text.encode()) if text.strip() else None for text in texts]
         new = {key: text for key, text in zip(keys, texts, strict=True) if key and key not in self._texts}
-        missing = list(new.items())
-        with tqdm(total=len(missing), desc=description, unit="text", leave=False) as progress:
-            for start in range(0, len(missing), _BATCH):
-                chunk = missing[start : start + _BATCH]
-                features = self.text_encoder.encode([text for _, text in chunk])
-                lengths = features.mask_BT.sum(dim=1).tolist()
-                rows = features.text_tokens_BTC.cpu().numpy()
-                self._texts.add([key for key, _ in chunk], (row[:n] for row, n in zip(rows, lengths, strict=True)))
-                self.computed += len(chunk)
-                progress.update(len(chunk))
+        for chunk in _batches(list(new.items()), _BATCH, description, "text"):
+            features = self.text_encoder.encode([text for _, text in chunk])
+            lengths = features.mask_BT.sum(dim=1).tolist()
+            rows = features.text_tokens_BTC.cpu().numpy()
+            self._texts.add([key for key, _ in chunk], (row[:n] for row, n in zip(rows, lengths, strict=True)))
+            self.computed += len(chunk)
         self._texts.flush()
         return keys
 
@@ -200,15 +194,9 @@ class FeatureStore:
         """
         only = {pair.entity: pair.query for pair in pairs if set(entities[pair.entity].images) == {pair.query}}
         new = {image: records[row] for row, image in only.items() if _view_keys(image)[-1] not in self._images}
-        missing = list(new.items())
-        with (
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            tqdm(total=len(missing), desc="views of only images", unit="image", leave=False) as progress,
-        ):
-            for start in range(0, len(missing), _BATCH // VIEWS):
-                chunk = missing[start : start + _BATCH // VIEWS]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for chunk in _batches(list(new.items()), _BATCH // VIEWS, "views of only images", "image"):
                 self._encode(dict(chain.from_iterable(pool.map(self._views, chunk))), with_tokens=False)
-                progress.update(len(chunk))
         self._images.flush()
         viewed = []
         for pair in pairs:
@@ -261,6 +249,15 @@ class FeatureStore:
             text_mask_BT=torch.from_numpy(text_mask).to(device),
             image_embedding_BD=torch.from_numpy(embeddings).to(device),
         )
+
+
+def _batches(items: Sequence[Item], size: int, description: str, unit: str) -> Iterator[Sequence[Item]]:
+    """Yield items in batches, and show the progress."""
+    with tqdm(total=len(items), desc=description, unit=unit, leave=False) as progress:
+        for start in range(0, len(items), size):
+            batch = items[start : start + size]
+            yield batch
+            progress.update(len(batch))
 
 
 def _view_keys(image: bytes) -> tuple[bytes, ...]:

@@ -24,11 +24,10 @@ from model.distributed import Group, open_group
 from model.encoders import open_image_encoder, open_text_encoder, resolve_device
 from model.encoders.base import widths
 from model.features import VIEWS, FeatureStore, catalog_pairs
-from model.holdout import hold_out
 from model.resume import Snapshots, fingerprint
 from model.train import TrainingData, open_log, train_adaptor
 from model.trainer import TrainSettings
-from model.validation import half_cosine
+from model.validation import half_cosine, hold_out
 
 _SMOKE_STEPS, _SMOKE_BATCH = 3, 16
 _MIN_HALF_COSINE = 0.9999  # between embeddings by float16 and float32 weights, to store float16

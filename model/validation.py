@@ -1,10 +1,13 @@
-"""Top-1 accuracy of an adaptor over a whole catalog (seen, unseen, HM), and the effect of float16 weights.
+"""What is held out of training, the top-1 accuracy on it over a whole catalog, and the effect of float16 weights.
+
+Held-out entities stay in the catalog that is searched, but nothing is learned from their pairs.
 
 Shapes: N entity images, Q queries, D embedding.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import harmonic_mean
 
 import numpy as np
@@ -17,6 +20,66 @@ from model.features import EntityKeys, FeatureStore, KeyedPair
 
 _BATCH = 256
 _HALF_SAMPLE = 256
+_STREAM = 3  # of random numbers; see `model.data`
+_MIN_ENTITIES = 5
+_MAX_ENTITIES = 2000  # held out; more would not narrow the interval by much
+
+
+@dataclass(frozen=True, kw_only=True)
+class HoldOut:
+    """The pairs to train on and to validate on (`seen` or unseen), the catalog to search, and the held-out entities."""
+
+    pairs: Sequence[KeyedPair]
+    validation: Sequence[KeyedPair]
+    entities: Sequence[EntityKeys]
+    held_out: frozenset[int]
+
+
+def hold_out(
+    labelled: Sequence[KeyedPair],
+    added: Sequence[KeyedPair],
+    entities: Sequence[EntityKeys],
+    *,
+    share: float,
+    seed: int,
+) -> HoldOut | None:
+    """Hold out a share of the entities, with all their pairs, and one query of each other entity that has several.
+
+    There are at most as many held-in queries as held-out ones. Without `labelled` pairs, those `added` from the catalog
+    are used, and a query that is an image of its entity is taken out of the catalog. Return None with fewer than five
+    entities.
+    """
+    rows: dict[int, list[int]] = defaultdict(list)
+    source = labelled or added
+    for row, pair in enumerate(source):
+        if pair.query not in entities[pair.entity].images[:1]:  # an entity keeps an image
+            rows[pair.entity].append(row)
+    if len(rows) < _MIN_ENTITIES or share == 0:
+        return None
+    rng = np.random.default_rng((seed, _STREAM))
+    shuffled = rng.permutation(sorted(rows)).tolist()
+    count = min(max(1, round(share * len(rows))), _MAX_ENTITIES)
+    held_out = frozenset(shuffled[:count])
+    unseen = [row for entity in shuffled[:count] for row in rows[entity]]
+    seen = [rows[entity][rng.integers(len(rows[entity]))] for entity in shuffled[count:] if len(rows[entity]) > 1]
+    seen = seen[: len(unseen)]
+    validation = [replace(source[row], seen=False) for row in unseen] + [
+        replace(source[row], seen=True) for row in seen
+    ]
+    hidden = {(pair.entity, pair.query) for pair in validation}
+    return HoldOut(
+        pairs=[
+            pair
+            for pair in (*labelled, *added)
+            if pair.entity not in held_out and (pair.entity, pair.query) not in hidden
+        ],
+        validation=validation,
+        entities=[
+            replace(entity, images=tuple(image for image in entity.images if (row, image) not in hidden))
+            for row, entity in enumerate(entities)
+        ],
+        held_out=held_out,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +119,6 @@ def is_better(correct_Q: BoolArray, start_Q: BoolArray, seen_Q: Sequence[bool | 
     return bool(difference > 3 * variance**0.5)
 
 
-def validate(
-    adaptor: Adaptor,
-    store: FeatureStore,
-    catalog: Sequence[EntityKeys],
-    query_sets: Sequence[Sequence[KeyedPair]],
-    device: torch.device,
-) -> list[Accuracy]:
-    """Embed every image of every entity, find the entity nearest to each query, and return each set's accuracy."""
-    found = right_answers(adaptor, store, catalog, query_sets, device, (1.0,))[0]
-    return [measure(each_Q, [pair.seen for pair in queries]) for each_Q, queries in zip(found, query_sets, strict=True)]
-
-
 def right_answers(
     adaptor: Adaptor,
     store: FeatureStore,
@@ -76,7 +127,7 @@ def right_answers(
     device: torch.device,
     strengths: Sequence[float],
 ) -> list[list[BoolArray]]:
-    """Return, for each strength and set, which queries find their entity first.
+    """Embed every image of every entity. Return, for each strength and set, which queries find their entity first.
 
     The learned output is multiplied by the strength.
     """

@@ -25,8 +25,8 @@ from torch import nn
 
 from core.errors import EncoderSpecError
 from imaging.preprocess import Preprocessing
+from model.encoders.base import TorchImageEncoder
 from model.encoders.text import TokenStateEncoder
-from model.encoders.torch_module import TorchImageEncoder
 
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as the configs store them
 _NEEDS_CODE = " needs code from its repository; read it, then allow it with --trust-remote-code"

@@ -13,7 +13,7 @@ from torch import nn
 
 from core.errors import needed_by
 from imaging.preprocess import Preprocessing
-from model.encoders.torch_module import TorchImageEncoder
+from model.encoders.base import TorchImageEncoder
 
 _NETWORK = "efficientnet-lite2"
 # The network takes (x - 127) / 128 of bytes, at 260 px. Cropping was chosen by measurement (docs/experiments.md).

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from core.errors import EncoderSpecError
 from core.files import atomic_write_bytes
 from imaging.preprocess import Preprocessing
-from model.encoders.torch_module import TorchImageEncoder
+from model.encoders.base import TorchImageEncoder
 
 # Equal to demo/checkpoint/image_encoder.safetensors: a checkpoint is complete without this package's data.
 BUILT_IN = Path(__file__).with_suffix(".safetensors")

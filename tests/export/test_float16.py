@@ -29,7 +29,7 @@ from index.bundle import Bundle
 from index.manifest import FLOAT16_ENCODER_FILE
 from index.report import describe, describe_lines
 from model.encoders import ImageEncoder
-from model.encoders.torch_module import TorchImageEncoder
+from model.encoders.base import TorchImageEncoder
 from service.encoder import open_encoder
 from service.settings import Settings
 

@@ -17,7 +17,7 @@ from core.errors import EncoderSpecError
 from export.onnx import export_image_encoder, measure_parity
 from imaging import Preprocessing, normalise
 from model.encoders import ImageEncoder, open_image_encoder
-from model.encoders.torch_module import TorchImageEncoder
+from model.encoders.base import TorchImageEncoder
 
 
 @pytest.fixture(scope="module")

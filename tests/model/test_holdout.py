@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.features import EntityKeys, KeyedPair
-from model.holdout import hold_out
+from model.validation import hold_out
 
 
 def entities(count: int, images: int = 1) -> list[EntityKeys]:
