@@ -128,6 +128,11 @@ class MissingExtra(UserError, ImportError):
     title = "Package missing"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def missing_extra(user: str, module: str) -> MissingExtra:
     """Return the error for `user`, which needs a module of an extra that is not installed."""
     extra = next(extra for extra, modules in EXTRAS.items() if module in modules)

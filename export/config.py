@@ -63,15 +63,11 @@ def check_inputs(config: ExportConfig) -> None:
         raise UserError("give --checkpoint, or --image-encoder to export without training")
     if config.checkpoint is None and config.text_encoder is not None:
         raise UserError("--text-encoder needs --checkpoint: without training, texts are not embedded; leave it out")
-    if not config.catalog.is_file():
-        raise CatalogError(f"{config.catalog} does not exist; check --catalog")
+    files = (config.catalog, config.validation, config.remember, config.type_parents)
+    for flag, file in zip(("--catalog", "--validation", "--remember", "--type-parents"), files, strict=True):
+        if file is not None and not file.is_file():
+            raise CatalogError(f"{file} does not exist; check {flag}")
     ImageReader(config.images)
-    if config.validation is not None and not config.validation.is_file():
-        raise CatalogError(f"{config.validation} does not exist; check --validation")
-    if config.remember is not None and not config.remember.is_file():
-        raise CatalogError(f"{config.remember} does not exist; check --remember")
-    if config.type_parents is not None and not config.type_parents.is_file():
-        raise CatalogError(f"{config.type_parents} does not exist; check --type-parents")
     if config.remember is not None and config.checkpoint is not None and config.validation is None:
         raise UserError(
             "--remember with --checkpoint needs --validation: the checkpoint finds the pictures that it was trained on "

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from core.errors import EncoderSpecError
+from core.errors import EncoderSpecError, first_line
 from core.files import atomic_write_bytes
 from core.runtime import onnxruntime
 from export.onnx import MIN_COSINE, export_module
@@ -147,9 +147,8 @@ def _export(
     try:
         export_module(module, sample(2, 5), path, inputs=inputs, outputs=(output,), dynamic_shapes=dynamic_shapes)
     except Exception as error:  # the exporter's errors have no common base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EncoderSpecError(
-            f"{name} cannot be exported to ONNX ({reason}); omit --live, and send embeddings instead"
+            f"{name} cannot be exported to ONNX ({first_line(error)}); omit --live, and send embeddings instead"
         ) from error
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     min_cosine, max_abs_diff = 1.0, 0.0

@@ -72,13 +72,12 @@ def describe_model(model: ExportModel) -> dict[str, Any]:
             "adaptor": None,
             "checkpoint_sha256": None,
         }
-    described = model.describe()
     return {
-        "image_encoder": described["image_encoder"]["spec"],
-        "text_encoder": described["text_encoder"]["spec"],
+        "image_encoder": model.values["image_encoder"]["spec"],
+        "text_encoder": model.values["text_encoder"]["spec"],
         "image_encoder_hash": model.image_encoder.content_hash,
         "text_encoder_hash": model.text_encoder.content_hash,
-        "adaptor": described["adaptor"],
+        "adaptor": model.values["adaptor"],
         "checkpoint_sha256": model.sha256,
         "logit_scale": model.logit_scale,
     }

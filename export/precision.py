@@ -145,8 +145,13 @@ def measure_int8(
     preprocessing = model.image_encoder.preprocessing
     calibrated_on, judged = written
     judged_on = "catalog images"
-    if config.validation is not None and (queries := _queries(config.validation, preprocessing, store)):
-        judged_on, judged = "validation queries", queries
+    if config.validation is not None:
+        sample: Reservoir[tuple[str, Pixels]] = Reservoir(_MAX_QUERIES)
+        for entity_id, image in read_queries(config.validation, preprocessing, lambda rejected: None):
+            sample.add((entity_id, np.asarray(image, np.uint8)))  # without embeddings, all are pixels
+        if sample.items:
+            judged_on = "validation queries"
+            judged = [(row_of(entity_id, store), pixels_HW3) for entity_id, pixels_HW3 in sample.items]
     own_N = np.array([row for row, _ in judged])
     images = [pixels_HW3 for _, pixels_HW3 in judged]
 
@@ -179,16 +184,6 @@ def measure_int8(
         top_1_float=_percent(float_N == own_N),
         top_1_int8=_percent(int8_N == own_N),
     )
-
-
-def _queries(path: Path, preprocessing: Preprocessing, store: EntityStore) -> list[LabelledImage]:
-    """Return a sample of the validation queries that are images."""
-    sample: Reservoir[tuple[str, Pixels]] = Reservoir(_MAX_QUERIES)
-    for entity_id, image in read_queries(
-        path, preprocessing, lambda rejected: None
-    ):  # without embeddings, all are pixels
-        sample.add((entity_id, np.asarray(image, np.uint8)))
-    return [(row_of(entity_id, store), pixels_HW3) for entity_id, pixels_HW3 in sample.items]
 
 
 def quantise(

@@ -120,9 +120,9 @@ def remember(
     pictures = LabelledPictures()
     known: set[tuple[int, bytes]] = set()
     shared = 0
-    decoded = _decoded(_labelled(path, config, images, store, reject), config, model, embeddings, reject)
-    labelled = iter(tqdm(decoded, desc="remember", unit="picture", disable=not config.progress))
-    while batch := list(islice(labelled, config.batch_size)):
+    read = _read_pictures(path, config, model, images, store, embeddings, reject)
+    shown = iter(tqdm(read, desc="remember", unit="picture", disable=not config.progress))
+    while batch := list(islice(shown, config.batch_size)):
         embeddings_BD = embed_images([image for _, _, image in batch], config, model)
         for (pair, row, image), embedding_D in zip(batch, embeddings_BD, strict=True):
             digest = hash_query(image)
@@ -211,35 +211,29 @@ def _gain(queries: int, before: int, after: int) -> Gain:
     return Gain(queries=queries, before=round(100 * before / queries, 2), after=round(100 * after / queries, 2))
 
 
-def _labelled(
-    path: Path, config: ExportConfig, images: Embeddings, store: EntityStore, reject: Reject
-) -> Iterator[tuple[Pair, int]]:
-    """Yield the pairs whose entity has an embedding, with its row."""
+def _read_pictures(
+    path: Path, config: ExportConfig, model: ExportModel, images: Embeddings, store: EntityStore,
+    embeddings: QueryEmbeddings, reject: Reject,
+) -> Iterator[tuple[Pair, int, QueryImage]]:  # fmt: skip
+    """Yield the pairs whose entity has an embedding, with its row and the pixels of the picture, or its embedding."""
     find = cache(lambda entity_id: row_of(entity_id, store))
-    for pair in read_pairs(path, config.image_root, embeddings=True):
-        if isinstance(pair, Rejected):
-            reject(pair)
-        elif (row := find(pair.entity_id)) < 0:
-            reject(_rejected(pair, f"entity_id {pair.entity_id} is not in the catalog"))
-        elif not len(images.positions_of(row)):
-            reject(_rejected(pair, f"entity {pair.entity_id} has no usable image in the catalog; add one"))
-        else:
-            yield pair, row
 
+    def labelled() -> Iterator[tuple[Pair, int]]:
+        for pair in read_pairs(path, config.image_root, embeddings=True):
+            if isinstance(pair, Rejected):
+                reject(pair)
+            elif (row := find(pair.entity_id)) < 0:
+                reject(_rejected(pair, f"entity_id {pair.entity_id} is not in the catalog"))
+            elif not len(images.positions_of(row)):
+                reject(_rejected(pair, f"entity {pair.entity_id} has no usable image in the catalog; add one"))
+            else:
+                yield pair, row
 
-def _decoded(
-    labelled: Iterator[tuple[Pair, int]],
-    config: ExportConfig,
-    model: ExportModel,
-    embeddings: QueryEmbeddings,
-    reject: Reject,
-) -> Iterator[tuple[Pair, int, QueryImage]]:
-    """Yield the pairs whose picture can be decoded, with its pixels, or that have an embedding instead."""
-    labelled, same = tee(labelled)
+    pairs, same = tee(labelled())
     jobs = (ImageJob(images=[] if pair.embedding else [pair.image.image], text_hash=b"") for pair, _ in same)
     workers = config.workers or default_workers()
     with DecodePool(ImageReader(), model.image_encoder.preprocessing, thumbnail_px=0, workers=workers) as pool:
-        for (pair, row), picture in zip(labelled, pool.map(jobs), strict=True):
+        for (pair, row), picture in zip(pairs, pool.map(jobs), strict=True):
             for _, reason in picture.failures:
                 reject(_rejected(pair, reason))
             for pixels_HW3 in picture.pixels:

@@ -69,10 +69,6 @@ class Checkpoint:
         result_BD: npt.NDArray[np.float32] = self.adaptor.centred(embeddings_BD).cpu().numpy()
         return result_BD
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a bundle records of its checkpoint: plain JSON values, no paths."""
-        return {"sha256": self.sha256, **{name: value for name, value in self.values.items() if name != "files"}}
-
     @classmethod
     def load(
         cls,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from core.errors import CheckpointError
+from core.errors import CheckpointError, first_line
 from core.files import atomic_write, atomic_write_bytes
 from core.lines import to_jsonl
 from model.features import EntityKeys, KeyedPair
@@ -45,8 +45,9 @@ class Snapshots:
         try:
             values = torch.load(self.path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{self.path} cannot be read: {reason}; delete it to start over") from error
+            raise CheckpointError(
+                f"{self.path} cannot be read: {first_line(error)}; delete it to start over"
+            ) from error
         if not isinstance(values, dict) or values.get("run") != self.run:
             raise CheckpointError(
                 f"{self.path} is of a run with other settings, encoders, data or number of processes; use the same "

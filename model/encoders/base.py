@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.errors import EncoderSpecError
+from core.errors import EncoderSpecError, first_line
 from imaging.preprocess import Preprocessing, normalise
 
 
@@ -101,7 +101,7 @@ class TorchImageEncoder:
             _, self.embedding_dim = features.image_embedding_BD.shape
         except (RuntimeError, ValueError, TypeError) as error:
             raise EncoderSpecError(
-                f"{spec} fails on an image of {size} px, the size in its preprocessing: {str(error).splitlines()[0]}"
+                f"{spec} fails on an image of {size} px, the size in its preprocessing: {first_line(error)}"
             ) from error
 
     @torch.no_grad()

@@ -7,6 +7,8 @@ alone, where attention reduces to the value projection. SigLIP 2's NaFlex runs o
 its processor allows. Other vision models pool by their class token, or by the mean of a feature map: each token passes
 what follows alone.
 
+Each tower maps `pixel_values [B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`.
+
 Shapes: B batch, P patches, C hidden width, D embedding width.
 """
 
@@ -23,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from core.errors import EncoderSpecError
+from core.errors import EncoderSpecError, first_line
 from imaging.preprocess import Preprocessing
 from model.encoders.base import TorchImageEncoder
 from model.encoders.text import TokenStateEncoder
 
+_CONFIG = "config.json"  # of a model
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers, as the configs store them
 _NEEDS_CODE = " needs code from its repository; read it, then allow it with --trust-remote-code"
 
@@ -41,7 +44,6 @@ class ClipTower(nn.Module):
         self.projection = projection
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         dtype = next(self.projection.parameters()).dtype
         outputs = self.vision_model(pixel_values=pixel_values.to(dtype))
         normed_BPC = self.vision_model.post_layernorm(outputs.last_hidden_state[:, 1:])
@@ -56,7 +58,6 @@ class SiglipTower(nn.Module):
         self.vision_model: Any = vision_model
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         dtype = self.vision_model.post_layernorm.weight.dtype
         outputs = self.vision_model(pixel_values=pixel_values.to(dtype))
         patch_tokens_BPD = _pooled_alone(self.vision_model.head, outputs.last_hidden_state)
@@ -79,7 +80,6 @@ class NaflexTower(nn.Module):
         self.register_buffer("position_BPC", position_BPC)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         model, grid, patch_px = self.vision_model, self.grid, self.patch_px
         cut = pixel_values.reshape(-1, 3, grid, patch_px, grid, patch_px).permute(0, 2, 4, 3, 5, 1)
         patches_BPC = cut.reshape(-1, grid**2, patch_px**2 * 3).to(model.post_layernorm.weight.dtype)
@@ -99,7 +99,6 @@ class PooledTower(nn.Module):
         self.grid = size_px // patch_px if isinstance(patch_px, int) else 0
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map `[B, 3, H, W]` to patch tokens `[B, P, D]` and the normalised image embedding `[B, D]`."""
         outputs = self.model(pixel_values=pixel_values.to(next(self.model.parameters()).dtype))
         pooled = getattr(outputs, "pooler_output", None)
         if pooled is None:
@@ -143,7 +142,7 @@ def load_huggingface_image(name: str, *, device: torch.device, trust_remote_code
     source = _source(name)
     model = _load_model(spec, source, trust_remote_code)
     tower, preprocessing = _tower(spec, source, model), _load_preprocessing(spec, source)
-    return TorchImageEncoder(tower, preprocessing, saved_config=_saved_config(source), spec=spec, device=device)
+    return TorchImageEncoder(tower, preprocessing, saved_config=_read_json(source, _CONFIG), spec=spec, device=device)
 
 
 def load_huggingface_text(
@@ -162,8 +161,9 @@ def load_huggingface_text(
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise EncoderSpecError(f"{spec} has no fast tokenizer; save one as tokenizer.json in its folder")
+    config = _read_json(source, _CONFIG)
     return TokenStateEncoder(
-        model, backend, saved_config=_saved_config(source), spec=spec, device=device, max_tokens=max_tokens, layer=layer
+        model, backend, saved_config=config, spec=spec, device=device, max_tokens=max_tokens, layer=layer
     )
 
 
@@ -221,7 +221,7 @@ def _loading(spec: str, what: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
             raise EncoderSpecError(spec + _NEEDS_CODE) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise EncoderSpecError(f"{spec}: cannot load its {what}; check the name or the folder: {reason}") from error
 
 
@@ -251,7 +251,7 @@ def _load_preprocessing(spec: str, source: _Source) -> Preprocessing:
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
     from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
-    config = _saved_config(source)
+    config = _read_json(source, _CONFIG)
     values = _read_json(source, IMAGE_PROCESSOR_NAME) or _read_json(source, PROCESSOR_NAME).get("image_processor")
     if not values and any("EvaCLIP" in architecture for architecture in config.get("architectures", [])):
         # EVA-CLIP's repositories use CLIP's image processor without including it.
@@ -261,12 +261,6 @@ def _load_preprocessing(spec: str, source: _Source) -> Preprocessing:
     if not values:
         raise EncoderSpecError(f"{spec} has no {IMAGE_PROCESSOR_NAME}; save the model's image processor in its folder")
     return preprocessing_from_processor(spec, values)
-
-
-def _saved_config(source: _Source) -> dict[str, Any]:
-    from transformers.utils import CONFIG_NAME
-
-    return _read_json(source, CONFIG_NAME)
 
 
 def _read_json(source: _Source, file: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from core.arrays import Pixels
-from core.errors import EncoderSpecError
+from core.errors import EncoderSpecError, first_line
 from core.files import atomic_write, sha256_file
 from imaging.preprocess import Preprocessing, normalise
 from model.encoders.base import ImageFeatures
@@ -61,7 +61,10 @@ class OnnxImageEncoder:
         self.spec = spec
         self.onnx_path = path
         self.preprocessing = check.preprocessing
-        self.content_hash = _hash([path, *check.data], self.preprocessing)
+        digest = hashlib.sha256(json.dumps(self.preprocessing.to_dict(), sort_keys=True).encode())
+        for file in (path, *check.data):
+            digest.update(f"\n{sha256_file(file)}".encode())
+        self.content_hash = digest.hexdigest()
         self.patches, self.patch_dim, self.embedding_dim = check.patches, check.patch_dim, check.embedding_dim
         self._session = check.session
         self._device = device
@@ -147,7 +150,7 @@ def _trial_problems(check: OnnxCheck) -> Iterator[str]:
     try:
         found = check.session.run(names, {_INPUT: normalise(pixels_BHW3, check.preprocessing)})
     except Exception as error:  # ONNX Runtime's errors have no public base class
-        yield f"it fails on two images of {size} px, the size in its preprocessing: {_first_line(error)}"
+        yield f"it fails on two images of {size} px, the size in its preprocessing: {first_line(error)}"
         return
     outputs = dict(zip(names, found, strict=True))
     for name, rank, shape in _RANKS:
@@ -181,14 +184,6 @@ def _read_preprocessing(path: Path) -> Preprocessing:
         raise EncoderSpecError(f"{path}: {error}") from error
 
 
-def _hash(files: Sequence[Path], preprocessing: Preprocessing) -> str:
-    """Hash the files and the preprocessing."""
-    digest = hashlib.sha256(json.dumps(preprocessing.to_dict(), sort_keys=True).encode())
-    for file in files:
-        digest.update(f"\n{sha256_file(file)}".encode())
-    return digest.hexdigest()
-
-
 def external_data(path: Path) -> list[Path]:
     """Return the sorted files with an ONNX file's large tensors. Raises `EncoderSpecError` if one is missing."""
     import onnx
@@ -197,7 +192,7 @@ def external_data(path: Path) -> list[Path]:
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # protobuf's DecodeError; protobuf is not a dependency of ours
-        raise EncoderSpecError(f"{path} is not an ONNX file: {_first_line(error)}") from error
+        raise EncoderSpecError(f"{path} is not an ONNX file: {first_line(error)}") from error
     names = {ExternalDataInfo(tensor).location for tensor in graph.initializer if uses_external_data(tensor)}
     files = [path.parent / name for name in sorted(names)]
     if missing := [file.name for file in files if not file.is_file()]:
@@ -232,14 +227,10 @@ def _open_session(path: Path, device: torch.device) -> Any:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
     except Exception as error:  # ONNX Runtime's errors have no public base class
-        raise EncoderSpecError(f"ONNX Runtime cannot open {path}: {_first_line(error)}") from error
+        raise EncoderSpecError(f"ONNX Runtime cannot open {path}: {first_line(error)}") from error
     # Without the provider, or if it fails to start, ONNX Runtime only warns and runs on the CPU.
     if session.get_providers()[0] != provider:
         raise EncoderSpecError(
             f"{path}: {provider} did not start; install onnxruntime-gpu and the CUDA libraries, or use --device cpu"
         )
     return session
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

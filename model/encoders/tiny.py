@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from core.errors import EncoderSpecError
+from core.errors import EncoderSpecError, first_line
 from core.files import atomic_write_bytes
 from imaging.preprocess import Preprocessing
 from model.encoders.base import TorchImageEncoder
@@ -151,7 +151,7 @@ def read_tiny(path: Path) -> tuple[TinyEncoder, Preprocessing, dict[str, Any]]:
             f"{path} does not exist; train the tiny encoder with `make tiny` or name another file"
         ) from None
     except (safetensors.SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise EncoderSpecError(f"{path} is not a tiny encoder: {str(error).splitlines()[0]}") from error
+        raise EncoderSpecError(f"{path} is not a tiny encoder: {first_line(error)}") from error
     return module.eval(), preprocessing, notes
 
 
