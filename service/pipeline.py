@@ -17,6 +17,7 @@ from core.runtime import Pool
 from imaging import Decoder
 from service.engine import Found
 from service.loaded_bundle import BundleView
+from service.ranking import timings_ms
 from service.regions import choose, propose
 from service.telemetry import record_stages
 from wikiclip.answers import Box, Recognition, RecognizeOptions
@@ -38,11 +39,6 @@ class PipelineResult:
     recognition: Recognition
     embedding_D: Float32Array
     stages: Mapping[str, tuple[float, float]]
-
-
-def timings_ms(stages: Mapping[str, tuple[float, float]]) -> dict[str, float]:
-    """Return the time of each stage but `join`, which only counts towards the total."""
-    return {name: round(1000 * (end - start), 3) for name, (start, end) in stages.items() if name != "join"}
 
 
 class RecognitionPipeline:
@@ -94,13 +90,13 @@ class RecognitionPipeline:
                     explain=options.explain,
                 )
             )
+            found = replace(found, stages={**stages, **found.stages})
             join_started_at = time.monotonic()
             if ranker.needs_file_access(found, options):
                 recognition = await self._lookup(view, lambda: ranker.rank(found, options, region, views))
             else:
                 recognition = ranker.rank(found, options, views=views)
-            stages |= {**found.stages, "join": (join_started_at, time.monotonic())}
-            recognition = recognition.model_copy(update={"timings_ms": timings_ms(stages)})
+            stages = {**found.stages, "join": (join_started_at, time.monotonic())}
             return PipelineResult(recognition=recognition, embedding_D=found.embedding_D, stages=stages)
 
     async def embed(self, image: bytes, box: Box | None, view: BundleView, deadline_s: float) -> Found:

@@ -4,7 +4,7 @@ Shapes: P patches, D embedding width (also the width of patches that can be comp
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +19,11 @@ from wikiclip import answers
 from wikiclip.answers import AttendedWord, Box, Explanation, Prediction, Recognition, RecognizeOptions
 
 MAX_CACHED_SELECTIONS = 32  # one byte per entity each
+
+
+def timings_ms(stages: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Return the time of each stage but `join`, which only counts towards the total."""
+    return {name: round(1000 * (end - start), 3) for name, (start, end) in stages.items() if name != "join"}
 
 
 class Ranker:
@@ -54,7 +59,7 @@ class Ranker:
         return max(options.top_k, CANDIDATES if self._has_levels else 0)
 
     def rank(self, found: Found, options: RecognizeOptions, region: Box | None = None, views: int = 1) -> Recognition:
-        """Return the answer, without timings, for patch tokens that cover `region` of the image.
+        """Return the answer, for patch tokens that cover `region` of the image.
 
         `views` is the number of images that the query combines. Confidence and abstention are judged before `min_score`
         drops predictions.
@@ -96,6 +101,7 @@ class Ranker:
             model=self._model,
             bundle=self._label,
             cached="encode" not in found.stages,
+            timings_ms=timings_ms(found.stages),
             predictions=predictions,
             in_catalog_probability=in_catalog_probability,
             abstained=abstained,

@@ -43,7 +43,8 @@ from service.cache import Cache, SingleFlight, answer_key, embedding_key
 from service.engine import Encoder
 from service.limits import Admission
 from service.loaded_bundle import BundleView, LoadedBundle, opening
-from service.pipeline import RecognitionPipeline, timings_ms
+from service.pipeline import RecognitionPipeline
+from service.ranking import timings_ms
 from service.settings import Settings
 from service.telemetry import Metrics, record_stages
 from wikiclip.answers import (

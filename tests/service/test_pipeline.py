@@ -13,7 +13,8 @@ from PIL import Image
 from core.errors import Unavailable, UndecodableImage
 from imaging import Decoder, load_region
 from index.bundle import Bundle
-from service.pipeline import RecognitionPipeline, timings_ms
+from service.pipeline import RecognitionPipeline
+from service.ranking import timings_ms
 from service.recognizer import Recognizer
 from service.settings import Settings
 from wikiclip.answers import RecognizeOptions
