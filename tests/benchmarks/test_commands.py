@@ -17,7 +17,8 @@ def _wikiclip(*arguments: str | Path | int) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["service", "index", "train", "export"])
 def test_bench_prints_one_object_with_what_it_ran_on(small_bundle: Path, tmp_path: Path, name: str) -> None:
-    done = _wikiclip("bench", name, "--smoke", "--json", "--bundle", small_bundle, "--results", tmp_path)
+    size = ("--vectors", 500, "--dim", 16) if name == "index" else ()
+    done = _wikiclip("bench", name, "--smoke", "--json", "--bundle", small_bundle, "--results", tmp_path, *size)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout.splitlines()[-1])
     assert outcome.keys() >= {"hardware", "commit", "settings", "figures"}
