@@ -25,6 +25,7 @@ from catalog.build import CatalogConfig, CatalogReport, build_catalog
 from catalog.cirrus import read_page_images
 from core.errors import CatalogError, UserError
 from core.lines import START, read_lines
+from tests.commands import run_wikiclip
 
 Json = dict[str, Any]
 
@@ -591,17 +592,11 @@ def test_one_process_at_a_time(dumps: CatalogConfig, tmp_path: Path) -> None:
 
 def test_the_command_prints_a_summary(dumps: CatalogConfig, tmp_path: Path) -> None:
     out = tmp_path / "c.jsonl"
-    done = subprocess.run(
-        [Path(sys.executable).with_name("wikiclip"), "catalog", "--content", dumps.content[0], "--out", out],
-        capture_output=True, text=True, check=False, env={**os.environ, "TQDM_DISABLE": "1"},
-    )  # fmt: skip
+    done = run_wikiclip("catalog", "--content", dumps.content[0], "--out", out)
     assert done.returncode == 0, done.stderr
     assert f"catalog {out}: 4 entities of 11 documents" in done.stdout
     assert "left out: 1 no Wikidata item" in done.stdout
     assert f"3 record(s) rejected, see {tmp_path / 'rejected.jsonl'}" in done.stdout
-    done = subprocess.run(
-        [Path(sys.executable).with_name("wikiclip"), "catalog", "--content", out, "--out", out, "--types", "taxon"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = run_wikiclip("catalog", "--content", out, "--out", out, "--types", "taxon")
     assert done.returncode == 2
     assert "taxon is not a Wikidata item" in done.stderr

@@ -20,6 +20,7 @@ from core.errors import CatalogError, UserError
 from core.files import report_disk_full
 from export.config import ExportConfig
 from export.pipeline import export_bundle
+from tests.commands import run_wikiclip
 
 CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
 
@@ -50,17 +51,18 @@ def test_an_export_resumes_after_space_was_freed(catalog: CatalogFiles, checkpoi
     path = tmp_path / "catalog.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "wikiclip", "export", "--resume", "--store-text", "--shard-size", "4"]
-    command += ["--catalog", str(path), "--checkpoint", str(checkpoint), "--out", str(out)]
+    arguments = ["export", "--resume", "--store-text", "--shard-size", "4"]
+    arguments += ["--catalog", str(path), "--checkpoint", str(checkpoint), "--out", str(out)]
 
     def small_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
+    command = [sys.executable, "-m", "wikiclip", *arguments]
     full = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, check=False, timeout=300)
     assert full.returncode == 2, full.stderr
     assert "out is full; free some space and go on with --resume" in full.stderr.splitlines()[-1]
     assert len(list((out / ".partial" / "shards").glob("0*.json"))) == 2
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False, timeout=300)
+    done = run_wikiclip(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["resumed_shards"] == 2
 
