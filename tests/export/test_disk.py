@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -54,11 +52,12 @@ def test_an_export_resumes_after_space_was_freed(catalog: CatalogFiles, checkpoi
     arguments = ["export", "--resume", "--store-text", "--shard-size", "4"]
     arguments += ["--catalog", str(path), "--checkpoint", str(checkpoint), "--out", str(out)]
 
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-
-    command = [sys.executable, "-m", "wikiclip", *arguments]
-    full = subprocess.run(command, preexec_fn=small_files, capture_output=True, text=True, check=False, timeout=300)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        full = run_wikiclip(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert full.returncode == 2, full.stderr
     assert "out is full; free some space and go on with --resume" in full.stderr.splitlines()[-1]
     assert len(list((out / ".partial" / "shards").glob("0*.json"))) == 2
