@@ -42,14 +42,16 @@ PATCH_DIM = 16
 EMBEDDING_DIM = 16
 SHARD_SIZE = 5
 GIRAFFE_CREDITS = ({"author": "Ann", "licence": "CC BY 4.0", "source": "https://example.org/giraffe"},)
-# They start first: else one worker would run one of them alone at the end.
+# They start first, in this order: else one worker would run one of them alone at the end.
 SLOW_FILES = (
     "packaging/test_tutorial.py",
+    "export/test_ray.py",
     "benchmarks/test_commands.py",
     "benchmarks/test_generative_training.py",
     "model/test_distributed.py",
-    "model/test_resume.py",
     "page/test_page.py",
+    "service/test_agents.py",
+    "service/test_scale.py",
 )
 CREATED_AT = "2026-01-01T00:00:00+00:00"
 
@@ -94,7 +96,11 @@ PREPROCESSING = Preprocessing(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.nodeid.split("::")[0].endswith(SLOW_FILES))
+    def start(item: pytest.Item) -> int:
+        file = item.nodeid.split("::")[0].removeprefix("tests/")
+        return SLOW_FILES.index(file) if file in SLOW_FILES else len(SLOW_FILES)
+
+    items.sort(key=start)
 
 
 @pytest.fixture(scope="session")
