@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from catalog.cirrus import LeftOut, file_url, parse_page, read_documents, read_page_images, site_of, wiki_of
+from catalog.dumps import (
+    CLASS_CLAIMS,
+    LeftOut,
+    check_kind,
+    file_url,
+    number_of,
+    parse_item,
+    parse_page,
+    read_documents,
+    read_page_images,
+    site_of,
+    wiki_of,
+)
 from catalog.formats import check_catalog_name, copy_types, read_catalog, types_path, write_catalog
 from catalog.joins import JoinedPage, Joins, open_joins
 from catalog.records import BadRecord, EntityRecord, to_native
-from catalog.wikidata import CLASS_CLAIMS, number_of, parse_item
 from core.errors import CatalogError, UserError
 from core.files import atomic_write_bytes, report_disk_full
 from core.lines import START, OnBytes, Position, RejectLog, read_lines, to_jsonl
@@ -33,13 +42,6 @@ NO_ENTITIES = (4167410, 13406463, 4167836, 11266439)  # disambiguation pages, li
 _COMMIT_EVERY = 2_000
 _FROM_BASE = ("images", "image_credits", "types", "titles", "symbol", "description")
 _CONTENT_FILES = ("*.json", "*.json.gz", "*.json.bz2")
-_DUMPS = {  # with how each begins, by the option that takes it; None: no option does
-    "--content": ("a CirrusSearch dump", re.compile(rb'\{"index": *\{')),
-    "--wikidata": ("a Wikidata dump", re.compile(rb'\{("id": *"[QPL]\d+", *)?"type": *"(item|property|lexeme)"')),
-    "--page-props": ("a page_props dump", re.compile(rb"CREATE TABLE `page_props`")),
-    None: ("a dump that no option takes", re.compile(rb"<mediawiki |CREATE TABLE `")),
-}
-_KIND_LINES = 100
 
 Item = TypeVar("Item")
 
@@ -106,7 +108,7 @@ def build_catalog(config: CatalogConfig) -> CatalogReport:
         ("--wikidata", [config.wikidata]),
     ):
         for path in filter(None, paths):
-            _check_kind(path, option)
+            check_kind(path, option)
     with report_disk_full(config.out), open_joins(work, settings) as joins:
         if config.base is not None:
             _read_base(joins, config.base)
@@ -133,17 +135,6 @@ def _check(config: CatalogConfig, work: Path) -> None:
     for path in (*config.content, *config.page_props, config.wikidata, config.base):
         if path is not None and not path.exists():
             raise CatalogError(f"{path} does not exist; check the path")
-
-
-def _check_kind(path: Path, option: str) -> None:
-    """Raise `CatalogError` if a file is known to be another dump than the option takes."""
-    for line, _ in islice(read_lines(path), _KIND_LINES):
-        for wanted_by, (kind, beginning) in _DUMPS.items():
-            if beginning.match(line):
-                if wanted_by == option:
-                    return
-                advice = f"give it as {wanted_by}" if wanted_by else f"{option} takes {_DUMPS[option][0]}"
-                raise CatalogError(f"{path} is {kind}, which {option} cannot read; {advice}")
 
 
 def _content_files(paths: Iterable[Path]) -> list[Path]:

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from catalog.cirrus import Page
-from catalog.wikidata import Item
+from catalog.dumps import Item, Page
 from core.errors import UserError
 from core.lines import START, Position, Rejected, excerpt
 

@@ -22,7 +22,7 @@ import pytest
 
 from catalog import EntityRecord, joins, read_catalog
 from catalog.build import CatalogConfig, CatalogReport, build_catalog
-from catalog.cirrus import read_page_images
+from catalog.dumps import read_page_images
 from core.errors import CatalogError, UserError
 from core.lines import START, read_lines
 from tests.commands import run_wikiclip

@@ -1,4 +1,4 @@
-"""Articles and page images from a wiki's dumps.
+"""Read Wikimedia's dumps: articles, page images and items.
 
 CirrusSearch dumps, published weekly as `WIKI_content-DATE-NNNNN.json.bz2` (before 2026 as one
 `WIKI-DATE-cirrussearch-content.json.gz`), contain the search index in Elasticsearch's bulk format: an action line
@@ -7,18 +7,31 @@ CirrusSearch dumps, published weekly as `WIKI_content-DATE-NNNNN.json.bz2` (befo
 Page images come from MediaWiki's `page_props` table, dumped as `WIKI-DATE-page_props.sql.gz`. The PageImages extension
 stores each article's best image there as `page_image_free`, and as `page_image` if a better one is not free.
 https://www.mediawiki.org/wiki/Manual:Page_props_table
+
+Items come from Wikidata's JSON dump, `latest-all.json.bz2` or `.gz`: an array with one entity per line. Empty objects
+are written as empty lists. https://doc.wikimedia.org/Wikibase/master/php/docs_topics_json.html
 """
 
+from __future__ import annotations
+
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from catalog.records import BadRecord, optional_string, parse_object
 from core.errors import CatalogError
 from core.lines import LINE_TOO_LONG, MAX_LINE_BYTES, OnBytes, Position, read_lines
 
+_DUMPS = {  # with how each begins, by the option that takes it; None: no option does
+    "--content": ("a CirrusSearch dump", re.compile(rb'\{"index": *\{')),
+    "--wikidata": ("a Wikidata dump", re.compile(rb'\{("id": *"[QPL]\d+", *)?"type": *"(item|property|lexeme)"')),
+    "--page-props": ("a page_props dump", re.compile(rb"CREATE TABLE `page_props`")),
+    None: ("a dump that no option takes", re.compile(rb"<mediawiki |CREATE TABLE `")),
+}
 _ITEM = re.compile(r"Q([1-9]\d{0,17})")
 _ACTION = re.compile(rb'\{"index":.*"_id":\s*"?(\d{1,18})\b')  # up to SQLite's integers
 _WIKIPEDIA = re.compile(r"([a-z][a-z0-9_]*)wiki")
@@ -29,6 +42,22 @@ _ESCAPED = re.compile(rb"\\(.)", re.DOTALL)
 _SPECIAL = {b"0": b"\0", b"n": b"\n", b"r": b"\r", b"t": b"\t", b"Z": b"\x1a"}
 _DATABASE = re.compile(rb"^-- Host:.*Database: *(\w+)", re.MULTILINE)
 _HEAD_LINES = 100
+INSTANCE_OF, SUBCLASS_OF, PARENT_TAXON, IMAGE = "P31", "P279", "P171", "P18"
+ALL_LANGUAGES = "mul"  # the fallback for languages without a label
+_ID = re.compile(rb'"id":\s*"Q(\d{1,18})"')
+# In the line of an item that has superclasses, and whose label may name a type.
+CLASS_CLAIMS = tuple(f'"{each}"'.encode() for each in (SUBCLASS_OF, PARENT_TAXON))
+
+
+def check_kind(path: Path, option: str) -> None:
+    """Raise `CatalogError` if a file is known to be another dump than the option takes."""
+    for line, _ in islice(read_lines(path), _HEAD_LINES):
+        for wanted_by, (kind, beginning) in _DUMPS.items():
+            if beginning.match(line):
+                if wanted_by == option:
+                    return
+                advice = f"give it as {wanted_by}" if wanted_by else f"{option} takes {_DUMPS[option][0]}"
+                raise CatalogError(f"{path} is {kind}, which {option} cannot read; {advice}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,3 +182,77 @@ def file_url(site: str, file: str, width_px: int) -> str:
     """Return the URL that redirects to a file of a wiki or of Commons, `width_px` wide (0: the original)."""
     width = f"?width={width_px}" if width_px else ""
     return f"{site}/wiki/Special:FilePath/{quote(file.replace(' ', '_'), safe='')}{width}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """The parts of an item that a catalog uses. Q42 is the number 42. `image` is the name of a file on Commons.
+
+    `superclasses` are what it is a subclass of, and the parent taxa of a taxon.
+    """
+
+    number: int
+    types: tuple[int, ...] = ()
+    superclasses: tuple[int, ...] = ()
+    image: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
+    description: str | None = None
+
+
+def number_of(line: bytes) -> int | None:
+    """Return the item number of a line without parsing it, or None if it is not near the start."""
+    match = _ID.search(line, 0, 200)
+    return None if match is None else int(match[1])
+
+
+def parse_item(line: bytes, languages: Sequence[str]) -> Item | None:
+    """Parse an item, with labels in `languages` and a description in the first. Raises `BadRecord`.
+
+    Returns None for other entities. Statements of preferred rank replace those of normal rank.
+    """
+    text = line.strip().rstrip(b",")
+    if text in (b"", b"[", b"]"):
+        return None
+    entity = parse_object(text)
+    try:
+        if entity["type"] != "item":
+            return None
+        claims = entity.get("claims") or {}
+        labels, descriptions = entity.get("labels") or {}, entity.get("descriptions") or {}
+        return Item(
+            number=_number(entity["id"].removeprefix("Q")),
+            types=tuple(_best(claims, INSTANCE_OF, _item_number)),
+            superclasses=tuple(
+                superclass for each in (SUBCLASS_OF, PARENT_TAXON) for superclass in _best(claims, each, _item_number)
+            ),
+            image=next(_best(claims, IMAGE, str), None),
+            labels={language: label for language in languages if (label := _label(labels, language)) is not None},
+            description=_label(descriptions, languages[0]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BadRecord(f"not a Wikidata entity: {type(error).__name__} {error}") from None
+
+
+def _best(claims: Mapping[str, Any], property_id: str, convert: Callable[[Any], Any]) -> Iterator[Any]:
+    statements = claims.get(property_id) or []
+    ranks = {statement["rank"] for statement in statements}
+    rank = "preferred" if "preferred" in ranks else "normal"
+    for statement in statements:
+        if statement["rank"] == rank and statement["mainsnak"]["snaktype"] == "value":
+            yield convert(statement["mainsnak"]["datavalue"]["value"])
+
+
+def _item_number(value: Mapping[str, Any]) -> int:
+    return _number(value["numeric-id"] if "numeric-id" in value else value["id"].removeprefix("Q"))
+
+
+def _number(value: Any) -> int:
+    number = int(value)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{number} is not the number of an item")
+    return number
+
+
+def _label(texts: Mapping[str, Any], language: str) -> str | None:
+    entry = texts.get(language) or texts.get(ALL_LANGUAGES)
+    return None if entry is None else str(entry["value"])
