@@ -103,15 +103,14 @@ class Bundle:
 
     def remembered(self) -> Remembered | None:
         """Read the remembered vectors, or return None if the bundle has none."""
+        entry, vectors = self.manifest.remembered, self.remembered_vectors()
+        return None if entry is None or vectors is None else Remembered(vectors, entry.handicap)
+
+    def remembered_vectors(self) -> EmbeddingShards | None:
+        """Open the remembered vectors, or return None if the bundle has none."""
         if (entry := self.manifest.remembered) is None:
             return None
-        vectors = EmbeddingShards(self.path / REMEMBERED_FOLDER, self.manifest.embedding_dim)
-        if len(vectors) != entry.entities:
-            raise BundleAltered(
-                f"{self.path / REMEMBERED_FOLDER} holds {len(vectors)} vectors, {MANIFEST_FILE} says {entry.entities}; "
-                "export the bundle again"
-            )
-        return Remembered(vectors, entry.handicap)
+        return _open_shards(self.path / REMEMBERED_FOLDER, self.manifest.embedding_dim, entry.entities)
 
     def entity_encoder(self) -> EntityEncoder | None:
         """Check every byte of the entity encoder and return its manifest, or None if the bundle has none."""
@@ -153,13 +152,16 @@ def check_names(names: Iterable[str], source: str) -> None:
 
 def open_embeddings(path: Path, manifest: Manifest) -> EmbeddingShards:
     """Open a bundle's embeddings. Raise `BundleAltered` if their number differs from the manifest's."""
-    embeddings = EmbeddingShards(path / EMBEDDINGS_FOLDER, manifest.embedding_dim)
-    if len(embeddings) != manifest.counts.embeddings:
+    return _open_shards(path / EMBEDDINGS_FOLDER, manifest.embedding_dim, manifest.counts.embeddings)
+
+
+def _open_shards(folder: Path, dim: int, count: int) -> EmbeddingShards:
+    shards = EmbeddingShards(folder, dim)
+    if len(shards) != count:
         raise BundleAltered(
-            f"{path / EMBEDDINGS_FOLDER} holds {len(embeddings)} embeddings, {MANIFEST_FILE} says "
-            f"{manifest.counts.embeddings}; export the bundle again"
+            f"{folder} holds {len(shards)} embeddings, {MANIFEST_FILE} says {count}; export the bundle again"
         )
-    return embeddings
+    return shards
 
 
 def list_files(folder: Path) -> Mapping[str, FileEntry]:

@@ -39,7 +39,6 @@ from index.store import EntityStore, StoredEntity, write_store
 
 _SHARD_SIZE = 4096
 _ROWS_AT_A_TIME = 500
-_NONE: Mapping[int, Float16Array] = {}
 
 
 def compact(bundle_path: Path, live_dir: Path, out: Path, *, progress: bool = False) -> Bundle:
@@ -137,7 +136,7 @@ def _put_rows(delta: Delta, base_count: int) -> list[int]:
     return sorted(row for row in delta.entities if row >= base_count)
 
 
-def _write_visible(base: Embeddings, delta: Delta, folder: Path, given: Mapping[int, Float16Array] = _NONE) -> int:
+def _write_visible(base: Embeddings, delta: Delta, folder: Path, given: Mapping[int, Float16Array]) -> int:
     """Write the vectors of visible rows, or those `given` for a row, in row order. Return the number of shards."""
     position = shards = 0
     given_G = np.array(list(given), np.int64)
@@ -171,13 +170,12 @@ def _write_put(shards: int, base_count: int, delta: Delta, folder: Path) -> None
 
 def _write_remembered(bundle: Bundle, delta: Delta, folder: Path) -> RememberedEntry | None:
     """Write the remembered vectors of visible rows. Return their entry for the manifest."""
-    entry = bundle.manifest.remembered
-    if entry is None:
+    entry, vectors = bundle.manifest.remembered, bundle.remembered_vectors()
+    if entry is None or vectors is None:
         return None
-    vectors = EmbeddingShards(bundle.path / REMEMBERED_FOLDER, bundle.manifest.embedding_dim)
     visible = len(vectors) - int(np.isin(vectors.rows_N, delta.gone_H).sum())
     if not visible:
         return None
     (folder / REMEMBERED_FOLDER).mkdir()
-    _write_visible(vectors, delta, folder / REMEMBERED_FOLDER)
+    _write_visible(vectors, delta, folder / REMEMBERED_FOLDER, {})
     return entry.model_copy(update={"entities": visible})

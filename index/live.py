@@ -30,8 +30,8 @@ from core.errors import LiveDirError, Unavailable
 from core.files import locked, sync
 from index.bundle import Bundle
 from index.delta import Delta, References, all_image_ids, check_removable, rounded
-from index.embeddings import Embeddings, EmbeddingShards
-from index.manifest import REMEMBERED_FOLDER, content_fingerprint
+from index.embeddings import Embeddings
+from index.manifest import content_fingerprint
 from index.store import (
     INDEXES,
     SCHEMA,
@@ -258,14 +258,14 @@ class LiveSegment:
         removed = sum(row["generation"] <= since < (row["removed"] or 0) for row in images)
         added = sum(row["generation"] > since and row["removed"] is None for row in images)
         vectors = [np.frombuffer(row["vector"], "<f2") for row in rows if row["removed"] is None]
-        remembered = self._bundle.manifest.remembered
+        remembered, entry = self._remembered, self._bundle.manifest.remembered
         references = References(
             images_ID=np.array(vectors, np.float16).reshape(-1, self._bundle.manifest.embedding_dim),
             image_ids=tuple(
                 row["image_id"] for row in images if row["removed"] is None and row["generation"] > self.base_revision
             ),
-            remembered_RD=self._remembered.images_of(entity.row) if of_base and remembered else None,
-            handicap=remembered.handicap if remembered else 0.0,
+            remembered_RD=remembered.images_of(entity.row) if of_base and remembered is not None else None,
+            handicap=0.0 if entry is None else entry.handicap,
         )
         return replace(entity, image_count=entity.image_count - removed + added), references
 
@@ -274,8 +274,8 @@ class LiveSegment:
         return self._bundle.embeddings()
 
     @cached_property
-    def _remembered(self) -> Embeddings:
-        return EmbeddingShards(self._bundle.path / REMEMBERED_FOLDER, self._bundle.manifest.embedding_dim)
+    def _remembered(self) -> Embeddings | None:
+        return self._bundle.remembered_vectors()
 
     def _read_base_revision(self, connection: sqlite3.Connection) -> int:
         """Return up to which revision this bundle contains the changes."""

@@ -47,6 +47,7 @@ _WITH_ANCESTORS = "ancestors"  # a row of the second collection, as `_LOADED`: o
 _MAX_VARCHAR = 65_535  # bytes
 _MAX_WORDS = 4096  # items of an ARRAY
 _INSERT_BYTES = 8 * 1024**2  # gRPC takes 64 MiB
+_EMPTY = {"words": [], "record": "", "thumbnail": ""}  # columns of entities that were put
 _DUMMY = "nothing"  # a collection must have a vector
 _DUMMY_DIM = 2
 
@@ -249,10 +250,7 @@ def reference_row(
     If it is not searched, only the entity's mean is: then `row` is the complement, which is negative.
     """
     row, types = (of["row"], list(of["types"])) if searched else (~of["row"], [])
-    return {
-        "pk": primary_key, "row": row, "key": of["key"], "types": types, "words": [], "record": "", "thumbnail": "",
-        "embedding": embedding_D,
-    }  # fmt: skip
+    return {**_EMPTY, "pk": primary_key, "row": row, "key": of["key"], "types": types, "embedding": embedding_D}
 
 
 def own_key(entity_id: str) -> int:
@@ -274,16 +272,8 @@ def types_filter(types: Sequence[str]) -> str:
 
 def _row(primary_key: int, entity: StoredEntity, embedding_D: Float32Array, types: TypeHierarchy) -> dict[str, Any]:
     """Return a row. Titles, records and thumbnails of the bundle's entities are in its own store."""
-    return {
-        "pk": primary_key,
-        "row": entity.row,
-        "key": hash63(entity.entity_id),
-        "types": sorted(map(_type_hash, types.names_above(entity.types)))[:_MAX_WORDS],
-        "words": [],
-        "record": "",
-        "thumbnail": "",
-        "embedding": embedding_D,
-    }
+    key, hashes = hash63(entity.entity_id), sorted(map(_type_hash, types.names_above(entity.types)))[:_MAX_WORDS]
+    return {**_EMPTY, "pk": primary_key, "row": entity.row, "key": key, "types": hashes, "embedding": embedding_D}
 
 
 def _schema(client: MilvusClient, dim: int) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 from core.arrays import BoolArray, Float32Array, Int64Array
 from index.embeddings import Embeddings
 from index.store import Selection
-from index.top_k import best, nearest
+from index.top_k import best, largest
 
 
 class Remembered:
@@ -49,8 +49,8 @@ class Remembered:
     def search(
         self, queries_BD: Float32Array, top_k: int, allowed_M: BoolArray | None = None
     ) -> tuple[Int64Array, Float32Array]:
-        """Return the best remembered entities of L2-normalised queries and their scores, as `nearest` does."""
-        rows_BK, cosines_BK = nearest(queries_BD, self._vectors_MD, self.rows_M, top_k, allowed_M)
+        """Return the best remembered entities of L2-normalised queries and their scores, as `largest` does."""
+        rows_BK, cosines_BK = largest(queries_BD @ self._vectors_MD.T, self.rows_M, top_k, allowed_M)
         return rows_BK, np.minimum(cosines_BK, np.float32(1.0)) - self.handicap
 
     def score(self, query_D: Float32Array, row: int) -> float:

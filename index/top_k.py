@@ -1,6 +1,6 @@
-"""Exact search by brute force, and the best of several result lists.
+"""The best entities by their scores, and the best of several result lists.
 
-Shapes: B queries, M embeddings or scores, one per entity, K results, F results of several lists, D embedding width.
+Shapes: B queries, M entities, K results, F results of several lists.
 """
 
 from __future__ import annotations
@@ -8,17 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from core.arrays import BoolArray, Float32Array, Int64Array
-
-
-def nearest(
-    queries_BD: Float32Array,
-    embeddings_MD: Float32Array,
-    rows_M: Int64Array,
-    top_k: int,
-    allowed_M: BoolArray | None = None,
-) -> tuple[Int64Array, Float32Array]:
-    """Return the best `top_k` entities of L2-normalised queries by their cosines, as `largest` does."""
-    return largest(queries_BD @ embeddings_MD.T, rows_M, top_k, allowed_M)
 
 
 def largest(
