@@ -25,12 +25,7 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
     help="A faiss factory string, such as Flat, HNSW32 or IVF256,SQ8. auto measures exact search, codes in lists, "
     "codes alone and a graph, and takes the first that meets the three targets.",
 )
-@click.option(
-    "--budget-ms",
-    default=5.0,
-    type=_POSITIVE,
-    help="Target: median milliseconds of one query on one thread.",
-)
+@click.option("--budget-ms", default=5.0, type=_POSITIVE, help="Target: median milliseconds of a query on one thread.")
 @click.option(
     "--recall",
     default=0.98,
@@ -64,9 +59,6 @@ _POSITIVE = click.FloatRange(min=0, min_open=True)
 def index(
     bundle: Path,
     factory: str,
-    budget_ms: float,
-    recall: float,
-    memory_gb: float,
     device: str,
     backend: str,
     uri: str | None,
@@ -74,6 +66,7 @@ def index(
     live_dir: Path | None,
     out: Path | None,
     as_json: bool,
+    **targets: float,
 ) -> None:
     """Rebuild the search index of a bundle: index/entity.faiss and index/manifest.json.
 
@@ -85,49 +78,49 @@ def index(
     if uri is not None:
         if compacting:
             raise click.UsageError("--compact is for changes in LIVE_DIR, not in Milvus; leave out one of them")
-        _load_into_milvus(bundle, uri, factory, as_json=as_json)
+        report, text = _load_into_milvus(bundle, uri, factory)
     elif compacting:
         if not compact or live_dir is None or out is None or factory != "auto":
             raise click.UsageError("give --compact, --live-dir and --out together, and no --factory")
-        _compact(bundle, live_dir, out, as_json=as_json)
+        report, text = _compact(bundle, live_dir, out)
     else:
-        from index.autotune import Targets
-        from index.build import build_index
-        from index.bundle import open_embeddings, open_manifest
-        from index.embeddings import pooled
-
-        manifest = open_manifest(bundle)  # Bundle.open would refuse a broken index
-        embeddings = pooled(open_embeddings(bundle, manifest), manifest.pooling)
-        targets = Targets(budget_ms=budget_ms, recall=recall, memory_gb=memory_gb)
-        built = build_index(bundle, embeddings, factory=factory, targets=targets, device=device, progress=True)
-        _print(
-            built.model_dump(),
-            f"indexed {built.count} embeddings of width {built.dim} as {built.factory}: "
-            f"{built.bytes / 1e6:.1f} MB in {built.elapsed_s:.1f} s ({built.why})",
-            as_json=as_json,
-        )
+        report, text = _build(bundle, factory, device, targets)
+    click.echo(json.dumps(report, ensure_ascii=False) if as_json else text)
 
 
-def _load_into_milvus(path: Path, uri: str, factory: str, *, as_json: bool) -> None:
+def _build(path: Path, factory: str, device: str, targets: Mapping[str, float]) -> tuple[dict[str, Any], str]:
+    from index.autotune import Targets
+    from index.build import build_index
+    from index.bundle import open_embeddings, open_manifest
+    from index.embeddings import pooled
+
+    manifest = open_manifest(path)  # Bundle.open would refuse a broken index
+    embeddings = pooled(open_embeddings(path, manifest), manifest.pooling)
+    built = build_index(path, embeddings, factory=factory, targets=Targets(**targets), device=device, progress=True)
+    return built.model_dump(), (
+        f"indexed {built.count} embeddings of width {built.dim} as {built.factory}: {built.bytes / 1e6:.1f} MB in "
+        f"{built.elapsed_s:.1f} s ({built.why})"
+    )
+
+
+def _load_into_milvus(path: Path, uri: str, factory: str) -> tuple[dict[str, Any], str]:
     from index.bundle import Bundle
     from index.milvus import Collection, connect
 
     collection = Collection(connect(uri), Bundle.open(path))
     count = collection.load(factory, progress=True)
-    text = f"collection {collection.name} holds {count} embeddings"
-    _print({"collection": collection.name, "embeddings": count}, text, as_json=as_json)
+    report = {"collection": collection.name, "embeddings": count}
+    return report, f"collection {collection.name} holds {count} embeddings"
 
 
-def _compact(bundle: Path, live_dir: Path, out: Path, *, as_json: bool) -> None:
+def _compact(path: Path, live_dir: Path, out: Path) -> tuple[dict[str, Any], str]:
     from index.compact import compact
 
-    compacted = compact(bundle, live_dir, out, progress=True)
+    compacted = compact(path, live_dir, out, progress=True)
     counts = compacted.manifest.counts
-    _print(
-        compacted.index_manifest.model_dump(),
-        f"bundle {out} ({compacted.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings; "
-        "serve it with the same live folder",
-        as_json=as_json,
+    return compacted.index_manifest.model_dump(), (
+        f"bundle {out} ({compacted.fingerprint}): {counts.entities} entities, {counts.embeddings} embeddings; serve it "
+        "with the same live folder"
     )
 
 
@@ -165,13 +158,8 @@ def pull(uri: str, folder: Path, as_json: bool) -> None:
 
 
 def _print_transfer(result: Transferred, where: str, *, as_json: bool) -> None:
-    _print(
-        asdict(result),
+    text = (
         f"{result.bundle} {where}: {result.files} file(s) of {result.bytes / 1e6:.1f} MB transferred, "
-        f"{result.kept_files} of {result.kept_bytes / 1e6:.1f} MB were there",
-        as_json=as_json,
+        f"{result.kept_files} of {result.kept_bytes / 1e6:.1f} MB were there"
     )
-
-
-def _print(content: Mapping[str, Any], text: str, *, as_json: bool) -> None:
-    click.echo(json.dumps(content, ensure_ascii=False) if as_json else text)
+    click.echo(json.dumps(asdict(result), ensure_ascii=False) if as_json else text)
