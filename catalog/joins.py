@@ -59,16 +59,23 @@ class JoinedPage(Page):
 
 
 @contextmanager
+def open_work(path: Path, lock: str) -> Iterator[sqlite3.Connection]:
+    """Open a work file and run a script that locks it. Raises `UserError` if another process has the lock."""
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:  # transactions are explicit
+        try:
+            db.executescript(lock)
+        except sqlite3.OperationalError:
+            raise UserError(f"another process is working on {path}; wait for it to end") from None
+        yield db
+
+
+@contextmanager
 def open_joins(path: Path, settings: Mapping[str, Any]) -> Iterator[Joins]:
     """Open and lock the work file, which is created if missing and deleted after success.
 
     Raises `UserError` if another process has the lock, or if the file was begun with other `settings`.
     """
-    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:  # transactions are explicit
-        try:
-            db.executescript(_LOCK)
-        except sqlite3.OperationalError:
-            raise UserError(f"another process is working on {path}; wait for it to end") from None
+    with open_work(path, _LOCK) as db:
         if not db.execute("SELECT 1 FROM sqlite_master").fetchone():
             for statement in _SCHEMA.split(";"):
                 db.execute(statement)

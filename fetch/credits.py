@@ -14,7 +14,6 @@ import re
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from catalog import EntityRecord, is_url, read_catalog
 from catalog.formats import check_catalog_name, copy_types, write_catalog
+from catalog.joins import open_work
 from catalog.records import ImageCredit
 from core.errors import CatalogError, UserError
 from core.files import report_disk_full
@@ -51,6 +51,7 @@ _SCHEMA = """
 PRAGMA locking_mode = EXCLUSIVE;
 CREATE TABLE IF NOT EXISTS files (url TEXT PRIMARY KEY, site TEXT, name TEXT, asked INTEGER, credit TEXT) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS unasked ON files (site) WHERE NOT asked;
+BEGIN EXCLUSIVE;
 """
 
 
@@ -91,7 +92,7 @@ def add_credits(config: CreditsConfig) -> CreditsReport:
         raise UserError(f"--out {config.out} exists; choose another name")
     work = config.out.with_name(f".{config.out.name}.work")
     log = RejectLog(config.out.with_name("rejected.jsonl"))
-    with report_disk_full(config.out), _open_work(work) as db:
+    with report_disk_full(config.out), open_work(work, _SCHEMA) as db:
         for item in read_catalog(config.catalog):
             if isinstance(item, EntityRecord):
                 db.executemany("INSERT OR IGNORE INTO files VALUES (?, ?, ?, 0, NULL)", _uncredited(item))
@@ -111,18 +112,6 @@ def add_credits(config: CreditsConfig) -> CreditsReport:
         rejected=log.count,
         elapsed_s=round(time.perf_counter() - started, 3),
     )
-
-
-@contextmanager
-def _open_work(path: Path) -> Iterator[sqlite3.Connection]:
-    """Open and lock the work file, in a transaction. Raises `UserError` if another process has the lock."""
-    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as db:
-        try:
-            db.executescript(_SCHEMA)
-            db.execute("BEGIN EXCLUSIVE")
-        except sqlite3.OperationalError:
-            raise UserError(f"another process is working on {path}; wait for it to end") from None
-        yield db
 
 
 def _uncredited(record: EntityRecord) -> Iterator[tuple[str, str, str]]:

@@ -93,17 +93,16 @@ class Delta:
     ) -> Delta:
         """Return the state in which these entities are put or have these images, and others are deleted.
 
-        `hidden` are rows of the base to hide. `restored` are entities of the base that lost all images they were given.
+        `hidden` are the rows of the base that these hide. `restored` are entities of the base that lost all images they
+        were given.
         """
-        changed_ids = [*(entity.entity_id for entity, _ in put), *deleted, *restored]
-        replaced = [row for entity_id in changed_ids if (row := self.latest.get(entity_id)) is not None]
-        visible = [row for entity_id in restored if (row := self.latest.get(entity_id)) is not None]
-        latest = {**self.latest, **{entity.entity_id: entity.row for entity, _ in put}, **dict.fromkeys(deleted)}
-        for entity_id in restored:
-            latest.pop(entity_id, None)
-        entities, references = dict(self.entities), dict(self.references)
-        for row in replaced:
-            del entities[row], references[row]
+        latest, entities, references = dict(self.latest), dict(self.entities), dict(self.references)
+        replaced: list[int] = []
+        for entity_id in (*(entity.entity_id for entity, _ in put), *deleted, *restored):
+            if (row := latest.pop(entity_id, None)) is not None:
+                replaced.append(row)
+                del entities[row], references[row]
+        latest |= {entity.entity_id: entity.row for entity, _ in put} | dict.fromkeys(deleted)
         entities |= {entity.row: entity for entity, _ in put}
         references |= {entity.row: each for entity, each in put}
         kept_N = ~np.isin(self.vector_rows_N, replaced)
@@ -116,7 +115,7 @@ class Delta:
         if np.any(np.diff(rows_N) < 0):  # an entity keeps its row when its images change
             order_N = np.argsort(rows_N, kind="stable")
             rows_N, vectors_ND, handicaps_N = rows_N[order_N], vectors_ND[order_N], handicaps_N[order_N]
-        hidden_H = np.union1d(np.setdiff1d(self.hidden_H, visible), np.array(hidden, np.int64))
+        hidden_H = np.union1d(np.setdiff1d(self.hidden_H, replaced), np.array(hidden, np.int64))
         return Delta(
             revision=revision,
             pooling=self.pooling,

@@ -243,12 +243,11 @@ class LiveSegment:
         self.delta = self.delta.changed(revision, changes, deleted, hidden, restored)
 
     def _is_as_in_base(self, rows: Sequence[sqlite3.Row]) -> bool:
-        """Return whether the bundle has exactly these images."""
-        return all((row["removed"] is None) == self._is_in_base(row) for row in rows)
-
-    def _is_in_base(self, row: sqlite3.Row) -> bool:
-        removed = row["removed"]
-        return bool(row["generation"] <= self.base_revision and (removed is None or removed > self.base_revision))
+        """Return whether the bundle has exactly these images: none was added since, or removed."""
+        base = self.base_revision
+        return not any(
+            row["removed"] is None if row["generation"] > base else (row["removed"] or 0) > base for row in rows
+        )
 
     def _with_images(self, entity: StoredEntity, rows: Sequence[sqlite3.Row]) -> tuple[StoredEntity, References]:
         """Return an entity as it is now, given as it was put or is in the base, and what it is found by."""

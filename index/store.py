@@ -353,13 +353,8 @@ class EntityStore:
 
     def thumbnail(self, entity_id: str) -> bytes | None:
         """Return the entity's WebP thumbnail, if it has one. Raise `UnknownEntity`."""
-        # One statement, so that a concurrent change cannot separate the entity from its thumbnail.
-        values = self._execute(
-            "SELECT webp FROM entity LEFT JOIN thumbnail USING (row) WHERE entity_id = ?", (_storable(entity_id),)
-        ).fetchone()
-        if values is None:
-            raise unknown_entity(entity_id)
-        return None if values["webp"] is None else bytes(values["webp"])
+        row = self.get(entity_id).row
+        return self.thumbnails([row]).get(row)
 
     def thumbnails(self, rows: Sequence[int]) -> dict[int, bytes]:
         """Return the WebP thumbnails of those rows that have one."""
