@@ -64,55 +64,57 @@ class _Rows:
         return tuple(f"{row['pk']:x}" for row in self.references if row["pk"] >= FIRST_IMAGE_KEY)
 
 
-class MilvusEntities:
-    """A loaded collection, as `LiveChanges`. Thread-safe.
+class MilvusEntities(EntityView):
+    """A loaded collection, as `EntityView` and `LiveChanges`. Entities are always current. Thread-safe.
 
     Raise `BundleError` if the bundle is not loaded, `UserError` if Milvus cannot be reached.
     """
 
+    first_put_row = FIRST_PUT_ROW
     poll_interval_s = 0.5
+    revision: int
 
     def __init__(self, uri: str, bundle: Bundle, store: EntityStore) -> None:
-        self.collection = Collection(connect(uri), bundle)
-        if not self.collection.is_loaded():
+        self._collection = Collection(connect(uri), bundle)
+        if not self._collection.is_loaded():
             self.close()
             raise BundleError(
                 f"bundle {bundle.name} is not loaded in Milvus; load it with `wikiclip index --backend milvus`"
             )
         self.store = store
-        if store.types.rows() and not self.collection.has_ancestors():
+        if store.types.rows() and not self._collection.has_ancestors():
             log.warning(
                 "collection %s was loaded by an older version: `types` finds no ancestors; drop it and load it again",
-                self.collection.name,
+                self._collection.name,
             )
         counts = bundle.manifest.counts
-        self.base_count = counts.entities
+        self._base_count = counts.entities
         # With pooling, Milvus has one embedding per entity. Those of its images are in the bundle.
-        self.images = bundle.embeddings() if bundle.manifest.pooling == "mean" else None
-        self.remembered = bundle.remembered()
+        self._images = bundle.embeddings() if bundle.manifest.pooling == "mean" else None
+        self._remembered = bundle.remembered()
         self._gone: set[int] = set()  # rows of the bundle; none comes back
-        self.images_each = 1.0 if self.images else max(1.0, counts.embeddings / max(1, counts.entities))
+        self._images_each = 1.0 if self._images else max(1.0, counts.embeddings / max(1, counts.entities))
         self._records: dict[int, StoredEntity] = {}
         self._writer, self._changes, self._added = uuid.uuid4().hex, 0, 0
-        self.collection.open()
+        self._collection.open()
         self._changed_at = time.monotonic()
-        self.counted = (0, 0)
+        self.revision, self.entity_count, self.version = 0, self._base_count, ""
         self.refresh()
 
-    @property
-    def revision(self) -> int:
-        return self.counted[0]
-
     def close(self) -> None:
-        self.collection.close()
+        self._collection.close()
 
     def refresh(self) -> None:
         """Look for changes of all processes. Raise `Unavailable`."""
-        if (counted := self.collection.counted()) != self.counted:
-            self.counted, self._changed_at = counted, time.monotonic()
+        revision, added = self._collection.counted()
+        if revision != self.revision:
+            self._changed_at = time.monotonic()
+            # In this order: whoever sees the new revision sees the rest.
+            self.entity_count, self.version = self._base_count + added, f"+{revision}"
+            self.revision = revision
 
     @property
-    def consistency(self) -> str:
+    def _consistency(self) -> str:
         """The consistency of searches, which need not see what another host did a moment ago."""
         return "Strong" if time.monotonic() - self._changed_at < _STRONG_FOR_S else "Bounded"
 
@@ -127,26 +129,26 @@ class MilvusEntities:
         vectors_ID = normalised(np.atleast_2d(embeddings_ID))
         rows = [milvus.put_row(entity, self._pooled(vectors_ID), encoded, self.store.types)]
         for image_id, vector_D in zip(image_ids, vectors_ID, strict=bool(image_ids)):
-            rows.append(milvus.reference_row(image_key(image_id), rows[0], vector_D, searched=self.images is None))
+            rows.append(milvus.reference_row(image_key(image_id), rows[0], vector_D, searched=self._images is None))
         created = not self._exists(entity.entity_id)
-        self.collection.upsert(rows)
-        self.collection.delete(f"{key_filter(entity.entity_id)} and pk not in {[row['pk'] for row in rows]}")
+        self._collection.upsert(rows)
+        self._collection.delete(f"{key_filter(entity.entity_id)} and pk not in {[row['pk'] for row in rows]}")
         self._count_change(added=int(created))
         return created
 
     def add_image(self, entity_id: str, image_id: str, embedding_D: Float32Array) -> None:
         """Add an image for all hosts as `LiveSegment.add_image` does. Raise `UnknownEntity`, `Unavailable`."""
-        found = self.references_of(entity_id)
+        found = self._references_of(entity_id)
         vector_D = normalised(embedding_D[None])[0]
-        rows = [milvus.reference_row(image_key(image_id), found.entity, vector_D, searched=self.images is None)]
+        rows = [milvus.reference_row(image_key(image_id), found.entity, vector_D, searched=self._images is None)]
         if found.is_put and not found.references:
             own_D = np.array(found.entity["embedding"], np.float32)
             rows.append(milvus.reference_row(milvus.own_key(entity_id), found.entity, own_D, searched=False))
-        self.collection.upsert(rows)
+        self._collection.upsert(rows)
         try:
             self._pool(entity_id)
         except UnknownEntity:  # another host has just deleted it
-            self.collection.delete(f"pk == {image_key(image_id)}")
+            self._collection.delete(f"pk == {image_key(image_id)}")
             raise
         self._count_change(added=0)
 
@@ -155,11 +157,11 @@ class MilvusEntities:
 
         Raise `UnknownEntity`, `NotFound`, `Conflict`, `Unavailable`.
         """
-        found = self.references_of(entity_id)
+        found = self._references_of(entity_id)
         known = all_image_ids(self._entity(found).image_count, found.image_ids)
         is_only = found.is_put and len(found.references) == 1
         check_removable(image_id, known, found.image_ids, is_only=is_only)
-        self.collection.delete(f"pk == {image_key(image_id)}")
+        self._collection.delete(f"pk == {image_key(image_id)}")
         self._pool(entity_id)
         self._count_change(added=0)
 
@@ -167,45 +169,45 @@ class MilvusEntities:
         """Delete an entity for all hosts. Raise `UnknownEntity`, `Unavailable`."""
         if not self._exists(entity_id):
             raise unknown_entity(entity_id)
-        self.collection.delete(key_filter(entity_id))
+        self._collection.delete(key_filter(entity_id))
         self._count_change(added=-1)
 
-    def gone(self, rows: Sequence[int]) -> set[int]:
+    def _find_gone(self, rows: Sequence[int]) -> set[int]:
         """Return which of the bundle's rows were deleted or replaced. Raise `Unavailable`."""
         if not self.revision:
             return set()
         unknown = [row for row in rows if row not in self._gone]
         if unknown:
-            found = self.collection.query(f"row in {unknown}", ["row"], self.consistency)
+            found = self._collection.query(f"row in {unknown}", ["row"], self._consistency)
             if len(found) == MAX_RESULTS and len(unknown) > 1:  # images of the first rows filled it
                 half = len(rows) // 2
-                return self.gone(rows[:half]) | self.gone(rows[half:])
+                return self._find_gone(rows[:half]) | self._find_gone(rows[half:])
             self._gone |= set(unknown) - {int(each["row"]) for each in found}
         return self._gone & set(rows)
 
-    def cache(self, row: int, record: str) -> StoredEntity:
+    def _cache(self, row: int, record: str) -> StoredEntity:
         """Parse a record and cache it for `by_row`. Each step is atomic, so no lock is needed."""
         if len(self._records) >= _CACHED_RECORDS:
             self._records.clear()
         self._records[row] = entity = ENTITY_JSON.validate_json(record)
         return entity
 
-    def forget(self, row: int) -> None:
+    def _forget(self, row: int) -> None:
         """Drop a record from the cache."""
         self._records.pop(row, None)
 
-    def by_row(self, row: int) -> StoredEntity:
+    def _by_row(self, row: int) -> StoredEntity:
         """Return an entity that was put, as it was when it was found. Raise `UnknownEntity`."""
         if (cached := self._records.get(row)) is not None:
             return cached
-        found = self.collection.query(f"pk == {row}", ["record"])
+        found = self._collection.query(f"pk == {row}", ["record"])
         if not found:
             raise UnknownEntity("the entity has been deleted; ask again")
-        return self.cache(row, found[0]["record"])
+        return self._cache(row, found[0]["record"])
 
     def get(self, entity_id: str) -> StoredEntity:
         """Return the entity with that id as it is now. Raise `UnknownEntity`, `Unavailable`."""
-        return self._entity(self.references_of(entity_id))
+        return self._entity(self._references_of(entity_id))
 
     def _entity(self, found: _Rows) -> StoredEntity:
         if found.is_put:
@@ -213,9 +215,9 @@ class MilvusEntities:
         (entity,) = self.store.by_rows([int(found.entity["row"])])
         return replace(entity, image_count=entity.image_count + len(found.image_ids))
 
-    def references_of(self, entity_id: str) -> _Rows:
+    def _references_of(self, entity_id: str) -> _Rows:
         """Return an entity's rows. Raise `UnknownEntity`, `Unavailable`."""
-        rows = sorted(self.collection.query(key_filter(entity_id), _FIELDS), key=lambda row: int(row["pk"]))
+        rows = sorted(self._collection.query(key_filter(entity_id), _FIELDS), key=lambda row: int(row["pk"]))
         entity = [row for row in rows if row["pk"] < FIRST_OWN_KEY or row["pk"] >= FIRST_PUT_ROW]
         if not entity:
             raise unknown_entity(entity_id)
@@ -224,53 +226,39 @@ class MilvusEntities:
 
     def _pooled(self, images_ID: Float32Array) -> Float32Array:
         """Return the embedding [D] that an entity's own row has: of its first image, or their mean."""
-        pooled_1D = pooled_images(images_ID, "nearest" if self.images is None else "mean")[:1]
+        pooled_1D = pooled_images(images_ID, "nearest" if self._images is None else "mean")[:1]
         return pooled_1D.reshape(-1)
 
     def _pool(self, entity_id: str) -> None:
         """Update the pooled embedding and the record in an entity's own row, if it has these. Raise `UnknownEntity`."""
         while True:  # until no other host has changed it since it was read
-            found = self.references_of(entity_id)
-            if not found.is_put and self.images is None:
+            found = self._references_of(entity_id)
+            if not found.is_put and self._images is None:
                 return
             row, record = found.entity, found.entity["record"]
             vectors = [np.array(each["embedding"], np.float32) for each in found.references]
             if found.is_put:
                 entity = replace(ENTITY_JSON.validate_json(record), image_count=len(found.image_ids))
                 record = ENTITY_JSON.dump_json(entity, by_alias=True).decode()
-            elif self.images is not None:
-                vectors = [*self.images.images_of(row["row"]), *vectors]
+            elif self._images is not None:
+                vectors = [*self._images.images_of(row["row"]), *vectors]
             embedding_D = self._pooled(np.stack(vectors))
             if record == row["record"] and np.allclose(embedding_D, row["embedding"], rtol=0, atol=_SAME):
                 return
             changed = {**row, "record": record, "embedding": embedding_D}
-            self.collection.upsert([changed])
+            self._collection.upsert([changed])
 
     def _exists(self, entity_id: str) -> bool:
-        return bool(self.collection.query(key_filter(entity_id), ["row"]))
+        return bool(self._collection.query(key_filter(entity_id), ["row"]))
 
     def _count_change(self, added: int) -> None:
         self._changes, self._added = self._changes + 1, self._added + added
-        self.collection.count(self._writer, changes=self._changes, added=self._added)
+        self._collection.count(self._writer, changes=self._changes, added=self._added)
         self.refresh()
-
-
-class MilvusView(EntityView):
-    """A collection. `revision` and `entity_count` are those when the view was made. Entities are always current."""
-
-    first_put_row = FIRST_PUT_ROW
-
-    def __init__(self, entities: MilvusEntities) -> None:
-        self._entities = entities
-        self._collection = entities.collection
-        self.store = entities.store
-        self.revision, added = entities.counted
-        self.entity_count = entities.base_count + added
-        self.version = f"+{self.revision}" if self.revision else ""
 
     def select(self, types: tuple[str, ...]) -> Selection:
         """Return a selection. Milvus filters by types and ancestors; it has rows only for remembered vectors."""
-        if self._entities.remembered is not None:
+        if self._remembered is not None:
             return self.store.select(types)
         return Selection(types, np.empty(0, np.bool_))
 
@@ -282,9 +270,9 @@ class MilvusView(EntityView):
         rows_BK = np.full((len(queries_BD), top_k), -1, np.int64)
         scores_BK = np.zeros((len(queries_BD), top_k), np.float32)
         pending = list(range(len(queries_BD)))
-        fetch = min(MAX_RESULTS, math.ceil(self._entities.images_each * top_k) + _SPARE)
+        fetch = min(MAX_RESULTS, math.ceil(self._images_each * top_k) + _SPARE)
         while pending:
-            hits = self._collection.search(queries_BD[pending], fetch, condition, self._entities.consistency)
+            hits = self._collection.search(queries_BD[pending], fetch, condition, self._consistency)
             incomplete = []
             for query, found in zip(pending, hits, strict=True):
                 best = self._rank(found)
@@ -297,9 +285,9 @@ class MilvusView(EntityView):
                 rows_BK[query, : len(best)] = [row for row, _ in best]
                 scores_BK[query, : len(best)] = [score for _, score in best]
             pending, fetch = incomplete, min(MAX_RESULTS, 2 * fetch)
-        if self._entities.remembered is None:
+        if self._remembered is None:
             return rows_BK, scores_BK
-        return self._with_remembered(self._entities.remembered, queries_BD, rows_BK, scores_BK, selection)
+        return self._with_remembered(self._remembered, queries_BD, rows_BK, scores_BK, selection)
 
     def _with_remembered(
         self,
@@ -313,7 +301,7 @@ class MilvusView(EntityView):
         allowed_M = remembered.allowed_by(selection)
         while True:
             found = remembered.merge(queries_BD, rows_BK, scores_BK, allowed_M)
-            gone = self._entities.gone(np.setdiff1d(found[0], rows_BK).tolist())
+            gone = self._find_gone(np.setdiff1d(found[0], rows_BK).tolist())
             if not gone:
                 return found
             current_M = ~np.isin(remembered.rows_M, list(gone))
@@ -321,24 +309,22 @@ class MilvusView(EntityView):
 
     def by_rows(self, rows: Sequence[int]) -> list[StoredEntity]:
         base = {entity.row: entity for entity in self.store.by_rows([row for row in rows if row < FIRST_PUT_ROW])}
-        return [base[row] if row < FIRST_PUT_ROW else self._entities.by_row(int(row)) for row in rows]
+        return [base[row] if row < FIRST_PUT_ROW else self._by_row(int(row)) for row in rows]
 
     def cached(self, rows: Sequence[int]) -> list[StoredEntity] | None:
         return None  # entities must always be read
 
     def images_of(self, row: int) -> Float32Array:
         rows = self._collection.query(f"row in {[int(row), ~int(row)]}", ["row", "embedding"])
-        base = self._entities.images
+        base = self._images
         if base is not None:  # the mean is no image
             rows = [each for each in rows if each["row"] < 0] or ([] if row < FIRST_PUT_ROW else rows)
         images = [] if base is None or row >= FIRST_PUT_ROW else [*base.images_of(row)]
         return np.stack([*images, *(normalised(np.array([each["embedding"]], np.float32))[0] for each in rows)])
 
     def image_ids(self, entity_id: str) -> tuple[str, ...]:
-        return all_image_ids(self.get(entity_id).image_count, self._entities.references_of(entity_id).image_ids)
-
-    def get(self, entity_id: str) -> StoredEntity:
-        return self._entities.get(entity_id)
+        found = self._references_of(entity_id)
+        return all_image_ids(self._entity(found).image_count, found.image_ids)
 
     def _put_thumbnail(self, row: int) -> bytes | None:
         found = self._collection.query(f"pk == {row}", ["thumbnail"])
@@ -374,15 +360,14 @@ class MilvusView(EntityView):
             best[row] = max(best.get(row, -2.0), min(1.0, float(hit["score"])))
         for row in best:
             if row in records:
-                self._entities.cache(row, records[row])
+                self._cache(row, records[row])
             elif row >= FIRST_PUT_ROW:  # found by an image: its record may be another one by now
-                self._entities.forget(row)
+                self._forget(row)
         return sorted(best.items(), key=lambda item: (-item[1], item[0]))
 
     def _scan(self, query_D: Float32Array, condition: str, found: list[tuple[int, float]]) -> list[tuple[int, float]]:
         """Rank all rows that meet the condition exactly, or return `found` if they exceed Milvus's limit."""
-        consistency = self._entities.consistency
-        rows = self._collection.query(condition or "pk >= 0", ["row", "record", "embedding"], consistency)
+        rows = self._collection.query(condition or "pk >= 0", ["row", "record", "embedding"], self._consistency)
         if not rows or len(rows) == MAX_RESULTS:
             return found
         scores = normalised(np.array([each["embedding"] for each in rows], np.float32)) @ query_D

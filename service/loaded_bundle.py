@@ -57,8 +57,12 @@ def _watch(manifest: Path, closing: threading.Event, gone: threading.Event) -> N
 
 
 class _Revision(NamedTuple):
-    """A `BundleView` without its bundle. The bundle keeps this one: with a view it would be a reference cycle."""
+    """A `BundleView` without its bundle. The bundle keeps this one: with a view it would be a reference cycle.
 
+    `number` is the `revision` that `entities` had.
+    """
+
+    number: int | None
     entities: EntityView
     ranker: Ranker
     label: str
@@ -129,9 +133,9 @@ class LoadedBundle:
     def view(self) -> BundleView:
         """Return the current view. Later changes to entities do not affect it."""
         revision = self._revision
-        if self.editor is not None and self.editor.live.revision != revision.entities.revision:
+        if self.editor is not None and self.editor.live.revision != revision.number:
             revision = self._revision = self._current_revision()
-        return BundleView(loaded=self, **revision._asdict())
+        return BundleView(loaded=self, entities=revision.entities, ranker=revision.ranker, label=revision.label)
 
     def check_encoder(self, content_hash: str | None) -> None:
         """Raise `Conflict` if an embedding is by another encoder. None: not known."""
@@ -216,8 +220,9 @@ class LoadedBundle:
 
     def _current_revision(self) -> _Revision:
         entities = self._entity_view()
+        number = entities.revision
         label = f"{self.bundle.name}@{self.bundle.fingerprint}{entities.version}"
-        return _Revision(entities, Ranker(entities, self._calibration, self.model, label), label)
+        return _Revision(number, entities, Ranker(entities, self._calibration, self.model, label), label)
 
     def _open_index(self, settings: Settings) -> LiveChanges | None:
         """Search the bundle's own index, with the changes in LIVE_DIR. Return None if entities cannot be changed."""
@@ -230,11 +235,11 @@ class LoadedBundle:
 
     def _open_milvus(self, index: str) -> LiveChanges:
         """Search a collection that `wikiclip index --backend milvus` loaded."""
-        from index.milvus_view import MilvusEntities, MilvusView  # needs the extra milvus
+        from index.milvus_view import MilvusEntities  # needs the extra milvus
 
         entities = MilvusEntities(index.removeprefix(MILVUS), self.bundle, self._store)
         self.search_device = ("milvus", "as configured")
-        self._entity_view = lambda: MilvusView(entities)
+        self._entity_view = lambda: entities
         return entities
 
     def _open_editor(self, live: LiveChanges, settings: Settings, decoder: Decoder) -> Editor:

@@ -23,7 +23,7 @@ from index.delta import new_image_id
 from index.embeddings import EmbeddingShards, write_shard
 from index.manifest import MANIFEST_FILE, Counts, Manifest
 from index.milvus import Collection, connect
-from index.milvus_view import MilvusEntities, MilvusView
+from index.milvus_view import MilvusEntities
 from index.store import Selection, StoredEntity, write_store
 from tests.commands import run_wikiclip
 from tests.conftest import add_remembered, add_type_parents, pool_by_mean, write_small_bundle
@@ -117,8 +117,7 @@ def test_results_equal_those_of_faiss(
         faiss_rows, faiss_scores = bundle.index().search(
             queries_BD, top_k, selection=store.select(types) if types else None
         )
-    view = MilvusView(entities)
-    rows_BK, scores_BK = view.search(queries_BD, top_k, selection=view.select(types) if types else None)
+    rows_BK, scores_BK = entities.search(queries_BD, top_k, selection=entities.select(types) if types else None)
     np.testing.assert_allclose(scores_BK, faiss_scores, atol=2e-3)  # a missed near tie costs no more
     np.testing.assert_array_equal(np.sum(rows_BK >= 0, axis=1), np.sum(faiss_rows >= 0, axis=1))
     found = [len(np.intersect1d(*pair)) / len(np.unique(pair[1])) for pair in zip(rows_BK, faiss_rows, strict=True)]
@@ -142,14 +141,12 @@ def test_types_are_found_by_their_ancestors(
         entities = MilvusEntities(uri, typed, store)
         for types in (("number",), ("find",), ("thing",), ("odd", "thing"), ("nothing",)):
             expected = typed.index().search(queries_BD, 10, selection=store.select(types))
-            view = MilvusView(entities)
-            found = view.search(queries_BD, 10, selection=view.select(types))
+            found = entities.search(queries_BD, 10, selection=entities.select(types))
             np.testing.assert_array_equal(np.sum(found[0] >= 0, axis=1), np.sum(expected[0] >= 0, axis=1))
             np.testing.assert_allclose(found[1], expected[1], atol=2e-3)
         entities.put(entity("new", types=("find",)), new_D, None)
-        view = MilvusView(entities)
         for kind, found_new in (("thing", True), ("rare", True), ("number", False)):
-            _, scores_BK = view.search(new_D[None], 1, selection=view.select((kind,)))
+            _, scores_BK = entities.search(new_D[None], 1, selection=entities.select((kind,)))
             assert (scores_BK[0, 0] > 0.99) == found_new
         entities.close()
         assert not caplog.records
@@ -164,13 +161,14 @@ def test_types_are_found_by_their_ancestors(
 
 def test_scores_are_cosines_of_the_best_image(entities: MilvusEntities, bundle: Bundle) -> None:
     queries_BD = vectors(5, seed=51)
-    view = MilvusView(entities)
-    rows_BK, scores_BK = view.search(queries_BD, 10)
+    rows_BK, scores_BK = entities.search(queries_BD, 10)
     for query_D, rows, scores in zip(queries_BD, rows_BK.tolist(), scores_BK, strict=True):
-        np.testing.assert_allclose([float(np.max(view.images_of(row) @ query_D)) for row in rows], scores, atol=1e-5)
-    assert len(view.images_of(3)) == 4
+        np.testing.assert_allclose(
+            [float(np.max(entities.images_of(row) @ query_D)) for row in rows], scores, atol=1e-5
+        )
+    assert len(entities.images_of(3)) == 4
     np.testing.assert_allclose(
-        np.sort(view.images_of(3), axis=0), np.sort(bundle.index().images_of(3), axis=0), atol=1e-6
+        np.sort(entities.images_of(3), axis=0), np.sort(bundle.index().images_of(3), axis=0), atol=1e-6
     )
 
 
@@ -187,25 +185,23 @@ def test_a_pooled_bundle_has_the_results_of_faiss(uri: str, bundle: Bundle, tmp_
     queries_BD = vectors(20, seed=52)
     with pooled.store() as store:
         entities = MilvusEntities(uri, pooled, store)
-        view = MilvusView(entities)
-        for found, expected in zip(view.search(queries_BD, 10), pooled.index().search(queries_BD, 10), strict=True):
+        for found, expected in zip(entities.search(queries_BD, 10), pooled.index().search(queries_BD, 10), strict=True):
             np.testing.assert_allclose(found, expected, atol=1e-5)
-        np.testing.assert_array_equal(view.images_of(3), bundle.index().images_of(3))
+        np.testing.assert_array_equal(entities.images_of(3), bundle.index().images_of(3))
         entities.put(entity("Q3"), vectors(1, seed=53)[0], None)
-        assert len(MilvusView(entities).images_of(view.get("Q3").row)) == 1
+        assert len(entities.images_of(entities.get("Q3").row)) == 1
         entities.close()
 
 
 def test_records_titles_and_unknown_entities(entities: MilvusEntities) -> None:
-    view = MilvusView(entities)
-    assert [each.row for each in view.by_rows([5, 3])] == [5, 3]
-    assert view.get("Q17").title == "A thing 17"
-    assert [each.entity_id for each in view.search_titles("thing 17")][:1] == ["Q17"]
-    assert view.search_titles("  ") == []
-    assert view.search_titles('"; drop') == []
-    assert [each.row for each in view.sample(2)] == [0, ENTITIES - 1]
-    assert (view.entity_count, view.version) == (ENTITIES, "")
-    for ask in (view.get, view.thumbnail):
+    assert [each.row for each in entities.by_rows([5, 3])] == [5, 3]
+    assert entities.get("Q17").title == "A thing 17"
+    assert [each.entity_id for each in entities.search_titles("thing 17")][:1] == ["Q17"]
+    assert entities.search_titles("  ") == []
+    assert entities.search_titles('"; drop') == []
+    assert [each.row for each in entities.sample(2)] == [0, ENTITIES - 1]
+    assert (entities.entity_count, entities.version) == (ENTITIES, "")
+    for ask in (entities.get, entities.thumbnail):
         with pytest.raises(UnknownEntity):
             ask('" or pk >= 0 or "')
 
@@ -233,40 +229,37 @@ class TestChanges:
         assert one.put(entity("new", "Żółw", types=("animal",)), -new_D, None)
         other.refresh()
         assert other.revision == before + 2
-        view = MilvusView(other)
-        assert (view.version, view.entity_count) == ("+2", 13)
-        rows_BK, scores_BK = view.search(new_D[None], 3, selection=view.select(('a"b', "nothing")))
+        assert (other.version, other.entity_count) == ("+2", 13)
+        rows_BK, scores_BK = other.search(new_D[None], 3, selection=other.select(('a"b', "nothing")))
         assert (rows_BK >= 0).tolist() == [[True, False, False]]
         assert scores_BK[0, 0] == pytest.approx(1, abs=1e-5)
-        (found,) = view.by_rows(rows_BK[0, :1].tolist())
-        assert found == replace(okapi, row=found.row, has_thumbnail=True) == view.get("Q15083")
-        assert not view.get("new").has_thumbnail
-        assert (view.thumbnail("Q15083"), view.thumbnail("new")) == (b"webp", None)
-        assert view.attended_words(found.row) == ()
-        assert [each.title for each in view.search_titles("waldgir")] == ["Okapi"]
-        assert [each.title for each in view.search_titles("zołw")] == ["Żółw"]
-        assert [each.title for each in view.search_titles("zolw")] == []  # ł is not an accented l
-        assert [each.title for each in view.search_titles("żó")] == ["Żółw"]
-        assert view.search_titles("giraffe") == []  # its title in the bundle
+        (found,) = other.by_rows(rows_BK[0, :1].tolist())
+        assert found == replace(okapi, row=found.row, has_thumbnail=True) == other.get("Q15083")
+        assert not other.get("new").has_thumbnail
+        assert (other.thumbnail("Q15083"), other.thumbnail("new")) == (b"webp", None)
+        assert other.attended_words(found.row) == ()
+        assert [each.title for each in other.search_titles("waldgir")] == ["Okapi"]
+        assert [each.title for each in other.search_titles("zołw")] == ["Żółw"]
+        assert [each.title for each in other.search_titles("zolw")] == []  # ł is not an accented l
+        assert [each.title for each in other.search_titles("żó")] == ["Żółw"]
+        assert other.search_titles("giraffe") == []  # its title in the bundle
 
     def test_deleted_entities_are_not_found_and_others_fill_their_places(
         self, hosts: tuple[MilvusEntities, MilvusEntities]
     ) -> None:
         one, other = hosts
         query_D = vectors(1, seed=61)
-        view = MilvusView(other)
-        before = [each.entity_id for each in view.by_rows(view.search(query_D, 12)[0][0].tolist())]
+        before = [each.entity_id for each in other.by_rows(other.search(query_D, 12)[0][0].tolist())]
         for number, entity_id in enumerate(before[:6]):
             (one, other)[number % 2].delete(entity_id)
         assert one.refresh() == other.refresh()
-        view = MilvusView(one)
-        rows_BK, _ = view.search(query_D, 12)
-        assert [each.entity_id for each in view.by_rows(rows_BK[0, :6].tolist())] == before[6:]
+        rows_BK, _ = one.search(query_D, 12)
+        assert [each.entity_id for each in one.by_rows(rows_BK[0, :6].tolist())] == before[6:]
         assert rows_BK[0, 6:].tolist() == [-1] * 6
-        assert (view.version, view.entity_count) == ("+6", 6)
+        assert (one.version, one.entity_count) == ("+6", 6)
         for missing in (before[0], "never there"):
             with pytest.raises(UnknownEntity):
-                view.get(missing)
+                one.get(missing)
             with pytest.raises(UnknownEntity):
                 one.delete(missing)
         assert one.put(entity(before[0]), query_D[0], None)
@@ -317,8 +310,8 @@ class TestChanges:
                     check(hosts, model, vectors(1, seed=200 + step), kind)
             for name, images in model.items():
                 ids = {image_id for image_id in images if not image_id.startswith("base-")}
-                assert set(hosts[0].references_of(name).image_ids) == ids
-                found_ID = MilvusView(hosts[1]).images_of(MilvusView(hosts[1]).get(name).row)
+                assert {each for each in hosts[0].image_ids(name) if not each.startswith("base-")} == ids
+                found_ID = hosts[1].images_of(hosts[1].get(name).row)
                 cosines = found_ID @ np.stack(list(images.values())).T  # each is one of the others, in any order
                 np.testing.assert_allclose([cosines.max(axis=0).min(), cosines.max(axis=1).min()], 1, atol=1e-3)
             for host in hosts:
@@ -334,16 +327,15 @@ class TestChanges:
         with opened.store() as store:
             host, queries_BD = MilvusEntities(uri, opened, store), vectors(20, seed=501)
             host.put(entity("put", image_count=0), queries_BD[1], None)
-            before = MilvusView(host).search(queries_BD, 13)
+            before = host.search(queries_BD, 13)
             added = [(name, new_image_id()) for name in ("Q140", "Q7378", "put") for _ in range(2)]
             for number, (name, image_id) in enumerate(added):
                 host.add_image(name, image_id, queries_BD[number])
-            view = MilvusView(host)
-            assert view.get("Q7378").image_count == 5
-            assert view.image_ids("Q7378")[:3] == ("base-0", "base-1", "base-2")
-            assert set(view.image_ids("Q7378")[3:]) == {each for name, each in added if name == "Q7378"}
-            assert not np.array_equal(view.search(queries_BD, 13)[1], before[1])
-            assert [each.title for each in view.search_titles("elephant")] == ["Elephant"]
+            assert host.get("Q7378").image_count == 5
+            assert host.image_ids("Q7378")[:3] == ("base-0", "base-1", "base-2")
+            assert set(host.image_ids("Q7378")[3:]) == {each for name, each in added if name == "Q7378"}
+            assert not np.array_equal(host.search(queries_BD, 13)[1], before[1])
+            assert [each.title for each in host.search_titles("elephant")] == ["Elephant"]
             for image_id, error in (("base-1", Conflict), ("base-3", NotFound), (new_image_id(), NotFound)):
                 with pytest.raises(error):
                     host.remove_image("Q7378", image_id)
@@ -351,10 +343,10 @@ class TestChanges:
                 host.add_image("nothing", new_image_id(), queries_BD[0])
             for name, image_id in added:
                 host.remove_image(name, image_id)
-            after = MilvusView(host).search(queries_BD, 13)
+            after = host.search(queries_BD, 13)
             np.testing.assert_array_equal(after[0], before[0])
             np.testing.assert_allclose(after[1], before[1], rtol=0, atol=3e-7)  # Milvus adds up in another order
-            assert MilvusView(host).entity_count == 13
+            assert host.entity_count == 13
             host.close()
         server_manager_instance.release_server(uri)
 
@@ -370,9 +362,9 @@ class TestChanges:
         with opened.store() as store:
             one, other = MilvusEntities(uri, opened, store), MilvusEntities(uri, opened, store)
             for kinds in ((), ("odd",), ("rare", "nothing")):
-                view, selection = MilvusView(one), store.select(kinds) if kinds else None
+                selection = store.select(kinds) if kinds else None
                 expected = opened.index().search(queries_BD, 20, selection=selection)
-                found = view.search(queries_BD, 20, selection=view.select(kinds) if kinds else None)
+                found = one.search(queries_BD, 20, selection=one.select(kinds) if kinds else None)
                 np.testing.assert_allclose(found[1], expected[1], atol=1e-5)
                 np.testing.assert_array_equal(found[0], expected[0])
             other.delete("Q3")
@@ -381,7 +373,7 @@ class TestChanges:
             gone = np.isin(np.arange(ENTITIES), (3, 6))
             expected_rows, expected_scores = opened.index().search(queries_BD, 5, selection=Selection((), ~gone))
             for _ in range(2):
-                rows_BK, scores_BK = MilvusView(one).search(queries_BD, 5)
+                rows_BK, scores_BK = one.search(queries_BD, 5)
                 assert not np.isin(rows_BK, (3, 6)).any()
                 np.testing.assert_allclose(scores_BK, expected_scores, atol=1e-5)
                 np.testing.assert_array_equal(rows_BK, expected_rows)
@@ -405,9 +397,8 @@ class TestChanges:
             one.put(entity("changing", title, image_count=0), -image_D, None)
             one.add_image("changing", new_image_id(), image_D)
             other.refresh()
-            view = MilvusView(other)
-            (row,) = view.search(image_D[None], 1)[0][0].tolist()
-            assert [each.title for each in view.by_rows([row])] == [title]
+            (row,) = other.search(image_D[None], 1)[0][0].tolist()
+            assert [each.title for each in other.by_rows([row])] == [title]
 
     def test_records_dropped_from_the_cache_are_read_again(
         self, hosts: tuple[MilvusEntities, MilvusEntities], monkeypatch: pytest.MonkeyPatch
@@ -416,9 +407,8 @@ class TestChanges:
         first_D, second_D = vectors(2, seed=63)
         hosts[0].put(entity("first", "First"), first_D, None)
         hosts[0].put(entity("second", "Second"), second_D, None)
-        view = MilvusView(hosts[1])
-        rows = [int(view.search(each[None], 1)[0][0, 0]) for each in (first_D, second_D)]
-        assert [each.title for each in view.by_rows(rows)] == ["First", "Second"]
+        rows = [int(hosts[1].search(each[None], 1)[0][0, 0]) for each in (first_D, second_D)]
+        assert [each.title for each in hosts[1].by_rows(rows)] == ["First", "Second"]
 
 
 def enumerate_base(images_ID: Vector) -> Iterator[tuple[str, Vector]]:
@@ -436,12 +426,11 @@ def check(hosts: Sequence[MilvusEntities], model: dict[str, dict[str, Vector]], 
     expected = sorted(((score, key) for key, score in scores.items()), reverse=True)[:5]
     for host in hosts:
         host.refresh()
-        view = MilvusView(host)
-        rows_BK, scores_BK = view.search(query_D, 5)
-        found = view.by_rows(rows_BK[0][rows_BK[0] >= 0].tolist())
+        rows_BK, scores_BK = host.search(query_D, 5)
+        found = host.by_rows(rows_BK[0][rows_BK[0] >= 0].tolist())
         assert [each.entity_id for each in found] == [key for _, key in expected]
         np.testing.assert_allclose(scores_BK[0, : len(found)], [score for score, _ in expected], atol=5e-4)
-        assert view.entity_count == len(model)
+        assert host.entity_count == len(model)
 
 
 class TestLoading:
@@ -465,7 +454,7 @@ class TestLoading:
                 MilvusEntities(uri, opened, store)
             Collection(client, opened).load("IVF4,Flat")
             entities = MilvusEntities(uri, opened, store)
-            rows_BK, _ = MilvusView(entities).search(vectors(1, seed=70), 12)
+            rows_BK, _ = entities.search(vectors(1, seed=70), 12)
             assert sorted(rows_BK[0].tolist()) == list(range(12))
             entities.close()
         client.close()
@@ -496,7 +485,7 @@ def test_a_milvus_that_stops_answering_is_unavailable(bundle: Bundle, tmp_path: 
         entities = MilvusEntities(path, bundle, store)
         client.drop_collection(Collection(client, bundle).name)
         with pytest.raises(Unavailable, match="Milvus does not answer"):
-            MilvusView(entities).search(vectors(1, seed=80), 1)
+            entities.search(vectors(1, seed=80), 1)
         entities.close()
     client.close()
     server_manager_instance.release_server(path)
