@@ -64,7 +64,7 @@ def _set_aside(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -
 @click.option("--min-links", type=_COUNT, default=0, help="Minimum incoming links of an article.")
 @click.option("--max-text", type=_COUNT, default=4000, help="Characters per article.")
 @click.option(
-    "--image-width", "image_width_px", type=click.Choice(["0", "250", "330", "500", "960", "1280"]), default="500",
+    "--image-width", "image_width_px", type=click.Choice([0, 250, 330, 500, 960, 1280]), default=500,
     help="Width of images in pixels, one of Wikimedia's standard sizes. 0: as uploaded.",
 )  # fmt: skip
 @click.option("--free-images", is_flag=True, help="Only page images with a free licence.")
@@ -118,7 +118,6 @@ def _catalog_of_folder(
 def _catalog_of_dumps(as_json: bool, options: dict[str, Any]) -> None:
     from catalog.build import CatalogConfig, build_catalog
 
-    options["image_width_px"] = int(options["image_width_px"])
     if options["without_types"] is None:
         del options["without_types"]
     report = build_catalog(CatalogConfig(**options, progress=True))

@@ -146,7 +146,7 @@ async def _ask_all(config: CreditsConfig, agent: str, db: sqlite3.Connection) ->
         with tqdm(desc="credits", unit="image", total=left, disable=not config.progress) as bar:
             for (site,) in sites:
                 while batch := _next_batch(db, site):
-                    credits = await _ask(downloader, config.limits, site, [name for _, name in batch])
+                    credits = await _ask(downloader, site, [name for _, name in batch])
                     rows = ((json.dumps(credits[name]) if name in credits else None, url) for url, name in batch)
                     db.execute("BEGIN")
                     db.executemany("UPDATE files SET asked = 1, credit = ? WHERE url = ?", rows)
@@ -171,7 +171,7 @@ def _next_batch(db: sqlite3.Connection, site: str) -> list[tuple[str, str]]:
     return batch
 
 
-async def _ask(downloader: Downloader, limits: FetchLimits, site: str, names: Sequence[str]) -> dict[str, ImageCredit]:
+async def _ask(downloader: Downloader, site: str, names: Sequence[str]) -> dict[str, ImageCredit]:
     """Return the credits of those of a site's files that have any, by name. Raises `UserError`."""
     titles = dict.fromkeys(f"File:{name}" for name in names)
     asked = {**_QUERY, "titles": "|".join(titles)}
@@ -180,7 +180,8 @@ async def _ask(downloader: Downloader, limits: FetchLimits, site: str, names: Se
     more: dict[str, str] | None = {}
     try:
         while more is not None:
-            answer = await _query(downloader, limits, f"{site}/w/api.php?{urlencode({**asked, **more})}")
+            url = f"{site}/w/api.php?{urlencode({**asked, **more})}"
+            answer = json.loads(await downloader.get(url, _refusal))
             for step in (*answer["query"].get("normalized", ()), *answer["query"].get("redirects", ())):
                 start = unquote(step["from"]) if step.get("fromencoded") else step["from"]
                 moved[start] = step["to"]
@@ -202,15 +203,10 @@ async def _ask(downloader: Downloader, limits: FetchLimits, site: str, names: Se
     return credits
 
 
-async def _query(downloader: Downloader, limits: FetchLimits, url: str) -> Any:
-    """Return an answer of the API. Retry refusals, which have status 200. Raises `NotFetched`."""
-    for attempt in range(limits.retries + 1):
-        if attempt:
-            await asyncio.sleep(limits.backoff_s * 2 ** (attempt - 1))
-        answer = json.loads(await downloader.get(url))
-        if "error" not in answer:
-            return answer
-    raise NotFetched(f"the API answered {answer['error']['code']}, {limits.retries + 1} times")
+def _refusal(data: bytes) -> str | None:
+    """Return why the API does not answer, if it does not. Its refusals have status 200."""
+    answer = json.loads(data)
+    return f"the API answered {answer['error']['code']}" if "error" in answer else None
 
 
 def parse_credit(image_info: Mapping[str, Any]) -> ImageCredit:

@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -99,13 +99,19 @@ class Downloader:
     async def aclose(self) -> None:
         await self._pool.aclose()
 
-    async def get(self, url: str) -> bytes:
-        """Return the bytes of a file. Raises `NotFetched`."""
+    async def get(self, url: str, refusal: Callable[[bytes], str | None] = lambda data: None) -> bytes:
+        """Return the bytes of a file. Raises `NotFetched`.
+
+        `refusal` says why an answer with status 200 is not the file, and the request is made again.
+        """
         target = _target(url)
         for attempt in range(self._limits.retries + 1):
             try:
                 async with asyncio.timeout(self._limits.timeout_s) as timeout:
-                    return await self._follow(target, timeout)
+                    data = await self._follow(target, timeout)
+                if (reason := refusal(data)) is None:
+                    return data
+                raise _Transient(reason)
             except (_Transient, TimeoutError) as error:
                 if attempt == self._limits.retries:
                     reason = str(error) or f"took over {self._limits.timeout_s:g} s"
