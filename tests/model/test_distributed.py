@@ -13,73 +13,86 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from model.cli import train as train_command
+from benchmarks.generator import free_port
+from model.cli import train
 from model.distributed import Group
 
+# Torch's launcher starts this once for both runs: starting its processes takes most of the time. Each run has its own
+# store, because the launcher's holds the addresses of the first.
+TRAIN = """
+import json, os, sys
+from wikiclip.cli import main
+for port, flags in json.loads(sys.argv[1]):
+    os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    sys.argv = ["wikiclip", "train", *flags]
+    main()
+"""
+# Pairs, rows of each process in a batch, more flags.
+RUNS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    # With seven pairs, the last batch leaves one process without a row.
+    "uneven": (7, 3, ()),
+    # With eight pairs, each process has one of the clusters, to which donors are confined.
+    "hard negatives": (8, 4, ("--hard-negatives", "both", "--cluster-size", "4", "--n-sync", "2")),
+}
 
-def train(
-    dataset: Any, tiny_spec: str, text_spec: str, out: Path, *, processes: int, batch_size: int, more: tuple[str, ...]
-) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+
+@pytest.fixture(scope="module")
+def folder(dataset: Any, tiny_spec: str, text_spec: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of each run, by one process and by two."""
+    folder = tmp_path_factory.mktemp("distributed")
+
+    def flags(name: str, processes: int) -> list[str]:
+        count, rows, more = RUNS[name]
+        pairs = folder / f"{name}.jsonl"
+        pairs.write_text("".join(dataset.pairs.read_text().splitlines(keepends=True)[:count]))
+        values: dict[str, Any] = {
+            "catalog": dataset.catalog,
+            "pairs": pairs,
+            "image-root": dataset.folder,
+            "image-encoder": tiny_spec,
+            "text-encoder": text_spec,
+            "out": folder / f"{name} {processes}",
+            "cache-dir": folder / "cache",
+            "epochs": 3,
+            "batch-size": 2 * rows // processes,
+            "lr": 0.003,
+            "width": 16,
+            "heads": 2,
+            "dropout": 0,
+            "max-tokens": 16,
+            "device": "cpu",
+        }
+        given = [part for option, value in values.items() for part in (f"--{option}", str(value))]
+        return [*given, "--no-half", "--json", *more]
+
+    for name in RUNS:
+        assert CliRunner().invoke(train, flags(name, 1)).exit_code == 0
+    (folder / "train.py").write_text(TRAIN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    runs = json.dumps([[free_port(), flags(name, 2)] for name in RUNS])
+    command = [*launcher, str(folder / "train.py"), runs]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == len(RUNS)  # one process reports
+    return folder
+
+
+def result_of(out: Path) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Return the rows of the log and the weights."""
-    values: dict[str, Any] = {
-        "catalog": dataset.catalog,
-        "pairs": dataset.pairs,
-        "image-encoder": tiny_spec,
-        "text-encoder": text_spec,
-        "out": out,
-        "cache-dir": out.parent / "cache",
-        "epochs": 3,
-        "batch-size": batch_size,
-        "lr": 0.003,
-        "width": 16,
-        "heads": 2,
-        "dropout": 0,
-        "max-tokens": 16,
-        "device": "cpu",
-    }
-    flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-    flags += ["--no-half", "--json", *more]
-    if processes == 1:
-        assert CliRunner().invoke(train_command, flags).exit_code == 0
-    else:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launcher, "-m", "wikiclip", "train", *flags]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        assert len(done.stdout.splitlines()) == 1  # one process reports
     rows = [json.loads(line) for line in out.with_name(f"{out.name}.train.jsonl").read_text().splitlines()]
     return [row for row in rows if "mean_loss" in row], load_file(out / "adaptor.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("count", "batch_size", "more"),
-    [
-        # With seven pairs, the last batch leaves one process without a row.
-        pytest.param(7, 3, (), id="uneven"),
-        # With eight pairs, each process has one of the clusters, to which donors are confined.
-        pytest.param(8, 4, ("--hard-negatives", "both", "--cluster-size", "4", "--n-sync", "2"), id="hard negatives"),
-    ],
-)
-def test_two_processes_train_like_one_with_twice_the_batch(
-    dataset: Any, tiny_spec: str, text_spec: str, tmp_path: Path, count: int, batch_size: int, more: tuple[str, ...]
-) -> None:
-    pairs = tmp_path / "pairs.jsonl"
-    rows = dataset.pairs.read_text().splitlines(keepends=True)
-    pairs.write_text("".join(rows[:count]))
-    more = (*more, "--pairs", str(pairs), "--image-root", str(dataset.folder))
-    one, one_weights = train(
-        dataset, tiny_spec, text_spec, tmp_path / "one", processes=1, batch_size=2 * batch_size, more=more
-    )
-    two, two_weights = train(
-        dataset, tiny_spec, text_spec, tmp_path / "two", processes=2, batch_size=batch_size, more=more
-    )
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_like_one_with_twice_the_batch(folder: Path, name: str) -> None:
+    (one, one_weights), (two, two_weights) = (result_of(folder / f"{name} {processes}") for processes in (1, 2))
     assert [row["step"] for row in one] == [row["step"] for row in two]
     for ours, theirs in zip(two, one, strict=True):
         assert ours["mean_loss"] == pytest.approx(theirs["mean_loss"], rel=1e-4)
         assert ours["logit_scale"] == pytest.approx(theirs["logit_scale"], rel=1e-5)
-    for name, weights in one_weights.items():
-        if not name.endswith("key.bias"):  # the softmax ignores it: its gradient is rounding error
-            torch.testing.assert_close(two_weights[name], weights, atol=1e-3, rtol=1e-2)
+    for weight, values in one_weights.items():
+        if not weight.endswith("key.bias"):  # the softmax ignores it: its gradient is rounding error
+            torch.testing.assert_close(two_weights[weight], values, atol=1e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 5, 8])
