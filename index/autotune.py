@@ -1,6 +1,6 @@
 """Choose a faiss index and its search parameters by measurement on the bundle's own embeddings.
 
-Shapes: N embeddings, S of them in a sample, Q queries, K = 10 results, D embedding width.
+Shapes: N embeddings, S of them in a sample, Q queries, K = 10 results, F candidates, D embedding width.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from core.arrays import Float32Array, Float64Array, Int64Array
+from core.arrays import Float32Array, Int64Array
 from core.errors import UserError
 from core.runtime import faiss
 from index.embeddings import Embeddings
@@ -218,7 +218,8 @@ def _point(
     k_factors = (1,) if exact else _K_FACTORS
     count = min(k_factors[-1] * K, index.candidates.limit)
     _, positions_QF = index.candidates.search(queries_QD, count, effort, None, 1)
-    rank_QK = np.array([_ranks(*pair) for pair in zip(positions_QF, truth_QK, strict=True)])
+    is_true_QKF = positions_QF[:, None] == truth_QK[:, :, None]
+    rank_QK = np.where(is_true_QKF.any(axis=2), is_true_QKF.argmax(axis=2), np.inf)  # from 0, of each true position
     points: list[Point] = []
     for k_factor in k_factors:
         share_Q = np.mean(rank_QK < k_factor * K, axis=1)
@@ -233,12 +234,6 @@ def _point(
             return points[-1]
     highest = points[-1]
     return next(point for point in points if point.recall >= highest.recall - highest.standard_error)
-
-
-def _ranks(positions_F: Int64Array, truth_K: Int64Array) -> Float64Array:
-    """Return the rank, from 0, of each true position among those found, or infinity."""
-    equal_KF = positions_F == truth_K[:, None]
-    return np.where(equal_KF.any(axis=1), equal_KF.argmax(axis=1), np.inf)
 
 
 def _p50_ms(index: EntityIndex, queries_QD: Float32Array, parameters: Mapping[str, float]) -> float:
