@@ -37,7 +37,7 @@ from export.onnx import INPUT, export_image_encoder, output_names
 from export.precision import add_float16, measure_int8, write_int8
 from export.queries import LabelledQueries, QueryEmbeddings, embed_validation
 from export.remember import remember
-from export.reuse import open_base
+from export.reuse import copy_image_encoder, open_base
 from export.shards import EntityImages, Shard, StageTimes, read_shards
 from export.staging import StagingDir, check_output, is_unfinished, write_shards
 from export.views import calibrate_on
@@ -199,7 +199,9 @@ def _write_encoders(
     encoder, centre_D = model.image_encoder, model.centre
     if staging.parity() is None:
         with times.measure("ONNX files"), _progress(config, "image encoder"):
-            parity = export_image_encoder(encoder, staging.bundle, half=config.half, centre_D=centre_D)
+            parity = copy_image_encoder(config, model, staging.bundle) or export_image_encoder(
+                encoder, staging.bundle, half=config.half, centre_D=centre_D
+            )
         staging.finish_image_encoder(parity)
     staging.discard(FLOAT16_ENCODER_FILE)
     if not config.float16:

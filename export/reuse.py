@@ -1,4 +1,4 @@
-"""Reuse the embeddings of unchanged entities from an earlier bundle (`--base`).
+"""Reuse the image encoder's ONNX file and the embeddings of unchanged entities from an earlier bundle (`--base`).
 
 `embeddings/00000.content.npy` uint8 [n, 16] has a hash of the text and image bytes of each entity of a shard. Every
 export reads and hashes the images, because sizes and times of files do not prove equal content, and hashing is cheap
@@ -9,6 +9,7 @@ Shapes: n entities of a shard, N entities of the bundle, k embeddings of one ent
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from core.files import atomic_write
 from export.config import ExportConfig
 from export.decode import HASH_BYTES
 from export.model import ExportModel, describe_model
+from export.onnx import Parity
 from index.bundle import Bundle
-from index.manifest import EMBEDDINGS_FOLDER
+from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, Manifest
 
 _MODEL_KEYS = ("image_encoder_hash", "text_encoder_hash", "checkpoint_sha256")
 
@@ -79,13 +81,36 @@ def open_base(config: ExportConfig, model: ExportModel) -> Iterator[BaseEntities
         yield None
         return
     with closing(BaseEntities(config.base)) as base:
-        described, settings = describe_model(model), base.manifest.export
+        settings = base.manifest.export
         fits = (
-            all(base.manifest.model.get(key) == described[key] for key in _MODEL_KEYS)
+            _same_model(base.manifest, model)
             and settings.get("thumbnail_px") == config.thumbnail_px
             and (not config.store_text or settings.get("store_text"))
         )
         yield base if fits else None
+
+
+def copy_image_encoder(config: ExportConfig, model: ExportModel, folder: Path) -> Parity | None:
+    """Copy the image encoder from the base to `folder` and return its parity, None if the base has another one.
+
+    Raises `BundleError` if a file of the base is not as its manifest says.
+    """
+    if config.base is None:
+        return None
+    manifest = Bundle.open(config.base).manifest
+    if not _same_model(manifest, model) or manifest.export.get("half") != config.half:
+        return None
+    for name, entry in manifest.files.items():
+        if name.startswith(IMAGE_ENCODER_FILE):  # or its external data
+            with atomic_write(folder / name) as temporary:
+                shutil.copyfile(config.base / name, temporary)
+                entry.check(temporary, "export the base again")
+    return Parity(**manifest.image_encoder.parity)
+
+
+def _same_model(manifest: Manifest, model: ExportModel) -> bool:
+    described = describe_model(model)
+    return all(manifest.model.get(key) == described[key] for key in _MODEL_KEYS)
 
 
 def write_hashes(folder: Path, shard: int, content_hashes: Sequence[bytes]) -> None:

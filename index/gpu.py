@@ -16,10 +16,9 @@ import numpy as np
 
 from core.arrays import BoolArray, Device, Float32Array, Int64Array, Queries
 from core.errors import MissingExtra, UserError, WikiclipError
-from core.runtime import faiss, onnxruntime
+from core.runtime import faiss
 from index.embeddings import Embeddings
 from index.faiss_index import Candidates, CpuCandidates, Parameters, faiss_reason, list_efforts, visible_gpus
-from index.graph import CPU, GraphCandidates
 
 SCRATCH_BYTES = 2 * 1024**3  # per GPU, for intermediate results of a search
 RESERVED_BYTES = 2 * 1024**3  # per GPU, for the encoder, whose memory grows with the batches
@@ -76,7 +75,8 @@ def placement(index: Any, embeddings: Embeddings, device: str) -> Placement:
     if device == "cpu":
         return Placement(candidates=CpuCandidates(index), device="cpu", why="as asked for")
     if device == "graph":
-        return Placement(candidates=GraphCandidates(embeddings, [CPU]), device="cpu", why="the graph, as asked for")
+        candidates = _graph_candidates(embeddings, [Device("cpu")])
+        return Placement(candidates=candidates, device="cpu", why="the graph, as asked for")
     try:
         free_bytes = _free_bytes()
         if (ivf := clonable(index)) is not None:
@@ -115,10 +115,8 @@ def equal_shares(free_bytes: Sequence[int], count: int, bytes_each: int, bytes_f
 
 def _place_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:
     gpus = equal_shares(free_bytes, len(embeddings), 2 * embeddings.dim)  # float16
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise NotOnGpuError("this onnxruntime has no CUDA; its extra is `gpu`")
     try:
-        candidates = GraphCandidates(embeddings, [Device("cuda", gpu) for gpu in gpus])
+        candidates = _graph_candidates(embeddings, [Device("cuda", gpu) for gpu in gpus])
         # Allocate the memory for a batch now, not at the first request.
         candidates.search(np.zeros((_WARM_UP_QUERIES, embeddings.dim), np.float32), 1, {}, None, 1.0)
     except WikiclipError:
@@ -126,6 +124,12 @@ def _place_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
         raise NotOnGpuError(faiss_reason(error)) from error
     return Placement(candidates=candidates, device="cuda", why=f"exact over float16 on {len(gpus)} GPU(s)")
+
+
+def _graph_candidates(embeddings: Embeddings, devices: Sequence[Device]) -> Candidates:
+    from index.graph import GraphCandidates  # loads ONNX Runtime, which the other kinds of search do not need
+
+    return GraphCandidates(embeddings, devices)
 
 
 def _place_ivf(index: Any, free_bytes: Sequence[int]) -> Placement:

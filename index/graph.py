@@ -185,6 +185,8 @@ def open_graph(graph: ModelProto, device: Device) -> onnxruntime.InferenceSessio
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if device.kind == "cuda":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise RuntimeError("this onnxruntime has no CUDA; its extra is `gpu`")
         reason = load_cuda_libraries()
         # TF32 has 10 bits of mantissa. It is the default for float32.
         settings = {"device_id": str(device.number), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}

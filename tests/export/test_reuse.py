@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from core.errors import UserError
+from core.errors import BundleAltered, UserError
 from export.config import ExportConfig
+from export.onnx import Parity, export_image_encoder
 from export.pipeline import export_bundle
 from index.bundle import Bundle
 
@@ -90,6 +92,33 @@ def test_nothing_is_copied_with_another_thumbnail_size(whole: ExportConfig, tmp_
     config.out.parent.mkdir()
     summary = export_bundle(config)
     assert (summary.base_fits, summary.copied_entities) == (False, 0)
+
+
+def test_the_image_encoder_is_copied_unless_its_file_would_differ(
+    whole: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[bool] = []
+
+    def counted(*given: Any, half: bool, **options: Any) -> Parity:
+        exported.append(half)
+        return export_image_encoder(*given, half=half, **options)
+
+    monkeypatch.setattr("export.pipeline.export_image_encoder", counted)
+    same = dataclasses.replace(whole, out=tmp_path / "same", base=whole.out)
+    export_bundle(same)
+    assert exported == []
+    one, other = (Bundle.open(config.out, verify="full").manifest.image_encoder for config in (whole, same))
+    assert one == other
+    export_bundle(dataclasses.replace(same, out=tmp_path / "other", half=not whole.half))
+    assert exported == [not whole.half]
+
+
+def test_an_altered_image_encoder_is_not_copied(whole: ExportConfig, tmp_path: Path) -> None:
+    shutil.copytree(whole.out, tmp_path / "altered")
+    file = tmp_path / "altered" / "image_encoder.onnx"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleAltered, match="is altered"):
+        export_bundle(dataclasses.replace(whole, out=tmp_path / "out", base=tmp_path / "altered"))
 
 
 def test_an_unusable_base_is_refused(whole: ExportConfig, small_bundle: Path, tmp_path: Path) -> None:
