@@ -48,7 +48,13 @@ class GraphCandidates:
     def __init__(
         self, embeddings: Embeddings, devices: Sequence[Device], block_elements: int = _BLOCK_ELEMENTS
     ) -> None:
-        """Load the stored vectors. Raise `BundleAltered` if some are not finite, `MissingExtra` without onnx."""
+        """Load the stored vectors.
+
+        Raise `BundleAltered` if some are not finite, `MissingExtra` without onnx, `RuntimeError` if CUDA is asked for
+        and does not load.
+        """
+        if devices[0].kind == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise RuntimeError("this onnxruntime has no CUDA; its extra is `gpu`")
         self.limit = len(embeddings)
         self._dim = embeddings.dim
         bounds = [self.limit * number // len(devices) for number in range(len(devices) + 1)]
@@ -185,8 +191,6 @@ def open_graph(graph: ModelProto, device: Device) -> onnxruntime.InferenceSessio
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if device.kind == "cuda":
-        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-            raise RuntimeError("this onnxruntime has no CUDA; its extra is `gpu`")
         reason = load_cuda_libraries()
         # TF32 has 10 bits of mantissa. It is the default for float32.
         settings = {"device_id": str(device.number), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
