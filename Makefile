@@ -23,10 +23,11 @@ SERVING := $(VENV)/.serving
 ALL     := $(VENV)/.all
 PINNED  := pyproject.toml requirements.lock
 
-# Tests run in as many processes as there are cores. More threads would wait for each other.
+# Tests run in one process more than there are cores, because some wait. More threads would wait for each other.
 test quick: export OMP_NUM_THREADS := 1
+WORKERS := $(shell expr $$(nproc 2> /dev/null || echo 2) + 1)
 # Files start in the order of collection: tests/conftest.py puts the slowest first.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
 .DELETE_ON_ERROR:
 .PHONY: help demo demo-photos setup system node test check quick lint format bench load images check-images tiny symbols demo-bundle demo-live ablation photographs docs settings-docs figures licences lock clean

@@ -126,24 +126,24 @@ def test_an_entity_is_put_by_its_image(config: ExportConfig, catalog: CatalogFil
         with recognizer.acquire() as held:
             editor = held.loaded.editor
             assert editor is not None
-            editor.put("new", EntityRequest(title="New"), [image]).result()
+            editor.put("new", EntityRequest(title="New"), [image])
             with pytest.raises(NoEntitySide, match="does not embed texts"):
-                editor.put("words", EntityRequest(title="Words", text="Only words."), []).result()
+                editor.put("words", EntityRequest(title="Words", text="Only words."), [])
         with recognizer.acquire() as held:
             exported, put = (held.entities.images_of(held.entities.get(each).row) for each in ("Q4", "new"))
             assert len(held.entities.images_of(held.entities.get("Q3").row)) == 0
             assert held.entities.entity_count == catalog.entities + 1
-            image_id, _ = editor.add_image("Q3", image, "").result()  # it has no image
+            image_id = editor.add_image("Q3", image, "").image_id  # it has no image
         with recognizer.acquire() as held:
             assert len(held.entities.images_of(held.entities.get("Q3").row)) == 1
             assert {each.entity_id for each in recognizer.recognize_many([image])[0].predictions} >= {"Q3", "new"}
         with_images = compact(config.out, tmp_path / "live", tmp_path / "compacted")
         with recognizer.acquire() as held:
-            editor.remove_image("Q3", image_id).result()
+            editor.live.remove_image("Q3", image_id)
         with recognizer.acquire() as held:
             assert len(held.entities.images_of(held.entities.get("Q3").row)) == 0
             assert held.entities.entity_count == catalog.entities + 1
-            editor.delete("Q3").result()
+            editor.live.delete("Q3")
         with recognizer.acquire() as held:
             assert held.entities.entity_count == catalog.entities
     with with_images.store() as store:
