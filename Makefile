@@ -25,7 +25,7 @@ PINNED  := pyproject.toml requirements.lock
 
 # Tests run in one process more than there are cores, because some wait. More threads would wait for each other.
 test quick: export OMP_NUM_THREADS := 1
-WORKERS := $(shell expr $$(nproc 2> /dev/null || echo 2) + 1)
+WORKERS = $(shell expr $$(nproc 2> /dev/null || echo 2) + 1)
 # Files start in the order of collection: tests/conftest.py puts the slowest first.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 5 --dist loadfile --no-loadscope-reorder
 
@@ -57,7 +57,7 @@ system:  ## install what the tests need of the system: redis-server, chromium, n
 
 node: $(NODE_MODULES)
 
-test: system $(ALL)  ## install everything, then run every test on up to four cores (ARGS go to pytest)
+test: system $(ALL)  ## install everything, then run every test, on all cores (ARGS go to pytest)
 	@$(MAKE) --no-print-directory node
 	$(PYTEST) $(ARGS)
 
