@@ -108,7 +108,7 @@ def main(
 
     count, width = bundle.manifest.counts.entities, bundle.manifest.embedding_dim
     phases: list[tuple[str, str, Callable[[], Figures]]] = [
-        ("encoder", str(width), partial(alone, measure_encoder, folder, device)),
+        ("encoder", "batches", partial(alone, measure_encoder, folder, device)),
         *(
             ("services", str(each), partial(measure_services, folder, device, each, connections, seconds))
             for each in services
@@ -124,7 +124,7 @@ def main(
         click.echo(json.dumps({name: {case: figures[name][case]}}), err=True)
     for each in figures["services"].values():
         if "full" in each:
-            encode_per_s = figures["encoder"][str(width)]["batches"][str(BATCHES[-1])]["encode_per_s"]
+            encode_per_s = figures["encoder"]["batches"][str(BATCHES[-1])]["encode_per_s"]
             each["of_encoder_loop"] = round(each["full"]["per_s"] / encode_per_s, 3)
     click.echo(json.dumps({**describe_run(settings), "gpu": _gpu_name(), "figures": figures}))
 
@@ -162,7 +162,7 @@ def measure_encoder(folder: Path, device: str) -> Figures:
             if device == "cuda" or not cuda_graph:
                 call = _bound_session(bundle, device, floats_B3HW[:batch], cuda_graph=cuda_graph)
                 batches[str(batch)][f"{name}_per_s"] = per_s(call, batch)
-    return {"device": encoder.device, "batches": batches}
+    return batches
 
 
 def _bound_session(bundle: Bundle, device: str, floats_B3HW: Float32Array, *, cuda_graph: bool) -> Callable[[], object]:
