@@ -46,6 +46,7 @@ from core.runtime import describe_run, faiss, onnxruntime
 from imaging import Preprocessing, normalise
 from index.bundle import Bundle
 from index.embeddings import Embeddings
+from index.faiss_index import faiss_reason
 from index.graph import GraphCandidates, make_model, open_graph
 from index.search import DEFAULT_K_FACTOR
 from service.encoder import open_encoder
@@ -240,7 +241,7 @@ def measure_faiss(count: int, width: int, device: str) -> Figures:
             index = faiss.GpuIndexFlatIP(resources, width, config)
             index.add(vectors_ND)
         except RuntimeError as error:  # this wheel has no cuVS
-            figures[name] = {"left_out": str(error).splitlines()[-1]}
+            figures[name] = {"left_out": faiss_reason(error)}
             continue
         search = partial(index.search, k=int(10 * DEFAULT_K_FACTOR))  # as many as for a small top_k
         figures[name] = {str(batch): _batches_ms(search, embeddings.queries(), batch) for batch in (1, BATCHES[-1])}

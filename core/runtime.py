@@ -154,6 +154,19 @@ def usable_memory(root: Path = Path("/")) -> int:
     return min(limits)
 
 
+def session_options(threads: int = 0) -> onnxruntime.SessionOptions:
+    """Return the options of a session that answers requests. 0 threads: one per core."""
+    from core.runtime import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # Without this, idle threads spin and take cores from decoding.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
 class Pool:
     """Threads that run work in order, and that reserve memory for it: `budget_bytes` are shared by what is running.
 

@@ -25,7 +25,7 @@ from export.decode import HASH_BYTES
 from export.model import ExportModel, describe_model
 from export.onnx import Parity
 from index.bundle import Bundle
-from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, Manifest
+from index.manifest import EMBEDDINGS_FOLDER, IMAGE_ENCODER_FILE, MANIFEST_FILE, Manifest
 
 _MODEL_KEYS = ("image_encoder_hash", "text_encoder_hash", "checkpoint_sha256")
 
@@ -97,14 +97,14 @@ def copy_image_encoder(config: ExportConfig, model: ExportModel, folder: Path) -
     """
     if config.base is None:
         return None
-    manifest = Bundle.open(config.base).manifest
+    manifest = Manifest.read(config.base / MANIFEST_FILE)  # the export has opened the bundle, and so checked it
     if not _same_model(manifest, model) or manifest.export.get("half") != config.half:
         return None
     for name, entry in manifest.files.items():
         if name.startswith(IMAGE_ENCODER_FILE):  # or its external data
+            entry.check(config.base / name, "export the base again")
             with atomic_write(folder / name) as temporary:
                 shutil.copyfile(config.base / name, temporary)
-                entry.check(temporary, "export the base again")
     return Parity(**manifest.image_encoder.parity)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from core.arrays import BoolArray, Device, Float32Array, Int64Array, Queries
-from core.errors import MissingExtra, UserError, WikiclipError
+from core.errors import MissingExtra, UserError, WikiclipError, first_line
 from core.runtime import faiss
 from index.embeddings import Embeddings
 from index.faiss_index import Candidates, CpuCandidates, Parameters, faiss_reason, list_efforts, visible_gpus
@@ -122,7 +122,7 @@ def _place_flat(embeddings: Embeddings, free_bytes: Sequence[int]) -> Placement:
     except WikiclipError:
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no common base class
-        raise NotOnGpuError(faiss_reason(error)) from error
+        raise NotOnGpuError(first_line(error)) from error
     return Placement(candidates=candidates, device="cuda", why=f"exact over float16 on {len(gpus)} GPU(s)")
 
 

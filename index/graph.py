@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from core.arrays import BoolArray, Device, DeviceArray, Float16Array, Float32Array, Int64Array, Queries
 from core.errors import BadParameter, BundleAltered, needed_by
-from core.runtime import load_cuda_libraries, onnxruntime, usable_cores
+from core.runtime import load_cuda_libraries, onnxruntime, session_options, usable_cores
 from index.embeddings import Embeddings
 from index.top_k import best
 
@@ -36,8 +36,6 @@ _MARGIN = 32  # vectors fetched beyond those asked for
 _ROUNDING = 4 * 2.0**-11
 _MAX_LOADING_THREADS = 8
 _OPSET, _IR_VERSION = 17, 8
-
-CPU = Device("cpu")
 
 
 class GraphCandidates:
@@ -89,11 +87,8 @@ class GraphCandidates:
         self, queries: Queries, count: int, fetch: int, allowed_N: BoolArray | None
     ) -> tuple[Float32Array, Int64Array, BoolArray]:
         """Return the best scores and positions [Q, count], and for which queries these are proven to be the best."""
-        if len(self._shares) == 1:
-            fetched = [self._shares[0].search(queries, fetch, allowed_N)]
-        else:
-            host_QD = np.asarray(queries)
-            fetched = list(self._pool.map(lambda share: share.search(host_QD, fetch, allowed_N), self._shares))
+        run = map if len(self._shares) == 1 else self._pool.map
+        fetched = list(run(lambda share: share.search(queries, fetch, allowed_N), self._shares))
         cosines_QA, positions_QA = (np.concatenate([each[i] for each in fetched], axis=1) for i in range(2))
         if not np.isfinite(cosines_QA).all():
             raise BadParameter("the query embedding holds a number that is not finite; send other images")
@@ -186,16 +181,13 @@ def _load(embeddings: Embeddings, start: int, end: int, block_RD: Float16Array) 
 
 def open_graph(graph: ModelProto, device: Device) -> onnxruntime.InferenceSession:
     """Open a session for a graph of this project on a device. Raise `RuntimeError` if CUDA does not load."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if device.kind == "cuda":
         reason = load_cuda_libraries()
         # TF32 has 10 bits of mantissa. It is the default for float32.
         settings = {"device_id": str(device.number), "use_tf32": "0", "arena_extend_strategy": "kSameAsRequested"}
         providers.insert(0, ("CUDAExecutionProvider", settings))
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=providers)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), session_options(), providers=providers)
     if len(session.get_providers()) < len(providers):  # ONNX Runtime continues on the CPU
         raise RuntimeError(f"CUDA's libraries or driver do not load ({reason})")
     return session

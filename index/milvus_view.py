@@ -109,7 +109,7 @@ class MilvusEntities(EntityView):
         revision, added = self._collection.counted()
         if revision != self.revision:
             self._changed_at = time.monotonic()
-            # In this order: whoever sees the new revision sees the rest.
+            # The revision last: a reader of the new one also reads the rest.
             self.entity_count, self.version = self._base_count + added, f"+{revision}"
             self.revision = revision
 

@@ -1,6 +1,6 @@
 """The bundle's image encoder on ONNX Runtime.
 
-On a GPU, pixels are normalised there, and embeddings stay there for `index.graph`: only bytes are copied to the device.
+On a GPU, the pixels of queries are normalised there, and embeddings stay there for `index.graph`.
 
 Shapes: B batch, H/W pixels, P patches, C patch channels, D embedding width.
 """
@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from core.arrays import Device as OrtDevice
 from core.arrays import DeviceArray, Float32Array, Pixels, Queries
-from core.errors import BundleAltered, UserError, needed_by
-from core.runtime import load_cuda_libraries, onnxruntime
+from core.errors import BundleAltered, UserError, first_line, needed_by
+from core.runtime import load_cuda_libraries, onnxruntime, session_options
 from imaging import Preprocessing, normalise
 from imaging.preprocess import normalised_values
 from index.bundle import Bundle
@@ -88,28 +88,25 @@ class OnnxEncoder:
 
     def encode(self, pixels_BHW3: Pixels) -> Queries:
         """Return the L2-normalised embeddings [B, D]. Thread-safe."""
-        value = self._run(self._embedding_name, pixels_BHW3)
-        if isinstance(value, np.ndarray):
-            return _unit_length(value)
-        return DeviceArray(value, OrtDevice(self.device), lambda: _unit_length(value.numpy()))
-
-    def patch_tokens(self, pixels_BHW3: Pixels) -> Float32Array:
-        """Return the patch tokens [B, P, C]. Thread-safe."""
-        assert self._patches_name is not None
-        value = self._run(self._patches_name, pixels_BHW3)
-        return value if isinstance(value, np.ndarray) else np.asarray(value.numpy(), np.float32)
-
-    def _run(self, output_name: str, pixels_BHW3: Pixels) -> Float32Array | onnxruntime.OrtValue:
         if self._pixels_session is None:
-            pixels_B3HW = normalise(pixels_BHW3, self.preprocessing)
-            (output,) = self._session.run([output_name], {self._input_name: pixels_B3HW})
-            return np.asarray(output, np.float32)
+            return _unit_length(self._run(self._embedding_name, pixels_BHW3))
         binding = self._pixels_session.io_binding()
         binding.bind_cpu_input("pixels", pixels_BHW3)
         pixel_values = self._run_bound(self._pixels_session, binding, "pixel_values")
         binding = self._session.io_binding()
         binding.bind_ortvalue_input(self._input_name, pixel_values)
-        return self._run_bound(self._session, binding, output_name)
+        value = self._run_bound(self._session, binding, self._embedding_name)
+        return DeviceArray(value, OrtDevice(self.device), lambda: _unit_length(value.numpy()))
+
+    def patch_tokens(self, pixels_BHW3: Pixels) -> Float32Array:
+        """Return the patch tokens [B, P, C]. Thread-safe."""
+        assert self._patches_name is not None
+        return self._run(self._patches_name, pixels_BHW3)
+
+    def _run(self, output_name: str, pixels_BHW3: Pixels) -> Float32Array:
+        pixels_B3HW = normalise(pixels_BHW3, self.preprocessing)
+        (output,) = self._session.run([output_name], {self._input_name: pixels_B3HW})
+        return np.asarray(output, np.float32)
 
     def _run_bound(self, session: Any, binding: Any, output_name: str) -> onnxruntime.OrtValue:
         binding.bind_output(output_name, self.device)
@@ -191,12 +188,6 @@ def expected_device(device: Device) -> str:
 
 def open_session(path: Path, device: Device, threads: int) -> onnxruntime.InferenceSession:
     """Open a session of ONNX Runtime. Raises as `OnnxEncoder` does."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # Without this, idle threads spin and take cores from decoding.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     cuda_error = ""
     providers: list[str | tuple[str, dict[str, str]]] = [_CPU]
     if expected_device(device) == "cuda":
@@ -206,11 +197,9 @@ def open_session(path: Path, device: Device, threads: int) -> onnxruntime.Infere
             raise UserError("device cuda: this onnxruntime has no CUDA; install the `gpu` extra, or use --device cpu")
         cuda_error = load_cuda_libraries()
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:
-        # ONNX Runtime's exceptions have no common base class.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BundleAltered(f"{path} cannot be loaded ({reason}); export the bundle again") from error
+        session = onnxruntime.InferenceSession(str(path), session_options(threads), providers=providers)
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
+        raise BundleAltered(f"{path} cannot be loaded ({first_line(error)}); export the bundle again") from error
     # If a CUDA library does not load, ONNX Runtime silently uses the CPU.
     if len(providers) == 2 and _CUDA not in session.get_providers():
         why = f" ({cuda_error})" if cuda_error else ""

@@ -13,12 +13,13 @@ from core.errors import BadParameter, BundleAltered
 from core.runtime import onnxruntime
 from index.build import build_index
 from index.embeddings import Embeddings, EmbeddingShards, pooled, write_shard
-from index.graph import CPU, GraphCandidates
+from index.graph import GraphCandidates
 from index.manifest import INDEX_FILE
 from index.search import EntityIndex
 from index.store import Selection
 
 DIM = 16
+CPU = Device("cpu")
 ONE_BLOCK = 2**30
 
 
