@@ -36,7 +36,7 @@ from service.settings import Settings
 IMAGES = 16
 TOP_K = 5
 MAX_PIXELS = 64_000_000
-SECONDS, WARM_UP_S = 2.0, 0.5
+WARM_UP_S = 0.5
 CONNECTIONS_PER_CORE = 8  # enough that the service always has a next image
 REPORT = Report(
     title="The service against its parts",
@@ -60,7 +60,8 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         images = write_photographs(Path(folder), IMAGES, 1280, 960)
         bundles = encoder_bundles(bundle_path, Path(folder), smoke=smoke)
-        encoders = {name: _compare(bundle, images, 1 if smoke else 8) for name, bundle in bundles.items()}
+        rounds, seconds = (1, 0.5) if smoke else (8, 2.0)
+        encoders = {name: _compare(bundle, images, rounds, seconds) for name, bundle in bundles.items()}
     return {
         "encoders": encoders,
         "image": "JPEG 1280x960",
@@ -68,26 +69,26 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
     }
 
 
-def _compare(bundle: Path, images: list[str], rounds: int) -> dict[str, Any]:
+def _compare(bundle: Path, images: list[str], rounds: int, seconds: float) -> dict[str, Any]:
     generator, cores = split_cores()
 
     def request(url: str, connections: int) -> dict[str, Any]:
         job = Job(
             url=f"{url}/recognize?top_k={TOP_K}", images=images, cores=[*generator], connections=connections,
-            seconds=WARM_UP_S + SECONDS, poll=connections == 1,
+            seconds=WARM_UP_S + seconds, poll=connections == 1,
         )  # fmt: skip
         return closed_loop(job, warm_up_s=WARM_UP_S)
 
     samples: dict[str, list[float]] = {}
     for _ in range(rounds):
-        loop = _run_loops(bundle, images, [cores])
+        loop = _run_loops(bundle, images, [cores], seconds)
         with service_process(bundle, "--cache", "off", "--device", "cpu", cores=cores) as (_, url):
             single = request(url, 1)
             before = scrape_metrics(url)
             full = request(url, CONNECTIONS_PER_CORE * len(cores))
             after = scrape_metrics(url)
         # One loop per core keeps all cores busy.
-        loops = loop if len(cores) == 1 else _run_loops(bundle, images, [{core} for core in sorted(cores)])
+        loops = loop if len(cores) == 1 else _run_loops(bundle, images, [{core} for core in sorted(cores)], seconds)
         cpu_s, answered = (after[name] - before.get(name, 0) for name in ("process_cpu_seconds_total", ANSWERED))
         figures = {
             "loop_p50_ms": loop["p50_ms"],
@@ -111,16 +112,16 @@ def _compare(bundle: Path, images: list[str], rounds: int) -> dict[str, Any]:
     }
 
 
-def _run_loops(bundle: Path, images: list[str], cores: list[set[int]]) -> dict[str, float]:
+def _run_loops(bundle: Path, images: list[str], cores: list[set[int]], seconds: float) -> dict[str, float]:
     """Run a plain loop on each set of cores at the same time, with one thread per core.
 
     Return the images per second of all loops, and the medians of the first in ms.
     """
-    figures = run_on_cores([(partial(_loop, bundle, images, len(each)), each) for each in cores])
+    figures = run_on_cores([(partial(_loop, bundle, images, len(each), seconds), each) for each in cores])
     return {**figures[0], "per_s": round(sum(each["per_s"] for each in figures), 2)}
 
 
-def _loop(bundle_path: Path, images: list[str], threads: int) -> dict[str, float]:
+def _loop(bundle_path: Path, images: list[str], threads: int, seconds: float) -> dict[str, float]:
     """Decode, encode and search in turn, and return the figures."""
     contents = [Path(path).read_bytes() for path in images]
     bundle = Bundle.open(bundle_path)
@@ -130,7 +131,7 @@ def _loop(bundle_path: Path, images: list[str], threads: int) -> dict[str, float
     faiss.omp_set_num_threads(threads)
     top_k = TOP_K if bundle.calibration is None else max(TOP_K, CANDIDATES)  # as the service searches
     counted_from = time.perf_counter() + WARM_UP_S
-    end = counted_from + SECONDS
+    end = counted_from + seconds
     times: list[tuple[float, float, float, float]] = []
     cpu_started = time.process_time()
     while (started := time.perf_counter()) < end:
@@ -144,7 +145,7 @@ def _loop(bundle_path: Path, images: list[str], threads: int) -> dict[str, float
     stages_ms = 1000 * np.diff([each for each in times if counted_from <= each[-1] < end])
     decode_ms, encode_ms, search_ms = np.median(stages_ms, axis=0).round(3).tolist()
     return {
-        "per_s": round(len(stages_ms) / SECONDS, 2),
+        "per_s": round(len(stages_ms) / seconds, 2),
         "p50_ms": round(float(np.median(stages_ms.sum(axis=1))), 3),
         "cpu_ms": round(cpu_ms, 3),
         "decode_ms": decode_ms,

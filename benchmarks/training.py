@@ -31,7 +31,7 @@ def measure(bundle_path: Path, *, smoke: bool) -> dict[str, object]:
 
     Each entity has an image, a text of 60 words and a query image.
     """
-    count = 96 if smoke else 512
+    count = 32 if smoke else 512
     random = np.random.default_rng(0)
     with TemporaryDirectory() as folder:
         root = Path(folder)

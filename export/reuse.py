@@ -91,14 +91,14 @@ def open_base(config: ExportConfig, model: ExportModel) -> Iterator[BaseEntities
 
 
 def copy_image_encoder(config: ExportConfig, model: ExportModel, folder: Path) -> Parity | None:
-    """Copy the image encoder from the base to `folder` and return its parity, None if the base has another one.
+    """Copy the image encoder from the base to `folder` and return its parity, None if its file would differ.
 
     Raises `BundleError` if a file of the base is not as its manifest says.
     """
     if config.base is None:
         return None
     manifest = Manifest.read(config.base / MANIFEST_FILE)  # the export has opened the bundle, and so checked it
-    if not _same_model(manifest, model) or manifest.export.get("half") != config.half:
+    if not _same_image_encoder(manifest, model) or manifest.export.get("half") != config.half:
         return None
     for name, entry in manifest.files.items():
         if name.startswith(IMAGE_ENCODER_FILE):  # or its external data
@@ -111,6 +111,14 @@ def copy_image_encoder(config: ExportConfig, model: ExportModel, folder: Path) -
 def _same_model(manifest: Manifest, model: ExportModel) -> bool:
     described = describe_model(model)
     return all(manifest.model.get(key) == described[key] for key in _MODEL_KEYS)
+
+
+def _same_image_encoder(manifest: Manifest, model: ExportModel) -> bool:
+    """Return whether the image encoders have the same outputs. A checkpoint's centre is part of its image encoder."""
+    adaptors = (described.get("adaptor") or {} for described in (manifest.model, describe_model(model)))
+    without_centre = not any(adaptor.get("centre") for adaptor in adaptors)
+    same_weights = manifest.model.get("image_encoder_hash") == model.image_encoder.content_hash
+    return _same_model(manifest, model) or (without_centre and same_weights)
 
 
 def write_hashes(folder: Path, shard: int, content_hashes: Sequence[bytes]) -> None:

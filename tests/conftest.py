@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from index.manifest import (
 )
 from index.store import EntityStore, StoredEntity, write_store
 from index.types import TypeParents
+from model.encoders.text import load_minilm
 
 SIZE_PX = 32
 PATCH_PX = 8
@@ -101,6 +103,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOW_FILES.index(file) if file in SLOW_FILES else len(SLOW_FILES)
 
     items.sort(key=start)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_minilm() -> Iterator[None]:
+    """Load MiniLM once per process. It is frozen, and many commands open it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("model.encoders.text.load_minilm", cache(load_minilm))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -56,7 +56,7 @@ def test_synthetic_embeddings_are_made_part_by_part(monkeypatch: pytest.MonkeyPa
 def test_a_small_run_on_the_cpu(small_bundle: Path) -> None:
     command = [
         sys.executable, "-m", "benchmarks.gpu", "--folder", str(small_bundle), "--device", "cpu",
-        "--seconds", "1", "--services", "2", "--connections", "4",
+        "--seconds", "0.3", "--services", "2", "--connections", "4",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,8 @@ def test_every_size_is_measured_reported_and_removed(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("benchmarks.index._SIZES", (4000,))
+    monkeypatch.setattr("benchmarks.index._QUERIES", 200)
+    monkeypatch.setattr("benchmarks.index._EFFORTS", (16, 256))
     found = measure_sizes(Bundle.open(small_bundle), 4500, 16, 4000, repeats=5)
     assert list(tmp_path.iterdir()) == []
     small, large = found["sizes"]

@@ -44,7 +44,7 @@ class CatalogFiles:
 def torch_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
     torch.manual_seed(4)
     config = TinyConfig(
-        widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=24, size_px=SIZE_PX
+        widths=(8, 8, 16, 16), blocks=(0, 0), attention_layers=1, heads=2, embedding_dim=24, size_px=SIZE_PX
     )
     grey = (0.5, 0.5, 0.5)
     preprocessing = Preprocessing(
@@ -74,7 +74,7 @@ def torch_checkpoint(tmp_path_factory: pytest.TempPathFactory, torch_encoder: Im
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "ckpt", torch_encoder)
 
 
-def write_checkpoint(path: Path, image_encoder: ImageEncoder) -> Path:
+def write_checkpoint(path: Path, image_encoder: ImageEncoder, *, centre: bool = False) -> Path:
     text_encoder = open_text_encoder("minilm")
     config = AdaptorConfig(
         patch_dim=image_encoder.patch_dim,
@@ -83,10 +83,13 @@ def write_checkpoint(path: Path, image_encoder: ImageEncoder) -> Path:
         width=16,
         layers=1,
         heads=2,
+        centre=centre,
     )
     torch.manual_seed(5)
     adaptor = Adaptor(config)
     torch.nn.init.normal_(adaptor.out.weight, std=0.01)
+    if adaptor.centre_D is not None:
+        torch.nn.init.normal_(adaptor.centre_D, std=0.1)
     save_checkpoint(
         path,
         adaptor=adaptor,

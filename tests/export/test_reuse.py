@@ -16,8 +16,8 @@ from export.config import ExportConfig
 from export.onnx import Parity, export_image_encoder
 from export.pipeline import export_bundle
 from index.bundle import Bundle
-
-CatalogFiles = Any  # the class is in conftest.py, which cannot be imported
+from model.encoders import ImageEncoder
+from tests.export.conftest import CatalogFiles, write_checkpoint
 
 
 def test_only_what_changed_is_computed(make_catalog: Any, checkpoint: Path, tmp_path: Path) -> None:
@@ -111,6 +111,29 @@ def test_the_image_encoder_is_copied_unless_its_file_would_differ(
     assert one == other
     export_bundle(dataclasses.replace(same, out=tmp_path / "other", half=not whole.half))
     assert exported == [not whole.half]
+
+
+def test_an_untrained_base_has_the_image_encoder_of_a_checkpoint_without_centre(
+    whole: ExportConfig, image_encoder: ImageEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    untrained = dataclasses.replace(
+        whole, checkpoint=None, image_encoder=image_encoder.spec, out=tmp_path / "untrained" / "things"
+    )
+    untrained.out.parent.mkdir()
+    export_bundle(untrained)
+    centred = dataclasses.replace(
+        whole, checkpoint=write_checkpoint(tmp_path / "centred", image_encoder, centre=True),
+        base=untrained.out, out=tmp_path / "centred" / "things",
+    )  # fmt: skip
+    export_bundle(centred)
+    without = dataclasses.replace(whole, base=untrained.out, out=tmp_path / "without" / "things")
+    without.out.parent.mkdir()
+    monkeypatch.setattr("export.pipeline.export_image_encoder", None)
+    assert export_bundle(without).copied_entities == 0
+    plain, other, copied = (
+        (config.out / "image_encoder.onnx").read_bytes() for config in (untrained, centred, without)
+    )
+    assert plain == copied != other
 
 
 def test_an_altered_image_encoder_is_not_copied(whole: ExportConfig, tmp_path: Path) -> None:
