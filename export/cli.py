@@ -77,7 +77,9 @@ _COUNT = click.IntRange(min=1)
     default="auto",
     help="Device of the models. auto: a GPU if any.",
 )
-@click.option("--base", type=_PATH, help="Earlier bundle, to copy unchanged entities from.  [default: none]")
+@click.option(
+    "--base", type=_PATH, help="Earlier bundle, to copy the image encoder and unchanged entities from.  [default: none]"
+)
 @click.option("--workers", type=click.IntRange(1, 256), help="Image decoding processes.  [default: one per core]")
 @click.option(
     "--engine",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,6 +104,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return SLOW_FILES.index(file) if file in SLOW_FILES else len(SLOW_FILES)
 
     items.sort(key=start)
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection, which would go through it hundreds of times."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
