@@ -20,7 +20,6 @@ from torch.nn import functional as F
 
 from benchmarks.generative.models import (
     ENCODERS,
-    MAX_PIXELS,
     SIZES,
     build_model,
     clip_preprocessing,
@@ -82,7 +81,7 @@ def _index(entities: int, dim: int, device: Device) -> EntityIndex:
 
 def _retrieve(encoder: OnnxEncoder, index: EntityIndex, image: bytes) -> Answer:
     clock = Clock(torch.device("cpu"))
-    pixels_HW3 = load_pixels(image, encoder.preprocessing, max_pixels=MAX_PIXELS)
+    pixels_HW3 = load_pixels(image, encoder.preprocessing)
     clock.lap("decode image")
     embedding_1D = encoder.encode(pixels_HW3[None])
     clock.lap("encode")
@@ -93,7 +92,7 @@ def _retrieve(encoder: OnnxEncoder, index: EntityIndex, image: bytes) -> Answer:
 
 def _generate(recognizer: GenerativeRecognizer, image: bytes, mode: str) -> Answer:
     clock = Clock(torch.device("cpu"))
-    pixels_HW3 = load_pixels(image, recognizer.preprocessing, max_pixels=MAX_PIXELS)
+    pixels_HW3 = load_pixels(image, recognizer.preprocessing)
     clock.lap("decode image")
     answer = recognizer.faithful(pixels_HW3) if mode == "faithful" else recognizer.optimised(pixels_HW3)
     return replace(answer, stages_ms={**clock.stages_ms, **answer.stages_ms})

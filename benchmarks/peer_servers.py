@@ -49,7 +49,7 @@ def make_decoder(job: dict[str, Any]) -> Callable[[bytes], Pixels]:
         if job["decoder"] == "own":
             pixels_HW3 = to_pixels(Image.open(io.BytesIO(data)).convert("RGB"), preprocessing)
         else:
-            pixels_HW3 = load_pixels(data, preprocessing, max_pixels=64_000_000)
+            pixels_HW3 = load_pixels(data, preprocessing)
         pixels_3HW: Pixels = normalise(pixels_HW3[None], preprocessing)[0]
         return pixels_3HW
 

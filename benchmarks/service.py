@@ -35,7 +35,6 @@ from service.settings import Settings
 
 IMAGES = 16
 TOP_K = 5
-MAX_PIXELS = 64_000_000
 WARM_UP_S = 0.5
 CONNECTIONS_PER_CORE = 8  # enough that the service always has a next image
 REPORT = Report(
@@ -135,7 +134,7 @@ def _loop(bundle_path: Path, images: list[str], threads: int, seconds: float) ->
     times: list[tuple[float, float, float, float]] = []
     cpu_started = time.process_time()
     while (started := time.perf_counter()) < end:
-        pixels_HW3 = load_pixels(contents[len(times) % len(contents)], preprocessing, max_pixels=MAX_PIXELS)
+        pixels_HW3 = load_pixels(contents[len(times) % len(contents)], preprocessing)
         decoded = time.perf_counter()
         embedding_1D = encoder.encode(pixels_HW3[None])
         encoded = time.perf_counter()

@@ -24,7 +24,6 @@ from index.bundle import Bundle
 from service.encoder import open_encoder
 from service.settings import Settings
 
-MAX_PIXELS = 64_000_000
 IMAGE_SIZES = ((640, 480), (1280, 960), (4000, 3000))
 BATCH = 8
 TOP_K = 10
@@ -51,7 +50,7 @@ def _in_process(bundle: Bundle) -> Iterator[Probe]:
     index = bundle.index()
 
     def decode(data: bytes, _: int = 0) -> Any:
-        return load_pixels(data, preprocessing, max_pixels=MAX_PIXELS)
+        return load_pixels(data, preprocessing)
 
     for width, height in IMAGE_SIZES:
         yield Probe(name=f"decode/JPEG {width}x{height}", call=partial(decode, photograph(1, width, height)))

@@ -19,7 +19,6 @@ from demo.build import CATALOG_ROLES, build_option, read_drawings
 from imaging import load_pixels
 from model.data import Pair, read_pairs
 from model.encoders import ImageEncoder, ImageFeatures, open_image_encoder
-from model.features import MAX_PIXELS
 from model.validation import Accuracy, measure
 
 _BATCH = 64
@@ -29,7 +28,7 @@ def encode_files(encoder: ImageEncoder, paths: Sequence[Path], *, batch_size: in
     """Yield an encoder's output for each batch of image files."""
     for start in tqdm(range(0, len(paths), batch_size), desc="images", unit="batch", leave=False):
         batch = paths[start : start + batch_size]
-        pixels = [load_pixels(path.read_bytes(), encoder.preprocessing, max_pixels=MAX_PIXELS) for path in batch]
+        pixels = [load_pixels(path.read_bytes(), encoder.preprocessing) for path in batch]
         yield encoder.encode(np.stack(pixels))
 
 

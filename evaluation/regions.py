@@ -40,7 +40,6 @@ _SHAPES = ((640, 480), (480, 640), (640, 640))  # of pages, in pixels
 _AREAS, _SMALL = (0.1, 0.6), (0.1, 0.3)  # of a thing, as a share of the page
 _CROWDED = 0.75  # of the page at most, covered by things
 _ATTEMPTS = 60
-_MAX_PIXELS = 64_000_000
 
 
 class Pages:
@@ -112,7 +111,7 @@ class Pages:
 
 
 def _read(path: Path) -> Image.Image:
-    return decode(path.read_bytes(), max_pixels=_MAX_PIXELS)
+    return decode(path.read_bytes())
 
 
 def recognise(recognizer: Recognizer, page: Image.Image, options: RecognizeOptions) -> tuple[Recognition, float]:

@@ -47,6 +47,7 @@ _FTYP_BRANDS = {
     **dict.fromkeys((b"avif", b"avis"), "image/avif"),
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis"), "image/heic"),
 }
+MAX_PIXELS = 64_000_000  # of an image by default, as in the service
 _MAX_FTYP_BYTES = 256
 _STRIP_PIXELS = 2**18  # converted at a time, so that no conversion holds a third copy of the image
 
@@ -115,7 +116,7 @@ def check_size(width: int, height: int, max_pixels: int, what: str = "the image"
         raise TooLarge(f"{what} has {width} x {height} pixels; the limit is {max_pixels}, scale it down")
 
 
-def decode(data: bytes, *, max_pixels: int, target_px: int | None = None) -> Image.Image:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, target_px: int | None = None) -> Image.Image:
     """Decode to RGB: upright by EXIF, transparent pixels white, the first frame of an animation.
 
     With `target_px`, a large JPEG is decoded at a reduced scale, with both sides still at least `2 * target_px`.

@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from core.arrays import Float32Array, Float64Array, Pixels
 from core.errors import BadParameter, EncoderSpecError
-from imaging.decode import decode
+from imaging.decode import MAX_PIXELS, decode
 
 Box = tuple[float, float, float, float]  # x, y, width, height as fractions of the upright image
 
@@ -106,7 +106,9 @@ def check_box(box: Box) -> None:
         )
 
 
-def load_pixels(data: bytes, preprocessing: Preprocessing, *, max_pixels: int, box: Box | None = None) -> Pixels:
+def load_pixels(
+    data: bytes, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS, box: Box | None = None
+) -> Pixels:
     """Decode image bytes, or the region `box` of the image, to uint8 `[H, W, 3]`.
 
     Raises `BadParameter` for a box outside the image, `TooLarge`, `UndecodableImage`.

@@ -33,7 +33,6 @@ from model.feature_cache import FeatureCache, content_key
 
 Item = TypeVar("Item")
 
-MAX_PIXELS = 64_000_000
 _BATCH = 64  # images or texts
 _SAMPLED_TEXTS = 256  # whose tokens are counted
 VIEWS = 4  # of an entity's only image, as query images
@@ -137,7 +136,7 @@ class FeatureStore:
             key = content_key(data)
             if key in self._images:
                 return key, None
-            return key, load_pixels(data, self.image_encoder.preprocessing, max_pixels=MAX_PIXELS)
+            return key, load_pixels(data, self.image_encoder.preprocessing)
         except (UnusableImage, UndecodableImage, TooLarge) as error:
             return None, f"image {source.path.name}: {error}"
 
@@ -210,7 +209,7 @@ class FeatureStore:
         for path in record.images:  # the others cannot be read
             with suppress(UnusableImage):
                 if content_key(data := self._reader.read(path)) == key:
-                    pixels_HW3 = load_pixels(data, self.image_encoder.preprocessing, max_pixels=MAX_PIXELS)
+                    pixels_HW3 = load_pixels(data, self.image_encoder.preprocessing)
                     seeds = [(int.from_bytes(key), number) for number in range(VIEWS)]
                     views = [changed_view(pixels_HW3, seed, _VIEW_SIDES) for seed in seeds]
                     return list(zip(_view_keys(key), views, strict=True))

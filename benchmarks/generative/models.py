@@ -21,7 +21,6 @@ from imaging import Preprocessing, load_pixels
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
 
-MAX_PIXELS = 64_000_000
 VOCABULARY = 32_000  # Vicuna's; the smaller language models have larger ones, which would only slow them down
 _CALIBRATION_IMAGES = 32
 
@@ -159,7 +158,7 @@ def write_encoder(name: str, path: Path, precision: str = "float32") -> int:
     if precision == "int8":
         preprocessing = clip_preprocessing(shape.size_px)
         images = (photograph(number) for number in range(_CALIBRATION_IMAGES))
-        pixels = [load_pixels(image, preprocessing, max_pixels=MAX_PIXELS) for image in images]
+        pixels = [load_pixels(image, preprocessing) for image in images]
         quantise(source, path, pixels, preprocessing)
         source.unlink()
     return parameter_count(tower)

@@ -44,7 +44,6 @@ from evaluation.metrics import AnsweredQuery, rank_of, summarise
 from imaging import load_pixels
 from model.encoders import ImageEncoder
 from model.encoders.tiny import load_tiny
-from model.features import MAX_PIXELS
 
 IGNORED = -100  # the label of padding
 KINDS = ("clean", "photo")
@@ -255,7 +254,7 @@ def run(build: Path, *, steps: int, language_steps: int) -> dict[str, Any]:
         for mode in ("faithful", "optimised"):
             answer, preprocessing = getattr(generative, mode), encoder.preprocessing
             images = (query.image.path.read_bytes() for query in queries)
-            pixels = (load_pixels(image, preprocessing, max_pixels=MAX_PIXELS) for image in images)
+            pixels = (load_pixels(image, preprocessing) for image in images)
             found[f"generative, {mode}"] = [answer(each).row for each in tqdm(pixels, mode, len(queries), unit="query")]
         for name, rows in found.items():
             # Generation is also right if it names another entity of the same title.
