@@ -48,6 +48,7 @@ _MAX_VARCHAR = 65_535  # bytes
 _MAX_WORDS = 4096  # items of an ARRAY
 _INSERT_BYTES = 8 * 1024**2  # gRPC takes 64 MiB
 _EMPTY = {"words": [], "record": "", "thumbnail": ""}  # columns of entities that were put
+_NEVER_MS = 2**31 - 1
 _DUMMY = "nothing"  # a collection must have a vector
 _DUMMY_DIM = 2
 
@@ -59,10 +60,12 @@ def connect(uri: str) -> MilvusClient:
     """
     logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # callers report its errors
     address, token = _address(uri)
+    options = {}
     if address.endswith(".db"):
         logging.getLogger("grpc._server").setLevel(logging.CRITICAL)  # logs missing timestamps of embedded Milvus
+        options = {"grpc.keepalive_time_ms": _NEVER_MS}  # embedded Milvus ends connections on which pymilvus asks often
     try:
-        return MilvusClient(address, token=token, timeout=_TIMEOUT_S)
+        return MilvusClient(address, token=token, timeout=_TIMEOUT_S, grpc_options=options)
     except (MilvusException, OSError, ValueError) as error:
         raise UserError(f"Milvus at {address} cannot be reached ({_reason(error)}); check the URI, start it") from error
 
