@@ -63,7 +63,7 @@ def connect(uri: str) -> MilvusClient:
     options = {}
     if address.endswith(".db"):
         logging.getLogger("grpc._server").setLevel(logging.CRITICAL)  # logs missing timestamps of embedded Milvus
-        options = {"grpc.keepalive_time_ms": _NEVER_MS}  # embedded Milvus ends connections on which pymilvus asks often
+        options = {"grpc.keepalive_time_ms": _NEVER_MS}  # embedded Milvus refuses pymilvus's many pings
     try:
         return MilvusClient(address, token=token, timeout=_TIMEOUT_S, grpc_options=options)
     except (MilvusException, OSError, ValueError) as error:
