@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -77,7 +78,9 @@ def test_stopping_all_benchmarks_stops_their_processes(
         main = psutil.Process(process.pid)
 
         def has_service() -> bool:
-            return any("serve" in each.cmdline() for each in main.children(recursive=True))
+            with suppress(psutil.NoSuchProcess):  # one that has just ended
+                return any("serve" in each.cmdline() for each in main.children(recursive=True))
+            return False
 
         wait_for(has_service, "no benchmark started a service")
         started = main.children(recursive=True)
