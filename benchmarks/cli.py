@@ -68,7 +68,7 @@ BENCHMARKS = {  # in the order in which `wikiclip bench all` runs them
         arguments=("--smoke",),
     ),
     "service": Benchmark(
-        "benchmarks.service", "What HTTP adds to decode, encode and search.", takes_s=170, smoke_s=14
+        "benchmarks.service", "What HTTP adds to decode, encode and search.", takes_s=170, smoke_s=8
     ),
     "index": Benchmark("benchmarks.index", "Search time for one query and many, and by size.", _INDEX),
     "export": Benchmark("benchmarks.export", "An export against its models alone.", [_DEVICE], takes_s=60),
