@@ -24,7 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
-OTHERS = (ROOT / "demo" / "accuracy.json", ROOT / "demo" / "ablation.json", ROOT / "evaluation" / "photographs.json")
+OTHERS = (
+    *(ROOT / "demo" / f"{name}.json" for name in ("accuracy", "ablation", "photos")),
+    ROOT / "evaluation" / "photographs.json",
+)
 PAGES = (ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SPAN = re.compile(r"(<!--(\{[^>]*?)-->).*?(<!--/-->)")
 TABLE = re.compile(r"(<!-- rows: (.+)\n(.+)\n-->\n\n(?:\|.*\n){2})(?:\|.*\n)*")
