@@ -78,14 +78,11 @@ def read_files() -> dict[str, Any]:
             commit = "" if file["commit"] == "unknown" else f", commit `{file['commit']}`"
             transcribed = ", transcribed" if file.get("transcribed") else ""
             file["run"] = f"{file['hardware']['name']}, {file['date']}{commit}{transcribed}"
-    index = files["index"]
-    index["sizes"] = {f"{size['vectors']:,}": size for size in index["figures"]["made_up"]["sizes"]}
-    index["with_peers"] = {
-        name: {key: _fastest(peer["points"]) for key, peer in size["peers"].items()} | size
-        for name, size in index["sizes"].items()
-        if size["peers"]
-    }
-    [*_, index["largest"]] = index["sizes"].values()
+    for index in (files["index"], files["index_peers"]):
+        index["sizes"] = {f"{size['vectors']:,}": size for size in index["figures"]["made_up"]["sizes"]}
+        for size in index["sizes"].values():
+            size |= {key: _fastest(peer["points"]) for key, peer in size["peers"].items()}
+        [*_, index["largest"]] = index["sizes"].values()
     files["gpu"]["graph"] = {width: row for width, row in files["gpu"]["figures"]["search"].items() if width.isdigit()}
     files["faults"]["answered"] = sum(part["answered"] for part in files["faults"]["figures"]["parts"].values())
     return files
