@@ -115,10 +115,9 @@ def _same_model(manifest: Manifest, model: ExportModel) -> bool:
 
 def _same_image_encoder(manifest: Manifest, model: ExportModel) -> bool:
     """Return whether the image encoders have the same outputs. A checkpoint's centre is part of its image encoder."""
-    adaptors = (described.get("adaptor") or {} for described in (manifest.model, describe_model(model)))
-    without_centre = not any(adaptor.get("centre") for adaptor in adaptors)
     same_weights = manifest.model.get("image_encoder_hash") == model.image_encoder.content_hash
-    return _same_model(manifest, model) or (without_centre and same_weights)
+    without_centre = model.centre is None and not (manifest.model.get("adaptor") or {}).get("centre")
+    return _same_model(manifest, model) or (same_weights and without_centre)
 
 
 def write_hashes(folder: Path, shard: int, content_hashes: Sequence[bytes]) -> None:

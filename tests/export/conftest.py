@@ -44,7 +44,7 @@ class CatalogFiles:
 def torch_encoder(tmp_path_factory: pytest.TempPathFactory) -> ImageEncoder:
     torch.manual_seed(4)
     config = TinyConfig(
-        widths=(8, 8, 16, 16), blocks=(0, 0), attention_layers=1, heads=2, embedding_dim=24, size_px=SIZE_PX
+        widths=(8, 8, 16, 16), blocks=(1, 1), attention_layers=1, heads=2, embedding_dim=24, size_px=SIZE_PX
     )
     grey = (0.5, 0.5, 0.5)
     preprocessing = Preprocessing(

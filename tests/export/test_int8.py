@@ -117,7 +117,7 @@ def test_an_encoder_that_cannot_be_quantised_is_refused_and_shards_are_kept(
         export_bundle(change)
     assert export_bundle(dataclasses.replace(change, int8=False, resume=True)).resumed_shards == 1
     monkeypatch.setattr(precision, "MIN_MEAN_COSINE", 1.1)
-    with pytest.raises(EncoderSpecError, match=r"loses too much in int8: mean cosine (0\.9|1\.0)"):
+    with pytest.raises(EncoderSpecError, match=r"loses too much in int8: mean cosine 0\.9"):
         export_bundle(dataclasses.replace(int8_config, out=tmp_path / "b"))
 
 
