@@ -23,6 +23,7 @@ from service.recognizer import Recognizer
 from service.settings import Settings
 from service.telemetry import configure_logging
 
+KEEP_ALIVE_S = 75  # load balancers close idle connections after 60; a request on one that closes at that moment is lost
 _CLOSE_S = 8  # after the last request; an unreachable trace collector takes 5
 _GC_THRESHOLD = 20_000  # allocations minus deallocations that start a collection
 
@@ -67,6 +68,7 @@ def server_config(settings: Settings, app: ASGIApp) -> uvicorn.Config:
         ws="none",
         access_log=False,  # service.middleware writes the access log
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=shutdown_ms // 1000 + 1,
     )
 

@@ -1,4 +1,4 @@
-"""Signals: SIGTERM ends the process in time, whatever hangs. SIGHUP during start is remembered."""
+"""Signals: SIGTERM ends the process in time, whatever hangs. SIGHUP during start is remembered. Idle connections."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ import httpx
 import pytest
 
 from benchmarks import extreme
+from service.app import create_app
+from service.server import server_config
+from service.settings import Settings
 
 TIMEOUT_S = 120  # generous: a busy machine is no failure
 DEADLINE_MS = 300
@@ -157,3 +160,9 @@ def test_sighup_before_the_bundle_is_read_does_not_end_the_process(small_bundle)
             sending.join()
         finally:
             process.terminate()
+
+
+def test_idle_connections_stay_open_longer_than_load_balancers_use_them():
+    """ingress-nginx and others reuse a connection for 60 s. A request on one that the service closes then is lost."""
+    settings = Settings(bundle=Path("bundle"))
+    assert server_config(settings, create_app(settings)).timeout_keep_alive > 60
