@@ -4,14 +4,14 @@
 # Run with a bundle mounted at /bundle; every setting is an environment variable WIKICLIP_*.
 
 FROM docker.io/library/python:3.11-slim-bookworm AS base
-# /cache keeps bundles that are given by URI. Mount a volume there, because all else is read-only.
+# /cache is for bundles from a URI. Mount a volume there, because everything else is read-only.
 RUN useradd --system --uid 10001 --no-create-home wikiclip \
     && install -d -o wikiclip /cache
 ENV PATH=/opt/wikiclip/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
 
-# ---- What all images of the service share, without its packages ----
+# ---- Shared by all images of the service, without its packages ----
 FROM base AS service
 ENV WIKICLIP_BUNDLE=/bundle \
     WIKICLIP_BUNDLE_CACHE=/cache \
@@ -25,7 +25,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
 ENTRYPOINT ["wikiclip"]
 CMD ["serve"]
 
-# ---- The packages. Those of the CPU image are locked by hash; only the build backend, which is not in the image, is not ----
+# ---- The packages. Those of the CPU image are locked by hash, except the build backend, which is not in the image ----
 FROM base AS build
 WORKDIR /src
 RUN python3 -m venv /opt/wikiclip
@@ -51,14 +51,14 @@ ENV WIKICLIP_DEVICE=cuda \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=gpu-build /opt/wikiclip /opt/wikiclip
 
-# ---- Locust with this repository's users, to put load on a service ----
+# ---- Locust with this repository's users ----
 FROM cpu-build AS load
 RUN pip install --no-cache-dir --constraint requirements.lock '.[load]'
 USER 10001
 ENTRYPOINT ["locust", "--locustfile", "benchmarks/locustfile.py"]
 CMD ["--help"]
 
-# ---- The CPU image with Milvus's client, which is as large as half the rest ----
+# ---- The CPU image with Milvus's client, which adds half of its size ----
 FROM service AS milvus
 COPY --from=milvus-build /opt/wikiclip /opt/wikiclip
 
