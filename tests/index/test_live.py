@@ -493,21 +493,24 @@ from index.store import StoredEntity
 
 bundle = Bundle.open(Path(sys.argv[1]))
 live = LiveSegment(Path(sys.argv[2]), bundle, bundle.store())
-for number in range(int(sys.argv[3]), 10**9):
+first, images = int(sys.argv[3]), sys.argv[4:]  # a writer that was killed may have changed images with its last number
+for number in range(first, 10**9):
     fields = dict(titles={}, description=None, url=None, types=(), symbol=None, image_count=0, has_text=False)
     entity = StoredEntity(row=-1, entity_id=f"new {number % 7}", title=f"Version {number}", **fields)
     live.put(entity, np.ones(16, np.float32), None)
-    live.add_image("Q140", f"{number:x}", np.ones(16, np.float32))
-    if number > 2:
+    if f"{number:x}" not in images:
+        live.add_image("Q140", f"{number:x}", np.ones(16, np.float32))
+    if number > 2 and (number > first or f"{number - 3:x}" in images):
         live.remove_image("Q140", f"{number - 3:x}")
     print(number, flush=True)
 """
 
 
 def test_acknowledged_changes_survive_sigkill(small_bundle: Path, live_dir: Path) -> None:
-    last = -1
+    last, images = -1, set[int]()
     for acknowledged in (1, 17, 40):
         command = [sys.executable, "-c", WRITER, str(small_bundle), str(live_dir), str(last + 1)]
+        command += [f"{number:x}" for number in images]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
             assert writer.stdout is not None
             for _ in range(acknowledged):
