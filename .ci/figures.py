@@ -24,10 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "figures"
-OTHERS = (
-    *(ROOT / "demo" / f"{name}.json" for name in ("accuracy", "ablation", "photos")),
-    ROOT / "evaluation" / "photographs.json",
-)
+OTHERS = (*(ROOT / "demo").glob("*.json"), ROOT / "evaluation" / "photographs.json")
 PAGES = (ROOT / "README.md", ROOT / "demo" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 SPAN = re.compile(r"(<!--(\{[^>]*?)-->).*?(<!--/-->)")
 TABLE = re.compile(r"(<!-- rows: (.+)\n(.+)\n-->\n\n(?:\|.*\n){2})(?:\|.*\n)*")
@@ -80,9 +77,9 @@ def read_files() -> dict[str, Any]:
             file["run"] = f"{file['hardware']['name']}, {file['date']}{commit}{transcribed}"
     for index in (files["index"], files["index_peers"]):
         index["sizes"] = {f"{size['vectors']:,}": size for size in index["figures"]["made_up"]["sizes"]}
-        for size in index["sizes"].values():
-            size |= {key: _fastest(peer["points"]) for key, peer in size["peers"].items()}
-        [*_, index["largest"]] = index["sizes"].values()
+    [*_, files["index"]["largest"]] = files["index"]["sizes"].values()
+    for size in files["index_peers"]["sizes"].values():
+        size |= {key: _fastest(peer["points"]) for key, peer in size["peers"].items()}
     files["gpu"]["graph"] = {width: row for width, row in files["gpu"]["figures"]["search"].items() if width.isdigit()}
     files["faults"]["answered"] = sum(part["answered"] for part in files["faults"]["figures"]["parts"].values())
     return files

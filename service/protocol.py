@@ -41,7 +41,7 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     - A request head must arrive within `timeout_s` of its first byte, the first head within `timeout_s` of connecting.
       If a response is sent before the request body is complete, the rest of the body must arrive within `timeout_s`.
-      Between requests, `KEEP_ALIVE_S` applies.
+      Between requests, uvicorn's keep-alive timeout applies.
     - A head has at most `MAX_HEAD_BYTES` and `MAX_HEADERS`. `MAX_HEAD_BYTES` also limits what a body contains between
       two pieces of content: sizes and extensions of chunks, and trailers.
     - Pipelined requests wait unparsed until those before them have their responses, and no more are read.

@@ -493,15 +493,17 @@ from index.store import StoredEntity
 
 bundle = Bundle.open(Path(sys.argv[1]))
 live = LiveSegment(Path(sys.argv[2]), bundle, bundle.store())
-first, images = int(sys.argv[3]), sys.argv[4:]  # a writer that was killed may have changed images with its last number
-for number in range(first, 10**9):
+images = set(sys.argv[4:])  # of Q140: a writer that was killed may have added and removed one with its last number
+for number in range(int(sys.argv[3]), 10**9):
     fields = dict(titles={}, description=None, url=None, types=(), symbol=None, image_count=0, has_text=False)
     entity = StoredEntity(row=-1, entity_id=f"new {number % 7}", title=f"Version {number}", **fields)
     live.put(entity, np.ones(16, np.float32), None)
-    if f"{number:x}" not in images:
-        live.add_image("Q140", f"{number:x}", np.ones(16, np.float32))
-    if number > 2 and (number > first or f"{number - 3:x}" in images):
-        live.remove_image("Q140", f"{number - 3:x}")
+    newest, oldest = f"{number:x}", f"{number - 3:x}"
+    if newest not in images:
+        live.add_image("Q140", newest, np.ones(16, np.float32))
+    if oldest in images:
+        live.remove_image("Q140", oldest)
+    images = (images | {newest}) - {oldest}
     print(number, flush=True)
 """
 

@@ -271,7 +271,7 @@ def test_a_connection_stays_usable_after_a_refusal(serve, small_bundle, encoder,
 
 
 def test_an_idle_connection_is_closed_after_an_early_response(serve, small_bundle, encoder, images, monkeypatch):
-    monkeypatch.setattr("service.server.KEEP_ALIVE_S", 1)
+    monkeypatch.setattr("service.server.KEEP_ALIVE_S", 5)
     head = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Type: image/png\r\nContent-Length: 8\r\n\r\n"
     with (
         serve(small_bundle, encoder=encoder, queue_limit=1, max_batch_images=1) as service,
@@ -286,7 +286,7 @@ def test_an_idle_connection_is_closed_after_an_early_response(serve, small_bundl
             connection.sendall(head % path)
             assert response_head(connection).startswith(b"HTTP/1.1 " + status)
             connection.sendall(b"12345678")
-        # The keep-alive timeout closes both. Otherwise recv would raise TimeoutError.
+        # uvicorn's keep-alive timeout closes both. Otherwise recv would raise TimeoutError.
         assert [connection.recv(1) for connection in connections] == [b"", b""]
         encoder.gate.set()
         assert first.result(TIMEOUT_S).status_code == 200

@@ -100,7 +100,7 @@ def test_the_time_of_a_second_head_starts_with_its_first_byte(connection):
         while not received.endswith(b"}"):
             received += connection.recv(65536)
         assert received.startswith(b"HTTP/1.1 200")
-        time.sleep(0.7 * RECEIVE_MS / 1000)  # less than the keep-alive timeout, more than a head's time in all
+        time.sleep(0.7 * RECEIVE_MS / 1000)  # less than uvicorn's keep-alive timeout, more than a head's time in all
     check_refusal(trickle(connection, b"GET /livez HTTP/1.1\r\nX: ", b"x"), 408, "head")
 
 
